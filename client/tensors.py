@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ensemble's tensors: options to input tensors, output tensors to chunks. The only file that knows their names."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import numpy as np
+from tritonclient.grpc import InferResult, service_pb2
+
+from client.errors import Internal, InvalidArgument
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Options(TypedDict, total=False):
+    """What a request may ask for; what is left out is not sent, and the server's default holds."""
+
+    max_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    min_tokens: int
+    ignore_eos: bool
+    stop_words: str | Sequence[str]
+    exclude_input_in_output: bool
+    parse_special: bool
+    skip_special_tokens: bool
+    return_log_probs: bool
+
+
+DATATYPES: dict[str, str] = {
+    "max_tokens": "INT32",
+    "do_sample": "BOOL",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "top_k": "INT32",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
+    "repetition_penalty": "FP32",
+    "seed": "UINT64",
+    "min_tokens": "INT32",
+    "ignore_eos": "BOOL",
+    "stop_words": "BYTES",
+    "exclude_input_in_output": "BOOL",
+    "parse_special": "BOOL",
+    "skip_special_tokens": "BOOL",
+    "return_log_probs": "BOOL",
+}
+
+
+class _Scalar(NamedTuple):
+    layout: str
+    python_types: tuple[type, ...]
+    allowed: str
+
+
+_SCALARS: dict[str, _Scalar] = {
+    "BOOL": _Scalar("<?", (bool, np.bool_), "True or False"),
+    "INT32": _Scalar("<i", (Integral,), "an integer from -2**31 to 2**31 - 1"),
+    "UINT64": _Scalar("<Q", (Integral,), "an integer from 0 to 2**64 - 1"),
+    "FP32": _Scalar("<f", (Real,), "a number that 32-bit floating point holds"),
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One response of a streamed request: what is new since the one before."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]  # empty unless return_log_probs
+    cumulative_logprob: float  # over all tokens so far; 0 unless return_log_probs
+    finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
+    num_input_tokens: int
+    num_output_tokens: int  # new in this chunk
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    cumulative_logprob: float
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+
+    @classmethod
+    def join(cls, chunks: Iterable[Chunk]) -> Generation:
+        """The answer that these chunks of one request, at least one, make up."""
+        parts = tuple(chunks)
+        last = parts[-1]
+        return cls(
+            text="".join(part.text for part in parts),
+            token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+            log_probs=tuple(log_prob for part in parts for log_prob in part.log_probs),
+            cumulative_logprob=last.cumulative_logprob,
+            finish_reason=last.finish_reason,
+            num_input_tokens=last.num_input_tokens,
+            num_output_tokens=sum(part.num_output_tokens for part in parts),
+        )
+
+
+def infer_request(model: str, prompt: str | Sequence[int], stream: bool, options: Options) -> Any:
+    """The ModelInferRequest for a prompt, which is text or token ids."""
+    request = service_pb2.ModelInferRequest(model_name=model)
+
+    def add(name: str, datatype: str, shape: int, content: bytes) -> None:
+        request.inputs.add(name=name, datatype=datatype, shape=[shape])
+        request.raw_input_contents.append(content)
+
+    if isinstance(prompt, str):
+        add("text_input", "BYTES", 1, _encode_strings("text_input", [prompt]))
+    else:
+        token_ids = _encode_token_ids(prompt)
+        add("input_ids", "INT32", len(token_ids) // 4, token_ids)
+    add("stream", "BOOL", 1, _encode_scalar("stream", "BOOL", stream))
+    for name, value in options.items():
+        datatype = DATATYPES.get(name)
+        if datatype is None:
+            raise InvalidArgument(f"{name} is not an option; allowed: {', '.join(DATATYPES)}")
+        if datatype == "BYTES":
+            strings = [value] if isinstance(value, str) else value
+            if not isinstance(strings, Sequence) or isinstance(strings, (bytes, bytearray)):
+                raise InvalidArgument(f"{name} is {value!r}; allowed: a string or a sequence of strings")
+            add(name, datatype, len(strings), _encode_strings(name, strings))
+        else:
+            add(name, datatype, 1, _encode_scalar(name, datatype, value))
+    return request
+
+
+def chunk_from_response(response: Any) -> Chunk:
+    """The chunk that a ModelInferResponse holds."""
+    result = InferResult(response)
+
+    def output(name: str) -> NDArray[Any]:
+        tensor: NDArray[Any] | None = result.as_numpy(name)
+        if tensor is None:
+            raise Internal(f"the server's response has no output {name}")
+        return tensor
+
+    return Chunk(
+        text=output("text_output")[0].decode("utf-8", errors="replace"),
+        token_ids=tuple(output("output_ids").tolist()),
+        log_probs=tuple(output("output_log_probs").tolist()),
+        cumulative_logprob=float(output("cumulative_logprob")[0]),
+        finish_reason=output("finish_reason")[0].decode("utf-8", errors="replace"),
+        num_input_tokens=int(output("num_input_tokens")[0]),
+        num_output_tokens=int(output("num_output_tokens")[0]),
+    )
+
+
+def _encode_scalar(name: str, datatype: str, value: object) -> bytes:
+    scalar = _SCALARS[datatype]
+    # Python takes True for the integer 1; a caller who writes max_tokens=True has made a mistake.
+    if isinstance(value, scalar.python_types) and (datatype == "BOOL" or not isinstance(value, bool)):
+        try:
+            return struct.pack(scalar.layout, value)
+        except (struct.error, OverflowError):
+            pass  # out of range: reported below like a wrong type
+    raise InvalidArgument(f"{name} is {value!r}; allowed: {scalar.allowed}")
+
+
+def _encode_strings(name: str, strings: Sequence[object]) -> bytes:
+    content = bytearray()
+    for text in strings:
+        if not isinstance(text, str):
+            raise InvalidArgument(f"{name} holds {text!r}; allowed: strings")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"{name} has the lone surrogate {text[error.start]!r} at {error.start}; allowed: text that UTF-8 holds"
+            ) from None
+        content += struct.pack("<I", len(data)) + data
+    return bytes(content)
+
+
+def _encode_token_ids(token_ids: Sequence[int]) -> bytes:
+    if isinstance(token_ids, (bytes, bytearray)):
+        raise InvalidArgument("the prompt is bytes; allowed: a string or a sequence of token ids")
+    limits = np.iinfo(np.int32)
+    for token_id in token_ids:
+        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+            raise InvalidArgument(f"input_ids holds {token_id!r}; allowed: integers")
+        if not 0 <= token_id <= limits.max:
+            raise InvalidArgument(f"input_ids holds {token_id}; allowed: ids of the model's vocabulary")
+    return np.array(token_ids, dtype="<i4").tobytes()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineConfig: every setting, its only default and what it may be. Standard library only.
+
+A setting comes from the command line, else from the environment (`LIGHTLLM_<NAME>`), else from the `parameters` of the
+generation model's config.pbtxt, else from here. The command line is passed on through the environment, so this file
+knows two sources. Built once, frozen; what is measured later (the pool's real size) is not kept here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+ENVIRONMENT_PREFIX = "LIGHTLLM_"
+
+# Environment variables with the prefix that are not settings: where things lie, and how parts were started.
+_OTHER_VARIABLES = {"CACHE", "VENV", "TRITONSERVER", "RUN_DIR", "ORIGINAL_LD_LIBRARY_PATH"}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or impossible; the message names the key, the value and what is allowed."""
+
+
+def _setting(default: Any, help: str, allowed: str = "", holds: Callable[[Any], bool] = lambda value: True) -> Any:
+    """A field with its documentation and its check; the launch command and the README's table are made from these."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "holds": holds})
+
+
+def _choice(default: str, help: str, *choices: str) -> Any:
+    return _setting(default, help, " | ".join(choices), lambda value: value in choices)
+
+
+def _count(default: int | None, help: str, least: int = 1) -> Any:
+    return _setting(default, help, f"a whole number ≥ {least}", lambda value: value >= least)
+
+
+def _port(default: int, help: str) -> Any:
+    return _setting(default, help, "a port, 1 … 65535", lambda value: 1 <= value <= 65535)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All settings. `None` as a default means: found out at start, as the help says."""
+
+    model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
+    tp: int = _setting(1, "tensor-parallel ranks, one process and GPU each", "1", lambda value: value == 1)
+    max_total_token_num: int | None = _count(None, "token slots of the KV pool (default: what fits in mem_fraction)")
+    mem_fraction: float = _setting(
+        0.9, "share of the GPU's memory for weights, workspace and KV pool", "0 < mem_fraction ≤ 1", lambda v: 0 < v <= 1
+    )
+    load_format: str = _choice("auto", "dummy: random weights from config.json alone, for benchmarks", "auto", "dummy")
+    max_prompt_bytes: int = _count(1 << 20, "longest prompt text")
+    batch_max_tokens: int | None = _count(None, "new prompt tokens a step (default: 8192 on a GPU, 512 on a CPU)")
+    running_max_req_size: int = _count(1000, "most requests running at once")
+    max_req_input_len: int = _count(2048, "most prompt tokens a request")
+    max_req_total_len: int = _count(3072, "most prompt and generated tokens a request", least=2)
+    max_queue_size: int = _count(10000, "most requests waiting; more are refused with UNAVAILABLE")
+    queue_timeout_s: float | None = _setting(
+        None, "longest wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf
+    )
+    tokenizer_mode: str = _choice("auto", "slow: sentencepiece's own implementation", "auto", "slow")
+    dtype: str = _choice(
+        "auto", "of weights and activations (default: the model's; on a CPU the fastest)",
+        "auto", "bfloat16", "float16", "float32",
+    )  # fmt: skip
+    kv_dtype: str = _choice("auto", "of the KV pool (auto: as dtype)", "auto")
+    eos_id: tuple[int, ...] | None = _setting(
+        None, "end-of-sequence ids, comma-separated (default: the model's)", "ids ≥ 0, separated by commas",
+        lambda v: len(v) > 0 and min(v) >= 0,
+    )  # fmt: skip
+    trust_remote_code: bool = _setting(False, "let the tokenizer run code from model_dir", "true | false")
+    device: str = _choice("auto", "auto: a GPU if there is one", "auto", "cuda", "cpu")
+    log_stats_interval: float = _setting(
+        10.0, "seconds between lines of statistics; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
+    )
+    worker_python: str | None = _setting(None, "interpreter of the workers (default: python3 on PATH)")
+    host: str = _setting("127.0.0.1", "address that the server listens on (launch command only)")
+    http_port: int = _port(8000, "HTTP (launch command only)")
+    grpc_port: int = _port(8001, "gRPC (launch command only)")
+    metrics_port: int = _port(8002, "metrics (launch command only)")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None and not setting.metadata["holds"](value):
+                raise _refusal(setting.name, value, setting.metadata["allowed"])
+
+    @classmethod
+    def build(cls, parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
+        """Settings from config.pbtxt `parameters`, overridden by the environment. Empty values count as not given."""
+        values: dict[str, str] = {}
+        for key, value in parameters.items():
+            if key not in cls.__dataclass_fields__:
+                raise _unknown(key, "config.pbtxt")
+            values[key] = value
+        for variable, value in environment.items():
+            key = variable.removeprefix(ENVIRONMENT_PREFIX)
+            if key == variable or key in _OTHER_VARIABLES:
+                continue
+            if key.lower() not in cls.__dataclass_fields__:
+                raise _unknown(variable, "the environment")
+            values[key.lower()] = value
+        return cls(**{key: _parse(key, value) for key, value in values.items() if value != ""})
+
+    def environment(self) -> dict[str, str]:
+        """The settings that differ from the defaults, as the variables that `build` reads."""
+        variables = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value != setting.default:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                variables[ENVIRONMENT_PREFIX + setting.name.upper()] = text
+        return variables
+
+
+def _parse(key: str, text: str) -> Any:
+    setting = EngineConfig.__dataclass_fields__[key]
+    kind = str(setting.type).removesuffix(" | None")
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        if kind == "tuple[int, ...]":
+            return tuple(int(item) for item in text.split(","))
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (ValueError, KeyError):
+        raise _refusal(key, text, setting.metadata["allowed"]) from None
+
+
+def _refusal(key: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def _unknown(key: str, source: str) -> ConfigError:
+    return ConfigError(f"{key} in {source} is not a setting; allowed: {', '.join(EngineConfig.__dataclass_fields__)}")

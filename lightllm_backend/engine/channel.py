@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Framed messages between processes of one machine: Unix sockets, msgpack, plain data only. No torch.
+
+Stubs and workers may run on different interpreters and numpy versions, so nothing is pickled. Each message is a list
+whose first item names its kind:
+
+    down, to the worker:  [SUBMIT, request] · [CANCEL, uid] · [STOP, uid]
+    up, from the worker:  [READY, info] · [CHUNKS, [chunk, …], stats]
+    return channel:       [DELIVERED, uid] · [GONE, uid] · [FAILED, uid, message]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import tempfile
+import threading
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import psutil
+
+from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams, TokenChunk
+
+SUBMIT, CANCEL, STOP, READY, CHUNKS, DELIVERED, GONE, FAILED = range(8)
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a worker has found out at start and everybody else needs."""
+
+    model: str
+    dtype: str
+    device: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    max_req_input_len: int
+    max_req_total_len: int
+    pool_tokens: int
+    pool_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The Router's counters at one moment; totals count from the worker's start."""
+
+    queued_requests: int = 0
+    running_requests: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_cached: int = 0
+    kv_tokens_total: int = 0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+
+
+class ChannelClosed(ConnectionError):
+    """The other end is gone."""
+
+
+class Channel:
+    """One end of a connection. Many threads may send; one receives."""
+
+    def __init__(self, connection: Connection[bytes, bytes]) -> None:
+        self._connection = connection
+        self._send_lock = threading.Lock()
+
+    @classmethod
+    def connect(cls, address: str) -> Channel:
+        """Raises ChannelClosed if nobody listens at `address`."""
+        try:
+            return cls(Client(address, family="AF_UNIX"))
+        except OSError as error:
+            raise ChannelClosed(f"nobody listens at {address}: {error}") from None
+
+    def send(self, *message: Any) -> None:
+        frame = msgpack.packb(message)
+        with self._send_lock:
+            try:
+                self._connection.send_bytes(frame)
+            except OSError as error:
+                raise ChannelClosed(str(error)) from None
+
+    def receive(self) -> list[Any]:
+        """The next message; blocks. Raises ChannelClosed at the end."""
+        try:
+            message: list[Any] = msgpack.unpackb(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise ChannelClosed(str(error)) from None
+        return message
+
+    def has_message(self) -> bool:
+        """Whether receive() would find something at once: a message, or the end."""
+        try:
+            return self._connection.poll(0)
+        except OSError:
+            return True
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        """Ends both directions; a thread that is blocked in receive() gets ChannelClosed."""
+        with contextlib.suppress(OSError):
+            with socket.socket(fileno=os.dup(self._connection.fileno())) as duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
+            self._connection.close()
+
+
+def listen(address: str) -> Listener:
+    """A listener whose socket only this user may use. A socket that a dead process left behind is replaced."""
+    Path(address).unlink(missing_ok=True)
+    return Listener(address, family="AF_UNIX", backlog=64)
+
+
+def run_directory() -> Path:
+    """The private directory in which the models of one Triton server find each other, made if it is missing.
+
+    Derived from the server that the calling stub belongs to (its parent process), so two servers on one machine do not
+    meet. `LIGHTLLM_RUN_DIR` overrides it.
+    """
+    if override := os.environ.get("LIGHTLLM_RUN_DIR"):
+        directory = Path(override)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return directory
+    server = psutil.Process(os.getppid())
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lightllm-{os.getuid()}"
+    base.mkdir(exist_ok=True, mode=0o700)
+    status = base.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
+        raise PermissionError(f"{base} is not a directory that only this user may use")
+    directory = base / f"{server.pid}-{int(server.create_time())}"
+    directory.mkdir(exist_ok=True, mode=0o700)
+    return directory
+
+
+def remove_stale_run_directories() -> None:
+    """Remove what servers that are no more have left beside this one's run directory."""
+    if os.environ.get("LIGHTLLM_RUN_DIR"):
+        return
+    for directory in run_directory().parent.iterdir():
+        pid, _, created = directory.name.partition("-")
+        with contextlib.suppress(OSError, ValueError, psutil.AccessDenied):
+            try:
+                alive = int(psutil.Process(int(pid)).create_time()) == int(created)
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                for file in directory.iterdir():
+                    file.unlink()
+                directory.rmdir()
+
+
+def pack_request(request: Request) -> list[Any]:
+    return [request.uid, request.prompt_ids, asdict(request.sampling), request.deadline]
+
+
+def unpack_request(packed: list[Any]) -> Request:
+    uid, prompt_ids, sampling, deadline = packed
+    sampling["stop_words"] = tuple(sampling["stop_words"])
+    return Request(uid, tuple(prompt_ids), SamplingParams(**sampling), deadline)
+
+
+def pack_chunk(chunk: TokenChunk) -> list[Any]:
+    reason = chunk.finish_reason.value if chunk.finish_reason else None
+    error = str(chunk.error) if chunk.error else None
+    return [chunk.uid, chunk.token_ids, chunk.log_probs, reason, chunk.num_prompt_tokens, chunk.queue_seconds, error]
+
+
+def unpack_chunk(packed: list[Any]) -> TokenChunk:
+    uid, token_ids, log_probs, reason, num_prompt_tokens, queue_seconds, error = packed
+    return TokenChunk(
+        uid, token_ids, log_probs, FinishReason(reason) if reason else None, num_prompt_tokens, queue_seconds,
+        RequestError.parse(error) if error else None,
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineClient: a handle on the engine for a process that does I/O only. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+
+from lightllm_backend.engine.channel import (
+    CANCEL,
+    CHUNKS,
+    READY,
+    STOP,
+    SUBMIT,
+    Channel,
+    ChannelClosed,
+    EngineInfo,
+    EngineStats,
+    pack_request,
+    unpack_chunk,
+)
+from lightllm_backend.options import check_lengths, check_token_ids
+from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
+
+RECONNECT_SECONDS = 0.05
+
+OnChunk = Callable[[TokenChunk], None]
+
+
+class EngineClient:
+    """Submits requests to the worker at `address` and hands each its chunks; several clients may share one worker.
+
+    Owns the fact which requests are outstanding: each submitted request ends in exactly one chunk with a finish reason,
+    also if the worker dies, and a chunk of a request that has ended is dropped. Connects, and connects again, by itself.
+    `on_chunk` and `on_stats` are called on the client's reader thread and must not block.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_stats: Callable[[EngineStats], None] = lambda stats: None,
+        on_up: Callable[[bool], None] = lambda up: None,
+    ) -> None:
+        self._address = address
+        self._on_stats = on_stats
+        self._on_up = on_up
+        self._lock = threading.Lock()  # guards the four below
+        self._channel: Channel | None = None
+        self._info: EngineInfo | None = None
+        self._outstanding: dict[str, OnChunk] = {}
+        self._closed = False
+        self._ready = threading.Event()
+        self._numbers = itertools.count()
+        self._reader = threading.Thread(target=self._read_for_ever, name="engine-client", daemon=True)
+        self._reader.start()
+
+    @property
+    def up(self) -> bool:
+        return self._ready.is_set()
+
+    def wait_ready(self, timeout: float | None = None) -> EngineInfo:
+        """Block until a worker has connected; RequestError UNAVAILABLE after `timeout` seconds."""
+        if not self._ready.wait(timeout) or self._info is None:
+            raise RequestError("UNAVAILABLE", "the engine is not up; try again")
+        return self._info
+
+    def new_uid(self) -> str:
+        """A uid that no other request of this engine has, whichever client it comes from."""
+        return f"{os.getpid()}-{id(self):x}-{next(self._numbers)}"
+
+    def submit(self, request: Request, on_chunk: OnChunk) -> None:
+        """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.
+
+        Raises RequestError: UNAVAILABLE if there is no worker, INVALID_ARG for a request that can never run.
+        """
+        info = self.wait_ready(timeout=0)
+        check_lengths(
+            len(request.prompt_ids), request.sampling.max_tokens,
+            info.max_req_input_len, info.max_req_total_len, info.pool_tokens,
+        )  # fmt: skip
+        check_token_ids(request.prompt_ids, info.vocab_size)
+        uid = request.uid
+        with self._lock:
+            channel = self._channel
+            if channel is None:
+                raise RequestError("UNAVAILABLE", "the engine is not up; try again")
+            self._outstanding[uid] = on_chunk
+        try:
+            channel.send(SUBMIT, pack_request(request))
+        except ChannelClosed:
+            with self._lock:
+                known = self._outstanding.pop(uid, None)
+            if known:  # else the reader has already told it
+                raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
+
+    def cancel(self, uid: str) -> None:
+        """The client of this request is gone. Its last chunk comes all the same."""
+        self._send(CANCEL, uid)
+
+    def stop(self, uid: str) -> None:
+        """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
+        self._send(STOP, uid)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            channel = self._channel
+        if channel:
+            channel.close()
+        self._reader.join()
+
+    def _send(self, kind: int, uid: str) -> None:
+        channel = self._channel
+        if channel:
+            try:
+                channel.send(kind, uid)
+            except ChannelClosed:
+                pass  # the reader ends everything that is outstanding
+
+    def _read_for_ever(self) -> None:
+        pause = threading.Event()
+        while not self._closed:
+            try:
+                self._read(Channel.connect(self._address))
+            except ChannelClosed:
+                self._lose_worker()
+                pause.wait(RECONNECT_SECONDS)
+
+    def _read(self, channel: Channel) -> None:
+        try:
+            kind, info = channel.receive()
+            assert kind == READY, kind
+            info["eos_ids"] = tuple(info["eos_ids"])
+            with self._lock:
+                if self._closed:
+                    return
+                self._channel, self._info = channel, EngineInfo(**info)
+            self._ready.set()
+            self._on_up(True)
+            while True:
+                kind, chunks, stats = channel.receive()
+                assert kind == CHUNKS, kind
+                for packed in chunks:
+                    self._deliver(unpack_chunk(packed))
+                if stats is not None:
+                    self._on_stats(EngineStats(**stats))
+        finally:
+            channel.close()
+
+    def _deliver(self, chunk: TokenChunk) -> None:
+        with self._lock:
+            if chunk.finish_reason is None:
+                on_chunk = self._outstanding.get(chunk.uid)
+            else:
+                on_chunk = self._outstanding.pop(chunk.uid, None)
+        if on_chunk:
+            on_chunk(chunk)
+
+    def _lose_worker(self) -> None:
+        if self._ready.is_set():
+            self._on_up(False)
+        self._ready.clear()
+        with self._lock:
+            lost = self._outstanding
+            self._channel, self._outstanding = None, {}
+        error = RequestError("UNAVAILABLE", "the engine stopped while the request was running; try again")
+        for uid, on_chunk in lost.items():
+            on_chunk(TokenChunk(uid, [], [], FinishReason.FAILED, error=error))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to a ModelRunner that is ready: device, dtype, model, weights, warm-up, KV pool."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lightllm_backend import kernels
+from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.engine.channel import EngineInfo
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
+from lightllm_backend.models.weights import dummy_weights, load_weights
+from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.warm_up import tokens_that_fit, workspace_bytes, worst_batches
+
+CPU_POOL_TOKENS = 16384
+CPU_BATCH_MAX_TOKENS = 512
+GPU_BATCH_MAX_TOKENS = 8192
+
+log = logging.getLogger("lightllm.load")
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    runner: ModelRunner
+    info: EngineInfo
+    batch_max_tokens: int
+
+
+def load_engine(config: EngineConfig) -> LoadedEngine:
+    """Raises ConfigError or ModelError for what cannot be served, with the reason."""
+    device = choose_device(config)
+    directory = config.model_dir or str(embedded_model_directory())
+    shape = ModelConfig.from_directory(directory)
+    dtype = choose_dtype(config, shape, device)
+    max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_positions)
+    max_input = _clamp("max_req_input_len", config.max_req_input_len, max_total - 1)
+    eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
+    default_batch = GPU_BATCH_MAX_TOKENS if device.type == "cuda" else CPU_BATCH_MAX_TOKENS
+    batch_max_tokens = config.batch_max_tokens or default_batch
+    chosen_kernels = kernels.select(device)
+
+    started = time.monotonic()
+    parallel = TensorParallel(rank=0, size=config.tp)
+    model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, max_total)
+    if config.load_format == "dummy":
+        dummy_weights(model, seed=0)
+    else:
+        load_weights(model, directory)
+    log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
+
+    def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
+        storage = KVStorage(shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim, dtype, device)
+        num_rows = config.running_max_req_size
+        return ModelRunner(model, storage, chosen_kernels, num_rows, max_total, eos_ids, device), storage
+
+    pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
+    if device.type == "cuda":
+        slot_bytes = KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+        batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
+        peak = workspace_bytes(runner_with(1)[0], batches, device)
+        fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
+        pool_tokens = _pool_tokens(config, fitting)
+    runner, storage = runner_with(pool_tokens)
+    info = EngineInfo(
+        model=directory, dtype=_name(dtype), device=str(device), vocab_size=shape.vocab_size, eos_ids=eos_ids,
+        max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,
+    )  # fmt: skip
+    return LoadedEngine(runner, info, batch_max_tokens)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but PyTorch finds no GPU; allowed here: auto | cpu")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return device
+
+
+def choose_dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
+    """The setting; else the model's own on a GPU (float16 where there is no bfloat16), and on a CPU the fastest."""
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    if device.type == "cpu":
+        return _fastest_cpu_dtype(shape.hidden_size, shape.intermediate_size)
+    own: torch.dtype = getattr(torch, shape.torch_dtype or "float16")
+    if own == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning("this GPU has no bfloat16; float16 is used")
+        return torch.float16
+    return own
+
+
+@torch.inference_mode()
+def _fastest_cpu_dtype(rows: int, columns: int) -> torch.dtype:
+    """Which of float32 and bfloat16 multiplies matrices of the model's size sooner here, as decode and prefill do."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(columns, rows).to(dtype)
+        inputs = [torch.randn(tokens, rows).to(dtype) for tokens in (1, 16, 64)]
+        for repeat in range(6):
+            if repeat == 1:  # the first round warms up
+                started = time.perf_counter()
+            for tokens in inputs:
+                torch.nn.functional.linear(tokens, weight)
+        seconds[dtype] = time.perf_counter() - started
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _pool_tokens(config: EngineConfig, fitting: int) -> int:
+    asked = config.max_total_token_num
+    if asked is not None and asked > fitting:
+        raise ConfigError(f"max_total_token_num is {asked}; allowed: at most {max(fitting, 0)}, which fit in mem_fraction")
+    if fitting < 1:
+        raise ConfigError(f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool")
+    return asked or fitting
+
+
+def _clamp(name: str, value: int, limit: int) -> int:
+    if value > limit:
+        log.warning("%s is %d; the model allows %d, which is used", name, value, limit)
+    return min(value, limit)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

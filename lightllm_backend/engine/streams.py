@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of tokens out of the generation step: coalescing behind one chunk of credit, stop strings, cancellation.
+
+A Stream is one request on its way. It turns what the engine makes, a chunk a step, into what its client can take:
+
+    on_chunk (engine's reader thread) ──> pending ──> send (the response sender), when the stream has credit
+    delivered (return channel)        ──> credit comes back, pending goes out
+    gone (return channel, or the server's is_cancelled) ──> the engine is told to cancel
+
+A request that came through the ensemble has credit for one chunk in flight, so tokens that are made meanwhile are
+coalesced into the next one. Called directly, there is nobody to give credit back, and none is needed. A request that
+does not stream keeps everything until the end. The last chunk never waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel, ChannelClosed, listen
+from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
+from lightllm_backend.text import Tokenizer, TextStream
+
+PROBE_SECONDS = 0.25
+MAX_PROBES_A_SECOND = 500.0
+
+log = logging.getLogger(__name__)
+
+
+class Responder(Protocol):
+    """Where a stream's chunks go: the server's response sender behind a thin adapter."""
+
+    def send(self, chunk: TokenChunk, first: bool) -> None:
+        """Send new tokens; `first` on the first call. The chunk with a finish reason is the last call."""
+
+    def probe(self) -> None:
+        """Send something that the client does not see, so that a cancelled ensemble shows itself."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the server knows that the client is gone (it does for direct calls only)."""
+
+
+class Observer(Protocol):
+    """Who wants to know when things happen to requests: the metrics."""
+
+    def first_token(self, seconds: float, queue_seconds: float) -> None: ...
+    def next_token(self, seconds: float) -> None: ...
+    def finished(self, status: str, seconds: float) -> None: ...
+
+
+class Stream:
+    """One request's state between the engine and its client. Guarded by its own lock; sends are in order."""
+
+    def __init__(
+        self, responder: Responder, streaming: bool, flow_control: bool, stop_text: TextStream | None, observer: Observer
+    ) -> None:
+        self.ended = False
+        self.last_contact = time.monotonic()  # when something was last sent
+        self._responder = responder
+        self._streaming = streaming
+        self._flow_control = flow_control
+        self._stop_text = stop_text
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._pending: TokenChunk | None = None
+        self._in_flight = 0
+        self._sent_any = False
+        self._num_tokens = 0
+        self._started = self._last_token = time.monotonic()
+
+    def on_chunk(self, chunk: TokenChunk) -> bool:
+        """Take new tokens; send them if there is credit. True if a stop string says that the engine should stop."""
+        with self._lock:
+            if self.ended:
+                return False
+            found_stop = self._cut_at_stop(chunk) if self._stop_text else None
+            chunk = found_stop or chunk
+            self._observe(chunk)
+            self._pending = _join(self._pending, chunk)
+            self._send_pending()
+            return found_stop is not None
+
+    def delivered(self) -> None:
+        """The chunk in flight has reached the detokenizer's client."""
+        with self._lock:
+            self._in_flight = max(0, self._in_flight - 1)
+            self._send_pending()
+
+    def give_credit_back(self) -> None:
+        """The return channel is lost: nobody will tell of what is in flight."""
+        with self._lock:
+            self._in_flight = 0
+            self._send_pending()
+
+    def check_client(self) -> bool:
+        """True if the client is gone, as far as the server says here; else, a probe may find out."""
+        with self._lock:
+            if self.ended:
+                return False  # to ask the server after the last chunk crashes it
+            self.last_contact = time.monotonic()
+            if not self._flow_control:
+                return self._responder.is_cancelled()
+            if self._in_flight == 0:
+                self._in_flight += 1
+                self._responder.probe()
+        return False
+
+    def _send_pending(self) -> None:
+        chunk = self._pending
+        if chunk is None:
+            return
+        last = chunk.finish_reason is not None
+        if not last and (not self._streaming or (self._flow_control and self._in_flight > 0)):
+            return
+        self._pending = None
+        self.ended = last
+        self._in_flight += 1
+        self.last_contact = time.monotonic()
+        first, self._sent_any = not self._sent_any, True
+        if chunk.error is not None and chunk.token_ids:
+            # Only the error itself may go with the last chunk, or the ensemble loses the tokens.
+            if self._streaming:
+                self._responder.send(replace(chunk, finish_reason=None, error=None), first)
+                first = False
+            chunk = replace(chunk, token_ids=[], log_probs=[])
+        self._responder.send(chunk, first)
+
+    def _cut_at_stop(self, chunk: TokenChunk) -> TokenChunk | None:
+        """The chunk up to the token that completes a stop string, as the last one; None if there is none."""
+        text = self._stop_text
+        assert text is not None
+        before = text.num_tokens
+        text.push(chunk.token_ids)
+        if not text.stopped or chunk.error is not None:
+            return None
+        kept = text.num_tokens - before
+        return replace(
+            chunk, token_ids=chunk.token_ids[:kept], log_probs=chunk.log_probs[:kept], finish_reason=FinishReason.STOP
+        )
+
+    def _observe(self, chunk: TokenChunk) -> None:
+        now = time.monotonic()
+        if chunk.token_ids:
+            if self._num_tokens == 0:
+                self._observer.first_token(now - self._started, chunk.queue_seconds or 0.0)
+            else:
+                self._observer.next_token((now - self._last_token) / len(chunk.token_ids))
+            self._num_tokens += len(chunk.token_ids)
+            self._last_token = now
+        if chunk.finish_reason is not None:
+            failed = chunk.error is not None and chunk.error.code != "CANCELLED"
+            status = "failed" if failed else chunk.finish_reason.value
+            self._observer.finished(status, now - self._started)
+
+
+class Streams:
+    """All requests of one process that are on their way: submits them, and watches for clients that have gone.
+
+    With an `address` it also listens for the return channel of the detokenizer there.
+    """
+
+    def __init__(self, engine: EngineClient, observer: Observer, address: str | None = None) -> None:
+        self.return_address = address or ""
+        self._engine = engine
+        self._observer = observer
+        self._streams: dict[str, Stream] = {}
+        self._closing = threading.Event()
+        self._listener = listen(address) if address else None
+        threading.Thread(target=self._watch_clients, name="watch-clients", daemon=True).start()
+        if self._listener:
+            threading.Thread(target=self._accept, name="return-channel", daemon=True).start()
+
+    def submit(
+        self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
+        responder_for: Callable[[str], Responder], flow_control: bool, tokenizer: Tokenizer,
+    ) -> None:  # fmt: skip
+        """Send a request on its way. RequestError if it cannot be; then the responder is never used."""
+        sampling = options.sampling
+        stop_text = None
+        if sampling.stop_words:
+            stop_text = TextStream(tokenizer, sampling.stop_words, sampling.min_tokens, options.skip_special_tokens)
+        uid = self._engine.new_uid()
+        stream = Stream(responder_for(uid), options.stream, flow_control, stop_text, self._observer)
+
+        def on_chunk(chunk: TokenChunk) -> None:
+            if stream.on_chunk(chunk):
+                self._engine.stop(uid)
+            if chunk.finish_reason is not None:
+                self._streams.pop(uid, None)
+
+        self._streams[uid] = stream
+        try:
+            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline), on_chunk)
+        except RequestError:
+            del self._streams[uid]
+            raise
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._listener:
+            self._listener.close()
+
+    def _watch_clients(self) -> None:
+        """Look after each stream every PROBE_SECONDS, or less often if there are very many."""
+        while not self._closing.wait(PROBE_SECONDS):
+            streams = list(self._streams.items())
+            interval = max(PROBE_SECONDS, len(streams) / MAX_PROBES_A_SECOND)
+            quiet_since = time.monotonic() - interval
+            for uid, stream in streams:
+                if stream.last_contact <= quiet_since and stream.check_client():
+                    self._engine.cancel(uid)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while not self._closing.is_set():
+            try:
+                channel = Channel(self._listener.accept())
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._read_returns, args=(channel,), name="return-channel", daemon=True).start()
+
+    def _read_returns(self, channel: Channel) -> None:
+        try:
+            while True:
+                kind, uid, *details = channel.receive()
+                stream = self._streams.get(uid)
+                if kind == FAILED:
+                    log.error("the detokenizer failed on request %s: %s", uid, *details)
+                if stream and kind == DELIVERED:
+                    stream.delivered()
+                elif stream:
+                    self._engine.cancel(uid)
+        except ChannelClosed:
+            channel.close()
+            for stream in list(self._streams.values()):
+                stream.give_credit_back()
+
+
+def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
+    """One chunk instead of two."""
+    if pending is None:
+        return chunk
+    return replace(
+        chunk,
+        token_ids=pending.token_ids + chunk.token_ids,
+        log_probs=pending.log_probs + chunk.log_probs,
+        queue_seconds=pending.queue_seconds,
+    )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Repetition, frequency and presence penalties, and the ruling out of an early end."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.count_tokens import count_tokens
+from lightllm_backend.kernels.reference import IN_PROMPT
+
+_BLOCK = 1024
+
+
+@triton.jit
+def apply_penalties_kernel(
+    logits,
+    count,
+    prompt_lengths,
+    lengths,
+    presence,
+    frequency,
+    repetition,
+    min_tokens,
+    eos_ids,
+    logits_stride,
+    vocab_size,
+    eos_count,
+    in_prompt: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One block of a sequence's logits."""
+    sequence = tl.program_id(0).to(tl.int64)
+    presence_penalty = tl.load(presence + sequence)
+    frequency_penalty = tl.load(frequency + sequence)
+    factor = tl.load(repetition + sequence)
+    generated_length = tl.load(lengths + sequence) - tl.load(prompt_lengths + sequence)
+    is_penalised = (presence_penalty != 0) | (frequency_penalty != 0) | (factor != 1)
+    is_too_short = generated_length < tl.load(min_tokens + sequence)
+    if is_penalised | is_too_short:
+        column = tl.program_id(1) * block + tl.arange(0, block)
+        live = column < vocab_size
+        address = logits + sequence * logits_stride + column
+        value = tl.load(address, mask=live, other=0.0)
+        if is_penalised:
+            seen = tl.load(count + sequence * vocab_size + column, mask=live, other=0)
+            generated = seen & (in_prompt - 1)
+            value = tl.where(seen > 0, tl.where(value > 0, value / factor, value * factor), value)
+            penalty = generated.to(tl.float32) * frequency_penalty + presence_penalty
+            value = tl.where(generated > 0, value - penalty, value)
+        if is_too_short:
+            for index in range(eos_count):
+                value = tl.where(column == tl.load(eos_ids + index), float("-inf"), value)
+        tl.store(address, value, mask=live)
+
+
+def apply_penalties(
+    logits: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    prompt_lengths: Tensor,
+    lengths: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+    min_tokens: Tensor,
+    eos_ids: Tensor,
+) -> None:
+    sequences, vocab_size = logits.shape
+    assert logits.stride(1) == 1
+    if sequences == 0:
+        return
+    count = count_tokens(tokens, rows, prompt_lengths, lengths, vocab_size)
+    grid = (sequences, triton.cdiv(vocab_size, _BLOCK))
+    apply_penalties_kernel[grid](
+        logits,
+        count,
+        prompt_lengths,
+        lengths,
+        presence,
+        frequency,
+        repetition,
+        min_tokens,
+        eos_ids,
+        logits.stride(0),
+        vocab_size,
+        eos_ids.shape[0],
+        in_prompt=IN_PROMPT,
+        block=_BLOCK,
+        num_warps=4,
+    )

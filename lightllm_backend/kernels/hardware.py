@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers choose their block sizes by."""
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability; Triton-lang's interpreter, which runs on the CPU, passes for an A100."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@lru_cache
+def multiprocessor_count(device: torch.device) -> int:
+    """How many programs the GPU runs side by side, at one each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

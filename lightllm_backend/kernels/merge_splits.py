@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Joins the parts of a context that decode attention has worked on side by side."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial,
+    log_sums,
+    out,
+    splits,
+    head_dim: tl.constexpr,
+    block_splits: tl.constexpr,
+    block_dim: tl.constexpr,
+):
+    """One head of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, block_splits)
+    column = tl.arange(0, block_dim)
+    log_sum = tl.load(log_sums + row * splits + split, mask=split < splits, other=float("-inf"))
+    # Where all parts are empty, any finite number leaves their weights 0.
+    maximum = tl.maximum(tl.max(log_sum, 0), -3.0e38)
+    weight = tl.exp2(log_sum - maximum)
+    # The values of an empty part are not read.
+    live = (weight > 0)[:, None] & (column < head_dim)[None, :]
+    value = tl.load(partial + (row * splits + split)[:, None] * head_dim + column[None, :], mask=live, other=0.0)
+    total = tl.sum(weight, 0)
+    result = tl.sum(weight[:, None] * value, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=column < head_dim)
+
+
+def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:
+    sequences, heads, splits, head_dim = partial.shape
+    assert partial.is_contiguous()
+    assert log_sums.is_contiguous()
+    out = torch.empty((sequences, heads, head_dim), dtype=dtype, device=partial.device)
+    if sequences == 0:
+        return out
+    merge_splits_kernel[(sequences * heads,)](
+        partial,
+        log_sums,
+        out,
+        splits,
+        head_dim=head_dim,
+        block_splits=triton.next_power_of_2(splits),
+        block_dim=triton.next_power_of_2(head_dim),
+        num_warps=2,
+    )
+    return out

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch of every kernel: what the launchers are tested against, and what a CPU engine runs.
+
+Tokens are packed `[tokens, heads, head_dim]` without padding. K and V of one layer live in a pool
+`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# In a table of token counts, this bit says that the token occurs in the prompt; the bits below count generated ones.
+IN_PROMPT = 1 << 30
+
+# How many of the most probable tokens are looked at before a whole row is sorted for top-p.
+_TOP_P_CANDIDATES = 1024
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place."""
+    if residual is not None:
+        residual += x
+        x_float = residual.float()
+    else:
+        x_float = x.float()
+    normalized = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    # Rounded before the product with the weight, as the models were trained.
+    return weight * normalized.to(x.dtype)
+
+
+def rotary_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> None:
+    """Rotates `q` [tokens, heads, head_dim] in place, and writes rotated `k` and `v` at their slots of the pool.
+
+    `cos` and `sin` are [tokens, rotary_dim / 2]; dimension i is paired with i + rotary_dim / 2, and dimensions from
+    rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing.
+    """
+    q.copy_(_rotate(q, cos, sin))
+    k = _rotate(k, cos, sin)
+    slots = slots.long()
+    if slots.numel() and int(slots.min()) < 0:
+        written = slots >= 0
+        slots, k, v = slots[written], k[written], v[written]
+    k_pool[slots] = k.to(k_pool.dtype)
+    v_pool[slots] = v.to(v_pool.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((rotated, x[..., 2 * half :]), -1) if 2 * half < x.shape[-1] else rotated
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    max_query_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
+    max_context_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
+    scale: float,
+) -> Tensor:
+    """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
+
+    The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. All K and
+    V, also of the new tokens, are read from the pool. Tokens of no sequence come out as unspecified values.
+    """
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    starts, contexts = query_starts.tolist(), context_lengths.tolist()
+    groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+    for sequence, context in enumerate(contexts):
+        queries = starts[sequence + 1] - starts[sequence]
+        # Lengths of one power of two are padded to the longest of them, so at most half of a side is padding.
+        groups[queries.bit_length(), context.bit_length(), queries == context].append(sequence)
+    for (query_bits, _, is_whole), sequences in groups.items():
+        if query_bits == 0:
+            continue
+        start = torch.tensor([starts[s] for s in sequences], device=q.device)
+        queries = torch.tensor([starts[s + 1] - starts[s] for s in sequences], device=q.device)
+        context = torch.tensor([contexts[s] for s in sequences], device=q.device)
+        query = torch.arange(max(starts[s + 1] - starts[s] for s in sequences), device=q.device)
+        longest = max(contexts[s] for s in sequences)
+        k, v = _gather(k_pool, v_pool, req_to_token, rows[sequences], context, longest)
+        live = query < queries[:, None]
+        tokens = torch.where(live, start[:, None] + query, 0)
+        mask = None
+        if not is_whole:
+            # The absolute position of each query bounds what it sees; padded keys lie behind it.
+            position = (context - queries)[:, None] + query
+            mask = (torch.arange(longest, device=q.device) <= position[:, :, None]).unsqueeze(1)
+        result = functional.scaled_dot_product_attention(
+            q[tokens].transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=is_whole,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[2],
+        )
+        out[tokens[live]] = result.transpose(1, 2)[live]
+    return out
+
+
+def token_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    max_context_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
+    scale: float,
+) -> Tensor:
+    """Attention of one token of each sequence, `q` [sequences, heads, head_dim], over its whole context.
+
+    A context length of 0 marks a padding row: it reads nothing and comes out as zeros.
+    """
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    groups: dict[int, list[int]] = defaultdict(list)
+    contexts = context_lengths.tolist()
+    for sequence, context in enumerate(contexts):
+        groups[context.bit_length()].append(sequence)
+    groups.pop(0, None)
+    kv_heads, head_dim = k_pool.shape[1:]
+    for sequences in groups.values():
+        longest = max(contexts[s] for s in sequences)
+        context = context_lengths[sequences]
+        k, v = _gather(k_pool, v_pool, req_to_token, rows[sequences], context, longest)
+        mask = None
+        if min(contexts[s] for s in sequences) < longest:
+            mask = (torch.arange(longest, device=q.device) < context[:, None])[:, None, None, :]
+        # The query heads that share a KV head take the place of query positions.
+        result = functional.scaled_dot_product_attention(
+            q[sequences].reshape(len(sequences), kv_heads, -1, head_dim),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+        )
+        out[sequences] = result.reshape(len(sequences), -1, head_dim)
+    return out
+
+
+def _gather(
+    k_pool: Tensor, v_pool: Tensor, req_to_token: Tensor, rows: Tensor, contexts: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """K and V of some sequences as [sequences, longest, kv_heads, head_dim].
+
+    Padding repeats a sequence's first token, so that a slot that nobody has written (it may hold NaN) is never read.
+    """
+    slots = req_to_token[rows.long(), :longest].long()
+    live = torch.arange(longest, device=slots.device) < contexts[:, None]
+    slots = torch.where(live, slots, slots[:, :1])
+    return k_pool[slots], v_pool[slots]
+
+
+def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Joins attention over parts of a context, `partial` [sequences, heads, splits, head_dim], into that over it all.
+
+    `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator; a part that
+    is empty has -inf, and its values are not used.
+    """
+    maximum = log_sums.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = torch.exp2(log_sums - maximum)
+    values = torch.where(weights.unsqueeze(-1) > 0, partial, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return ((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)).to(dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half of `gate_up` [tokens, 2 * features], times its second half."""
+    gate, up = gate_up.chunk(2, -1)
+    return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
+    """How often each sequence has generated each token, [sequences, vocab_size] int32.
+
+    A token of the sequence's prompt has the bit IN_PROMPT.
+    """
+    count = torch.zeros((rows.shape[0], vocab_size), dtype=torch.int32, device=tokens.device)
+    longest = int(lengths.max()) if lengths.numel() else 0
+    position = torch.arange(longest, device=tokens.device)
+    history = tokens[rows.long(), :longest].long()
+    history = torch.where(position < lengths[:, None], history, 0)
+    generated = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    count.scatter_add_(1, history, generated.to(torch.int32))
+    in_prompt = torch.zeros_like(count)
+    is_prompt = position < torch.minimum(prompt_lengths, lengths)[:, None]
+    in_prompt.scatter_add_(1, history, is_prompt.to(torch.int32))
+    return torch.where(in_prompt > 0, count + IN_PROMPT, count)
+
+
+def apply_penalties(
+    logits: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    prompt_lengths: Tensor,
+    lengths: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+    min_tokens: Tensor,
+    eos_ids: Tensor,
+) -> None:
+    """Penalises in `logits` [sequences, vocab], in place, the tokens of `tokens[rows[i], :lengths[i]]`.
+
+    Repetition covers the prompt and what was generated; frequency and presence only what was generated. While fewer
+    than `min_tokens` are generated, the end-of-sequence tokens are ruled out.
+    """
+    penalised = ((presence != 0) | (frequency != 0) | (repetition != 1)).nonzero().squeeze(1)
+    if penalised.numel():
+        seen = count_tokens(tokens, rows[penalised], prompt_lengths[penalised], lengths[penalised], logits.shape[1])
+        generated = seen & (IN_PROMPT - 1)
+        values = logits[penalised]
+        factor = repetition[penalised, None]
+        values = torch.where(seen > 0, torch.where(values > 0, values / factor, values * factor), values)
+        penalty = generated * frequency[penalised, None] + presence[penalised, None]
+        logits[penalised] = torch.where(generated > 0, values - penalty, values)
+    too_short = (lengths - prompt_lengths < min_tokens).nonzero()
+    if too_short.numel() and eos_ids.numel():
+        logits[too_short, eos_ids.long()] = -torch.inf
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """Draws a token of each row of `logits` [sequences, vocab]; int32.
+
+    Temperature 0 takes the greatest logit, the first of equals. Otherwise one uniform number, which depends on the
+    sequence's seed and position alone, picks from the distribution in the vocabulary's order. Top-k keeps the k
+    greatest, then top-p the fewest that hold the share p of what is left; equals of the last one kept are kept.
+    """
+    tokens = logits.argmax(-1)
+    is_drawn = temperature > 0
+    if is_drawn.any():
+        # A row without a finite maximum has no distribution to draw from.
+        drawn = (is_drawn & logits.amax(-1).isfinite()).nonzero().squeeze(1)
+        uniform = _uniform(seed[drawn], position[drawn])
+        tokens[drawn] = _draw(logits[drawn], temperature[drawn, None], top_k[drawn], top_p[drawn, None], uniform)
+    return tokens.to(torch.int32)
+
+
+def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    vocab_size = logits.shape[1]
+    maximum = logits.amax(-1, keepdim=True)
+    weights = torch.exp((logits - maximum) / temperature)
+    has_top_k = (top_k > 0) & (top_k < vocab_size)
+    if has_top_k.any():
+        last = torch.where(has_top_k, top_k, 1).long()
+        greatest = logits.topk(int(last.max()), -1).values
+        threshold = greatest.gather(1, last[:, None] - 1)
+        weights = torch.where(has_top_k[:, None] & (logits < threshold), 0.0, weights)
+    if (top_p < 1).any():
+        # Tokens that top-k has dropped have no weight and come last.
+        kept = torch.where(weights > 0, logits, -torch.inf)
+        needed = top_p.double() * weights.sum(-1, keepdim=True, dtype=torch.float64)
+        threshold = _top_p_threshold(kept, maximum, temperature, needed)
+        weights = torch.where((top_p < 1) & (logits < threshold), 0.0, weights)
+    cumulated = weights.cumsum(-1, dtype=torch.float64)
+    # The first token whose sum exceeds the target has weight, and in float64 the target stays below the total.
+    target = uniform.double()[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True).squeeze(1)
+
+
+def _top_p_threshold(logits: Tensor, maximum: Tensor, temperature: Tensor, needed: Tensor) -> Tensor:
+    """The logit of the last token that is `needed` when the most probable ones are taken first."""
+    for candidates in (_TOP_P_CANDIDATES, logits.shape[1]):
+        greatest = logits.topk(min(candidates, logits.shape[1]), -1).values
+        cumulated = torch.exp((greatest - maximum) / temperature).cumsum(-1, dtype=torch.float64)
+        if (cumulated[:, -1:] >= needed).all():
+            break
+    last = torch.searchsorted(cumulated, needed.contiguous()).clamp_max(greatest.shape[1] - 1)
+    return greatest.gather(1, last)
+
+
+def _uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """A number of 24 bits in [0, 1) for each sequence."""
+    zero = torch.zeros_like(seed)
+    # The seed's int64 holds the bits of an unsigned number; the masks keep both halves non-negative.
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    word = _philox((position.long() & 0xFFFFFFFF, zero, zero, zero), key)[0]
+    return (word >> 8).float() * 2.0**-24
+
+
+def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 (Salmon et al., 2011) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32-bit product, in halves of the constant so that int64 does not overflow."""
+    upper = x * (constant >> 16)
+    middle = (upper & 0xFFFF) * 0x10000 + x * (constant & 0xFFFF)
+    return (upper >> 16) + (middle >> 32), middle & 0xFFFFFFFF

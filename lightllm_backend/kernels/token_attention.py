@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
+from lightllm_backend.kernels.merge_splits import merge_splits
+
+# A split shorter than this costs more in merging than it gains.
+_MIN_SPLIT_TOKENS = 256
+_MAX_SPLITS = 64
+# Programs that keep one multiprocessor's loads in flight.
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:
+    """How many parts each context is cut into, so that `programs` times as many occupy the GPU."""
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, programs)
+    longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
+    return max(1, min(wanted, longest, _MAX_SPLITS))
+
+
+class TokenBlocks(NamedTuple):
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+    """Tiles of K and V of 16 KiB each, in as many stages as the shared memory takes."""
+    tokens = min(128, max(16, 16384 // (block_dim * element_size)))
+    if capability < (8, 0):
+        return TokenBlocks(tokens, 4, 1)
+    return TokenBlocks(tokens, 4, 2)
+
+
+@triton.jit
+def token_attention_kernel(
+    q,
+    k_pool,
+    v_pool,
+    out,
+    partial,
+    log_sums,
+    req_to_token,
+    rows,
+    context_lengths,
+    q_stride,
+    q_head_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_slot_stride,
+    v_head_stride,
+    out_stride,
+    out_head_stride,
+    table_stride,
+    scale_log2,
+    heads,
+    splits,
+    is_split: tl.constexpr,
+    group: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_group: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_dim: tl.constexpr,
+):
+    """One split of a sequence's context, one KV head and the `group` query heads that share it."""
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    context = tl.load(context_lengths + sequence)
+    length = tl.cdiv(tl.cdiv(context, block_tokens), splits) * block_tokens
+    start = split * length
+    end = tl.minimum(context, start + length)
+
+    slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
+    k_head = k_pool + kv_head * k_head_stride
+    v_head = v_pool + kv_head * v_head_stride
+    column = tl.arange(0, block_dim)
+    member = tl.arange(0, block_group)
+    head = kv_head * group + member
+    live = (member < group)[:, None] & (column < head_dim)[None, :]
+    query = tl.load(q + sequence * q_stride + head[:, None] * q_head_stride + column[None, :], mask=live, other=0.0)
+
+    accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
+    maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([block_group], dtype=tl.float32)
+    for first in range(start, end, block_tokens):
+        token = first + tl.arange(0, block_tokens)
+        token_live = token < end
+        slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
+        kv_live = token_live[:, None] & (column < head_dim)[None, :]
+        key = tl.load(k_head + slot[:, None] * k_slot_stride + column[None, :], mask=kv_live, other=0.0)
+        value = tl.load(v_head + slot[:, None] * v_slot_stride + column[None, :], mask=kv_live, other=0.0)
+        # A single query head makes no matrix product.
+        if block_group == 1:
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :]
+        else:
+            score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        score = tl.where(token_live[None, :], score * scale_log2, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 1))
+        weight = tl.exp2(score - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(weight, 1)
+        accumulator = accumulator * correction[:, None]
+        if block_group == 1:
+            accumulator += tl.sum(tl.trans(weight) * value.to(tl.float32), 0)[None, :]
+        else:
+            accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
+        maximum = new_maximum
+
+    # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    divisor = tl.where(total > 0, total, 1.0)
+    result = accumulator / divisor[:, None]
+    if is_split:
+        index = (sequence * heads + head) * splits + split
+        tl.store(partial + index[:, None] * head_dim + column[None, :], result, mask=live)
+        tl.store(log_sums + index, maximum + tl.log2(divisor), mask=member < group)
+    else:
+        address = out + sequence * out_stride + head[:, None] * out_head_stride + column[None, :]
+        tl.store(address, result.to(out.dtype.element_ty), mask=live)
+
+
+def token_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    max_context_length: int,
+    scale: float,
+) -> Tensor:
+    sequences, heads, head_dim = q.shape
+    kv_heads = k_pool.shape[1]
+    assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
+    assert req_to_token.stride(1) == 1
+    assert heads % kv_heads == 0
+    assert max_context_length <= req_to_token.shape[1]
+    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    if sequences == 0:
+        return out
+    group = heads // kv_heads
+    splits = split_count(sequences * kv_heads, max_context_length, multiprocessor_count(q.device))
+    # With one split they are not touched, and any tensor stands for them.
+    partial = log_sums = out
+    if splits > 1:
+        partial = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        log_sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    blocks = choose_blocks(block_dim, k_pool.element_size(), compute_capability(q.device))
+    token_attention_kernel[(kv_heads, sequences, splits)](
+        q,
+        k_pool,
+        v_pool,
+        out,
+        partial,
+        log_sums,
+        req_to_token,
+        rows,
+        context_lengths,
+        q.stride(0),
+        q.stride(1),
+        k_pool.stride(0),
+        k_pool.stride(1),
+        v_pool.stride(0),
+        v_pool.stride(1),
+        out.stride(0),
+        out.stride(1),
+        req_to_token.stride(0),
+        scale * math.log2(math.e),
+        heads,
+        splits,
+        is_split=splits > 1,
+        group=group,
+        head_dim=head_dim,
+        block_group=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        block_tokens=blocks.tokens,
+        block_dim=block_dim,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models are made of: the input of a step, and the layers, each on this rank's part of the weights.
+
+A forward pass reads nothing back from the device and its shapes depend on shapes alone, so that a whole decode step
+can be captured in a CUDA graph. Tensors of tokens are packed without padding, [tokens, ...].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a model needs of one step: t tokens of n sequences. Those that decode come first, one token each."""
+
+    input_ids: Tensor  # [t] int32
+    positions: Tensor  # [t] int32
+    rotary_lengths: Tensor  # [t] int32, max(prompt length, position + 1): what dynamic RoPE scales by
+    slots: Tensor  # [t] int32, where the pool takes each token's K and V; -1 is padding
+    rows: Tensor  # [n] int32, of req_to_token
+    context_lengths: Tensor  # [n] int32, cached and new tokens
+    query_starts: Tensor  # [n_prefill + 1] int32, starts of the prefill chunks, counted from the first of them
+    num_decodes: int
+    max_query_length: int
+    max_context_length: int
+    last_tokens: Tensor  # [m] int64, the tokens whose logits are wanted
+    req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
+    kv_layers: Sequence[tuple[Tensor, Tensor]]  # K and V of each layer, [slots, kv_heads, head_dim]
+
+
+class CausalLM(Protocol):
+    """What the runner asks of a model."""
+
+    num_kv_heads: int  # on this rank
+    head_dim: int
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: ModuleType,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+    ) -> None:
+        """Allocate the parameters; their values come with load_weights or dummy_weights."""
+
+    def forward(self, step: StepInput) -> Tensor:
+        """Write the new K and V into the pool, and return the logits [m, vocab] float32 of `step.last_tokens`."""
+
+    def weight_map(self) -> Mapping[str, WeightSlot]:
+        """See weights.HasWeights."""
+
+    def ignores(self, name: str) -> bool:
+        """See weights.HasWeights."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a rank's tensors are made as, and which part of the model they are."""
+
+    parallel: TensorParallel
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def share(self, what: str, count: int) -> int:
+        """This rank's share of `count` things, which must be the same on each rank."""
+        if count % self.parallel.size != 0:
+            raise ModelError(f"{what} is {count}, which tp = {self.parallel.size} does not divide")
+        return count // self.parallel.size
+
+    def kv_share(self, count: int) -> tuple[int, int]:
+        """This rank's number of `count` KV heads and the first of them; ranks share one where there are too few."""
+        rank, size = self.parallel.rank, self.parallel.size
+        if count % size != 0 and size % count != 0:
+            raise ModelError(f"num_key_value_heads is {count}, which must divide tp = {size} or be divided by it")
+        return max(1, count // size), rank * count // size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint's matrix within a fused one: of its `full_rows` this rank holds `rows`, from `start` on."""
+
+    name: str
+    full_rows: int
+    rows: int
+    start: int
+
+
+class ColumnLinear:
+    """One matrix product for several matrices of the checkpoint, each split over the ranks by its output features."""
+
+    def __init__(self, parts: Sequence[Part], in_features: int, bias: bool, place: Placement) -> None:
+        rows = sum(part.rows for part in parts)
+        self.parts = parts
+        self.weight = place.empty(rows, in_features)
+        self.bias = place.empty(rows) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        slots, first = {}, 0
+        for part in self.parts:
+            rows = slice(first, first + part.rows)
+            shape = (part.full_rows, self.weight.shape[1])
+            slots[f"{part.name}.weight"] = WeightSlot(self.weight[rows], shape, 0, part.start)
+            if self.bias is not None:
+                slots[f"{part.name}.bias"] = WeightSlot(self.bias[rows], shape[:1], 0, part.start)
+            first += part.rows
+        return slots
+
+
+class RowLinear:
+    """A matrix split over the ranks by its input features; the ranks' products are summed."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
+        self.name = name
+        self.in_features = in_features
+        self.parallel = place.parallel
+        self.weight = place.empty(out_features, place.share(f"{name}'s number of inputs", in_features))
+        self.bias = place.empty(out_features) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Each rank holds the bias, and one of them adds it.
+        bias = self.bias if self.parallel.rank == 0 else None
+        return self.parallel.all_reduce(functional.linear(x, self.weight, bias))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        out_features, share = self.weight.shape
+        shape = (out_features, self.in_features)
+        slots = {f"{self.name}.weight": WeightSlot(self.weight, shape, 1, share * self.parallel.rank)}
+        if self.bias is not None:
+            slots[f"{self.name}.bias"] = WeightSlot.whole(self.bias)
+        return slots
+
+
+class Embedding:
+    """The table of token embeddings, whole on each rank."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
+        self.weight = place.empty(vocab_size, hidden_size)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return functional.embedding(input_ids, self.weight)
+
+
+class Head:
+    """Logits over the vocabulary, whose rows are split over the ranks where they divide it.
+
+    With tied embeddings the weight is a view of the embeddings' rows, and no tensor of the checkpoint is its own.
+    """
+
+    def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
+        vocab_size, hidden_size = embedding.weight.shape
+        self.parallel = place.parallel
+        self.vocab_size = vocab_size
+        self.tied = tied
+        self.is_split = vocab_size % place.parallel.size == 0
+        rows = vocab_size // place.parallel.size if self.is_split else vocab_size
+        self.start = rows * place.parallel.rank if self.is_split else 0
+        self.weight = embedding.weight[self.start : self.start + rows] if tied else place.empty(rows, hidden_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = functional.linear(x, self.weight).float()
+        return self.parallel.all_gather(logits) if self.is_split else logits
+
+    def weight_map(self, name: str) -> dict[str, WeightSlot]:
+        if self.tied:
+            return {}
+        return {name: WeightSlot(self.weight, (self.vocab_size, self.weight.shape[1]), 0, self.start)}
+
+
+class RotaryEmbedding:
+    """Cosines and sines of rotary position embeddings, float32, gathered once a step for all layers.
+
+    Dynamic scaling stretches the base by the length of the sequence, so there each token has its own frequencies: a
+    table has them for each length beyond the original one.
+    """
+
+    def __init__(self, config: ModelConfig, max_length: int, device: torch.device) -> None:
+        self.first_length = config.max_positions
+        self.is_dynamic = config.rope_scaling.rope_type == "dynamic"
+        if self.is_dynamic:
+            self.frequencies = dynamic_frequencies(config, max_length).to(device)
+        else:
+            angles = torch.arange(max_length, dtype=torch.float32)[:, None] * rotary_frequencies(config)
+            self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
+
+    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [tokens, head_dim / 2]."""
+        if not self.is_dynamic:
+            return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        index = (rotary_lengths - self.first_length).clamp_min(0)
+        angles = positions[:, None] * self.frequencies.index_select(0, index)
+        return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """The angle by which each pair of dimensions turns from one position to the next, [head_dim / 2] float32."""
+    scaling = config.rope_scaling
+    frequencies = _inverse_frequencies(config.rope_theta, config.head_dim)
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        # Turns over the original context: few are slowed by the factor, many are kept, between them it is blended.
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
+    return frequencies
+
+
+def dynamic_frequencies(config: ModelConfig, max_length: int) -> Tensor:
+    """The same for each length from the original one to `max_length`, [lengths, head_dim / 2] float32."""
+    longest = max(max_length, config.max_positions)
+    length = torch.arange(config.max_positions, longest + 1, dtype=torch.float64)
+    factor, dim = config.rope_scaling.factor, config.head_dim
+    stretch = (factor * length / config.max_positions - (factor - 1)) ** (dim / (dim - 2))
+    return _inverse_frequencies(config.rope_theta * stretch[:, None], dim)
+
+
+def _inverse_frequencies(base: float | Tensor, head_dim: int) -> Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return (1.0 / base**exponents).float()
+
+
+class Attention:
+    """Self-attention over the KV pool: fused q, k, v; rotary embedding; output projection. Heads are split by rank."""
+
+    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.kernels = kernels
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.num_heads = place.share("num_attention_heads", config.num_heads)
+        self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
+        shares = (
+            ("q_proj", config.num_heads, self.num_heads, self.num_heads * place.parallel.rank),
+            ("k_proj", config.num_kv_heads, self.num_kv_heads, first_kv_head),
+            ("v_proj", config.num_kv_heads, self.num_kv_heads, first_kv_head),
+        )
+        parts = [
+            Part(f"self_attn.{name}", *(heads * config.head_dim for heads in (full, share, start)))
+            for name, full, share, start in shares
+        ]
+        self.qkv = ColumnLinear(parts, config.hidden_size, config.attention_bias, place)
+        inner = config.num_heads * config.head_dim
+        self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, config.attention_bias, place)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: StepInput) -> Tensor:
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        k_pool, v_pool = step.kv_layers[layer]
+        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, k_pool, v_pool)
+        return self.output(self._attend(q, k_pool, v_pool, step).view(x.shape[0], -1))
+
+    def _attend(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, step: StepInput) -> Tensor:
+        decodes, pool = step.num_decodes, (k_pool, v_pool, step.req_to_token)
+        longest, scale = step.max_context_length, self.scale
+        outputs: list[Tensor] = []
+        if decodes > 0:
+            rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
+            outputs.append(self.kernels.token_attention(q[:decodes], *pool, rows, contexts, longest, scale))
+        if q.shape[0] > decodes:
+            rows, contexts = step.rows[decodes:], step.context_lengths[decodes:]
+            queries = (step.query_starts, contexts, step.max_query_length)
+            outputs.append(self.kernels.prefill_attention(q[decodes:], *pool, rows, *queries, longest, scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return self.qkv.weight_map() | self.output.weight_map()

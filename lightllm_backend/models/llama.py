@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA and LLaMA-2 (and whatever else Hugging Face calls LlamaForCausalLM): RMSNorm, rotary embeddings, gated MLP."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.models.layers import (
+    Attention,
+    ColumnLinear,
+    Embedding,
+    Head,
+    Part,
+    Placement,
+    RotaryEmbedding,
+    RowLinear,
+    StepInput,
+)
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.parallel import TensorParallel
+
+
+class RMSNorm:
+    """Root-mean-square norm of `x`, or of `residual += x`, which is updated in place."""
+
+    def __init__(self, name: str, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.name = name
+        self.kernels = kernels
+        self.eps = config.rms_norm_eps
+        self.weight = place.empty(config.hidden_size)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        normalized: Tensor = self.kernels.rms_norm(x, self.weight, self.eps, residual)
+        return normalized
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return {f"{self.name}.weight": WeightSlot.whole(self.weight, mean=1.0)}
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)); the intermediate features are split by rank."""
+
+    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.kernels = kernels
+        features = config.intermediate_size
+        share = place.share("intermediate_size", features)
+        parts = [Part(f"mlp.{name}", features, share, share * place.parallel.rank) for name in ("gate_proj", "up_proj")]
+        self.gate_up = ColumnLinear(parts, config.hidden_size, config.mlp_bias, place)
+        self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.kernels.silu_and_mul(self.gate_up(x)))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return self.gate_up.weight_map() | self.down.weight_map()
+
+
+class LlamaLayer:
+    """Attention and MLP, each after a norm that first adds what came before to the residual."""
+
+    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.attention_norm = RMSNorm("input_layernorm", config, kernels, place)
+        self.attention = Attention(config, kernels, place)
+        self.mlp_norm = RMSNorm("post_attention_layernorm", config, kernels, place)
+        self.mlp = GatedMLP(config, kernels, place)
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
+        return {name: slot for part in parts for name, slot in part.weight_map().items()}
+
+
+class LlamaForCausalLM:
+    """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: ModuleType,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+    ) -> None:
+        place = Placement(parallel, dtype, device)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
+        self.rotary = RotaryEmbedding(config, max_length, device)
+        self.layers = [LlamaLayer(config, kernels, place) for _ in range(config.num_layers)]
+        self.norm = RMSNorm("model.norm", config, kernels, place)
+        self.head = Head(self.embedding, config.tie_word_embeddings, place)
+        self.num_kv_heads = self.layers[0].attention.num_kv_heads
+        self.head_dim = config.head_dim
+
+    def forward(self, step: StepInput) -> Tensor:
+        cos, sin = self.rotary(step.positions, step.rotary_lengths)
+        residual = self.embedding(step.input_ids)
+        x, added = residual, None
+        for index, layer in enumerate(self.layers):
+            x = layer.attention_norm(x, added)
+            x = layer.attention(x, cos, sin, index, step)
+            x = layer.mlp(layer.mlp_norm(x, residual))
+            added = residual
+        last_residual = residual.index_select(0, step.last_tokens)
+        return self.head(self.norm(x.index_select(0, step.last_tokens), last_residual))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        slots = {"model.embed_tokens.weight": WeightSlot.whole(self.embedding.weight)}
+        for index, layer in enumerate(self.layers):
+            slots |= {f"model.layers.{index}.{name}": slot for name, slot in layer.weight_map().items()}
+        return slots | self.norm.weight_map() | self.head.weight_map("lm_head.weight")
+
+    def ignores(self, name: str) -> bool:
+        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.head.tied)

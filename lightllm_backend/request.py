@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client asks for, and the chunks of tokens that answer it. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class FinishReason(str, Enum):
+    """Why a request ended. FAILED never reaches a client as a reason: its request ends with an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class RequestError(Exception):
+    """An error that one request ends with. `str(error)` is what the client reads: `CODE: message`.
+
+    code: INVALID_ARG, UNAVAILABLE, CANCELLED, NOT_FOUND or INTERNAL.
+    """
+
+    CODES = ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "NOT_FOUND", "INTERNAL")
+
+    def __init__(self, code: str, message: str) -> None:
+        assert code in self.CODES, code
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    @classmethod
+    def parse(cls, text: str) -> RequestError:
+        """The error whose `str` is `text`; text without a known code is INTERNAL."""
+        code, _, message = text.partition(": ")
+        return cls(code, message) if code in cls.CODES else cls("INTERNAL", text)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when the sequence ends. Values are valid by construction (see options.py)."""
+
+    max_tokens: int = 16
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1 or 0: off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # 64 bits, unsigned
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_words: tuple[str, ...] = ()
+    return_log_probs: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the logits must be changed before the choice."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+            or (self.min_tokens > 0 and not self.ignore_eos)
+        )
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Everything that a request says beside its prompt."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = False
+    exclude_input_in_output: bool = True
+    parse_special: bool = True
+    skip_special_tokens: bool = True
+
+    def to_json(self) -> str:
+        """The options as a `sampling_parameters` string, from which `parse_request` makes the same options again."""
+        values: dict[str, Any] = asdict(self)
+        values.update(values.pop("sampling"))
+        return json.dumps(values)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued. `uid` is made by the process that submits and is unique in it."""
+
+    uid: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """New tokens of one request. Exactly one chunk of a request has a finish_reason: its last."""
+
+    uid: str
+    token_ids: list[int]
+    log_probs: list[float]  # as long as token_ids where they were asked for, else empty
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    queue_seconds: float | None = None  # on the first chunk only: how long the request waited for admission
+    error: RequestError | None = None  # with CANCELLED (a deadline) and FAILED

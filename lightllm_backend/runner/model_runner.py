@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelRunner: computes one Batch on one device. It decides nothing; the Router has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.layers import StepInput
+from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables
+from lightllm_backend.runner.sampler import Sampler
+
+
+class Model(Protocol):
+    def forward(self, step: StepInput) -> Tensor:
+        """Logits [m, vocab] float32 of `step.last_tokens`."""
+
+
+class PendingStep:
+    """A step that the device may still be computing."""
+
+    def __init__(self, tokens: Tensor, log_probs: Tensor | None) -> None:
+        self._tokens, self._log_probs = _to_host(tokens), None if log_probs is None else _to_host(log_probs)
+        self._done = torch.cuda.Event() if tokens.is_cuda else None
+        if self._done:
+            self._done.record()
+
+    def result(self) -> StepResult:
+        """Blocks until the step is done. Errors of the device surface here."""
+        if self._done:
+            self._done.synchronize()
+        return StepResult(self._tokens.numpy(), None if self._log_probs is None else self._log_probs.numpy())
+
+
+class ModelRunner:
+    """Runs steps in the order in which they are launched; `launch` returns before a GPU has finished.
+
+    overlap: how many steps may be in flight while the next is planned: 1 on a GPU, 0 where launching computes.
+    """
+
+    def __init__(
+        self, model: Model, storage: KVStorage, kernels: ModuleType, num_rows: int, max_length: int,
+        eos_ids: Sequence[int], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.overlap = 1 if device.type == "cuda" else 0
+        self._model = model
+        self._storage = storage
+        self._tables = RequestTables(num_rows, max_length, device)
+        self._sampler = Sampler(kernels, num_rows, eos_ids, device)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> PendingStep:
+        if batch.admitted:
+            rows = [admission.row for admission in batch.admitted]
+            self._tables.admit(rows, [admission.prompt_ids for admission in batch.admitted])
+            self._sampler.admit(rows, [admission.sampling for admission in batch.admitted])
+        device_batch = DeviceBatch(batch, self._tables, self._storage.layers)
+        logits = self._model.forward(device_batch.step)
+        tokens, log_probs = self._sampler.sample(logits, device_batch, self._tables)
+        self._tables.tokens[device_batch.rows, device_batch.positions] = tokens
+        return PendingStep(tokens, log_probs)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

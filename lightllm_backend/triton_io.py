@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one file that knows Triton server: tensor names and types, and triton_python_backend_utils. No torch.
+
+The model.py files are thin because everything that touches a server's request or response is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.metrics import Metrics
+from lightllm_backend.options import ParsedRequest, parse_request
+from lightllm_backend.request import FinishReason, RequestError, TokenChunk
+from lightllm_backend.response import DecodeContext, Response
+from lightllm_backend.text import Tokenizer
+
+with contextlib.suppress(ImportError):  # outside a stub only the names are of use
+    import triton_python_backend_utils as pb_utils
+
+# name: (type, size); a size of -1 is any.
+OPTION_INPUTS = {
+    "text_input": ("STRING", 1),
+    "inputs": ("STRING", 1),
+    "input_ids": ("INT32", -1),
+    "stream": ("BOOL", 1),
+    "max_tokens": ("INT32", 1),
+    "do_sample": ("BOOL", 1),
+    "temperature": ("FP32", 1),
+    "top_p": ("FP32", 1),
+    "top_k": ("INT32", 1),
+    "presence_penalty": ("FP32", 1),
+    "frequency_penalty": ("FP32", 1),
+    "repetition_penalty": ("FP32", 1),
+    "seed": ("UINT64", 1),
+    "random_seed": ("UINT64", 1),
+    "min_tokens": ("INT32", 1),
+    "min_length": ("INT32", 1),
+    "ignore_eos": ("BOOL", 1),
+    "stop_words": ("STRING", -1),
+    "exclude_input_in_output": ("BOOL", 1),
+    "parse_special": ("BOOL", 1),
+    "skip_special_tokens": ("BOOL", 1),
+    "return_log_probs": ("BOOL", 1),
+    "return_num_input_tokens": ("BOOL", 1),
+    "return_num_output_tokens": ("BOOL", 1),
+    "return_finish_reason": ("BOOL", 1),
+}
+SAMPLING_PARAMETERS = "sampling_parameters"
+PUBLIC_INPUTS = {**OPTION_INPUTS, SAMPLING_PARAMETERS: ("STRING", 1)}
+PUBLIC_OUTPUTS = {
+    "text_output": ("STRING", 1),
+    "finish_reason": ("STRING", 1),
+    "num_input_tokens": ("INT32", 1),
+    "num_output_tokens": ("INT32", 1),
+    "output_ids": ("INT32", -1),
+    "output_log_probs": ("FP32", -1),
+    "cumulative_logprob": ("FP32", 1),
+}
+# tokenizer ──> generation. ENSEMBLE is a JSON object; that it is there says that a detokenizer follows.
+ENSEMBLE = "ensemble"
+GENERATION_INPUTS = {"input_ids": ("INT32", -1), SAMPLING_PARAMETERS: ("STRING", 1), ENSEMBLE: ("STRING", 1)}
+# generation ──> detokenizer. CHUNK is a JSON object: everything about a chunk but its tokens.
+CHUNK = "chunk"
+GENERATION_OUTPUTS = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
+
+MODEL_TENSORS = {
+    "lightllm": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
+    "lightllm_unary": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
+    "tokenizer": (PUBLIC_INPUTS, GENERATION_INPUTS),
+    "generation": (GENERATION_INPUTS, GENERATION_OUTPUTS),
+    "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
+}
+_NUMPY_TYPES: dict[str, Any] = {
+    "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
+}  # fmt: skip
+
+log = logging.getLogger("lightllm")
+
+
+# Settings
+
+
+def engine_config(arguments: dict[str, str]) -> EngineConfig:
+    """The settings, for any of the models: the generation model's config.pbtxt, this model's own, the environment.
+
+    arguments: what Triton server gives to `initialize`.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    generation = ModelConfig()
+    text_format.Parse((_model_directory(arguments).parent / "generation" / "config.pbtxt").read_text(), generation)
+    parameters = {key: value.string_value for key, value in generation.parameters.items()}
+    own = json.loads(arguments["model_config"]).get("parameters", {})
+    parameters.update({key: value["string_value"] for key, value in own.items()})
+    return EngineConfig.build(parameters, os.environ)
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    directory = config.model_dir or embedded_model_directory()
+    return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code)
+
+
+def metrics(with_engine: bool) -> Metrics:
+    return Metrics(pb_utils, with_engine)
+
+
+def start_logging() -> None:
+    """Python's log goes to the server's standard error, beside the server's own lines."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+
+
+def _model_directory(arguments: dict[str, str]) -> Path:
+    """Triton server names the model's directory or, in some modes, its config file or version folder."""
+    path = Path(arguments["model_repository"])
+    return path if (path / "config.pbtxt").exists() else path.parent
+
+
+# Requests
+
+
+def read_request(request: Any) -> ParsedRequest:
+    """A client's request, from all its sources. RequestError INVALID_ARG if it cannot be read."""
+    tensors = {}
+    for name in OPTION_INPUTS:
+        value = _read(request, name)
+        if value is not None:
+            tensors[name] = value
+    return parse_request(tensors, _read(request, SAMPLING_PARAMETERS), _parameters(request))
+
+
+def deadline(request: Any) -> float | None:
+    """When the request must have ended, in time.monotonic() seconds: its `timeout`, in microseconds, from now."""
+    timeout = request.timeout()
+    return time.monotonic() + timeout / 1e6 if timeout else None
+
+
+def read_generation_request(request: Any) -> tuple[ParsedRequest, dict[str, Any] | None]:
+    """What the tokenizer sent, or a direct caller; and what the ensemble sent along, None for a direct caller."""
+    ensemble = _read(request, ENSEMBLE)
+    tensors = {"input_ids": _read(request, "input_ids")}
+    # In the ensemble the request's parameters have been read by the tokenizer step.
+    parameters = {} if ensemble else _parameters(request)
+    parsed = parse_request(tensors, _read(request, SAMPLING_PARAMETERS), parameters)
+    return parsed, json.loads(ensemble) if ensemble else None
+
+
+def read_chunk(request: Any) -> tuple[TokenChunk | None, dict[str, Any]]:
+    """A chunk and what came along: uid, return address, context on the first. A probe has no chunk."""
+    details = json.loads(_read(request, CHUNK))
+    if details.get("probe"):
+        return None, details
+    reason, error = details["finish_reason"], details["error"]
+    chunk = TokenChunk(
+        uid=details["uid"],
+        token_ids=list(_read(request, "output_ids")),
+        log_probs=list(_read(request, "output_log_probs")),
+        finish_reason=FinishReason(reason) if reason else None,
+        num_prompt_tokens=details["num_input_tokens"],
+        error=RequestError.parse(error) if error else None,
+    )
+    return chunk, details
+
+
+def _read(request: Any, name: str) -> Any:
+    """A tensor as a plain value: one item of those of size 1, a list of the others; None if it was not sent."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    items = tensor.as_numpy().reshape(-1).tolist()
+    try:
+        items = [item.decode() if isinstance(item, bytes) else item for item in items]
+    except UnicodeDecodeError as error:
+        raise RequestError("INVALID_ARG", f"{name} is not UTF-8 at byte {error.start}; allowed: UTF-8") from None
+    if {**PUBLIC_INPUTS, **GENERATION_INPUTS, **GENERATION_OUTPUTS}[name][1] == -1:
+        return items
+    if len(items) != 1:
+        raise RequestError("INVALID_ARG", f"{name} has {len(items)} values; allowed: 1")
+    return items[0]
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return values
+
+
+# Responses
+
+
+def tokens_response(token_ids: list[int], options_json: str, ensemble: dict[str, Any]) -> Any:
+    """What the tokenizer sends to generation."""
+    values = {"input_ids": token_ids, SAMPLING_PARAMETERS: [options_json], ENSEMBLE: [json.dumps(ensemble)]}
+    return _response(GENERATION_INPUTS, values)
+
+
+def client_response(response: Response) -> Any:
+    """What a client reads."""
+    values = {
+        "text_output": [response.text_output],
+        "finish_reason": [response.finish_reason],
+        "num_input_tokens": [response.num_input_tokens],
+        "num_output_tokens": [len(response.output_ids)],
+        "output_ids": response.output_ids,
+        "output_log_probs": response.output_log_probs,
+        "cumulative_logprob": [response.cumulative_logprob],
+    }
+    return _response(PUBLIC_OUTPUTS, values)
+
+
+def error_response(error: RequestError) -> Any:
+    """The error with its status code, which unary calls see, and in its text, which the others see."""
+    codes = {"INVALID_ARG": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE", "CANCELLED": "CANCELLED", "NOT_FOUND": "NOT_FOUND"}
+    code = getattr(pb_utils.TritonError, codes.get(error.code, "INTERNAL"))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def _response(names: dict[str, tuple[str, int]], values: dict[str, Any]) -> Any:
+    tensors = []
+    for name, (kind, _) in names.items():
+        items = [item.encode() for item in values[name]] if kind == "STRING" else values[name]
+        tensors.append(pb_utils.Tensor(name, np.array(items, dtype=_NUMPY_TYPES[kind])))
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+class ServerSender:
+    """A response sender whose client may have gone: sending never fails, and happens at most once with the final flag."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, response: Any | None, final: bool) -> None:
+        """Send a response; with `final`, or only the flag where there is no response, as the last."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        try:
+            if response is None:
+                self._sender.send(flags=flags)
+            else:
+                self._sender.send(response, flags=flags)
+        except Exception:
+            log.exception("a response could not be sent")
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class GenerationResponder:
+    """A Stream's way into the ensemble (or to a direct caller of generation, who gets errors as errors)."""
+
+    def __init__(
+        self, request: Any, uid: str, context: DecodeContext, return_address: str, in_ensemble: bool
+    ) -> None:
+        self._sender = ServerSender(request)
+        self._uid = uid
+        self._first = {"context": asdict(context), "return_address": return_address}
+        self._in_ensemble = in_ensemble
+
+    def send(self, chunk: TokenChunk, first: bool) -> None:
+        final = chunk.finish_reason is not None
+        if chunk.error is not None and not self._in_ensemble:
+            self._sender.send(error_response(chunk.error), final)
+            return
+        details = {
+            "uid": self._uid,
+            "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
+            "num_input_tokens": chunk.num_prompt_tokens,
+            "error": str(chunk.error) if chunk.error else "",
+        }
+        if first and self._in_ensemble:
+            details |= self._first
+        self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
+
+    def probe(self) -> None:
+        details = {"uid": self._uid, "probe": True, "return_address": self._first["return_address"]}
+        self._sender.send(self._chunk([], [], details), final=False)
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+    @staticmethod
+    def _chunk(token_ids: list[int], log_probs: list[float], details: dict[str, Any]) -> Any:
+        values = {"output_ids": token_ids, "output_log_probs": log_probs, CHUNK: [json.dumps(details)]}
+        return _response(GENERATION_OUTPUTS, values)
+
+
+class UnaryResponder:
+    """A Stream's way to a unary caller: one response, made by `decode`."""
+
+    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None]) -> None:
+        self._sender = ServerSender(request)
+        self._decode = decode
+
+    def send(self, chunk: TokenChunk, first: bool) -> None:
+        if chunk.error is not None:
+            self._sender.send(error_response(chunk.error), final=True)
+            return
+        response = self._decode(chunk)
+        assert response is not None, "the last chunk always gives a response"
+        self._sender.send(client_response(response), final=True)
+
+    def probe(self) -> None:
+        raise AssertionError("a unary call has no detokenizer to probe")
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detokenizer step: chunks of token ids in, text out, and word back to generation of what became of each chunk."""
+
+from lightllm_backend import triton_io
+from lightllm_backend.engine.return_channel import ReturnChannel
+from lightllm_backend.request import RequestError
+from lightllm_backend.response import DecodeContext, ResponseDecoder
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_io.start_logging()
+        self.tokenizer = triton_io.load_tokenizer(triton_io.engine_config(args))
+        self.returns = ReturnChannel()
+        self.decoders = {}  # by uid, of the requests that have not ended
+
+    def execute(self, requests):
+        for request in requests:
+            chunk, details = triton_io.read_chunk(request)
+            self.returns.connect(details.get("return_address", ""))
+            sender = triton_io.ServerSender(request)
+            try:
+                self.respond(sender, chunk, details)
+            except Exception as error:
+                self.decoders.pop(details["uid"], None)
+                self.returns.failed(details["uid"], repr(error))
+                failure = RequestError("INTERNAL", f"the text could not be decoded: {error}")
+                sender.send(triton_io.error_response(failure), final=True)
+
+    def respond(self, sender, chunk, details):
+        uid = details["uid"]
+        if sender.is_cancelled():
+            self.returns.gone(uid)
+        if chunk is None:
+            sender.send(None, final=True)
+            self.returns.delivered(uid)
+            return
+        if "context" in details:
+            self.decoders[uid] = ResponseDecoder(self.tokenizer, DecodeContext(**details["context"]))
+        decoder = self.decoders[uid]
+        if chunk.finish_reason is not None:
+            del self.decoders[uid]
+        if chunk.error is None:
+            response = decoder.decode(chunk)
+            sender.send(response and triton_io.client_response(response), final=True)
+            self.returns.delivered(uid)
+        else:
+            held = decoder.flush()
+            if held:
+                sender.send(triton_io.client_response(held), final=False)
+            sender.send(triton_io.error_response(chunk.error), final=True)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
+
+from lightllm_backend import triton_io
+from lightllm_backend.engine.channel import remove_stale_run_directories, run_directory
+from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.engine.streams import Streams
+from lightllm_backend.engine.supervisor import EngineSupervisor
+from lightllm_backend.request import RequestError
+from lightllm_backend.response import DecodeContext
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_io.start_logging()
+        config = triton_io.engine_config(args)
+        remove_stale_run_directories()
+        self.run_directory = run_directory()
+        self.tokenizer = triton_io.load_tokenizer(config)
+        self.metrics = triton_io.metrics(with_engine=True)
+        address = str(self.run_directory / "engine")
+        self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
+        self.supervisor.wait_ready()
+        self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
+        self.engine.wait_ready()
+        self.streams = Streams(self.engine, self.metrics, str(self.run_directory / "returns"))
+
+    def execute(self, requests):
+        for request in requests:
+            try:
+                self.submit(request)
+            except RequestError as error:
+                self.metrics.rejected()
+                triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+
+    def submit(self, request):
+        parsed, ensemble = triton_io.read_generation_request(request)
+        deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
+        prompt_text = ensemble["prompt_text"] if ensemble else ""
+        context = DecodeContext.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text)
+
+        def responder(uid):
+            return triton_io.GenerationResponder(
+                request, uid, context, self.streams.return_address, in_ensemble=ensemble is not None
+            )
+
+        self.streams.submit(
+            parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
+            tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def finalize(self):
+        self.streams.close()
+        self.engine.close()
+        self.supervisor.stop()
+        self.metrics.close()

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
+
+from lightllm_backend import triton_io
+from lightllm_backend.engine.channel import run_directory
+from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.engine.streams import Streams
+from lightllm_backend.prompt import encode_prompt
+from lightllm_backend.request import RequestError
+from lightllm_backend.response import DecodeContext, ResponseDecoder
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_io.start_logging()
+        self.config = triton_io.engine_config(args)
+        self.tokenizer = triton_io.load_tokenizer(self.config)
+        self.metrics = triton_io.metrics(with_engine=False)
+        self.engine = EngineClient(str(run_directory() / "engine"))
+        self.streams = Streams(self.engine, self.metrics)
+
+    def execute(self, requests):
+        for request in requests:
+            try:
+                self.submit(request)
+            except RequestError as error:
+                self.metrics.rejected()
+                triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+
+    def submit(self, request):
+        deadline = triton_io.deadline(request)
+        parsed = triton_io.read_request(request).without_streaming()
+        prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
+        context = DecodeContext.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo)
+        decoder = ResponseDecoder(self.tokenizer, context)
+        self.streams.submit(
+            prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
+            flow_control=False, tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def finalize(self):
+        self.streams.close()
+        self.engine.close()
+        self.metrics.close()

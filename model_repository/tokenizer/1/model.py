@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer step: text and parameters in, token ids and checked parameters out."""
+
+from lightllm_backend import triton_io
+from lightllm_backend.prompt import encode_prompt
+from lightllm_backend.request import RequestError
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        triton_io.start_logging()
+        self.config = triton_io.engine_config(args)
+        self.tokenizer = triton_io.load_tokenizer(self.config)
+
+    def execute(self, requests):
+        return [self.encode(request) for request in requests]
+
+    def encode(self, request):
+        try:
+            deadline = triton_io.deadline(request)
+            parsed = triton_io.read_request(request)
+            prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
+        except RequestError as error:
+            return triton_io.error_response(error)
+        ensemble = {"prompt_text": prompt.echo, "deadline": deadline}
+        return triton_io.tokens_response(prompt.token_ids, parsed.options.to_json(), ensemble)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launcher has a reference of the same name and signature, every kernel file a launcher, and `select` picks."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightllm_backend import kernels
+from lightllm_backend.kernels import launchers, reference
+
+NOT_KERNELS = {"__init__", "hardware", "launchers", "reference"}
+
+
+def _functions(module):
+    return {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and not name.startswith("_")
+    }
+
+
+def test_launchers_and_references_have_the_same_names():
+    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")} - NOT_KERNELS
+    assert set(_functions(launchers)) == set(_functions(reference)) == set(launchers.__all__) == files
+
+
+@pytest.mark.parametrize("name", launchers.__all__)
+def test_same_signature(name):
+    assert inspect.signature(_functions(launchers)[name]) == inspect.signature(_functions(reference)[name])
+
+
+def test_each_is_tested():
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert set(launchers.__all__) <= tests
+
+
+def test_select():
+    assert kernels.select("cpu") is reference
+    assert kernels.select("cuda:1") is launchers
+
+
+def test_a_cpu_engine_needs_no_triton_lang():
+    code = "import sys; from lightllm_backend.kernels import select; select('cpu'); assert 'triton' not in sys.modules"
+    root = Path(kernels.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})

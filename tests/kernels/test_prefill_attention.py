@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prefill_attention: the reference against naive softmax, the kernel against the reference."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, prefill_attention, reference
+from tests.kernels.kernel_harness import TOLERANCE, make_pool, naive_attention, relative_error, starts_of
+
+# Query lengths and context lengths.
+STEPS = [
+    ([1], [1]),
+    ([7], [7]),
+    ([5], [40]),
+    ([1, 33, 4], [1, 33, 4]),
+    ([3, 40, 1, 17, 2], [70, 40, 65, 18, 3]),
+]
+# Heads, KV heads and head_dim.
+SHAPES = [(1, 1, 16), (4, 2, 64), (3, 1, 80), (2, 2, 96), (8, 1, 128), (2, 1, 20)]
+
+
+def _step(queries, contexts, shape, dtype, device):
+    heads, kv_heads, head_dim = shape
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, device)
+    # A view into a fused tensor, with two tokens of padding at the end.
+    fused = torch.randn(sum(queries) + 2, (heads + 2) * head_dim, device=device).to(dtype)
+    q = fused[:, : heads * head_dim].unflatten(1, (heads, head_dim))
+    rest = (pool.req_to_token, pool.rows, starts_of(queries, device), pool.context_lengths)
+    return q, pool, (*rest, max(queries), max(contexts), head_dim**-0.5)
+
+
+@pytest.mark.parametrize(("queries", "contexts"), STEPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_is_naive_attention(queries, contexts, shape):
+    q, pool, rest = _step(queries, contexts, shape, torch.float32, torch.device("cpu"))
+    out = reference.prefill_attention(q, pool.k, pool.v, *rest)[: sum(queries)]
+    expected = naive_attention(q[: sum(queries)], pool, queries, rest[-1])
+    assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("queries", "contexts", "shape"),
+    [
+        (*STEPS[0], SHAPES[0]),
+        (*STEPS[1], SHAPES[5]),
+        (*STEPS[2], SHAPES[4]),
+        (*STEPS[3], SHAPES[2]),
+        (*STEPS[3], SHAPES[3]),
+        (*STEPS[4], SHAPES[1]),
+        ([140], [140], SHAPES[1]),
+        ([130, 5], [135, 200], SHAPES[0]),
+    ],
+)
+def test_kernel_matches_the_reference(queries, contexts, shape, dtype, device):
+    q, pool, rest = _step(queries, contexts, shape, dtype, device)
+    out = launchers.prefill_attention(q, pool.k, pool.v, *rest)[: sum(queries)]
+    wide = pool.to(torch.float32)
+    expected = reference.prefill_attention(q.float(), wide.k, wide.v, *rest)[: sum(queries)]
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_empty_sequences_change_nothing(implementation, device):
+    queries, contexts = [0, 6, 0, 3], [0, 6, 9, 8]
+    q, pool, rest = _step(queries, contexts, (2, 1, 16), torch.float32, device)
+    out = implementation.prefill_attention(q, pool.k, pool.v, *rest)[:9]
+    assert relative_error(out, naive_attention(q[:9], pool, queries, rest[-1])) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_large_scores_do_not_overflow(implementation, device):
+    q, pool, rest = _step([4], [20], (1, 1, 16), torch.float32, device)
+    q = q * 300
+    out = implementation.prefill_attention(q, pool.k, pool.v, *rest)[:4]
+    assert relative_error(out, naive_attention(q[:4], pool, [4], rest[-1])) < 1e-4
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0)])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_blocks_follow_the_queries(capability, head_dim, element_size):
+    short = prefill_attention.choose_blocks(head_dim, element_size, capability, 5)
+    long = prefill_attention.choose_blocks(head_dim, element_size, capability, 5000)
+    assert short.queries == 16
+    assert long.queries >= 32
+    assert long.num_stages == 1 or capability >= (8, 0)

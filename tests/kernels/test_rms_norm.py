@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rms_norm: the reference against the formula in float64, the kernel against the reference."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, reference
+from tests.kernels.kernel_harness import TOLERANCE, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_is_the_formula(dtype):
+    x, weight = torch.randn(5, 33, dtype=dtype) * 3, torch.randn(33, dtype=dtype)
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    assert relative_error(reference.rms_norm(x, weight, 1e-3), expected) < TOLERANCE[dtype]
+
+
+def test_epsilon_counts():
+    x = torch.full((1, 4), 1e-3)
+    assert torch.allclose(reference.rms_norm(x, torch.ones(4), 1e-6), torch.full((1, 4), 0.5**0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 1), (3, 7), (1, 576), (4, 1000)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_kernel_matches_the_reference(dtype, tokens, dim, with_residual, device):
+    # A view with a row stride of its own.
+    x = (torch.randn(tokens, 2 * dim + 3, device=device) * 2).to(dtype)[:, 1 : dim + 1]
+    weight = torch.randn(dim, device=device).to(dtype)
+    residual = torch.randn(tokens, dim, device=device).to(dtype) if with_residual else None
+    expected_residual = residual.clone() if with_residual else None
+    before = x.clone()
+    out = launchers.rms_norm(x, weight, 1e-5, residual)
+    expected = reference.rms_norm(x, weight, 1e-5, expected_residual)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert torch.equal(x, before)
+    if with_residual:
+        # The interpreter truncates to bfloat16 where a GPU rounds.
+        tolerance = TOLERANCE[dtype] if dtype == torch.bfloat16 else 0.0
+        assert relative_error(residual, expected_residual) <= tolerance
+
+
+def test_residual_is_the_rounded_sum(device):
+    x = torch.randn(2, 65, device=device).half()
+    residual = torch.randn(2, 65, device=device).half()
+    expected = (x.float() + residual.float()).half()
+    launchers.rms_norm(x, torch.ones(65, device=device).half(), 1e-5, residual)
+    assert torch.equal(residual, expected)
+
+
+def test_no_tokens(device):
+    empty = torch.empty(0, 8, device=device)
+    assert launchers.rms_norm(empty, torch.ones(8, device=device), 1e-5).shape == (0, 8)

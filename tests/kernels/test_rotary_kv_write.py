@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rotary_kv_write: the reference against complex rotation, the kernel against the reference."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, reference
+from tests.kernels.kernel_harness import TOLERANCE, relative_error
+
+SHAPES = [
+    (1, 1, 1, 16, 16),
+    (3, 6, 2, 80, 80),
+    (5, 9, 3, 64, 32),
+    (2, 8, 1, 96, 96),
+    (2, 17, 17, 128, 128),
+    (3, 4, 2, 20, 0),
+]
+
+
+def _step(tokens, heads, kv_heads, head_dim, rotary_dim, dtype, device):
+    """Views into a fused tensor, one padding token, and a pool of NaN."""
+    fused = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim + 3, device=device).to(dtype)
+    q, k, v, _ = fused.split((heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, 3), 1)
+    angle = torch.randn(tokens, rotary_dim // 2, device=device) * 7
+    slots = torch.randperm(tokens + 4)[:tokens].to(device, torch.int32)
+    if tokens > 1:
+        slots[tokens // 2] = -1
+    k_pool = torch.full((tokens + 4, kv_heads, head_dim), torch.nan, device=device, dtype=dtype)
+    v_pool = torch.full((tokens + 4, kv_heads, head_dim), torch.nan, device=device, dtype=dtype)
+    heads_of = (
+        q.unflatten(1, (heads, head_dim)),
+        k.unflatten(1, (kv_heads, head_dim)),
+        v.unflatten(1, (kv_heads, head_dim)),
+    )
+    return fused, (*heads_of, angle.cos(), angle.sin(), slots, k_pool, v_pool), angle
+
+
+def _rotate_as_complex(x, angle):
+    half = angle.shape[1]
+    pairs = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
+    turned = pairs * torch.exp(1j * angle.double())[:, None]
+    return torch.cat((turned.real, turned.imag, x[..., 2 * half :].double()), -1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_is_a_rotation(shape):
+    _, arguments, angle = _step(*shape, torch.float32, torch.device("cpu"))
+    q, k, v, _, _, slots, k_pool, v_pool = arguments
+    expected_q, expected_k = _rotate_as_complex(q, angle), _rotate_as_complex(k, angle)
+    reference.rotary_kv_write(*arguments)
+    assert relative_error(q, expected_q) < 1e-6
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            assert relative_error(k_pool[slot], expected_k[token]) < 1e-6
+            assert torch.equal(v_pool[slot], v[token])
+    untouched = sorted(set(range(len(k_pool))) - set(slots.tolist()))
+    assert k_pool[untouched].isnan().all()
+    assert v_pool[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_matches_the_reference(shape, dtype, device):
+    fused, arguments, _ = _step(*shape, dtype, device)
+    q, k, v, cos, sin, slots, k_pool, v_pool = arguments
+    before = fused.clone()
+    expected_q, expected_k_pool, expected_v_pool = q.clone(), k_pool.clone(), v_pool.clone()
+    reference.rotary_kv_write(expected_q, k, v, cos, sin, slots, expected_k_pool, expected_v_pool)
+    launchers.rotary_kv_write(*arguments)
+    assert relative_error(q, expected_q) < TOLERANCE[dtype]
+    assert torch.equal(k_pool.isnan(), expected_k_pool.isnan())
+    assert relative_error(k_pool.nan_to_num(), expected_k_pool.nan_to_num()) < TOLERANCE[dtype]
+    assert torch.equal(v_pool.nan_to_num(), expected_v_pool.nan_to_num())
+    query_size = q.shape[1] * q.shape[2]
+    assert torch.equal(fused[:, query_size:], before[:, query_size:])
+
+
+def test_no_tokens(device):
+    _, arguments, _ = _step(1, 2, 1, 16, 16, torch.float32, device)
+    q, k, v, cos, sin, slots, k_pool, v_pool = arguments
+    launchers.rotary_kv_write(q[:0], k[:0], v[:0], cos[:0], sin[:0], slots[:0], k_pool, v_pool)
+    assert k_pool.isnan().all()

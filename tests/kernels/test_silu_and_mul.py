@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""silu_and_mul: the reference against the formula in float64, the kernel against the reference."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, reference
+from tests.kernels.kernel_harness import TOLERANCE, relative_error
+
+
+def test_reference_is_the_formula():
+    gate_up = torch.randn(3, 14)
+    gate, up = gate_up[:, :7].double(), gate_up[:, 7:].double()
+    assert relative_error(reference.silu_and_mul(gate_up), gate / (1 + torch.exp(-gate)) * up) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (3, 37), (2, 1025)])
+def test_kernel_matches_the_reference(dtype, tokens, features, device):
+    gate_up = (torch.randn(tokens, 2 * features + 5, device=device) * 4).to(dtype)[:, : 2 * features]
+    out = launchers.silu_and_mul(gate_up)
+    assert out.dtype == dtype
+    assert relative_error(out, reference.silu_and_mul(gate_up)) < TOLERANCE[dtype]
+
+
+def test_large_gates_do_not_overflow(device):
+    gate_up = torch.tensor([[-200.0, 200.0, 1.0, 1.0]], device=device)
+    assert launchers.silu_and_mul(gate_up).tolist() == [[0.0, 200.0]]
+
+
+def test_no_tokens(device):
+    assert launchers.silu_and_mul(torch.empty(0, 8, device=device)).shape == (0, 4)

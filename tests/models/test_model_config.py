@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelConfig: both spellings of Hugging Face's files, the defaults, and each way in which they can be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lightllm_backend.models.model_config import ModelConfig, ModelError, RopeScaling
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def write(directory, generation=None, **changes):
+    values = {key: value for key, value in {**LLAMA, **changes}.items() if value != "absent"}
+    (directory / "config.json").write_text(json.dumps(values))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def test_first_llama_needs_no_more_than_its_shape(tmp_path):
+    assert ModelConfig.from_directory(write(tmp_path)) == ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=RopeScaling(),
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        max_positions=2048,
+        torch_dtype=None,
+        bos_id=None,
+        eos_ids=(),
+    )
+
+
+def test_what_is_said_is_taken(tmp_path):
+    config = ModelConfig.from_directory(
+        write(
+            tmp_path,
+            num_key_value_heads=8,
+            head_dim=64,
+            rope_theta=500000,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+        )
+    )
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.bos_id) == (8, 64, 500000.0, 1)
+    assert config.attention_bias
+    assert config.mlp_bias
+    assert config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("written", "scaling"),
+    [
+        ({"rope_scaling": None}, RopeScaling()),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, RopeScaling("linear", 4.0)),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, RopeScaling("dynamic", 2.0)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_parameters": {"rope_type": "default"}}, RopeScaling()),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0)),
+        ({"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+    ],
+)
+def test_rope_scaling_in_both_spellings(tmp_path, written, scaling):
+    assert ModelConfig.from_directory(write(tmp_path, **written)).rope_scaling == scaling
+
+
+def test_rope_theta_within_rope_parameters(tmp_path):
+    write(tmp_path, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert ModelConfig.from_directory(tmp_path).rope_theta == 5e5
+
+
+def test_llama3_without_its_original_length_takes_the_models(tmp_path):
+    without = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    write(tmp_path, rope_scaling={"rope_type": "llama3", **without})
+    assert ModelConfig.from_directory(tmp_path).rope_scaling.original_max_positions == 2048
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 2048),
+        ({"type": "linear", "factor": 4.0}, 8192),
+        ({"type": "dynamic", "factor": 2.5}, 5120),
+        ({"rope_type": "llama3", **LLAMA3}, 2048),
+    ],
+)
+def test_scaling_lengthens_what_is_served(tmp_path, scaling, length):
+    assert ModelConfig.from_directory(write(tmp_path, rope_scaling=scaling)).max_sequence_length == length
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [({"torch_dtype": "float16"}, "float16"), ({"dtype": "bfloat16"}, "bfloat16"), ({"dtype": "torch.half"}, "half")],
+)
+def test_dtype_in_both_spellings(tmp_path, written, dtype):
+    assert ModelConfig.from_directory(write(tmp_path, **written)).torch_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "eos_ids"),
+    [
+        (2, None, (2,)),
+        ([3, 2], {}, (3, 2)),
+        (2, {"eos_token_id": [5, 2, 1]}, (2, 5, 1)),
+        (None, {"eos_token_id": 7}, (7,)),
+    ],
+)
+def test_eos_ids_are_those_of_both_files(tmp_path, config, generation, eos_ids):
+    assert ModelConfig.from_directory(write(tmp_path, generation, eos_token_id=config)).eos_ids == eos_ids
+
+
+@pytest.mark.parametrize("key", LLAMA)
+def test_a_missing_field_is_named(tmp_path, key):
+    with pytest.raises(ModelError, match=rf"config\.json: {key} is missing; .* is needed"):
+        ModelConfig.from_directory(write(tmp_path, **{key: "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": "many"}, "vocab_size is 'many'; an integer above 0 is needed"),
+        ({"hidden_size": 0}, "hidden_size is 0; an integer above 0"),
+        ({"hidden_size": 4097}, "hidden_size is 4097; a multiple of num_attention_heads, 32"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; an integer"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5; a divisor of num_attention_heads, 32"),
+        ({"head_dim": 63}, "head_dim is 63; rotary embeddings need an even head_dim"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; a number above 0"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'; true or false is needed"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id or a list"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]; a token id or a list"),
+        ({"torch_dtype": 16}, "torch_dtype is 16; the name of a dtype"),
+        ({"architectures": []}, r"architectures is \[\]; a list with the name"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not known; known: .*LlamaForCausalLM"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; an unquantised checkpoint"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is needed"),
+        ({"rope_interleaved": True}, "rope_interleaved is True; false is needed"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; 1 is needed"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object is needed"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; known: default, linear, dynamic, llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5; a number of at least 1"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters.low_freq_factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            "rope_scaling.low_freq_factor is 4.0; a number below high_freq_factor, 4.0",
+        ),
+    ],
+)
+def test_an_impossible_value_is_named(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=rf"{tmp_path}/config\.json: .*{message}"):
+        ModelConfig.from_directory(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[]", "holds a JSON list; an object"), ("\xff", "not valid JSON")],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_bad_json_is_an_error(tmp_path, name, text, message):
+    write(tmp_path)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=rf"/{name}: .*{message}"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_a_missing_directory_and_a_missing_file_are_errors(tmp_path):
+    with pytest.raises(ModelError, match="nowhere: there is no such directory; a Hugging Face model directory"):
+        ModelConfig.from_directory(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"config\.json: there is no such file"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_a_model_error_is_a_value_error():
+    assert issubclass(ModelError, ValueError)
+
+
+def test_the_configuration_is_read_without_torch(tmp_path):
+    code = (
+        "import sys; from lightllm_backend.models.model_config import ModelConfig; "
+        f"ModelConfig.from_directory({str(write(tmp_path))!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

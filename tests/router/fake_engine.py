@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runner whose output can be computed by hand, and the engine's loop around it with steps that overlap."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from lightllm_backend.request import FinishReason, Request, SamplingParams, TokenChunk
+from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.router.router import Router
+
+VOCABULARY = 11
+UNWRITTEN = -1
+
+
+def next_token(context: Iterable[int]) -> int:
+    """Depends on every token of the context and on where it stands."""
+    return sum((position + 1) * (token + 3) for position, token in enumerate(context)) * 7 // 3 % VOCABULARY
+
+
+def expected_answer(request: Request, eos_ids: frozenset[int]) -> tuple[list[int], FinishReason]:
+    """What a request gets that is alone in the world."""
+    sampling = request.sampling
+    answer: list[int] = []
+    while len(answer) < sampling.max_tokens:
+        answer.append(next_token([*request.prompt_ids, *answer]))
+        if answer[-1] in eos_ids and not sampling.ignore_eos and len(answer) > sampling.min_tokens:
+            return answer, FinishReason.STOP
+    return answer, FinishReason.LENGTH
+
+
+class FakeRunner:
+    """Keeps tokens where a real one keeps K and V, so that a slot or row in wrong hands changes the answer."""
+
+    def __init__(self, capacity: int, num_rows: int) -> None:
+        self.pool = np.full(capacity, UNWRITTEN, dtype=np.int64)
+        self.slot_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
+        self.token_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
+
+    def step(self, batch: Batch) -> StepResult:
+        check_shape(batch)
+        for admission in batch.admitted:
+            self.slot_of[admission.row] = UNWRITTEN
+            self.token_of[admission.row] = UNWRITTEN
+            self.token_of[admission.row, : len(admission.prompt_ids)] = admission.prompt_ids
+        spans = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True))
+        offset = 0
+        for row, start, length in spans:
+            slots = batch.slots[offset : offset + length]
+            offset += length
+            self.slot_of[row, start : start + length] = slots
+            self.pool[slots] = self.token_of[row, start : start + length]
+        tokens = []
+        for (row, start, length), samples in zip(spans, batch.samples.tolist(), strict=True):
+            if samples:
+                context = self.pool[self.slot_of[row, : start + length]]
+                tokens.append(next_token(context.tolist()))
+                self.token_of[row, start + length] = tokens[-1]
+        log_probs = np.array([-token - 0.5 for token in tokens], dtype=np.float32)
+        return StepResult(np.array(tokens, dtype=np.int32), log_probs)
+
+
+def check_shape(batch: Batch) -> None:
+    """What every batch must keep, whatever is in it."""
+    assert len(batch.rows) == len(batch.starts) == len(batch.lengths) == len(batch.samples) > 0
+    assert {array.dtype for array in (batch.rows, batch.starts, batch.lengths, batch.slots)} == {np.dtype(np.int32)}
+    assert batch.samples.dtype == np.bool_
+    assert len(set(batch.rows.tolist())) == len(batch.rows)
+    assert len(set(batch.slots.tolist())) == len(batch.slots) == batch.lengths.sum()
+    assert (batch.lengths >= 1).all()
+    assert (batch.lengths[: batch.num_decodes] == 1).all()
+    assert batch.samples[: batch.num_decodes].all()
+    assert {admission.row for admission in batch.admitted} == {
+        row for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True) if start == 0
+    }
+
+
+class EngineLoop:
+    """The worker's loop: `depth` batches are planned before the oldest is applied. Collects each request's chunks."""
+
+    def __init__(self, router: Router, runner: FakeRunner, depth: int) -> None:
+        self.router = router
+        self.runner = runner
+        self.depth = depth
+        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
+        self.batches: list[Batch] = []
+        self.most_used = 0  # token slots
+        self._in_flight: deque[tuple[Batch, StepResult]] = deque()
+
+    def step(self) -> None:
+        batch = self.router.next_batch()
+        self.most_used = max(self.most_used, self.router.stats().kv_tokens_used)
+        self.router.check_integrity()
+        if batch is not None:
+            self.batches.append(batch)
+            self._in_flight.append((batch, self.runner.step(batch)))
+        if self._in_flight and (batch is None or len(self._in_flight) > self.depth):
+            self.collect(self.router.apply(*self._in_flight.popleft()))
+        else:
+            self.collect(self.router.drain_finished())
+        self.router.check_integrity()
+
+    def run(self) -> None:
+        for _ in range(1_000):
+            if not self.router.has_work and not self._in_flight:
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def collect(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            earlier = self.chunks[chunk.uid]
+            assert not earlier or earlier[-1].finish_reason is None, "a chunk after the last one"
+            assert chunk.token_ids or chunk.finish_reason is not None, "an empty chunk that is not the last"
+            earlier.append(chunk)
+
+    def answer(self, uid: str) -> tuple[list[int], FinishReason | None]:
+        chunks = self.chunks[uid]
+        return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].finish_reason
+
+
+def make_request(
+    uid: str, prompt_length: int, max_tokens: int = 4, deadline: float | None = None, **sampling
+) -> Request:
+    """A request whose prompt differs from that of every other uid."""
+    prompt = tuple((sum(uid.encode()) + position * position) % VOCABULARY for position in range(prompt_length))
+    return Request(uid, prompt, SamplingParams(max_tokens=max_tokens, **sampling), deadline)
