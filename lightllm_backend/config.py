@@ -16,7 +16,9 @@ from typing import Any
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
 
 # Environment variables with the prefix that are not settings: where things lie, and how parts were started.
-_OTHER_VARIABLES = {"CACHE", "VENV", "TRITONSERVER", "RUN_DIR", "ORIGINAL_LD_LIBRARY_PATH"}
+_OTHER_VARIABLES = {
+    "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -48,7 +50,10 @@ class EngineConfig:
     tp: int = _setting(1, "tensor-parallel ranks, one process and GPU each", "1", lambda value: value == 1)
     max_total_token_num: int | None = _count(None, "token slots of the KV pool (default: what fits in mem_fraction)")
     mem_fraction: float = _setting(
-        0.9, "share of the GPU's memory for weights, workspace and KV pool", "0 < mem_fraction ≤ 1", lambda v: 0 < v <= 1
+        0.9,
+        "share of the GPU's memory for weights, workspace and KV pool",
+        "0 < mem_fraction ≤ 1",
+        lambda v: 0 < v <= 1,
     )
     load_format: str = _choice("auto", "dummy: random weights from config.json alone, for benchmarks", "auto", "dummy")
     max_prompt_bytes: int = _count(1 << 20, "longest prompt text")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface table in code: names, aliases, types and limits of what a request may say. Standard library only.
 
-A value may come as a tensor, as a key of the JSON string `sampling_parameters`, or as a request parameter; a tensor wins
-over the JSON, the JSON over parameters. Whatever is unknown or impossible is an INVALID_ARG that names it.
+A value may come as a tensor, as a key of the JSON string `sampling_parameters`, or as a request parameter; a tensor
+wins over the JSON, the JSON over parameters. Whatever is unknown or impossible is an INVALID_ARG that names it.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ OPTIONS: dict[str, Option] = {
     "frequency_penalty": Option(_number, "a finite number", math.isfinite),
     "repetition_penalty": Option(_number, "a finite number > 0", lambda v: 0 < v < math.inf),
     "seed": Option(_integer, "0 ≤ seed < 2⁶⁴", lambda v: 0 <= v < 2**64, aliases=("random_seed",)),
-    "min_tokens": Option(
-        _integer, "0 ≤ min_tokens ≤ max_tokens", lambda v: 0 <= v < 2**31, aliases=("min_length",)
-    ),
+    "min_tokens": Option(_integer, "0 ≤ min_tokens ≤ max_tokens", lambda v: 0 <= v < 2**31, aliases=("min_length",)),
     "ignore_eos": Option(_boolean, _BOOL),
     "stop_words": Option(
         _stop_words,
@@ -120,9 +118,7 @@ OPTIONS: dict[str, Option] = {
     "exclude_input_in_output": Option(_boolean, _BOOL),
     "parse_special": Option(_boolean, _BOOL),
     "skip_special_tokens": Option(_boolean, _BOOL),
-    "return_log_probs": Option(
-        _boolean_or_count, "true, false or a count", aliases=("return_logprobs", "logprobs")
-    ),
+    "return_log_probs": Option(_boolean_or_count, "true, false or a count", aliases=("return_logprobs", "logprobs")),
 }
 # What other servers' clients also send. These outputs are always there:
 OPTIONS |= {
@@ -176,7 +172,9 @@ def parse_request(
         values["seed"] = random.getrandbits(64)
     sampling = SamplingParams(**{name: values[name] for name in _SAMPLING_NAMES if name in values})
     if sampling.min_tokens > sampling.max_tokens:
-        raise _invalid(f"min_tokens is {sampling.min_tokens}; allowed: 0 ≤ min_tokens ≤ max_tokens ({sampling.max_tokens})")
+        raise _invalid(
+            f"min_tokens is {sampling.min_tokens}; allowed: 0 ≤ min_tokens ≤ max_tokens ({sampling.max_tokens})"
+        )
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})
     return ParsedRequest(values.get("text_input"), values.get("input_ids"), options)
 
@@ -246,7 +244,9 @@ def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise _invalid(f"{key} is not a parameter{hint}; allowed: {', '.join(sorted(_CANONICAL))}")
         if name in values:
-            raise _invalid(f"{name} is given twice, once as {key}; allowed: one of {name}, {', '.join(OPTIONS[name].aliases)}")
+            raise _invalid(
+                f"{name} is given twice, once as {key}; allowed: one of {name}, {', '.join(OPTIONS[name].aliases)}"
+            )
         option = OPTIONS[name]
         try:
             value = option.convert(raw)

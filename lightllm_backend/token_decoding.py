@@ -119,7 +119,7 @@ class WindowDecoder:
         self._context_text = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        self._window.extend(map(int, token_ids))
+        self._window.extend(token_ids)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT_CHARACTER) or len(text) <= len(self._context_text):
             return ""

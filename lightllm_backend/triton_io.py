@@ -109,7 +109,7 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
-    directory = config.model_dir or embedded_model_directory()
+    directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
     return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code)
 
 
@@ -221,8 +221,7 @@ def client_response(response: Response) -> Any:
 
 def error_response(error: RequestError) -> Any:
     """The error with its status code, which unary calls see, and in its text, which the others see."""
-    codes = {"INVALID_ARG": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE", "CANCELLED": "CANCELLED", "NOT_FOUND": "NOT_FOUND"}
-    code = getattr(pb_utils.TritonError, codes.get(error.code, "INTERNAL"))
+    code = getattr(pb_utils.TritonError, error.code)  # the server's names are ours
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
@@ -235,7 +234,7 @@ def _response(names: dict[str, tuple[str, int]], values: dict[str, Any]) -> Any:
 
 
 class ServerSender:
-    """A response sender whose client may have gone: sending never fails, and happens at most once with the final flag."""
+    """A response sender whose client may have gone: sending never fails. Nothing may be asked after the last one."""
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
@@ -258,9 +257,7 @@ class ServerSender:
 class GenerationResponder:
     """A Stream's way into the ensemble (or to a direct caller of generation, who gets errors as errors)."""
 
-    def __init__(
-        self, request: Any, uid: str, context: DecodeContext, return_address: str, in_ensemble: bool
-    ) -> None:
+    def __init__(self, request: Any, uid: str, context: DecodeContext, return_address: str, in_ensemble: bool) -> None:
         self._sender = ServerSender(request)
         self._uid = uid
         self._first = {"context": asdict(context), "return_address": return_address}
@@ -271,7 +268,7 @@ class GenerationResponder:
         if chunk.error is not None and not self._in_ensemble:
             self._sender.send(error_response(chunk.error), final)
             return
-        details = {
+        details: dict[str, Any] = {
             "uid": self._uid,
             "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
             "num_input_tokens": chunk.num_prompt_tokens,
@@ -301,7 +298,7 @@ class UnaryResponder:
         self._sender = ServerSender(request)
         self._decode = decode
 
-    def send(self, chunk: TokenChunk, first: bool) -> None:
+    def send(self, chunk: TokenChunk, first: bool) -> None:  # noqa: ARG002, a Responder's signature
         if chunk.error is not None:
             self._sender.send(error_response(chunk.error), final=True)
             return

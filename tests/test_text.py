@@ -137,6 +137,12 @@ def test_a_stop_string_may_begin_within_min_tokens():
     assert (stream.stopped, stream.num_tokens) == (True, 3)
 
 
+def test_a_stop_string_within_min_tokens_does_not_count_later():
+    stream = TextStream(BYTE_LEVEL, ["abcd", "bc"], min_tokens=3)
+    assert one_by_one(stream, "abcx") == ["", "", "", "abcx"]
+    assert not stream.stopped
+
+
 def test_llamas_newline_stops_at_once():
     newline = LLAMA.encode("\n", parse_special=False)[-1]
     stream = TextStream(LLAMA, ["\n"])

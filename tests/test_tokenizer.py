@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from transformers import AutoTokenizer
 
 from lightllm_backend.text import Tokenizer, TokenizerError
@@ -144,18 +145,65 @@ def test_sentencepiece_adds_bos_unless_told_otherwise(model_dir, settings: dict,
     assert Tokenizer.load(directory).encode("dog") == [*head, *pieces().encode("dog"), *tail]
 
 
-def test_a_token_that_the_settings_name_as_special_is_special(model_dir):
-    directory = model_dir("byte_level", additional_special_tokens=["<call>"], pad_token="<no such token>")
-    file = directory / "tokenizer.json"
-    content = json.loads(file.read_text())
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    content["added_tokens"].append({"id": 512, "content": "<call>", **plain})
-    file.write_text(json.dumps(content))
+def test_sentencepiece_splits_off_the_longest_added_token(model_dir):
+    directory = model_dir("llama", remove=("tokenizer.json",), extra_special_tokens=["<tool>"])
+    (directory / "added_tokens.json").write_text('{"<tool>": 512, "<tool><tool>": 513}')
     tokenizer = Tokenizer.load(directory)
-    assert tokenizer.vocab_size == 513
+    assert tokenizer.encode("<tool><tool><tool>") == [1, 513, 512]
+    assert tokenizer.decode([512, 513]) == "<tool><tool>"  # only 512 was named as special
+
+
+def add_token(directory: Path, token_id: int, content: str, **flags: bool) -> None:
+    """Add a token to a directory's tokenizer.json."""
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"].append({"id": token_id, "content": content, **plain, **flags})
+    file.write_text(json.dumps(tokenizer))
+
+
+def test_a_token_that_the_settings_name_as_special_is_special(model_dir):
+    directory = model_dir("byte_level", additional_special_tokens=["<call>", "<turn>"], pad_token="<no such token>")
+    add_token(directory, 512, "<call>")
+    add_token(directory, 513, "<turn>", special=True, rstrip=True)
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.vocab_size == 514
     assert tokenizer.encode("<call>") == [512]
     assert 512 not in tokenizer.encode("<call>", parse_special=False)
     assert tokenizer.decode([512]) == ""
+    assert tokenizer.encode("<turn> \n<call>") == [513, 512]  # it keeps what the file says of it
+
+
+def test_a_token_that_only_the_settings_have_is_added(model_dir):
+    directory = model_dir("byte_level", added_tokens_decoder={"512": {"content": "<call>", "special": True}})
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.encode("<call>") == [512]
+    assert tokenizer.decode([512], skip_special_tokens=False) == "<call>"
+    assert tokenizer.decode([512]) == ""
+
+
+def test_added_tokens_of_a_byte_level_vocabulary_are_spelled_as_in_the_library(model_dir):
+    directory = model_dir("byte_level")
+    contents = ["<a b>", "<｜turn｜>", "<é>", "🙂", "\u2581"]
+    for number, content in enumerate(contents):
+        add_token(directory, 512 + number, content)
+    ours, library = Tokenizer.load(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for token_id in range(512, 512 + len(contents)):
+        assert ours.decode([token_id, 100]) == library.decode([token_id, 100])
+    assert ours.decode([512, 513, 515, 516]) == "<a b><｜turn｜>🙂\u2581"
+
+
+def test_a_decoder_that_strips_nothing_keeps_the_first_space(model_dir):
+    directory = model_dir("llama", remove=("tokenizer.model",))
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    assert content["decoder"]["decoders"].pop()["type"] == "Strip"
+    file.write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.decode(tokenizer.encode("the dog")) == " the dog"
+    assert tokenizer.decode(tokenizer.encode("the dog")) == AutoTokenizer.from_pretrained(directory).decode(
+        tokenizer.encode("the dog"), skip_special_tokens=True
+    )
 
 
 def test_limits_saved_with_a_tokenizer_do_not_cut_or_fill_a_prompt(model_dir):

@@ -18,7 +18,7 @@ import stat
 import tempfile
 import threading
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class Channel:
         except OSError as error:
             raise ChannelClosed(f"nobody listens at {address}: {error}") from None
 
+    @classmethod
+    def accept(cls, listener: socket.socket) -> Channel:
+        """The next one who connects to `listener`; blocks. OSError once the listener is closed."""
+        connected, _ = listener.accept()
+        return cls(Connection(connected.detach()))
+
     def send(self, *message: Any) -> None:
         frame = msgpack.packb(message)
         with self._send_lock:
@@ -111,10 +117,13 @@ class Channel:
             self._connection.close()
 
 
-def listen(address: str) -> Listener:
-    """A listener whose socket only this user may use. A socket that a dead process left behind is replaced."""
+def listen(address: str) -> socket.socket:
+    """A listener at a path in a private directory. What a dead process left behind there is replaced."""
     Path(address).unlink(missing_ok=True)
-    return Listener(address, family="AF_UNIX", backlog=64)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    return listener
 
 
 def run_directory() -> Path:

@@ -33,7 +33,7 @@ class EngineClient:
     """Submits requests to the worker at `address` and hands each its chunks; several clients may share one worker.
 
     Owns the fact which requests are outstanding: each submitted request ends in exactly one chunk with a finish reason,
-    also if the worker dies, and a chunk of a request that has ended is dropped. Connects, and connects again, by itself.
+    also if the worker dies, and a chunk of a request that has ended is dropped. Connects by itself, again and again.
     `on_chunk` and `on_stats` are called on the client's reader thread and must not block.
     """
 

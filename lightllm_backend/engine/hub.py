@@ -39,16 +39,15 @@ class Hub:
         self._info = asdict(info)
         self._leash = leash
         self._listener = listen(address)
-        # The standard library's Listener has no public fileno; its socket is what there is to wait for.
-        self._listening_socket = self._listener._listener._socket  # type: ignore[attr-defined]
         self._clients: dict[Channel, set[str]] = {}
         self._client_of: dict[str, Channel] = {}
         self._stats_sent = 0.0
         self._last_stats = EngineStats()
 
     def receive(self, timeout: float | None) -> Iterator[tuple[int, Any]]:
-        """Messages that have come: (SUBMIT, packed request), (CANCEL, uid), (STOP, uid). Waits for `timeout` seconds."""
-        for source in wait([self._leash, self._listening_socket, *self._clients], timeout):
+        """Messages that have come, as (kind, body). Waits for the first of them for `timeout` seconds."""
+        sources: list[Any] = [self._leash, self._listener, *self._clients]
+        for source in wait(sources, timeout):
             if source == self._leash:
                 self.open = False
             elif isinstance(source, Channel):
@@ -81,7 +80,7 @@ class Hub:
             client.close()
 
     def _accept(self) -> None:
-        client = Channel(self._listener.accept())
+        client = Channel.accept(self._listener)
         try:
             client.send(READY, self._info)
         except ChannelClosed:

@@ -42,7 +42,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
     dtype = choose_dtype(config, shape, device)
-    max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_positions)
+    max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_sequence_length)
     max_input = _clamp("max_req_input_len", config.max_req_input_len, max_total - 1)
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
     default_batch = GPU_BATCH_MAX_TOKENS if device.type == "cuda" else CPU_BATCH_MAX_TOKENS
@@ -59,13 +59,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
 
     def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
-        storage = KVStorage(shape.num_layers, num_slots, shape.num_kv_heads, shape.head_dim, dtype, device)
+        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, dtype, device)
         num_rows = config.running_max_req_size
         return ModelRunner(model, storage, chosen_kernels, num_rows, max_total, eos_ids, device), storage
 
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if device.type == "cuda":
-        slot_bytes = KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, dtype)
         batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
         peak = workspace_bytes(runner_with(1)[0], batches, device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
@@ -120,9 +120,13 @@ def _fastest_cpu_dtype(rows: int, columns: int) -> torch.dtype:
 def _pool_tokens(config: EngineConfig, fitting: int) -> int:
     asked = config.max_total_token_num
     if asked is not None and asked > fitting:
-        raise ConfigError(f"max_total_token_num is {asked}; allowed: at most {max(fitting, 0)}, which fit in mem_fraction")
+        raise ConfigError(
+            f"max_total_token_num is {asked}; allowed: at most {max(fitting, 0)}, which fit in mem_fraction"
+        )
     if fitting < 1:
-        raise ConfigError(f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool")
+        raise ConfigError(
+            f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool"
+        )
     return asked or fitting
 
 

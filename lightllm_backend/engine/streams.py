@@ -15,16 +15,17 @@ does not stream keeps everything until the end. The last chunk never waits.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel, ChannelClosed, listen
+from lightllm_backend.engine.channel import DELIVERED, FAILED, Channel, ChannelClosed, listen
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
-from lightllm_backend.text import Tokenizer, TextStream
+from lightllm_backend.text import TextStream, Tokenizer
 
 PROBE_SECONDS = 0.25
 MAX_PROBES_A_SECOND = 500.0
@@ -57,7 +58,12 @@ class Stream:
     """One request's state between the engine and its client. Guarded by its own lock; sends are in order."""
 
     def __init__(
-        self, responder: Responder, streaming: bool, flow_control: bool, stop_text: TextStream | None, observer: Observer
+        self,
+        responder: Responder,
+        streaming: bool,
+        flow_control: bool,
+        stop_text: TextStream | None,
+        observer: Observer,
     ) -> None:
         self.ended = False
         self.last_contact = time.monotonic()  # when something was last sent
@@ -203,6 +209,7 @@ class Streams:
     def close(self) -> None:
         self._closing.set()
         if self._listener:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there; closing does not
             self._listener.close()
 
     def _watch_clients(self) -> None:
@@ -219,7 +226,7 @@ class Streams:
         assert self._listener is not None
         while not self._closing.is_set():
             try:
-                channel = Channel(self._listener.accept())
+                channel = Channel.accept(self._listener)
             except OSError:
                 return  # closed
             threading.Thread(target=self._read_returns, args=(channel,), name="return-channel", daemon=True).start()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker: the process that holds a GPU (or the CPU cores), the Router and the step loop. The one place where Router
-and runner meet. Run by the EngineSupervisor as `python -m lightllm_backend.engine.worker SOCKET`; its settings come from
-the environment, its standard output tells the supervisor how it is (see supervisor.py), its log goes to standard error.
+"""A worker: the process that holds a GPU (or the CPU cores), the Router and the step loop, which meet nowhere else.
+
+Run by the EngineSupervisor as `python -m lightllm_backend.engine.worker SOCKET`. Its settings come from the
+environment, its standard output tells the supervisor how it is (see supervisor.py), its log goes to standard error.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ def select(device: torch.device | str) -> ModuleType:
     The launchers are imported only here, so that a CPU engine runs without Triton-lang.
     """
     if torch.device(device).type == "cuda":
-        from lightllm_backend.kernels import launchers  # noqa: PLC0415
+        from lightllm_backend.kernels import launchers
 
         return launchers
-    from lightllm_backend.kernels import reference  # noqa: PLC0415
+    from lightllm_backend.kernels import reference
 
     return reference

@@ -11,7 +11,13 @@ class KVStorage:
     """K and V of every layer, allocated once: per layer two tensors `[slots, kv_heads, head_dim]`."""
 
     def __init__(
-        self, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (num_slots, num_kv_heads, head_dim)
         self.layers: list[tuple[Tensor, Tensor]] = [

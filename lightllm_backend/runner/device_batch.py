@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.models.layers import StepInput
@@ -18,7 +19,7 @@ from lightllm_backend.router.batch import Batch
 
 
 class RequestTables:
-    """`tokens[row, position]`: prompt and generated ids. `slots[row, position]`: where that token's K and V lie (req_to_token)."""
+    """`tokens[row, position]`: prompt and generated ids. `slots[row, position]`: where K and V lie (req_to_token)."""
 
     def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
         self.device = device
@@ -52,8 +53,8 @@ class DeviceBatch:
             device_query_starts, last_tokens, self.rows, self.positions,
         ) = upload(
             [
-                np.repeat(batch.rows, batch.lengths), positions, batch.slots, rotary_lengths, batch.rows, context_lengths,
-                query_starts, ends[batch.samples] - 1, self.sampled_rows, self.sampled_lengths,
+                np.repeat(batch.rows, batch.lengths), positions, batch.slots, rotary_lengths, batch.rows,
+                context_lengths, query_starts, ends[batch.samples] - 1, self.sampled_rows, self.sampled_lengths,
             ],
             tables.device,
         )  # fmt: skip
@@ -76,17 +77,16 @@ class DeviceBatch:
         )
 
 
-def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+def upload(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
     """int32 arrays as tensors on the device, in one asynchronous copy."""
     packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32, copy=False))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(packed.split([len(array) for array in arrays]))
+    return list(torch.split(packed, [len(array) for array in arrays]))
 
 
-def _positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _positions(starts: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
     """start, start + 1, … of each sequence, packed."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int32) + np.repeat(starts - (ends - lengths), lengths).astype(
-        np.int32
-    )
+    first_index = np.cumsum(lengths) - lengths
+    count = int(lengths.sum())
+    return np.arange(count, dtype=np.int32) + np.repeat((starts - first_index).astype(np.int32), lengths)

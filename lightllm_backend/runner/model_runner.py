@@ -5,21 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import StepInput
+from lightllm_backend.models.layers import CausalLM
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables
 from lightllm_backend.runner.sampler import Sampler
-
-
-class Model(Protocol):
-    def forward(self, step: StepInput) -> Tensor:
-        """Logits [m, vocab] float32 of `step.last_tokens`."""
 
 
 class PendingStep:
@@ -27,7 +21,7 @@ class PendingStep:
 
     def __init__(self, tokens: Tensor, log_probs: Tensor | None) -> None:
         self._tokens, self._log_probs = _to_host(tokens), None if log_probs is None else _to_host(log_probs)
-        self._done = torch.cuda.Event() if tokens.is_cuda else None
+        self._done = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
         if self._done:
             self._done.record()
 
@@ -45,7 +39,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Model, storage: KVStorage, kernels: ModuleType, num_rows: int, max_length: int,
+        self, model: CausalLM, storage: KVStorage, kernels: ModuleType, num_rows: int, max_length: int,
         eos_ids: Sequence[int], device: torch.device,
     ) -> None:  # fmt: skip
         self.overlap = 1 if device.type == "cuda" else 0

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.request import SamplingParams
@@ -83,6 +84,6 @@ class Sampler:
         )
         return tokens
 
-    def _upload_floats(self, values: np.ndarray) -> list[Tensor]:
+    def _upload_floats(self, values: NDArray[np.float32]) -> list[Tensor]:
         flat = np.ascontiguousarray(values, dtype=np.float32)
         return [tensor.view(torch.float32) for tensor in upload(list(flat.view(np.int32)), self._device)]

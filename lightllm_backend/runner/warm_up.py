@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worst step there can be, run once before the pool is allocated: it finds the workspace and compiles the kernels."""
+"""The worst step there can be, run once before the pool is allocated: finds the workspace, compiles the kernels."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _chi_square(tokens, probabilities):
 @pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (6, 1.0), (-1, 0.8), (8, 0.9)])
 def test_distribution(implementation, top_k, top_p, device):
     # The interpreter takes milliseconds a row.
-    draws = 20_000 if implementation is reference or device.type == "cuda" else 150
+    draws = 20_000 if implementation is reference or device.type == "cuda" else 100
     logits = torch.randn(12) * 1.5
     exact = (logits.double() / 0.7).softmax(0)
     order = exact.argsort(descending=True)
@@ -166,10 +166,10 @@ def test_kernel_matches_the_reference(vocab_size, device):
 def test_more_candidates_than_the_first_look():
     # So flat that top-p needs more than the reference looks at before it sorts the whole row.
     logits = torch.randn(2, 5000) * 0.01
-    out = _sample(reference, logits.repeat(2000, 1), top_p=0.5, position=list(range(4000)))
-    kept = (logits >= logits.median(-1, keepdim=True).values - 1e-3).repeat(2000, 1)
+    out = _sample(reference, logits.repeat(300, 1), top_p=0.5, position=list(range(600)))
+    kept = (logits >= logits.median(-1, keepdim=True).values - 1e-3).repeat(300, 1)
     assert kept.gather(1, out.long()[:, None]).all()
-    assert len(set(out.tolist())) > 1500
+    assert len(set(out.tolist())) > 400
 
 
 @BOTH

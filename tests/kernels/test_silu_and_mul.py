@@ -23,6 +23,8 @@ def test_kernel_matches_the_reference(dtype, tokens, features, device):
     assert relative_error(out, reference.silu_and_mul(gate_up)) < TOLERANCE[dtype]
 
 
+# The interpreter computes with numpy, which warns of the overflow that a GPU turns into the right 0.
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_large_gates_do_not_overflow(device):
     gate_up = torch.tensor([[-200.0, 200.0, 1.0, 1.0]], device=device)
     assert launchers.silu_and_mul(gate_up).tolist() == [[0.0, 200.0]]

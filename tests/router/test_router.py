@@ -132,13 +132,11 @@ def test_admission_is_in_order_of_arrival_and_nobody_overtakes() -> None:
     assert [len(entry.prompt_ids) for entry in router.next_batch().admitted] == [1]
 
 
-@pytest.mark.parametrize(("capacity", "admitted_at_once"), [(27, False), (28, True)])
+@pytest.mark.parametrize(("capacity", "admitted_at_once"), [(28, False), (29, True)])
 def test_a_prompt_that_is_cut_counts_until_its_late_end(capacity: int, admitted_at_once: bool) -> None:
-    """It is planned in 4 steps and generates 3 tokens, so it holds 20 + 2 slots when the other holds 1 + 5."""
+    """Planned in 5 steps (4 + 5 + 5 + 5 + 1 tokens) and 2 decodes, it holds 20 + 2 slots when the other holds 1 + 6."""
     loop = make_loop(depth=0, capacity=capacity, batch_max_tokens=5)
-    loop.router.submit(make_request("long", 20, max_tokens=3))
-    loop.router.submit(make_request("other", 1, max_tokens=6))
-    loop.router.cancel("long")  # so that it arrives behind the other, whose prompt takes a part of the first step
+    loop.router.submit(make_request("other", 1, max_tokens=7))
     loop.router.submit(make_request("cut", 20, max_tokens=3))
     loop.step()
     assert (len(loop.batches[0].admitted) == 2) is admitted_at_once
@@ -154,6 +152,18 @@ def test_a_row_serves_the_next_sequence_at_once(depth: int) -> None:
         loop.router.submit(request)
     loop.run()
     assert len(loop.batches) == 9  # no step without it, also where the last token is not known yet
+    for request in requests:
+        assert loop.answer(request.uid) == expected_answer(request, frozenset())
+
+
+@both_depths
+def test_a_much_longer_sequence_may_join_those_that_run(depth: int) -> None:
+    loop = make_loop(depth, capacity=1500, batch_max_tokens=600)
+    requests = [make_request("short", 9, max_tokens=8), make_request("long", 1300, max_tokens=5)]
+    for request in requests:
+        loop.router.submit(request)
+        loop.step()
+    loop.run()
     for request in requests:
         assert loop.answer(request.uid) == expected_answer(request, frozenset())
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles what the launchers would launch on another GPU, without one: `python -m tests.kernels.compile_kernels 9.0`.
+
+Prints a JSON object of the shared memory that each kernel takes. Must run without TRITON_INTERPRET.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lightllm_backend.kernels import launchers
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any], target: GPUTarget) -> int:
+    """Compiles one launch and returns its shared memory in bytes."""
+    options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return int(compiled.metadata.shared)
+
+
+def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
+    """One launch of every kernel, at a prompt and batch that lead to the largest blocks."""
+    tokens, vocab_size = 4096, 32000
+    q = torch.empty(tokens, heads, head_dim, dtype=dtype)
+    k = torch.empty(tokens, kv_heads, head_dim, dtype=dtype)
+    table = torch.zeros(4, 4096, dtype=torch.int32)
+    lengths = torch.zeros(4, dtype=torch.int32)
+    starts = torch.zeros(5, dtype=torch.int32)
+    cos = torch.zeros(tokens, head_dim // 2)
+    floats = torch.zeros(4)
+    logits = torch.zeros(4, vocab_size)
+    launchers.rms_norm(q.flatten(1), torch.empty(heads * head_dim, dtype=dtype), 1e-5, q.flatten(1))
+    launchers.silu_and_mul(q.flatten(1))
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), k, k)
+    launchers.prefill_attention(q, k, k, table, lengths, starts, lengths, 4096, 4096, 0.1)
+    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 4096, 0.1)
+    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 100, 0.1)
+    launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths)
+    launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
+
+
+def main() -> None:
+    major, minor = (int(digit) for digit in sys.argv[1].split("."))
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    for name in ("prefill_attention", "token_attention"):
+        importlib.import_module(f"lightllm_backend.kernels.{name}").compute_capability = lambda _: (major, minor)
+    shared: dict[str, int] = {}
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        size = compile_launch(kernel, arguments, keywords, target)
+        shared[kernel.fn.__name__] = max(size, shared.get(kernel.fn.__name__, 0))
+
+    JITFunction.run = record
+    for dtype, head_dim, heads, kv_heads in json.loads(sys.argv[2]):
+        launch_all(getattr(torch, dtype), head_dim, heads, kv_heads)
+    print(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    main()
