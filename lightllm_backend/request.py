@@ -99,9 +99,12 @@ class Request:
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenChunk:
-    """New tokens of one request. Exactly one chunk of a request has a finish_reason: its last."""
+    """New tokens of one request. Exactly one chunk of a request has a finish_reason: its last.
+
+    Nobody changes one; it is not frozen because a frozen one takes four times as long to make, a thousand times a step.
+    """
 
     uid: str
     token_ids: list[int]

@@ -48,7 +48,17 @@ WITHOUT_TORCH = (
     "router.router",
     "router.sequence",
     "serve",
+    "engine.hub",
+    "engine.return_channel",
+    "engine.streams",
+    "engine.supervisor",
+    "metrics",
+    "options",
+    "prompt",
+    "response",
     "text",
+    "token_decoding",
+    "tokenizer",
     "triton_io",
     "tritonserver",
 )
@@ -56,7 +66,7 @@ WITHOUT_TORCH = (
 OUTSIDE_THE_PACKAGE = ("client", "model_repository", "perf", "tests")
 
 # Requirements that are imported by another name than their own, and what needs none.
-IMPORT_NAMES = {"grpcio": "grpc"}
+IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google"}
 WITHOUT_REQUIREMENT = {PACKAGE, "client", "triton_python_backend_utils", *sys.stdlib_module_names}
 
 

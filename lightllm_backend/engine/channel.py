@@ -130,13 +130,18 @@ def run_directory() -> Path:
     """The private directory in which the models of one Triton server find each other, made if it is missing.
 
     Derived from the server that the calling stub belongs to (its parent process), so two servers on one machine do not
-    meet. `LIGHTLLM_RUN_DIR` overrides it.
+    meet.
     """
+    return run_directory_of(os.getppid())
+
+
+def run_directory_of(server_pid: int) -> Path:
+    """The run directory of the Triton server with this pid. `LIGHTLLM_RUN_DIR` overrides it."""
     if override := os.environ.get("LIGHTLLM_RUN_DIR"):
         directory = Path(override)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         return directory
-    server = psutil.Process(os.getppid())
+    server = psutil.Process(server_pid)
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lightllm-{os.getuid()}"
     base.mkdir(exist_ok=True, mode=0o700)
     status = base.lstat()

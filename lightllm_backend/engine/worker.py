@@ -7,6 +7,7 @@ environment, its standard output tells the supervisor how it is (see supervisor.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -138,6 +139,8 @@ def main() -> None:
         message = str(error) if known else f"{type(error).__name__}: {error}"
         os.write(status, f"error: {' '.join(message.split())}\n".encode())
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # what is loaded stays; the collector need not walk it between steps
     os.write(status, b"ready\n")
     try:
         run(hub, build_router(config, engine.info, engine.batch_max_tokens), engine.runner, config.log_stats_interval)

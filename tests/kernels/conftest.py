@@ -2,6 +2,7 @@
 """Kernels run in Triton-lang's interpreter where there is no GPU; it must be asked for before a kernel is imported."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,5 +18,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _poisoned() -> Iterator[None]:
+    """Fixed random numbers, and NaN in memory that nobody has written."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

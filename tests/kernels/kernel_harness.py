@@ -33,16 +33,17 @@ def make_pool(
     order = 1 + torch.randperm(slot_count - 1)[: sum(contexts)]
     table = torch.zeros((len(contexts) + 3, max([*contexts, 1]) + 5), dtype=torch.int32)
     rows = torch.randperm(len(contexts) + 3)[: len(contexts)].to(torch.int32)
-    k = torch.full((slot_count, kv_heads, head_dim), torch.nan)
-    v = torch.full((slot_count, kv_heads, head_dim), torch.nan)
+    order = order.to(device)
+    k = torch.full((slot_count, kv_heads, head_dim), torch.nan, device=device, dtype=dtype)
+    v = torch.full((slot_count, kv_heads, head_dim), torch.nan, device=device, dtype=dtype)
     start = 0
     for row, context in zip(rows.tolist(), contexts, strict=True):
         table[row, :context] = order[start : start + context]
         start += context
-    k[order] = torch.randn(len(order), kv_heads, head_dim)
-    v[order] = torch.randn(len(order), kv_heads, head_dim)
+    k[order] = torch.randn(len(order), kv_heads, head_dim, device=device).to(dtype)
+    v[order] = torch.randn(len(order), kv_heads, head_dim, device=device).to(dtype)
     lengths = torch.tensor(contexts, dtype=torch.int32)
-    return Pool(k.to(device, dtype), v.to(device, dtype), table.to(device), rows.to(device), lengths.to(device))
+    return Pool(k, v, table.to(device), rows.to(device), lengths.to(device))
 
 
 def naive_attention(q: Tensor, pool: Pool, query_lengths: list[int], scale: float) -> Tensor:

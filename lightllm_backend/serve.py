@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch command: `python -m lightllm_backend.serve --model_dir /models/llama-7B [SETTINGS] [-- TRITONSERVER'S OWN]`.
+
+Checks the settings and the model directory before anything is started, runs tritonserver on the model repository, tells
+what was chosen, and watches: a server that no longer answers a real request is stopped, and the exit code says so, so
+that whoever runs this command (a container's restart policy, systemd) starts a fresh one. Everything else that ends the
+server ends this command with the server's own exit code. An error in what the user wrote is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from google.protobuf import text_format
+from rich.console import Console
+from rich.table import Table
+from tritonclient.grpc.model_config_pb2 import ModelConfig as ServerModelConfig
+
+from lightllm_backend import tritonserver
+from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
+from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.engine.channel import EngineInfo, EngineStats, run_directory_of
+from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.request import RequestError
+from lightllm_backend.text import Tokenizer, TokenizerError
+from lightllm_backend.tritonserver import TritonServerError
+
+MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
+PROBED_MODELS = ("lightllm", "lightllm_unary")  # between them, a request to each goes through every step
+PROBE_SECONDS = 10.0  # between two probes, and for the answer to one
+MAX_FAILED_PROBES = 3
+PROGRESS_SECONDS = 10.0
+STOP_SECONDS = 60.0
+USAGE_ERROR = 2
+
+# What settings decide, by the option of tritonserver that would contradict them.
+_OWNED_OPTIONS = {
+    "--http-address": "host", "--http-port": "http_port", "--grpc-address": "host", "--grpc-port": "grpc_port",
+    "--metrics-address": "host", "--metrics-port": "metrics_port",
+}  # fmt: skip
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class ServeError(Exception):
+    """The user must change something before the server can be started; the message says what."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is decided before the server is started."""
+
+    config: EngineConfig
+    model_dir: Path
+    argv: list[str]
+    environment: dict[str, str]
+
+    def address(self, port: int) -> str:
+        """Where a client on this machine reaches a port; a server that listens everywhere listens here too."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def prepare(
+    settings: Mapping[str, str], environment: Mapping[str, str], repository: Path, arguments: Sequence[str]
+) -> Launch:
+    """Check everything that can be checked without the model's weights. Raises an error with one clear line.
+
+    settings: those of the command line, as they were written. arguments: what is meant for tritonserver itself.
+    """
+    variables = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items()}
+    merged = {**environment, **variables}
+    config = EngineConfig.build(repository_parameters(repository), merged)
+    for argument in arguments:
+        if owner := _OWNED_OPTIONS.get(argument.partition("=")[0]):
+            raise ServeError(f"{argument} after --: this is decided by the setting {owner}; give --{owner}")
+    python = config.worker_python or sys.executable
+    model_dir = Path(config.model_dir) if config.model_dir else embedded_model_directory(python)
+    ModelConfig.from_directory(model_dir)
+    Tokenizer.load(model_dir, config.tokenizer_mode, config.trust_remote_code)
+    check_ports(config)
+    server_arguments = [
+        f"--model-repository={repository}",
+        *(f"--{service}-address={config.host}" for service in ("http", "grpc", "metrics")),
+        f"--http-port={config.http_port}",
+        f"--grpc-port={config.grpc_port}",
+        f"--metrics-port={config.metrics_port}",
+        *arguments,
+    ]
+    argv, server_environment = tritonserver.command(
+        server_arguments, {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python}
+    )
+    return Launch(config, model_dir, argv, server_environment)
+
+
+def repository_parameters(repository: Path) -> dict[str, str]:
+    """The settings that stand in the generation model's config.pbtxt."""
+    path = repository / "generation" / "config.pbtxt"
+    if not path.is_file():
+        raise ServeError(f"{path}: there is no such file; --model_repository must name the folder with LightLLM's models")
+    try:
+        parsed = text_format.Parse(path.read_text(), ServerModelConfig())
+    except text_format.ParseError as error:
+        raise ServeError(f"{path}: {error}") from None
+    return {key: value.string_value for key, value in parsed.parameters.items()}
+
+
+def check_ports(config: EngineConfig) -> None:
+    """The server would notice an occupied port only after the model is loaded, which takes minutes."""
+    ports = {name: getattr(config, name) for name in ("http_port", "grpc_port", "metrics_port")}
+    if len(set(ports.values())) < len(ports):
+        raise ServeError(f"{', '.join(f'{name} is {port}' for name, port in ports.items())}; allowed: three ports")
+    for name, port in ports.items():
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise ServeError(
+                f"{name} is {port}, which cannot be used on {config.host}: {error.strerror}; allowed: a free port"
+            ) from None
+
+
+class Server:
+    """The tritonserver process. Its group is its own, so Ctrl-C reaches it once, through us, and its workers never."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.stopping = False
+        self._process = subprocess.Popen(
+            launch.argv, env=launch.environment, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # if we are killed, it must not stay
+        )  # fmt: skip
+        self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
+        self._waiter.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended_within(self, seconds: float) -> bool:
+        self._waiter.join(seconds)
+        return not self._waiter.is_alive()
+
+    def stop(self) -> None:
+        """End it, with all its processes if it does not obey."""
+        self._process.terminate()
+        if not self.ended_within(STOP_SECONDS):
+            os.killpg(self.pid, signal.SIGKILL)
+            self._waiter.join()
+
+    def exit_code(self) -> int:
+        """As a shell would have it."""
+        self._waiter.join()
+        code = self._process.returncode
+        return 128 - code if code < 0 else code
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+        self._process.send_signal(number)
+
+
+class Health:
+    """Whether the server still answers. A probe is a real request for one token through every step.
+
+    A request may wait long in a queue that moves, so a late answer counts as a failure only if the engine did nothing
+    meanwhile or had nothing else to do. An engine that is being started again has twice the time of the first start.
+    """
+
+    def __init__(self, address: str, engine: EngineClient, start_seconds: float) -> None:
+        self.failures = 0
+        self._address = address
+        self._engine = engine
+        self._restart_seconds = max(2 * start_seconds, PROBE_SECONDS * MAX_FAILED_PROBES)
+        self._down_since: float | None = None
+        self._stats = EngineStats()
+
+    def on_stats(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    def probe(self) -> str | None:
+        """Ask each model for one token. The reason if the server is to be given up."""
+        before = self._stats
+        failure = next(filter(None, map(self._ask, PROBED_MODELS)), None)
+        if failure is None or self._is_busy(before) or self._is_starting():
+            self.failures = 0
+            return None
+        self.failures += 1
+        return failure if self.failures >= MAX_FAILED_PROBES else None
+
+    def _ask(self, model: str) -> str | None:
+        body = json.dumps({"text_input": "Hello", "max_tokens": 1})
+        try:
+            status, answer = _http(self._address, "POST", f"/v2/models/{model}/generate", body, PROBE_SECONDS)
+        except OSError as error:
+            return f"{model} does not answer: {error or type(error).__name__}"
+        # A full queue, and a wait that is longer than allowed, are answers of an engine that works.
+        healthy = status == http.client.OK or "queue" in answer
+        return None if healthy else f"{model} answers with status {status}: {answer}"
+
+    def _is_busy(self, before: EngineStats) -> bool:
+        now = self._stats
+        done = (now.prompt_tokens_total, now.generated_tokens_total)
+        return now.queued_requests > 0 and done != (before.prompt_tokens_total, before.generated_tokens_total)
+
+    def _is_starting(self) -> bool:
+        if self._engine.up:
+            self._down_since = None
+            return False
+        self._down_since = self._down_since or time.monotonic()
+        return time.monotonic() - self._down_since < self._restart_seconds
+
+
+def _http(address: str, method: str, path: str, body: str | None, timeout: float) -> tuple[int, str]:
+    """The plain way to this machine's own port: no proxy of the environment can reach it."""
+    connection = http.client.HTTPConnection(address, timeout=timeout)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    except http.client.HTTPException as error:
+        raise ConnectionError(repr(error)) from None
+    finally:
+        connection.close()
+
+
+def wait_until_ready(server: Server, address: str, tell: Callable[[str], None]) -> float | None:
+    """The seconds that it took; None if the server has ended instead."""
+    started = told = time.monotonic()
+    while not server.ended_within(0.2):
+        now = time.monotonic()
+        with contextlib.suppress(OSError):
+            if _http(address, "GET", "/v2/health/ready", None, PROBE_SECONDS)[0] == http.client.OK:
+                return now - started
+        if now - told >= PROGRESS_SECONDS and not server.stopping:
+            told = now
+            tell(f"loading … {now - started:.0f} s")
+    return None
+
+
+def serve(launch: Launch, console: Console) -> int:
+    """Run the server until it ends; the exit code."""
+    address = launch.address(launch.config.http_port)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    tell(f"starting tritonserver with {launch.model_dir}")
+    server = Server(launch)
+    seconds = wait_until_ready(server, address, tell)
+    if seconds is None:
+        if not server.stopping:
+            tell("error: tritonserver ended before it was ready; the lines above say why")
+        return server.exit_code() or int(not server.stopping)
+
+    health: Health | None = None
+    engine = EngineClient(
+        str(run_directory_of(server.pid) / "engine"), on_stats=lambda stats: health.on_stats(stats) if health else None
+    )
+    health = Health(address, engine, seconds)
+    try:
+        console.print(summary(launch, engine.wait_ready(PROBE_SECONDS)))
+        tell(f"ready after {seconds:.1f} s; ask it something:\n{first_call(address)}")
+    except RequestError as error:
+        tell(f"warning: the server is ready, its engine is not: {error}")
+    while not server.ended_within(PROBE_SECONDS):
+        reason = None if server.stopping else health.probe()
+        if reason and not server.stopping:
+            tell(f"error: {MAX_FAILED_PROBES} probes in a row have failed, the server is stopped; {reason}")
+            server.stop()
+            return 1
+    return server.exit_code()
+
+
+def summary(launch: Launch, info: EngineInfo) -> Table:
+    """What was chosen, with what the engine has found out."""
+    config = launch.config
+    rows = {
+        "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
+        "computed on": f"{info.device}, {info.dtype}, {config.tp} rank{'s' * (config.tp > 1)}",
+        "KV pool": f"{info.pool_tokens:,} tokens, {info.pool_bytes / 2**30:.2f} GiB",
+        "a request": f"at most {info.max_req_input_len:,} prompt tokens, {info.max_req_total_len:,} in all",
+        "at once": f"at most {config.running_max_req_size:,} requests, {config.max_queue_size:,} more in the queue",
+        "HTTP": f"http://{launch.address(config.http_port)}/v2/models/lightllm",
+        "gRPC": launch.address(config.grpc_port),
+        "metrics": f"http://{launch.address(config.metrics_port)}/metrics",
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def first_call(address: str) -> str:
+    body = json.dumps({"text_input": "The capital of Japan is", "max_tokens": 16})
+    return f"curl {address}/v2/models/lightllm/generate -d '{body}'"
+
+
+def setting_options() -> list[click.Parameter]:
+    """An option for each setting. Values stay text: config.py parses them, wherever they come from."""
+    options: list[click.Parameter] = []
+    for setting in fields(EngineConfig):
+        default, allowed = setting.default, setting.metadata["allowed"]
+        notes = [f"allowed: {allowed}"] if allowed else []
+        notes += [] if default is None else [f"default: {str(default).lower() if default is False else default}"]
+        flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if isinstance(default, bool) else {}
+        help = setting.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")
+        options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=help, **flag))
+    options.append(
+        click.Option(
+            ["--model_repository"], default=str(MODEL_REPOSITORY), show_default=True, metavar="PATH",
+            help="the folder with LightLLM's models for Triton server",
+        )
+    )  # fmt: skip
+    options.append(click.Option(["--verbose"], is_flag=True, help="show tritonserver's own information as well"))
+    options.append(click.Argument(["tritonserver_arguments"], nargs=-1, type=click.UNPROCESSED))
+    return options
+
+
+def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str, ...], **settings: str | None) -> None:
+    """Serve a model with LightLLM on Triton server.
+
+    Every setting may also come from the environment as LIGHTLLM_<NAME>; names may be written with dashes. What follows
+    -- is given to tritonserver as it is.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    arguments = [*([] if verbose else ["--log-info=false", "--log-warning=false"]), *tritonserver_arguments]
+    try:
+        launch = prepare(given, os.environ, Path(model_repository).resolve(), arguments)
+    except (ConfigError, EmbeddedModelError, ModelError, ServeError, TokenizerError, TritonServerError) as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(USAGE_ERROR)
+    sys.exit(serve(launch, Console(stderr=True)))
+
+
+command = click.Command(
+    "serve",
+    callback=run,
+    params=setting_options(),
+    help=run.__doc__,
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120},
+)
+
+if __name__ == "__main__":
+    command(prog_name="python -m lightllm_backend.serve")

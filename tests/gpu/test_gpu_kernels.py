@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel on a GPU, at the shapes of real models, against its reference in float32."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightllm_backend.kernels import launchers, reference
+from tests.kernels.kernel_harness import TOLERANCE, Pool, make_pool, relative_error, starts_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+        reason="needs an NVIDIA GPU, and kernels that are not interpreted",
+    ),
+]
+
+DEVICE = torch.device("cuda")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+# Heads, KV heads and head_dim.
+LLAMA_7B, LLAMA_70B, SMOLLM2 = (32, 32, 128), (64, 8, 128), (9, 3, 64)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, and the reference computes in whole float32."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def _wide(pool: Pool) -> tuple[Tensor, Tensor]:
+    return pool.k.float(), pool.v.float()
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (256, 4096), (8192, 4096), (7, 576), (33, 8192)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(dtype: torch.dtype, tokens: int, dim: int, with_residual: bool) -> None:
+    x, weight = _random(tokens, dim, dtype=dtype), _random(dim, dtype=dtype)
+    residual = _random(tokens, dim, dtype=dtype) if with_residual else None
+    # What is normalised is the residual as it is stored.
+    total = x if residual is None else (x.float() + residual.float()).to(dtype)
+    out = launchers.rms_norm(x, weight, 1e-5, residual)
+    assert residual is None or torch.equal(residual, total)
+    assert relative_error(out, reference.rms_norm(total.float(), weight.float(), 1e-5)) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "features"), [(1, 11008), (256, 11008), (4096, 11008), (5, 1536), (64, 3584)])
+def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
+    gate_up = _random(tokens, 2 * features, dtype=dtype)
+    assert relative_error(launchers.silu_and_mul(gate_up), reference.silu_and_mul(gate_up.float())) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2])
+@pytest.mark.parametrize("tokens", [1, 256, 5000])
+def test_rotary_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: int) -> None:
+    heads, kv_heads, head_dim = shape
+    fused = _random(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
+    angle = _random(tokens, head_dim // 2) * 100
+    slots = torch.randperm(tokens + 10, device=DEVICE)[:tokens].int()
+    slots[tokens // 2] = -1
+    pools = [torch.full((tokens + 10, kv_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
+    expected_q, expected_k, expected_v = q.float(), pools[0].float(), pools[1].float()
+    reference.rotary_kv_write(expected_q, k.float(), v.float(), angle.cos(), angle.sin(), slots, expected_k, expected_v)
+    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools)
+    assert relative_error(q, expected_q) < TOLERANCE[dtype]
+    for pool, expected in zip(pools, (expected_k, expected_v), strict=True):
+        assert torch.equal(pool.isnan(), expected.isnan())
+        assert relative_error(pool.nan_to_num(), expected.nan_to_num()) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2, (8, 8, 80)])
+@pytest.mark.parametrize(
+    ("queries", "cached"),
+    [([8192], 0), ([1024] * 8, 0), ([1024] * 4, 512), ([1, 2000, 77, 300, 128], 0), ([512, 9, 1, 130], 1000)],
+)
+def test_prefill_attention(dtype: torch.dtype, shape: tuple[int, int, int], queries: list[int], cached: int) -> None:
+    heads, kv_heads, head_dim = shape
+    contexts = [length + cached for length in queries]
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
+    q = _random(sum(queries), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
+    rest = (pool.req_to_token, pool.rows, starts_of(queries, DEVICE), pool.context_lengths)
+    sizes = (max(queries), max(contexts), head_dim**-0.5)
+    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, *sizes)
+    expected = reference.prefill_attention(q.float(), *_wide(pool), *rest, *sizes)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2, (8, 8, 80)])
+@pytest.mark.parametrize("contexts", [[4096], [3, 4096, 0, 700], [4000] * 8, [1 + 3 * i for i in range(256)]])
+def test_token_attention(dtype: torch.dtype, shape: tuple[int, int, int], contexts: list[int]) -> None:
+    heads, kv_heads, head_dim = shape
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
+    q = _random(len(contexts), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
+    out = launchers.token_attention(q, pool.k, pool.v, *rest)
+    expected = reference.token_attention(q.float(), *_wide(pool), *rest)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert (out[pool.context_lengths == 0] == 0).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("splits", [1, 2, 37])
+def test_merge_splits(dtype: torch.dtype, splits: int) -> None:
+    partial, log_sums = _random(16, 32, splits, 128), _random(16, 32, splits) * 5
+    log_sums[:, :, 1:] = torch.where(_random(16, 32, splits - 1) > 1, -torch.inf, log_sums[:, :, 1:])
+    out = launchers.merge_splits(partial, log_sums, dtype)
+    assert relative_error(out, reference.merge_splits(partial, log_sums, torch.float32)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("sequences", "vocab_size"), [(1, 32000), (256, 32000), (33, 49152), (4, 250880)])
+def test_penalties(sequences: int, vocab_size: int) -> None:
+    logits = _random(sequences, vocab_size) * 5
+    tokens = torch.randint(0, vocab_size, (sequences + 5, 3072), device=DEVICE, dtype=torch.int32)
+    tokens[:, 1000:] = tokens[:, :1] + 1  # many of one token, so that counts are high
+    rows = torch.randperm(sequences + 5, device=DEVICE)[:sequences].int()
+    prompt_lengths = torch.randint(1, 1500, (sequences,), device=DEVICE, dtype=torch.int32)
+    lengths = prompt_lengths + torch.randint(0, 1500, (sequences,), device=DEVICE, dtype=torch.int32)
+    tokens.clamp_(max=vocab_size - 1)
+    presence, frequency = _random(sequences), _random(sequences)
+    repetition = torch.rand(sequences, device=DEVICE) + 0.5
+    for values, neutral in ((presence, 0), (frequency, 0), (repetition, 1)):
+        values[::3] = neutral
+    min_tokens = torch.randint(0, 1500, (sequences,), device=DEVICE, dtype=torch.int32)
+    eos_ids = torch.tensor([2, vocab_size - 1], dtype=torch.int32, device=DEVICE)
+    counted = (tokens, rows, prompt_lengths, lengths)
+    assert torch.equal(launchers.count_tokens(*counted, vocab_size), reference.count_tokens(*counted, vocab_size))
+    expected, before = logits.clone(), logits.clone()
+    arguments = (*counted, presence, frequency, repetition, min_tokens, eos_ids)
+    launchers.apply_penalties(logits, *arguments)
+    reference.apply_penalties(expected, *arguments)
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits[::3, 3 : vocab_size - 1], before[::3, 3 : vocab_size - 1])
+
+
+@pytest.mark.parametrize(("sequences", "vocab_size"), [(1, 32000), (256, 32000), (256, 49152), (40, 250880)])
+def test_sample(sequences: int, vocab_size: int) -> None:
+    logits = _random(sequences, vocab_size) * 4
+    choice = torch.arange(sequences, device=DEVICE)
+    temperature = torch.tensor([0.0, 0.3, 1.0, 0.7], device=DEVICE)[choice % 4]
+    top_k = torch.tensor([-1, 50, 1, 0, 1000], device=DEVICE, dtype=torch.int32)[choice % 5]
+    top_p = torch.tensor([1.0, 0.9, 0.3], device=DEVICE)[choice % 3]
+    seed = torch.randint(-(2**63), 2**63 - 1, (sequences,), device=DEVICE)
+    position = torch.randint(0, 4096, (sequences,), device=DEVICE, dtype=torch.int32)
+    arguments = (logits, temperature, top_k, top_p, seed, position)
+    tokens, expected = launchers.sample(*arguments), reference.sample(*arguments)
+    same = tokens == expected
+    assert same[temperature == 0].all()
+    # Sums in another order shift the bounds between tokens by some 1e-6, and now and then a draw falls in between.
+    assert same.float().mean() >= 0.98
+    again = launchers.sample(*arguments)
+    assert torch.equal(tokens, again)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (6, 1.0), (-1, 0.8)])
+def test_sample_has_the_exact_distribution(top_k: int, top_p: float) -> None:
+    draws = 100_000
+    logits = torch.randn(1, 12) * 1.5
+    exact = logits[0].double().softmax(0)
+    order = exact.argsort(descending=True)
+    kept = order[:top_k] if top_k > 0 else order[exact[order].cumsum(0) - exact[order] < top_p]
+    exact = torch.zeros_like(exact).index_copy(0, kept, exact[kept] / exact[kept].sum())
+    tokens = launchers.sample(
+        logits.to(DEVICE).repeat(draws, 1),
+        torch.ones(draws, device=DEVICE),
+        torch.full((draws,), top_k, device=DEVICE, dtype=torch.int32),
+        torch.full((draws,), top_p, device=DEVICE),
+        torch.full((draws,), 7, device=DEVICE, dtype=torch.int64),
+        torch.arange(draws, device=DEVICE, dtype=torch.int32),
+    )
+    observed = torch.bincount(tokens.cpu().long(), minlength=12)
+    assert observed.sum() == observed[kept].sum()
+    statistic = float(((observed - draws * exact)[kept].square() / (draws * exact[kept])).sum())
+    freedom = len(kept) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_a_decode_step_can_be_captured_in_a_graph() -> None:
+    """No launcher waits for the GPU or allocates by its data; a replay sees the new lengths and logits."""
+    pool = make_pool([700, 40, 1, 300], 8, 128, torch.bfloat16, DEVICE)
+    q, k = _random(4, 64, 128, dtype=torch.bfloat16), _random(4, 8, 128, dtype=torch.bfloat16)
+    cos = _random(4, 64)
+    slots = torch.full((4,), -1, device=DEVICE, dtype=torch.int32)
+    logits, floats = _random(4, 32000), torch.full((4,), 0.8, device=DEVICE)
+    integers = torch.full((4,), 7, device=DEVICE, dtype=torch.int32)
+
+    def step() -> tuple[Tensor, Tensor]:
+        launchers.rotary_kv_write(q, k, k, cos, cos, slots, pool.k, pool.v)
+        out = launchers.token_attention(
+            q, pool.k, pool.v, pool.req_to_token, pool.rows, pool.context_lengths, 700, 128**-0.5
+        )
+        launchers.apply_penalties(
+            logits, pool.req_to_token, pool.rows, integers, integers, *[floats] * 3, integers, integers
+        )
+        return out, launchers.sample(logits, floats, integers, floats, integers.long(), integers)
+
+    # The captured addresses are filled with NaN by an extra kernel otherwise.
+    torch.use_deterministic_algorithms(False)
+    original_q, original_logits = q.clone(), logits.clone()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for lengths in ([700, 40, 1, 300], [3, 0, 1, 299]):
+        pool.context_lengths.copy_(torch.tensor(lengths))
+        q.copy_(original_q)
+        logits.copy_(original_logits)
+        expected = [result.clone() for result in step()]
+        q.copy_(original_q)
+        logits.copy_(original_logits)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, other) for result, other in zip(captured, expected, strict=True))

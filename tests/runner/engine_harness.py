@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole engine in one process: Router and ModelRunner on a random little LLaMA, or on any model directory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.engine.load import LoadedEngine, load_engine
+from lightllm_backend.engine.worker import build_router
+from lightllm_backend.request import FinishReason, Request, SamplingParams
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+
+def save_random_llama(directory: Path, **changes: object) -> Path:
+    """A LLaMA that is small but has everything: GQA, several layers, a vocabulary of odd size."""
+    torch.manual_seed(7)
+    shape: dict[str, object] = {
+        "vocab_size": 199,
+        "hidden_size": 96,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,  # far apart logits: ties do not decide
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(shape | changes)))
+    model.save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path, **settings: object) -> LoadedEngine:
+    defaults: dict[str, object] = {"dtype": "float32", "running_max_req_size": 16, "max_total_token_num": 2048}
+    return load_engine(EngineConfig(model_dir=str(directory), **(defaults | settings)))
+
+
+def run(
+    engine: LoadedEngine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    arrivals: Sequence[int] | None = None,
+    batch_max_tokens: int | None = None,
+    overlap: int | None = None,
+) -> list[Answer]:
+    """All prompts to their ends; prompt i arrives before step arrivals[i]. The integrity of the pool is checked each step."""
+    router = build_router(EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens)
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    requests = [Request(str(i), tuple(prompt), params[i]) for i, prompt in enumerate(prompts)]
+    waiting = deque(sorted(zip(arrivals or [0] * len(prompts), range(len(prompts)), strict=True)))
+    answers = [Answer() for _ in prompts]
+    depth = engine.runner.overlap if overlap is None else overlap
+    in_flight: deque = deque()
+    step = 0
+    while waiting or router.has_work or in_flight:
+        while waiting and waiting[0][0] <= step:
+            router.submit(requests[waiting.popleft()[1]])
+        batch = router.next_batch()
+        if batch is not None:
+            in_flight.append((batch, engine.runner.launch(batch)))
+        chunks = router.drain_finished()
+        while in_flight and (len(in_flight) > depth or batch is None):
+            done, pending = in_flight.popleft()
+            chunks += router.apply(done, pending.result())
+        for chunk in chunks:
+            answer = answers[int(chunk.uid)]
+            answer.tokens += chunk.token_ids
+            answer.log_probs += chunk.log_probs
+            assert answer.reason is None, "nothing comes after the end"
+            answer.reason = chunk.finish_reason
+        router.check_integrity()
+        step += 1
+    assert router.stats().kv_tokens_used == 0
+    return answers
+
+
+def transformers_greedy(directory: Path, prompts: Sequence[Sequence[int]], max_tokens: int, device: str = "cpu") -> list[list[int]]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=device)
+        with torch.inference_mode():
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+            )
+        outputs.append(output[0, len(prompt) :].tolist())
+    return outputs
+
+
+def transformers_log_probs(
+    directory: Path, prompt: Sequence[int], tokens: Sequence[int], device: str = "cpu"
+) -> torch.Tensor:
+    """Log probabilities [len(tokens), vocab] of what follows the prompt, given those tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    ids = torch.tensor([[*prompt, *tokens]], device=device)
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).cpu()

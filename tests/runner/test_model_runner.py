@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router and ModelRunner together against transformers, on a random little LLaMA in float32."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightllm_backend.engine.load import LoadedEngine
+from lightllm_backend.request import FinishReason, SamplingParams
+from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_log_probs
+
+MAX_TOKENS = 12
+PROMPTS = [[random.Random(seed).randrange(3, 199) for _ in range(length)] for seed, length in
+           enumerate([1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 1, 7])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(directory: Path) -> LoadedEngine:
+    return load(directory)
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> list[list[int]]:
+    return transformers_greedy(directory, PROMPTS, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("batch_max_tokens", [4096, 7])
+def test_greedy_tokens_are_those_of_transformers(engine, expected, batch_max_tokens, overlap) -> None:
+    arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
+    answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens, overlap)
+    assert [answer.tokens for answer in answers] == expected
+    for answer in answers:
+        stopped = answer.tokens[-1] == 2
+        assert answer.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+
+def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expected) -> None:
+    small = load(directory, max_total_token_num=80)
+    answers = run(small, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
+    assert [answer.tokens for answer in answers] == expected
+
+
+def test_log_probs_are_the_models_own(engine, directory) -> None:
+    sampling = SamplingParams(
+        max_tokens=6, do_sample=True, temperature=0.5, seed=3, presence_penalty=1.0, return_log_probs=True, ignore_eos=True
+    )
+    silent = replace(sampling, return_log_probs=False)
+    answers = run(engine, PROMPTS[:4], [sampling, silent, sampling, silent])
+    for prompt, answer in zip(PROMPTS[:4:2], answers[::2], strict=True):
+        truth = transformers_log_probs(directory, prompt, answer.tokens)
+        chosen = truth.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert torch.allclose(torch.tensor(answer.log_probs), chosen, atol=1e-4)
+    assert answers[1].log_probs == answers[3].log_probs == []
+
+
+def test_a_seeded_request_does_not_depend_on_its_neighbours(engine) -> None:
+    sampling = SamplingParams(max_tokens=10, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, seed=2**64 - 5)
+    alone = run(engine, PROMPTS[5:6], sampling)[0]
+    crowd = [replace(sampling, seed=index) for index in range(len(PROMPTS))]
+    crowd[5] = sampling
+    among = run(engine, PROMPTS, crowd, arrivals=[index % 3 for index in range(len(PROMPTS))], batch_max_tokens=9)
+    assert among[5].tokens == alone.tokens
+    assert run(engine, PROMPTS[5:6], replace(sampling, seed=1))[0].tokens != alone.tokens
+
+
+def test_draws_follow_the_distribution(engine, directory) -> None:
+    prompt, count = PROMPTS[3], 400
+    sampling = [SamplingParams(max_tokens=1, do_sample=True, temperature=2.0, seed=seed) for seed in range(count)]
+    drawn = torch.tensor([answer.tokens[0] for answer in run(engine, [prompt] * count, sampling)])
+    model_log_probs = transformers_log_probs(directory, prompt, [0])[0]
+    probabilities = (model_log_probs / 2.0).softmax(-1)
+    top = int(probabilities.argmax())
+    deviation = (probabilities[top] * (1 - probabilities[top]) / count).sqrt()
+    assert abs((drawn == top).float().mean() - probabilities[top]) < 4 * deviation
+    assert len(set(drawn.tolist())) > 5
+
+
+def test_min_tokens_waits_with_eos(directory) -> None:
+    every_token_ends = load(directory, eos_id=tuple(range(0, 199, 2)))
+    sampling = SamplingParams(max_tokens=12, min_tokens=5)
+    for answer in run(every_token_ends, PROMPTS, sampling):
+        assert all(token % 2 == 1 for token in answer.tokens[:5])
+        assert len(answer.tokens) > 5
+        assert answer.reason is FinishReason.LENGTH or answer.tokens[-1] % 2 == 0
+    ignoring = run(every_token_ends, PROMPTS[:3], replace(sampling, ignore_eos=True))
+    assert all(len(answer.tokens) == 12 and answer.reason is FinishReason.LENGTH for answer in ignoring)
+
+
+def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
+    prompt = PROMPTS[6]
+    sampling = SamplingParams(
+        max_tokens=10, presence_penalty=0.7, frequency_penalty=0.9, repetition_penalty=1.3, ignore_eos=True
+    )
+    tokens = run(engine, [prompt], sampling)[0].tokens
+    assert tokens != run(engine, [prompt], SamplingParams(max_tokens=10, ignore_eos=True))[0].tokens
+    log_probs = transformers_log_probs(directory, prompt, tokens)
+    for index, token in enumerate(tokens):
+        # Adding a constant to all logits changes the repetition penalty, so the logits themselves are needed.
+        logits = _logits(directory, [*prompt, *tokens[:index]])
+        assert torch.allclose(logits.log_softmax(-1), log_probs[index], atol=1e-4)
+        seen = torch.tensor(sorted({*prompt, *tokens[:index]}))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+        for generated in set(tokens[:index]):
+            logits[generated] -= tokens[:index].count(generated) * 0.9 + 0.7
+        assert int(logits.argmax()) == token
+
+
+def _logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1].clone()
