@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch command: `python -m lightllm_backend.serve --model_dir /models/llama-7B [SETTINGS] [-- TRITONSERVER'S OWN]`.
+"""The launch command: `python -m lightllm_backend.serve --model_dir /models/llama-7B [SETTINGS] [-- FOR TRITONSERVER]`.
 
 Checks the settings and the model directory before anything is started, runs tritonserver on the model repository, tells
 what was chosen, and watches: a server that no longer answers a real request is stopped, and the exit code says so, so
@@ -89,6 +89,8 @@ def prepare(
     variables = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items()}
     merged = {**environment, **variables}
     config = EngineConfig.build(repository_parameters(repository), merged)
+    if arguments and not arguments[0].startswith("-"):
+        raise ServeError(f"{arguments[0]} is not an option; settings are given as --name value")
     for argument in arguments:
         if owner := _OWNED_OPTIONS.get(argument.partition("=")[0]):
             raise ServeError(f"{argument} after --: this is decided by the setting {owner}; give --{owner}")
@@ -115,7 +117,7 @@ def repository_parameters(repository: Path) -> dict[str, str]:
     """The settings that stand in the generation model's config.pbtxt."""
     path = repository / "generation" / "config.pbtxt"
     if not path.is_file():
-        raise ServeError(f"{path}: there is no such file; --model_repository must name the folder with LightLLM's models")
+        raise ServeError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
     try:
         parsed = text_format.Parse(path.read_text(), ServerModelConfig())
     except text_format.ParseError as error:
@@ -140,6 +142,11 @@ def check_ports(config: EngineConfig) -> None:
             ) from None
 
 
+def _end_with_parent() -> None:
+    """Runs in the child: if this command is killed, the server must not stay behind."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Server:
     """The tritonserver process. Its group is its own, so Ctrl-C reaches it once, through us, and its workers never."""
 
@@ -147,7 +154,7 @@ class Server:
         self.stopping = False
         self._process = subprocess.Popen(
             launch.argv, env=launch.environment, stdin=subprocess.DEVNULL, start_new_session=True,
-            preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # if we are killed, it must not stay
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (no other thread runs yet)
         )  # fmt: skip
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()
@@ -175,7 +182,7 @@ class Server:
         code = self._process.returncode
         return 128 - code if code < 0 else code
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.stopping = True
         self._process.send_signal(number)
 
@@ -324,8 +331,8 @@ def setting_options() -> list[click.Parameter]:
         notes = [f"allowed: {allowed}"] if allowed else []
         notes += [] if default is None else [f"default: {str(default).lower() if default is False else default}"]
         flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if isinstance(default, bool) else {}
-        help = setting.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")
-        options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=help, **flag))
+        text = setting.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")
+        options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=text, **flag))
     options.append(
         click.Option(
             ["--model_repository"], default=str(MODEL_REPOSITORY), show_default=True, metavar="PATH",

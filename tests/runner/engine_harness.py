@@ -59,7 +59,9 @@ def run(
     overlap: int | None = None,
 ) -> list[Answer]:
     """All prompts to their ends; prompt i arrives before step arrivals[i]. The integrity of the pool is checked each step."""
-    router = build_router(EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens)
+    router = build_router(
+        EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens
+    )
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     requests = [Request(str(i), tuple(prompt), params[i]) for i, prompt in enumerate(prompts)]
     waiting = deque(sorted(zip(arrivals or [0] * len(prompts), range(len(prompts)), strict=True)))
@@ -89,7 +91,9 @@ def run(
     return answers
 
 
-def transformers_greedy(directory: Path, prompts: Sequence[Sequence[int]], max_tokens: int, device: str = "cpu") -> list[list[int]]:
+def transformers_greedy(
+    directory: Path, prompts: Sequence[Sequence[int]], max_tokens: int, device: str = "cpu"
+) -> list[list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     outputs = []
     for prompt in prompts:
@@ -102,12 +106,11 @@ def transformers_greedy(directory: Path, prompts: Sequence[Sequence[int]], max_t
     return outputs
 
 
-def transformers_log_probs(
+def transformers_logits(
     directory: Path, prompt: Sequence[int], tokens: Sequence[int], device: str = "cpu"
 ) -> torch.Tensor:
-    """Log probabilities [len(tokens), vocab] of what follows the prompt, given those tokens."""
+    """Logits [len(tokens), vocab] in float32 of what follows the prompt, given those tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     ids = torch.tensor([[*prompt, *tokens]], device=device)
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).cpu()
+    with torch.no_grad():
+        return model(ids).logits[0, len(prompt) - 1 : -1].cpu()

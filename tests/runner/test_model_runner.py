@@ -10,7 +10,7 @@ import torch
 
 from lightllm_backend.engine.load import LoadedEngine
 from lightllm_backend.request import FinishReason, SamplingParams
-from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_log_probs
+from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
 PROMPTS = [[random.Random(seed).randrange(3, 199) for _ in range(length)] for seed, length in
@@ -51,12 +51,18 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
 
 def test_log_probs_are_the_models_own(engine, directory) -> None:
     sampling = SamplingParams(
-        max_tokens=6, do_sample=True, temperature=0.5, seed=3, presence_penalty=1.0, return_log_probs=True, ignore_eos=True
+        max_tokens=6,
+        do_sample=True,
+        temperature=0.5,
+        seed=3,
+        presence_penalty=1.0,
+        return_log_probs=True,
+        ignore_eos=True,
     )
     silent = replace(sampling, return_log_probs=False)
     answers = run(engine, PROMPTS[:4], [sampling, silent, sampling, silent])
     for prompt, answer in zip(PROMPTS[:4:2], answers[::2], strict=True):
-        truth = transformers_log_probs(directory, prompt, answer.tokens)
+        truth = transformers_logits(directory, prompt, answer.tokens).log_softmax(-1)
         chosen = truth.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
         assert torch.allclose(torch.tensor(answer.log_probs), chosen, atol=1e-4)
     assert answers[1].log_probs == answers[3].log_probs == []
@@ -76,8 +82,7 @@ def test_draws_follow_the_distribution(engine, directory) -> None:
     prompt, count = PROMPTS[3], 400
     sampling = [SamplingParams(max_tokens=1, do_sample=True, temperature=2.0, seed=seed) for seed in range(count)]
     drawn = torch.tensor([answer.tokens[0] for answer in run(engine, [prompt] * count, sampling)])
-    model_log_probs = transformers_log_probs(directory, prompt, [0])[0]
-    probabilities = (model_log_probs / 2.0).softmax(-1)
+    probabilities = (transformers_logits(directory, prompt, [0])[0] / 2.0).softmax(-1)
     top = int(probabilities.argmax())
     deviation = (probabilities[top] * (1 - probabilities[top]) / count).sqrt()
     assert abs((drawn == top).float().mean() - probabilities[top]) < 4 * deviation
@@ -102,21 +107,10 @@ def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
     )
     tokens = run(engine, [prompt], sampling)[0].tokens
     assert tokens != run(engine, [prompt], SamplingParams(max_tokens=10, ignore_eos=True))[0].tokens
-    log_probs = transformers_log_probs(directory, prompt, tokens)
-    for index, token in enumerate(tokens):
-        # Adding a constant to all logits changes the repetition penalty, so the logits themselves are needed.
-        logits = _logits(directory, [*prompt, *tokens[:index]])
-        assert torch.allclose(logits.log_softmax(-1), log_probs[index], atol=1e-4)
+    all_logits = transformers_logits(directory, prompt, tokens)
+    for index, (token, logits) in enumerate(zip(tokens, all_logits, strict=True)):
         seen = torch.tensor(sorted({*prompt, *tokens[:index]}))
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
         for generated in set(tokens[:index]):
             logits[generated] -= tokens[:index].count(generated) * 0.9 + 0.7
         assert int(logits.argmax()) == token
-
-
-def _logits(directory: Path, ids: list[int]) -> torch.Tensor:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0, -1].clone()

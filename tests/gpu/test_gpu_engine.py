@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on a GPU against transformers: token for token in float32, teacher-forced in bfloat16 and float16."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightllm_backend.request import SamplingParams
+from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+VOCAB = 8003
+PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in
+           enumerate([1, 2, 7, 16, 33, 100, 257, 700])]  # fmt: skip
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(
+        tmp_path_factory.mktemp("llama"), vocab_size=VOCAB, hidden_size=512, intermediate_size=1376,
+        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        initializer_range=0.08,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> list[list[int]]:
+    return transformers_greedy(directory, PROMPTS, MAX_TOKENS, "cuda")
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("batch_max_tokens", [8192, 60])
+def test_greedy_tokens_are_those_of_transformers_in_float32(directory, expected, batch_max_tokens, overlap) -> None:
+    engine = load(directory, batch_max_tokens=batch_max_tokens, max_total_token_num=4096)
+    arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
+    answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, overlap=overlap)
+    assert [answer.tokens for answer in answers] == expected
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("float16", 0.02)])
+def test_half_precision_agrees_where_the_choice_is_clear(directory, dtype, tolerance) -> None:
+    engine = load(directory, dtype=dtype, max_total_token_num=4096)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
+    for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
+        logits = transformers_logits(directory, prompt, answer.tokens, "cuda")
+        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        spread = float(logits.std())
+        assert float((logits.max(-1).values - chosen).max()) < 2 * tolerance * spread
+        truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < 2 * tolerance * spread
+
+
+def test_sampling_is_the_same_as_on_a_cpu(directory) -> None:
+    sampling = [
+        SamplingParams(
+            max_tokens=12, do_sample=True, temperature=0.9, top_p=0.9, top_k=40, seed=1, repetition_penalty=1.2
+        ),
+        SamplingParams(max_tokens=12, do_sample=True, temperature=1.3, seed=2**63 + 9, frequency_penalty=0.5),
+        SamplingParams(max_tokens=12, min_tokens=6, presence_penalty=0.4),
+        SamplingParams(max_tokens=12, do_sample=True, top_p=0.5, seed=4),
+    ]
+    on_gpu = run(load(directory, max_total_token_num=4096), PROMPTS[2:6], sampling)
+    on_cpu = run(load(directory, max_total_token_num=4096, device="cpu"), PROMPTS[2:6], sampling)
+    assert [answer.tokens for answer in on_gpu] == [answer.tokens for answer in on_cpu]
+
+
+def test_the_pool_leaves_room_for_the_worst_step(directory) -> None:
+    free, total = torch.cuda.mem_get_info()
+    fraction = (total - free) / total + 0.05
+    engine = load(directory, mem_fraction=fraction, max_total_token_num=None, dtype="bfloat16")
+    assert engine.info.pool_tokens > 10000
+    sampling = SamplingParams(
+        max_tokens=4, do_sample=True, top_p=0.9, top_k=20, presence_penalty=0.5, return_log_probs=True, ignore_eos=True
+    )
+    longest = [[5] * engine.info.max_req_input_len] * 16
+    assert all(len(answer.tokens) == 4 for answer in run(engine, longest, sampling))
+    free, _ = torch.cuda.mem_get_info()
+    assert (total - free) / total < fraction + 0.01
