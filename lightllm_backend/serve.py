@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,11 +80,11 @@ class Launch:
 
 
 def prepare(
-    settings: Mapping[str, str], environment: Mapping[str, str], repository: Path, arguments: Sequence[str]
+    settings: Mapping[str, str], environment: Mapping[str, str], repository: Path, arguments: Sequence[str] = ()
 ) -> Launch:
     """Check everything that can be checked without the model's weights. Raises an error with one clear line.
 
-    settings: those of the command line, as they were written. arguments: what is meant for tritonserver itself.
+    settings: those of the command line, as they were written. arguments: the user's own for tritonserver.
     """
     variables = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items()}
     merged = {**environment, **variables}
@@ -133,6 +133,11 @@ def check_ports(config: EngineConfig) -> None:
     for name, port in ports.items():
         try:
             family, kind, _, _, address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM)[0]
+        except socket.gaierror as error:
+            raise ServeError(
+                f"host is {config.host!r} ({error.strerror}); allowed: an address of this machine"
+            ) from None
+        try:
             with socket.socket(family, kind) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
@@ -351,13 +356,13 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
     -- is given to tritonserver as it is.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    arguments = [*([] if verbose else ["--log-info=false", "--log-warning=false"]), *tritonserver_arguments]
     try:
-        launch = prepare(given, os.environ, Path(model_repository).resolve(), arguments)
+        launch = prepare(given, os.environ, Path(model_repository).resolve(), tritonserver_arguments)
     except (ConfigError, EmbeddedModelError, ModelError, ServeError, TokenizerError, TritonServerError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
-    sys.exit(serve(launch, Console(stderr=True)))
+    quiet = [] if verbose else ["--log-info=false", "--log-warning=false"]
+    sys.exit(serve(replace(launch, argv=[*launch.argv, *quiet]), Console(stderr=True)))
 
 
 command = click.Command(
