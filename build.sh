@@ -109,7 +109,7 @@ environment() {
 
 demo() {
     environment
-    exec python -m lightllm_backend.demo "$@"
+    exec python -m client.demo "$@"
 }
 
 serve() {

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,7 +80,11 @@ class Launch:
 
 
 def prepare(
-    settings: Mapping[str, str], environment: Mapping[str, str], repository: Path, arguments: Sequence[str] = ()
+    settings: Mapping[str, str],
+    environment: Mapping[str, str],
+    repository: Path,
+    arguments: Sequence[str] = (),
+    verbose: bool = False,
 ) -> Launch:
     """Check everything that can be checked without the model's weights. Raises an error with one clear line.
 
@@ -105,7 +109,8 @@ def prepare(
         f"--http-port={config.http_port}",
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
-        *arguments,
+        *([] if verbose else ["--log-info=false", "--log-warning=false"]),
+        *arguments,  # the last of an option given twice is what holds
     ]
     argv, server_environment = tritonserver.command(
         server_arguments, {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python}
@@ -357,12 +362,11 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
     """
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        launch = prepare(given, os.environ, Path(model_repository).resolve(), tritonserver_arguments)
+        launch = prepare(given, os.environ, Path(model_repository).resolve(), tritonserver_arguments, verbose)
     except (ConfigError, EmbeddedModelError, ModelError, ServeError, TokenizerError, TritonServerError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
-    quiet = [] if verbose else ["--log-info=false", "--log-warning=false"]
-    sys.exit(serve(replace(launch, argv=[*launch.argv, *quiet]), Console(stderr=True)))
+    sys.exit(serve(launch, Console(stderr=True)))
 
 
 command = click.Command(

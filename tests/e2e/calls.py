@@ -8,6 +8,7 @@ import json
 import queue
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ DATATYPES = {
 }  # fmt: skip
 
 
-def generate(server: TritonServer, body: Mapping[str, Any] | bytes, model: str = "lightllm") -> tuple[int, dict[str, Any]]:
+def generate(
+    server: TritonServer, body: Mapping[str, Any] | bytes, model: str = "lightllm"
+) -> tuple[int, dict[str, Any]]:
     """HTTP generate: the status and the answer's JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=LIMIT_SECONDS)
     try:
@@ -130,7 +133,5 @@ def outputs(result: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def in_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of calls that run at once, each in a thread of its own, in order."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result(LIMIT_SECONDS) for future in [pool.submit(call) for call in calls]]
