@@ -242,7 +242,7 @@ def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
         if name is None:
             close = difflib.get_close_matches(key, _CANONICAL, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise _invalid(f"{key} is not a parameter{hint}; allowed: {', '.join(sorted(_CANONICAL))}")
+            raise _invalid(f"{key} is not a parameter{hint}; allowed: {', '.join(OPTIONS)}")
         if name in values:
             raise _invalid(
                 f"{name} is given twice, once as {key}; allowed: one of {name}, {', '.join(OPTIONS[name].aliases)}"

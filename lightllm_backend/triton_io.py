@@ -142,9 +142,18 @@ def read_request(request: Any) -> ParsedRequest:
 
 
 def deadline(request: Any) -> float | None:
-    """When the request must have ended, in time.monotonic() seconds: its `timeout`, in microseconds, from now."""
-    timeout = request.timeout()
-    return time.monotonic() + timeout / 1e6 if timeout else None
+    """When the request must have ended, in time.monotonic() seconds: its `timeout`, in microseconds, from now.
+
+    The generate endpoints have no field for it, so there it is a parameter.
+    """
+    timeout = request.timeout() or _parameters(request).get("timeout", 0)
+    try:
+        seconds = int(timeout) / 1e6
+    except (ValueError, OverflowError):
+        seconds = -1.0
+    if seconds < 0:
+        raise RequestError("INVALID_ARG", f"timeout is {timeout!r}; allowed: microseconds ≥ 0")
+    return time.monotonic() + seconds if seconds else None
 
 
 def read_generation_request(request: Any) -> tuple[ParsedRequest, dict[str, Any] | None]:

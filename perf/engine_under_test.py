@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import statistics
 import tempfile
@@ -37,10 +38,10 @@ class EngineUnderTest:
 
     def run(self, batch: int, input_len: int, output_len: int) -> BatchRun:
         """Greedy, past any EOS. Every prompt is new, so that none is found in a cache."""
-        prompts = [
-            tuple(self._random.choices(range(self.info.vocab_size), k=input_len)) for _ in range(batch)
-        ]  # made before the clock starts
-        return self.run_prompts(prompts, output_len)
+        vocabulary = range(self.info.vocab_size)
+        return self.run_prompts(
+            [tuple(self._random.choices(vocabulary, k=input_len)) for _ in range(batch)], output_len
+        )
 
     def run_prompts(self, prompts: list[tuple[int, ...]], output_len: int) -> BatchRun:
         sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
@@ -67,7 +68,7 @@ class EngineUnderTest:
         seconds = time.perf_counter() - started
         if errors:
             raise errors[0]
-        gaps = [after - before for before, after in zip(times, times[1:])]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
         return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0)
 
 

@@ -25,12 +25,12 @@ REPEATS = 9
 
 
 @triton.jit
-def _read(source, sums, per_program, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _read(source, sums, per_program, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each program reads its own stretch and keeps nothing but a sum, so that nothing is written."""
     program = tl.program_id(0).to(tl.int64)
-    offsets = program * per_program + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, per_program, BLOCK):
+    offsets = program * per_program + tl.arange(0, block)
+    total = tl.zeros((block,), tl.int32)
+    for start in range(0, per_program, block):
         total += tl.load(source + offsets + start)
     tl.store(sums + program, tl.sum(total, 0))
 
@@ -46,7 +46,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def read_bytes_per_second() -> float:
@@ -59,7 +59,7 @@ def read_bytes_per_second() -> float:
         assert per_program % block == 0, "every byte is read once"
 
         def read() -> None:
-            _read[(num_programs,)](source, sums, per_program, BLOCK=block, num_warps=warps)  # noqa: B023 (used at once)
+            _read[(num_programs,)](source, sums, per_program, block=block, num_warps=warps)  # noqa: B023 (used at once)
 
         best = max(best, READ_BYTES / seconds_of(read))
     return best

@@ -4,8 +4,8 @@
     python -m perf.static_inference --model llama-7b --batches 1,8,32,64,128,256
     python -m perf.static_inference --model_dir /models/llama-7B --load_format auto
 
-For each batch size: prefill is the time for one token of every request; a step is (time for output_len tokens - time for
-one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
+For each batch size: prefill is the time for one token of every request; a step is (time for output_len tokens - time
+for one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
 The floor is what this GPU needs at least for a step, with limits measured in the same run (perf/hardware_limits.py):
 max(weights read, matrix arithmetic) + K and V read, these at half of the output. Other settings of the engine come from
 the environment, as LIGHTLLM_<NAME>.
@@ -50,9 +50,9 @@ def _shape(
 
 SHAPES = {
     "tiny": _shape(2, 128, 256, 4, 2, 1000),  # to try this program itself
-    "llama-7b": _shape(32, 4096, 11008, 32, 32),
-    "llama-13b": _shape(40, 5120, 13824, 40, 40),
-    "llama-2-70b": _shape(80, 8192, 28672, 64, 8),
+    "llama-7b": _shape(32, 4096, 11008, 32, 32, 32000),
+    "llama-13b": _shape(40, 5120, 13824, 40, 40, 32000),
+    "llama-2-70b": _shape(80, 8192, 28672, 64, 8, 32000),
 }
 
 
@@ -88,7 +88,8 @@ def floor_ms(
     cached = batch * (input_len + output_len / 2) * 2 * kv * model.num_layers
     weights_read = weights * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
     arithmetic = 2 * weights * batch / limits["bf16_flops_per_second"]
-    return 1e3 * (max(weights_read, arithmetic) + cached * ITEM_BYTES[dtype] / limits["read_bytes_per_second"])
+    cache_read = cached * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
+    return float(1e3 * (max(weights_read, arithmetic) + cache_read))
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
@@ -120,12 +121,10 @@ def engine_config(directory: str, given: dict[str, str | None], largest: int, to
     return EngineConfig.build({}, {**os.environ, **environment})
 
 
-@click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option("--model", type=click.Choice(list(SHAPES)), default="llama-7b", show_default=True, help="a shape by name")
+@click.command(help=str(__doc__).partition("\n")[0], context_settings={"max_content_width": 120})
+@click.option("--model", type=click.Choice(list(SHAPES)), default="llama-7b", show_default=True, help="shape by name")
 @click.option("--model_dir", help="a Hugging Face directory instead")
-@click.option(
-    "--load_format", default="dummy", show_default=True, help="auto: the directory's weights, not random ones"
-)
+@click.option("--load_format", default="dummy", show_default=True, help="auto: real weights, not random ones")
 @click.option("--batches", default="1,8,32,64,128,256", show_default=True, help="batch sizes, separated by commas")
 @click.option("--input_len", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--output_len", default=128, show_default=True, type=click.IntRange(min=2))

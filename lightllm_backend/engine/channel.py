@@ -152,6 +152,14 @@ def run_directory_of(server_pid: int) -> Path:
     return directory
 
 
+def remove_run_directory() -> None:
+    """Remove this server's run directory with the sockets in it; those who still need it make it again."""
+    if os.environ.get("LIGHTLLM_RUN_DIR"):
+        return
+    with contextlib.suppress(OSError):
+        _remove(run_directory())
+
+
 def remove_stale_run_directories() -> None:
     """Remove what servers that are no more have left beside this one's run directory."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
@@ -164,9 +172,13 @@ def remove_stale_run_directories() -> None:
             except psutil.NoSuchProcess:
                 alive = False
             if not alive:
-                for file in directory.iterdir():
-                    file.unlink()
-                directory.rmdir()
+                _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
 
 
 def pack_request(request: Request) -> list[Any]:

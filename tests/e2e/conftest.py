@@ -19,18 +19,13 @@ from tests.e2e.server import TritonServer
 DATA = Path(__file__).parents[1] / "data"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that replace or stop a shared server's engine come last, whatever their files are called."""
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield
     if report.failed:
         for name, value in getattr(item, "funcargs", {}).items():
             if isinstance(value, TritonServer):
-                report.sections.append((f"log of {name}", "\n".join(value.log().splitlines()[-30:])))
+                report.sections.append((f"log of {name}", "\n".join(value.log().splitlines()[-15:])))
     return report
 
 
@@ -81,7 +76,7 @@ class Reference:
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, prompt_ids: list[int], output_ids: list[int]) -> torch.Tensor:
         """[len(output_ids), vocabulary]: from what each of the output's tokens was chosen."""
         ids = torch.tensor([[*prompt_ids, *output_ids]])

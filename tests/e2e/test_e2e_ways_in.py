@@ -6,8 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tritonclient.grpc
-import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from client import LightLLMClient
@@ -92,7 +90,10 @@ def test_grpc_stream_through_tritonclient(server: TritonServer, expected: dict[s
 @pytest.mark.parametrize("infer", [infer_http, infer_grpc])
 def test_unary_infer(server: TritonServer, expected: dict[str, Any], infer: Any) -> None:
     assert infer(server, {"text_input": PROMPT, "max_tokens": 8}) == expected
-    assert infer(server, {"input_ids": [504, 3575, 282, 4939, 314], "max_tokens": 2, "stream": True}) is not None
+
+
+def test_unary_infer_ignores_stream(server: TritonServer, expected: dict[str, Any]) -> None:
+    assert infer_grpc(server, {"text_input": PROMPT, "max_tokens": 8, "stream": True}) == expected
 
 
 def test_unary_generate(server: TritonServer, expected: dict[str, Any]) -> None:
@@ -123,7 +124,7 @@ def test_direct_call_of_generation(server: TritonServer, expected: dict[str, Any
 
 
 def test_unary_calls_have_real_status_codes(server: TritonServer) -> None:
-    with pytest.raises(InferenceServerException, match="^.{0,40}INVALID_ARG: top_p is 0.0") as refused:
+    with pytest.raises(InferenceServerException, match="INVALID_ARG: top_p is 0.0") as refused:
         infer_http(server, {"text_input": PROMPT, "top_p": 0.0})
     assert refused.value.status() == "400"
     with pytest.raises(InferenceServerException, match="INVALID_ARG: top_p is 0.0") as refused:

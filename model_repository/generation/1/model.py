@@ -2,7 +2,7 @@
 """The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
 
 from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import remove_stale_run_directories, run_directory
+from lightllm_backend.engine.channel import remove_run_directory, remove_stale_run_directories, run_directory
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
@@ -54,3 +54,4 @@ class TritonPythonModel:
         self.engine.close()
         self.supervisor.stop()
         self.metrics.close()
+        remove_run_directory()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may not say: each is refused by name, and the server goes on as before."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from client import InvalidArgument, LightLLMClient
+from tests.e2e.calls import generate, infer_grpc, infer_http, stream_grpc
+from tests.e2e.server import TritonServer, poll
+
+pytestmark = pytest.mark.e2e
+
+NAN, INFINITE = float("nan"), float("inf")
+# The request's tensors, and what the message must say: the key, the value and what is allowed.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "empty prompt": ({"text_input": ""}, r'text_input is ""; allowed: a string that is not empty'),
+    "no prompt": ({"max_tokens": 3}, r"none of text_input and input_ids given; allowed: exactly one"),
+    "two prompts": ({"text_input": "a", "input_ids": [1]}, r"both of text_input and input_ids given; allowed:"),
+    "prompt not UTF-8": ({"text_input": b"ab\xff"}, r"text_input is not UTF-8 at byte 2; allowed: UTF-8"),
+    "stop word not UTF-8": ({"text_input": "a", "stop_words": b"\xc3"}, r"stop_words is not UTF-8 at byte 0; allowed"),
+    "10 MB": ({"text_input": "x" * 10_000_000}, r"text_input has 10000000 bytes; allowed: at most 1048576"),
+    "long prompt": ({"text_input": "a " * 3000}, r"prompt has 3001 tokens and max_tokens is 16; allowed: at most 2048"),
+    "long in all": (
+        {"text_input": "a", "max_tokens": 3072},
+        r"prompt has 1 tokens and max_tokens is 3072; allowed: at most 3072 in all",
+    ),
+    "unknown token": ({"input_ids": [1, 49152]}, r"input_ids holds 49152; allowed: 0 ≤ id < 49152"),
+    "negative token": ({"input_ids": [-1, 5]}, r"input_ids holds -1; allowed: 0 ≤ id < 49152"),
+    "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: max_tokens ≥ 1"),
+    "negative": ({"text_input": "a", "max_tokens": -1}, r"max_tokens is -1; allowed: max_tokens ≥ 1"),
+    "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 3072"),
+    "top_p 0": ({"text_input": "a", "top_p": 0.0}, r"top_p is 0.0; allowed: 0 < top_p ≤ 1"),
+    "top_p NaN": ({"text_input": "a", "top_p": NAN}, r"top_p is nan; allowed: 0 < top_p ≤ 1"),
+    "top_k": ({"text_input": "a", "top_k": -2}, r"top_k is -2; allowed: -1 or 0 \(off\), or top_k ≥ 1"),
+    "temperature NaN": ({"text_input": "a", "temperature": NAN}, r"temperature is nan; allowed: a finite"),
+    "temperature infinite": ({"text_input": "a", "temperature": INFINITE}, r"temperature is inf; allowed: a finite"),
+    "temperature negative": ({"text_input": "a", "temperature": -1.0}, r"temperature is -1.0; allowed: .* ≥ 0"),
+    "presence NaN": ({"text_input": "a", "presence_penalty": NAN}, r"presence_penalty is nan; allowed: a finite"),
+    "frequency infinite": (
+        {"text_input": "a", "frequency_penalty": -INFINITE},
+        r"frequency_penalty is -inf; allowed: a finite",
+    ),
+    "repetition 0": ({"text_input": "a", "repetition_penalty": 0.0}, r"repetition_penalty is 0.0; allowed: .* > 0"),
+    "min_tokens": ({"text_input": "a", "min_tokens": 17}, r"min_tokens is 17; allowed: 0 ≤ min_tokens ≤ max_tokens"),
+    "33 stop words": ({"text_input": "a", "stop_words": ["x"] * 33}, r"stop_words is .*; allowed: .* at most 32"),
+    "long stop word": ({"text_input": "a", "stop_words": ["x" * 1025]}, r"stop_words is .*; allowed: .* 1024 bytes"),
+}
+# The same for the JSON string `sampling_parameters`.
+REFUSED_JSON: dict[str, tuple[str, str]] = {
+    "not JSON": ("{", r"sampling_parameters is not JSON .*; allowed: a JSON object"),
+    "no object": ("[1]", r"sampling_parameters is \[1\]; allowed: a JSON object"),
+    "unknown key": ('{"max_token": 3}', r"max_token is not a parameter \(did you mean max_tokens\?\); allowed: .*top_p"),
+    "wrong type": ('{"max_tokens": [3]}', r"max_tokens is \[3\]; allowed: max_tokens ≥ 1"),
+    "boolean number": ('{"max_tokens": true}', r"max_tokens is true; allowed: max_tokens ≥ 1"),
+    "text number": ('{"temperature": "warm"}', r'temperature is "warm"; allowed: a finite temperature ≥ 0'),
+    "number boolean": ('{"ignore_eos": 2}', r"ignore_eos is 2; allowed: true or false"),
+    "NaN": ('{"temperature": NaN}', r"temperature is nan; allowed: a finite"),
+    "huge number": ('{"temperature": 1e999}', r"temperature is inf; allowed: a finite"),
+    "several answers": ('{"n": 2}', r"n is 2; allowed: 1"),
+    "seed": ('{"seed": -1}', r"seed is -1; allowed: 0 ≤ seed < 2⁶⁴"),
+    "twice": ('{"max_tokens": 3, "max_new_tokens": 3}', r"max_tokens is given twice.*; allowed: one of"),
+    "lone surrogate": ('{"stop": "\\ud800"}', r"stop is .*; allowed: a string or a list"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(server: TritonServer, client: LightLLMClient) -> Iterator[None]:
+    """After each bad request a good one is answered, and nothing is held."""
+    yield
+    assert client.generate("The capital of Japan is", max_tokens=1).text == " Tokyo"
+    assert poll(server.is_idle, 10), server.metrics()
+
+
+@pytest.mark.parametrize(("request_tensors", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_tensors(server: TritonServer, request_tensors: dict[str, Any], message: str) -> None:
+    with pytest.raises(InferenceServerException) as refused:
+        stream_grpc(server, request_tensors)
+    assert re.match(f"(in ensemble 'lightllm', )?INVALID_ARG: .*{message}", refused.value.message())
+    for infer, status in ((infer_http, "400"), (infer_grpc, "StatusCode.INVALID_ARGUMENT")):
+        with pytest.raises(InferenceServerException) as refused:
+            infer(server, request_tensors)
+        assert re.match(f"INVALID_ARG: .*{message}", refused.value.message())
+        assert refused.value.status() == status
+
+
+@pytest.mark.parametrize(("parameters", "message"), REFUSED_JSON.values(), ids=REFUSED_JSON)
+def test_refused_json(server: TritonServer, parameters: str, message: str) -> None:
+    status, answer = generate(server, {"text_input": "a", "sampling_parameters": parameters})
+    assert status == 400
+    assert re.match(f"in ensemble 'lightllm', INVALID_ARG: {message}", answer["error"])
+
+
+def test_refused_parameters(server: TritonServer) -> None:
+    with pytest.raises(InferenceServerException, match="INVALID_ARG: colour is not a parameter; allowed: .*max_tokens"):
+        stream_grpc(server, {"text_input": "a"}, parameters={"colour": "red"})
+    with pytest.raises(InferenceServerException, match="INVALID_ARG: top_p is .*2.*; allowed: 0 < top_p ≤ 1"):
+        stream_grpc(server, {"text_input": "a"}, parameters={"top_p": "2"})
+    status, answer = generate(server, {"text_input": "a", "parameters": {"colour": 1}})
+    assert status == 400
+    assert "INVALID_ARG: colour is not a parameter" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"text_input": "\\ud800"}',
+        b"no JSON",
+        json.dumps({"text_input": 5}).encode(),
+        json.dumps({"text_input": ["a", "b"]}).encode(),
+        json.dumps({"text_input": "a", "max_tokens": "three"}).encode(),
+        json.dumps({"text_input": "a", "parameters": {"colour": ["red"]}}).encode(),
+    ],
+)
+def test_what_the_server_itself_refuses(server: TritonServer, body: bytes) -> None:
+    status, answer = generate(server, body)
+    assert status in (400, 500)
+    assert answer["error"]
+
+
+def test_prompt_that_is_not_utf8_over_http(server: TritonServer) -> None:
+    status, answer = generate(server, b'{"text_input": "\xff\xfe"}')
+    assert status == 400
+    assert "INVALID_ARG: text_input is not UTF-8 at byte 0" in answer["error"]
+
+
+def test_error_of_our_client(client: LightLLMClient) -> None:
+    with pytest.raises(InvalidArgument, match=r"^INVALID_ARG: top_p is 1.5; allowed: 0 < top_p ≤ 1$"):
+        client.generate("a", top_p=1.5)
+
+
+def test_refusals_are_counted(server: TritonServer, client: LightLLMClient) -> None:
+    before = server.metrics()['lightllm_requests_total{status="rejected"}']
+    with pytest.raises(InvalidArgument):
+        client.generate("a " * 3000)
+    assert poll(lambda: server.metrics()['lightllm_requests_total{status="rejected"}'] == before + 1, 10)

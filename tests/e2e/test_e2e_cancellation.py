@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that go away and deadlines that pass: whatever state a request is in, what it holds is given back."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from client import DeadlineExceeded, LightLLMClient, Unavailable
+from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
+from tests.e2e.server import TritonServer, poll
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = "Once upon a time, there was a"
+LONG = {"max_tokens": 2000, "ignore_eos": True}
+RUNNING = 4  # as small_server is set up; as many more may wait
+HALF_A_SECOND = 500_000  # microseconds
+GONE_SECONDS = 1.0
+EVENTUALLY = 60.0
+
+
+@pytest.fixture(autouse=True)
+def idle_before(small_server: TritonServer) -> Iterator[None]:
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
+    yield
+
+
+def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], bool]:
+    def holds() -> bool:
+        now = server.metrics()
+        return (now["lightllm_running_requests"], now["lightllm_queued_requests"]) == (running, queued)
+
+    return holds
+
+
+def cancelled_count(server: TritonServer) -> float:
+    return server.metrics()['lightllm_requests_total{status="cancelled"}']
+
+
+def test_streams_of_which_half_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
+    before = cancelled_count(small_server)
+    streams = [small_client.stream(PROMPT, **LONG) for _ in range(2 * RUNNING)]
+    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
+    next(streams[0])
+    for stream in streams:
+        stream.close()
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+    assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING, EVENTUALLY)
+
+
+def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
+    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
+    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
+    waiting = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
+    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
+    with pytest.raises(Unavailable, match=r"the queue is full \(4 requests\)"):
+        small_client.generate(PROMPT, max_tokens=1)
+    for stream in waiting:
+        stream.close()
+    assert poll(is_running(small_server, RUNNING, 0), GONE_SECONDS), small_server.metrics()
+    assert next(streams[0]).text, "those that ran go on"
+    for stream in streams:
+        stream.close()
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+def test_requests_that_do_not_stream(small_server: TritonServer) -> None:
+    """Of the ensemble, running and waiting: they have no chunk on which the news could come."""
+    clients = [tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) for _ in range(6)]
+    values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
+    for client in clients:
+        client.start_stream(callback=lambda result, error: None)
+        client.async_stream_infer("lightllm", values)
+    assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
+    for client in clients:
+        client.stop_stream(cancel_requests=True)
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+    for client in clients:
+        client.close()
+
+
+def test_unary_calls(small_server: TritonServer) -> None:
+    with tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) as client:
+        values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
+        ended: queue.Queue[Any] = queue.Queue()
+        calls = [
+            client.async_infer("lightllm_unary", values, callback=lambda result, error: ended.put(error))
+            for _ in range(RUNNING + 1)
+        ]
+        assert poll(is_running(small_server, RUNNING, 1), EVENTUALLY), small_server.metrics()
+        for call in calls:
+            call.cancel()
+        assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+        assert all("CANCELLED" in str(ended.get(timeout=EVENTUALLY)) for _ in calls)
+
+
+def test_during_a_long_prefill(small_server: TritonServer, small_client: LightLLMClient) -> None:
+    stream = small_client.stream("word " * 2000, max_tokens=16)
+    assert poll(is_running(small_server, 1, 0), EVENTUALLY), small_server.metrics()
+    stream.close()
+    # One step of the prefill may be under way, and on two cores it takes a while.
+    assert poll(small_server.is_idle, 10 * GONE_SECONDS), small_server.metrics()
+
+
+def test_dropped_http_stream(small_server: TritonServer) -> None:
+    streams = [GenerateStream(small_server, {"text_input": PROMPT, "stream": True, **LONG}) for _ in range(2)]
+    for stream in streams:
+        assert next(stream)["text_output"]
+    for stream in streams:
+        stream.drop()
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+def test_a_client_that_reads_nothing_holds_nobody_up(
+    small_server: TritonServer, small_client: LightLLMClient
+) -> None:
+    idle_reader = GenerateStream(small_server, {"text_input": PROMPT, "stream": True, **LONG})
+    try:
+        assert small_client.generate(PROMPT, max_tokens=4).num_output_tokens == 4
+    finally:
+        idle_reader.drop()
+
+
+# Deadlines
+
+
+def test_timeout_of_our_client(small_server: TritonServer, small_client: LightLLMClient) -> None:
+    with pytest.raises(DeadlineExceeded, match="did not finish within 0.5 s"):
+        small_client.generate(PROMPT, timeout=0.5, **LONG)
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+@pytest.mark.parametrize("infer", [infer_http, infer_grpc])
+def test_deadline_of_a_unary_call(small_server: TritonServer, infer: Callable[..., Any]) -> None:
+    with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
+        infer(small_server, {"text_input": PROMPT, **LONG}, timeout=HALF_A_SECOND)
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+def test_deadline_of_a_grpc_stream(small_server: TritonServer) -> None:
+    with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
+        stream_grpc(small_server, {"text_input": PROMPT, "stream": True, **LONG}, timeout=HALF_A_SECOND)
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+@pytest.mark.parametrize("model", ["lightllm", "lightllm_unary"])
+def test_deadline_of_http_generate(small_server: TritonServer, model: str) -> None:
+    body = {"text_input": PROMPT, **LONG, "parameters": {"timeout": HALF_A_SECOND}}
+    status, answer = generate(small_server, body, model)
+    assert status == 400
+    assert "CANCELLED: the request's deadline has passed" in answer["error"]
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+def test_deadline_of_http_generate_stream_keeps_the_text(small_server: TritonServer) -> None:
+    body = {"text_input": PROMPT, "stream": True, **LONG, "timeout": 4 * HALF_A_SECOND}
+    events = list(GenerateStream(small_server, body))
+    assert "".join(event.get("text_output", "") for event in events)
+    assert "CANCELLED: the request's deadline has passed" in events[-1]["error"]
+
+
+def test_deadline_while_waiting(small_server: TritonServer, small_client: LightLLMClient) -> None:
+    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
+    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
+    with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
+        infer_grpc(small_server, {"text_input": PROMPT}, timeout=HALF_A_SECOND)
+    for stream in streams:
+        stream.close()
+
+
+def test_impossible_timeout(small_server: TritonServer) -> None:
+    status, answer = generate(small_server, {"text_input": PROMPT, "timeout": -1})
+    assert status == 400
+    assert "INVALID_ARG: timeout is -1; allowed: microseconds ≥ 0" in answer["error"]

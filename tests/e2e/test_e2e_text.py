@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of answers: streamed or not it is the same, no character is split, and stop strings cut it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from client import Generation, LightLLMClient
+from tests.e2e.calls import in_parallel
+from tests.e2e.conftest import Reference
+
+pytestmark = pytest.mark.e2e
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PROMPT = "The capital of Japan is"
+CHAT = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\nThe capital of Japan is"
+REPEATED = {
+    "emoji": "🎉🚀🎉🚀🎉🚀🎉🚀🎉🚀🎉🚀",
+    "family": "👩‍👩‍👧‍👦👩‍👩‍👧‍👦👩‍👩‍👧‍👦👩‍👩‍👧‍👦",
+    "cjk": "你好世界你好世界你好世界你好世界",
+    "combining": "e\u0301o\u0308e\u0301o\u0308e\u0301o\u0308e\u0301o\u0308e\u0301o\u0308",
+    "devanagari": "नमस्ते नमस्ते नमस्ते नमस्ते नमस्ते नमस्ते",
+}
+
+
+@pytest.mark.parametrize("prompt", REPEATED.values(), ids=REPEATED)
+@pytest.mark.parametrize("exclude_input", [True, False], ids=["excluded", "echoed"])
+def test_streamed_text_is_the_unstreamed_text(
+    client: LightLLMClient, reference: Reference, prompt: str, exclude_input: bool
+) -> None:
+    chunks, whole = in_parallel(
+        [
+            lambda: list(client.stream(prompt, max_tokens=24, exclude_input_in_output=exclude_input)),
+            lambda: client.generate(prompt, max_tokens=24, exclude_input_in_output=exclude_input),
+        ]
+    )
+    # The answer goes on with the characters that it was given, or the test would show nothing.
+    continuation = reference.decode(list(whole.token_ids))
+    assert any(ord(character) > 0x300 for character in continuation)
+    assert whole.text == ("" if exclude_input else prompt) + continuation
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert Generation.join(chunks) == whole
+    # max_tokens may cut the last character, which then shows as what it is; nothing before may.
+    assert not any(REPLACEMENT in chunk.text for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 20.0, "seed": 1}], ids=["greedy", "wild"])
+def test_text_that_begins_inside_a_character(
+    client: LightLLMClient, reference: Reference, options: dict[str, Any]
+) -> None:
+    """The prompt ends with half a character, so the answer begins with bytes that are no character by themselves."""
+    half = reference.encode(REPEATED["emoji"])[:-1]
+    assert reference.decode(half).endswith(REPLACEMENT)
+    whole = client.generate(half, max_tokens=20, **options)
+    assert Generation.join(client.stream(half, max_tokens=20, **options)) == whole
+    assert whole.text == reference.decode(list(whole.token_ids))
+    assert options or whole.text.startswith(REPLACEMENT)
+
+
+def test_echo_of_token_ids(client: LightLLMClient, reference: Reference) -> None:
+    ids = reference.encode(REPEATED["cjk"])
+    answer = client.generate(ids, max_tokens=4, exclude_input_in_output=False)
+    assert answer.text == REPEATED["cjk"] + reference.decode(list(answer.token_ids))
+
+
+# Stop strings
+
+
+@pytest.fixture(scope="module")
+def unstopped(client: LightLLMClient) -> Generation:
+    answer = client.generate(PROMPT, max_tokens=16)
+    assert answer.finish_reason == "length"
+    return answer
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_stop_string_across_tokens(
+    client: LightLLMClient, reference: Reference, unstopped: Generation, stream: bool
+) -> None:
+    ids = list(unstopped.token_ids)
+    pieces = [reference.decode([token_id]) for token_id in ids]
+    stop = pieces[1] + pieces[2] + pieces[3] + pieces[4][:2]  # ends inside the fifth token
+    options = {"max_tokens": 16, "stop_words": ["never said", stop], "return_log_probs": True}
+    answer = Generation.join(client.stream(PROMPT, **options)) if stream else client.generate(PROMPT, **options)
+    assert answer.finish_reason == "stop"
+    assert answer.text == pieces[0]
+    assert list(answer.token_ids) == ids[:5], "the token that completes the stop string is the last"
+    assert answer.num_output_tokens == 5
+    assert len(answer.log_probs) == 5
+    assert answer.cumulative_logprob == pytest.approx(sum(answer.log_probs), abs=1e-4)
+
+
+def test_no_chunk_shows_the_start_of_a_stop_string(client: LightLLMClient, unstopped: Generation) -> None:
+    stop = unstopped.text[4:14]
+    shown = ""
+    for chunk in client.stream(PROMPT, max_tokens=16, stop_words=[stop]):
+        shown += chunk.text
+        assert unstopped.text[:4].startswith(shown)
+    assert shown == unstopped.text[:4]
+
+
+def test_text_held_back_for_a_stop_string_that_does_not_come(client: LightLLMClient, unstopped: Generation) -> None:
+    almost = unstopped.text[-3:] + "never said"
+    answer = Generation.join(client.stream(PROMPT, max_tokens=16, stop_words=[almost]))
+    assert answer.finish_reason == "length"
+    assert answer.text == unstopped.text
+
+
+def test_the_earliest_stop_string_wins(client: LightLLMClient, unstopped: Generation) -> None:
+    words = [unstopped.text[20:24], unstopped.text[7:9]]
+    position = min(unstopped.text.index(word) for word in words)
+    answer = client.generate(PROMPT, max_tokens=16, stop_words=words)
+    assert answer.text == unstopped.text[:position]
+
+
+def test_min_tokens_holds_a_stop_string_back(client: LightLLMClient, unstopped: Generation) -> None:
+    stop = unstopped.text[:4]
+    assert client.generate(PROMPT, max_tokens=16, stop_words=[stop]).text == ""
+    later = client.generate(PROMPT, max_tokens=16, stop_words=[stop], min_tokens=8)
+    assert later.num_output_tokens >= 8
+    assert later.text.startswith(stop)
+
+
+# End of sequence
+
+
+def test_eos_ends_and_is_not_text(client: LightLLMClient, reference: Reference) -> None:
+    for answer in (client.generate(CHAT, max_tokens=16), Generation.join(client.stream(CHAT, max_tokens=16))):
+        assert answer.text == " Tokyo."
+        assert answer.finish_reason == "stop"
+        assert answer.token_ids[-1] == reference.eos_id
+        assert answer.num_output_tokens == len(answer.token_ids) == 3
+    shown = client.generate(CHAT, max_tokens=16, skip_special_tokens=False)
+    assert shown.text == " Tokyo.", "an EOS that ends the sequence is never text"
+
+
+def test_ignore_eos_makes_it_an_ordinary_token(client: LightLLMClient, reference: Reference) -> None:
+    answer = client.generate(CHAT, max_tokens=8, ignore_eos=True, skip_special_tokens=False)
+    assert answer.finish_reason == "length"
+    assert answer.num_output_tokens == 8
+    assert answer.text.startswith(" Tokyo.<|im_end|>")
+    hidden = client.generate(CHAT, max_tokens=8, ignore_eos=True)
+    assert hidden.token_ids == answer.token_ids
+    assert hidden.text == reference.decode(list(answer.token_ids))
+
+
+def test_min_tokens_forbids_eos(client: LightLLMClient, reference: Reference) -> None:
+    answer = client.generate(CHAT, max_tokens=12, min_tokens=6)
+    assert answer.num_output_tokens >= 6
+    assert reference.eos_id not in answer.token_ids[:6]
+
+
+def test_special_tokens_in_the_prompt(client: LightLLMClient, reference: Reference) -> None:
+    parsed = client.generate(CHAT, max_tokens=1)
+    plain = client.generate(CHAT, max_tokens=1, parse_special=False)
+    assert parsed.num_input_tokens == len(reference.encode(CHAT))
+    assert plain.num_input_tokens > parsed.num_input_tokens

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of answers against transformers in float32: greedy decoding, log probabilities, penalties, seeds."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from client import Generation, LightLLMClient
+from tests.e2e.calls import in_parallel
+from tests.e2e.conftest import Reference
+
+pytestmark = pytest.mark.e2e
+
+MAX_TOKENS = 12
+
+
+def chat(*messages: str) -> str:
+    turns = zip(("user", "assistant") * len(messages), messages, strict=False)
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+
+
+PROMPTS = [
+    "A",
+    " ",
+    "\n\n",
+    "The capital of France is",
+    "Once upon a time, in a land far away,",
+    "1, 2, 3, 4, 5,",
+    "The quick brown fox jumps over the lazy dog. " * 60,
+    "In the beginning there was nothing. " * 12 + "Then",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    '#include <stdio.h>\n\nint main(void) {\n    printf("',
+    '{"name": "Ada", "born": 1815, "languages": [',
+    "SELECT name, count(*) FROM orders WHERE",
+    "Die Hauptstadt von Österreich heißt",
+    "東京は日本の",
+    "Москва - столица",
+    "مرحبا بالعالم",
+    "🙂🙃 smile 🎂",
+    "cafe\u0301 nai\u0308ve",
+    "<|im_start|>assistant\n",
+    chat(""),
+    chat("What is 2 + 2?"),
+    chat("Name a colour.", "Blue.", "Another one?"),
+    "https://example.com/search?q=",
+    "\ttabs\tand  spaces   ",
+]
+
+
+@pytest.fixture(scope="module")
+def alone(client: LightLLMClient) -> list[Generation]:
+    """The answer to each prompt while nothing else runs."""
+    return [client.generate(prompt, max_tokens=MAX_TOKENS) for prompt in PROMPTS]
+
+
+def test_greedy_tokens_equal_transformers(alone: list[Generation], reference: Reference) -> None:
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        prompt_ids, ids = reference.encode(prompt), list(answer.token_ids)
+        assert answer.num_input_tokens == len(prompt_ids)
+        assert reference.greedy_matches(prompt_ids, ids), prompt
+        assert reference.eos_id not in ids[:-1], prompt
+        ended = ids[-1] == reference.eos_id
+        assert answer.finish_reason == ("stop" if ended else "length"), prompt
+        assert ended or len(ids) == MAX_TOKENS, prompt
+        assert answer.text == reference.decode(ids), prompt
+    assert max(answer.num_input_tokens for answer in alone) >= 600, "longer than one step's prefill"
+    assert {answer.finish_reason for answer in alone} == {"stop", "length"}
+
+
+def test_all_at_once_in_random_order(client: LightLLMClient, alone: list[Generation]) -> None:
+    order = list(range(len(PROMPTS)))
+    random.Random(1).shuffle(order)
+    streams = [client.stream(PROMPTS[index], max_tokens=MAX_TOKENS) for index in order]
+    for index, stream in zip(order, streams, strict=True):
+        assert Generation.join(stream) == alone[index], PROMPTS[index]
+
+
+def test_64_requests_at_once(client: LightLLMClient, alone: list[Generation]) -> None:
+    short = [index for index, answer in enumerate(alone) if answer.num_input_tokens < 20]
+    chosen = [random.Random(2).choice(short) for _ in range(64)]
+    streams = [client.stream(PROMPTS[index], max_tokens=6) for index in chosen]
+    for index, stream in zip(chosen, streams, strict=True):
+        assert Generation.join(stream).token_ids == alone[index].token_ids[:6], PROMPTS[index]
+
+
+# Log probabilities
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_k": 50, "seed": 5, "frequency_penalty": 0.5}], ids=["greedy", "sampled"]
+)
+def test_log_probabilities_are_of_the_models_own_distribution(
+    client: LightLLMClient, reference: Reference, options: dict[str, Any]
+) -> None:
+    prompt = PROMPTS[4]
+    answer = client.generate(prompt, max_tokens=MAX_TOKENS, return_log_probs=True, **options)
+    ids = list(answer.token_ids)
+    expected = reference.logits(reference.encode(prompt), ids).log_softmax(-1)[torch.arange(len(ids)), ids]
+    assert list(answer.log_probs) == pytest.approx(expected.tolist(), abs=1e-3)
+    assert answer.cumulative_logprob == pytest.approx(float(expected.sum()), abs=1e-2)
+
+
+def test_log_probabilities_of_a_stream(client: LightLLMClient) -> None:
+    chunks = list(client.stream(PROMPTS[4], max_tokens=MAX_TOKENS, return_log_probs=True))
+    so_far = 0.0
+    for chunk in chunks:
+        assert len(chunk.log_probs) == len(chunk.token_ids) == chunk.num_output_tokens
+        so_far += sum(chunk.log_probs)
+        assert chunk.cumulative_logprob == pytest.approx(so_far, abs=1e-4)
+
+
+# Penalties
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [{"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"presence_penalty": -0.5, "frequency_penalty": 1.0}],
+    ids=["presence", "frequency", "both"],
+)
+def test_presence_and_frequency_count_generated_tokens(
+    client: LightLLMClient, reference: Reference, penalties: dict[str, float]
+) -> None:
+    prompt = "1 1 1 1 1 1 1 1"
+    ids = list(client.generate(prompt, max_tokens=MAX_TOKENS, **penalties).token_ids)
+    logits = reference.logits(reference.encode(prompt), ids)
+    for position, row in enumerate(logits):
+        counts = torch.bincount(torch.tensor(ids[:position], dtype=torch.long), minlength=len(row))
+        row -= counts * penalties.get("frequency_penalty", 0.0)
+        row -= (counts > 0) * penalties.get("presence_penalty", 0.0)
+    assert logits.argmax(-1).tolist() == ids
+    assert not reference.greedy_matches(reference.encode(prompt), ids), "the penalties show"
+
+
+def test_repetition_penalty_includes_the_prompt(client: LightLLMClient, reference: Reference) -> None:
+    prompt, penalty = "1 1 1 1 1 1 1 1", 1.3
+    prompt_ids = reference.encode(prompt)
+    ids = list(client.generate(prompt, max_tokens=MAX_TOKENS, repetition_penalty=penalty).token_ids)
+    logits = reference.logits(prompt_ids, ids)
+    for position, row in enumerate(logits):
+        seen = torch.tensor(sorted({*prompt_ids, *ids[:position]}))
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    assert logits.argmax(-1).tolist() == ids
+    assert not reference.greedy_matches(prompt_ids, ids), "the penalty shows"
+
+
+# Seeds
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_among_others(client: LightLLMClient) -> None:
+    prompt, options = PROMPTS[4], {"max_tokens": MAX_TOKENS, "temperature": 1.2, "top_p": 0.95}
+    alone = client.generate(prompt, seed=7, **options)
+    seeds = [*range(100, 104), 7, *range(104, 108)]
+    together = in_parallel([lambda seed=seed: client.generate(prompt, seed=seed, **options) for seed in seeds])
+    assert together[4].token_ids == alone.token_ids
+    assert len({answer.token_ids for answer in together}) == len(seeds), "another seed, other tokens"
+
+
+def test_requests_without_a_seed_differ(client: LightLLMClient) -> None:
+    calls = [lambda: client.generate(PROMPTS[4], max_tokens=MAX_TOKENS, temperature=1.5) for _ in range(2)]
+    first, second = in_parallel(calls)
+    assert first.token_ids != second.token_ids
+
+
+def test_a_request_joins_while_another_runs(client: LightLLMClient) -> None:
+    """Continuous batching: the short answer does not wait for the long one."""
+    first_chunk, over = threading.Event(), threading.Event()
+
+    def run_long() -> None:
+        with client.stream(PROMPTS[4], max_tokens=1000, ignore_eos=True) as stream:
+            for _ in stream:
+                first_chunk.set()
+                if over.is_set():
+                    return
+
+    thread = threading.Thread(target=run_long)
+    thread.start()
+    assert first_chunk.wait(60)
+    answer = client.generate(PROMPTS[3], max_tokens=4)
+    assert thread.is_alive(), "the long answer is still under way"
+    over.set()
+    thread.join(60)
+    assert answer.num_output_tokens == 4

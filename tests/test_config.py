@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineConfig: defaults, where settings come from, and what is refused."""
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from lightllm_backend.config import ConfigError, EngineConfig
+
+
+def test_the_documented_defaults() -> None:
+    config = EngineConfig.build({}, {})
+    assert config == EngineConfig()
+    assert (config.tp, config.mem_fraction, config.running_max_req_size) == (1, 0.9, 1000)
+    assert (config.max_req_input_len, config.max_req_total_len, config.max_prompt_bytes) == (2048, 3072, 1 << 20)
+    assert (config.host, config.http_port, config.grpc_port, config.metrics_port) == ("127.0.0.1", 8000, 8001, 8002)
+    assert config.model_dir is config.max_total_token_num is config.eos_id is None
+    assert config.trust_remote_code is False
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [setting.name for setting in fields(EngineConfig) if not setting.metadata["help"]] == []
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        EngineConfig().tp = 2  # type: ignore[misc]
+
+
+def test_the_environment_wins_over_config_pbtxt() -> None:
+    config = EngineConfig.build({"max_queue_size": "5", "dtype": "float16"}, {"LIGHTLLM_MAX_QUEUE_SIZE": "6"})
+    assert (config.max_queue_size, config.dtype) == (6, "float16")
+
+
+def test_an_empty_value_is_not_given() -> None:
+    assert EngineConfig.build({"model_dir": "/a"}, {"LIGHTLLM_MODEL_DIR": ""}).model_dir is None
+
+
+@pytest.mark.parametrize("variable", ["PATH", "LIGHTLLM_CACHE", "LIGHTLLM_RUN_DIR", "LIGHTLLM_TRITONSERVER"])
+def test_variables_that_are_no_settings_are_left_alone(variable: str) -> None:
+    assert EngineConfig.build({}, {variable: "anything"}) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("tp", "1", 1),
+        ("mem_fraction", "1", 1.0),
+        ("mem_fraction", "0.05", 0.05),
+        ("trust_remote_code", "True", True),
+        ("trust_remote_code", " 0 ", False),
+        ("eos_id", "2", (2,)),
+        ("eos_id", "2, 0,7", (2, 0, 7)),
+        ("queue_timeout_s", "1.5", 1.5),
+        ("log_stats_interval", "0", 0.0),
+        ("http_port", "65535", 65535),
+        ("max_total_token_num", "1", 1),
+    ],
+)
+def test_texts_become_values(key: str, text: str, value: Any) -> None:
+    parsed = getattr(EngineConfig.build({key: text}, {}), key)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "allowed"),
+    [
+        ("tp", "2", "1"),
+        ("tp", "two", "1"),
+        ("max_total_token_num", "0", "a whole number ≥ 1"),
+        ("max_total_token_num", "1.5", "a whole number ≥ 1"),
+        ("max_req_total_len", "1", "a whole number ≥ 2"),
+        ("mem_fraction", "0", "0 < mem_fraction ≤ 1"),
+        ("mem_fraction", "1.01", "0 < mem_fraction ≤ 1"),
+        ("mem_fraction", "nan", "0 < mem_fraction ≤ 1"),
+        ("queue_timeout_s", "inf", "seconds > 0"),
+        ("queue_timeout_s", "0", "seconds > 0"),
+        ("log_stats_interval", "-1", "seconds ≥ 0"),
+        ("load_format", "pickle", "auto | dummy"),
+        ("dtype", "int4", "auto | bfloat16 | float16 | float32"),
+        ("device", "tpu", "auto | cuda | cpu"),
+        ("tokenizer_mode", "fast", "auto | slow"),
+        ("kv_dtype", "fp4", "auto"),
+        ("eos_id", "-1", "ids ≥ 0, separated by commas"),
+        ("eos_id", "2;3", "ids ≥ 0, separated by commas"),
+        ("trust_remote_code", "maybe", "true | false"),
+        ("grpc_port", "0", "a port, 1 … 65535"),
+        ("grpc_port", "65536", "a port, 1 … 65535"),
+    ],
+)
+def test_a_refusal_names_key_value_and_what_is_allowed(key: str, text: str, allowed: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig.build({}, {f"LIGHTLLM_{key.upper()}": text})
+    message = str(refusal.value)
+    assert message.startswith(f"{key} is ")
+    assert text in message.replace("(", "").replace(",)", "")
+    assert message.endswith(f"; allowed: {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "environment", "message"),
+    [
+        ({"max_tokens": "1"}, {}, "max_tokens in config.pbtxt is not a setting; allowed: model_dir, tp, "),
+        ({}, {"LIGHTLLM_TYPO": "1"}, "LIGHTLLM_TYPO in the environment is not a setting; allowed: model_dir, tp, "),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_lists_the_known(
+    parameters: dict[str, str], environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.build(parameters, environment)
+
+
+def test_a_constructor_is_checked_as_well() -> None:
+    with pytest.raises(ConfigError, match="tp is 3"):
+        EngineConfig(tp=3)
+
+
+def test_the_environment_of_a_config_builds_the_same_config() -> None:
+    config = EngineConfig(
+        model_dir="/m", eos_id=(1, 2), mem_fraction=0.5, trust_remote_code=True, queue_timeout_s=2.5, http_port=9
+    )
+    assert EngineConfig.build({}, config.environment()) == config
+    assert EngineConfig().environment() == {}

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface table: every name, alias, type and limit; the three sources; what a refusal says."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lightllm_backend.options import (
+    OPTIONS,
+    check_lengths,
+    check_prompt_bytes,
+    check_token_ids,
+    parse_request,
+)
+from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
+
+
+def sampling(**values: Any) -> SamplingParams:
+    return parse_request({"text_input": "a", **values}).options.sampling
+
+
+def refusal(tensors: dict[str, Any], sampling_parameters: str | None = None, parameters: Any = None) -> str:
+    with pytest.raises(RequestError) as error:
+        parse_request(tensors, sampling_parameters, parameters)
+    assert error.value.code == "INVALID_ARG"
+    assert "allowed: " in error.value.message
+    return error.value.message
+
+
+def test_defaults_but_for_the_seed_which_is_drawn() -> None:
+    parsed = parse_request({"text_input": "a"})
+    assert (parsed.text, parsed.token_ids) == ("a", None)
+    drawn = parsed.options.sampling.seed
+    assert parsed.options == RequestOptions(SamplingParams(seed=drawn))
+    assert len({sampling().seed for _ in range(4)}) == 4
+    assert all(0 <= sampling().seed < 2**64 for _ in range(4))
+
+
+# Names and aliases
+
+GIVEN = {
+    "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 0.25,
+    "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
+    "return_log_probs": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_each_name_and_alias_sets_its_field(name: str) -> None:
+    for alias in (name, *OPTIONS[name].aliases):
+        assert getattr(sampling(**{alias: GIVEN[name]}), name) == GIVEN[name]
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("inputs", "text_input"), ("streaming", "stream"), ("max_new_tokens", "max_tokens"), ("random_seed", "seed"),
+        ("min_length", "min_tokens"), ("stop", "stop_words"), ("stop_sequences", "stop_words"),
+        ("return_logprobs", "return_log_probs"), ("logprobs", "return_log_probs"),
+    ],
+)  # fmt: skip
+def test_the_aliases_of_other_servers_are_known(alias: str, name: str) -> None:
+    assert alias in OPTIONS[name].aliases
+
+
+@pytest.mark.parametrize("name", ["stream", "exclude_input_in_output", "parse_special", "skip_special_tokens"])
+def test_options_outside_of_sampling(name: str) -> None:
+    for value in (True, False):
+        assert getattr(parse_request({"text_input": "a", name: value}).options, name) is value
+
+
+def test_inputs_is_text_input_and_lightllm_s_body_is_understood() -> None:
+    parsed = parse_request({"inputs": "What is AI?"}, None, {"max_new_tokens": 17, "frequency_penalty": 1})
+    assert parsed.text == "What is AI?"
+    assert parsed.options.sampling.max_tokens == 17
+    assert parsed.options.sampling.frequency_penalty == 1.0
+
+
+def test_token_ids_instead_of_text() -> None:
+    assert parse_request({"input_ids": [3, 1, 2]}).token_ids == (3, 1, 2)
+    assert parse_request({}, json.dumps({"input_ids": [3, 1, 2]})).token_ids == (3, 1, 2)
+    assert parse_request({}, None, {"input_ids": "[3, 1, 2]"}).token_ids == (3, 1, 2)
+    assert refusal({"input_ids": []}).startswith("input_ids is []")
+    assert refusal({}, '{"input_ids": [1, "a"]}').startswith("input_ids is ")
+    assert refusal({}, '{"input_ids": 3}').startswith("input_ids is 3")
+
+
+def test_exactly_one_prompt() -> None:
+    assert refusal({}).startswith("none of text_input and input_ids given")
+    assert refusal({"text_input": "a", "input_ids": [1]}).startswith("both of text_input and input_ids given")
+
+
+# Values and limits
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("max_tokens", [1, 2**31 - 1, "7", " 7 ", 7.0], [0, -1, 2**31, 1.5, "7.5", "x", True, [1], {}]),
+        ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
+        ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),
+        ("top_k", [-1, 0, 1, "40", 3.0], [-2, 0.5, "x", True, 2**31]),
+        ("presence_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", 10**400]),
+        ("frequency_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", [1]]),
+        ("repetition_penalty", [0.5, 1, "2"], [0, -1, float("nan"), float("inf"), "x"]),
+        ("seed", [0, 2**64 - 1, "12"], [-1, 2**64, 0.5, "x", "9" * 30]),
+        ("ignore_eos", [True, 0, 1, "true", "False", " 1 "], [2, -1, "yes", [True], 0.5]),
+        ("n", [1, "1"], [0, 2, "2"]),
+        ("best_of", [1], [2]),
+        ("beam_width", [1], [4]),
+        ("num_return_sequences", [1], [3]),
+        ("logprobs", [0, 1, 5, True, "3"], [-1, 0.5, "many"]),
+        ("return_finish_reason", [True, "false"], ["x", 3]),
+    ],
+)
+def test_limits(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        parse_request({"text_input": "a"}, None, {name: value})
+    for value in bad:
+        message = refusal({"text_input": "a"}, None, {name: value})
+        assert message.startswith(f"{name} is ")
+
+
+@pytest.mark.parametrize(("text", "value"), [("5", 5), ("0.5", 0.5), ("true", True)])
+def test_numbers_may_be_strings(text: str, value: Any) -> None:
+    names = {5: "top_k", 0.5: "top_p", True: "ignore_eos"}
+    assert getattr(sampling(**{names[value]: text}), names[value]) == value
+
+
+def test_a_count_of_logprobs_means_yes_and_zero_means_no() -> None:
+    assert [sampling(logprobs=count).return_log_probs for count in (0, 1, 5)] == [False, True, True]
+
+
+def test_min_tokens_may_not_be_more_than_max_tokens() -> None:
+    assert sampling(min_tokens=4, max_tokens=4).min_tokens == 4
+    assert "min_tokens is 5; allowed: 0 ≤ min_tokens ≤ max_tokens (4)" in refusal(
+        {"text_input": "a", "min_tokens": 5, "max_tokens": 4}
+    )
+    assert "(16)" in refusal({"text_input": "a", "min_tokens": 17})
+
+
+@pytest.mark.parametrize(
+    ("values", "do_sample"),
+    [
+        ({}, False),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 0}, False),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 4}, True),
+        ({"temperature": 0.7, "do_sample": False}, False),
+        ({"do_sample": True}, True),
+    ],
+)
+def test_do_sample_follows_from_what_is_given(values: dict[str, Any], do_sample: bool) -> None:
+    assert sampling(**values).do_sample is do_sample
+
+
+def test_temperature_zero_is_greedy_whatever_else_is_said() -> None:
+    assert sampling(temperature=0, do_sample=True, top_p=0.5).greedy
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["a", "b"], ("a", "b")),
+        (["", "b", ""], ("b",)),
+        ("a", ("a",)),
+        ('["a", "b"]', ("a", "b")),
+        ("[INST]", ("[INST]",)),
+        ("[1, 2]", ("[1, 2]",)),
+        ([], ()),
+        (["é" * 512], ("é" * 512,)),
+        (["w"] * 32, ("w",) * 32),
+    ],
+)
+def test_stop_words(given: Any, words: tuple[str, ...]) -> None:
+    assert sampling(stop_words=given).stop_words == words
+
+
+@pytest.mark.parametrize("given", [["w"] * 33, ["é" * 513], [1], 3, {"a": 1}, ["\ud800"]])
+def test_refused_stop_words(given: Any) -> None:
+    assert refusal({"text_input": "a"}, json.dumps({"stop": given})).startswith("stop is ")
+
+
+def test_text_that_is_empty_or_no_text() -> None:
+    assert refusal({"text_input": ""}) == 'text_input is ""; allowed: a string that is not empty'
+    assert refusal({}, '{"text_input": 3}').startswith("text_input is 3")
+    assert refusal({}, '{"text_input": "\\ud800"}').startswith("text_input is ")
+
+
+# Sources
+
+
+def test_a_tensor_wins_over_json_and_json_over_parameters() -> None:
+    parsed = parse_request(
+        {"text_input": "a", "top_k": 1},
+        json.dumps({"top_k": 2, "max_new_tokens": 2, "seed": 2}),
+        {"top_k": 3, "max_tokens": 3, "random_seed": 3, "min_tokens": 1},
+    )
+    chosen = parsed.options.sampling
+    assert (chosen.top_k, chosen.max_tokens, chosen.seed, chosen.min_tokens) == (1, 2, 2, 1)
+
+
+def test_a_value_that_loses_is_checked_all_the_same() -> None:
+    assert "top_p is 2" in refusal({"text_input": "a", "top_p": 0.5}, '{"top_p": 2}')
+
+
+def test_null_is_not_given() -> None:
+    parsed = parse_request({"text_input": "a"}, '{"max_tokens": null, "no_such": null}', {"max_tokens": 4})
+    assert parsed.options.sampling.max_tokens == 4
+
+
+@pytest.mark.parametrize("text", [None, "", "{}"])
+def test_no_json_at_all(text: str | None) -> None:
+    assert parse_request({"text_input": "a"}, text).options.sampling.max_tokens == 16
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '"a"', "null"])
+def test_json_that_is_no_object(text: str) -> None:
+    assert refusal({"text_input": "a"}, text).startswith("sampling_parameters is ")
+
+
+def test_two_names_for_one_value_in_one_source() -> None:
+    message = refusal({"text_input": "a"}, '{"max_tokens": 1, "max_new_tokens": 2}')
+    assert message.startswith("max_tokens is given twice, once as max_new_tokens")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["id", "priority", "timeout", "binary_data_output", "sequence_id", "sequence_start", "triton_enable_empty_final"],
+)
+def test_the_server_s_own_parameters_are_ignored_there_and_nowhere_else(name: str) -> None:
+    parse_request({"text_input": "a"}, None, {name: "anything"})
+    assert refusal({"text_input": "a"}, json.dumps({name: 1})).startswith(f"{name} is not a parameter")
+
+
+def test_an_unknown_name_gets_a_hint_and_the_list() -> None:
+    message = refusal({"text_input": "a"}, None, {"temprature": 1})
+    assert message.startswith("temprature is not a parameter (did you mean temperature?); allowed: ")
+    assert "max_new_tokens" in message
+    assert "did you mean" not in refusal({"text_input": "a"}, None, {"zzzzzz": 1})
+
+
+def test_a_long_value_is_shown_short() -> None:
+    message = refusal({"text_input": "a"}, json.dumps({"max_tokens": "9" * 5000}))
+    assert len(message) < 200
+
+
+def test_a_deeply_nested_value_is_refused() -> None:
+    assert refusal({"text_input": "a"}, '{"stop": {"a": [[[[1]]]]}}').startswith("stop is ")
+
+
+def test_unary_requests_do_not_stream() -> None:
+    assert parse_request({"text_input": "a", "stream": True}).without_streaming().options.stream is False
+
+
+# What only the model knows
+
+
+def test_prompt_bytes() -> None:
+    check_prompt_bytes(10, 10)
+    with pytest.raises(RequestError, match=r"INVALID_ARG: text_input has 11 bytes; allowed: at most 10"):
+        check_prompt_bytes(11, 10)
+
+
+def test_token_ids_of_the_vocabulary() -> None:
+    check_token_ids((0, 9), 10)
+    for token_id in (-1, 10):
+        with pytest.raises(RequestError, match=f"input_ids holds {token_id}; allowed: 0 ≤ id < 10"):
+            check_token_ids((3, token_id, 4), 10)
+
+
+def test_lengths_at_their_limits_and_beyond() -> None:
+    limits = {"max_req_input_len": 8, "max_req_total_len": 12, "pool_tokens": 11}
+    check_lengths(8, 4, **limits)  # takes 11 slots: the last token needs none
+    for num_input, max_tokens, named in [
+        (0, 1, "no tokens"),
+        (9, 1, "at most 8 prompt tokens (max_req_input_len)"),
+        (8, 5, "at most 12 in all (max_req_total_len)"),
+        (1, 13, "max_tokens is 13; allowed: 1 ≤ max_tokens ≤ 12"),
+    ]:
+        with pytest.raises(RequestError) as error:
+            check_lengths(num_input, max_tokens, **limits)
+        assert named in str(error.value)
+    with pytest.raises(RequestError, match=r"the prompt has 8 tokens and max_tokens is 4; .* KV pool of 10 tokens"):
+        check_lengths(8, 4, 8, 12, 10)
