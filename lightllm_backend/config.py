@@ -47,7 +47,7 @@ class EngineConfig:
     """All settings. `None` as a default means: found out at start, as the help says."""
 
     model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
-    tp: int = _setting(1, "tensor-parallel ranks, one process and GPU each", "1", lambda value: value == 1)
+    tp: int = _count(1, "tensor-parallel ranks, one process and GPU each")
     max_total_token_num: int | None = _count(None, "token slots of the KV pool (default: what fits in mem_fraction)")
     mem_fraction: float = _setting(
         0.9,

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """TensorParallel: which part of the model this process holds, and how the parts are joined.
 
-One process per GPU. Whoever makes a TensorParallel with more than one rank has initialised torch.distributed's
-default process group before; its ranks are these ranks.
+One process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks: NCCL on
+GPUs, gloo on a CPU. On GPUs that can read each other's memory, the messages of a decode step are summed through
+symmetric memory instead, at half of NCCL's latency.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+# Up to here each rank reads everything of the others; beyond, each sums a part and all read the sums.
+ONE_SHOT_BYTES = 256 << 10
+# The kernels read this much at a time, and cut a message into as many parts as there are ranks.
+VECTOR_BYTES = 16
+
+log = logging.getLogger("lightllm.parallel")
 
 
 @dataclass(frozen=True)
@@ -20,23 +30,144 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
+    symmetric: SymmetricMemory | None = field(default=None, kw_only=True, repr=False)
+
+    @classmethod
+    def connect(cls, rank: int, size: int, device: torch.device, store: str) -> TensorParallel:
+        """Meet the other ranks through the file `store`, which no earlier group has used; waits for them."""
+        if size > 1:
+            is_cuda = device.type == "cuda"
+            torch.distributed.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=size,
+                device_id=device if is_cuda else None,  # NCCL connects now, not in the first step
+            )
+        return cls(rank, size)
+
+    def with_symmetric_memory(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> TensorParallel:
+        """The same, with a buffer for messages of up to `num_elements`, where the GPUs support it; for all ranks."""
+        if self.size == 1 or device.type != "cuda":
+            return self
+        reason = ""
+        try:
+            symmetric = SymmetricMemory(self.size, num_elements, dtype, device)
+            symmetric.check(self.rank)
+        except Exception as error:  # noqa: BLE001 (whatever it is, NCCL does without)
+            reason = f"{type(error).__name__}: {error}"
+        if self.minimum(0 if reason else 1, device) == 0:
+            log.warning("all-reduce is NCCL's; no symmetric memory: %s", reason or "another rank has none")
+            return self
+        return replace(self, symmetric=symmetric)
+
+    def product_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """Where to write a product [rows, columns] that goes to `all_reduce` next, to save a copy; None: anywhere."""
+        return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten with it."""
-        if self.size > 1:
+        if self.size == 1:
+            return x
+        buffer = self.symmetric.view(x.shape, x.dtype) if self.symmetric else None
+        if self.symmetric is None or buffer is None:
             torch.distributed.all_reduce(x)
-        return x
+            return x
+        if x.data_ptr() != buffer.data_ptr():
+            buffer.copy_(x)
+        return self.symmetric.all_reduce(buffer)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' `x` [..., n], side by side in order of rank: [..., size * n]."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
+        parts = x.new_empty((self.size, *x.shape))
+        torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous())
+        return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Rank `source`'s `x`, into every other rank's."""
         if self.size > 1:
             torch.distributed.broadcast(x, src=source)
         return x
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The least of all ranks' values; waits for the device."""
+        if self.size == 1:
+            return value
+        least = torch.tensor(value, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
+
+
+class SymmetricMemory:
+    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels.
+
+    The buffer and its addresses never change, so a CUDA graph may use them. The kernels begin and end with all ranks
+    waiting for each other: once a sum is there, everybody has read this rank's buffer, and the next may be written.
+    Sums are new tensors, which nothing overwrites, and the same to the last bit on every rank: all add in order of
+    rank. The kernels know float32 and bfloat16. The multicast (NVLS) ones are not used.
+    """
+
+    def __init__(self, size: int, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Collective. Raises whatever torch or the driver does where there is no such memory."""
+        from torch.distributed import _symmetric_memory
+
+        for other in range(size):
+            for one in range(other):
+                if not torch.cuda.can_device_access_peer(one, other):
+                    raise RuntimeError(f"GPUs {one} and {other} cannot read each other's memory")
+        self._granularity = VECTOR_BYTES * size // dtype.itemsize
+        # Older versions of torch lack it, and it is made for these numbers of ranks only.
+        self._two_shot_has_output = size in (2, 4, 8) and hasattr(torch.ops.symm_mem, "two_shot_all_reduce_out")
+        num_elements = -(-num_elements // self._granularity) * self._granularity
+        group = torch.distributed.group.WORLD
+        assert group is not None, "connect() comes first"
+        self._group_name: str = group.group_name
+        with torch.inference_mode(mode=False):
+            self._buffer = _symmetric_memory.empty(num_elements, dtype=dtype, device=device)
+        # The kernels look the handle up by the buffer and the group; kept, so that it lives as long as they.
+        self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
+
+    def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The beginning of the buffer as [shape]; None if such a message does not fit there."""
+        count = math.prod(shape)
+        fits = dtype == self._buffer.dtype and 0 < count <= self._buffer.numel() and count % self._granularity == 0
+        return self._buffer[:count].view(shape) if fits else None
+
+    def all_reduce(self, view: Tensor) -> Tensor:
+        """The sum of what all ranks have written to this view, as a new tensor. The view's content is lost."""
+        if view.numel() * view.itemsize <= ONE_SHOT_BYTES:
+            return self.one_shot(view)
+        return self.two_shot(view)
+
+    def one_shot(self, view: Tensor) -> Tensor:
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_out(
+            view, "sum", self._group_name, torch.empty_like(view)
+        )
+        return total
+
+    def two_shot(self, view: Tensor) -> Tensor:
+        if self._two_shot_has_output:
+            total: Tensor = torch.ops.symm_mem.two_shot_all_reduce_out(
+                view, "sum", self._group_name, torch.empty_like(view)
+            )
+            return total
+        return self.two_shot_in_place(view).clone()
+
+    def two_shot_in_place(self, view: Tensor) -> Tensor:
+        """The sum in the buffer itself, where the next message overwrites it."""
+        total: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(view, "sum", self._group_name)
+        return total
+
+    def check(self, rank: int) -> None:
+        """Sum the largest message, and one of the least size, in both ways; RuntimeError if a sum is wrong."""
+        ranks = torch.distributed.get_world_size()
+        for count in (self._granularity, self._buffer.numel()):
+            view = self._buffer[:count]
+            pattern = torch.arange(count, device=view.device) % 5
+            expected = (ranks * pattern + ranks * (ranks - 1) // 2).to(view.dtype)
+            for kernel in (self.one_shot, self.two_shot):
+                view.copy_(pattern + rank)
+                if not torch.equal(kernel(view), expected):
+                    raise RuntimeError(f"a sum of {count} values is wrong")

@@ -45,7 +45,7 @@ def test_variables_that_are_no_settings_are_left_alone(variable: str) -> None:
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
-        ("tp", "1", 1),
+        ("tp", "4", 4),
         ("mem_fraction", "1", 1.0),
         ("mem_fraction", "0.05", 0.05),
         ("trust_remote_code", "True", True),
@@ -67,8 +67,8 @@ def test_texts_become_values(key: str, text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "text", "allowed"),
     [
-        ("tp", "2", "1"),
-        ("tp", "two", "1"),
+        ("tp", "0", "a whole number ≥ 1"),
+        ("tp", "two", "a whole number ≥ 1"),
         ("max_total_token_num", "0", "a whole number ≥ 1"),
         ("max_total_token_num", "1.5", "a whole number ≥ 1"),
         ("max_req_total_len", "1", "a whole number ≥ 2"),
@@ -114,8 +114,8 @@ def test_an_unknown_key_is_an_error_that_lists_the_known(
 
 
 def test_a_constructor_is_checked_as_well() -> None:
-    with pytest.raises(ConfigError, match="tp is 3"):
-        EngineConfig(tp=3)
+    with pytest.raises(ConfigError, match="tp is 0"):
+        EngineConfig(tp=0)
 
 
 def test_the_environment_of_a_config_builds_the_same_config() -> None:

@@ -93,6 +93,17 @@ class Placement:
             raise ModelError(f"num_key_value_heads is {count}, which must divide tp = {size} or be divided by it")
         return max(1, count // size), rank * count // size
 
+    def vocabulary_share(self, vocab_size: int) -> tuple[int, int, int]:
+        """This rank's rows of a table padded for equal shares, the first of them, and how many of them are tokens.
+
+        Shares are multiples of 8 rows, since matrix products on GPUs are slow where rows of the result lie unaligned.
+        """
+        if self.parallel.size == 1:
+            return vocab_size, 0, vocab_size
+        rows = -(-vocab_size // (8 * self.parallel.size)) * 8
+        start = min(rows * self.parallel.rank, vocab_size)
+        return rows, start, min(rows, vocab_size - start)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -141,7 +152,14 @@ class RowLinear:
     def __call__(self, x: Tensor) -> Tensor:
         # Each rank holds the bias, and one of them adds it.
         bias = self.bias if self.parallel.rank == 0 else None
-        return self.parallel.all_reduce(functional.linear(x, self.weight, bias))
+        product = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
+        if product is None:
+            product = functional.linear(x, self.weight, bias)
+        elif bias is None:
+            torch.mm(x, self.weight.t(), out=product)
+        else:
+            torch.addmm(bias, x, self.weight.t(), out=product)
+        return self.parallel.all_reduce(product)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         out_features, share = self.weight.shape
@@ -153,39 +171,50 @@ class RowLinear:
 
 
 class Embedding:
-    """The table of token embeddings, whole on each rank."""
+    """The table of token embeddings, its rows split over the ranks. Padding makes all shares the same size."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
-        self.weight = place.empty(vocab_size, hidden_size)
+        self.parallel = place.parallel
+        self.vocab_size = vocab_size
+        rows, self.start, self.num_held = place.vocabulary_share(vocab_size)
+        self.weight = place.empty(rows, hidden_size)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        return functional.embedding(input_ids, self.weight)
+        if self.parallel.size == 1:
+            return functional.embedding(input_ids, self.weight)
+        local = input_ids - self.start
+        elsewhere = (local < 0) | (local >= self.num_held)
+        vectors = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(vectors.masked_fill_(elsewhere.unsqueeze(1), 0))
+
+    def weight_map(self, name: str) -> dict[str, WeightSlot]:
+        shape = (self.vocab_size, self.weight.shape[1])
+        return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
 class Head:
-    """Logits over the vocabulary, whose rows are split over the ranks where they divide it.
+    """Logits over the vocabulary, whose rows are split over the ranks as those of the embeddings are.
 
-    With tied embeddings the weight is a view of the embeddings' rows, and no tensor of the checkpoint is its own.
+    All ranks gather all logits, to the same bits, so that they choose the same tokens. With tied embeddings the weight
+    is that of the embeddings, and no tensor of the checkpoint is its own.
     """
 
     def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
-        vocab_size, hidden_size = embedding.weight.shape
         self.parallel = place.parallel
-        self.vocab_size = vocab_size
+        self.vocab_size = embedding.vocab_size
+        self.start, self.num_held = embedding.start, embedding.num_held
         self.tied = tied
-        self.is_split = vocab_size % place.parallel.size == 0
-        rows = vocab_size // place.parallel.size if self.is_split else vocab_size
-        self.start = rows * place.parallel.rank if self.is_split else 0
-        self.weight = embedding.weight[self.start : self.start + rows] if tied else place.empty(rows, hidden_size)
+        self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = functional.linear(x, self.weight).float()
-        return self.parallel.all_gather(logits) if self.is_split else logits
+        logits = self.parallel.all_gather(functional.linear(x, self.weight))
+        return logits[:, : self.vocab_size].float().contiguous()
 
     def weight_map(self, name: str) -> dict[str, WeightSlot]:
         if self.tied:
             return {}
-        return {name: WeightSlot(self.weight, (self.vocab_size, self.weight.shape[1]), 0, self.start)}
+        shape = (self.vocab_size, self.weight.shape[1])
+        return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
 class RotaryEmbedding:

@@ -107,7 +107,7 @@ class LlamaForCausalLM:
         return self.head(self.norm(x.index_select(0, step.last_tokens), last_residual))
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        slots = {"model.embed_tokens.weight": WeightSlot.whole(self.embedding.weight)}
+        slots = self.embedding.weight_map("model.embed_tokens.weight")
         for index, layer in enumerate(self.layers):
             slots |= {f"model.layers.{index}.{name}": slot for name, slot in layer.weight_map().items()}
         return slots | self.norm.weight_map() | self.head.weight_map("lm_head.weight")

@@ -113,10 +113,14 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
 
 
 def dummy_weights(model: HasWeights, seed: int = 0) -> None:
-    """Fill every parameter with normally distributed values: the same for the same seed and kind of device."""
+    """Fill every parameter with normally distributed values: the same for the same seed and kind of device.
+
+    What several ranks hold is the same on each, and what is split differs from one to the next.
+    """
     slots = list(model.weight_map().values())
-    generator = torch.Generator(slots[0].target.device).manual_seed(seed)
-    for slot in slots:
+    generator = torch.Generator(slots[0].target.device)
+    for number, slot in enumerate(slots):
+        generator.manual_seed(hash((seed, number, slot.start)))
         slot.target.normal_(slot.mean, 0.02, generator=generator)
 
 
