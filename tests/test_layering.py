@@ -39,6 +39,7 @@ ALLOWED_PACKAGES = {
 # These run in Triton server's processes, or decide without knowing tensors.
 WITHOUT_TORCH = (
     "config",
+    "engine.batch_channel",
     "engine.channel",
     "engine.client",
     "kv_pool.allocator",
@@ -52,6 +53,7 @@ WITHOUT_TORCH = (
     "engine.return_channel",
     "engine.streams",
     "engine.supervisor",
+    "engine.worker_group",
     "metrics",
     "options",
     "prompt",

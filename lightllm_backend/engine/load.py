@@ -36,12 +36,17 @@ class LoadedEngine:
     batch_max_tokens: int
 
 
-def load_engine(config: EngineConfig) -> LoadedEngine:
-    """Raises ConfigError or ModelError for what cannot be served, with the reason."""
-    device = choose_device(config)
+def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
+    """This rank's part of the engine; the ranks meet through the file `store`.
+
+    Raises ConfigError or ModelError for what cannot be served, with the reason.
+    """
+    device = choose_device(config, rank)
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
-    dtype = choose_dtype(config, shape, device)
+    parallel = TensorParallel.connect(rank, config.tp, device, store)
+    dtype = choose_dtype(config, shape, device, parallel)
+    parallel = parallel.with_symmetric_memory(config.running_max_req_size * shape.hidden_size, dtype, device)
     max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_sequence_length)
     max_input = _clamp("max_req_input_len", config.max_req_input_len, max_total - 1)
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
@@ -50,12 +55,11 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     chosen_kernels = kernels.select(device)
 
     started = time.monotonic()
-    parallel = TensorParallel(rank=0, size=config.tp)
     model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, max_total)
     if config.load_format == "dummy":
         dummy_weights(model, seed=0)
     else:
-        load_weights(model, directory)
+        load_weights(model, directory, progress=rank == 0)
     log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
 
     def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
@@ -69,31 +73,38 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
         peak = workspace_bytes(runner_with(1)[0], batches, device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
-        pool_tokens = _pool_tokens(config, fitting)
+        pool_tokens = _pool_tokens(config, parallel.minimum(fitting, device))
     runner, storage = runner_with(pool_tokens)
     info = EngineInfo(
-        model=directory, dtype=_name(dtype), device=str(device), vocab_size=shape.vocab_size, eos_ids=eos_ids,
+        model=directory, dtype=_name(dtype), device=device.type, vocab_size=shape.vocab_size, eos_ids=eos_ids,
         max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,
     )  # fmt: skip
     return LoadedEngine(runner, info, batch_max_tokens)
 
 
-def choose_device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig, rank: int) -> torch.device:
+    """The rank's GPU, which becomes the current one, or the CPU, of which each rank uses its share of the cores."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no GPU; allowed here: auto | cpu")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return device
+    if config.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp))
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if config.tp > num_devices:
+        raise ConfigError(f"tp is {config.tp}; allowed: at most {num_devices}, the number of GPUs that PyTorch finds")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
-def choose_dtype(config: EngineConfig, shape: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    config: EngineConfig, shape: ModelConfig, device: torch.device, parallel: TensorParallel
+) -> torch.dtype:
     """The setting; else the model's own on a GPU (float16 where there is no bfloat16), and on a CPU the fastest."""
     if config.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.dtype)
         return chosen
     if device.type == "cpu":
-        return _fastest_cpu_dtype(shape.hidden_size, shape.intermediate_size)
+        return _fastest_cpu_dtype(shape.hidden_size, shape.intermediate_size, parallel)
     own: torch.dtype = getattr(torch, shape.torch_dtype or "float16")
     if own == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         log.warning("this GPU has no bfloat16; float16 is used")
@@ -102,10 +113,11 @@ def choose_dtype(config: EngineConfig, shape: ModelConfig, device: torch.device)
 
 
 @torch.inference_mode()
-def _fastest_cpu_dtype(rows: int, columns: int) -> torch.dtype:
-    """Which of float32 and bfloat16 multiplies matrices of the model's size sooner here, as decode and prefill do."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+def _fastest_cpu_dtype(rows: int, columns: int, parallel: TensorParallel) -> torch.dtype:
+    """Which of float32 and bfloat16 multiplies matrices of the model's size sooner on rank 0."""
+    dtypes = (torch.float32, torch.bfloat16)
+    seconds = []
+    for dtype in dtypes:
         weight = torch.randn(columns, rows).to(dtype)
         inputs = [torch.randn(tokens, rows).to(dtype) for tokens in (1, 16, 64)]
         for repeat in range(6):
@@ -113,8 +125,8 @@ def _fastest_cpu_dtype(rows: int, columns: int) -> torch.dtype:
                 started = time.perf_counter()
             for tokens in inputs:
                 torch.nn.functional.linear(tokens, weight)
-        seconds[dtype] = time.perf_counter() - started
-    return min(seconds, key=lambda dtype: seconds[dtype])
+        seconds.append(time.perf_counter() - started)
+    return dtypes[int(parallel.broadcast(torch.tensor(seconds)).argmin())]
 
 
 def _pool_tokens(config: EngineConfig, fitting: int) -> int:

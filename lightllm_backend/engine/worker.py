@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker: the process that holds a GPU (or the CPU cores), the Router and the step loop, which meet nowhere else.
+"""A worker: the process that holds a GPU, or a share of the CPU's cores; one for each tensor-parallel rank.
 
-Run by the EngineSupervisor as `python -m lightllm_backend.engine.worker SOCKET`. Its settings come from the
+Rank 0's has the Router and the step loop, which meet nowhere else. The others, the followers, run the batches that it
+sends them (see batch_channel.py); all sample the same tokens.
+
+Run by the EngineSupervisor as `python -m lightllm_backend.engine.worker SOCKET RANK`. Its settings come from the
 environment, its standard output tells the supervisor how it is (see supervisor.py), its log goes to standard error.
 """
 
@@ -11,25 +14,40 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.engine.channel import CANCEL, STOP, SUBMIT, EngineInfo, EngineStats, unpack_request
+from lightllm_backend.engine.batch_channel import BatchReceiver, BatchSender
+from lightllm_backend.engine.channel import (
+    CANCEL,
+    STOP,
+    SUBMIT,
+    ChannelClosed,
+    EngineInfo,
+    EngineStats,
+    unpack_request,
+)
 from lightllm_backend.engine.hub import STATS_SECONDS, Hub
+from lightllm_backend.engine.worker_group import rendezvous_file
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.router.router import Router
 
 if TYPE_CHECKING:
+    from lightllm_backend.engine.load import LoadedEngine
     from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
+
+# How long a worker whose supervisor is gone may take to end by itself.
+LEASH_SECONDS = 5.0
 
 log = logging.getLogger("lightllm.worker")
 
 
-def run(hub: Hub, router: Router, runner: ModelRunner, log_stats_interval: float) -> None:
+def run(hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float) -> None:
     """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
 
     Up to `runner.overlap` steps are in flight while the next is planned. If a step fails, each request ends with an
@@ -43,6 +61,7 @@ def run(hub: Hub, router: Router, runner: ModelRunner, log_stats_interval: float
             chunks = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
             batch = router.next_batch()
             if batch is not None:
+                followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
@@ -52,11 +71,21 @@ def run(hub: Hub, router: Router, runner: ModelRunner, log_stats_interval: float
             hub.send(chunks, stats)
             statistics.tell(stats)
     except Exception as error:
-        log.exception("a step failed")
         failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
         router.fail_all(failure)
         hub.send(router.drain_finished(), engine_stats(router))
         raise
+
+
+def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
+    """The loop of the other ranks, until rank 0 is gone. It does not wait for the device: rank 0 does, before it plans
+    further steps.
+    """
+    try:
+        while True:
+            runner.launch(batches.receive())
+    except ChannelClosed:
+        pass
 
 
 def receive(hub: Hub, router: Router, timeout: float) -> list[TokenChunk]:
@@ -122,30 +151,84 @@ def build_router(config: EngineConfig, info: EngineInfo, batch_max_tokens: int) 
     )
 
 
+class Leader:
+    """Rank 0."""
+
+    def __init__(self, config: EngineConfig, address: str, leash: int) -> None:
+        self._config = config
+        # Listening before it meets the others, it is there when they connect.
+        self._followers = BatchSender(_batches_address(address), config.tp - 1)
+        self._engine = _load(config, 0, address)
+        self._hub = Hub(address, self._engine.info, leash)
+        self._followers.accept()
+
+    def run(self) -> None:
+        router = build_router(self._config, self._engine.info, self._engine.batch_max_tokens)
+        try:
+            run(self._hub, router, self._followers, self._engine.runner, self._config.log_stats_interval)
+        finally:
+            self._hub.close()
+            self._followers.close()
+
+
+class Follower:
+    """Any other rank."""
+
+    def __init__(self, config: EngineConfig, address: str, rank: int) -> None:
+        self._engine = _load(config, rank, address)
+        self._batches = BatchReceiver(_batches_address(address))
+
+    def run(self) -> None:
+        follow(self._batches, self._engine.runner)
+
+
+def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
+    from lightllm_backend.engine.load import load_engine  # torch only now: a wrong setting is told at once
+
+    return load_engine(config, rank, rendezvous_file(address))
+
+
+def _batches_address(address: str) -> str:
+    return f"{address}.batches"
+
+
+def watch_leash(leash: int) -> None:
+    """End this process soon after its supervisor, also where a collective waits for a rank that is no more."""
+    os.read(leash, 1)  # returns at end-of-file: nothing is ever written
+    time.sleep(LEASH_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
-    address = sys.argv[1]
+    address, rank = sys.argv[1], int(sys.argv[2])
     status, leash = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
+    threading.Thread(target=watch_leash, args=(leash,), name="leash", daemon=True).start()
     try:
         config = EngineConfig.build({}, os.environ)
-        from lightllm_backend.engine.load import load_engine  # torch only now: a wrong setting is told at once
-
-        engine = load_engine(config)
-        hub = Hub(address, engine.info, leash)
+        worker = Leader(config, address, leash) if rank == 0 else Follower(config, address, rank)
     except Exception as error:
         known = isinstance(error, (ConfigError, ModelError))
         log.error("cannot start: %s", error, exc_info=not known)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         os.write(status, f"error: {' '.join(message.split())}\n".encode())
-        sys.exit(1)
+        leave(1)
     gc.collect()
     gc.freeze()  # what is loaded stays; the collector need not walk it between steps
     os.write(status, b"ready\n")
     try:
-        run(hub, build_router(config, engine.info, engine.batch_max_tokens), engine.runner, config.log_stats_interval)
-    finally:
-        hub.close()
+        worker.run()
+    except Exception:
+        log.exception("the engine failed")
+        leave(1)
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End without tearing down what torch has built: that waits for steps in flight, which may wait for other ranks."""
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class TritonServer:
 
     def run_directory(self) -> Path:
         """Where the models of this server meet; the worker was told its socket's address there."""
-        return Path(self.worker().cmdline()[-1]).parent
+        return Path(self.worker().cmdline()[-2]).parent
 
     def metrics(self) -> dict[str, float]:
         """All samples of our metrics, by name and labels as they are written: `lightllm_requests_total{status="stop"}`."""
