@@ -65,6 +65,9 @@ class BatchReceiver:
         """The next batch; blocks. Raises ChannelClosed once rank 0 is gone."""
         return unpack_batch(self._channel.receive())
 
+    def close(self) -> None:
+        self._channel.close()
+
 
 def pack_batch(batch: Batch) -> list[Any]:
     arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
