@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +21,11 @@ from torch import Tensor
 ONE_SHOT_BYTES = 256 << 10
 # The kernels read this much at a time, and cut a message into as many parts as there are ranks.
 VECTOR_BYTES = 16
+
+# Its new name, of torch 2.13, and its old one.
+_all_gather: Callable[[Tensor, Tensor], object] = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
 
 log = logging.getLogger("lightllm.parallel")
 
@@ -82,7 +88,7 @@ class TensorParallel:
         if self.size == 1:
             return x
         parts = x.new_empty((self.size, *x.shape))
-        torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous())
+        _all_gather(parts.flatten(0, 1), x.contiguous())
         return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:

@@ -3,29 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.client import EngineClient
-from lightllm_backend.engine.supervisor import EngineSupervisor
 from lightllm_backend.engine.worker_group import EngineStartError
-from lightllm_backend.request import FinishReason, Request, SamplingParams, TokenChunk
+from lightllm_backend.request import FinishReason, SamplingParams
+from tests.engine.process_harness import TIMEOUT, configuration, started, until, workers
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
 
-TIMEOUT = 120.0
 MAX_TOKENS = 12
 PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61)), [190, 191, 192]]
 SAMPLED = [
@@ -47,78 +39,9 @@ def expected(directory: Path) -> list[list[int]]:
     return transformers_greedy(directory, PROMPTS, MAX_TOKENS)
 
 
-@dataclass
-class Engine:
-    supervisor: EngineSupervisor
-    client: EngineClient
-
-    def answer(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[list[int]]:
-        pending = [self.submit(prompt, params) for prompt, params in zip(prompts, sampling, strict=True)]
-        return [one.tokens() for one in pending]
-
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> Pending:
-        pending = Pending()
-        self.client.submit(Request(self.client.new_uid(), tuple(prompt), sampling), pending.on_chunk)
-        return pending
-
-
-class Pending:
-    """A request on its way."""
-
-    def __init__(self) -> None:
-        self.chunks: list[TokenChunk] = []
-        self.started = threading.Event()
-        self.ended = threading.Event()
-
-    def on_chunk(self, chunk: TokenChunk) -> None:
-        self.chunks.append(chunk)
-        self.started.set()
-        if chunk.finish_reason is not None:
-            self.ended.set()
-
-    def tokens(self) -> list[int]:
-        assert self.ended.wait(TIMEOUT)
-        assert self.chunks[-1].error is None, self.chunks[-1].error
-        return [token for chunk in self.chunks for token in chunk.token_ids]
-
-
-def configuration(directory: Path, tp: int, **changes: object) -> EngineConfig:
-    settings = {
-        "dtype": "float32", "device": "cpu", "running_max_req_size": 8, "max_total_token_num": 1024,
-        "worker_python": sys.executable, **changes,
-    }  # fmt: skip
-    return EngineConfig(model_dir=str(directory), tp=tp, **settings)
-
-
-@contextlib.contextmanager
-def started(config: EngineConfig, on_restart: Callable[[], None] = lambda: None) -> Iterator[Engine]:
-    with tempfile.TemporaryDirectory(prefix="lightllm-") as run_directory:
-        address = str(Path(run_directory, "engine"))
-        supervisor = EngineSupervisor(config, address, on_restart)
-        client = None
-        try:
-            supervisor.wait_ready()
-            client = EngineClient(address)
-            client.wait_ready(TIMEOUT)
-            yield Engine(supervisor, client)
-        finally:
-            if client:
-                client.close()
-            supervisor.stop()
-
-
-def workers() -> list[psutil.Process]:
-    """Children of this process that are workers and still run."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if "lightllm_backend.engine.worker" in child.cmdline():
-                found.append(child)
-    return found
-
-
 def shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
+    """All that is there but the regions of Triton servers, which others may be running."""
+    return {entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("triton_")}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -126,8 +49,9 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
     shared_before = shared_memory()
     with started(configuration(directory, tp)) as engine:
         assert len(engine.supervisor.pids) == len(workers()) == tp
-        assert engine.answer(PROMPTS, [SamplingParams(max_tokens=MAX_TOKENS)] * len(PROMPTS)) == expected
-        assert engine.answer(PROMPTS, SAMPLED) == sampled
+        greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
+        assert [answer.tokens for answer in greedy] == expected
+        assert [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)] == sampled
     assert workers() == []
     assert shared_memory() <= shared_before
 
@@ -135,7 +59,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
 @pytest.fixture(scope="module")
 def sampled(directory: Path, expected: list[list[int]]) -> list[list[int]]:
     with started(configuration(directory, 1)) as engine:
-        tokens = engine.answer(PROMPTS, SAMPLED)
+        tokens = [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)]
     assert all(ours != greedy for ours, greedy in zip(tokens, expected, strict=True)), "they are drawn"
     return tokens
 
@@ -180,11 +104,11 @@ def test_a_rank_that_is_killed_ends_the_requests_and_the_engine_comes_back(direc
         os.kill(first[rank], signal.SIGKILL)
         assert all(one.ended.wait(TIMEOUT) for one in running)
         assert {one.chunks[-1].error.code for one in running} <= {"UNAVAILABLE", "INTERNAL"}
-        assert _until(lambda: restarts and engine.supervisor.pids != first and engine.client.up)
+        assert until(lambda: restarts and engine.supervisor.pids != first and engine.client.up)
         assert not any(psutil.pid_exists(pid) for pid in first)
         assert len(workers()) == 2
-        [tokens] = engine.answer(PROMPTS[1:2], [SamplingParams(max_tokens=MAX_TOKENS)])
-        assert tokens == expected[1]
+        [answer] = engine.answer(PROMPTS[1:2], SamplingParams(max_tokens=MAX_TOKENS))
+        assert answer.tokens == expected[1]
         for one in running:
             assert [chunk.finish_reason for chunk in one.chunks if chunk.finish_reason] == [FinishReason.FAILED]
     assert len(restarts) == 1
@@ -193,7 +117,7 @@ def test_a_rank_that_is_killed_ends_the_requests_and_the_engine_comes_back(direc
 
 def test_idle_ranks_use_no_processor(directory) -> None:
     with started(configuration(directory, 2)) as engine:
-        engine.answer(PROMPTS[:1], [SamplingParams(max_tokens=4)])
+        engine.answer(PROMPTS[:1], SamplingParams(max_tokens=4))
         ranks = [psutil.Process(pid) for pid in engine.supervisor.pids]
         before = [sum(one.cpu_times()[:2]) for one in ranks]
         time.sleep(2)
@@ -222,13 +146,4 @@ def test_the_ranks_end_when_their_owner_is_killed(directory, tmp_path) -> None:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         assert len(pids) == 2
         owner.kill()
-    assert _until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-
-
-def _until(holds: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+    assert until(lambda: not any(psutil.pid_exists(pid) for pid in pids))

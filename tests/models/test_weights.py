@@ -264,3 +264,13 @@ def test_dummy_weights_are_seeded_and_normal(directory):
         assert not torch.equal(slot.target, other.weight_map()[name].target)
         assert abs(values.mean() - float("norm" in name)) < 0.03
         assert 0.005 < values.std() < 0.04
+
+
+def test_dummy_weights_agree_where_ranks_hold_the_same_and_differ_where_not(directory):
+    ranks = [empty_model(directory, parallel=TensorParallel(rank, 2)) for rank in (0, 1)]
+    for model in ranks:
+        dummy_weights(model, seed=1)
+    first, second = (model.weight_map() for model in ranks)
+    for name, slot in first.items():
+        shared = slot.target.shape == slot.full_shape
+        assert torch.equal(slot.target, second[name].target) == shared, name

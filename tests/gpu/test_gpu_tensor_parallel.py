@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks on several GPUs: sums through symmetric memory and NCCL, and whole engines against transformers."""
+
+import itertools
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightllm_backend.request import SamplingParams
+from tests.engine.process_harness import configuration, started, workers
+from tests.runner.engine_harness import save_random_llama, transformers_greedy, transformers_logits
+
+NUM_GPUS = torch.cuda.device_count()
+SIZES = [pytest.param(tp, marks=pytest.mark.skipif(tp > NUM_GPUS, reason="there are too few GPUs")) for tp in (2, 4)]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_GPUS < 2, reason="there are not two GPUs"),
+]
+
+VOCAB = 8003
+PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in
+           enumerate([1, 2, 7, 16, 33, 100, 257, 700])]  # fmt: skip
+MAX_TOKENS = 24
+SAMPLED = [
+    SamplingParams(max_tokens=MAX_TOKENS, do_sample=True, seed=seed, **changes)
+    for seed, changes in zip(
+        range(len(PROMPTS)), itertools.cycle([{"top_k": 40}, {"top_p": 0.9}, {"repetition_penalty": 1.2}]), strict=False
+    )
+]
+
+RANK = """
+import sys, torch
+from lightllm_backend.parallel import TensorParallel
+rank, size, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+device = torch.device("cuda", rank)
+torch.cuda.set_device(device)
+parallel = TensorParallel.connect(rank, size, device, sys.argv[4])
+parallel = parallel.with_symmetric_memory(64 * 4096, dtype, device)
+assert (parallel.symmetric is not None) == (dtype != torch.float16), "its kernels know no float16"
+
+def values(of_rank, rows, salt):
+    return (torch.arange(rows * 4096, device=device).view(rows, 4096) * 7 + 3 * of_rank + salt) % 13
+
+def sums(rows, salt):
+    buffer = parallel.product_buffer(rows, 4096, dtype)
+    x = buffer if buffer is not None else torch.empty(rows, 4096, dtype=dtype, device=device)
+    first = parallel.all_reduce(x.copy_(values(rank, rows, salt)))
+    second = parallel.all_reduce(values(rank, rows, salt + 1).to(dtype))
+    return first, second
+
+for rows in (1, 5, 64, 100):  # one shot, two shots, and more than the buffer holds
+    salt = torch.zeros((), dtype=torch.int64, device=device)
+    sums(rows, salt)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sums(rows, salt)
+    for number in range(50):
+        salt.fill_(number)
+        graph.replay()
+        for later, total in enumerate(captured):
+            expected = sum(values(other, rows, number + later) for other in range(size))
+            assert torch.equal(total, expected.to(dtype)), (rows, number, later)
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(
+        tmp_path_factory.mktemp("llama"), vocab_size=VOCAB, hidden_size=512, intermediate_size=1376,
+        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        initializer_range=0.08,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sums_in_graphs_are_right(tmp_path, tp, dtype) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tp), dtype, str(tmp_path / "meeting")], cwd=root)
+        for rank in range(tp)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0] * tp
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize("tp", SIZES)
+def test_tokens_in_float32_are_those_of_transformers_and_of_one_rank(directory, tp) -> None:
+    settings = {"device": "cuda", "max_total_token_num": 4096, "batch_max_tokens": 300}
+    with started(configuration(directory, 1, **settings)) as engine:
+        alone = [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)]
+    with started(configuration(directory, tp, **settings)) as engine:
+        greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
+        assert [answer.tokens for answer in greedy] == transformers_greedy(directory, PROMPTS, MAX_TOKENS, "cuda")
+        assert [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)] == alone
+    assert workers() == []
+
+
+@pytest.mark.parametrize("tp", SIZES)
+def test_bfloat16_agrees_where_the_choice_is_clear(directory, tp) -> None:
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
+    settings = {"device": "cuda", "dtype": "bfloat16", "max_total_token_num": 4096}
+    with started(configuration(directory, tp, **settings)) as engine:
+        answers = engine.answer(PROMPTS, sampling)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        logits = transformers_logits(directory, prompt, answer.tokens, "cuda")
+        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        tolerance = 0.3 * float(logits.std())
+        assert float((logits.max(-1).values - chosen).max()) < tolerance
+        truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("tp", SIZES)
+def test_the_pool_is_as_large_on_each_rank_and_leaves_room_for_the_worst_step(directory, tp) -> None:
+    # Other processes' memory is on GPU 0 alone here, so the ranks find different room.
+    held = torch.empty(2 << 30, dtype=torch.uint8, device="cuda:0")
+    free, total = torch.cuda.mem_get_info(0)
+    settings = {"device": "cuda", "dtype": "bfloat16", "max_total_token_num": None}
+    fraction = (total - free) / total + 0.05
+    with started(configuration(directory, tp, mem_fraction=fraction, **settings)) as engine:
+        longest = [[5] * 2000] * 8
+        answers = engine.answer(longest, SamplingParams(max_tokens=4, ignore_eos=True))
+        assert all(len(answer.tokens) == 4 for answer in answers)
+    del held
