@@ -186,7 +186,7 @@ def options(settings: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
-        ({"tp": "2"}, "error: tp is 2; allowed: 1"),
+        ({"tp": "0"}, "error: tp is 0; allowed: a whole number ≥ 1"),
         ({"max_queue_size": "many"}, "error: max_queue_size is 'many'; allowed: a whole number ≥ 1"),
         ({"model_dir": "/nowhere"}, "error: /nowhere: there is no such directory"),
         ({"host": "no.such.invalid"}, "error: host is 'no.such.invalid'"),

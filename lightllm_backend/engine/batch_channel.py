@@ -2,10 +2,10 @@
 """How the followers, ranks 1 and up, learn of each step: rank 0 sends them its Batch before it launches it. No torch.
 
 A Unix socket, arrays as raw bytes. From the start of `send` to arrays in a follower that blocks in `receive`, medians
-on two shared CPU cores: 65 µs for 8 sequences, 75 for 1,000. Shared memory, with a pipe to wake the follower, takes 53 and
-60. With a follower that spins it takes 19 and 25, but that costs a core a rank, also while there is nothing to do, and
-p99 rises to milliseconds where cores are scarce. Nothing waits for these microseconds on a GPU: the batch is sent while
-the step before it is computed.
+on two shared CPU cores: 65 µs for 8 sequences, 75 for 1,000. Shared memory, with a pipe to wake the follower, takes
+53 and 60. With a follower that spins it takes 19 and 25, but that costs a core a rank, also while there is nothing to
+do, and p99 rises to milliseconds where cores are scarce. Nothing waits for these microseconds on a GPU: the batch is
+sent while the step before it is computed.
 """
 
 from __future__ import annotations
