@@ -19,6 +19,7 @@ from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.cuda_graphs import batch_size_buckets
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.warm_up import tokens_that_fit, workspace_bytes, worst_batches
 
@@ -67,10 +68,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     if device.type == "cuda":
         slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, dtype)
         batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
-        peak = workspace_bytes(runner_with(1)[0], batches, device)
+        graph_sizes = batch_size_buckets(config.running_max_req_size)
+        peak = workspace_bytes(runner_with(1)[0], batches, graph_sizes[-1], device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
         pool_tokens = _pool_tokens(config, fitting)
     runner, storage = runner_with(pool_tokens)
+    if device.type == "cuda":
+        runner.capture_graphs(graph_sizes)
     info = EngineInfo(
         model=directory, dtype=_name(dtype), device=str(device), vocab_size=shape.vocab_size, eos_ids=eos_ids,
         max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,

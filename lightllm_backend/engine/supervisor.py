@@ -83,6 +83,9 @@ class EngineSupervisor:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             self._on_restart()
             self._worker = self._start()
+            if self._stopping.is_set():  # since the pause; stop() may have seen the worker before this one
+                self._end(self._worker)
+                return
             try:
                 self._read_state(self._worker)
                 pause = FIRST_PAUSE_SECONDS
