@@ -29,6 +29,7 @@ def batch_size_buckets(largest: int) -> list[int]:
 class _Capture:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor  # [4, size] int32: rows, positions, slots, rotary lengths; what a replay reads
+    last_tokens: Tensor  # [size]; read as well, so it must live as long
     logits: Tensor  # [size, vocab] float32
     tokens: Tensor  # [size] int32, the greedy choice
 
@@ -85,7 +86,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits, tokens = self._step(inputs, last_tokens)
-        return _Capture(graph, inputs, logits, tokens)
+        return _Capture(graph, inputs, last_tokens, logits, tokens)
 
     def _step(self, inputs: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
         rows, positions, slots, rotary_lengths = inputs.unbind()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineClient, hub, loop and Router together, over a real socket: every request ends exactly once, whatever happens."""
+"""EngineClient, hub, loop and Router together, over a real socket: each request ends exactly once, whatever happens."""
 
 import logging
 import threading
@@ -92,7 +92,7 @@ def test_a_full_queue_refuses_with_one_chunk(tmp_path: Path) -> None:
     with counting_engine(tmp_path, running_max_req_size=1, max_queue_size=1) as (engine, client):
         engine.runner.gate.clear()
         running = Answer(client, [1], max_tokens=2)
-        wait_for(lambda: engine.router.stats().running == 1)
+        wait_for(lambda: engine.router.stats().running >= 1)
         waiting = [Answer(client, [1], max_tokens=2) for _ in range(3)]
         engine.runner.gate.set()
         ends = [answer.wait().last for answer in waiting]
@@ -137,7 +137,7 @@ def test_a_step_that_fails_ends_every_request_once_and_the_worker(tmp_path: Path
     with counting_engine(tmp_path, running_max_req_size=2) as (engine, client):
         engine.runner.gate.clear()
         answers = [Answer(client, [1], max_tokens=5) for _ in range(4)]
-        wait_for(lambda: engine.router.stats().running == 1)
+        wait_for(lambda: engine.router.stats().running >= 1)
         engine.runner.failure = RuntimeError("the device is on fire")
         engine.runner.gate.set()
         errors = [answer.wait().last.error for answer in answers]
