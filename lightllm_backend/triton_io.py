@@ -228,8 +228,14 @@ def client_response(response: Response) -> Any:
     return _response(PUBLIC_OUTPUTS, values)
 
 
-def error_response(error: RequestError) -> Any:
-    """The error with its status code, which unary calls see, and in its text, which the others see."""
+def error_response(error: Exception) -> Any:
+    """The error with its status code, which unary calls see, and in its text, which the others see.
+
+    What is not a RequestError is a fault of ours: it goes to the log, and its request alone ends with INTERNAL.
+    """
+    if not isinstance(error, RequestError):
+        log.error("a request could not be handled", exc_info=error)
+        error = RequestError("INTERNAL", f"{type(error).__name__}: {error}")
     code = getattr(pb_utils.TritonError, error.code)  # the server's names are ours
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
