@@ -11,7 +11,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from client import DeadlineExceeded, LightLLMClient, Unavailable
+from client import ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
 from tests.e2e.server import TritonServer, poll
 
@@ -22,13 +22,29 @@ LONG = {"max_tokens": 2000, "ignore_eos": True}
 RUNNING = 4  # as small_server is set up; as many more may wait
 HALF_A_SECOND = 500_000  # microseconds
 GONE_SECONDS = 1.0
-EVENTUALLY = 60.0
+EVENTUALLY = 30.0
+Start = Callable[[int, int], list[ChunkStream]]
 
 
 @pytest.fixture(autouse=True)
-def idle_before(small_server: TritonServer) -> Iterator[None]:
+def idle_before(small_server: TritonServer) -> None:
     assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
-    yield
+
+
+@pytest.fixture
+def start(small_server: TritonServer, small_client: LightLLMClient) -> Iterator[Start]:
+    """Opens so many long streams, and waits until so many of all are waiting; closes them in the end."""
+    opened: list[ChunkStream] = []
+
+    def start(count: int, waiting: int) -> list[ChunkStream]:
+        streams = [small_client.stream(PROMPT, **LONG) for _ in range(count)]
+        opened.extend(streams)
+        assert poll(is_running(small_server, RUNNING, waiting), EVENTUALLY), small_server.metrics()
+        return streams
+
+    yield start
+    for stream in opened:
+        stream.close()
 
 
 def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], bool]:
@@ -43,10 +59,9 @@ def cancelled_count(server: TritonServer) -> float:
     return server.metrics()['lightllm_requests_total{status="cancelled"}']
 
 
-def test_streams_of_which_half_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
+def test_streams_of_which_half_wait(small_server: TritonServer, start: Start) -> None:
     before = cancelled_count(small_server)
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(2 * RUNNING)]
-    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
+    streams = start(RUNNING, 0) + start(RUNNING, RUNNING)
     next(streams[0])
     for stream in streams:
         stream.close()
@@ -54,11 +69,8 @@ def test_streams_of_which_half_wait(small_server: TritonServer, small_client: Li
     assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING, EVENTUALLY)
 
 
-def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
-    waiting = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
+def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient, start: Start) -> None:
+    streams, waiting = start(RUNNING, 0), start(RUNNING, RUNNING)
     with pytest.raises(Unavailable, match=r"the queue is full \(4 requests\)"):
         small_client.generate(PROMPT, max_tokens=1)
     for stream in waiting:
@@ -165,13 +177,10 @@ def test_deadline_of_http_generate_stream_keeps_the_text(small_server: TritonSer
     assert "CANCELLED: the request's deadline has passed" in events[-1]["error"]
 
 
-def test_deadline_while_waiting(small_server: TritonServer, small_client: LightLLMClient) -> None:
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
+def test_deadline_while_waiting(small_server: TritonServer, start: Start) -> None:
+    start(RUNNING, 0)
     with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
         infer_grpc(small_server, {"text_input": PROMPT}, timeout=HALF_A_SECOND)
-    for stream in streams:
-        stream.close()
 
 
 def test_impossible_timeout(small_server: TritonServer) -> None:
