@@ -182,6 +182,17 @@ def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tenso
     return ((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)).to(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` [tokens, in_features] times `weight` [out_features, in_features] transposed, plus `bias` [out_features]."""
+    return functional.linear(x, weight, bias)
+
+
+def sum_splits(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum of `partial` [splits, tokens, features], float32, over its splits, plus `bias` [features]."""
+    total = partial.sum(0)
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SiLU of the first half of `gate_up` [tokens, 2 * features], times its second half."""
     gate, up = gate_up.chunk(2, -1)

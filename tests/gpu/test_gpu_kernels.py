@@ -66,6 +66,21 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33])
+@pytest.mark.parametrize(
+    "shape", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (576, 1536)]
+)
+def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = (
+        _random(tokens, shape[1], dtype=dtype),
+        _random(*shape, dtype=dtype),
+        _random(shape[0], dtype=dtype),
+    )
+    expected = reference.linear(x.float(), weight.float(), bias.float())
+    assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[dtype]
+
+
+@DTYPES
 @pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2])
 @pytest.mark.parametrize("tokens", [1, 256, 5000])
 def test_rotary_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: int) -> None:
