@@ -28,7 +28,7 @@ def test_every_setting_is_in_the_table_with_its_default(setting) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_documented_with_its_other_names(name: str) -> None:
     aliases = [f"`{alias}`" for alias in OPTIONS[name].aliases]
-    if OPTIONS[name].aliases or name in triton_io.OPTION_INPUTS and not name.startswith("return_"):
+    if OPTIONS[name].aliases or (name in triton_io.OPTION_INPUTS and not name.startswith("return_")):
         assert len(rows_with(f"`{name}`", *aliases)) >= 1
     assert f"`{name}`" in README
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 PROMPT = "Once upon a time, there was a"
 LONG = {"max_tokens": 2000, "ignore_eos": True}
-RUNNING = 4  # as small_server is set up; as many more may wait
+RUNNING, WAITING = 4, 8  # as small_server is set up
 HALF_A_SECOND = 500_000  # microseconds
 GONE_SECONDS = 1.0
 EVENTUALLY = 30.0
@@ -55,6 +56,10 @@ def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], 
     return holds
 
 
+def grpc_client(server: TritonServer) -> Any:
+    return tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY)
+
+
 def cancelled_count(server: TritonServer) -> float:
     return server.metrics()['lightllm_requests_total{status="cancelled"}']
 
@@ -70,8 +75,8 @@ def test_streams_of_which_half_wait(small_server: TritonServer, start: Start) ->
 
 
 def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient, start: Start) -> None:
-    streams, waiting = start(RUNNING, 0), start(RUNNING, RUNNING)
-    with pytest.raises(Unavailable, match=r"the queue is full \(4 requests\)"):
+    streams, waiting = start(RUNNING, 0), start(WAITING, WAITING)
+    with pytest.raises(Unavailable, match=r"the queue is full \(8 requests\)"):
         small_client.generate(PROMPT, max_tokens=1)
     for stream in waiting:
         stream.close()
@@ -84,21 +89,19 @@ def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLM
 
 def test_requests_that_do_not_stream(small_server: TritonServer) -> None:
     """Of the ensemble, running and waiting: they have no chunk on which the news could come."""
-    clients = [tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) for _ in range(6)]
     values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
-    for client in clients:
-        client.start_stream(callback=lambda result, error: None)
-        client.async_stream_infer("lightllm", values)
-    assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
-    for client in clients:
-        client.stop_stream(cancel_requests=True)
+    with ExitStack() as stack:
+        for _ in range(RUNNING + 2):
+            client = stack.enter_context(grpc_client(small_server))
+            stack.callback(client.stop_stream, cancel_requests=True)
+            client.start_stream(callback=lambda result, error: None)
+            client.async_stream_infer("lightllm", values)
+        assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
     assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
-    for client in clients:
-        client.close()
 
 
 def test_unary_calls(small_server: TritonServer) -> None:
-    with tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) as client:
+    with grpc_client(small_server) as client:
         values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
         ended: queue.Queue[Any] = queue.Queue()
         calls = [
