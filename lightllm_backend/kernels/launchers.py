@@ -12,6 +12,7 @@ from lightllm_backend.kernels.sample import sample
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.sum_splits import sum_splits
 from lightllm_backend.kernels.token_attention import token_attention
+from lightllm_backend.kernels.token_attention_mha import token_attention_mha
 
 __all__ = [
     "apply_penalties",
@@ -25,4 +26,5 @@ __all__ = [
     "silu_and_mul",
     "sum_splits",
     "token_attention",
+    "token_attention_mha",
 ]

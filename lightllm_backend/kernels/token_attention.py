@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side."""
+"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side.
+
+Query heads that share K and V are computed together, on tensor cores; where none do, token_attention_mha takes over.
+"""
 
 import math
 from typing import NamedTuple
@@ -12,24 +15,13 @@ from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 from lightllm_backend.kernels.kv_scales import scale_arguments
-from lightllm_backend.kernels.merge_splits import merge_splits
+from lightllm_backend.kernels.merge_splits import merge_splits, split_count
+from lightllm_backend.kernels.token_attention_mha import token_attention_mha
 
-# A split shorter than this costs more in merging than it gains.
-_MIN_SPLIT_TOKENS = 256
-_MAX_SPLITS = 64
-# Programs that keep one multiprocessor's loads in flight.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
 # Longer than any context.
 _NO_WINDOW = 2**31 - 1
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:
-    """How many parts each context is cut into, so that `programs` times as many occupy the GPU."""
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, programs)
-    longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
-    return max(1, min(wanted, longest, _MAX_SPLITS))
 
 
 class TokenBlocks(NamedTuple):
@@ -115,11 +107,7 @@ def token_attention_kernel(
         kv_live = token_live[:, None] & (column < head_dim)[None, :]
         key = tl.load(k_head + slot[:, None] * k_slot_stride + column[None, :], mask=kv_live, other=0.0)
         value = tl.load(v_head + slot[:, None] * v_slot_stride + column[None, :], mask=kv_live, other=0.0)
-        # A single query head makes no matrix product.
-        if block_group == 1:
-            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :]
-        else:
-            score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+        score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
         if is_quantized:
             k_scale = tl.load(k_scales + slot * k_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
             v_scale = tl.load(v_scales + slot * v_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
@@ -138,10 +126,7 @@ def token_attention_kernel(
         else:
             total = total * correction + tl.sum(weight, 1)
         accumulator = accumulator * correction[:, None]
-        if block_group == 1:
-            accumulator += tl.sum(tl.trans(weight) * value.to(tl.float32), 0)[None, :]
-        else:
-            accumulator = tl.dot(weight.to(query.dtype), value.to(query.dtype), accumulator, input_precision="ieee")
+        accumulator = tl.dot(weight.to(query.dtype), value.to(query.dtype), accumulator, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
@@ -172,6 +157,11 @@ def token_attention(
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
+    if heads == kv_heads:
+        return token_attention_mha(
+            q, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
+            alibi_slopes, window, k_scales, v_scales,
+        )  # fmt: skip
     assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
@@ -223,7 +213,7 @@ def token_attention(
         is_quantized=is_quantized,
         group=group,
         head_dim=head_dim,
-        block_group=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        block_group=max(16, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         num_warps=blocks.num_warps,

@@ -62,10 +62,14 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     logits = torch.zeros(4, vocab_size)
     launchers.rms_norm(q.flatten(1), torch.empty(heads * head_dim, dtype=dtype), 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
+    if dtype != torch.float32:
+        launchers.linear(torch.empty(32, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
+        launchers.linear(torch.empty(32, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
     launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), k, k)
     launchers.prefill_attention(q, k, k, table, lengths, starts, lengths, 4096, 4096, 0.1)
-    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 4096, 0.1)
-    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 100, 0.1)
+    for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
+        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1)
+        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 60, 0.1)
     if with_variants:
         launch_variants(q, k, table, lengths, starts)
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths)
@@ -90,10 +94,11 @@ def launch_variants(
 def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    for name in ("prefill_attention", "token_attention"):
+    for name in ("prefill_attention", "token_attention", "linear"):
         importlib.import_module(f"lightllm_backend.kernels.{name}").compute_capability = lambda _: (major, minor)
     # As many multiprocessors as an H100's, so that a long context is split.
-    importlib.import_module("lightllm_backend.kernels.token_attention").multiprocessor_count = lambda _: 132
+    for name in ("token_attention", "token_attention_mha", "linear"):
+        importlib.import_module(f"lightllm_backend.kernels.{name}").multiprocessor_count = lambda _: 132
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

