@@ -187,24 +187,7 @@ def token_attention(
     for sequence, context in enumerate(contexts):
         groups[context.bit_length()].append(sequence)
     groups.pop(0, None)
-    scales = (k_scales, v_scales)
-
-    def attend(q: Tensor, rows: Tensor, context_lengths: Tensor, seen: Tensor, shortest: int, longest: int) -> Tensor:
-        """Sequences of much the same length, padded to the longest."""
-        return _attend_padded(
-            q,
-            (k_pool, v_pool),
-            scales,
-            req_to_token,
-            rows,
-            context_lengths,
-            seen,
-            shortest,
-            longest,
-            scale,
-            alibi_slopes,
-        )
-
+    pools, options = ((k_pool, k_scales), (v_pool, v_scales)), (req_to_token, scale, alibi_slopes)
     if len(groups) == 1 and min(contexts) > 0:
         return _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
