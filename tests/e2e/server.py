@@ -20,7 +20,6 @@ from lightllm_backend.tritonserver import command
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
-MODELS = ("tokenizer", "generation", "detokenizer", "lightllm", "lightllm_unary")
 
 
 class ServerEnded(RuntimeError):
@@ -63,6 +62,7 @@ class TritonServer:
             "--http-address=127.0.0.1",
             "--grpc-address=127.0.0.1",
             "--metrics-address=127.0.0.1",
+            "--exit-timeout-secs=10",
         ]
         argv, environment = command(
             [f"--model-repository={REPOSITORY}", *ports, *arguments], engine_environment(settings)
