@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lightllm_backend import model_directory
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.embedded_model import embedded_model_directory
 from lightllm_backend.metrics import Metrics
@@ -110,7 +111,7 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
     directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
-    return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code)
+    return model_directory.load_tokenizer(directory, config)
 
 
 def metrics(with_engine: bool) -> Metrics:

@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "engine.streams",
     "engine.supervisor",
     "metrics",
+    "model_directory",
     "options",
     "prompt",
     "response",

@@ -23,7 +23,7 @@ from lightllm_backend.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 16, "intermediate_size": 32,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 
@@ -200,6 +200,9 @@ def test_a_model_that_cannot_be_served_is_told_before_anything_starts(
 ) -> None:
     (model_dir / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in error_of(options(settings))
+    (model_dir / "config.json").write_text(json.dumps({**MODEL, "vocab_size": 511}))
+    (model_dir / "tokenizer.json").write_bytes((ROOT / "tests/data/byte_level/tokenizer.json").read_bytes())
+    assert "the tokenizer has ids up to 511, but the model's vocab_size is 511" in error_of(options(settings))
     (model_dir / "config.json").write_text(json.dumps({**MODEL, "architectures": ["NoSuchModel"]}))
     assert "'NoSuchModel' is not known" in error_of(options(settings))
 

@@ -48,6 +48,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
     default_batch = GPU_BATCH_MAX_TOKENS if device.type == "cuda" else CPU_BATCH_MAX_TOKENS
     batch_max_tokens = config.batch_max_tokens or default_batch
+    kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
     chosen_kernels = kernels.select(device)
 
     started = time.monotonic()
@@ -60,13 +61,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
 
     def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
-        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, dtype, device)
+        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, kv_dtype, device)
         num_rows = config.running_max_req_size
         return ModelRunner(model, storage, chosen_kernels, num_rows, max_total, eos_ids, device), storage
 
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if device.type == "cuda":
-        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, dtype)
+        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, kv_dtype)
         batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
         graph_sizes = batch_size_buckets(config.running_max_req_size)
         peak = workspace_bytes(runner_with(1)[0], batches, graph_sizes[-1], device)

@@ -3,6 +3,8 @@
 
 from lightllm_backend.kernels.apply_penalties import apply_penalties
 from lightllm_backend.kernels.count_tokens import count_tokens
+from lightllm_backend.kernels.gelu_tanh import gelu_tanh
+from lightllm_backend.kernels.layer_norm import layer_norm
 from lightllm_backend.kernels.linear import linear
 from lightllm_backend.kernels.merge_splits import merge_splits
 from lightllm_backend.kernels.prefill_attention import prefill_attention
@@ -17,6 +19,8 @@ from lightllm_backend.kernels.token_attention_mha import token_attention_mha
 __all__ = [
     "apply_penalties",
     "count_tokens",
+    "gelu_tanh",
+    "layer_norm",
     "linear",
     "merge_splits",
     "prefill_attention",

@@ -38,6 +38,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return weight * normalized.to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place."""
+    if residual is not None:
+        residual += x
+        x = residual
+    return functional.layer_norm(x, (x.shape[1],), weight, bias, eps)
+
+
 def rotary_kv_write(
     q: Tensor,
     k: Tensor,
@@ -286,6 +294,11 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SiLU of the first half of `gate_up` [tokens, 2 * features], times its second half."""
     gate, up = gate_up.chunk(2, -1)
     return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU of `x` [tokens, features] in its approximation by tanh, as in BLOOM."""
+    return functional.gelu(x, approximate="tanh")
 
 
 def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:

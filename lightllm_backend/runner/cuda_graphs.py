@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightllm_backend.models.layers import CausalLM, StepInput
+from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import RequestTables, Sampled, upload
 
@@ -43,7 +43,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: CausalLM, tables: RequestTables, kv_layers: Sequence[tuple[Tensor, Tensor]], buckets: Sequence[int]
+        self, model: CausalLM, tables: RequestTables, kv_layers: Sequence[KVLayer], buckets: Sequence[int]
     ) -> None:
         self._model = model
         self._tables = tables

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightllm_backend.models.layers import StepInput
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 
 
@@ -54,7 +54,7 @@ class Sampled(NamedTuple):
 class DeviceBatch:
     """The tensors of one step: the model's input, and where the sampled tokens go."""
 
-    def __init__(self, batch: Batch, tables: RequestTables, kv_layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, batch: Batch, tables: RequestTables, kv_layers: Sequence[KVLayer]) -> None:
         context_lengths = batch.starts + batch.lengths
         positions = _positions(batch.starts, batch.lengths)
         ends = np.cumsum(batch.lengths, dtype=np.int32)

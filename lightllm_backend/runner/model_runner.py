@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.layers import CausalLM, KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.cuda_graphs import DecodeGraphs
 from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables
@@ -45,7 +45,7 @@ class ModelRunner:
     ) -> None:  # fmt: skip
         self.overlap = 1 if device.type == "cuda" else 0
         self._model = model
-        self._storage = storage
+        self._kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._tables = RequestTables(num_rows, max_length, device)
         self._graphs: DecodeGraphs | None = None
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
@@ -53,7 +53,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
         """From now on a batch of decodes alone, up to the largest of these sizes, is one launch."""
-        self._graphs = DecodeGraphs(self._model, self._tables, self._storage.layers, batch_sizes)
+        self._graphs = DecodeGraphs(self._model, self._tables, self._kv_layers, batch_sizes)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -66,7 +66,7 @@ class ModelRunner:
             if self._sampler.is_plain_greedy(sampled.host_rows):
                 return PendingStep(greedy_tokens, None)
         else:
-            device_batch = DeviceBatch(batch, self._tables, self._storage.layers)
+            device_batch = DeviceBatch(batch, self._tables, self._kv_layers)
             logits, sampled = self._model.forward(device_batch.step), device_batch.sampled
         tokens, log_probs = self._sampler.sample(logits, sampled, self._tables)
         self._tables.tokens[sampled.rows, sampled.lengths] = tokens

@@ -87,8 +87,9 @@ class TritonServer:
         return self
 
     def is_ready(self) -> bool:
+        """Whether all its services answer; the metrics come last."""
         try:
-            return get(self.http_port, "/v2/health/ready")[0] == 200
+            return get(self.http_port, "/v2/health/ready")[0] == get(self.metrics_port, "/metrics")[0] == 200
         except OSError:
             return False
 
@@ -122,9 +123,7 @@ class TritonServer:
     def is_idle(self) -> bool:
         """Whether no request holds anything of the engine any more."""
         now = self.metrics()
-        return not any(
-            now[f"lightllm_{name}"] for name in ("kv_tokens_used", "running_requests", "queued_requests")
-        )
+        return not any(now[f"lightllm_{name}"] for name in ("kv_tokens_used", "running_requests", "queued_requests"))
 
     def stop(self) -> int:
         """SIGTERM, and the exit code; a server that does not obey is killed and is an error."""

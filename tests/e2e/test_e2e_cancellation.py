@@ -132,9 +132,7 @@ def test_dropped_http_stream(small_server: TritonServer) -> None:
     assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
 
 
-def test_a_client_that_reads_nothing_holds_nobody_up(
-    small_server: TritonServer, small_client: LightLLMClient
-) -> None:
+def test_a_client_that_reads_nothing_holds_nobody_up(small_server: TritonServer, small_client: LightLLMClient) -> None:
     idle_reader = GenerateStream(small_server, {"text_input": PROMPT, "stream": True, **LONG})
     try:
         assert small_client.generate(PROMPT, max_tokens=4).num_output_tokens == 4

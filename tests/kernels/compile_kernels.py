@@ -60,11 +60,14 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     cos = torch.zeros(tokens, head_dim // 2)
     floats = torch.zeros(4)
     logits = torch.zeros(4, vocab_size)
-    launchers.rms_norm(q.flatten(1), torch.empty(heads * head_dim, dtype=dtype), 1e-5, q.flatten(1))
+    weight = torch.empty(heads * head_dim, dtype=dtype)
+    launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
+    launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:
         launchers.linear(torch.empty(32, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
         launchers.linear(torch.empty(32, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
+    launchers.gelu_tanh(q.flatten(1))
     launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), k, k)
     launchers.prefill_attention(q, k, k, table, lengths, starts, lengths, 4096, 4096, 0.1)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
