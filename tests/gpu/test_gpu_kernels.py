@@ -169,7 +169,9 @@ def test_int8_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: 
     expected = [tensor.clone() for tensor in (*pools, *scales)]
     reference.rotary_kv_write(q.float(), k, v, angle.cos(), angle.sin(), slots, *expected)
     launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools, *scales)
-    for out, wanted in zip((*pools, *scales), expected, strict=True):
+    assert torch.equal(pools[1], expected[1])
+    assert torch.equal(scales[1].nan_to_num(7), expected[3].nan_to_num(7))
+    for out, wanted in ((pools[0], expected[0]), (scales[0], expected[2])):
         # The rotation is rounded once less, which tips a value over to its neighbour now and then.
         difference = (out.nan_to_num(7).float() - wanted.nan_to_num(7).float()).abs()
         assert difference.max() <= 1

@@ -115,7 +115,9 @@ def test_int8_kernel_matches_the_reference(shape, dtype, device):
     reference.rotary_kv_write(expected_q, k, v, cos, sin, slots, *expected_pools, *expected_scales)
     launchers.rotary_kv_write(q, k, v, cos, sin, slots, *pools, *scales)
     assert relative_error(q, expected_q) < TOLERANCE[dtype]
-    for out, expected in zip((*pools, *scales), (*expected_pools, *expected_scales), strict=True):
+    assert torch.equal(pools[1], expected_pools[1])
+    assert torch.equal(scales[1].nan_to_num(7), expected_scales[1].nan_to_num(7))
+    for out, expected in ((pools[0], expected_pools[0]), (scales[0], expected_scales[0])):
         # A GPU rounds the rotation once less, which may tip a value over to its neighbour.
         difference = (out.nan_to_num(7).float() - expected.nan_to_num(7).float()).abs()
         assert difference.max() <= 1
