@@ -70,7 +70,7 @@ class EngineConfig:
         "auto", "of weights and activations (default: the model's; on a CPU the fastest)",
         "auto", "bfloat16", "float16", "float32",
     )  # fmt: skip
-    kv_dtype: str = _choice("auto", "of the KV pool (auto: as dtype)", "auto")
+    kv_dtype: str = _choice("auto", "of the KV pool (auto: as dtype; int8: nearly twice the tokens)", "auto", "int8")
     eos_id: tuple[int, ...] | None = _setting(
         None, "end-of-sequence ids, comma-separated (default: the model's)", "ids ≥ 0, separated by commas",
         lambda v: len(v) > 0 and min(v) >= 0,

@@ -46,7 +46,10 @@ def _boolean_or_count(value: Any) -> bool:
     try:
         return _boolean(value)
     except ValueError:
-        return _integer(value) > 0
+        count = _integer(value)
+        if count < 0:
+            raise
+        return count > 0
 
 
 def _integer(value: Any) -> int:

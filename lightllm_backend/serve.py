@@ -37,10 +37,10 @@ from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfi
 from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.engine.channel import EngineInfo, EngineStats, run_directory_of
 from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.model_directory import load_tokenizer
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.request import RequestError
-from lightllm_backend.text import Tokenizer, TokenizerError
+from lightllm_backend.text import TokenizerError
 from lightllm_backend.tritonserver import TritonServerError
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
@@ -100,8 +100,7 @@ def prepare(
             raise ServeError(f"{argument} after --: this is decided by the setting {owner}; give --{owner}")
     python = config.worker_python or sys.executable
     model_dir = Path(config.model_dir) if config.model_dir else embedded_model_directory(python)
-    ModelConfig.from_directory(model_dir)
-    Tokenizer.load(model_dir, config.tokenizer_mode, config.trust_remote_code)
+    load_tokenizer(model_dir, config)
     check_ports(config)
     server_arguments = [
         f"--model-repository={repository}",

@@ -39,7 +39,7 @@ class TokenizerError(ValueError):
 class Tokenizer(ABC):
     """What one model directory says about text; immutable, and safe to use from several threads."""
 
-    vocab_size: int
+    vocab_size: int  # one more than the greatest id
 
     @staticmethod
     def load(model_dir: str | Path, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:
@@ -61,6 +61,11 @@ class Tokenizer(ABC):
             return _SentencePieceTokenizer(slow, settings)
         if fast.is_file():
             return _JsonTokenizer(fast, settings)
+        if settings.has_own_code and not trust_remote_code:
+            raise TokenizerError(
+                f"{directory} has a tokenizer that is code of its own (auto_map in tokenizer_config.json), and "
+                "trust_remote_code is false; set it to true if you trust that code"
+            )
         if mode == "slow" or trust_remote_code:
             return _TransformersTokenizer(directory, trust_remote_code)
         raise TokenizerError(
@@ -173,7 +178,7 @@ class _JsonTokenizer(Tokenizer):
         # Whether special tokens are parsed is a state of the inner tokenizer, which this lock guards.
         self._encoding = threading.Lock()
         self._spelling = self._byte_spelling()
-        self.vocab_size = self._inner.get_vocab_size()
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
 
     def _add_tokens(self, settings: _TokenizerSettings) -> None:
         """Take over tokens that only the settings beside the file name, or name as special."""
@@ -329,7 +334,7 @@ class _TransformersTokenizer(Tokenizer):
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise TokenizerError(f"{directory} has no tokenizer that transformers can load: {error}") from error
-        self.vocab_size = len(self._inner)
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         return list(self._inner(text, split_special_tokens=not parse_special).input_ids)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lightllm_backend import model_directory
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.embedded_model import embedded_model_directory
 from lightllm_backend.metrics import Metrics
@@ -110,7 +111,7 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
     directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
-    return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code)
+    return model_directory.load_tokenizer(directory, config)
 
 
 def metrics(with_engine: bool) -> Metrics:
@@ -228,8 +229,14 @@ def client_response(response: Response) -> Any:
     return _response(PUBLIC_OUTPUTS, values)
 
 
-def error_response(error: RequestError) -> Any:
-    """The error with its status code, which unary calls see, and in its text, which the others see."""
+def error_response(error: Exception) -> Any:
+    """The error with its status code, which unary calls see, and in its text, which the others see.
+
+    What is not a RequestError is a fault of ours: it goes to the log, and its request alone ends with INTERNAL.
+    """
+    if not isinstance(error, RequestError):
+        log.error("a request could not be handled", exc_info=error)
+        error = RequestError("INTERNAL", f"{type(error).__name__}: {error}")
     code = getattr(pb_utils.TritonError, error.code)  # the server's names are ours
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 

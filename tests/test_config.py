@@ -82,7 +82,7 @@ def test_texts_become_values(key: str, text: str, value: Any) -> None:
         ("dtype", "int4", "auto | bfloat16 | float16 | float32"),
         ("device", "tpu", "auto | cuda | cpu"),
         ("tokenizer_mode", "fast", "auto | slow"),
-        ("kv_dtype", "fp4", "auto"),
+        ("kv_dtype", "fp4", "auto | int8"),
         ("eos_id", "-1", "ids ≥ 0, separated by commas"),
         ("eos_id", "2;3", "ids ≥ 0, separated by commas"),
         ("trust_remote_code", "maybe", "true | false"),

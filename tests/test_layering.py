@@ -55,6 +55,7 @@ WITHOUT_TORCH = (
     "engine.supervisor",
     "engine.worker_group",
     "metrics",
+    "model_directory",
     "options",
     "prompt",
     "response",

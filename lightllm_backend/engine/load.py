@@ -19,6 +19,7 @@ from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.cuda_graphs import batch_size_buckets
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.warm_up import tokens_that_fit, workspace_bytes, worst_batches
 
@@ -52,6 +53,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
     default_batch = GPU_BATCH_MAX_TOKENS if device.type == "cuda" else CPU_BATCH_MAX_TOKENS
     batch_max_tokens = config.batch_max_tokens or default_batch
+    kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
     chosen_kernels = kernels.select(device)
 
     started = time.monotonic()
@@ -63,18 +65,21 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
 
     def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
-        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, dtype, device)
+        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, kv_dtype, device)
         num_rows = config.running_max_req_size
         return ModelRunner(model, storage, chosen_kernels, num_rows, max_total, eos_ids, device), storage
 
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if device.type == "cuda":
-        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, dtype)
+        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, kv_dtype)
         batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
-        peak = workspace_bytes(runner_with(1)[0], batches, device)
+        graph_sizes = batch_size_buckets(config.running_max_req_size)
+        peak = workspace_bytes(runner_with(1)[0], batches, graph_sizes[-1], device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
         pool_tokens = _pool_tokens(config, parallel.minimum(fitting, device))
     runner, storage = runner_with(pool_tokens)
+    if device.type == "cuda":
+        runner.capture_graphs(graph_sizes)
     info = EngineInfo(
         model=directory, dtype=_name(dtype), device=device.type, vocab_size=shape.vocab_size, eos_ids=eos_ids,
         max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,

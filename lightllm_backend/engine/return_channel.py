@@ -7,24 +7,20 @@ from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel, Ch
 
 
 class ReturnChannel:
-    """Connects when the first chunk tells it where. Without a connection words are lost, as they are with one that
-    breaks: generation then gives all credit back by itself."""
+    """Connects when the first chunk tells it where, and again where generation has been loaded anew in between.
+
+    Where there is nobody, words are lost: generation gives all credit back when it loses a connection.
+    """
 
     def __init__(self) -> None:
         self._address = ""
         self._channel: Channel | None = None
 
     def connect(self, address: str) -> None:
-        """Make sure that there is a connection to `address`; an empty one says nothing new."""
-        if not address or (self._channel and address == self._address):
-            return
-        if self._channel:
-            self._channel.close()
-        self._address = address
-        try:
-            self._channel = Channel.connect(address)
-        except ChannelClosed:
-            self._channel = None
+        """Words go to `address` from now on; an empty one says nothing new."""
+        if address and address != self._address:
+            self._close()
+            self._address = address
 
     def delivered(self, uid: str) -> None:
         """The chunk in flight has been sent to the client, or there was nothing to show."""
@@ -39,10 +35,17 @@ class ReturnChannel:
         self._send(FAILED, uid, message)
 
     def _send(self, *message: object) -> None:
-        if self._channel is None:
-            return
+        had_connection = self._channel is not None
         try:
+            if self._channel is None:
+                self._channel = Channel.connect(self._address)
             self._channel.send(*message)
         except ChannelClosed:
+            self._close()
+            if had_connection:  # it may have been to a generation step that is no more
+                self._send(*message)
+
+    def _close(self) -> None:
+        if self._channel:
             self._channel.close()
-            self._channel = None
+        self._channel = None

@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Joins the parts of a context that decode attention has worked on side by side."""
+"""Into how many parts decode attention cuts a context, and how they are joined again."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# A split shorter than this costs more in merging than it gains.
+_MIN_SPLIT_TOKENS = 64
+_MAX_SPLITS = 64
+# Programs that keep one multiprocessor's loads in flight.
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:
+    """How many parts each context is cut into, so that `programs` times as many occupy the GPU."""
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, programs)
+    longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
+    return max(1, min(wanted, longest, _MAX_SPLITS))
 
 
 @triton.jit

@@ -2,17 +2,25 @@
 """Plain PyTorch of every kernel: what the launchers are tested against, and what a CPU engine runs.
 
 Tokens are packed `[tokens, heads, head_dim]` without padding. K and V of one layer live in a pool
-`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position.
+`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position. A pool of int8
+comes with scales `[slots, kv_heads]` float16, by which its values are multiplied.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
+
 # In a table of token counts, this bit says that the token occurs in the prompt; the bits below count generated ones.
 IN_PROMPT = 1 << 30
+
+# How many elements of an attention bias are made at a time.
+_BIAS_ELEMENTS = 1 << 24
 
 # How many of the most probable tokens are looked at before a whole row is sorted for top-p.
 _TOP_P_CANDIDATES = 1024
@@ -30,6 +38,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return weight * normalized.to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place."""
+    if residual is not None:
+        residual += x
+        x = residual
+    return functional.layer_norm(x, (x.shape[1],), weight, bias, eps)
+
+
 def rotary_kv_write(
     q: Tensor,
     k: Tensor,
@@ -39,11 +55,14 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Rotates `q` [tokens, heads, head_dim] in place, and writes rotated `k` and `v` at their slots of the pool.
 
     `cos` and `sin` are [tokens, rotary_dim / 2]; dimension i is paired with i + rotary_dim / 2, and dimensions from
-    rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing.
+    rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing. With scales, K and V are
+    written as int8, each head of a token divided by the scale that makes its greatest magnitude 127.
     """
     q.copy_(_rotate(q, cos, sin))
     k = _rotate(k, cos, sin)
@@ -51,16 +70,28 @@ def rotary_kv_write(
     if slots.numel() and int(slots.min()) < 0:
         written = slots >= 0
         slots, k, v = slots[written], k[written], v[written]
-    k_pool[slots] = k.to(k_pool.dtype)
-    v_pool[slots] = v.to(v_pool.dtype)
+    for values, pool, scales in ((k, k_pool, k_scales), (v, v_pool, v_scales)):
+        if scales is None:
+            pool.index_copy_(0, slots, values.to(pool.dtype))
+        else:
+            pool[slots], scales[slots] = _quantize(values.float(), scales.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float32."""
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-    return torch.cat((rotated, x[..., 2 * half :]), -1) if 2 * half < x.shape[-1] else rotated
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return torch.cat((rotated, x[..., 2 * half :].float()), -1) if 2 * half < x.shape[-1] else rotated
+
+
+def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` [tokens, heads, head_dim] as int8, and the scales [tokens, heads]; the division is by the rounded scale."""
+    largest = x.abs().amax(-1)
+    scale = (largest * (1 / 127)).clamp(MIN_KV_SCALE, MAX_KV_SCALE)
+    scale = torch.where(largest == 0, 1.0, scale).to(dtype)
+    return (x / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def prefill_attention(
@@ -74,46 +105,70 @@ def prefill_attention(
     max_query_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
     max_context_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
     scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
 
     The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. All K and
     V, also of the new tokens, are read from the pool. Tokens of no sequence come out as unspecified values.
+    `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
+    `window - 1` tokens before it; scales [slots, kv_heads] say that the pool is int8.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
-    groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for sequence, context in enumerate(contexts):
-        queries = starts[sequence + 1] - starts[sequence]
-        # Lengths of one power of two are padded to the longest of them, so at most half of a side is padding.
-        groups[queries.bit_length(), context.bit_length(), queries == context].append(sequence)
-    for (query_bits, _, is_whole), sequences in groups.items():
-        if query_bits == 0:
-            continue
-        start = torch.tensor([starts[s] for s in sequences], device=q.device)
-        queries = torch.tensor([starts[s + 1] - starts[s] for s in sequences], device=q.device)
-        context = torch.tensor([contexts[s] for s in sequences], device=q.device)
-        query = torch.arange(max(starts[s + 1] - starts[s] for s in sequences), device=q.device)
+    lengths = [end - start for start, end in pairwise(starts)]
+    # What no query of a sequence sees is left out, as if the sequence began behind it.
+    skipped = [max(0, c - n - window + 1) if window else 0 for c, n in zip(contexts, lengths, strict=True)]
+    contexts = [context - skip for context, skip in zip(contexts, skipped, strict=True)]
+    for sequences in _groups(lengths, contexts, 0 if alibi_slopes is None else q.shape[1]):
+        start, queries, skip, context = (
+            torch.tensor([values[s] for s in sequences], device=q.device)
+            for values in (starts, lengths, skipped, contexts)
+        )
+        query = torch.arange(max(lengths[s] for s in sequences), device=q.device)
         longest = max(contexts[s] for s in sequences)
-        k, v = _gather(k_pool, v_pool, req_to_token, rows[sequences], context, longest)
+        slots = _slots(req_to_token, rows[sequences], skip, context, longest)
         live = query < queries[:, None]
         tokens = torch.where(live, start[:, None] + query, 0)
-        mask = None
-        if not is_whole:
-            # The absolute position of each query bounds what it sees; padded keys lie behind it.
-            position = (context - queries)[:, None] + query
-            mask = (torch.arange(longest, device=q.device) <= position[:, :, None]).unsqueeze(1)
+        is_whole = lengths[sequences[0]] == contexts[sequences[0]]
+        is_plain = is_whole and alibi_slopes is None and not 0 < window < len(query)
+        # The position of each query bounds what it sees; padded keys lie behind it.
+        mask = None if is_plain else _mask((context - queries)[:, None] + query, longest, window, alibi_slopes)
         result = functional.scaled_dot_product_attention(
             q[tokens].transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            _gather(k_pool, k_scales, slots, q.dtype).transpose(1, 2),
+            _gather(v_pool, v_scales, slots, q.dtype).transpose(1, 2),
             attn_mask=mask,
-            is_causal=is_whole,
+            is_causal=is_plain,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[2],
+            enable_gqa=q.shape[1] != k_pool.shape[1],
         )
         out[tokens[live]] = result.transpose(1, 2)[live]
     return out
+
+
+def _groups(lengths: list[int], contexts: list[int], bias_heads: int) -> Iterator[list[int]]:
+    """Sequences to compute together: they are alike in length, and in whether any of the context is cached.
+
+    Lengths of one power of two are padded to the longest of them, so at most half of a side is padding.
+    """
+    groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+    for sequence, (queries, context) in enumerate(zip(lengths, contexts, strict=True)):
+        if queries > 0:
+            groups[queries.bit_length(), context.bit_length(), queries == context].append(sequence)
+    for (query_bits, context_bits, _), group in groups.items():
+        at_once = max(1, _BIAS_ELEMENTS // (bias_heads << (query_bits + context_bits))) if bias_heads else len(group)
+        yield from (group[first : first + at_once] for first in range(0, len(group), at_once))
+
+
+def _mask(position: Tensor, longest: int, window: int, alibi_slopes: Tensor | None) -> Tensor:
+    """What queries at `position` [sequences, queries] see, or their bias, [sequences, 1 or heads, queries, keys]."""
+    distance = position[:, None, :, None] - torch.arange(longest, device=position.device)
+    seen = distance >= 0 if window == 0 else (distance >= 0) & (distance < window)
+    return seen if alibi_slopes is None else torch.where(seen, alibi_slopes[:, None, None] * -distance, -torch.inf)
 
 
 def token_attention(
@@ -125,48 +180,90 @@ def token_attention(
     context_lengths: Tensor,
     max_context_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
     scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one token of each sequence, `q` [sequences, heads, head_dim], over its whole context.
+    """Attention of one token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
 
     A context length of 0 marks a padding row: it reads nothing and comes out as zeros.
     """
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     groups: dict[int, list[int]] = defaultdict(list)
-    contexts = context_lengths.tolist()
+    seen = context_lengths.clamp_max(window) if window else context_lengths
+    contexts = seen.tolist()
     for sequence, context in enumerate(contexts):
         groups[context.bit_length()].append(sequence)
     groups.pop(0, None)
-    kv_heads, head_dim = k_pool.shape[1:]
+    pools, options = ((k_pool, k_scales), (v_pool, v_scales)), (req_to_token, scale, alibi_slopes)
+    if len(groups) == 1 and min(contexts) > 0:
+        return _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for sequences in groups.values():
-        longest = max(contexts[s] for s in sequences)
-        context = context_lengths[sequences]
-        k, v = _gather(k_pool, v_pool, req_to_token, rows[sequences], context, longest)
-        mask = None
-        if min(contexts[s] for s in sequences) < longest:
-            mask = (torch.arange(longest, device=q.device) < context[:, None])[:, None, None, :]
-        # The query heads that share a KV head take the place of query positions.
-        result = functional.scaled_dot_product_attention(
-            q[sequences].reshape(len(sequences), kv_heads, -1, head_dim),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
-        )
-        out[sequences] = result.reshape(len(sequences), -1, head_dim)
+        lengths = [contexts[s] for s in sequences]
+        part = (q[sequences], rows[sequences], context_lengths[sequences], seen[sequences])
+        out[sequences] = _attend_padded(*part, min(lengths), max(lengths), pools, *options)
     return out
 
 
-def _gather(
-    k_pool: Tensor, v_pool: Tensor, req_to_token: Tensor, rows: Tensor, contexts: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
-    """K and V of some sequences as [sequences, longest, kv_heads, head_dim].
+def _attend_padded(
+    q: Tensor, rows: Tensor, context_lengths: Tensor, seen: Tensor, shortest: int, longest: int,
+    pools: Sequence[tuple[Tensor, Tensor | None]], req_to_token: Tensor, scale: float, alibi_slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Decode attention of sequences that see much the same number of tokens, padded to the longest.
 
-    Padding repeats a sequence's first token, so that a slot that nobody has written (it may hold NaN) is never read.
+    pools: K and V, each with its scales.
     """
-    slots = req_to_token[rows.long(), :longest].long()
-    live = torch.arange(longest, device=slots.device) < contexts[:, None]
-    slots = torch.where(live, slots, slots[:, :1])
-    return k_pool[slots], v_pool[slots]
+    sequences, heads, head_dim = q.shape
+    kv_heads = pools[0][0].shape[1]
+    slots = _slots(req_to_token, rows, context_lengths - seen, seen, longest)
+    mask = None
+    if alibi_slopes is not None:
+        # The query heads that share a KV head take the place of query positions.
+        mask = _mask(seen[:, None] - 1, longest, 0, alibi_slopes).reshape(sequences, kv_heads, -1, longest)
+    elif shortest < longest:
+        mask = (torch.arange(longest, device=q.device) < seen[:, None])[:, None, None, :]
+    k, v = (_gather(pool, scales, slots, q.dtype).transpose(1, 2) for pool, scales in pools)
+    grouped = q.reshape(sequences, kv_heads, -1, head_dim)
+    result = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return result.reshape(sequences, heads, head_dim)
+
+
+def token_attention_mha(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    max_context_length: int,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """token_attention where there are as many KV heads as query heads."""
+    assert q.shape[1] == k_pool.shape[1]
+    step = (req_to_token, rows, context_lengths, max_context_length, scale)
+    return token_attention(q, k_pool, v_pool, *step, alibi_slopes, window, k_scales, v_scales)
+
+
+def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:
+    """The slots of some sequences' contexts behind what is skipped, [sequences, longest].
+
+    Padding repeats a context's first token, so that a slot that nobody has written (it may hold NaN) is never read.
+    """
+    position = torch.arange(longest, device=rows.device)
+    position = skipped[:, None] + torch.where(position < contexts[:, None], position, 0)
+    return req_to_token[rows.long()[:, None], position].long()
+
+
+def _gather(pool: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """K or V at `slots` [sequences, longest] as [sequences, longest, kv_heads, head_dim]."""
+    # Several times as quick as pool[slots] on a CPU.
+    values = pool.index_select(0, slots.view(-1)).view(*slots.shape, *pool.shape[1:])
+    return values if scales is None else (values.float() * scales[slots].float().unsqueeze(-1)).to(dtype)
 
 
 def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,10 +279,26 @@ def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tenso
     return ((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)).to(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` [tokens, in_features] times `weight` [out_features, in_features] transposed, plus `bias` [out_features]."""
+    return functional.linear(x, weight, bias)
+
+
+def sum_splits(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum of `partial` [splits, tokens, features], float32, over its splits, plus `bias` [features]."""
+    total = partial.sum(0)
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SiLU of the first half of `gate_up` [tokens, 2 * features], times its second half."""
     gate, up = gate_up.chunk(2, -1)
     return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU of `x` [tokens, features] in its approximation by tanh, as in BLOOM."""
+    return functional.gelu(x, approximate="tanh")
 
 
 def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:

@@ -1,33 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Rotary position embedding of queries and keys, with the writing of K and V to the pool."""
+"""Rotary position embedding of queries and keys, with the writing of K and V to the pool, as int8 if asked."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_arguments
 
 # Elements of a program's tile: some heads of one token.
 _TILE = 2048
 
 
 @triton.jit
-def _rotate_heads(source, target, offset, target_offset, head_live, cos, sin, pair, half: tl.constexpr):
-    """Rotates the pairs of some heads' rotary dimensions; `offset` and `target_offset` point at each head's start."""
-    live = head_live[:, None] & (pair < half)[None, :]
-    address = source + offset[:, None] + pair[None, :]
-    first = tl.load(address, mask=live, other=0.0).to(tl.float32)
-    second = tl.load(address + half, mask=live, other=0.0).to(tl.float32)
-    address = target + target_offset[:, None] + pair[None, :]
-    element = target.dtype.element_ty
-    tl.store(address, (first * cos[None, :] - second * sin[None, :]).to(element), mask=live)
-    tl.store(address + half, (second * cos[None, :] + first * sin[None, :]).to(element), mask=live)
+def _load(source, offset, head_live, column, width: tl.constexpr):
+    """The first `width` columns of some heads, in fp32; `offset` points at each head's start."""
+    live = head_live[:, None] & (column < width)[None, :]
+    return tl.load(source + offset[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _copy_heads(source, target, offset, target_offset, head_live, column, head_dim: tl.constexpr):
-    live = head_live[:, None] & (column < head_dim)[None, :]
-    value = tl.load(source + offset[:, None] + column[None, :], mask=live, other=0.0)
-    tl.store(target + target_offset[:, None] + column[None, :], value.to(target.dtype.element_ty), mask=live)
+def _store(target, offset, value, head_live, column, width: tl.constexpr):
+    live = head_live[:, None] & (column < width)[None, :]
+    tl.store(target + offset[:, None] + column[None, :], value.to(target.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _rotate(source, offset, head_live, cos, sin, pair, half: tl.constexpr):
+    """Both halves of some heads' rotary dimensions, rotated."""
+    first = _load(source, offset, head_live, pair, half)
+    second = _load(source + half, offset, head_live, pair, half)
+    return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+
+
+@triton.jit
+def _scale_of(largest, scales, offset, head_live, min_scale: tl.constexpr, max_scale: tl.constexpr):
+    """Stores the scales of some heads by their greatest magnitudes, and returns them as stored."""
+    scale = tl.minimum(tl.maximum(largest * (1 / 127), min_scale), max_scale)
+    scale = tl.where(largest == 0, 1.0, scale).to(scales.dtype.element_ty)
+    tl.store(scales + offset, scale, mask=head_live)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _quantize(value, scale):
+    """Rounded half to even: next to 1.5 * 2**23 a float32 has no room for a fraction."""
+    quotient = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+    return tl.minimum(tl.maximum((quotient + 12582912.0) - 12582912.0, -127.0), 127.0)
 
 
 @triton.jit
@@ -40,6 +59,8 @@ def rotary_kv_write_kernel(
     slots,
     k_pool,
     v_pool,
+    k_scales,
+    v_scales,
     q_stride,
     q_head_stride,
     k_stride,
@@ -52,8 +73,13 @@ def rotary_kv_write_kernel(
     k_pool_head_stride,
     v_slot_stride,
     v_pool_head_stride,
+    k_scale_stride,
+    v_scale_stride,
     heads,
     kv_heads,
+    min_scale: tl.constexpr,
+    max_scale: tl.constexpr,
+    is_quantized: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
     block_heads: tl.constexpr,
@@ -70,7 +96,9 @@ def rotary_kv_write_kernel(
     if block < query_blocks:
         head = block * block_heads + tl.arange(0, block_heads)
         offset = token * q_stride + head * q_head_stride
-        _rotate_heads(q, q, offset, offset, head < heads, cosine, sine, pair, half)
+        first, second = _rotate(q, offset, head < heads, cosine, sine, pair, half)
+        _store(q, offset, first, head < heads, pair, half)
+        _store(q + half, offset, second, head < heads, pair, half)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
@@ -79,12 +107,26 @@ def rotary_kv_write_kernel(
             column = tl.arange(0, block_dim)
             k_offset = token * k_stride + head * k_head_stride
             k_target = slot * k_slot_stride + head * k_pool_head_stride
-            _rotate_heads(k, k_pool, k_offset, k_target, live, cosine, sine, pair, half)
+            first, second = _rotate(k, k_offset, live, cosine, sine, pair, half)
             if 2 * half < head_dim:
-                _copy_heads(k + 2 * half, k_pool + 2 * half, k_offset, k_target, live, column, head_dim - 2 * half)
-            v_offset = token * v_stride + head * v_head_stride
-            v_target = slot * v_slot_stride + head * v_pool_head_stride
-            _copy_heads(v, v_pool, v_offset, v_target, live, column, head_dim)
+                passed = _load(k + 2 * half, k_offset, live, column, head_dim - 2 * half)
+            value = _load(v, token * v_stride + head * v_head_stride, live, column, head_dim)
+            if is_quantized:
+                largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+                if 2 * half < head_dim:
+                    largest = tl.maximum(largest, tl.max(tl.abs(passed), 1))
+                scale = _scale_of(largest, k_scales, slot * k_scale_stride + head, live, min_scale, max_scale)
+                first, second = _quantize(first, scale), _quantize(second, scale)
+                if 2 * half < head_dim:
+                    passed = _quantize(passed, scale)
+                largest = tl.max(tl.abs(value), 1)
+                scale = _scale_of(largest, v_scales, slot * v_scale_stride + head, live, min_scale, max_scale)
+                value = _quantize(value, scale)
+            _store(k_pool, k_target, first, live, pair, half)
+            _store(k_pool + half, k_target, second, live, pair, half)
+            if 2 * half < head_dim:
+                _store(k_pool + 2 * half, k_target, passed, live, column, head_dim - 2 * half)
+            _store(v_pool, slot * v_slot_stride + head * v_pool_head_stride, value, live, column, head_dim)
 
 
 def rotary_kv_write(
@@ -96,6 +138,8 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -105,6 +149,7 @@ def rotary_kv_write(
     assert 2 * half <= head_dim
     if tokens == 0:
         return
+    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
     block_dim = triton.next_power_of_2(head_dim)
     block_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_dim))
     grid = (tokens, triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads))
@@ -117,6 +162,8 @@ def rotary_kv_write(
         slots,
         k_pool,
         v_pool,
+        k_scales,
+        v_scales,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -129,8 +176,13 @@ def rotary_kv_write(
         k_pool.stride(1),
         v_pool.stride(0),
         v_pool.stride(1),
+        k_scales.stride(0),
+        v_scales.stride(0),
         heads,
         kv_heads,
+        min_scale=MIN_KV_SCALE,
+        max_scale=MAX_KV_SCALE,
+        is_quantized=is_quantized,
         head_dim=head_dim,
         half=half,
         block_heads=block_heads,

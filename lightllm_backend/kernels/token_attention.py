@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side."""
+"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side.
+
+Query heads that share K and V are computed together, on tensor cores; where none do, token_attention_mha takes over.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,20 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
-from lightllm_backend.kernels.merge_splits import merge_splits
+from lightllm_backend.kernels.kv_scales import scale_arguments
+from lightllm_backend.kernels.merge_splits import merge_splits, split_count
+from lightllm_backend.kernels.token_attention_mha import token_attention_mha
 
-# A split shorter than this costs more in merging than it gains.
-_MIN_SPLIT_TOKENS = 256
-_MAX_SPLITS = 64
-# Programs that keep one multiprocessor's loads in flight.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Longer than any context.
+_NO_WINDOW = 2**31 - 1
 
-
-def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:
-    """How many parts each context is cut into, so that `programs` times as many occupy the GPU."""
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, programs)
-    longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
-    return max(1, min(wanted, longest, _MAX_SPLITS))
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class TokenBlocks(NamedTuple):
@@ -34,7 +31,7 @@ class TokenBlocks(NamedTuple):
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
-    """Tiles of K and V of 16 KiB each, in as many stages as the shared memory takes."""
+    """Tiles of K and V of 16 KiB each as they are computed with, in as many stages as the shared memory takes."""
     tokens = min(128, max(16, 16384 // (block_dim * element_size)))
     if capability < (8, 0):
         return TokenBlocks(tokens, 4, 1)
@@ -52,6 +49,9 @@ def token_attention_kernel(
     req_to_token,
     rows,
     context_lengths,
+    alibi_slopes,
+    k_scales,
+    v_scales,
     q_stride,
     q_head_stride,
     k_slot_stride,
@@ -61,10 +61,15 @@ def token_attention_kernel(
     out_stride,
     out_head_stride,
     table_stride,
+    k_scale_stride,
+    v_scale_stride,
     scale_log2,
+    window,
     heads,
     splits,
     is_split: tl.constexpr,
+    has_alibi: tl.constexpr,
+    is_quantized: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     block_group: tl.constexpr,
@@ -76,8 +81,9 @@ def token_attention_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     context = tl.load(context_lengths + sequence)
-    length = tl.cdiv(tl.cdiv(context, block_tokens), splits) * block_tokens
-    start = split * length
+    seen_from = tl.maximum(context - window, 0)
+    length = tl.cdiv(tl.cdiv(context - seen_from, block_tokens), splits) * block_tokens
+    start = seen_from + split * length
     end = tl.minimum(context, start + length)
 
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
@@ -88,6 +94,8 @@ def token_attention_kernel(
     head = kv_head * group + member
     live = (member < group)[:, None] & (column < head_dim)[None, :]
     query = tl.load(q + sequence * q_stride + head[:, None] * q_head_stride + column[None, :], mask=live, other=0.0)
+    if has_alibi:
+        slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
     accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
     maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
@@ -99,21 +107,26 @@ def token_attention_kernel(
         kv_live = token_live[:, None] & (column < head_dim)[None, :]
         key = tl.load(k_head + slot[:, None] * k_slot_stride + column[None, :], mask=kv_live, other=0.0)
         value = tl.load(v_head + slot[:, None] * v_slot_stride + column[None, :], mask=kv_live, other=0.0)
-        # A single query head makes no matrix product.
-        if block_group == 1:
-            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :]
+        score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+        if is_quantized:
+            k_scale = tl.load(k_scales + slot * k_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
+            v_scale = tl.load(v_scales + slot * v_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
+            # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
+            score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
         else:
-            score = tl.dot(query, tl.trans(key), input_precision="ieee")
-        score = tl.where(token_live[None, :], score * scale_log2, float("-inf"))
+            score *= scale_log2
+        if has_alibi:
+            score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
+        score = tl.where(token_live[None, :], score, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
         weight = tl.exp2(score - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
-        total = total * correction + tl.sum(weight, 1)
-        accumulator = accumulator * correction[:, None]
-        if block_group == 1:
-            accumulator += tl.sum(tl.trans(weight) * value.to(tl.float32), 0)[None, :]
+        if is_quantized:
+            total = total * correction + tl.sum(weight * (1.0 / v_scale)[None, :], 1)
         else:
-            accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
+            total = total * correction + tl.sum(weight, 1)
+        accumulator = accumulator * correction[:, None]
+        accumulator = tl.dot(weight.to(query.dtype), value.to(query.dtype), accumulator, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
@@ -137,9 +150,18 @@ def token_attention(
     context_lengths: Tensor,
     max_context_length: int,
     scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
+    if heads == kv_heads:
+        return token_attention_mha(
+            q, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
+            alibi_slopes, window, k_scales, v_scales,
+        )  # fmt: skip
     assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
@@ -147,15 +169,17 @@ def token_attention(
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
+    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
     group = heads // kv_heads
-    splits = split_count(sequences * kv_heads, max_context_length, multiprocessor_count(q.device))
+    longest = min(max_context_length, window) if window else max_context_length
+    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
     # With one split they are not touched, and any tensor stands for them.
     partial = log_sums = out
     if splits > 1:
         partial = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         log_sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(block_dim, k_pool.element_size(), compute_capability(q.device))
+    blocks = choose_blocks(block_dim, q.element_size(), compute_capability(q.device))
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k_pool,
@@ -166,6 +190,9 @@ def token_attention(
         req_to_token,
         rows,
         context_lengths,
+        q if alibi_slopes is None else alibi_slopes,
+        k_scales,
+        v_scales,
         q.stride(0),
         q.stride(1),
         k_pool.stride(0),
@@ -175,13 +202,18 @@ def token_attention(
         out.stride(0),
         out.stride(1),
         req_to_token.stride(0),
-        scale * math.log2(math.e),
+        k_scales.stride(0),
+        v_scales.stride(0),
+        scale * LOG2_E.value,
+        window or _NO_WINDOW,
         heads,
         splits,
         is_split=splits > 1,
+        has_alibi=alibi_slopes is not None,
+        is_quantized=is_quantized,
         group=group,
         head_dim=head_dim,
-        block_group=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        block_group=max(16, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         num_warps=blocks.num_warps,

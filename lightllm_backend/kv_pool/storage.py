@@ -6,9 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SCALE_DTYPE = torch.float16
+
 
 class KVStorage:
-    """K and V of every layer, allocated once: per layer two tensors `[slots, kv_heads, head_dim]`."""
+    """K and V of every layer, allocated once: per layer two tensors `[slots, kv_heads, head_dim]`.
+
+    Those of int8 are quantised by token and head: with each comes a tensor of scales `[slots, kv_heads]`.
+    """
 
     def __init__(
         self,
@@ -20,13 +25,21 @@ class KVStorage:
         device: torch.device,
     ) -> None:
         shape = (num_slots, num_kv_heads, head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(num_layers)
+
+        def values() -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def scales() -> Tensor | None:
+            return torch.empty(shape[:2], dtype=SCALE_DTYPE, device=device) if dtype == torch.int8 else None
+
+        # Of each layer: K, V, the scales of K, the scales of V.
+        self.layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = [
+            (values(), values(), scales(), scales()) for _ in range(num_layers)
         ]
         self.num_bytes = num_slots * self.slot_bytes(num_layers, num_kv_heads, head_dim, dtype)
 
     @staticmethod
     def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Memory that one token slot takes over all layers, in bytes."""
-        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        scale_bytes = SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
+        return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale_bytes)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
+
+
+class KVLayer(NamedTuple):
+    """One layer's part of the KV pool."""
+
+    k: Tensor  # [slots, kv_heads, head_dim]
+    v: Tensor
+    # Of an int8 pool: what its values are multiples of, [slots, kv_heads].
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class StepInput:
     max_context_length: int
     last_tokens: Tensor  # [m] int64, the tokens whose logits are wanted
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
-    kv_layers: Sequence[tuple[Tensor, Tensor]]  # K and V of each layer, [slots, kv_heads, head_dim]
+    kv_layers: Sequence[KVLayer]
 
 
 class CausalLM(Protocol):
@@ -47,6 +57,7 @@ class CausalLM(Protocol):
 
     num_kv_heads: int  # on this rank
     head_dim: int
+    prefix: str  # see weights.HasWeights
 
     def __init__(
         self,
@@ -270,13 +281,60 @@ def _inverse_frequencies(base: float | Tensor, head_dim: int) -> Tensor:
     return (1.0 / base**exponents).float()
 
 
+def alibi_slopes(num_heads: int) -> Tensor:
+    """By how much each head favours a key for each position that it is later, [num_heads] float32.
+
+    A geometric series for a power of two; heads beyond the last power of two take every other slope of the next one's.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2.0 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+class PoolAttention:
+    """Attention of a step's tokens over the KV pool, into which their K and V go first; of this rank's heads."""
+
+    def __init__(self, kernels: ModuleType, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
+        self.kernels = kernels
+        self.scale = head_dim**-0.5
+        self.bias = {"window": window, "alibi_slopes": alibi_slopes}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput
+    ) -> Tensor:
+        """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
+        scales = {"k_scales": kv.k_scales, "v_scales": kv.v_scales}
+        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, **scales)
+        decodes, pool = step.num_decodes, (kv.k, kv.v, step.req_to_token)
+        longest, scale, more = step.max_context_length, self.scale, self.bias | scales
+        outputs: list[Tensor] = []
+        if decodes > 0:
+            rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
+            outputs.append(self.kernels.token_attention(q[:decodes], *pool, rows, contexts, longest, scale, **more))
+        if q.shape[0] > decodes:
+            rows, contexts = step.rows[decodes:], step.context_lengths[decodes:]
+            queries = (step.query_starts, contexts, step.max_query_length)
+            output = self.kernels.prefill_attention(q[decodes:], *pool, rows, *queries, longest, scale, **more)
+            outputs.append(output)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """In what the attention of one architecture, or of one of its layers, differs from another's."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    window: int = 0  # how many positions a query sees, its own among them; 0: all
+
+
 class Attention:
     """Self-attention over the KV pool: fused q, k, v; rotary embedding; output projection. Heads are split by rank."""
 
-    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
-        self.kernels = kernels
+    def __init__(self, config: ModelConfig, options: AttentionOptions, kernels: ModuleType, place: Placement) -> None:
         self.head_dim = config.head_dim
-        self.scale = config.head_dim**-0.5
+        self.attend = PoolAttention(kernels, config.head_dim, options.window)
         self.num_heads = place.share("num_attention_heads", config.num_heads)
         self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
         shares = (
@@ -288,29 +346,14 @@ class Attention:
             Part(f"self_attn.{name}", *(heads * config.head_dim for heads in (full, share, start)))
             for name, full, share, start in shares
         ]
-        self.qkv = ColumnLinear(parts, config.hidden_size, config.attention_bias, place)
+        self.qkv = ColumnLinear(parts, config.hidden_size, options.qkv_bias, place)
         inner = config.num_heads * config.head_dim
-        self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, config.attention_bias, place)
+        self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, options.output_bias, place)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, step: StepInput) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        k_pool, v_pool = step.kv_layers[layer]
-        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, k_pool, v_pool)
-        return self.output(self._attend(q, k_pool, v_pool, step).view(x.shape[0], -1))
-
-    def _attend(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, step: StepInput) -> Tensor:
-        decodes, pool = step.num_decodes, (k_pool, v_pool, step.req_to_token)
-        longest, scale = step.max_context_length, self.scale
-        outputs: list[Tensor] = []
-        if decodes > 0:
-            rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
-            outputs.append(self.kernels.token_attention(q[:decodes], *pool, rows, contexts, longest, scale))
-        if q.shape[0] > decodes:
-            rows, contexts = step.rows[decodes:], step.context_lengths[decodes:]
-            queries = (step.query_starts, contexts, step.max_query_length)
-            outputs.append(self.kernels.prefill_attention(q[decodes:], *pool, rows, *queries, longest, scale))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.output(self.attend(q, k, v, cos, sin, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.qkv.weight_map() | self.output.weight_map()

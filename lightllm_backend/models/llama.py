@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightllm_backend.models.layers import (
     Attention,
+    AttentionOptions,
     ColumnLinear,
     Embedding,
     Head,
@@ -30,7 +31,7 @@ class RMSNorm:
     def __init__(self, name: str, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
         self.name = name
         self.kernels = kernels
-        self.eps = config.rms_norm_eps
+        self.eps = config.norm_eps
         self.weight = place.empty(config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -62,9 +63,9 @@ class GatedMLP:
 class LlamaLayer:
     """Attention and MLP, each after a norm that first adds what came before to the residual."""
 
-    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, options: AttentionOptions, kernels: ModuleType, place: Placement) -> None:
         self.attention_norm = RMSNorm("input_layernorm", config, kernels, place)
-        self.attention = Attention(config, kernels, place)
+        self.attention = Attention(config, options, kernels, place)
         self.mlp_norm = RMSNorm("post_attention_layernorm", config, kernels, place)
         self.mlp = GatedMLP(config, kernels, place)
 
@@ -75,6 +76,13 @@ class LlamaLayer:
 
 class LlamaForCausalLM:
     """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
+
+    prefix = "model."
+
+    @staticmethod
+    def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
+        """What those who follow LLaMA do otherwise."""
+        return AttentionOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias)
 
     def __init__(
         self,
@@ -88,7 +96,8 @@ class LlamaForCausalLM:
         place = Placement(parallel, dtype, device)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.rotary = RotaryEmbedding(config, max_length, device)
-        self.layers = [LlamaLayer(config, kernels, place) for _ in range(config.num_layers)]
+        options = [self.attention_options(config, layer) for layer in range(config.num_layers)]
+        self.layers = [LlamaLayer(config, layer_options, kernels, place) for layer_options in options]
         self.norm = RMSNorm("model.norm", config, kernels, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
         self.num_kv_heads = self.layers[0].attention.num_kv_heads
@@ -98,9 +107,9 @@ class LlamaForCausalLM:
         cos, sin = self.rotary(step.positions, step.rotary_lengths)
         residual = self.embedding(step.input_ids)
         x, added = residual, None
-        for index, layer in enumerate(self.layers):
+        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
             x = layer.attention_norm(x, added)
-            x = layer.attention(x, cos, sin, index, step)
+            x = layer.attention(x, cos, sin, kv, step)
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
         last_residual = residual.index_select(0, step.last_tokens)

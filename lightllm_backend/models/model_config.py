@@ -7,18 +7,22 @@ directory can be wrong is a ModelError.
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.registry import check_architecture
+from lightllm_backend.models.registry import ARCHITECTURES, check_architecture
 
 __all__ = ["ModelConfig", "ModelError", "RopeScaling"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# Positions of a model that has no limit of its own; how many are served is for the settings to say.
+UNLIMITED_POSITIONS = 2**17
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,20 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling
-    attention_bias: bool
-    mlp_bias: bool
+    norm_eps: float
     tie_word_embeddings: bool
     max_positions: int
     torch_dtype: str | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    # What a family has or has not. Which of it an architecture heeds is for its own file to say.
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    sliding_layers: tuple[bool, ...] = ()
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelConfig:
@@ -62,44 +70,21 @@ class ModelConfig:
         directory = Path(path)
         if not directory.is_dir():
             raise ModelError(f"{directory}: there is no such directory; a Hugging Face model directory is needed")
-        config = _Fields.read(directory / "config.json")
+        config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
-        _refuse_unsupported(config)
-        num_heads = config.count("num_attention_heads")
-        num_kv_heads = config.count("num_key_value_heads", num_heads)
-        hidden_size = config.count("hidden_size")
-        if not config.has("head_dim") and hidden_size % num_heads != 0:
-            raise config.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or head_dim is needed")
-        head_dim = config.count("head_dim", hidden_size // num_heads)
-        if num_heads % num_kv_heads != 0:
-            raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}, is needed")
-        if head_dim % 2 != 0:
-            raise config.error("head_dim", f"rotary embeddings need an even head_dim, this one is {head_dim}")
-        max_positions = config.count("max_position_embeddings")
-        rope_theta, rope_scaling = _rope(config, max_positions)
+        if config.has("quantization_config"):
+            raise config.error("quantization_config", "an unquantised checkpoint is needed")
         eos_ids = config.token_ids("eos_token_id")
         generation_path = directory / "generation_config.json"
         if generation_path.exists():
-            eos_ids += _Fields.read(generation_path).token_ids("eos_token_id")
+            eos_ids += ConfigFields.read(generation_path).token_ids("eos_token_id")
         return cls(
             architecture=architecture,
             vocab_size=config.count("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=config.count("intermediate_size"),
-            num_layers=config.count("num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=config.positive("rms_norm_eps"),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            attention_bias=config.flag("attention_bias", False),
-            mlp_bias=config.flag("mlp_bias", False),
-            tie_word_embeddings=config.flag("tie_word_embeddings", False),
-            max_positions=max_positions,
             torch_dtype=_dtype(config),
             bos_id=next(iter(config.token_ids("bos_token_id")), None),
             eos_ids=tuple(dict.fromkeys(eos_ids)),
+            **DIALECTS[ARCHITECTURES[architecture].dialect](config),
         )
 
     @property
@@ -110,82 +95,73 @@ class ModelConfig:
         return self.max_positions
 
 
-_REQUIRED = object()
+def _llama(config: ConfigFields) -> dict[str, Any]:
+    """What LLaMA's config.json says, and those of all the models that have followed it."""
+    if (config.values.get("hidden_act") or "silu") not in ("silu", "swish"):
+        raise config.error("hidden_act", "'silu' is needed")
+    if config.values.get("rope_interleaved"):
+        raise config.error("rope_interleaved", "false is needed")
+    num_heads = config.count("num_attention_heads")
+    num_kv_heads = config.count("num_key_value_heads", num_heads)
+    hidden_size = config.count("hidden_size")
+    if not config.has("head_dim") and hidden_size % num_heads != 0:
+        raise config.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or head_dim is needed")
+    head_dim = config.count("head_dim", hidden_size // num_heads)
+    if num_heads % num_kv_heads != 0:
+        raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}, is needed")
+    if head_dim % 2 != 0:
+        raise config.error("head_dim", f"rotary embeddings need an even head_dim, this one is {head_dim}")
+    max_positions = config.count("max_position_embeddings")
+    rope_theta, rope_scaling = _rope(config, max_positions)
+    num_layers = config.count("num_hidden_layers")
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": config.count("intermediate_size"),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": config.positive("rms_norm_eps"),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", False),
+        "max_positions": max_positions,
+        "attention_bias": config.flag("attention_bias", False),
+        "mlp_bias": config.flag("mlp_bias", False),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "sliding_window": config.count("sliding_window") if config.has("sliding_window") else None,
+        "use_sliding_window": config.flag("use_sliding_window", False),
+        "sliding_layers": _sliding_layers(config, num_layers),
+    }
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """One JSON object whose values are taken by kind; an absent or null value takes the default, or is an error."""
-
-    path: Path
-    values: dict[str, Any]
-    prefix: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> _Fields:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ModelError(
-                f"{path}: there is no such file; a Hugging Face model directory with one is needed"
-            ) from error
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from error
-        except ValueError as error:
-            raise ModelError(f"{path}: is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: holds a JSON {type(values).__name__}; an object is needed")
-        return cls(path, values)
-
-    def error(self, key: str, needed: str) -> ModelError:
-        is_there = self.values.get(key) is not None
-        value = f"is {self.values[key]!r}" if is_there else "is missing"
-        return ModelError(f"{self.path}: {self.prefix}{key} {value}; {needed}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def child(self, key: str) -> _Fields:
-        """The object under `key`; an empty one if it is absent."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "an object is needed")
-        return _Fields(self.path, value or {}, f"{self.prefix}{key}.")
-
-    def count(self, key: str, default: object = _REQUIRED) -> int:
-        value = self.values.get(key)
-        if value is None and default is not _REQUIRED:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(key, "an integer above 0 is needed")
-        return value
-
-    def positive(self, key: str, default: object = _REQUIRED) -> float:
-        value = self.values.get(key)
-        if value is None and default is not _REQUIRED:
-            value = default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise self.error(key, "a number above 0 is needed")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false is needed")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """A token id or a list of them."""
-        value = self.values.get(key)
-        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-            raise self.error(key, "a token id or a list of token ids is needed")
-        return ids
+def _bloom(config: ConfigFields) -> dict[str, Any]:
+    """What BLOOM's config.json says; it has gone by two names for most of it."""
+    if config.flag("apply_residual_connection_post_layernorm", False):
+        raise config.error("apply_residual_connection_post_layernorm", "false is needed")
+    hidden_key, heads_key = config.either("n_embed", "hidden_size"), config.either("num_attention_heads", "n_head")
+    hidden_size, num_heads = config.count(hidden_key), config.count(heads_key)
+    if hidden_size % num_heads != 0:
+        raise config.error(hidden_key, f"a multiple of {heads_key}, {num_heads}, is needed")
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_layers": config.count(config.either("num_hidden_layers", "n_layer")),
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": hidden_size // num_heads,
+        "norm_eps": config.positive("layer_norm_epsilon"),
+        "tie_word_embeddings": config.flag("tie_word_embeddings", True),
+        "max_positions": config.count("seq_length", UNLIMITED_POSITIONS),
+        "attention_bias": True,
+        "mlp_bias": True,
+    }
 
 
-def _architecture(config: _Fields) -> str:
+# How the config.json of an architecture is written: by the registry's word for it.
+DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "bloom": _bloom}
+
+
+def _architecture(config: ConfigFields) -> str:
     names = config.values.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", "a list with the name of the model's class is needed")
@@ -196,17 +172,7 @@ def _architecture(config: _Fields) -> str:
     return names[0]
 
 
-def _refuse_unsupported(config: _Fields) -> None:
-    """Settings that would change the computation and that no model here knows."""
-    if config.has("quantization_config"):
-        raise config.error("quantization_config", "an unquantised checkpoint is needed")
-    if (config.values.get("hidden_act") or "silu") not in ("silu", "swish"):
-        raise config.error("hidden_act", "'silu' is needed")
-    if config.values.get("rope_interleaved"):
-        raise config.error("rope_interleaved", "false is needed")
-
-
-def _dtype(config: _Fields) -> str | None:
+def _dtype(config: ConfigFields) -> str | None:
     """The checkpoint's dtype by its plain name; transformers 5 writes `dtype` for what was `torch_dtype`."""
     key = "dtype" if config.has("dtype") else "torch_dtype"
     value = config.values.get(key)
@@ -217,7 +183,18 @@ def _dtype(config: _Fields) -> str | None:
     return value.removeprefix("torch.")
 
 
-def _rope(config: _Fields, max_positions: int) -> tuple[float, RopeScaling]:
+def _sliding_layers(config: ConfigFields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers a sliding window is for: as `layer_types` says, else all from `max_window_layers` on."""
+    types = config.values.get("layer_types")
+    if types is None:
+        first = config.count("max_window_layers", 0, least=0)
+        return tuple(layer >= first for layer in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):
+        raise config.error("layer_types", f"one of {' | '.join(LAYER_TYPES)} for each of {num_layers} layers is needed")
+    return tuple(kind == "sliding_attention" for kind in types)
+
+
+def _rope(config: ConfigFields, max_positions: int) -> tuple[float, RopeScaling]:
     """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
     scaling = config.child("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
     theta_owner = scaling if scaling.has("rope_theta") else config

@@ -4,15 +4,26 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightllm_backend.models.errors import ModelError
 
 if TYPE_CHECKING:
     from lightllm_backend.models.layers import CausalLM
 
-# The name in config.json's `architectures`, which is also the class's, and the module of this folder that has it.
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
+
+class Architecture(NamedTuple):
+    module: str  # of this folder
+    dialect: str = "llama"  # how its config.json is written: see model_config
+
+
+# By the name in config.json's `architectures`, which is also the class's.
+ARCHITECTURES = {
+    "BloomForCausalLM": Architecture("bloom", dialect="bloom"),
+    "LlamaForCausalLM": Architecture("llama"),
+    "MistralForCausalLM": Architecture("mistral"),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+}
 
 
 def check_architecture(architecture: str) -> None:
@@ -24,6 +35,6 @@ def check_architecture(architecture: str) -> None:
 def model_class(architecture: str) -> type[CausalLM]:
     """The class of the model, imported now."""
     check_architecture(architecture)
-    module = importlib.import_module(f"lightllm_backend.models.{ARCHITECTURES[architecture]}")
+    module = importlib.import_module(f"lightllm_backend.models.{ARCHITECTURES[architecture].module}")
     found: type[CausalLM] = getattr(module, architecture)
     return found

@@ -67,6 +67,9 @@ class WeightSlot:
 class HasWeights(Protocol):
     """The part of a model that loading needs."""
 
+    # What the names of all tensors but the head's begin with; files of the model without its head lack it.
+    prefix: str
+
     def weight_map(self) -> Mapping[str, WeightSlot]:
         """The checkpoint's names for all that the model needs, and where each goes."""
 
@@ -94,11 +97,11 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
         for path in _files(folder):
             sources = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
             for source in sources:
-                slot = weight_map.get(source.name)
-                if slot is not None:
-                    _fill(slot, source)
-                    if source.name not in loaded:
-                        loaded.add(source.name)
+                name = source.name if source.name in weight_map else model.prefix + source.name
+                if name in weight_map:
+                    _fill(weight_map[name], source)
+                    if name not in loaded:
+                        loaded.add(name)
                         bar.update()
                 elif not model.ignores(source.name):
                     left_over.append(source.name)

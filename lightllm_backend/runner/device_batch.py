@@ -8,13 +8,14 @@ the token that step N samples is written to the table on the device, and step N+
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightllm_backend.models.layers import StepInput
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 
 
@@ -23,8 +24,9 @@ class RequestTables:
 
     def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
         self.device = device
-        self.tokens = torch.zeros((num_rows, max_length), dtype=torch.int32, device=device)
-        self.slots = torch.zeros((num_rows, max_length), dtype=torch.int32, device=device)
+        self.padding_row = num_rows  # belongs to no request
+        self.tokens = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
+        self.slots = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
 
     def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -37,27 +39,39 @@ class RequestTables:
         self.tokens[packed[1], packed[2]] = packed[0]
 
 
+class Sampled(NamedTuple):
+    """The m sequences of a step that get a token, on the host and on the device.
+
+    lengths: tokens known before the sampled one, which is also the position that it takes.
+    """
+
+    host_rows: NDArray[np.int32]
+    host_lengths: NDArray[np.int32]
+    rows: Tensor  # [m] int32
+    lengths: Tensor  # [m] int32
+
+
 class DeviceBatch:
     """The tensors of one step: the model's input, and where the sampled tokens go."""
 
-    def __init__(self, batch: Batch, tables: RequestTables, kv_layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, batch: Batch, tables: RequestTables, kv_layers: Sequence[KVLayer]) -> None:
         context_lengths = batch.starts + batch.lengths
         positions = _positions(batch.starts, batch.lengths)
         ends = np.cumsum(batch.lengths, dtype=np.int32)
         query_starts = np.concatenate([[0], ends[batch.num_decodes :] - batch.num_decodes]).astype(np.int32)
         rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
-        self.sampled_rows = batch.rows[batch.samples]
-        self.sampled_lengths = context_lengths[batch.samples]  # tokens known before the sampled one: also its position
+        sampled_rows, sampled_lengths = batch.rows[batch.samples], context_lengths[batch.samples]
         (
             token_rows, device_positions, slots, device_rotary_lengths, rows, device_context_lengths,
-            device_query_starts, last_tokens, self.rows, self.positions,
+            device_query_starts, last_tokens, device_sampled_rows, device_sampled_lengths,
         ) = upload(
             [
                 np.repeat(batch.rows, batch.lengths), positions, batch.slots, rotary_lengths, batch.rows,
-                context_lengths, query_starts, ends[batch.samples] - 1, self.sampled_rows, self.sampled_lengths,
+                context_lengths, query_starts, ends[batch.samples] - 1, sampled_rows, sampled_lengths,
             ],
             tables.device,
         )  # fmt: skip
+        self.sampled = Sampled(sampled_rows, sampled_lengths, device_sampled_rows, device_sampled_lengths)
         tables.slots[token_rows, device_positions] = slots
         prefill_lengths = batch.lengths[batch.num_decodes :]
         self.step = StepInput(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.layers import CausalLM, KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.runner.cuda_graphs import DecodeGraphs
 from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables
 from lightllm_backend.runner.sampler import Sampler
 
@@ -44,9 +45,15 @@ class ModelRunner:
     ) -> None:  # fmt: skip
         self.overlap = 1 if device.type == "cuda" else 0
         self._model = model
-        self._storage = storage
+        self._kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._tables = RequestTables(num_rows, max_length, device)
+        self._graphs: DecodeGraphs | None = None
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
+
+    @torch.inference_mode()
+    def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
+        """From now on a batch of decodes alone, up to the largest of these sizes, is one launch."""
+        self._graphs = DecodeGraphs(self._model, self._tables, self._kv_layers, batch_sizes)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -54,10 +61,15 @@ class ModelRunner:
             rows = [admission.row for admission in batch.admitted]
             self._tables.admit(rows, [admission.prompt_ids for admission in batch.admitted])
             self._sampler.admit(rows, [admission.sampling for admission in batch.admitted])
-        device_batch = DeviceBatch(batch, self._tables, self._storage.layers)
-        logits = self._model.forward(device_batch.step)
-        tokens, log_probs = self._sampler.sample(logits, device_batch, self._tables)
-        self._tables.tokens[device_batch.rows, device_batch.positions] = tokens
+        if self._graphs and self._graphs.covers(batch):
+            logits, greedy_tokens, sampled = self._graphs.run(batch)
+            if self._sampler.is_plain_greedy(sampled.host_rows):
+                return PendingStep(greedy_tokens, None)
+        else:
+            device_batch = DeviceBatch(batch, self._tables, self._kv_layers)
+            logits, sampled = self._model.forward(device_batch.step), device_batch.sampled
+        tokens, log_probs = self._sampler.sample(logits, sampled, self._tables)
+        self._tables.tokens[sampled.rows, sampled.lengths] = tokens
         return PendingStep(tokens, log_probs)
 
 

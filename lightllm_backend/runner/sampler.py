@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.request import SamplingParams
-from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables, upload
+from lightllm_backend.runner.device_batch import RequestTables, Sampled, upload
 
 _FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = ("top_k", "min_tokens")
@@ -43,36 +43,39 @@ class Sampler:
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
 
-    def sample(self, logits: Tensor, batch: DeviceBatch, tables: RequestTables) -> tuple[Tensor, Tensor | None]:
+    def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
+        """Whether the likeliest token of the model's own distribution is all that these rows ask for."""
+        return not (self._floats[0, rows].any() or self._penalised[rows].any() or self._log_probs[rows].any())
+
+    def sample(self, logits: Tensor, sampled: Sampled, tables: RequestTables) -> tuple[Tensor, Tensor | None]:
         """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
 
         logits: [m, vocab] float32 of the sampled sequences; they may be changed. Log probabilities are those of the
         model's own distribution, before penalties and temperature.
         """
-        rows = batch.sampled_rows
+        rows = sampled.host_rows
         log_probs = self._log_probs[rows].any()
-        penalised = self._penalised[rows].any()
         original = logits
-        if penalised:
+        if self._penalised[rows].any():
             logits = logits.clone() if log_probs else logits
-            self._penalise(logits, batch, tables)
-        tokens = self._choose(logits, batch)
+            self._penalise(logits, sampled, tables)
+        tokens = self._choose(logits, sampled)
         if not log_probs:
             return tokens, None
         chosen = original.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
         return tokens, chosen - original.logsumexp(-1)
 
-    def _penalise(self, logits: Tensor, batch: DeviceBatch, tables: RequestTables) -> None:
-        rows = batch.sampled_rows
+    def _penalise(self, logits: Tensor, sampled: Sampled, tables: RequestTables) -> None:
+        rows = sampled.host_rows
         presence, frequency, repetition = self._upload_floats(self._floats[2:, rows])
         prompt_lengths, min_tokens = upload([tables.prompt_lengths[rows], self._integers[1, rows]], self._device)
         self._kernels.apply_penalties(
-            logits, tables.tokens, batch.rows, prompt_lengths, batch.positions,
+            logits, tables.tokens, sampled.rows, prompt_lengths, sampled.lengths,
             presence, frequency, repetition, min_tokens, self._eos_ids,
         )  # fmt: skip
 
-    def _choose(self, logits: Tensor, batch: DeviceBatch) -> Tensor:
-        rows = batch.sampled_rows
+    def _choose(self, logits: Tensor, sampled: Sampled) -> Tensor:
+        rows = sampled.host_rows
         if not self._floats[0, rows].any():
             greedy: Tensor = logits.argmax(-1).int()
             return greedy
@@ -80,7 +83,7 @@ class Sampler:
         # 64-bit seeds travel as pairs of int32; first, so that they are aligned.
         seeds, top_k = upload([self._seeds[rows].view(np.int32), self._integers[0, rows]], self._device)
         tokens: Tensor = self._kernels.sample(
-            logits, temperature, top_k, top_p, seeds.view(torch.int64), batch.positions
+            logits, temperature, top_k, top_p, seeds.view(torch.int64), sampled.lengths
         )
         return tokens
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -38,12 +39,22 @@ def worst_batches(num_rows: int, max_input: int, max_total: int, batch_max_token
     return batches
 
 
-def workspace_bytes(runner_with_one_slot: ModelRunner, batches: list[Batch], device: torch.device) -> int:
-    """Peak of the GPU memory that PyTorch holds while the batches run, weights included."""
+def workspace_bytes(
+    runner_with_one_slot: ModelRunner, batches: list[Batch], largest_graph: int, device: torch.device
+) -> int:
+    """Peak of the GPU memory that PyTorch holds, weights included: while the batches run, with CUDA graphs beside them.
+
+    All graphs share the memory that the largest needs. What the runner held is given back.
+    """
     torch.cuda.reset_peak_memory_stats(device)
     for batch in batches:
         runner_with_one_slot.launch(batch).result()
-    return torch.cuda.max_memory_reserved(device)
+    runner_with_one_slot.capture_graphs([largest_graph])
+    peak = torch.cuda.max_memory_reserved(device)
+    del runner_with_one_slot
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
 
 
 def tokens_that_fit(

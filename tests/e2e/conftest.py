@@ -43,10 +43,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="session")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Runs 4 requests at once and lets 4 more wait; its models are loaded by hand."""
+    """Runs 4 requests at once and lets 8 more wait; its models are loaded by hand."""
     arguments = ["--model-control-mode=explicit", "--load-model=lightllm", "--load-model=lightllm_unary"]
     log = tmp_path_factory.mktemp("small_server") / "log"
-    yield from _running(TritonServer(log, arguments, running_max_req_size=4, max_queue_size=4))
+    yield from _running(TritonServer(log, arguments, running_max_req_size=4, max_queue_size=8))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from lightllm_backend.tritonserver import command
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
-MODELS = ("tokenizer", "generation", "detokenizer", "lightllm", "lightllm_unary")
 
 
 class ServerEnded(RuntimeError):
@@ -63,6 +62,7 @@ class TritonServer:
             "--http-address=127.0.0.1",
             "--grpc-address=127.0.0.1",
             "--metrics-address=127.0.0.1",
+            "--exit-timeout-secs=10",
         ]
         argv, environment = command(
             [f"--model-repository={REPOSITORY}", *ports, *arguments], engine_environment(settings)
@@ -87,8 +87,9 @@ class TritonServer:
         return self
 
     def is_ready(self) -> bool:
+        """Whether all its services answer; the metrics come last."""
         try:
-            return get(self.http_port, "/v2/health/ready")[0] == 200
+            return get(self.http_port, "/v2/health/ready")[0] == get(self.metrics_port, "/metrics")[0] == 200
         except OSError:
             return False
 
@@ -122,9 +123,7 @@ class TritonServer:
     def is_idle(self) -> bool:
         """Whether no request holds anything of the engine any more."""
         now = self.metrics()
-        return not any(
-            now[f"lightllm_{name}"] for name in ("kv_tokens_used", "running_requests", "queued_requests")
-        )
+        return not any(now[f"lightllm_{name}"] for name in ("kv_tokens_used", "running_requests", "queued_requests"))
 
     def stop(self) -> int:
         """SIGTERM, and the exit code; a server that does not obey is killed and is an error."""

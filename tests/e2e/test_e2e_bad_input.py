@@ -56,7 +56,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 REFUSED_JSON: dict[str, tuple[str, str]] = {
     "not JSON": ("{", r"sampling_parameters is not JSON .*; allowed: a JSON object"),
     "no object": ("[1]", r"sampling_parameters is \[1\]; allowed: a JSON object"),
-    "unknown key": ('{"max_token": 3}', r"max_token is not a parameter \(did you mean max_tokens\?\); allowed: .*top_p"),
+    "unknown key": (
+        '{"max_token": 3}',
+        r"max_token is not a parameter \(did you mean max_tokens\?\); allowed: .*top_p",
+    ),
     "wrong type": ('{"max_tokens": [3]}', r"max_tokens is \[3\]; allowed: max_tokens ≥ 1"),
     "boolean number": ('{"max_tokens": true}', r"max_tokens is true; allowed: max_tokens ≥ 1"),
     "text number": ('{"temperature": "warm"}', r'temperature is "warm"; allowed: a finite temperature ≥ 0'),

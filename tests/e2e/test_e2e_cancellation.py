@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from client import DeadlineExceeded, LightLLMClient, Unavailable
+from client import ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
 from tests.e2e.server import TritonServer, poll
 
@@ -19,16 +20,32 @@ pytestmark = pytest.mark.e2e
 
 PROMPT = "Once upon a time, there was a"
 LONG = {"max_tokens": 2000, "ignore_eos": True}
-RUNNING = 4  # as small_server is set up; as many more may wait
+RUNNING, WAITING = 4, 8  # as small_server is set up
 HALF_A_SECOND = 500_000  # microseconds
 GONE_SECONDS = 1.0
-EVENTUALLY = 60.0
+EVENTUALLY = 30.0
+Start = Callable[[int, int], list[ChunkStream]]
 
 
 @pytest.fixture(autouse=True)
-def idle_before(small_server: TritonServer) -> Iterator[None]:
+def idle_before(small_server: TritonServer) -> None:
     assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
-    yield
+
+
+@pytest.fixture
+def start(small_server: TritonServer, small_client: LightLLMClient) -> Iterator[Start]:
+    """Opens so many long streams, and waits until so many of all are waiting; closes them in the end."""
+    opened: list[ChunkStream] = []
+
+    def start(count: int, waiting: int) -> list[ChunkStream]:
+        streams = [small_client.stream(PROMPT, **LONG) for _ in range(count)]
+        opened.extend(streams)
+        assert poll(is_running(small_server, RUNNING, waiting), EVENTUALLY), small_server.metrics()
+        return streams
+
+    yield start
+    for stream in opened:
+        stream.close()
 
 
 def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], bool]:
@@ -39,14 +56,17 @@ def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], 
     return holds
 
 
+def grpc_client(server: TritonServer) -> Any:
+    return tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY)
+
+
 def cancelled_count(server: TritonServer) -> float:
     return server.metrics()['lightllm_requests_total{status="cancelled"}']
 
 
-def test_streams_of_which_half_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
+def test_streams_of_which_half_wait(small_server: TritonServer, start: Start) -> None:
     before = cancelled_count(small_server)
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(2 * RUNNING)]
-    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
+    streams = start(RUNNING, 0) + start(RUNNING, RUNNING)
     next(streams[0])
     for stream in streams:
         stream.close()
@@ -54,12 +74,9 @@ def test_streams_of_which_half_wait(small_server: TritonServer, small_client: Li
     assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING, EVENTUALLY)
 
 
-def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient) -> None:
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
-    waiting = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, RUNNING), EVENTUALLY), small_server.metrics()
-    with pytest.raises(Unavailable, match=r"the queue is full \(4 requests\)"):
+def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLMClient, start: Start) -> None:
+    streams, waiting = start(RUNNING, 0), start(WAITING, WAITING)
+    with pytest.raises(Unavailable, match=r"the queue is full \(8 requests\)"):
         small_client.generate(PROMPT, max_tokens=1)
     for stream in waiting:
         stream.close()
@@ -72,21 +89,19 @@ def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLM
 
 def test_requests_that_do_not_stream(small_server: TritonServer) -> None:
     """Of the ensemble, running and waiting: they have no chunk on which the news could come."""
-    clients = [tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) for _ in range(6)]
     values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
-    for client in clients:
-        client.start_stream(callback=lambda result, error: None)
-        client.async_stream_infer("lightllm", values)
-    assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
-    for client in clients:
-        client.stop_stream(cancel_requests=True)
+    with ExitStack() as stack:
+        for _ in range(RUNNING + 2):
+            client = stack.enter_context(grpc_client(small_server))
+            stack.callback(client.stop_stream, cancel_requests=True)
+            client.start_stream(callback=lambda result, error: None)
+            client.async_stream_infer("lightllm", values)
+        assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
     assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
-    for client in clients:
-        client.close()
 
 
 def test_unary_calls(small_server: TritonServer) -> None:
-    with tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) as client:
+    with grpc_client(small_server) as client:
         values = tensors(tritonclient.grpc, {"text_input": PROMPT, **LONG})
         ended: queue.Queue[Any] = queue.Queue()
         calls = [
@@ -117,9 +132,7 @@ def test_dropped_http_stream(small_server: TritonServer) -> None:
     assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
 
 
-def test_a_client_that_reads_nothing_holds_nobody_up(
-    small_server: TritonServer, small_client: LightLLMClient
-) -> None:
+def test_a_client_that_reads_nothing_holds_nobody_up(small_server: TritonServer, small_client: LightLLMClient) -> None:
     idle_reader = GenerateStream(small_server, {"text_input": PROMPT, "stream": True, **LONG})
     try:
         assert small_client.generate(PROMPT, max_tokens=4).num_output_tokens == 4
@@ -165,13 +178,10 @@ def test_deadline_of_http_generate_stream_keeps_the_text(small_server: TritonSer
     assert "CANCELLED: the request's deadline has passed" in events[-1]["error"]
 
 
-def test_deadline_while_waiting(small_server: TritonServer, small_client: LightLLMClient) -> None:
-    streams = [small_client.stream(PROMPT, **LONG) for _ in range(RUNNING)]
-    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
+def test_deadline_while_waiting(small_server: TritonServer, start: Start) -> None:
+    start(RUNNING, 0)
     with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
         infer_grpc(small_server, {"text_input": PROMPT}, timeout=HALF_A_SECOND)
-    for stream in streams:
-        stream.close()
 
 
 def test_impossible_timeout(small_server: TritonServer) -> None:

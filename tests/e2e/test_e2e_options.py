@@ -15,7 +15,9 @@ pytestmark = pytest.mark.e2e
 
 STORY = "Once upon a time, there was a"
 COUNTING = "1 1 1 1 1 1 1 1"
-CHAT = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\nThe capital of Japan is Tokyo."
+CHAT = (
+    "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\nThe capital of Japan is Tokyo."
+)
 SAMPLED = {"do_sample": True, "seed": 3, "temperature": 1.5}
 
 # The option, a value, and a request on which that value shows.

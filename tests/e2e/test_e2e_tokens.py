@@ -119,7 +119,7 @@ def test_log_probabilities_of_a_stream(client: LightLLMClient) -> None:
 
 @pytest.mark.parametrize(
     "penalties",
-    [{"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"presence_penalty": -0.5, "frequency_penalty": 1.0}],
+    [{"presence_penalty": 6.0}, {"frequency_penalty": 0.8}, {"presence_penalty": -0.5, "frequency_penalty": 1.0}],
     ids=["presence", "frequency", "both"],
 )
 def test_presence_and_frequency_count_generated_tokens(

@@ -35,10 +35,16 @@ def expected(directory: Path) -> list[list[int]]:
     return transformers_greedy(directory, PROMPTS, MAX_TOKENS, "cuda")
 
 
+@pytest.mark.parametrize("with_graphs", [True, False])
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("batch_max_tokens", [8192, 60])
-def test_greedy_tokens_are_those_of_transformers_in_float32(directory, expected, batch_max_tokens, overlap) -> None:
+def test_greedy_tokens_are_those_of_transformers_in_float32(
+    directory, expected, batch_max_tokens, overlap, with_graphs
+) -> None:
     engine = load(directory, batch_max_tokens=batch_max_tokens, max_total_token_num=4096)
+    assert engine.runner._graphs is not None
+    if not with_graphs:
+        engine.runner._graphs = None
     arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, overlap=overlap)
     assert [answer.tokens for answer in answers] == expected

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
-from tests.kernels.kernel_harness import TOLERANCE, Pool, make_pool, relative_error, starts_of
+from tests.kernels.kernel_harness import (
+    TOLERANCE,
+    Pool,
+    Variant,
+    make_pool,
+    relative_error,
+    starts_of,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +32,23 @@ DEVICE = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 # Heads, KV heads and head_dim.
 LLAMA_7B, LLAMA_70B, SMOLLM2 = (32, 32, 128), (64, 8, 128), (9, 3, 64)
+BLOOM_560M, BLOOM_176B_TP8, MISTRAL_7B = (16, 16, 64), (14, 14, 128), (32, 8, 128)
+INT8 = Variant(int8=True)
+VARIANTS = pytest.mark.parametrize(
+    ("shape", "variant"),
+    [
+        (BLOOM_560M, Variant(alibi=True)),
+        (BLOOM_176B_TP8, Variant(alibi=True)),
+        (BLOOM_176B_TP8, Variant(alibi=True, int8=True)),
+        (MISTRAL_7B, Variant(window=4096)),
+        (MISTRAL_7B, Variant(window=1000)),
+        (MISTRAL_7B, Variant(window=100, int8=True)),
+        (LLAMA_7B, INT8),
+        (LLAMA_70B, INT8),
+        (SMOLLM2, INT8),
+        ((8, 8, 80), INT8),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +67,15 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _wide(pool: Pool) -> tuple[Tensor, Tensor]:
-    return pool.k.float(), pool.v.float()
+    pool = pool.to(torch.float32)
+    return pool.k, pool.v
+
+
+def _variant(pool: Pool, variant: Variant, heads: int) -> tuple[Pool, dict[str, Any], dict[str, Any]]:
+    """The pool, and the options for the kernel on it and for the reference on its wide values."""
+    pool = pool.to_int8() if variant.int8 else pool
+    options = variant.options(pool, heads)
+    return pool, options, options | {"k_scales": None, "v_scales": None}
 
 
 @DTYPES
@@ -66,6 +99,41 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33])
+@pytest.mark.parametrize(
+    "shape", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (576, 1536)]
+)
+def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = (
+        _random(tokens, shape[1], dtype=dtype),
+        _random(*shape, dtype=dtype),
+        _random(shape[0], dtype=dtype),
+    )
+    expected = reference.linear(x.float(), weight.float(), bias.float())
+    assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (256, 14336), (8192, 4096), (7, 1024)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_norm(dtype: torch.dtype, tokens: int, dim: int, with_residual: bool) -> None:
+    x, weight, bias = _random(tokens, dim, dtype=dtype), _random(dim, dtype=dtype), _random(dim, dtype=dtype)
+    residual = _random(tokens, dim, dtype=dtype) if with_residual else None
+    total = x if residual is None else (x.float() + residual.float()).to(dtype)
+    out = launchers.layer_norm(x, weight, bias, 1e-5, residual)
+    assert residual is None or torch.equal(residual, total)
+    expected = reference.layer_norm(total.float(), weight.float(), bias.float(), 1e-5)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "features"), [(1, 4096), (256, 16384), (4096, 16384), (64, 7168)])
+def test_gelu_tanh(dtype: torch.dtype, tokens: int, features: int) -> None:
+    x = _random(tokens, features, dtype=dtype)
+    assert relative_error(launchers.gelu_tanh(x), reference.gelu_tanh(x.float())) < TOLERANCE[dtype]
+
+
+@DTYPES
 @pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2])
 @pytest.mark.parametrize("tokens", [1, 256, 5000])
 def test_rotary_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: int) -> None:
@@ -83,6 +151,31 @@ def test_rotary_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens
     for pool, expected in zip(pools, (expected_k, expected_v), strict=True):
         assert torch.equal(pool.isnan(), expected.isnan())
         assert relative_error(pool.nan_to_num(), expected.nan_to_num()) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2])
+@pytest.mark.parametrize("tokens", [1, 256, 5000])
+@pytest.mark.parametrize("is_rotary", [False, True])
+def test_int8_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: int, is_rotary: bool) -> None:
+    heads, kv_heads, head_dim = shape
+    fused = _random(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
+    angle = _random(tokens, head_dim // 2 if is_rotary else 0) * 100
+    slots = torch.randperm(tokens + 10, device=DEVICE)[:tokens].int()
+    slots[tokens // 2] = -1
+    pools = [torch.full((tokens + 10, kv_heads, head_dim), 99, device=DEVICE, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.full((tokens + 10, kv_heads), torch.nan, device=DEVICE, dtype=torch.float16) for _ in range(2)]
+    expected = [tensor.clone() for tensor in (*pools, *scales)]
+    reference.rotary_kv_write(q.float(), k, v, angle.cos(), angle.sin(), slots, *expected)
+    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools, *scales)
+    assert torch.equal(pools[1], expected[1])
+    assert torch.equal(scales[1].nan_to_num(7), expected[3].nan_to_num(7))
+    for out, wanted in ((pools[0], expected[0]), (scales[0], expected[2])):
+        # The rotation is rounded once less, which tips a value over to its neighbour now and then.
+        difference = (out.nan_to_num(7).float() - wanted.nan_to_num(7).float()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 1e-3
 
 
 @DTYPES
@@ -113,6 +206,43 @@ def test_token_attention(dtype: torch.dtype, shape: tuple[int, int, int], contex
     rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
     out = launchers.token_attention(q, pool.k, pool.v, *rest)
     expected = reference.token_attention(q.float(), *_wide(pool), *rest)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert (out[pool.context_lengths == 0] == 0).all()
+
+
+@DTYPES
+@VARIANTS
+@pytest.mark.parametrize(
+    ("queries", "cached"), [([5000], 0), ([1024] * 4, 512), ([1, 2000, 77, 300, 128], 0), ([512, 9, 1, 130], 1000)]
+)
+def test_prefill_attention_variants(
+    dtype: torch.dtype, shape: tuple[int, int, int], variant: Variant, queries: list[int], cached: int
+) -> None:
+    heads, kv_heads, head_dim = shape
+    contexts = [length + cached for length in queries]
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
+    pool, options, wide_options = _variant(pool, variant, heads)
+    q = _random(sum(queries), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
+    rest = (pool.req_to_token, pool.rows, starts_of(queries, DEVICE), pool.context_lengths)
+    sizes = (max(queries), max(contexts), head_dim**-0.5)
+    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, *sizes, **options)
+    expected = reference.prefill_attention(q.float(), *_wide(pool), *rest, *sizes, **wide_options)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@DTYPES
+@VARIANTS
+@pytest.mark.parametrize("contexts", [[6000], [3, 4096, 0, 700], [1 + 3 * i for i in range(256)]])
+def test_token_attention_variants(
+    dtype: torch.dtype, shape: tuple[int, int, int], variant: Variant, contexts: list[int]
+) -> None:
+    heads, kv_heads, head_dim = shape
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
+    pool, options, wide_options = _variant(pool, variant, heads)
+    q = _random(len(contexts), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
+    out = launchers.token_attention(q, pool.k, pool.v, *rest, **options)
+    expected = reference.token_attention(q.float(), *_wide(pool), *rest, **wide_options)
     assert relative_error(out, expected) < TOLERANCE[dtype]
     assert (out[pool.context_lengths == 0] == 0).all()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ensemble and the unary entry, served from a GPU: the tokens of transformers, streaming, and an idle pool after."""
+"""The ensemble and the unary entry, served from a GPU: transformers' tokens, streaming, and an idle pool after."""
 
 import random
 import shutil

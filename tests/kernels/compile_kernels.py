@@ -21,6 +21,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -48,7 +49,7 @@ def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: di
     return int(compiled.metadata.shared)
 
 
-def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
+def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, with_variants: bool) -> None:
     """One launch of every kernel, at a prompt and batch that lead to the largest blocks."""
     tokens, vocab_size = 4096, 32000
     q = torch.empty(tokens, heads, head_dim, dtype=dtype)
@@ -59,23 +60,48 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> 
     cos = torch.zeros(tokens, head_dim // 2)
     floats = torch.zeros(4)
     logits = torch.zeros(4, vocab_size)
-    launchers.rms_norm(q.flatten(1), torch.empty(heads * head_dim, dtype=dtype), 1e-5, q.flatten(1))
+    weight = torch.empty(heads * head_dim, dtype=dtype)
+    launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
+    launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
+    if dtype != torch.float32:
+        launchers.linear(torch.empty(32, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
+        launchers.linear(torch.empty(32, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
+    launchers.gelu_tanh(q.flatten(1))
     launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), k, k)
     launchers.prefill_attention(q, k, k, table, lengths, starts, lengths, 4096, 4096, 0.1)
-    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 4096, 0.1)
-    launchers.token_attention(q[:4], k, k, table, lengths, lengths, 100, 0.1)
+    for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
+        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1)
+        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 60, 0.1)
+    if with_variants:
+        launch_variants(q, k, table, lengths, starts)
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths)
     launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
+
+
+def launch_variants(
+    q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor
+) -> None:
+    """Attention with all that it can be asked for, over a plain pool and one of int8."""
+    tokens, heads, head_dim = q.shape
+    slopes, cos = torch.zeros(heads), torch.zeros(tokens, head_dim // 2)
+    int8 = torch.empty(k.shape, dtype=torch.int8)
+    scales = torch.zeros(k.shape[:2], dtype=torch.float16)
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales, scales)
+    for pool, pool_scales in ((k, None), (int8, scales)):
+        options = (slopes, 1000, pool_scales, pool_scales)
+        launchers.prefill_attention(q, pool, pool, table, lengths, starts, lengths, 4096, 4096, 0.1, *options)
+        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1, *options)
 
 
 def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    for name in ("prefill_attention", "token_attention"):
+    for name in ("prefill_attention", "token_attention", "linear"):
         importlib.import_module(f"lightllm_backend.kernels.{name}").compute_capability = lambda _: (major, minor)
     # As many multiprocessors as an H100's, so that a long context is split.
-    importlib.import_module("lightllm_backend.kernels.token_attention").multiprocessor_count = lambda _: 132
+    for name in ("token_attention", "token_attention_mha", "linear"):
+        importlib.import_module(f"lightllm_backend.kernels.{name}").multiprocessor_count = lambda _: 132
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -83,8 +109,9 @@ def main() -> None:
         shared[kernel.fn.__name__] = max(size, shared.get(kernel.fn.__name__, 0))
 
     JITFunction.run = record
-    for dtype, head_dim, heads, kv_heads in json.loads(sys.argv[2]):
-        launch_all(getattr(torch, dtype), head_dim, heads, kv_heads)
+    for index, (dtype, *shape) in enumerate(json.loads(sys.argv[2])):
+        # They take no more shared memory than the plain ones, and longer to compile.
+        launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
     print(json.dumps(shared))
 
 

@@ -20,9 +20,47 @@ class Pool(NamedTuple):
     req_to_token: Tensor
     rows: Tensor
     context_lengths: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Pool":
-        return self._replace(k=self.k.to(dtype), v=self.v.to(dtype))
+        """With K and V as numbers of that type, also where they are int8."""
+        k, v = self.k.to(dtype), self.v.to(dtype)
+        if self.k_scales is not None and self.v_scales is not None:
+            k, v = k * self.k_scales.to(dtype).unsqueeze(-1), v * self.v_scales.to(dtype).unsqueeze(-1)
+        return self._replace(k=k, v=v, k_scales=None, v_scales=None)
+
+    def to_int8(self) -> "Pool":
+        """Other values, int8; the scales of slots of nobody are NaN."""
+        unowned = self.k.isnan().all(-1)
+        k, v = (torch.randint_like(x, -127, 128, dtype=torch.int8) for x in (self.k, self.v))
+        # Of very different magnitudes, down to the smallest of V that float16 takes.
+        scales = (10 ** (-3 * torch.rand_like(unowned, dtype=torch.float32)) / 60 for _ in "kv")
+        k_scales, v_scales = (scale.half().masked_fill(unowned, torch.nan) for scale in scales)
+        return self._replace(k=k, v=v, k_scales=k_scales, v_scales=v_scales)
+
+
+class Variant(NamedTuple):
+    """What an attention kernel is asked for beside the plain one."""
+
+    alibi: bool = False
+    window: int = 0
+    int8: bool = False
+
+    def options(self, pool: Pool, heads: int) -> dict[str, Tensor | int | None]:
+        slopes = torch.rand(heads, device=pool.k.device) if self.alibi else None
+        return {"alibi_slopes": slopes, "window": self.window, "k_scales": pool.k_scales, "v_scales": pool.v_scales}
+
+
+VARIANTS = [
+    Variant(alibi=True),
+    Variant(window=1),
+    Variant(window=7),
+    Variant(window=64),
+    Variant(window=1000),
+    Variant(int8=True),
+    Variant(alibi=True, window=20, int8=True),
+]
 
 
 def make_pool(
@@ -46,21 +84,33 @@ def make_pool(
     return Pool(k, v, table.to(device), rows.to(device), lengths.to(device))
 
 
-def naive_attention(q: Tensor, pool: Pool, query_lengths: list[int], scale: float) -> Tensor:
+def naive_attention(
+    q: Tensor,
+    pool: Pool,
+    query_lengths: list[int],
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    **_scales: Tensor | None,
+) -> Tensor:
     """Softmax attention in float64, query by query; `q` is packed by `query_lengths`."""
     group = q.shape[1] // pool.k.shape[1]
+    pool = pool.to(torch.float64)
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     token = 0
     for sequence, queries in enumerate(query_lengths):
         context = int(pool.context_lengths[sequence])
         slots = pool.req_to_token[int(pool.rows[sequence]), :context].long()
         for index in range(queries):
-            seen = slots[: context - queries + index + 1]
+            position = context - queries + index
+            seen = slots[max(0, position - window + 1) if window else 0 : position + 1]
             if len(seen):
-                k = pool.k[seen].double().repeat_interleave(group, 1)
-                v = pool.v[seen].double().repeat_interleave(group, 1)
-                weights = (torch.einsum("hd,thd->ht", q[token].double(), k) * scale).softmax(-1)
-                out[token] = torch.einsum("ht,thd->hd", weights, v)
+                k = pool.k[seen].repeat_interleave(group, 1)
+                v = pool.v[seen].repeat_interleave(group, 1)
+                scores = torch.einsum("hd,thd->ht", q[token].double(), k) * scale
+                if alibi_slopes is not None:
+                    scores += alibi_slopes.double()[:, None] * torch.arange(len(seen), device=q.device)
+                out[token] = torch.einsum("ht,thd->hd", scores.softmax(-1), v)
             token += 1
     return out
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels import launchers, merge_splits, reference
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
@@ -36,3 +36,12 @@ def test_nothing_seen_is_zero(implementation, device):
     partial = torch.full((1, 2, 3, 8), torch.nan, device=device)
     log_sums = torch.full((1, 2, 3), -torch.inf, device=device)
     assert (implementation.merge_splits(partial, log_sums, torch.float32) == 0).all()
+
+
+def test_split_count():
+    assert merge_splits.split_count(8192, 4096, 132) == 1
+    assert merge_splits.split_count(8, 60, 132) == 1
+    assert merge_splits.split_count(32, 4096, 132) == 33
+    assert merge_splits.split_count(8, 100_000, 132) == 64
+    counts = [merge_splits.split_count(programs, 8192, 132) for programs in (1, 32, 64, 256, 1024, 4096)]
+    assert counts == sorted(counts, reverse=True)

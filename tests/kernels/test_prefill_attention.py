@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, prefill_attention, reference
-from tests.kernels.kernel_harness import TOLERANCE, make_pool, naive_attention, relative_error, starts_of
+from tests.kernels.kernel_harness import (
+    TOLERANCE,
+    VARIANTS,
+    Variant,
+    make_pool,
+    naive_attention,
+    relative_error,
+    starts_of,
+)
 
 # Query lengths and context lengths.
 STEPS = [
@@ -59,6 +67,70 @@ def test_kernel_matches_the_reference(queries, contexts, shape, dtype, device):
     expected = reference.prefill_attention(q.float(), wide.k, wide.v, *rest)[: sum(queries)]
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]])
+@pytest.mark.parametrize(("queries", "contexts"), STEPS[2:])
+def test_reference_variants_are_naive_attention(queries, contexts, variant, shape):
+    q, pool, rest = _step(queries, contexts, shape, torch.float32, torch.device("cpu"))
+    pool = pool.to_int8() if variant.int8 else pool
+    options = variant.options(pool, shape[0])
+    out = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)[: sum(queries)]
+    assert relative_error(out, naive_attention(q[: sum(queries)], pool, queries, rest[-1], **options)) < 1e-6
+
+
+def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
+    queries = [5, 4, 6, 7, 5]
+    q, pool, rest = _step(queries, queries, (3, 1, 16), torch.float32, torch.device("cpu"))
+    options = Variant(alibi=True).options(pool, 3)
+    expected = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)
+    monkeypatch.setattr(reference, "_BIAS_ELEMENTS", 2 * 3 * 64)
+    assert list(reference._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
+    out = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)
+    assert relative_error(out, expected) < 1e-6
+
+
+# Windows that end within a block of queries, at its edge and behind it, and chunks that begin in the middle of one.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("queries", "contexts", "shape"),
+    [([3, 40, 1, 17, 2], [70, 40, 65, 18, 3], SHAPES[1]), ([150], [150], SHAPES[2]), ([70], [203], (2, 2, 20))],
+)
+def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, dtype, device):
+    q, pool, rest = _step(queries, contexts, shape, dtype, device)
+    pool = pool.to_int8() if variant.int8 else pool
+    options = variant.options(pool, shape[0])
+    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, **options)[: sum(queries)]
+    wide = pool.to(torch.float32)
+    expected = reference.prefill_attention(
+        q.float(), wide.k, wide.v, *rest, **options | {"k_scales": None, "v_scales": None}
+    )[: sum(queries)]
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_blocks_before_the_window_are_not_read(implementation, device):
+    q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
+    expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)
+    first_seen = 195 - 30 + 1
+    block = prefill_attention.choose_blocks(16, 4, (9, 0), 5).tokens
+    unseen = pool.req_to_token[int(pool.rows[0]), : first_seen // block * block].long()
+    assert len(unseen) > 100
+    pool.k[unseen], pool.v[unseen] = torch.nan, torch.nan
+    out = implementation.prefill_attention(q, pool.k, pool.v, *rest, window=30)[:5]
+    assert relative_error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_far_positions_keep_the_precision_of_alibi(implementation, device):
+    q, pool, rest = _step([2], [3000], (2, 1, 16), torch.float32, device)
+    slopes = torch.tensor([0.84, 0.004], device=device)
+    expected = naive_attention(q[:2], pool, [2], rest[-1], slopes)
+    out = implementation.prefill_attention(q, pool.k, pool.v, *rest, alibi_slopes=slopes)[:2]
+    assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

@@ -5,24 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.models.layers import CausalLM, StepInput
-from lightllm_backend.models.llama import LlamaForCausalLM
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
 
 CPU = torch.device("cpu")
 
 
-def load_model(directory, max_length=64, parallel=None, dtype=torch.float32) -> LlamaForCausalLM:
+def load_model(directory, max_length=64, parallel=None, dtype=torch.float32) -> CausalLM:
     parallel = parallel or TensorParallel()
     config = ModelConfig.from_directory(directory)
-    model = LlamaForCausalLM(config, reference, parallel, dtype, CPU, max_length)
+    model = model_class(config.architecture)(config, reference, parallel, dtype, CPU, max_length)
     load_weights(model, directory, progress=False)
     return model
 
@@ -44,17 +48,16 @@ class HandSequence:
 class StepHarness:
     """Owns the pool of one model, and gives each position of each row a slot of its own, in random order."""
 
-    def __init__(self, model: CausalLM, num_layers: int, rows: int, max_length: int, dtype=torch.float32) -> None:
+    def __init__(self, model: CausalLM, num_layers: int, rows: int, max_length: int, kv_dtype=torch.float32) -> None:
         slots = rows * max_length
         generator = torch.Generator().manual_seed(1)
         self.model = model
         self.req_to_token = torch.randperm(slots, generator=generator).view(rows, max_length).to(torch.int32)
-        # What nobody has written must not be read.
-        shape = (slots, model.num_kv_heads, model.head_dim)
-        self.kv_layers = [
-            (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
-            for _ in range(num_layers)
-        ]
+        storage = KVStorage(num_layers, slots, model.num_kv_heads, model.head_dim, kv_dtype, CPU)
+        self.kv_layers = [KVLayer(*layer) for layer in storage.layers]
+        for tensor in (tensor for layer in self.kv_layers for tensor in layer if tensor is not None):
+            # What nobody has written must not be read.
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
 
     def step(self, work: Sequence[tuple[HandSequence, int]]) -> Tensor:
         """Run the given number of new tokens of each sequence; the logits of each one's last token."""
@@ -93,6 +96,76 @@ class StepHarness:
             req_to_token=self.req_to_token,
             kv_layers=self.kv_layers,
         )
+
+
+def sequences(vocab_size: int) -> list[HandSequence]:
+    """Three of 24 tokens, in rows 2, 0 and 1, with prompts of 5, 11 and 1."""
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.randint(vocab_size, (3, 24), generator=generator).tolist()
+    return [HandSequence(row, drawn[row], prompt) for row, prompt in ((2, 5), (0, 11), (1, 1))]
+
+
+def expected_logits(transformer: transformers.PreTrainedModel, sequence: HandSequence, total: int) -> Tensor:
+    """Of each position of the first `total` tokens: the prompt at once, then one token after the other."""
+    if isinstance(transformer, transformers.LlamaForCausalLM):
+        # Made anew, for transformers' dynamic scaling remembers the longest sequence that it has seen.
+        transformer.model.rotary_emb = LlamaRotaryEmbedding(transformer.config)
+    cache = transformers.DynamicCache(config=transformer.config)
+    tokens = torch.tensor([sequence.tokens])
+    pieces = [tokens[:, : sequence.prompt_length]]
+    pieces += [tokens[:, position : position + 1] for position in range(sequence.prompt_length, total)]
+    with torch.no_grad():
+        return torch.cat([transformer(piece, past_key_values=cache).logits[0] for piece in pieces])
+
+
+def check_steps(
+    model: CausalLM, transformer: transformers.PreTrainedModel, kv_dtype=torch.float32, tolerance: float = 1e-4
+) -> None:
+    """Prefill, chunked prefill and decode steps of mixed sequences give the logits of transformers."""
+    vocab_size, num_layers = transformer.config.vocab_size, transformer.config.num_hidden_layers
+    short, long, single = sequences(vocab_size)
+    totals = {short.row: 12, long.row: 16, single.row: 6}
+    expected = {one.row: expected_logits(transformer, one, totals[one.row]) for one in (short, long, single)}
+    harness = StepHarness(model, num_layers, rows=3, max_length=24, kv_dtype=kv_dtype)
+    steps = [
+        [(short, 5), (long, 4)],
+        [(long, 3)],
+        [(short, 1), (long, 4), (single, 1)],
+        *[[(single, 1), (short, 1), (long, 1)]] * 5,
+    ]
+    for work in steps:
+        logits = harness.step(work)
+        assert logits.shape == (len(work), vocab_size)
+        assert logits.dtype == torch.float32
+        for row, (sequence, _) in zip(logits, work, strict=True):
+            torch.testing.assert_close(row, expected[sequence.row][sequence.cached - 1], atol=tolerance, rtol=tolerance)
+
+
+def check_reads_nothing_back(directory) -> None:
+    """A forward pass on the meta device: its tensors have no values, so reading one, or a shape by one, raises."""
+    meta = torch.device("meta")
+    config = ModelConfig.from_directory(directory)
+    model = model_class(config.architecture)(config, _shape_kernels(), TensorParallel(), torch.float16, meta, 24)
+    short, long, _ = sequences(config.vocab_size)
+    short.cached = short.prompt_length
+    harness = StepHarness(model, config.num_layers, rows=3, max_length=24)
+    step = harness.step_input([(short, 1), (long, 4)])
+    on_meta = {name: value.to(meta) if isinstance(value, Tensor) else value for name, value in vars(step).items()}
+    logits = model.forward(type(step)(**on_meta))
+    assert (logits.shape, logits.dtype, logits.device) == ((2, config.vocab_size), torch.float32, meta)
+
+
+def _shape_kernels() -> ModuleType:
+    """Kernels that only make tensors of the right shape, on whatever device."""
+    kernels = ModuleType("shape_kernels")
+    kernels.rms_norm = lambda x, weight, eps, residual=None: torch.empty_like(x)
+    kernels.layer_norm = lambda x, weight, bias, eps, residual=None: torch.empty_like(x)
+    kernels.rotary_kv_write = lambda *arguments, **scales: None
+    kernels.token_attention = lambda q, *arguments, **more: q.contiguous()
+    kernels.prefill_attention = kernels.token_attention
+    kernels.silu_and_mul = lambda gate_up: gate_up[:, : gate_up.shape[1] // 2].contiguous()
+    kernels.gelu_tanh = torch.empty_like
+    return kernels
 
 
 def _int32(values: list[int]) -> Tensor:

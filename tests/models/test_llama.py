@@ -3,27 +3,26 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from types import ModuleType
-
 import pytest
 import torch
 import transformers
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.llama import LlamaForCausalLM
-from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.parallel import TensorParallel
-from tests.models.step_harness import HandSequence, StepHarness, load_model
+from tests.models.step_harness import (
+    StepHarness,
+    check_reads_nothing_back,
+    check_steps,
+    expected_logits,
+    load_model,
+    sequences,
+)
+from tests.models.thread_parallel import run_ranks
 
 VOCAB = 96
 LAYERS = 2
 ORIGINAL_POSITIONS = 8
-MAX_LENGTH = 24
+MAX_LENGTH = 24  # of the hand-made sequences
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -52,43 +51,6 @@ def random_transformer(**changes) -> transformers.LlamaForCausalLM:
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
     return model
-
-
-def sequences() -> list[HandSequence]:
-    generator = torch.Generator().manual_seed(4)
-    drawn = torch.randint(VOCAB, (3, MAX_LENGTH), generator=generator).tolist()
-    return [HandSequence(row, drawn[row], prompt) for row, prompt in ((2, 5), (0, 11), (1, 1))]
-
-
-def expected_logits(transformer: transformers.LlamaForCausalLM, sequence: HandSequence, total: int) -> Tensor:
-    """Of each position of the first `total` tokens: the prompt at once, then one token after the other."""
-    # Made anew, for transformers' dynamic scaling remembers the longest sequence that it has seen.
-    transformer.model.rotary_emb = LlamaRotaryEmbedding(transformer.config)
-    cache = transformers.DynamicCache()
-    tokens = torch.tensor([sequence.tokens])
-    pieces = [tokens[:, : sequence.prompt_length]]
-    pieces += [tokens[:, position : position + 1] for position in range(sequence.prompt_length, total)]
-    with torch.no_grad():
-        return torch.cat([transformer(piece, past_key_values=cache).logits[0] for piece in pieces])
-
-
-def check_steps(model: LlamaForCausalLM, transformer: transformers.LlamaForCausalLM) -> None:
-    short, long, single = sequences()
-    totals = {short.row: 12, long.row: 16, single.row: 6}
-    expected = {sequence.row: expected_logits(transformer, sequence, totals[sequence.row]) for sequence in sequences()}
-    harness = StepHarness(model, LAYERS, rows=3, max_length=MAX_LENGTH)
-    steps = [
-        [(short, 5), (long, 4)],
-        [(long, 3)],
-        [(short, 1), (long, 4), (single, 1)],
-        *[[(single, 1), (short, 1), (long, 1)]] * 5,
-    ]
-    for work in steps:
-        logits = harness.step(work)
-        assert logits.shape == (len(work), VOCAB)
-        assert logits.dtype == torch.float32
-        for row, (sequence, _) in zip(logits, work, strict=True):
-            torch.testing.assert_close(row, expected[sequence.row][sequence.cached - 1], atol=1e-4, rtol=1e-4)
 
 
 def check(directory, **changes) -> None:
@@ -125,33 +87,12 @@ def test_logits_with_biases_and_with_a_tied_head(tmp_path, attention_bias, mlp_b
 def test_logits_of_several_tokens_of_one_sequence(tmp_path):
     transformer = random_transformer()
     transformer.save_pretrained(tmp_path)
-    sequence = sequences()[1]
+    sequence = sequences(VOCAB)[1]
     harness = StepHarness(load_model(tmp_path), LAYERS, rows=1, max_length=MAX_LENGTH)
     step = harness.step_input([(sequence, 11)])
     wanted = torch.tensor([2, 0, 10])
     logits = harness.model.forward(type(step)(**{**vars(step), "last_tokens": wanted}))
     torch.testing.assert_close(logits, expected_logits(transformer, sequence, 11)[wanted], atol=1e-4, rtol=1e-4)
-
-
-@dataclass(frozen=True)
-class ThreadParallel(TensorParallel):
-    """Ranks that are threads of this process and exchange their tensors through a list."""
-
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
-    shared: list[Tensor | None] = field(default_factory=list)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._exchange(x), dim=-1)
-
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.shared[self.rank] = x.clone()
-        self.barrier.wait(timeout=30)
-        everyone = list(self.shared)
-        self.barrier.wait(timeout=30)
-        return everyone
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -161,19 +102,13 @@ def test_ranks_together_compute_the_same_logits(tmp_path, size, tied):
         num_attention_heads=8, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied
     )
     transformer.save_pretrained(tmp_path)
-    barrier, shared = threading.Barrier(size), [None] * size
 
-    def run(rank: int) -> None:
-        try:
-            model = load_model(tmp_path, MAX_LENGTH, ThreadParallel(rank, size, barrier, shared))
-            assert model.num_kv_heads == 1
-            check_steps(model, random_transformer_like(transformer))
-        except BaseException:
-            barrier.abort()
-            raise
+    def run(parallel: TensorParallel) -> None:
+        model = load_model(tmp_path, MAX_LENGTH, parallel)
+        assert model.num_kv_heads == 1
+        check_steps(model, random_transformer_like(transformer))
 
-    with ThreadPoolExecutor(size) as pool:
-        list(pool.map(run, range(size)))
+    run_ranks(size, run)
 
 
 def random_transformer_like(transformer: transformers.LlamaForCausalLM) -> transformers.LlamaForCausalLM:
@@ -197,28 +132,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused(tmp_path, s
         load_model(tmp_path, parallel=TensorParallel(0, size))
 
 
-def shape_kernels() -> ModuleType:
-    """Kernels that only make tensors of the right shape, on whatever device."""
-    kernels = ModuleType("shape_kernels")
-    kernels.rms_norm = lambda x, weight, eps, residual=None: torch.empty_like(x)
-    kernels.rotary_kv_write = lambda *arguments: None
-    kernels.token_attention = lambda q, *arguments: q.contiguous()
-    kernels.prefill_attention = kernels.token_attention
-    kernels.silu_and_mul = lambda gate_up: gate_up[:, : gate_up.shape[1] // 2].contiguous()
-    return kernels
-
-
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])
 def test_a_step_never_asks_the_device_for_a_value(tmp_path, scaling):
-    # Tensors of the meta device have no values: reading one, or a shape that depends on one, raises.
     random_transformer(rope_scaling=scaling).save_pretrained(tmp_path)
-    meta = torch.device("meta")
-    config = ModelConfig.from_directory(tmp_path)
-    model = LlamaForCausalLM(config, shape_kernels(), TensorParallel(), torch.float16, meta, MAX_LENGTH)
-    short, long, _ = sequences()
-    short.cached = short.prompt_length
-    harness = StepHarness(model, LAYERS, rows=3, max_length=MAX_LENGTH)
-    step = harness.step_input([(short, 1), (long, 4)])
-    on_meta = {name: value.to(meta) if isinstance(value, Tensor) else value for name, value in vars(step).items()}
-    logits = model.forward(type(step)(**on_meta))
-    assert (logits.shape, logits.dtype, logits.device) == ((2, VOCAB), torch.float32, meta)
+    check_reads_nothing_back(tmp_path)

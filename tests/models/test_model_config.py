@@ -22,10 +22,18 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+BLOOM = {
+    "architectures": ["BloomForCausalLM"],
+    "vocab_size": 250880,
+    "hidden_size": 1024,
+    "n_layer": 24,
+    "n_head": 16,
+    "layer_norm_epsilon": 1e-5,
+}
 
 
-def write(directory, generation=None, **changes):
-    values = {key: value for key, value in {**LLAMA, **changes}.items() if value != "absent"}
+def write(directory, generation=None, base=LLAMA, **changes):
+    values = {key: value for key, value in {**base, **changes}.items() if value != "absent"}
     (directory / "config.json").write_text(json.dumps(values))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
@@ -42,7 +50,7 @@ def test_first_llama_needs_no_more_than_its_shape(tmp_path):
         num_heads=32,
         num_kv_heads=32,
         head_dim=128,
-        rms_norm_eps=1e-6,
+        norm_eps=1e-6,
         rope_theta=10000.0,
         rope_scaling=RopeScaling(),
         attention_bias=False,
@@ -52,6 +60,7 @@ def test_first_llama_needs_no_more_than_its_shape(tmp_path):
         torch_dtype=None,
         bos_id=None,
         eos_ids=(),
+        sliding_layers=(True,) * 32,
     )
 
 
@@ -135,17 +144,92 @@ def test_eos_ids_are_those_of_both_files(tmp_path, config, generation, eos_ids):
     assert ModelConfig.from_directory(write(tmp_path, generation, eos_token_id=config)).eos_ids == eos_ids
 
 
-@pytest.mark.parametrize("key", LLAMA)
-def test_a_missing_field_is_named(tmp_path, key):
+def test_bloom_needs_none_of_llamas_fields(tmp_path):
+    assert ModelConfig.from_directory(write(tmp_path, base=BLOOM)) == ModelConfig(
+        architecture="BloomForCausalLM",
+        vocab_size=250880,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=24,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        norm_eps=1e-5,
+        tie_word_embeddings=True,
+        max_positions=2**17,
+        torch_dtype=None,
+        bos_id=None,
+        eos_ids=(),
+        attention_bias=True,
+        mlp_bias=True,
+    )
+
+
+def test_bloom_by_its_other_names(tmp_path):
+    absent = dict.fromkeys(("hidden_size", "n_layer", "n_head"), "absent")
+    write(
+        tmp_path, base=BLOOM, **absent, n_embed=14336, num_hidden_layers=70, num_attention_heads=112, seq_length=2048,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config = ModelConfig.from_directory(tmp_path)
+    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (14336, 57344, 70)
+    assert (config.num_heads, config.head_dim, config.max_sequence_length) == (112, 128, 2048)
+    assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("written", "window", "switch", "layers"),
+    [
+        ({}, None, False, (True, True, True)),
+        ({"sliding_window": None}, None, False, (True, True, True)),
+        ({"sliding_window": 4096}, 4096, False, (True, True, True)),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8, True, (True, True, True)),
+        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 8, True, (False, False, True)),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "max_window_layers": 3},
+            None,
+            False,
+            (True, False, False),
+        ),
+    ],
+)
+def test_sliding_windows_as_they_are_written(tmp_path, written, window, switch, layers):
+    write(tmp_path, architectures=["Qwen2ForCausalLM"], num_hidden_layers=3, **written)
+    config = ModelConfig.from_directory(tmp_path)
+    assert (config.sliding_window, config.use_sliding_window, config.sliding_layers) == (window, switch, layers)
+
+
+@pytest.mark.parametrize(("base", "key"), [(base, key) for base in (LLAMA, BLOOM) for key in base])
+def test_a_missing_field_is_named(tmp_path, base, key):
     with pytest.raises(ModelError, match=rf"config\.json: {key} is missing; .* is needed"):
-        ModelConfig.from_directory(write(tmp_path, **{key: "absent"}))
+        ModelConfig.from_directory(write(tmp_path, base=base, **{key: "absent"}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": "many"}, "vocab_size is 'many'; an integer above 0 is needed"),
-        ({"hidden_size": 0}, "hidden_size is 0; an integer above 0"),
+        ({"n_head": 12}, "hidden_size is 1024; a multiple of n_head, 12, is needed"),
+        ({"n_embed": 1000}, "n_embed is 1000; a multiple of n_head, 16, is needed"),
+        ({"n_layer": 0}, "n_layer is 0; an integer of at least 1 is needed"),
+        ({"seq_length": "long"}, "seq_length is 'long'; an integer of at least 1"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0; a number above 0"),
+        (
+            {"apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm is True; false is needed",
+        ),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is {'bits': 8}; an unquantised checkpoint"),
+    ],
+)
+def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=rf"{tmp_path}/config\.json: .*{message}"):
+        ModelConfig.from_directory(write(tmp_path, base=BLOOM, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": "many"}, "vocab_size is 'many'; an integer of at least 1 is needed"),
+        ({"hidden_size": 0}, "hidden_size is 0; an integer of at least 1"),
         ({"hidden_size": 4097}, "hidden_size is 4097; a multiple of num_attention_heads, 32"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True; an integer"),
         ({"num_key_value_heads": 5}, "num_key_value_heads is 5; a divisor of num_attention_heads, 32"),
@@ -161,6 +245,10 @@ def test_a_missing_field_is_named(tmp_path, key):
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; an unquantised checkpoint"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is needed"),
         ({"rope_interleaved": True}, "rope_interleaved is True; false is needed"),
+        ({"sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
+        ({"max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .*; one of full_attention .* for each of 32 layers"),
+        ({"layer_types": ["chunked_attention"] * 32}, "layer_types is .*; one of full_attention | sliding_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; 1 is needed"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object is needed"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; known: default, linear, dynamic, llama3"),

@@ -58,7 +58,7 @@ def run(
     batch_max_tokens: int | None = None,
     overlap: int | None = None,
 ) -> list[Answer]:
-    """All prompts to their ends; prompt i arrives before step arrivals[i]. The integrity of the pool is checked each step."""
+    """All prompts to their ends; prompt i arrives before step arrivals[i]. Each step the pool is checked."""
     router = build_router(
         EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens
     )

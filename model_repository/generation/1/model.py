@@ -6,7 +6,6 @@ from lightllm_backend.engine.channel import remove_run_directory, remove_stale_r
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
-from lightllm_backend.request import RequestError
 from lightllm_backend.response import DecodeContext
 
 
@@ -29,7 +28,7 @@ class TritonPythonModel:
         for request in requests:
             try:
                 self.submit(request)
-            except RequestError as error:
+            except Exception as error:
                 self.metrics.rejected()
                 triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
 

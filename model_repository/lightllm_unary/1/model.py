@@ -6,7 +6,6 @@ from lightllm_backend.engine.channel import run_directory
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.prompt import encode_prompt
-from lightllm_backend.request import RequestError
 from lightllm_backend.response import DecodeContext, ResponseDecoder
 
 
@@ -23,7 +22,7 @@ class TritonPythonModel:
         for request in requests:
             try:
                 self.submit(request)
-            except RequestError as error:
+            except Exception as error:
                 self.metrics.rejected()
                 triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
 

@@ -3,7 +3,6 @@
 
 from lightllm_backend import triton_io
 from lightllm_backend.prompt import encode_prompt
-from lightllm_backend.request import RequestError
 
 
 class TritonPythonModel:
@@ -20,7 +19,7 @@ class TritonPythonModel:
             deadline = triton_io.deadline(request)
             parsed = triton_io.read_request(request)
             prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
-        except RequestError as error:
+        except Exception as error:
             return triton_io.error_response(error)
         ensemble = {"prompt_text": prompt.echo, "deadline": deadline}
         return triton_io.tokens_response(prompt.token_ids, parsed.options.to_json(), ensemble)

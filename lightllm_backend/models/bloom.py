@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLOOM: LayerNorm, attention with linear biases (ALiBi) in place of position embeddings, and a GELU MLP."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.models.layers import (
+    ColumnLinear,
+    Embedding,
+    Head,
+    KVLayer,
+    Part,
+    Placement,
+    PoolAttention,
+    RowLinear,
+    StepInput,
+    alibi_slopes,
+)
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.parallel import TensorParallel
+
+
+class LayerNorm:
+    """Layer norm of `x`, or of `residual += x`, which is updated in place."""
+
+    def __init__(self, name: str, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.name = name
+        self.kernels = kernels
+        self.eps = config.norm_eps
+        self.weight = place.empty(config.hidden_size)
+        self.bias = place.empty(config.hidden_size)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        normalized: Tensor = self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+        return normalized
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return {
+            f"{self.name}.weight": WeightSlot.whole(self.weight, mean=1.0),
+            f"{self.name}.bias": WeightSlot.whole(self.bias),
+        }
+
+
+class BloomAttention:
+    """Self-attention whose checkpoint keeps q, k and v of a head side by side: [heads, 3, head_dim]."""
+
+    def __init__(self, config: ModelConfig, slopes: Tensor, kernels: ModuleType, place: Placement) -> None:
+        self.head_dim = config.head_dim
+        self.num_heads = slopes.shape[0]
+        self.attend = PoolAttention(kernels, config.head_dim, alibi_slopes=slopes)
+        rows = 3 * self.head_dim * self.num_heads
+        part = Part("self_attention.query_key_value", 3 * config.hidden_size, rows, rows * place.parallel.rank)
+        self.qkv = ColumnLinear([part], config.hidden_size, True, place)
+        self.output = RowLinear("self_attention.dense", config.hidden_size, config.hidden_size, True, place)
+
+    def __call__(self, x: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], self.num_heads, 3, self.head_dim).unbind(2)
+        unrotated = x.new_empty((x.shape[0], 0), dtype=torch.float32)
+        return self.output(self.attend(q, k, v, unrotated, unrotated, kv, step))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return self.qkv.weight_map() | self.output.weight_map()
+
+
+class BloomMLP:
+    """down(gelu(up(x))); the intermediate features are split by rank."""
+
+    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+        self.kernels = kernels
+        features = config.intermediate_size
+        share = place.share("4 * hidden_size", features)
+        part = Part("mlp.dense_h_to_4h", features, share, share * place.parallel.rank)
+        self.up = ColumnLinear([part], config.hidden_size, True, place)
+        self.down = RowLinear("mlp.dense_4h_to_h", features, config.hidden_size, True, place)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.kernels.gelu_tanh(self.up(x)))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return self.up.weight_map() | self.down.weight_map()
+
+
+class BloomLayer:
+    """Attention and MLP, each after a norm that first adds what came before to the residual."""
+
+    def __init__(self, config: ModelConfig, slopes: Tensor, kernels: ModuleType, place: Placement) -> None:
+        self.attention_norm = LayerNorm("input_layernorm", config, kernels, place)
+        self.attention = BloomAttention(config, slopes, kernels, place)
+        self.mlp_norm = LayerNorm("post_attention_layernorm", config, kernels, place)
+        self.mlp = BloomMLP(config, kernels, place)
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
+        return {name: slot for part in parts for name, slot in part.weight_map().items()}
+
+
+class BloomForCausalLM:
+    """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
+
+    prefix = "transformer."
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: ModuleType,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,  # noqa: ARG002 - no table of positions
+    ) -> None:
+        place = Placement(parallel, dtype, device)
+        self.num_kv_heads = place.share("num_attention_heads", config.num_heads)
+        self.head_dim = config.head_dim
+        # One tensor for all layers.
+        slopes = alibi_slopes(config.num_heads).to(device).chunk(parallel.size)[parallel.rank]
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
+        self.embedding_norm = LayerNorm("transformer.word_embeddings_layernorm", config, kernels, place)
+        self.layers = [BloomLayer(config, slopes, kernels, place) for _ in range(config.num_layers)]
+        self.norm = LayerNorm("transformer.ln_f", config, kernels, place)
+        self.head = Head(self.embedding, config.tie_word_embeddings, place)
+
+    def forward(self, step: StepInput) -> Tensor:
+        residual = self.embedding_norm(self.embedding(step.input_ids))
+        x, added = residual, None
+        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
+            x = layer.attention(layer.attention_norm(x, added), kv, step)
+            x = layer.mlp(layer.mlp_norm(x, residual))
+            added = residual
+        last_residual = residual.index_select(0, step.last_tokens)
+        return self.head(self.norm(x.index_select(0, step.last_tokens), last_residual))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        slots = self.embedding.weight_map("transformer.word_embeddings.weight")
+        slots |= self.embedding_norm.weight_map()
+        for index, layer in enumerate(self.layers):
+            slots |= {f"transformer.h.{index}.{name}": slot for name, slot in layer.weight_map().items()}
+        return slots | self.norm.weight_map() | self.head.weight_map("lm_head.weight")
+
+    def ignores(self, name: str) -> bool:
+        return name == "lm_head.weight" and self.head.tied

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2: LLaMA with a bias of q, k and v alone, and with a switch for a sliding window in some of its layers."""
+
+from __future__ import annotations
+
+from lightllm_backend.models.layers import AttentionOptions
+from lightllm_backend.models.llama import LlamaForCausalLM
+from lightllm_backend.models.model_config import ModelConfig
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    @staticmethod
+    def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:
+        slides = config.use_sliding_window and config.sliding_layers[layer]
+        return AttentionOptions(qkv_bias=True, window=config.sliding_window or 0 if slides else 0)

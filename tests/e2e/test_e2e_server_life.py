@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers as a whole: metrics, models that are unloaded and loaded, two servers beside each other, how they end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from client import InvalidArgument, LightLLMClient, LightLLMError
+from tests.e2e.calls import NO_PROXY, infer_grpc
+from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get, poll
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = "The capital of Japan is"
+DEFAULT_PORTS = (8000, 8001, 8002)
+GAUGES = ("queued_requests", "running_requests", "kv_tokens_used", "kv_tokens_cached", "kv_tokens_total", "engine_up")
+COUNTERS = ("prompt_tokens_total", "generated_tokens_total", "engine_restarts_total")
+HISTOGRAMS = ("queue_seconds", "time_to_first_token_seconds", "inter_token_seconds", "request_seconds")
+STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
+
+
+# Metrics
+
+
+def test_all_metrics_are_there(server: TritonServer) -> None:
+    names = {f"lightllm_{name}" for name in GAUGES + COUNTERS}
+    names |= {f'lightllm_requests_total{{status="{status}"}}' for status in STATUSES}
+    names |= {f"lightllm_{name}_{part}" for name in HISTOGRAMS for part in ("count", "sum")}
+    assert names <= set(server.metrics())
+
+
+def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
+    assert poll(server.is_idle, 30), server.metrics()
+    before = server.metrics()
+    for _ in range(3):
+        client.generate(PROMPT, max_tokens=4)
+    list(client.stream(PROMPT, max_tokens=5))
+    client.generate(PROMPT, max_tokens=8, stop_words=["Tokyo"])
+    infer_grpc(server, {"text_input": PROMPT, "max_tokens": 2})
+
+    def grown() -> dict[str, float]:
+        now = server.metrics()
+        return {
+            name: now[f"lightllm_{name}"] - before[f"lightllm_{name}"]
+            for name in (
+                'requests_total{status="length"}', 'requests_total{status="stop"}', "request_seconds_count",
+                "queue_seconds_count", "time_to_first_token_seconds_count", "prompt_tokens_total",
+            )
+        }  # fmt: skip
+
+    expected = {
+        'requests_total{status="length"}': 5, 'requests_total{status="stop"}': 1, "request_seconds_count": 6,
+        "queue_seconds_count": 6, "time_to_first_token_seconds_count": 6, "prompt_tokens_total": 6 * 5,
+    }  # fmt: skip
+    assert poll(lambda: grown() == expected, 10), grown()
+    generated = server.metrics()["lightllm_generated_tokens_total"] - before["lightllm_generated_tokens_total"]
+    # The stop string is found outside the engine, which may have gone on meanwhile.
+    assert 3 * 4 + 5 + 2 + 1 <= generated <= 3 * 4 + 5 + 2 + 8
+
+
+def test_gauges_while_a_request_runs(server: TritonServer, client: LightLLMClient) -> None:
+    with client.stream(PROMPT, max_tokens=1000, ignore_eos=True) as stream:
+        next(stream)
+        assert poll(lambda: server.metrics()["lightllm_running_requests"] == 1, 10)
+        assert poll(lambda: server.metrics()["lightllm_kv_tokens_used"] >= 5, 10)
+        assert server.metrics()["lightllm_engine_up"] == 1
+    assert poll(server.is_idle, 10), server.metrics()
+
+
+# Unload and load
+
+
+@pytest.fixture
+def repository_client(small_server: TritonServer) -> Iterator[Any]:
+    with tritonclient.grpc.InferenceServerClient(small_server.grpc_url, channel_args=NO_PROXY) as client:
+        yield client
+
+
+def test_the_ensemble_unloaded_and_loaded(
+    small_server: TritonServer, small_client: LightLLMClient, repository_client: Any
+) -> None:
+    worker = small_server.worker()
+    repository_client.unload_model("lightllm", unload_dependents=True)
+    assert poll(lambda: not worker.is_running(), 60), "the engine ends with the generation step"
+    with pytest.raises(LightLLMError):
+        small_client.generate(PROMPT, max_tokens=1)
+    with pytest.raises(InferenceServerException, match="UNAVAILABLE: the engine is not up"):
+        infer_grpc(small_server, {"text_input": PROMPT})
+    repository_client.load_model("lightllm")
+    assert small_client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+    assert len(list(small_client.stream(PROMPT, max_tokens=8))) > 1
+    # The unary entry was not loaded anew: it finds the new engine by itself.
+    assert poll(lambda: unary_serves(small_server), 30)
+
+
+def unary_serves(server: TritonServer) -> bool:
+    try:
+        return bool(infer_grpc(server, {"text_input": PROMPT, "max_tokens": 1})["text_output"] == " Tokyo")
+    except InferenceServerException:
+        return False
+
+
+def test_the_unary_entry_unloaded_and_loaded(
+    small_server: TritonServer, small_client: LightLLMClient, repository_client: Any
+) -> None:
+    repository_client.unload_model("lightllm_unary")
+    assert poll(lambda: not repository_client.is_model_ready("lightllm_unary"), 30)
+    assert small_client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+    repository_client.load_model("lightllm_unary")
+    assert poll(lambda: unary_serves(small_server), 30)
+
+
+# Servers as processes
+
+
+def test_two_servers_do_not_meet_and_one_leaves_nothing(
+    server: TritonServer, client: LightLLMClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = TritonServer(tmp_path / "log", model_dir=tiny_model, max_total_token_num=500)
+    try:
+        other.wait_ready()
+        run_directory, processes = other.run_directory(), other.processes()
+        assert run_directory != server.run_directory()
+        with LightLLMClient(other.grpc_url, timeout=60) as other_client:
+            assert other_client.generate([5, 6, 7], max_tokens=4, ignore_eos=True).num_output_tokens == 4
+            with pytest.raises(InvalidArgument, match="input_ids holds 600; allowed: 0 ≤ id < 512"):
+                other_client.generate([600], max_tokens=1)
+            with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 499; allowed: .* 500 tokens"):
+                other_client.generate([5, 6, 7], max_tokens=499)
+        assert client.generate([600], max_tokens=1).num_output_tokens == 1
+        assert other.metrics()["lightllm_kv_tokens_total"] == 500
+    finally:
+        other.stop()
+    assert poll(lambda: not any(process.is_running() for process in processes), 30)
+    assert not run_directory.exists()
+    assert client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+
+
+def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> None:
+    killed = TritonServer(tmp_path / "log", model_dir=tiny_model)
+    try:
+        killed.wait_ready()
+        processes = killed.processes()
+        assert len(processes) == 6, "the server, a stub for each of four models, the worker"
+    finally:
+        killed.process.kill()
+        killed.process.wait()
+    assert poll(lambda: not any(process.is_running() for process in processes), 60)
+
+
+def test_plain_tritonserver(tmp_path: Path) -> None:
+    """The command of the documentation, word for word, from the repository's root in the activated environment."""
+    wrapper = Path(sys.executable).with_name("tritonserver")
+    if not wrapper.exists():
+        pytest.skip(f"there is no {wrapper}; build.sh makes it")
+    taken = [port for port in DEFAULT_PORTS if is_taken(port)]
+    if taken:
+        pytest.skip(f"ports {taken} are taken")
+    environment = engine_environment({})
+    environment["PATH"] = os.pathsep.join([str(wrapper.parent), environment["PATH"]])
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["tritonserver", "--model-repository", "model_repository"],
+            cwd=REPOSITORY.parent, env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        assert poll(lambda: process.poll() is not None or is_ready(DEFAULT_PORTS[0]), START_SECONDS)
+        assert process.poll() is None, log.read_text()
+        processes = psutil.Process(process.pid).children(recursive=True)
+        with LightLLMClient() as client:
+            assert client.generate(PROMPT, max_tokens=1, timeout=60).text == " Tokyo"
+    finally:
+        process.terminate()
+        exit_code = process.wait(60)
+    assert exit_code == 0
+    assert poll(lambda: not any(one.is_running() for one in processes), 30)
+
+
+def is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return True
+    return False
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return get(port, "/v2/health/ready")[0] == 200
+    except OSError:
+        return False
+
+
+# Load generators
+
+
+def test_perf_analyzer(server: TritonServer, tmp_path: Path) -> None:
+    analyzer = shutil.which(
+        "perf_analyzer", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    if analyzer is None:
+        pytest.skip("perf_analyzer is not installed: perf/install_perf_analyzer.sh")
+    data = tmp_path / "data.json"
+    data.write_text('{"data": [{"text_input": ["The capital of Japan is"], "stream": [true], "max_tokens": [4]}]}')
+    report = tmp_path / "report.csv"
+    finished = subprocess.run(
+        [
+            analyzer, "-m", "lightllm", "-u", server.grpc_url, "-i", "grpc", "--async", "--streaming",
+            "--input-data", str(data), "--concurrency-range", "2", "--request-count", "6", "-f", str(report),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert report.read_text().startswith("Concurrency,Inferences/Second"), finished.stdout
+    assert poll(server.is_idle, 30), server.metrics()

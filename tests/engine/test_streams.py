@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams: one chunk of credit, coalescing, stop strings, errors, and clients that go away; with stand-ins around."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightllm_backend.engine import streams as streams_module
+from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel
+from lightllm_backend.engine.return_channel import ReturnChannel
+from lightllm_backend.engine.streams import Stream, Streams
+from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.text import TextStream, Tokenizer
+from tests.engine.engine_harness import wait_for
+
+
+class FakeResponder:
+    def __init__(self) -> None:
+        self.sent: list[tuple[TokenChunk, bool]] = []
+        self.probes = 0
+        self.cancelled = False
+        self.questions = 0
+
+    def send(self, chunk: TokenChunk, first: bool) -> None:
+        assert not self.sent or self.sent[-1][0].finish_reason is None, "nothing may follow the last chunk"
+        self.sent.append((chunk, first))
+
+    def probe(self) -> None:
+        assert not self.sent or self.sent[-1][0].finish_reason is None, "nothing may follow the last chunk"
+        self.probes += 1
+
+    def is_cancelled(self) -> bool:
+        self.questions += 1
+        return self.cancelled
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [chunk.token_ids for chunk, _ in self.sent]
+
+    @property
+    def last(self) -> TokenChunk:
+        return self.sent[-1][0]
+
+
+class FakeObserver:
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.between = 0
+        self.ended: list[str] = []
+        self.seconds: list[float] = []
+
+    def first_token(self, seconds: float, queue_seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.first.append(queue_seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.between += 1
+
+    def finished(self, status: str, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.ended.append(status)
+
+
+class FakeEngine:
+    """Takes requests; a test makes their chunks."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self.on_chunk: dict[str, Callable[[TokenChunk], None]] = {}
+        self.stopped: list[str] = []
+        self.cancelled: list[str] = []
+        self.refusal: RequestError | None = None
+        self._numbers = itertools.count()
+
+    def new_uid(self) -> str:
+        return f"u{next(self._numbers)}"
+
+    def submit(self, request: Request, on_chunk: Callable[[TokenChunk], None]) -> None:
+        if self.refusal:
+            raise self.refusal
+        self.requests[request.uid], self.on_chunk[request.uid] = request, on_chunk
+
+    def stop(self, uid: str) -> None:
+        self.stopped.append(uid)
+
+    def cancel(self, uid: str) -> None:
+        self.cancelled.append(uid)
+
+    def make(self, uid: str, ids: list[int], reason: FinishReason | None = None, **fields: Any) -> None:
+        self.on_chunk[uid](TokenChunk(uid, ids, fields.pop("log_probs", []), reason, **fields))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(Path(__file__).parents[1] / "data" / "byte_level")
+
+
+def stream_of(streaming: bool = True, flow_control: bool = True) -> tuple[Stream, FakeResponder, FakeObserver]:
+    responder, observer = FakeResponder(), FakeObserver()
+    return Stream(responder, streaming, flow_control, None, observer), responder, observer
+
+
+def chunk(ids: list[int], reason: FinishReason | None = None, **fields: Any) -> TokenChunk:
+    return TokenChunk("u", ids, fields.pop("log_probs", []), reason, num_prompt_tokens=3, **fields)
+
+
+# Credit and coalescing
+
+
+def test_tokens_made_while_a_chunk_is_on_its_way_are_one_chunk() -> None:
+    stream, responder, observer = stream_of()
+    stream.on_chunk(chunk([1], log_probs=[-1.0], queue_seconds=0.5))
+    stream.on_chunk(chunk([2], log_probs=[-2.0]))
+    stream.on_chunk(chunk([3], log_probs=[-3.0]))
+    assert responder.ids == [[1]]
+    stream.delivered()
+    assert responder.ids == [[1], [2, 3]]
+    assert responder.last.log_probs == [-2.0, -3.0]
+    stream.delivered()
+    stream.on_chunk(chunk([4]))
+    assert responder.ids == [[1], [2, 3], [4]]
+    assert [first for _, first in responder.sent] == [True, False, False]
+    assert (observer.first, observer.between) == ([0.5], 3)
+
+
+def test_the_last_chunk_waits_for_nobody_and_takes_all_along() -> None:
+    stream, responder, observer = stream_of()
+    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([2]))
+    stream.on_chunk(chunk([3], FinishReason.LENGTH))
+    assert responder.ids == [[1], [2, 3]]
+    assert responder.last.finish_reason is FinishReason.LENGTH
+    assert stream.ended
+    stream.delivered()
+    stream.on_chunk(chunk([4]))  # whatever comes after the end is dropped
+    assert responder.ids == [[1], [2, 3]]
+    assert observer.ended == ["length"]
+    assert all(0 <= seconds < 60 for seconds in observer.seconds)
+
+
+def test_a_direct_call_needs_no_credit() -> None:
+    stream, responder, _ = stream_of(flow_control=False)
+    for token in (1, 2, 3):
+        stream.on_chunk(chunk([token]))
+    assert responder.ids == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize("flow_control", [True, False])
+def test_without_streaming_there_is_one_chunk(flow_control: bool) -> None:
+    stream, responder, _ = stream_of(streaming=False, flow_control=flow_control)
+    stream.on_chunk(chunk([1], queue_seconds=0.25))
+    stream.on_chunk(chunk([2]))
+    stream.delivered()
+    assert responder.sent == []
+    stream.on_chunk(chunk([3], FinishReason.STOP))
+    assert responder.sent == [(chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25), True)]
+
+
+def test_a_lost_return_channel_gives_credit_back() -> None:
+    stream, responder, _ = stream_of()
+    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([2]))
+    stream.give_credit_back()
+    assert responder.ids == [[1], [2]]
+
+
+# Errors
+
+
+def test_an_error_after_tokens_goes_alone_behind_them() -> None:
+    stream, responder, observer = stream_of()
+    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([2]))
+    error = RequestError("INTERNAL", "broken")
+    stream.on_chunk(chunk([3], FinishReason.FAILED, error=error))
+    assert responder.ids == [[1], [2, 3], []]
+    assert [sent.finish_reason for sent, _ in responder.sent] == [None, None, FinishReason.FAILED]
+    assert [sent.error for sent, _ in responder.sent] == [None, None, error]
+    assert observer.ended == ["failed"]
+
+
+def test_an_error_of_a_request_that_does_not_stream_is_all_it_gets() -> None:
+    stream, responder, _ = stream_of(streaming=False)
+    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([], FinishReason.FAILED, error=RequestError("INTERNAL", "broken")))
+    assert responder.ids == [[]]
+    assert [first for _, first in responder.sent] == [True]
+
+
+def test_an_error_before_any_token_is_the_first_and_last() -> None:
+    stream, responder, _ = stream_of()
+    stream.on_chunk(chunk([], FinishReason.FAILED, error=RequestError("UNAVAILABLE", "no")))
+    assert [(sent.token_ids, first) for sent, first in responder.sent] == [([], True)]
+
+
+def test_a_deadline_counts_as_cancelled() -> None:
+    stream, _, observer = stream_of()
+    stream.on_chunk(chunk([], FinishReason.CANCELLED, error=RequestError("CANCELLED", "too late")))
+    assert observer.ended == ["cancelled"]
+
+
+# Stop strings
+
+
+def stop_stream(tokenizer: Tokenizer, **options: Any) -> tuple[Stream, FakeResponder]:
+    responder = FakeResponder()
+    text = TextStream(tokenizer, ("END",), **options)
+    return Stream(responder, True, False, text, FakeObserver()), responder
+
+
+def test_a_stop_string_over_chunks_ends_the_request_and_drops_what_follows(tokenizer: Tokenizer) -> None:
+    stream, responder = stop_stream(tokenizer)
+    ids = [tokenizer.encode(letter)[0] for letter in "aENDxy"]
+    assert not stream.on_chunk(chunk(ids[:2]))
+    assert stream.on_chunk(chunk(ids[2:], log_probs=[-1.0, -2.0, -3.0, -4.0]))
+    assert responder.ids == [ids[:2], ids[2:4]]
+    assert responder.last.log_probs == [-1.0, -2.0]
+    assert responder.last.finish_reason is FinishReason.STOP
+    assert not stream.on_chunk(chunk([1], FinishReason.STOP)), "the engine's own end comes after ours"
+    assert len(responder.sent) == 2
+
+
+def test_a_stop_string_in_the_engine_s_last_chunk_says_stop(tokenizer: Tokenizer) -> None:
+    stream, responder = stop_stream(tokenizer)
+    ids = [tokenizer.encode(letter)[0] for letter in "ENDx"]
+    stream.on_chunk(chunk(ids, FinishReason.LENGTH))
+    assert (responder.ids, responder.last.finish_reason) == ([ids[:3]], FinishReason.STOP)
+
+
+def test_min_tokens_lets_an_early_stop_string_pass(tokenizer: Tokenizer) -> None:
+    stream, responder = stop_stream(tokenizer, min_tokens=3)
+    ids = [tokenizer.encode(letter)[0] for letter in "END"]
+    assert not stream.on_chunk(chunk(ids))
+    assert responder.ids == [ids]
+
+
+# Clients that go away
+
+
+def test_a_direct_call_asks_the_server_and_never_after_the_end() -> None:
+    stream, responder, _ = stream_of(flow_control=False)
+    assert not stream.check_client()
+    responder.cancelled = True
+    assert stream.check_client()
+    stream.on_chunk(chunk([], FinishReason.CANCELLED))
+    asked = responder.questions
+    assert not stream.check_client()
+    assert responder.questions == asked
+
+
+def test_in_the_ensemble_a_probe_takes_the_credit() -> None:
+    stream, responder, _ = stream_of()
+    assert not stream.check_client()
+    assert not stream.check_client()
+    assert responder.probes == 1, "a second one would wait behind the first"
+    assert responder.questions == 0
+    stream.on_chunk(chunk([1]))
+    assert responder.sent == []
+    stream.delivered()
+    assert responder.ids == [[1]]
+    stream.delivered()
+    stream.on_chunk(chunk([2], FinishReason.STOP))
+    stream.check_client()
+    assert responder.probes == 1
+
+
+# All streams of a process
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    monkeypatch.setattr(streams_module, "PROBE_SECONDS", 0.02)
+    made = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
+    yield made
+    made.close()
+
+
+def submit(streams: Streams, tokenizer: Tokenizer, flow_control: bool = True, **sampling: Any) -> FakeResponder:
+    responder = FakeResponder()
+    options = RequestOptions(SamplingParams(**sampling), stream=True)
+    streams.submit([1, 2], options, 12.5, lambda uid: responder, flow_control, tokenizer)
+    return responder
+
+
+def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    responder = submit(streams, tokenizer, max_tokens=3)
+    assert engine.requests == {"u0": Request("u0", (1, 2), SamplingParams(max_tokens=3), 12.5)}
+    engine.make("u0", [5], FinishReason.LENGTH)
+    assert responder.ids == [[5]]
+    assert streams._streams == {}
+
+
+def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    engine.refusal = RequestError("UNAVAILABLE", "no engine")
+    with pytest.raises(RequestError, match="no engine"):
+        submit(streams, tokenizer)
+    assert streams._streams == {}
+
+
+def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    responder = submit(streams, tokenizer, stop_words=("b",))
+    engine.make("u0", tokenizer.encode("abc"))
+    assert engine.stopped == ["u0"]
+    assert responder.last.finish_reason is FinishReason.STOP
+    engine.make("u0", [], FinishReason.STOP)
+    assert streams._streams == {}
+    assert len(responder.sent) == 1
+
+
+def test_the_return_channel_gives_credit_and_tells_who_has_gone(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    returns = ReturnChannel()
+    returns.delivered("nobody is connected")
+    returns.connect(streams.return_address)
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    engine.make("u0", [2])
+    wait_for(lambda: responder.ids == [[1]])
+    returns.delivered("u0")
+    wait_for(lambda: responder.ids == [[1], [2]])
+    returns.delivered("unknown")
+    returns.gone("u0")
+    wait_for(lambda: engine.cancelled == ["u0"])
+
+
+def test_a_failure_of_the_detokenizer_cancels(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    submit(streams, tokenizer)
+    channel = Channel.connect(streams.return_address)
+    channel.send(FAILED, "u0", "KeyError: 7")
+    wait_for(lambda: engine.cancelled == ["u0"])
+    assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
+    channel.close()
+
+
+def test_a_connection_that_breaks_gives_all_credit_back(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    channel = Channel.connect(streams.return_address)
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    engine.make("u0", [2])
+    channel.close()
+    wait_for(lambda: responder.ids == [[1], [2]])
+
+
+def test_another_detokenizer_may_connect_after_the_first(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    Channel.connect(streams.return_address).close()
+    responder = submit(streams, tokenizer)
+    channel = Channel.connect(streams.return_address)
+    wait_for(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
+    engine.make("u0", [1])
+    channel.send(DELIVERED, "u0")
+    wait_for(lambda: responder.ids == [[1]])
+    channel.send(GONE, "u0")
+    wait_for(lambda: engine.cancelled == ["u0"])
+    channel.close()
+
+
+def test_a_quiet_direct_call_is_asked_about(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    gone = submit(streams, tokenizer, flow_control=False)
+    there = submit(streams, tokenizer, flow_control=False)
+    gone.cancelled = True
+    wait_for(lambda: "u0" in engine.cancelled)
+    assert there.probes == gone.probes == 0
+    assert "u1" not in engine.cancelled
+
+
+def test_a_quiet_stream_of_the_ensemble_is_probed(streams: Streams, tokenizer: Tokenizer) -> None:
+    responder = submit(streams, tokenizer)
+    wait_for(lambda: responder.probes == 1)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineSupervisor, with a worker made for the occasion in place of the interpreter."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.engine import supervisor as supervisor_module
+from lightllm_backend.engine import worker_group
+from lightllm_backend.engine.supervisor import EngineSupervisor
+from lightllm_backend.engine.worker_group import EngineStartError, worker_environment
+from tests.engine.engine_harness import wait_for
+
+# Runs one line of Python more than a worker that is ready and obeys its leash.
+WORKER = """#!{python}
+import os, sys
+from pathlib import Path
+folder = Path({folder!r})
+assert sys.argv[1:] == ["-m", "lightllm_backend.engine.worker", "/the/address", "0"], sys.argv
+with (folder / "starts").open("a") as starts:
+    starts.write(os.environ["LIGHTLLM_MAX_QUEUE_SIZE"] + "\\n")
+{first}
+print("ready", flush=True)
+{then}
+sys.stdin.read()
+(folder / "obeyed").touch()
+"""
+
+Make = Callable[..., EngineSupervisor]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(supervisor_module, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(worker_group, "STOP_SECONDS", 0.5)
+    made: list[EngineSupervisor] = []
+
+    def supervisor(first: str = "", then: str = "", on_restart: Callable[[], None] = lambda: None) -> EngineSupervisor:
+        script = tmp_path / "python"
+        script.write_text(WORKER.format(python=sys.executable, folder=str(tmp_path), first=first, then=then))
+        script.chmod(0o755)
+        config = EngineConfig(worker_python=str(script), max_queue_size=77)
+        made.append(EngineSupervisor(config, "/the/address", on_restart))
+        return made[-1]
+
+    yield supervisor
+    for each in made:
+        each.stop()
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text().splitlines())
+
+
+def test_it_waits_until_the_worker_is_ready_and_ends_it_by_the_leash(make: Make, tmp_path: Path) -> None:
+    supervisor = make(first="print('loading')")
+    supervisor.wait_ready()
+    worker = psutil.Process(supervisor.pids[0])
+    assert (tmp_path / "starts").read_text() == "77\n", "the settings are in its environment"
+    supervisor.stop()
+    assert not worker.is_running()
+    assert (tmp_path / "obeyed").exists()
+
+
+def test_the_worker_s_own_error_is_what_is_raised(make: Make) -> None:
+    supervisor = make(first="print('error: no such model'); sys.exit(1)")
+    with pytest.raises(EngineStartError, match="^no such model$"):
+        supervisor.wait_ready()
+
+
+def test_a_worker_that_ends_without_a_word(make: Make) -> None:
+    supervisor = make(first="sys.exit(3)")
+    with pytest.raises(EngineStartError, match="exit code 3 before it was ready"):
+        supervisor.wait_ready()
+
+
+def test_a_worker_that_dies_is_started_again(make: Make, tmp_path: Path) -> None:
+    restarts: list[bool] = []
+    supervisor = make(on_restart=lambda: restarts.append(True))
+    supervisor.wait_ready()
+    first = supervisor.pids[0]
+    psutil.Process(first).kill()
+    wait_for(lambda: starts(tmp_path) == 2)
+    wait_for(lambda: supervisor.pids[0] != first)
+    assert restarts == [True]
+    supervisor.stop()
+    assert not psutil.pid_exists(supervisor.pids[0])
+
+
+def test_it_tries_again_after_a_start_that_failed(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fails_once = "if (folder / 'fail').exists(): (folder / 'fail').unlink(); print('error: not now'); sys.exit(1)"
+    supervisor = make(first=fails_once)
+    supervisor.wait_ready()
+    (tmp_path / "fail").touch()
+    psutil.Process(supervisor.pids[0]).kill()
+    wait_for(lambda: starts(tmp_path) == 3)
+    assert "could not be started again: not now" in caplog.text
+
+
+def test_a_worker_that_does_not_obey_is_killed(make: Make, tmp_path: Path) -> None:
+    supervisor = make(then="import time; time.sleep(60)")
+    supervisor.wait_ready()
+    worker = psutil.Process(supervisor.pids[0])
+    supervisor.stop()
+    assert not worker.is_running()
+    assert not (tmp_path / "obeyed").exists()
+
+
+def test_stopping_during_a_restart_leaves_no_worker(make: Make, tmp_path: Path) -> None:
+    made: list[EngineSupervisor] = []
+
+    def stop_now() -> None:
+        """The moment between the pause and the new worker."""
+        made[0]._stopping.set()
+
+    supervisor = make(on_restart=stop_now)
+    made.append(supervisor)
+    supervisor.wait_ready()
+    psutil.Process(supervisor.pids[0]).kill()
+    wait_for(lambda: not supervisor._watcher.is_alive())
+    assert starts(tmp_path) == 1
+    assert not psutil.pid_exists(supervisor.pids[0])
+
+
+def test_the_worker_s_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTLLM_ORIGINAL_LD_LIBRARY_PATH", "/users/own")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/server:/users/own")
+    monkeypatch.setenv("PYTHONPATH", "/users/packages")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    environment = worker_environment(EngineConfig(dtype="float16"))
+    assert environment["LD_LIBRARY_PATH"] == "/users/own"
+    assert environment["LIGHTLLM_DTYPE"] == "float16"
+    assert environment["OMP_WAIT_POLICY"] == "passive"
+    root = str(Path(__file__).resolve().parents[2])
+    assert environment["PYTHONPATH"].split(os.pathsep) == [root, "/users/packages"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert worker_environment(EngineConfig())["OMP_WAIT_POLICY"] == "active"

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""layer_norm: the reference against the formula in float64, the kernel against the reference."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, reference
+from tests.kernels.kernel_harness import TOLERANCE, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_is_the_formula(dtype):
+    x, weight, bias = (
+        torch.randn(5, 33, dtype=dtype) * 3 + 2,
+        torch.randn(33, dtype=dtype),
+        torch.randn(33, dtype=dtype),
+    )
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double() + bias.double()
+    assert relative_error(reference.layer_norm(x, weight, bias, 1e-3), expected) < TOLERANCE[dtype]
+
+
+def test_epsilon_counts():
+    x = torch.tensor([[1e-3, -1e-3]])
+    expected = torch.tensor([[0.5**0.5, -(0.5**0.5)]])
+    assert torch.allclose(reference.layer_norm(x, torch.ones(2), torch.zeros(2), 1e-6), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 1), (3, 7), (1, 576), (4, 1000)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_kernel_matches_the_reference(dtype, tokens, dim, with_residual, device):
+    # A view with a row stride of its own.
+    x = (torch.randn(tokens, 2 * dim + 3, device=device) * 2 + 1).to(dtype)[:, 1 : dim + 1]
+    weight, bias = (torch.randn(dim, device=device).to(dtype) for _ in range(2))
+    residual = torch.randn(tokens, dim, device=device).to(dtype) if with_residual else None
+    expected_residual = residual.clone() if with_residual else None
+    before = x.clone()
+    out = launchers.layer_norm(x, weight, bias, 1e-5, residual)
+    expected = reference.layer_norm(x, weight, bias, 1e-5, expected_residual)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert torch.equal(x, before)
+    if with_residual:
+        # The interpreter truncates to bfloat16 where a GPU rounds.
+        tolerance = TOLERANCE[dtype] if dtype == torch.bfloat16 else 0.0
+        assert relative_error(residual, expected_residual) <= tolerance
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_a_large_mean_costs_no_precision(implementation, device):
+    x = torch.randn(2, 300, device=device) + 1000
+    weight, bias = torch.ones(300, device=device), torch.zeros(300, device=device)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    expected = centred / centred.pow(2).mean(-1, keepdim=True).sqrt()
+    assert relative_error(implementation.layer_norm(x, weight, bias, 1e-9), expected) < 2e-4
+
+
+def test_no_tokens(device):
+    empty, ones = torch.empty(0, 8, device=device), torch.ones(8, device=device)
+    assert launchers.layer_norm(empty, ones, ones, 1e-5).shape == (0, 8)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Little random models of each family, in the form in which Hugging Face's directories have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCAB = 199  # an odd size
+WINDOW = 4  # shorter than most prompts
+
+_COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = {
+    **_COMMON,
+    "hidden_size": 64,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+FAMILIES: dict[str, transformers.PretrainedConfig] = {
+    **{
+        f"bloom_{heads}_heads": transformers.BloomConfig(**_COMMON, hidden_size=heads * 16, n_layer=3, n_head=heads)
+        for heads in (6, 8, 12)
+    },
+    "llama2_gqa": transformers.LlamaConfig(**_LLAMA),
+    "llama3": transformers.LlamaConfig(**{**_LLAMA, "eos_token_id": [2, 5]}, rope_parameters=_LLAMA3_ROPE),
+    "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=None),
+    "mistral_window": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
+    "qwen2": transformers.Qwen2Config(**_LLAMA, sliding_window=WINDOW),
+    "qwen2_window": transformers.Qwen2Config(
+        **_LLAMA, sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1
+    ),
+}
+
+
+def random_model(family: str) -> transformers.PreTrainedModel:
+    """Every parameter is drawn, biases as well; far apart logits, so that ties do not decide."""
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name or "ln_f" in name
+            parameter.normal_(1.0 if is_norm and name.endswith("weight") else 0.0, 0.2, generator=generator)
+    return model
+
+
+def save_random_model(family: str, directory: Path) -> Path:
+    random_model(family).save_pretrained(directory)
+    return directory

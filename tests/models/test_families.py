@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random models of each family against transformers, in float32: logits, greedy tokens, ranks, int8 K and V."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.layers import alibi_slopes
+from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.request import SamplingParams
+from tests.models.random_models import FAMILIES, VOCAB, random_model, save_random_model
+from tests.models.step_harness import check_reads_nothing_back, check_steps, load_model
+from tests.models.thread_parallel import run_ranks
+from tests.runner.engine_harness import load, run, transformers_greedy, transformers_logits
+
+MAX_TOKENS = 12
+PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+           for seed, length in enumerate([1, 2, 3, 5, 8, 21, 34, 7])]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path, family):
+    check_steps(load_model(save_random_model(family, tmp_path)), random_model(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_never_asks_the_device_for_a_value(tmp_path, family):
+    check_reads_nothing_back(save_random_model(family, tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
+    save_random_model(family, tmp_path)
+    engine = load(tmp_path)
+    arrivals = [random.Random(7).randrange(10) for _ in PROMPTS]
+    answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens=9)
+    assert [answer.tokens for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_together_compute_the_same_logits(tmp_path, family):
+    save_random_model(family, tmp_path)
+    run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
+
+
+@pytest.mark.parametrize(("family", "size"), [("bloom_6_heads", 3), ("bloom_12_heads", 4), ("qwen2_window", 4)])
+def test_more_ranks(tmp_path, family, size):
+    save_random_model(family, tmp_path)
+    run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
+
+
+@pytest.mark.parametrize("family", ["bloom_6_heads", "mistral"])
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(tmp_path, family):
+    save_random_model(family, tmp_path)
+    with pytest.raises(ModelError, match=r"num_attention_heads is \d, which tp = 5 does not divide"):
+        load_model(tmp_path, parallel=TensorParallel(0, 5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_keys_and_values_change_little(tmp_path, family):
+    model = load_model(save_random_model(family, tmp_path))
+    transformer = random_model(family)
+    check_steps(model, transformer, torch.int8, tolerance=0.4)
+    with pytest.raises(AssertionError, match="not close"):
+        check_steps(model, transformer, torch.int8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(tmp_path, family):
+    save_random_model(family, tmp_path)
+    plain, engine = load(tmp_path), load(tmp_path, kv_dtype="int8")
+    assert engine.info.pool_tokens == plain.info.pool_tokens
+    assert engine.info.pool_bytes < 0.4 * plain.info.pool_bytes
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
+        logits = transformers_logits(tmp_path, prompt, answer.tokens)
+        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        assert float((logits.max(-1).values - chosen).max()) < 0.2
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 7, 8, 12, 16, 31, 112])
+def test_alibi_slopes_are_those_of_transformers(heads):
+    positions = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)
+    torch.testing.assert_close(alibi_slopes(heads), positions[:, 0, 1], atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("family", ["bloom_6_heads", "llama2_gqa"])
+def test_names_may_lack_the_prefix(tmp_path, family, suffix):
+    save_random_model(family, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = load_model(tmp_path).prefix
+    assert all(name.startswith(prefix) or name == "lm_head.weight" for name in tensors)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    (tmp_path / "model.safetensors").unlink()
+    if suffix == "bin":
+        torch.save(bare, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(bare, tmp_path / "model.safetensors")
+    check_steps(load_model(tmp_path), random_model(family))
+
+
+def test_a_tied_head_that_the_checkpoint_repeats_is_ignored(tmp_path):
+    save_random_model("bloom_8_heads", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_steps(load_model(tmp_path), random_model("bloom_8_heads"))

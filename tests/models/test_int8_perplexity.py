@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What int8 keys and values cost a real model: the perplexity of a fixed text, of SmolLM2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.text import Tokenizer
+from tests.models.step_harness import HandSequence, StepHarness, load_model
+
+TEXT = """\
+The lighthouse at the end of the harbour had not been lit for eleven years when Marta bought it. The man who sold it \
+to her, a retired pilot with a white beard, told her that the stairs were sound but that the roof was not, and that \
+in the winter storms the sea came over the wall and into the kitchen. She said that she did not mind. She had lived \
+in the city for most of her life, in a small flat above a bakery, and what she wanted now was a place in which she \
+could hear the weather.
+
+In the first month she repaired the roof with the help of two brothers from the village. They worked from the early \
+morning until the light was gone, and in the evening they sat on the rocks, ate bread and cheese, and watched the \
+fishing boats come in one after the other. The older brother knew the name of every boat and of every captain. The \
+younger one hardly spoke at all, but he could carry three sacks of sand at once, and he never forgot where a tool had \
+been put down.
+
+A lighthouse works by a simple idea. A lamp stands in the middle of a ring of glass, and the glass bends the light, \
+which would otherwise go up to the sky and down to the floor, into one flat beam. When the ring turns, the beam sweeps \
+over the water. From the time between two flashes a sailor can tell which lighthouse it is, because each one on the \
+coast turns at a speed of its own. The lamp itself does not have to be strong; most of the work is done by the glass.
+
+The glass of Marta's lighthouse was cracked in two places. She wrote to a factory in France, and after six weeks a \
+letter came back: they still had the drawings, they could make the two pieces, and it would cost about as much as a \
+new car. She put the letter into a drawer. Then she took it out again, read it once more, and began to count.
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return load_model(embedded_model_directory(), max_length=512)
+
+
+def perplexity(model: CausalLM, tokens: list[int], kv_dtype: torch.dtype) -> float:
+    """The second half of the text is read from the pool by decode steps and by a chunk of a prefill."""
+    config = ModelConfig.from_directory(embedded_model_directory())
+    harness = StepHarness(model, config.num_layers, rows=1, max_length=512, kv_dtype=kv_dtype)
+    sequence = HandSequence(0, tokens, prompt_length=len(tokens) - 8)
+    lengths = [len(tokens) // 2, sequence.prompt_length - len(tokens) // 2, *[1] * 7]
+    logits = []
+    with torch.inference_mode():
+        for length in lengths:
+            step = harness.step_input([(sequence, length)])
+            every_token = torch.arange(length)
+            logits.append(model.forward(type(step)(**{**vars(step), "last_tokens": every_token})))
+            sequence.cached += length
+    return float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(tokens[1:])).exp())
+
+
+def test_int8_keys_and_values_cost_less_than_half_a_percent(model):
+    tokens = Tokenizer.load(embedded_model_directory()).encode(TEXT)
+    assert 300 < len(tokens) < 512
+    plain, quantised = (perplexity(model, tokens, dtype) for dtype in (torch.float32, torch.int8))
+    assert plain < 30, "the model does not know the language"
+    assert plain != quantised
+    assert abs(quantised / plain - 1) < 0.005
