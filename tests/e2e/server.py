@@ -62,7 +62,7 @@ class TritonServer:
             "--http-address=127.0.0.1",
             "--grpc-address=127.0.0.1",
             "--metrics-address=127.0.0.1",
-            "--exit-timeout-secs=10",
+            "--exit-timeout-secs=5",
         ]
         argv, environment = command(
             [f"--model-repository={REPOSITORY}", *ports, *arguments], engine_environment(settings)
@@ -111,7 +111,7 @@ class TritonServer:
         return Path(self.worker().cmdline()[-2]).parent
 
     def metrics(self) -> dict[str, float]:
-        """All samples of our metrics, by name and labels as they are written: `lightllm_requests_total{status="stop"}`."""
+        """All samples of our metrics, by name and labels as written there: `lightllm_requests_total{status="stop"}`."""
         status, text = get(self.metrics_port, "/metrics")
         assert status == 200, text
         samples = {}

@@ -56,7 +56,7 @@ def answer(responses: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "streamed": len(responses) > 1,
         "text": "".join(one["text_output"] for one in responses),
-        "ids": sum((one["output_ids"] for one in responses), []),
+        "ids": [token_id for one in responses for token_id in one["output_ids"]],
         "has_log_probs": any(one["output_log_probs"] for one in responses),
         "num_input_tokens": responses[-1]["num_input_tokens"],
     }

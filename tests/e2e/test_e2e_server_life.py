@@ -140,7 +140,7 @@ def test_two_servers_do_not_meet_and_one_leaves_nothing(
             with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 499; allowed: .* 500 tokens"):
                 other_client.generate([5, 6, 7], max_tokens=499)
         assert client.generate([600], max_tokens=1).num_output_tokens == 1
-        assert other.metrics()["lightllm_kv_tokens_total"] == 500
+        assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 500, 10)
     finally:
         other.stop()
     assert poll(lambda: not any(process.is_running() for process in processes), 30)

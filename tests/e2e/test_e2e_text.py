@@ -32,8 +32,8 @@ def test_streamed_text_is_the_unstreamed_text(
 ) -> None:
     chunks, whole = in_parallel(
         [
-            lambda: list(client.stream(prompt, max_tokens=24, exclude_input_in_output=exclude_input)),
-            lambda: client.generate(prompt, max_tokens=24, exclude_input_in_output=exclude_input),
+            lambda: list(client.stream(prompt, max_tokens=16, exclude_input_in_output=exclude_input)),
+            lambda: client.generate(prompt, max_tokens=16, exclude_input_in_output=exclude_input),
         ]
     )
     # The answer goes on with the characters that it was given, or the test would show nothing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way to call the server gives the same answer, with all outputs, and errors have their status where there is one."""
+"""Every way to call the server gives the same answer, with all outputs; errors have their status where there is one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def expected(client: LightLLMClient, reference: Reference) -> dict[str, Any]:
 def joined(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """One response out of a stream's; over HTTP the server writes a list of one item as that item."""
     lists = {
-        name: sum((one[name] if isinstance(one[name], list) else [one[name]] for one in responses), [])
+        name: [item for one in responses for item in (one[name] if isinstance(one[name], list) else [one[name]])]
         for name in ("output_ids", "output_log_probs")
     }
     return {
@@ -120,7 +120,7 @@ def test_direct_call_of_generation(server: TritonServer, expected: dict[str, Any
     """Without a detokenizer nobody gives credit back; the stream must not wait for it."""
     values = {"input_ids": reference.encode(PROMPT), "sampling_parameters": '{"max_tokens": 8, "stream": true}'}
     responses = stream_grpc(server, values, model="generation")
-    assert sum((one["output_ids"] for one in responses), []) == expected["output_ids"]
+    assert [token_id for one in responses for token_id in one["output_ids"]] == expected["output_ids"]
 
 
 def test_unary_calls_have_real_status_codes(server: TritonServer) -> None:
