@@ -9,6 +9,7 @@ cancelled, so the streams are opened through the stub that tritonclient carries.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -44,6 +45,7 @@ class ChunkStream(Iterator[Chunk]):
             if response is None:
                 break
             if response.error_message:
+                self._finished = True
                 self.close()
                 raise error_from_message(response.error_message)
             if response.infer_response.outputs:
@@ -76,7 +78,15 @@ class ChunkStream(Iterator[Chunk]):
         return error
 
     def close(self) -> None:
-        """Cancel the request unless it is over."""
+        """Cancel the request unless it is over.
+
+        One that is over is left to end: a cancellation that crosses the server's own end of the request leaves a part of
+        it behind in the server, which then waits for it when it is stopped.
+        """
+        if self._finished and not self._closed:
+            with contextlib.suppress(grpc.RpcError):
+                for _ in self._call:
+                    pass
         self._closed = True
         self._call.cancel()
 

@@ -28,9 +28,9 @@ from lightllm_backend.parallel import TensorParallel
 class LayerNorm:
     """Layer norm of `x`, or of `residual += x`, which is updated in place."""
 
-    def __init__(self, name: str, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+    def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
-        self.kernels = kernels
+        self.kernels = place.kernels
         self.eps = config.norm_eps
         self.weight = place.empty(config.hidden_size)
         self.bias = place.empty(config.hidden_size)
@@ -49,10 +49,10 @@ class LayerNorm:
 class BloomAttention:
     """Self-attention whose checkpoint keeps q, k and v of a head side by side: [heads, 3, head_dim]."""
 
-    def __init__(self, config: ModelConfig, slopes: Tensor, kernels: ModuleType, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
         self.head_dim = config.head_dim
         self.num_heads = slopes.shape[0]
-        self.attend = PoolAttention(kernels, config.head_dim, alibi_slopes=slopes)
+        self.attend = PoolAttention(place.kernels, config.head_dim, alibi_slopes=slopes)
         rows = 3 * self.head_dim * self.num_heads
         part = Part("self_attention.query_key_value", 3 * config.hidden_size, rows, rows * place.parallel.rank)
         self.qkv = ColumnLinear([part], config.hidden_size, True, place)
@@ -70,8 +70,8 @@ class BloomAttention:
 class BloomMLP:
     """down(gelu(up(x))); the intermediate features are split by rank."""
 
-    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
-        self.kernels = kernels
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
+        self.kernels = place.kernels
         features = config.intermediate_size
         share = place.share("4 * hidden_size", features)
         part = Part("mlp.dense_h_to_4h", features, share, share * place.parallel.rank)
@@ -88,11 +88,11 @@ class BloomMLP:
 class BloomLayer:
     """Attention and MLP, each after a norm that first adds what came before to the residual."""
 
-    def __init__(self, config: ModelConfig, slopes: Tensor, kernels: ModuleType, place: Placement) -> None:
-        self.attention_norm = LayerNorm("input_layernorm", config, kernels, place)
-        self.attention = BloomAttention(config, slopes, kernels, place)
-        self.mlp_norm = LayerNorm("post_attention_layernorm", config, kernels, place)
-        self.mlp = BloomMLP(config, kernels, place)
+    def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
+        self.attention_norm = LayerNorm("input_layernorm", config, place)
+        self.attention = BloomAttention(config, slopes, place)
+        self.mlp_norm = LayerNorm("post_attention_layernorm", config, place)
+        self.mlp = BloomMLP(config, place)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
@@ -113,15 +113,15 @@ class BloomForCausalLM:
         device: torch.device,
         max_length: int,  # noqa: ARG002 - no table of positions
     ) -> None:
-        place = Placement(parallel, dtype, device)
+        place = Placement(parallel, dtype, device, kernels)
         self.num_kv_heads = place.share("num_attention_heads", config.num_heads)
         self.head_dim = config.head_dim
         # One tensor for all layers.
         slopes = alibi_slopes(config.num_heads).to(device).chunk(parallel.size)[parallel.rank]
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
-        self.embedding_norm = LayerNorm("transformer.word_embeddings_layernorm", config, kernels, place)
-        self.layers = [BloomLayer(config, slopes, kernels, place) for _ in range(config.num_layers)]
-        self.norm = LayerNorm("transformer.ln_f", config, kernels, place)
+        self.embedding_norm = LayerNorm("transformer.word_embeddings_layernorm", config, place)
+        self.layers = [BloomLayer(config, slopes, place) for _ in range(config.num_layers)]
+        self.norm = LayerNorm("transformer.ln_f", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
 
     def forward(self, step: StepInput) -> Tensor:

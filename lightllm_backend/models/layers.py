@@ -82,11 +82,12 @@ class CausalLM(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """What a rank's tensors are made as, and which part of the model they are."""
+    """What a rank's tensors are made as, which part of the model they are, and what computes with them."""
 
     parallel: TensorParallel
     dtype: torch.dtype
     device: torch.device
+    kernels: ModuleType  # what kernels.select() has chosen for the device
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -134,9 +135,11 @@ class ColumnLinear:
         self.parts = parts
         self.weight = place.empty(rows, in_features)
         self.bias = place.empty(rows) if bias else None
+        self.kernels = place.kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        product: Tensor = self.kernels.linear(x, self.weight, self.bias)
+        return product
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots, first = {}, 0
@@ -156,6 +159,7 @@ class RowLinear:
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
         self.name = name
         self.in_features = in_features
+        self.kernels = place.kernels
         self.parallel = place.parallel
         self.weight = place.empty(out_features, place.share(f"{name}'s number of inputs", in_features))
         self.bias = place.empty(out_features) if bias else None
@@ -165,7 +169,7 @@ class RowLinear:
         bias = self.bias if self.parallel.rank == 0 else None
         product = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
         if product is None:
-            product = functional.linear(x, self.weight, bias)
+            product = self.kernels.linear(x, self.weight, bias)
         elif bias is None:
             torch.mm(x, self.weight.t(), out=product)
         else:
@@ -215,10 +219,11 @@ class Head:
         self.vocab_size = embedding.vocab_size
         self.start, self.num_held = embedding.start, embedding.num_held
         self.tied = tied
+        self.kernels = place.kernels
         self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.parallel.all_gather(functional.linear(x, self.weight))
+        logits = self.parallel.all_gather(self.kernels.linear(x, self.weight))
         return logits[:, : self.vocab_size].float().contiguous()
 
     def weight_map(self, name: str) -> dict[str, WeightSlot]:
@@ -332,9 +337,9 @@ class AttentionOptions:
 class Attention:
     """Self-attention over the KV pool: fused q, k, v; rotary embedding; output projection. Heads are split by rank."""
 
-    def __init__(self, config: ModelConfig, options: AttentionOptions, kernels: ModuleType, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
         self.head_dim = config.head_dim
-        self.attend = PoolAttention(kernels, config.head_dim, options.window)
+        self.attend = PoolAttention(place.kernels, config.head_dim, options.window)
         self.num_heads = place.share("num_attention_heads", config.num_heads)
         self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
         shares = (

@@ -28,9 +28,9 @@ from lightllm_backend.parallel import TensorParallel
 class RMSNorm:
     """Root-mean-square norm of `x`, or of `residual += x`, which is updated in place."""
 
-    def __init__(self, name: str, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
+    def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
-        self.kernels = kernels
+        self.kernels = place.kernels
         self.eps = config.norm_eps
         self.weight = place.empty(config.hidden_size)
 
@@ -45,8 +45,8 @@ class RMSNorm:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)); the intermediate features are split by rank."""
 
-    def __init__(self, config: ModelConfig, kernels: ModuleType, place: Placement) -> None:
-        self.kernels = kernels
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
+        self.kernels = place.kernels
         features = config.intermediate_size
         share = place.share("intermediate_size", features)
         parts = [Part(f"mlp.{name}", features, share, share * place.parallel.rank) for name in ("gate_proj", "up_proj")]
@@ -63,11 +63,11 @@ class GatedMLP:
 class LlamaLayer:
     """Attention and MLP, each after a norm that first adds what came before to the residual."""
 
-    def __init__(self, config: ModelConfig, options: AttentionOptions, kernels: ModuleType, place: Placement) -> None:
-        self.attention_norm = RMSNorm("input_layernorm", config, kernels, place)
-        self.attention = Attention(config, options, kernels, place)
-        self.mlp_norm = RMSNorm("post_attention_layernorm", config, kernels, place)
-        self.mlp = GatedMLP(config, kernels, place)
+    def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
+        self.attention_norm = RMSNorm("input_layernorm", config, place)
+        self.attention = Attention(config, options, place)
+        self.mlp_norm = RMSNorm("post_attention_layernorm", config, place)
+        self.mlp = GatedMLP(config, place)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
@@ -93,12 +93,12 @@ class LlamaForCausalLM:
         device: torch.device,
         max_length: int,
     ) -> None:
-        place = Placement(parallel, dtype, device)
+        place = Placement(parallel, dtype, device, kernels)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.rotary = RotaryEmbedding(config, max_length, device)
         options = [self.attention_options(config, layer) for layer in range(config.num_layers)]
-        self.layers = [LlamaLayer(config, layer_options, kernels, place) for layer_options in options]
-        self.norm = RMSNorm("model.norm", config, kernels, place)
+        self.layers = [LlamaLayer(config, layer_options, place) for layer_options in options]
+        self.norm = RMSNorm("model.norm", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
         self.num_kv_heads = self.layers[0].attention.num_kv_heads
         self.head_dim = config.head_dim

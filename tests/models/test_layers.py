@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightllm_backend.kernels import reference
 from lightllm_backend.models.layers import Embedding, Head, Placement, RowLinear
 from lightllm_backend.parallel import TensorParallel
 from tests.models.step_harness import CPU
@@ -23,7 +24,7 @@ class OneOfMany(TensorParallel):
 
 
 def place(rank: int, size: int) -> Placement:
-    return Placement(OneOfMany(rank, size), torch.float32, CPU)
+    return Placement(OneOfMany(rank, size), torch.float32, CPU, reference)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 8, 64, 65, 199, 32000, 32001])
@@ -62,7 +63,7 @@ def test_embeddings_add_up_and_padding_is_never_seen(vocab_size, size):
 def test_a_row_linear_writes_its_product_where_the_others_read_it(rank, bias):
     memory = PrivateMemory(64, torch.float32)
     parallel = TensorParallel(rank, 2, symmetric=memory)
-    linear = RowLinear("down", 6, 8, bias, Placement(parallel, torch.float32, CPU))
+    linear = RowLinear("down", 6, 8, bias, Placement(parallel, torch.float32, CPU, reference))
     linear.weight.normal_()
     x = torch.randn(4, 3)
     expected = 2 * x @ linear.weight.t()

@@ -10,6 +10,7 @@ class TritonPythonModel:
         triton_io.start_logging()
         self.config = triton_io.engine_config(args)
         self.tokenizer = triton_io.load_tokenizer(self.config)
+        self.metrics = triton_io.metrics(with_engine=False)
 
     def execute(self, requests):
         return [self.encode(request) for request in requests]
@@ -20,6 +21,10 @@ class TritonPythonModel:
             parsed = triton_io.read_request(request)
             prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
         except Exception as error:
+            self.metrics.rejected()
             return triton_io.error_response(error)
         ensemble = {"prompt_text": prompt.echo, "deadline": deadline}
         return triton_io.tokens_response(prompt.token_ids, parsed.options.to_json(), ensemble)
+
+    def finalize(self):
+        self.metrics.close()
