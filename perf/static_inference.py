@@ -163,7 +163,7 @@ def main(
     result = {
         "benchmark": "static_inference", "model": name, "input_len": input_len, "output_len": output_len,
         "repeats": repeats, **circumstances(limits["gpu"] if limits else None), "limits": limits,
-        "engine": dataclasses.asdict(engine.info) | {"model": name}, "settings": config.environment(),
+        "engine": dataclasses.asdict(engine.info) | {"model": name}, "settings": settings_of(config),
         "start_seconds": engine.start_seconds, "rows": rows,
     }  # fmt: skip
     where = f"static_inference_{name}_{machine}.json".replace(" ", "_").lower()

@@ -66,11 +66,11 @@ def test_an_unknown_command_fails_and_is_named(environment: dict[str, str]) -> N
     assert "unknown command serv" in run.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "demo"])
-def test_what_runs_last_takes_the_place_of_the_shell(environment: dict[str, str], command: str) -> None:
+@pytest.mark.parametrize(("command", "module"), [("serve", "lightllm_backend.serve"), ("demo", "client.demo")])
+def test_what_runs_last_takes_the_place_of_the_shell(environment: dict[str, str], command: str, module: str) -> None:
     pid, run = build(command, "--tp", "2", "a b", environment=environment)
     assert run.returncode == 0, run.stderr
-    assert calls(environment)[-1] == f"{pid} -m lightllm_backend.{command} --tp 2 a b"
+    assert calls(environment)[-1] == f"{pid} -m {module} --tp 2 a b"
 
 
 def test_installing_is_done_once_in_order_and_again_when_its_settings_change(environment: dict[str, str]) -> None:
