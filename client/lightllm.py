@@ -80,8 +80,8 @@ class ChunkStream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancel the request unless it is over.
 
-        One that is over is left to end: a cancellation that crosses the server's own end of the request leaves a part of
-        it behind in the server, which then waits for it when it is stopped.
+        One that is over is left to end: a cancellation that crosses the server's own end of the request leaves a part
+        of it behind in the server, which then waits for it when it is stopped.
         """
         if self._finished and not self._closed:
             with contextlib.suppress(grpc.RpcError):

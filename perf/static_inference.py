@@ -121,6 +121,12 @@ def engine_config(directory: str, given: dict[str, str | None], largest: int, to
     return EngineConfig.build({}, {**os.environ, **environment})
 
 
+def settings_of(config: EngineConfig) -> dict[str, str]:
+    """What a reader needs to repeat the run; where things lie on this machine is not part of it."""
+    own = {ENVIRONMENT_PREFIX + "MODEL_DIR", ENVIRONMENT_PREFIX + "WORKER_PYTHON"}
+    return {name: value for name, value in config.environment().items() if name not in own}
+
+
 @click.command(help=str(__doc__).partition("\n")[0], context_settings={"max_content_width": 120})
 @click.option("--model", type=click.Choice(list(SHAPES)), default="llama-7b", show_default=True, help="shape by name")
 @click.option("--model_dir", help="a Hugging Face directory instead")
