@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels run in Triton-lang's interpreter where there is no GPU; it must be asked for before a kernel is imported."""
+"""Where the kernels' tensors are: on the CPU if Triton-lang's interpreter runs them (see tests/conftest.py)."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
