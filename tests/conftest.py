@@ -6,7 +6,7 @@ import os
 # Threads that spin at OpenMP's barriers take the core that the awaited thread needs (see engine/worker_group.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402, behind the line that it reads
+import torch
 
 # Where there is no GPU, kernels run in Triton-lang's interpreter.
 if not torch.cuda.is_available():

@@ -93,9 +93,9 @@ def started(config: EngineConfig, on_restart: Callable[[], None] = lambda: None)
 
 
 def workers() -> list[psutil.Process]:
-    """Children of this process that are workers and still run."""
+    """Children of this process that are workers and still run; those of servers are not its own children."""
     found = []
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if "lightllm_backend.engine.worker" in child.cmdline():
                 found.append(child)
