@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -46,9 +47,11 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
 }
 
 
-def random_model(family: str) -> transformers.PreTrainedModel:
+def random_model(family: str, vocab_size: int = VOCAB) -> transformers.PreTrainedModel:
     """Every parameter is drawn, biases as well; far apart logits, so that ties do not decide."""
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    config = copy.deepcopy(FAMILIES[family])
+    config.vocab_size = vocab_size
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,6 +60,6 @@ def random_model(family: str) -> transformers.PreTrainedModel:
     return model
 
 
-def save_random_model(family: str, directory: Path) -> Path:
-    random_model(family).save_pretrained(directory)
+def save_random_model(family: str, directory: Path, vocab_size: int = VOCAB) -> Path:
+    random_model(family, vocab_size).save_pretrained(directory)
     return directory

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each family of models, and several ranks, through tritonserver: the tokens are those of transformers."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from client import LightLLMClient
+from tests.e2e.server import TritonServer
+from tests.models.random_models import save_random_model
+from tests.runner.engine_harness import transformers_greedy
+
+pytestmark = pytest.mark.e2e
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "llama"
+VOCAB = 512  # of that tokenizer
+PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(1 + 6 * seed)] for seed in range(6)]
+MAX_TOKENS = 10
+
+
+@pytest.mark.parametrize(
+    ("family", "tp"),
+    [("bloom_6_heads", 2), ("llama2_gqa", 4), ("mistral_window", 2), ("qwen2", 1)],
+)
+def test_a_family_is_served(family: str, tp: int, tmp_path: Path) -> None:
+    directory = save_random_model(family, tmp_path / "model", VOCAB)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, directory)
+    expected = transformers_greedy(directory, PROMPTS, MAX_TOKENS)
+    server = TritonServer(tmp_path / "log", model_dir=directory, tp=tp)
+    try:
+        server.wait_ready()
+        processes = server.processes()
+        assert sum("lightllm_backend.engine.worker" in process.cmdline() for process in processes) == tp
+        with LightLLMClient(server.grpc_url, timeout=120) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+            answers = list(pool.map(lambda prompt: client.generate(prompt, max_tokens=MAX_TOKENS), PROMPTS))
+    except BaseException:
+        print(server.log())
+        raise
+    finally:
+        server.stop()
+    assert [list(answer.token_ids) for answer in answers] == expected
+    assert not any(psutil.pid_exists(process.pid) for process in processes)
+
+
+def test_ranks_that_do_not_divide_the_heads_fail_the_start(tmp_path: Path) -> None:
+    directory = save_random_model("llama2_gqa", tmp_path / "model", VOCAB)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, directory)
+    server = TritonServer(tmp_path / "log", model_dir=directory, tp=3)
+    assert server.process.wait(120) != 0
+    assert "num_attention_heads is 4, which tp = 3 does not divide" in server.log()
