@@ -79,13 +79,15 @@ def measure(engine: EngineUnderTest, batch: int, input_len: int, output_len: int
 
 
 def floor_ms(
-    model: ModelConfig, dtype: str, batch: int, input_len: int, output_len: int, limits: dict[str, Any]
+    model: ModelConfig, dtype: str, kv_dtype: str, batch: int, input_len: int, output_len: int, limits: dict[str, Any]
 ) -> float:
     """The least that a decode step can take on this GPU."""
     query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = model.hidden_size * (2 * query + 2 * kv + 3 * model.intermediate_size)
     weights = model.num_layers * layer + model.hidden_size * model.vocab_size
-    cached = batch * (input_len + output_len / 2) * 2 * kv * model.num_layers
+    values = batch * (input_len + output_len / 2) * 2 * kv * model.num_layers
+    # int8 values have a float16 scale for each token and head.
+    kv_read = values * (1 + 2 / model.head_dim if kv_dtype == "int8" else ITEM_BYTES[dtype])
     weights_read = weights * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
     arithmetic = 2 * weights * batch / limits["bf16_flops_per_second"]
     cache_read = cached * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
@@ -160,7 +162,9 @@ def main(
             for size in tqdm(sizes, desc=name, unit="batch"):
                 row = measure(engine, size, input_len, output_len, repeats)
                 if limits is not None:
-                    row["floor_ms"] = floor_ms(shape, engine.info.dtype, size, input_len, output_len, limits)
+                    row["floor_ms"] = floor_ms(
+                        shape, engine.info.dtype, config.kv_dtype, size, input_len, output_len, limits
+                    )
                     row["share"] = row["floor_ms"] / row["step_ms"]
                 rows.append(row)
     machine = limits["gpu"] if limits else "cpu"
