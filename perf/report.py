@@ -41,9 +41,9 @@ def static_inference(result: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
         rows.append([*cells, f"{PEER_STEP_MS[row['batch']]:.2f}"] if with_peer else cells)
     title = f"{result['model']}, {result['engine']['dtype']}, K and V {kv_dtype.replace('auto', 'alike')}, tp {ranks}"
+    lengths = f"{result['input_len']} prompt and {result['output_len']} output tokens"
     return [
-        f"**{title}**, {result['input_len']} prompt and {result['output_len']} output tokens; started in"
-        f" {result['start_seconds']:.1f} s ({origin(result)}):",
+        f"**{title}**, {lengths}; started in {result['start_seconds']:.1f} s ({origin(result)}):",
         "",
         *table([*headings, "vLLM 0.26.0, ms a step"] if with_peer else headings, rows),
     ]

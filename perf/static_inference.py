@@ -90,7 +90,7 @@ def floor_ms(
     kv_read = values * (1 + 2 / model.head_dim if kv_dtype == "int8" else ITEM_BYTES[dtype])
     weights_read = weights * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
     arithmetic = 2 * weights * batch / limits["bf16_flops_per_second"]
-    cache_read = cached * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
+    cache_read = kv_read / limits["read_bytes_per_second"]
     return float(1e3 * (max(weights_read, arithmetic) + cache_read))
 
 
