@@ -7,6 +7,8 @@ observations are collected and carried over by one thread, a few times a second.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from typing import Any
 from lightllm_backend.engine.channel import EngineStats
 
 FLUSH_SECONDS = 0.1
+ANSWER_SECONDS = 30  # within which a server answers if there still is one
 # Most values of one histogram that are carried over in a flush; of more, an even choice. At 10 flushes a second that is
 # complete up to 500 a second: all requests, and the tokens of a few dozen streams.
 MAX_OBSERVATIONS = 50
@@ -127,8 +130,14 @@ class Metrics:
         self._flusher.join()
 
     def _flush_for_ever(self) -> None:
-        while not self._closing.wait(FLUSH_SECONDS):
+        """Until the server is gone. A call that it does not answer any more never returns and, holding the interpreter's
+        lock, keeps the whole process; so the kernel is asked to end it then.
+        """
+        server = os.getppid()
+        while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
+            signal.alarm(ANSWER_SECONDS)
             self._flush()
+            signal.alarm(0)
 
     def _flush(self) -> None:
         with self._lock:
