@@ -130,8 +130,8 @@ class Metrics:
         self._flusher.join()
 
     def _flush_for_ever(self) -> None:
-        """Until the server is gone. A call that it does not answer any more never returns and, holding the interpreter's
-        lock, keeps the whole process; so the kernel is asked to end it then.
+        """Until the server is gone. A call that it does not answer any more never returns and, since it holds the
+        interpreter's lock, stops the whole process; so the kernel is asked to end it then.
         """
         server = os.getppid()
         while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
