@@ -7,7 +7,7 @@
 For each batch size: prefill is the time for one token of every request; a step is (time for output_len tokens - time
 for one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
 The floor is what this GPU needs at least for a step, with limits measured in the same run (perf/hardware_limits.py):
-max(weights read, matrix arithmetic) + K and V read, these at half of the output. Other settings of the engine come from
+max(weights read, matrix arithmetic) + K and V read, these at half of the output; divided by the number of GPUs. Other settings of the engine come from
 the environment, as LIGHTLLM_<NAME>.
 """
 
@@ -162,9 +162,10 @@ def main(
             for size in tqdm(sizes, desc=name, unit="batch"):
                 row = measure(engine, size, input_len, output_len, repeats)
                 if limits is not None:
-                    row["floor_ms"] = floor_ms(
+                    whole_model = floor_ms(
                         shape, engine.info.dtype, config.kv_dtype, size, input_len, output_len, limits
                     )
+                    row["floor_ms"] = whole_model / config.tp
                     row["share"] = row["floor_ms"] / row["step_ms"]
                 rows.append(row)
     machine = limits["gpu"] if limits else "cpu"
