@@ -7,8 +7,8 @@
 For each batch size: prefill is the time for one token of every request; a step is (time for output_len tokens - time
 for one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
 The floor is what this GPU needs at least for a step, with limits measured in the same run (perf/hardware_limits.py):
-max(weights read, matrix arithmetic) + K and V read, these at half of the output; divided by the number of GPUs. Other settings of the engine come from
-the environment, as LIGHTLLM_<NAME>.
+max(weights read, matrix arithmetic) + K and V read, these at half of the output; divided by the number of GPUs. Other
+settings of the engine come from the environment, as LIGHTLLM_<NAME>.
 """
 
 from __future__ import annotations
