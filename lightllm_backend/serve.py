@@ -27,10 +27,8 @@ from types import FrameType
 from typing import Any
 
 import click
-from google.protobuf import text_format
 from rich.console import Console
 from rich.table import Table
-from tritonclient.grpc.model_config_pb2 import ModelConfig as ServerModelConfig
 
 from lightllm_backend import tritonserver
 from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
@@ -41,6 +39,7 @@ from lightllm_backend.model_directory import load_tokenizer
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text import TokenizerError
+from lightllm_backend.triton_io import repository_parameters
 from lightllm_backend.tritonserver import TritonServerError
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
@@ -115,18 +114,6 @@ def prepare(
         server_arguments, {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python}
     )
     return Launch(config, model_dir, argv, server_environment)
-
-
-def repository_parameters(repository: Path) -> dict[str, str]:
-    """The settings that stand in the generation model's config.pbtxt."""
-    path = repository / "generation" / "config.pbtxt"
-    if not path.is_file():
-        raise ServeError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
-    try:
-        parsed = text_format.Parse(path.read_text(), ServerModelConfig())
-    except text_format.ParseError as error:
-        raise ServeError(f"{path}: {error}") from None
-    return {key: value.string_value for key, value in parsed.parameters.items()}
 
 
 def check_ports(config: EngineConfig) -> None:

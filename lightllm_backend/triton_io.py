@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightllm_backend import model_directory
-from lightllm_backend.config import EngineConfig
+from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.embedded_model import embedded_model_directory
 from lightllm_backend.metrics import Metrics
 from lightllm_backend.options import ParsedRequest, parse_request
@@ -98,15 +98,25 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
 
     arguments: what Triton server gives to `initialize`.
     """
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    generation = ModelConfig()
-    text_format.Parse((_model_directory(arguments).parent / "generation" / "config.pbtxt").read_text(), generation)
-    parameters = {key: value.string_value for key, value in generation.parameters.items()}
+    parameters = repository_parameters(_model_directory(arguments).parent)
     own = json.loads(arguments["model_config"]).get("parameters", {})
     parameters.update({key: value["string_value"] for key, value in own.items()})
     return EngineConfig.build(parameters, os.environ)
+
+
+def repository_parameters(repository: Path) -> dict[str, str]:
+    """The settings that stand in the generation model's config.pbtxt. ConfigError if it cannot be read."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    path = repository / "generation" / "config.pbtxt"
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
+    try:
+        parsed = text_format.Parse(path.read_text(), ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {key: value.string_value for key, value in parsed.parameters.items()}
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:

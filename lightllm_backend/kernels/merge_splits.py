@@ -21,6 +21,15 @@ def split_count(programs: int, max_context_length: int, multiprocessors: int) ->
     return max(1, min(wanted, longest, _MAX_SPLITS))
 
 
+def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where the parts of `out` [sequences, heads, head_dim] go; with one split any tensor does."""
+    if splits == 1:
+        return out, out
+    sequences, heads, head_dim = out.shape
+    partial = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=out.device)
+    return partial, torch.empty((sequences, heads, splits), dtype=torch.float32, device=out.device)
+
+
 @triton.jit
 def merge_splits_kernel(
     partial,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 from lightllm_backend.kernels.kv_scales import scale_arguments
-from lightllm_backend.kernels.merge_splits import merge_splits, split_count
+from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count
 from lightllm_backend.kernels.token_attention_mha import token_attention_mha
 
 # Longer than any context.
@@ -173,11 +173,7 @@ def token_attention(
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
-    # With one split they are not touched, and any tensor stands for them.
-    partial = log_sums = out
-    if splits > 1:
-        partial = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
-        log_sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
+    partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     blocks = choose_blocks(block_dim, q.element_size(), compute_capability(q.device))
     token_attention_kernel[(kv_heads, sequences, splits)](

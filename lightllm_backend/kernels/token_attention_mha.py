@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.hardware import multiprocessor_count
-from lightllm_backend.kernels.merge_splits import merge_splits, split_count
+from lightllm_backend.kernels.kv_scales import scale_arguments
+from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count
 
 # Longer than any context.
 _NO_WINDOW = 2**31 - 1
@@ -143,21 +144,10 @@ def token_attention_mha(
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
-    is_quantized = k_pool.dtype == torch.int8
-    if k_scales is None or v_scales is None:
-        assert not is_quantized
-        # They are not touched, and any tensor stands for them.
-        k_scales = v_scales = q
-    else:
-        assert is_quantized
-        assert k_scales.stride(1) == v_scales.stride(1) == 1
+    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
     longest = min(max_context_length, window) if window else max_context_length
     splits = split_count(sequences * heads, longest, multiprocessor_count(q.device))
-    # With one split they are not touched, and any tensor stands for them.
-    partial = log_sums = out
-    if splits > 1:
-        partial = torch.empty((sequences, heads, splits, head_dim), dtype=torch.float32, device=q.device)
-        log_sums = torch.empty((sequences, heads, splits), dtype=torch.float32, device=q.device)
+    partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     token_attention_mha_kernel[(heads, sequences, splits)](
         q,
