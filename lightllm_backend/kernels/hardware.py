@@ -16,3 +16,8 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def multiprocessor_count(device: torch.device) -> int:
     """How many programs the GPU runs side by side, at one each multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def has_ptx(device: torch.device) -> bool:
+    """Whether a kernel may hold instructions of the GPU itself; Triton-lang's interpreter knows none."""
+    return device.type == "cuda"

@@ -3,9 +3,11 @@
 
 from lightllm_backend.kernels.apply_penalties import apply_penalties
 from lightllm_backend.kernels.count_tokens import count_tokens
+from lightllm_backend.kernels.gated_linear import gated_linear
 from lightllm_backend.kernels.gelu_tanh import gelu_tanh
 from lightllm_backend.kernels.layer_norm import layer_norm
 from lightllm_backend.kernels.linear import linear
+from lightllm_backend.kernels.linear_splits import linear_splits
 from lightllm_backend.kernels.merge_splits import merge_splits
 from lightllm_backend.kernels.prefill_attention import prefill_attention
 from lightllm_backend.kernels.rms_norm import rms_norm
@@ -14,14 +16,16 @@ from lightllm_backend.kernels.sample import sample
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.sum_splits import sum_splits
 from lightllm_backend.kernels.token_attention import token_attention
-from lightllm_backend.kernels.token_attention_mha import token_attention_mha
+from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
 __all__ = [
     "apply_penalties",
     "count_tokens",
+    "gated_linear",
     "gelu_tanh",
     "layer_norm",
     "linear",
+    "linear_splits",
     "merge_splits",
     "prefill_attention",
     "rms_norm",
@@ -30,5 +34,5 @@ __all__ = [
     "silu_and_mul",
     "sum_splits",
     "token_attention",
-    "token_attention_mha",
+    "token_attention_int8",
 ]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Into how many parts decode attention cuts a context, and how they are joined again."""
+"""Into which parts decode attention cuts a context, and how they are joined again."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 # A split shorter than this costs more in merging than it gains.
 _MIN_SPLIT_TOKENS = 64
@@ -31,12 +33,22 @@ def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def split_range(context, window, split, splits, block_tokens: tl.constexpr):
+    """The tokens of one part, from the first to behind the last: whole blocks, counted from what the window shows."""
+    seen_from = tl.maximum(context - window, 0)
+    length = tl.cdiv(tl.cdiv(context - seen_from, block_tokens), splits) * block_tokens
+    start = seen_from + split * length
+    return start, tl.minimum(context, start + length)
+
+
+@triton.jit
 def merge_splits_kernel(
     partial,
     log_sums,
     out,
     splits,
     head_dim: tl.constexpr,
+    is_dependent: tl.constexpr,
     block_splits: tl.constexpr,
     block_dim: tl.constexpr,
 ):
@@ -44,6 +56,7 @@ def merge_splits_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, block_splits)
     column = tl.arange(0, block_dim)
+    wait_for_previous(is_dependent)
     log_sum = tl.load(log_sums + row * splits + split, mask=split < splits, other=float("-inf"))
     # Where all parts are empty, any finite number leaves their weights 0.
     maximum = tl.maximum(tl.max(log_sum, 0), -3.0e38)
@@ -72,5 +85,6 @@ def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tenso
         block_splits=triton.next_power_of_2(splits),
         block_dim=triton.next_power_of_2(head_dim),
         num_warps=2,
+        **dependent_launch(out.device),
     )
     return out

@@ -27,7 +27,12 @@ _TOP_P_CANDIDATES = 1024
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Root-mean-square norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place."""
+    """Root-mean-square norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
+
+    `x` may be the parts [splits, tokens, dim] of a product, see linear_splits; their sum is meant. The result is of the
+    weight's type.
+    """
+    x = _sum_of_parts(x)
     if residual is not None:
         residual += x
         x_float = residual.float()
@@ -35,14 +40,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x_float = x.float()
     normalized = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
     # Rounded before the product with the weight, as the models were trained.
-    return weight * normalized.to(x.dtype)
+    return weight * normalized.to(weight.dtype)
+
+
+def _sum_of_parts(x: Tensor) -> Tensor:
+    return x.float().sum(0) if x.dim() == 3 else x
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place."""
+    """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
+
+    `x` may be the parts [splits, tokens, dim] of a product, as for rms_norm.
+    """
+    x = _sum_of_parts(x)
     if residual is not None:
         residual += x
         x = residual
+    x = x.to(weight.dtype)
     return functional.layer_norm(x, (x.shape[1],), weight, bias, eps)
 
 
@@ -55,6 +69,7 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    num_decodes: int,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
@@ -63,18 +78,21 @@ def rotary_kv_write(
     `cos` and `sin` are [tokens, rotary_dim / 2]; dimension i is paired with i + rotary_dim / 2, and dimensions from
     rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing. With scales, K and V are
     written as int8, each head of a token divided by the scale that makes its greatest magnitude 127.
+
+    From the token `num_decodes` on, `k` and `v` become what was written, in place: prefill_attention reads them there.
     """
     q.copy_(_rotate(q, cos, sin))
-    k = _rotate(k, cos, sin)
-    slots = slots.long()
-    if slots.numel() and int(slots.min()) < 0:
-        written = slots >= 0
-        slots, k, v = slots[written], k[written], v[written]
-    for values, pool, scales in ((k, k_pool, k_scales), (v, v_pool, v_scales)):
+    rotated = _rotate(k, cos, sin)
+    written = slots >= 0
+    targets, is_new = slots[written].long(), torch.arange(len(slots), device=slots.device) >= num_decodes
+    for source, values, pool, scales in ((k, rotated, k_pool, k_scales), (v, v.float().clone(), v_pool, v_scales)):
         if scales is None:
-            pool.index_copy_(0, slots, values.to(pool.dtype))
+            pool.index_copy_(0, targets, values[written].to(pool.dtype))
         else:
-            pool[slots], scales[slots] = _quantize(values.float(), scales.dtype)
+            quantized, scale = _quantize(values, scales.dtype)
+            pool[targets], scales[targets] = quantized[written], scale[written]
+            values.copy_(quantized * scale.float().unsqueeze(-1))
+        source[is_new] = values[is_new].to(source.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,14 +114,14 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def prefill_attention(
     q: Tensor,
+    k: Tensor,  # noqa: ARG001 - the pool has it too
+    v: Tensor,  # noqa: ARG001
     k_pool: Tensor,
     v_pool: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
     query_starts: Tensor,
     context_lengths: Tensor,
-    max_query_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
-    max_context_length: int,  # noqa: ARG001 - what the launcher sizes its grid by
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
@@ -112,8 +130,9 @@ def prefill_attention(
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
 
-    The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. All K and
-    V, also of the new tokens, are read from the pool. Tokens of no sequence come out as unspecified values.
+    The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. K and V of
+    the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
+    to the pool, which has those of the cached tokens. Tokens of no sequence come out as unspecified values.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
     `window - 1` tokens before it; scales [slots, kv_heads] say that the pool is int8.
     """
@@ -229,10 +248,12 @@ def _attend_padded(
     return result.reshape(sequences, heads, head_dim)
 
 
-def token_attention_mha(
+def token_attention_int8(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
     context_lengths: Tensor,
@@ -240,13 +261,10 @@ def token_attention_mha(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
 ) -> Tensor:
-    """token_attention where there are as many KV heads as query heads."""
-    assert q.shape[1] == k_pool.shape[1]
-    step = (req_to_token, rows, context_lengths, max_context_length, scale)
-    return token_attention(q, k_pool, v_pool, *step, alibi_slopes, window, k_scales, v_scales)
+    """token_attention over a pool of int8, whose scales are [slots, kv_heads] float16."""
+    table = (req_to_token, rows, context_lengths, max_context_length)
+    return token_attention(q, k_pool, v_pool, *table, scale, alibi_slopes, window, k_scales, v_scales)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:
@@ -279,15 +297,28 @@ def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tenso
     return ((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)).to(dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [tokens, in_features] times `weight` [out_features, in_features] transposed, plus `bias` [out_features]."""
-    return functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`x` [tokens, in_features] times `weight` [out_features, in_features] transposed, plus `bias` [out_features].
+
+    With `out` [tokens, out_features], which is contiguous, the result is written there.
+    """
+    product = functional.linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
 
 
-def sum_splits(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The sum of `partial` [splits, tokens, features], float32, over its splits, plus `bias` [features]."""
-    total = partial.sum(0)
-    return (total if bias is None else total + bias.float()).to(dtype)
+def linear_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of `linear` in parts [splits, tokens, out_features] whose sum it is: float32, or one of x's type."""
+    return functional.linear(x, weight, bias).unsqueeze(0)
+
+
+def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
+    """The sum of `parts` [splits, tokens, features], float32, over its splits, into `out` [tokens, features]."""
+    return out.copy_(parts.sum(0))
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu_and_mul of `linear`: `weight` [2 * features, in_features] is the gate's, then the other's."""
+    return silu_and_mul(functional.linear(x, weight, bias))
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

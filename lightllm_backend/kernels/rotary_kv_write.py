@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_arguments
 
 # Elements of a program's tile: some heads of one token.
@@ -77,9 +78,11 @@ def rotary_kv_write_kernel(
     v_scale_stride,
     heads,
     kv_heads,
+    num_decodes,
     min_scale: tl.constexpr,
     max_scale: tl.constexpr,
     is_quantized: tl.constexpr,
+    is_dependent: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
     block_heads: tl.constexpr,
@@ -91,6 +94,7 @@ def rotary_kv_write_kernel(
     query_blocks = tl.cdiv(heads, block_heads)
     block = tl.program_id(1)
     pair = tl.arange(0, block_pairs)
+    wait_for_previous(is_dependent)
     cosine = tl.load(cos + token * cos_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     sine = tl.load(sin + token * sin_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     if block < query_blocks:
@@ -115,18 +119,28 @@ def rotary_kv_write_kernel(
                 largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
                 if 2 * half < head_dim:
                     largest = tl.maximum(largest, tl.max(tl.abs(passed), 1))
-                scale = _scale_of(largest, k_scales, slot * k_scale_stride + head, live, min_scale, max_scale)
-                first, second = _quantize(first, scale), _quantize(second, scale)
+                k_scale = _scale_of(largest, k_scales, slot * k_scale_stride + head, live, min_scale, max_scale)
+                first, second = _quantize(first, k_scale), _quantize(second, k_scale)
                 if 2 * half < head_dim:
-                    passed = _quantize(passed, scale)
+                    passed = _quantize(passed, k_scale)
                 largest = tl.max(tl.abs(value), 1)
-                scale = _scale_of(largest, v_scales, slot * v_scale_stride + head, live, min_scale, max_scale)
-                value = _quantize(value, scale)
+                v_scale = _scale_of(largest, v_scales, slot * v_scale_stride + head, live, min_scale, max_scale)
+                value = _quantize(value, v_scale)
             _store(k_pool, k_target, first, live, pair, half)
             _store(k_pool + half, k_target, second, live, pair, half)
             if 2 * half < head_dim:
                 _store(k_pool + 2 * half, k_target, passed, live, column, head_dim - 2 * half)
             _store(v_pool, slot * v_slot_stride + head * v_pool_head_stride, value, live, column, head_dim)
+            # Prefill attention reads its own tokens here and not in the pool, and must see the same.
+            if token >= num_decodes:
+                if is_quantized:
+                    first, second = first * k_scale[:, None], second * k_scale[:, None]
+                    if 2 * half < head_dim:
+                        _store(k + 2 * half, k_offset, passed * k_scale[:, None], live, column, head_dim - 2 * half)
+                    value *= v_scale[:, None]
+                    _store(v, token * v_stride + head * v_head_stride, value, live, column, head_dim)
+                _store(k, k_offset, first, live, pair, half)
+                _store(k + half, k_offset, second, live, pair, half)
 
 
 def rotary_kv_write(
@@ -138,6 +152,7 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    num_decodes: int,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
@@ -180,6 +195,7 @@ def rotary_kv_write(
         v_scales.stride(0),
         heads,
         kv_heads,
+        num_decodes,
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
         is_quantized=is_quantized,
@@ -189,4 +205,5 @@ def rotary_kv_write(
         block_pairs=triton.next_power_of_2(max(1, half)),
         block_dim=block_dim,
         num_warps=4,
+        **dependent_launch(q.device),
     )

@@ -7,11 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+
 _BLOCK = 1024
 
 
 @triton.jit
-def silu_and_mul_kernel(gate_up, out, gate_up_stride, out_stride, features, block: tl.constexpr):
+def silu_and_mul_kernel(
+    gate_up, out, gate_up_stride, out_stride, features, is_dependent: tl.constexpr, block: tl.constexpr
+):
+    wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     live = column < features
@@ -28,5 +33,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     if tokens == 0:
         return out
     grid = (tokens, triton.cdiv(features, _BLOCK))
-    silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), out.stride(0), features, block=_BLOCK, num_warps=4)
+    strides, launch = (gate_up.stride(0), out.stride(0)), dependent_launch(out.device)
+    silu_and_mul_kernel[grid](gate_up, out, *strides, features, block=_BLOCK, num_warps=4, **launch)
     return out

@@ -1,45 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Adds up the parts of a product whose inner dimension was split, with the bias."""
+"""Adds up the parts of a product whose inner dimension was split."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 _BLOCK = 1024
 
 
 @triton.jit
-def sum_splits_kernel(
-    partial, bias, out, tokens, features, splits: tl.constexpr, has_bias: tl.constexpr, block: tl.constexpr
-):
-    token = tl.program_id(0)
-    feature = tl.program_id(1) * block + tl.arange(0, block)
-    live = feature < features
+def sum_splits_kernel(parts, out, count, splits: tl.constexpr, is_dependent: tl.constexpr, block: tl.constexpr):
+    wait_for_previous(is_dependent)
+    element = tl.program_id(0) * block + tl.arange(0, block)
+    live = element < count
     total = tl.zeros([block], dtype=tl.float32)
     for split in tl.static_range(splits):
-        total += tl.load(partial + (split * tokens + token) * features + feature, mask=live, other=0.0)
-    if has_bias:
-        total += tl.load(bias + feature, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + token * features + feature, total.to(out.dtype.element_ty), mask=live)
+        total += tl.load(parts + split * count + element, mask=live, other=0.0)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=live)
 
 
-def sum_splits(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    splits, tokens, features = partial.shape
-    assert partial.is_contiguous()
-    out = torch.empty((tokens, features), dtype=dtype, device=partial.device)
-    if tokens == 0:
-        return out
-    sum_splits_kernel[(tokens, triton.cdiv(features, _BLOCK))](
-        partial,
-        partial if bias is None else bias,
-        out,
-        tokens,
-        features,
-        splits=splits,
-        has_bias=bias is not None,
-        block=_BLOCK,
-        num_warps=4,
-    )
+def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
+    assert parts.is_contiguous()
+    assert out.is_contiguous()
+    if out.numel() > 0:
+        grid = (triton.cdiv(out.numel(), _BLOCK),)
+        launch = dependent_launch(out.device)
+        sum_splits_kernel[grid](parts, out, out.numel(), splits=parts.shape[0], block=_BLOCK, num_warps=4, **launch)
     return out

@@ -2,7 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Decode attention: one query token of each sequence over its whole context, in parts that run side by side.
 
-Query heads that share K and V are computed together, on tensor cores; where none do, token_attention_mha takes over.
+The query heads that share K and V, or the only one that has them, are rows of a tensor core's tile, most of it idle: it
+has time, since K and V are read from memory only once. They arrive in shared memory some blocks ahead of their use.
+An int8 pool has a kernel of its own, token_attention_int8.
 """
 
 import math
@@ -13,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
-from lightllm_backend.kernels.kv_scales import scale_arguments
-from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count
-from lightllm_backend.kernels.token_attention_mha import token_attention_mha
+from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count, split_range
+from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
 # Longer than any context.
-_NO_WINDOW = 2**31 - 1
+NO_WINDOW = 2**31 - 1
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -30,12 +32,13 @@ class TokenBlocks(NamedTuple):
     num_stages: int
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
-    """Tiles of K and V of 16 KiB each as they are computed with, in as many stages as the shared memory takes."""
-    tokens = min(128, max(16, 16384 // (block_dim * element_size)))
-    if capability < (8, 0):
-        return TokenBlocks(tokens, 4, 1)
-    return TokenBlocks(tokens, 4, 2)
+def choose_blocks(group: int, block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+    """Small tiles, so that many programs fit a multiprocessor: 16 KiB of K for a head of its own, half of it for heads
+    that share, where there are fewer programs (measured on an H200)."""
+    if element_size == 4:
+        return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
+    tokens = min(128, max(16, (8192 if group == 1 else 4096) // block_dim))
+    return TokenBlocks(tokens, 2 if group == 1 else 1, 3 if capability >= (8, 0) else 1)
 
 
 @triton.jit
@@ -50,8 +53,6 @@ def token_attention_kernel(
     rows,
     context_lengths,
     alibi_slopes,
-    k_scales,
-    v_scales,
     q_stride,
     q_head_stride,
     k_slot_stride,
@@ -61,38 +62,36 @@ def token_attention_kernel(
     out_stride,
     out_head_stride,
     table_stride,
-    k_scale_stride,
-    v_scale_stride,
     scale_log2,
     window,
     heads,
     splits,
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
-    is_quantized: tl.constexpr,
+    is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     block_group: tl.constexpr,
     block_tokens: tl.constexpr,
     block_dim: tl.constexpr,
+    stages: tl.constexpr,
 ):
     """One split of a sequence's context, one KV head and the `group` query heads that share it."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
+    wait_for_previous(is_dependent)
     context = tl.load(context_lengths + sequence)
-    seen_from = tl.maximum(context - window, 0)
-    length = tl.cdiv(tl.cdiv(context - seen_from, block_tokens), splits) * block_tokens
-    start = seen_from + split * length
-    end = tl.minimum(context, start + length)
+    start, end = split_range(context, window, split, splits, block_tokens)
 
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
-    k_head = k_pool + kv_head * k_head_stride
-    v_head = v_pool + kv_head * v_head_stride
     column = tl.arange(0, block_dim)
+    column_live = (column < head_dim)[None, :]
+    k_head = k_pool + kv_head * k_head_stride + column[None, :]
+    v_head = v_pool + kv_head * v_head_stride + column[None, :]
     member = tl.arange(0, block_group)
     head = kv_head * group + member
-    live = (member < group)[:, None] & (column < head_dim)[None, :]
+    live = (member < group)[:, None] & column_live
     query = tl.load(q + sequence * q_stride + head[:, None] * q_head_stride + column[None, :], mask=live, other=0.0)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
@@ -100,33 +99,23 @@ def token_attention_kernel(
     accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
     maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
     total = tl.zeros([block_group], dtype=tl.float32)
-    for first in range(start, end, block_tokens):
+    for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
         slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        kv_live = token_live[:, None] & (column < head_dim)[None, :]
-        key = tl.load(k_head + slot[:, None] * k_slot_stride + column[None, :], mask=kv_live, other=0.0)
-        value = tl.load(v_head + slot[:, None] * v_slot_stride + column[None, :], mask=kv_live, other=0.0)
-        score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
-        if is_quantized:
-            k_scale = tl.load(k_scales + slot * k_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
-            v_scale = tl.load(v_scales + slot * v_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
-            # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
-            score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
-        else:
-            score *= scale_log2
+        kv_live = token_live[:, None] & column_live
+        key = tl.load(k_head + slot[:, None] * k_slot_stride, mask=kv_live, other=0.0)
+        value = tl.load(v_head + slot[:, None] * v_slot_stride, mask=kv_live, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if has_alibi:
             score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
         score = tl.where(token_live[None, :], score, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
         weight = tl.exp2(score - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
-        if is_quantized:
-            total = total * correction + tl.sum(weight * (1.0 / v_scale)[None, :], 1)
-        else:
-            total = total * correction + tl.sum(weight, 1)
+        total = total * correction + tl.sum(weight, 1)
         accumulator = accumulator * correction[:, None]
-        accumulator = tl.dot(weight.to(query.dtype), value.to(query.dtype), accumulator, input_precision="ieee")
+        accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
@@ -155,13 +144,12 @@ def token_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
+    if k_scales is not None and v_scales is not None:
+        table = (req_to_token, rows, context_lengths, max_context_length)
+        return token_attention_int8(q, k_pool, v_pool, k_scales, v_scales, *table, scale, alibi_slopes, window)
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
-    if heads == kv_heads:
-        return token_attention_mha(
-            q, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
-            alibi_slopes, window, k_scales, v_scales,
-        )  # fmt: skip
+    assert k_pool.dtype == v_pool.dtype == q.dtype
     assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
@@ -169,13 +157,12 @@ def token_attention(
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
-    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(block_dim, q.element_size(), compute_capability(q.device))
+    blocks = choose_blocks(group, block_dim, q.element_size(), compute_capability(q.device))
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k_pool,
@@ -187,8 +174,6 @@ def token_attention(
         rows,
         context_lengths,
         q if alibi_slopes is None else alibi_slopes,
-        k_scales,
-        v_scales,
         q.stride(0),
         q.stride(1),
         k_pool.stride(0),
@@ -198,21 +183,19 @@ def token_attention(
         out.stride(0),
         out.stride(1),
         req_to_token.stride(0),
-        k_scales.stride(0),
-        v_scales.stride(0),
         scale * LOG2_E.value,
-        window or _NO_WINDOW,
+        window or NO_WINDOW,
         heads,
         splits,
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
-        is_quantized=is_quantized,
         group=group,
         head_dim=head_dim,
         block_group=max(16, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
+        stages=blocks.num_stages,
         num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **dependent_launch(q.device),
     )
     return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out

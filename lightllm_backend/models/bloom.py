@@ -132,7 +132,7 @@ class BloomForCausalLM:
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
         last_residual = residual.index_select(0, step.last_tokens)
-        return self.head(self.norm(x.index_select(0, step.last_tokens), last_residual))
+        return self.head(self.norm(x.index_select(-2, step.last_tokens), last_residual))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding.weight_map("transformer.word_embeddings.weight")

@@ -141,6 +141,11 @@ class ColumnLinear:
         product: Tensor = self.kernels.linear(x, self.weight, self.bias)
         return product
 
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(x * first matrix) * (x * second matrix), for two of them alike."""
+        product: Tensor = self.kernels.gated_linear(x, self.weight, self.bias)
+        return product
+
     def weight_map(self) -> dict[str, WeightSlot]:
         slots, first = {}, 0
         for part in self.parts:
@@ -154,7 +159,11 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """A matrix split over the ranks by its input features; the ranks' products are summed."""
+    """A matrix split over the ranks by its input features; the ranks' products are summed.
+
+    The result goes to a norm, which takes it in parts as well: it may be [parts, tokens, out_features], see
+    kernels.linear_splits.
+    """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
         self.name = name
@@ -167,14 +176,11 @@ class RowLinear:
     def __call__(self, x: Tensor) -> Tensor:
         # Each rank holds the bias, and one of them adds it.
         bias = self.bias if self.parallel.rank == 0 else None
-        product = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
-        if product is None:
-            product = self.kernels.linear(x, self.weight, bias)
-        elif bias is None:
-            torch.mm(x, self.weight.t(), out=product)
-        else:
-            torch.addmm(bias, x, self.weight.t(), out=product)
-        return self.parallel.all_reduce(product)
+        if self.parallel.size == 1:
+            parts: Tensor = self.kernels.linear_splits(x, self.weight, bias)
+            return parts
+        buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
+        return self.parallel.all_reduce(self.kernels.linear(x, self.weight, bias, buffer))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         out_features, share = self.weight.shape
@@ -310,8 +316,8 @@ class PoolAttention:
     ) -> Tensor:
         """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
         scales = {"k_scales": kv.k_scales, "v_scales": kv.v_scales}
-        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, **scales)
         decodes, pool = step.num_decodes, (kv.k, kv.v, step.req_to_token)
+        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, decodes, **scales)
         longest, scale, more = step.max_context_length, self.scale, self.bias | scales
         outputs: list[Tensor] = []
         if decodes > 0:
@@ -319,8 +325,8 @@ class PoolAttention:
             outputs.append(self.kernels.token_attention(q[:decodes], *pool, rows, contexts, longest, scale, **more))
         if q.shape[0] > decodes:
             rows, contexts = step.rows[decodes:], step.context_lengths[decodes:]
-            queries = (step.query_starts, contexts, step.max_query_length)
-            output = self.kernels.prefill_attention(q[decodes:], *pool, rows, *queries, longest, scale, **more)
+            new = (q[decodes:], k[decodes:], v[decodes:])
+            output = self.kernels.prefill_attention(*new, *pool, rows, step.query_starts, contexts, scale, **more)
             outputs.append(output)
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 

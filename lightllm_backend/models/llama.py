@@ -46,7 +46,6 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x)); the intermediate features are split by rank."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
-        self.kernels = place.kernels
         features = config.intermediate_size
         share = place.share("intermediate_size", features)
         parts = [Part(f"mlp.{name}", features, share, share * place.parallel.rank) for name in ("gate_proj", "up_proj")]
@@ -54,7 +53,7 @@ class GatedMLP:
         self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.kernels.silu_and_mul(self.gate_up(x)))
+        return self.down(self.gate_up.gated(x))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.gate_up.weight_map() | self.down.weight_map()
@@ -113,7 +112,7 @@ class LlamaForCausalLM:
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
         last_residual = residual.index_select(0, step.last_tokens)
-        return self.head(self.norm(x.index_select(0, step.last_tokens), last_residual))
+        return self.head(self.norm(x.index_select(-2, step.last_tokens), last_residual))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding.weight_map("model.embed_tokens.weight")

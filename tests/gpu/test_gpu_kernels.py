@@ -17,6 +17,7 @@ from tests.kernels.kernel_harness import (
     Variant,
     make_pool,
     relative_error,
+    split_new,
     starts_of,
 )
 
@@ -99,7 +100,7 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33, 64, 65])
 @pytest.mark.parametrize(
     "shape", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (576, 1536)]
 )
@@ -111,6 +112,23 @@ def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None
     )
     expected = reference.linear(x.float(), weight.float(), bias.float())
     assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[dtype]
+    parts = launchers.linear_splits(x, weight, bias)
+    assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
+    norm = launchers.rms_norm(parts, torch.ones(shape[0], dtype=dtype, device=DEVICE), 1e-5)
+    assert (
+        relative_error(norm, reference.rms_norm(expected, torch.ones(shape[0], device=DEVICE), 1e-5)) < TOLERANCE[dtype]
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 64, 65])
+@pytest.mark.parametrize("shape", [(11008, 4096), (1536, 576), (3584, 8192)])
+def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    features, in_features = shape
+    x, weight = _random(tokens, in_features, dtype=dtype), _random(2 * features, in_features, dtype=dtype)
+    weight /= in_features**0.5
+    expected = reference.gated_linear(x.float(), weight.float())
+    assert relative_error(launchers.gated_linear(x, weight), expected) < TOLERANCE[dtype]
 
 
 @DTYPES
@@ -145,8 +163,10 @@ def test_rotary_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens
     slots[tokens // 2] = -1
     pools = [torch.full((tokens + 10, kv_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
     expected_q, expected_k, expected_v = q.float(), pools[0].float(), pools[1].float()
-    reference.rotary_kv_write(expected_q, k.float(), v.float(), angle.cos(), angle.sin(), slots, expected_k, expected_v)
-    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools)
+    reference.rotary_kv_write(
+        expected_q, k.float(), v.float(), angle.cos(), angle.sin(), slots, expected_k, expected_v, tokens
+    )
+    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools, tokens)
     assert relative_error(q, expected_q) < TOLERANCE[dtype]
     for pool, expected in zip(pools, (expected_k, expected_v), strict=True):
         assert torch.equal(pool.isnan(), expected.isnan())
@@ -167,8 +187,12 @@ def test_int8_kv_write(dtype: torch.dtype, shape: tuple[int, int, int], tokens: 
     pools = [torch.full((tokens + 10, kv_heads, head_dim), 99, device=DEVICE, dtype=torch.int8) for _ in range(2)]
     scales = [torch.full((tokens + 10, kv_heads), torch.nan, device=DEVICE, dtype=torch.float16) for _ in range(2)]
     expected = [tensor.clone() for tensor in (*pools, *scales)]
-    reference.rotary_kv_write(q.float(), k, v, angle.cos(), angle.sin(), slots, *expected)
-    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools, *scales)
+    kept = fused.clone()[:, heads:].split((kv_heads, kv_heads), 1)
+    reference.rotary_kv_write(q.float(), *kept, angle.cos(), angle.sin(), slots, *expected[:2], 1, *expected[2:])
+    launchers.rotary_kv_write(q, k, v, angle.cos(), angle.sin(), slots, *pools, 1, *scales)
+    written = slots >= 0
+    assert relative_error(k[written], kept[0][written]) < TOLERANCE[dtype]
+    assert relative_error(v[written], kept[1][written]) < TOLERANCE[dtype]
     assert torch.equal(pools[1], expected[1])
     assert torch.equal(scales[1].nan_to_num(7), expected[3].nan_to_num(7))
     for out, wanted in ((pools[0], expected[0]), (scales[0], expected[2])):
@@ -190,9 +214,9 @@ def test_prefill_attention(dtype: torch.dtype, shape: tuple[int, int, int], quer
     pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
     q = _random(sum(queries), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     rest = (pool.req_to_token, pool.rows, starts_of(queries, DEVICE), pool.context_lengths)
-    sizes = (max(queries), max(contexts), head_dim**-0.5)
-    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, *sizes)
-    expected = reference.prefill_attention(q.float(), *_wide(pool), *rest, *sizes)
+    k, v, cached_only = split_new(pool, queries, len(q), dtype)
+    out = launchers.prefill_attention(q, k, v, cached_only.k, cached_only.v, *rest, head_dim**-0.5)
+    expected = reference.prefill_attention(q.float(), q, q, *_wide(pool), *rest, head_dim**-0.5)
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
@@ -224,9 +248,10 @@ def test_prefill_attention_variants(
     pool, options, wide_options = _variant(pool, variant, heads)
     q = _random(sum(queries), heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     rest = (pool.req_to_token, pool.rows, starts_of(queries, DEVICE), pool.context_lengths)
-    sizes = (max(queries), max(contexts), head_dim**-0.5)
-    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, *sizes, **options)
-    expected = reference.prefill_attention(q.float(), *_wide(pool), *rest, *sizes, **wide_options)
+    k, v, cached_only = split_new(pool, queries, len(q), dtype)
+    options |= {name: getattr(cached_only, name) for name in ("k_scales", "v_scales") if name in options}
+    out = launchers.prefill_attention(q, k, v, cached_only.k, cached_only.v, *rest, head_dim**-0.5, **options)
+    expected = reference.prefill_attention(q.float(), q, q, *_wide(pool), *rest, head_dim**-0.5, **wide_options)
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
@@ -333,7 +358,7 @@ def test_a_decode_step_can_be_captured_in_a_graph() -> None:
     integers = torch.full((4,), 7, device=DEVICE, dtype=torch.int32)
 
     def step() -> tuple[Tensor, Tensor]:
-        launchers.rotary_kv_write(q, k, k, cos, cos, slots, pool.k, pool.v)
+        launchers.rotary_kv_write(q, k, k, cos, cos, slots, pool.k, pool.v, 4)
         out = launchers.token_attention(
             q, pool.k, pool.v, pool.req_to_token, pool.rows, pool.context_lengths, 700, 128**-0.5
         )

@@ -6,6 +6,7 @@ Prints a JSON object of the shared memory that each kernel takes. Must run witho
 
 import importlib
 import json
+import pkgutil
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers
 
 POINTERS = {
@@ -22,10 +24,11 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any], target: GPUTarget) -> int:
@@ -51,7 +54,7 @@ def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: di
 
 def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, with_variants: bool) -> None:
     """One launch of every kernel, at a prompt and batch that lead to the largest blocks."""
-    tokens, vocab_size = 4096, 32000
+    vocab_size, tokens = 32000, 4096
     q = torch.empty(tokens, heads, head_dim, dtype=dtype)
     k = torch.empty(tokens, kv_heads, head_dim, dtype=dtype)
     table = torch.zeros(4, 4096, dtype=torch.int32)
@@ -65,11 +68,13 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:
-        launchers.linear(torch.empty(32, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
-        launchers.linear(torch.empty(32, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
+        for tokens in (1, 64):
+            launchers.linear(torch.empty(tokens, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
+            launchers.linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
+            launchers.gated_linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(22016, 4096, dtype=dtype))
     launchers.gelu_tanh(q.flatten(1))
-    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), k, k)
-    launchers.prefill_attention(q, k, k, table, lengths, starts, lengths, 4096, 4096, 0.1)
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(len(q), dtype=torch.int32), k, k, 1)
+    launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
         launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1)
         launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 60, 0.1)
@@ -87,21 +92,22 @@ def launch_variants(
     slopes, cos = torch.zeros(heads), torch.zeros(tokens, head_dim // 2)
     int8 = torch.empty(k.shape, dtype=torch.int8)
     scales = torch.zeros(k.shape[:2], dtype=torch.float16)
-    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales, scales)
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, 1, scales, scales)
     for pool, pool_scales in ((k, None), (int8, scales)):
         options = (slopes, 1000, pool_scales, pool_scales)
-        launchers.prefill_attention(q, pool, pool, table, lengths, starts, lengths, 4096, 4096, 0.1, *options)
+        launchers.prefill_attention(q, k, k, pool, pool, table, lengths, starts, lengths, 0.1, *options)
         launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1, *options)
 
 
 def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    for name in ("prefill_attention", "token_attention", "linear"):
-        importlib.import_module(f"lightllm_backend.kernels.{name}").compute_capability = lambda _: (major, minor)
     # As many multiprocessors as an H100's, so that a long context is split.
-    for name in ("token_attention", "token_attention_mha", "linear"):
-        importlib.import_module(f"lightllm_backend.kernels.{name}").multiprocessor_count = lambda _: 132
+    pretended = {"compute_capability": (major, minor), "multiprocessor_count": 132, "has_ptx": True}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in pretended.items():
+            if hasattr(importlib.import_module(module.name), name):
+                setattr(importlib.import_module(module.name), name, lambda _, value=value: value)
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

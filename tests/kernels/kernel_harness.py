@@ -84,6 +84,22 @@ def make_pool(
     return Pool(k, v, table.to(device), rows.to(device), lengths.to(device))
 
 
+def split_new(pool: Pool, queries: list[int], tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Pool]:
+    """K and V of the last `queries` tokens of each context as prefill is given them, padded with NaN to `tokens`, and
+    the pool with NaN in their place: nobody may read them there."""
+    slots = [
+        pool.req_to_token[row, context - count : context].long()
+        for row, context, count in zip(pool.rows.tolist(), pool.context_lengths.tolist(), queries, strict=True)
+    ]
+    new = torch.cat(slots)
+    wide = pool.to(dtype)
+    fused = torch.full((tokens, 2, *pool.k.shape[1:]), torch.nan, dtype=dtype, device=pool.k.device)
+    fused[: len(new), 0], fused[: len(new), 1] = wide.k[new], wide.v[new]
+    names = ("k", "v") if pool.k_scales is None else ("k_scales", "v_scales")
+    poisoned = {name: getattr(pool, name).index_fill(0, new, torch.nan) for name in names}
+    return fused[:, 0], fused[:, 1], pool._replace(**poisoned)
+
+
 def naive_attention(
     q: Tensor,
     pool: Pool,

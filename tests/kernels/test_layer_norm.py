@@ -62,3 +62,32 @@ def test_a_large_mean_costs_no_precision(implementation, device):
 def test_no_tokens(device):
     empty, ones = torch.empty(0, 8, device=device), torch.ones(8, device=device)
     assert launchers.layer_norm(empty, ones, ones, 1e-5).shape == (0, 8)
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_parts_are_summed(implementation, with_residual, device):
+    parts = torch.randn(3, 5, 37, device=device)
+    weight, bias = torch.randn(2, 37, device=device).half()
+    residual = torch.randn(5, 37, device=device).half() if with_residual else None
+    total = parts.sum(0) if residual is None else (parts.sum(0) + residual).half()
+    out = implementation.layer_norm(parts, weight, bias, 1e-5, residual)
+    assert out.dtype == torch.float16
+    assert (
+        relative_error(
+            out,
+            reference.layer_norm(
+                total.float(),
+                *(
+                    w.float()
+                    for w in (
+                        weight,
+                        bias,
+                    )
+                ),
+                1e-5,
+            ),
+        )
+        < 1e-3
+    )
+    assert residual is None or relative_error(residual, total) < 1e-3

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, linear, reference
+from lightllm_backend.kernels import launchers, linear_splits, reference
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # the interpreter's matrix products are wrong in bfloat16, which the GPU tests have
@@ -17,30 +17,28 @@ def test_reference_is_the_formula():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_out", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 128), (192, 512), (1024, 128)])
-def test_kernel_matches_the_reference(tokens, out_features, in_features, with_bias, device):
-    assert linear.choose_blocks(out_features, in_features, (8, 0), 8) is not None
+def test_kernel_matches_the_reference(tokens, out_features, in_features, with_out, with_bias, device):
+    assert linear_splits.choose_blocks(out_features, in_features, (8, 0), 8) is not None
     x = torch.randn(tokens, in_features + 8, device=device).to(DTYPE)[:, :in_features]
     weight = torch.randn(out_features, in_features, device=device).to(DTYPE)
     bias = torch.randn(out_features, device=device).to(DTYPE) if with_bias else None
-    out = launchers.linear(x, weight, bias)
+    buffer = torch.full((tokens, out_features), torch.nan, device=device, dtype=DTYPE) if with_out else None
+    out = launchers.linear(x, weight, bias, buffer)
     assert out.dtype == DTYPE
+    assert buffer is None or out is buffer
     expected = reference.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert relative_error(out, expected) < TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize(("tokens", "shape"), [(33, (64, 128)), (2, (60, 128)), (2, (64, 120)), (0, (64, 128))])
-def test_other_shapes_are_right_too(tokens, shape, device):
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "shape"), [(65, (64, 128)), (2, (60, 128)), (2, (64, 120)), (0, (64, 128))])
+def test_other_shapes_are_right_too(tokens, shape, with_bias, device):
     x, weight = torch.randn(tokens, shape[1], device=device).to(DTYPE), torch.randn(*shape, device=device).to(DTYPE)
-    assert relative_error(launchers.linear(x, weight), reference.linear(x, weight)) < TOLERANCE[DTYPE]
-
-
-def test_splits_divide_the_work_and_the_inner_dimension():
-    for out_features, in_features in [(4096, 4096), (4096, 11008), (12288, 4096), (64, 128), (576, 1536)]:
-        blocks = linear.choose_blocks(out_features, in_features, (9, 0), 132)
-        assert blocks is not None
-        assert in_features % (blocks.splits * blocks.inner) == 0
-    assert linear.choose_blocks(4096, 4096, (9, 0), 132).splits == 2
-    assert linear.choose_blocks(12288, 4096, (9, 0), 132).splits == 1
-    assert linear.choose_blocks(4096, 4096, (7, 0), 80) is None
+    bias = torch.randn(shape[0], device=device).to(DTYPE) if with_bias else None
+    expected = reference.linear(x, weight, bias)
+    buffer = torch.full_like(expected, torch.nan)
+    assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[DTYPE]
+    assert relative_error(launchers.linear(x, weight, bias, buffer), expected) < TOLERANCE[DTYPE]

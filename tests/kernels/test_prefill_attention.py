@@ -12,6 +12,7 @@ from tests.kernels.kernel_harness import (
     make_pool,
     naive_attention,
     relative_error,
+    split_new,
     starts_of,
 )
 
@@ -34,14 +35,22 @@ def _step(queries, contexts, shape, dtype, device):
     fused = torch.randn(sum(queries) + 2, (heads + 2) * head_dim, device=device).to(dtype)
     q = fused[:, : heads * head_dim].unflatten(1, (heads, head_dim))
     rest = (pool.req_to_token, pool.rows, starts_of(queries, device), pool.context_lengths)
-    return q, pool, (*rest, max(queries), max(contexts), head_dim**-0.5)
+    return q, pool, (*rest, head_dim**-0.5)
+
+
+def _inputs(implementation, pool, queries, q):
+    """K and V of the new tokens and the pools; the reference reads the new ones in the pools."""
+    if implementation is reference:
+        return q, q, pool.k, pool.v
+    k, v, cached = split_new(pool, queries, len(q), q.dtype)
+    return k, v, cached.k, cached.v
 
 
 @pytest.mark.parametrize(("queries", "contexts"), STEPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_naive_attention(queries, contexts, shape):
     q, pool, rest = _step(queries, contexts, shape, torch.float32, torch.device("cpu"))
-    out = reference.prefill_attention(q, pool.k, pool.v, *rest)[: sum(queries)]
+    out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest)[: sum(queries)]
     expected = naive_attention(q[: sum(queries)], pool, queries, rest[-1])
     assert relative_error(out, expected) < 1e-6
 
@@ -62,9 +71,10 @@ def test_reference_is_naive_attention(queries, contexts, shape):
 )
 def test_kernel_matches_the_reference(queries, contexts, shape, dtype, device):
     q, pool, rest = _step(queries, contexts, shape, dtype, device)
-    out = launchers.prefill_attention(q, pool.k, pool.v, *rest)[: sum(queries)]
     wide = pool.to(torch.float32)
-    expected = reference.prefill_attention(q.float(), wide.k, wide.v, *rest)[: sum(queries)]
+    k, v, cached = split_new(pool, queries, len(q), dtype)
+    out = launchers.prefill_attention(q, k, v, cached.k, cached.v, *rest)[: sum(queries)]
+    expected = reference.prefill_attention(q.float(), q, q, wide.k, wide.v, *rest)[: sum(queries)]
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
@@ -76,7 +86,7 @@ def test_reference_variants_are_naive_attention(queries, contexts, variant, shap
     q, pool, rest = _step(queries, contexts, shape, torch.float32, torch.device("cpu"))
     pool = pool.to_int8() if variant.int8 else pool
     options = variant.options(pool, shape[0])
-    out = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)[: sum(queries)]
+    out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)[: sum(queries)]
     assert relative_error(out, naive_attention(q[: sum(queries)], pool, queries, rest[-1], **options)) < 1e-6
 
 
@@ -84,10 +94,10 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
     queries = [5, 4, 6, 7, 5]
     q, pool, rest = _step(queries, queries, (3, 1, 16), torch.float32, torch.device("cpu"))
     options = Variant(alibi=True).options(pool, 3)
-    expected = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)
+    expected = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     monkeypatch.setattr(reference, "_BIAS_ELEMENTS", 2 * 3 * 64)
     assert list(reference._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
-    out = reference.prefill_attention(q, pool.k, pool.v, *rest, **options)
+    out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     assert relative_error(out, expected) < 1e-6
 
 
@@ -101,11 +111,12 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
 def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, dtype, device):
     q, pool, rest = _step(queries, contexts, shape, dtype, device)
     pool = pool.to_int8() if variant.int8 else pool
-    options = variant.options(pool, shape[0])
-    out = launchers.prefill_attention(q, pool.k, pool.v, *rest, **options)[: sum(queries)]
     wide = pool.to(torch.float32)
+    k, v, cached = split_new(pool, queries, len(q), dtype)
+    options = variant.options(cached, shape[0])
+    out = launchers.prefill_attention(q, k, v, cached.k, cached.v, *rest, **options)[: sum(queries)]
     expected = reference.prefill_attention(
-        q.float(), wide.k, wide.v, *rest, **options | {"k_scales": None, "v_scales": None}
+        q.float(), q, q, wide.k, wide.v, *rest, **options | {"k_scales": None, "v_scales": None}
     )[: sum(queries)]
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
@@ -116,11 +127,12 @@ def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
     expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)
     first_seen = 195 - 30 + 1
-    block = prefill_attention.choose_blocks(16, 4, (9, 0), 5).tokens
+    block = prefill_attention.choose_blocks(16, 4, (9, 0)).tokens
     unseen = pool.req_to_token[int(pool.rows[0]), : first_seen // block * block].long()
     assert len(unseen) > 100
     pool.k[unseen], pool.v[unseen] = torch.nan, torch.nan
-    out = implementation.prefill_attention(q, pool.k, pool.v, *rest, window=30)[:5]
+    inputs = _inputs(implementation, pool, [5], q)
+    out = implementation.prefill_attention(q, *inputs, *rest, window=30)[:5]
     assert relative_error(out, expected) < 1e-5
 
 
@@ -129,7 +141,8 @@ def test_far_positions_keep_the_precision_of_alibi(implementation, device):
     q, pool, rest = _step([2], [3000], (2, 1, 16), torch.float32, device)
     slopes = torch.tensor([0.84, 0.004], device=device)
     expected = naive_attention(q[:2], pool, [2], rest[-1], slopes)
-    out = implementation.prefill_attention(q, pool.k, pool.v, *rest, alibi_slopes=slopes)[:2]
+    inputs = _inputs(implementation, pool, [2], q)
+    out = implementation.prefill_attention(q, *inputs, *rest, alibi_slopes=slopes)[:2]
     assert relative_error(out, expected) < 1e-5
 
 
@@ -137,24 +150,27 @@ def test_far_positions_keep_the_precision_of_alibi(implementation, device):
 def test_empty_sequences_change_nothing(implementation, device):
     queries, contexts = [0, 6, 0, 3], [0, 6, 9, 8]
     q, pool, rest = _step(queries, contexts, (2, 1, 16), torch.float32, device)
-    out = implementation.prefill_attention(q, pool.k, pool.v, *rest)[:9]
-    assert relative_error(out, naive_attention(q[:9], pool, queries, rest[-1])) < 1e-5
+    expected = naive_attention(q[:9], pool, queries, rest[-1])
+    inputs = _inputs(implementation, pool, queries, q)
+    out = implementation.prefill_attention(q, *inputs, *rest)[:9]
+    assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 def test_large_scores_do_not_overflow(implementation, device):
     q, pool, rest = _step([4], [20], (1, 1, 16), torch.float32, device)
     q = q * 300
-    out = implementation.prefill_attention(q, pool.k, pool.v, *rest)[:4]
-    assert relative_error(out, naive_attention(q[:4], pool, [4], rest[-1])) < 1e-4
+    expected = naive_attention(q[:4], pool, [4], rest[-1])
+    inputs = _inputs(implementation, pool, [4], q)
+    out = implementation.prefill_attention(q, *inputs, *rest)[:4]
+    assert relative_error(out, expected) < 1e-4
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0)])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-@pytest.mark.parametrize("element_size", [2, 4])
-def test_blocks_follow_the_queries(capability, head_dim, element_size):
-    short = prefill_attention.choose_blocks(head_dim, element_size, capability, 5)
-    long = prefill_attention.choose_blocks(head_dim, element_size, capability, 5000)
-    assert short.queries == 16
-    assert long.queries >= 32
-    assert long.num_stages == 1 or capability >= (8, 0)
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_many_sequences(implementation, device):
+    queries = [(7 * i) % 3 for i in range(300)]
+    q, pool, rest = _step(queries, [count + 1 for count in queries], (1, 1, 16), torch.float32, device)
+    expected = naive_attention(q[: sum(queries)], pool, queries, rest[-1])
+    inputs = _inputs(implementation, pool, queries, q)
+    out = implementation.prefill_attention(q, *inputs, *rest)[: sum(queries)]
+    assert relative_error(out, expected) < 1e-5

@@ -55,3 +55,16 @@ def test_residual_is_the_rounded_sum(device):
 def test_no_tokens(device):
     empty = torch.empty(0, 8, device=device)
     assert launchers.rms_norm(empty, torch.ones(8, device=device), 1e-5).shape == (0, 8)
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_parts_are_summed(implementation, with_residual, device):
+    parts = torch.randn(3, 5, 37, device=device)
+    weight = torch.randn(37, device=device).half()
+    residual = torch.randn(5, 37, device=device).half() if with_residual else None
+    total = parts.sum(0) if residual is None else (parts.sum(0) + residual).half()
+    out = implementation.rms_norm(parts, weight, 1e-5, residual)
+    assert out.dtype == torch.float16
+    assert relative_error(out, reference.rms_norm(total.float(), *(w.float() for w in (weight,)), 1e-5)) < 1e-3
+    assert residual is None or relative_error(residual, total) < 1e-3

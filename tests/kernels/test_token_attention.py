@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, reference, token_attention, token_attention_mha
+from lightllm_backend.kernels import launchers, reference, token_attention, token_attention_int8
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
@@ -50,7 +50,7 @@ def test_reference_is_naive_attention(contexts, shape):
 )
 def test_kernel_matches_the_reference(contexts, shape, splits, dtype, device, monkeypatch):
     # With three splits, those of the short contexts stay empty.
-    for module in (token_attention, token_attention_mha):
+    for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
     q, pool, rest = _step(contexts, shape, dtype, device)
     out = launchers.token_attention(q, pool.k, pool.v, *rest)
@@ -76,7 +76,7 @@ def test_reference_variants_are_naive_attention(variant, shape):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]])
 def test_kernel_variants_match_the_reference(variant, shape, splits, dtype, device, monkeypatch):
-    for module in (token_attention, token_attention_mha):
+    for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
     q, pool, rest = _step(CONTEXTS[2], shape, dtype, device)
     pool = pool.to_int8() if variant.int8 else pool

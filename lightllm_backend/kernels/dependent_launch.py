@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Programmatic dependent launch (Hopper): a kernel starts while the one before it still runs, and waits only where it
+first needs what that one has written. What lies between two kernels, some microseconds each, is hidden by it.
+
+Every kernel that is launched so calls `wait_for_previous` in each of its programs before it reads or writes what
+another kernel touches. The kernel before it has then waited in turn, so all that came earlier is done as well. Weights
+and other constants may be read ahead of the wait. Kernels that are launched as usual (torch's) wait for those before.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lightllm_backend.kernels.hardware import compute_capability
+
+# What one instruction brings into the L2 cache, in bytes.
+_LINE = tl.constexpr(128)
+
+
+@triton.jit
+def wait_for_previous(is_dependent: tl.constexpr):
+    """Lets the next kernel start, and waits until the one before has ended. Does nothing in an ordinary launch."""
+    if is_dependent:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch_rows(block, row_stride, columns, rows: tl.constexpr):
+    """Bring the first `columns` 16-bit numbers of each of `rows` rows into the L2 cache, for loads after the wait."""
+    lines: tl.constexpr = 8
+    width: tl.constexpr = _LINE // 2
+    row = tl.arange(0, rows)[:, None].to(tl.int64) * row_stride
+    for first in range(0, columns, lines * width):
+        address = block + row + (first + tl.arange(0, lines) * width)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.uint64, bitcast=True)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@lru_cache
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """The keywords of a dependent launch where the GPU and Triton-lang know it, those of an ordinary one elsewhere."""
+    is_known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
+    if not is_known or compute_capability(device) < (9, 0):
+        return {"is_dependent": False}
+    return {"is_dependent": True, "launch_pdl": True}

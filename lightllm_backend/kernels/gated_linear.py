@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x), of few tokens in one pass over both weights."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch, prefetch_rows, wait_for_previous
+from lightllm_backend.kernels.linear import linear
+from lightllm_backend.kernels.linear_splits import BLOCK_INNER, BLOCK_OUT, blocks_for
+from lightllm_backend.kernels.silu_and_mul import silu_and_mul
+
+
+@triton.jit
+def gated_linear_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    tokens,
+    features,
+    in_features,
+    x_stride,
+    prefetched,
+    has_bias: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_out: tl.constexpr,
+    block_inner: tl.constexpr,
+):
+    """A block of features of all tokens: half of its tile's rows are of the gate's weight, half of the other's."""
+    half: tl.constexpr = block_out // 2
+    block = tl.program_id(0).to(tl.int64) * half
+    row = tl.arange(0, block_out)
+    token = tl.arange(0, block_tokens)
+    inner = tl.arange(0, block_inner)
+    live = (token < tokens)[None, :]
+    if is_dependent:
+        prefetch_rows(weight + block * in_features, in_features, prefetched, half)
+        prefetch_rows(weight + (features + block) * in_features, in_features, prefetched, half)
+    wait_for_previous(is_dependent)
+    weight_row = block + row % half + (row // half) * features
+    weight_block = weight + weight_row[:, None] * in_features + inner[None, :]
+    x_block = x + token[None, :] * x_stride + inner[:, None]
+    total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
+    for first in range(0, in_features, block_inner):
+        total = tl.dot(tl.load(weight_block + first), tl.load(x_block + first, mask=live, other=0.0), total)
+    if has_bias:
+        total += tl.load(bias + weight_row).to(tl.float32)[:, None]
+    gate, up = tl.split(total.reshape(2, half, block_tokens).permute(1, 2, 0))
+    address = out + token[None, :] * features + (block + tl.arange(0, half))[:, None]
+    tl.store(address, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tokens, in_features = x.shape
+    features = weight.shape[0] // 2
+    blocks = blocks_for(x, weight)
+    if blocks is None or blocks.splits > 1:
+        return silu_and_mul(linear(x, weight, bias))
+    assert x.stride(1) == 1
+    assert weight.is_contiguous()
+    out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
+    gated_linear_kernel[(2 * features // BLOCK_OUT,)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        tokens,
+        features,
+        in_features,
+        x.stride(0),
+        blocks.prefetched,
+        has_bias=bias is not None,
+        block_tokens=max(16, triton.next_power_of_2(tokens)),
+        block_out=BLOCK_OUT,
+        block_inner=BLOCK_INNER,
+        num_warps=4,
+        num_stages=blocks.num_stages,
+        **dependent_launch(x.device),
+    )
+    return out

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Decode attention over a pool of int8 with a scale for each token and head; see token_attention.
+
+Tensor cores are fed with 16-bit numbers, so two int8 side by side are read as one of those, and only in registers
+become two tiles: the even dimensions and the odd ones. A byte turns into a float16 without a conversion: behind the
+high byte of 1024 it is the lowest bits of the fraction.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.hardware import compute_capability, has_ptx, multiprocessor_count
+from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count, split_range
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _unpack(pair, dtype: tl.constexpr, is_ptx: tl.constexpr):
+    """The low and the high byte of 16-bit numbers, as numbers of `dtype`."""
+    if is_ptx:
+        # 128 is added to make the byte unsigned; 1152 is 1024 and this.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, low, high;
+            xor.b32 bytes, $2, 0x80808080;
+            prmt.b32 low, bytes, 0x64646464, 0x4240;
+            prmt.b32 high, bytes, 0x64646464, 0x4341;
+            mov.b32 bytes, 0x64806480;
+            sub.f16x2 $0, low, bytes;
+            sub.f16x2 $1, high, bytes;
+            }""",
+            "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((pair << 8) >> 8).to(dtype), (pair >> 8).to(dtype)
+
+
+@triton.jit
+def token_attention_int8_kernel(
+    q,
+    k_pool,
+    v_pool,
+    k_scales,
+    v_scales,
+    out,
+    partial,
+    log_sums,
+    req_to_token,
+    rows,
+    context_lengths,
+    alibi_slopes,
+    q_stride,
+    q_head_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_slot_stride,
+    v_head_stride,
+    k_scale_stride,
+    v_scale_stride,
+    out_stride,
+    out_head_stride,
+    table_stride,
+    scale_log2,
+    window,
+    heads,
+    splits,
+    dtype: tl.constexpr,
+    is_ptx: tl.constexpr,
+    is_split: tl.constexpr,
+    has_alibi: tl.constexpr,
+    is_dependent: tl.constexpr,
+    group: tl.constexpr,
+    head_pairs: tl.constexpr,
+    block_group: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_pairs: tl.constexpr,
+    stages: tl.constexpr,
+):
+    """One split of a sequence's context, one KV head and the `group` query heads that share it. The pools are int16."""
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    wait_for_previous(is_dependent)
+    context = tl.load(context_lengths + sequence)
+    start, end = split_range(context, window, split, splits, block_tokens)
+
+    slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
+    pair = tl.arange(0, block_pairs)
+    pair_live = (pair < head_pairs)[None, :]
+    k_head = k_pool + kv_head * k_head_stride + pair[None, :]
+    v_head = v_pool + kv_head * v_head_stride + pair[None, :]
+    member = tl.arange(0, block_group)
+    head = kv_head * group + member
+    live = (member < group)[:, None] & pair_live
+    q_even = q + sequence * q_stride + head[:, None] * q_head_stride + 2 * pair[None, :]
+    # Scaled first, which keeps them in float16's range.
+    even = (tl.load(q_even, mask=live, other=0.0).to(tl.float32) * scale_log2).to(dtype)
+    odd = (tl.load(q_even + 1, mask=live, other=0.0).to(tl.float32) * scale_log2).to(dtype)
+    if has_alibi:
+        slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
+
+    even_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
+    odd_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
+    maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([block_group], dtype=tl.float32)
+    for first in tl.range(start, end, block_tokens, num_stages=stages):
+        token = first + tl.arange(0, block_tokens)
+        token_live = token < end
+        slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
+        kv_live = token_live[:, None] & pair_live
+        k_even, k_odd = _unpack(tl.load(k_head + slot[:, None] * k_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
+        v_even, v_odd = _unpack(tl.load(v_head + slot[:, None] * v_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
+        k_scale = tl.load(k_scales + slot * k_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
+        v_scale = tl.load(v_scales + slot * v_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
+        score = tl.dot(even, tl.trans(k_even), input_precision="ieee")
+        score = tl.dot(odd, tl.trans(k_odd), score, input_precision="ieee")
+        # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
+        score = score * k_scale[None, :] + tl.log2(v_scale)[None, :]
+        if has_alibi:
+            score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
+        score = tl.where(token_live[None, :], score, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 1))
+        weight = tl.exp2(score - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(weight * (1.0 / v_scale)[None, :], 1)
+        weight = weight.to(dtype)
+        even_accumulator = even_accumulator * correction[:, None]
+        even_accumulator = tl.dot(weight, v_even, even_accumulator, input_precision="ieee")
+        odd_accumulator = odd_accumulator * correction[:, None]
+        odd_accumulator = tl.dot(weight, v_odd, odd_accumulator, input_precision="ieee")
+        maximum = new_maximum
+
+    # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    divisor = tl.where(total > 0, total, 1.0)
+    result = tl.interleave(even_accumulator, odd_accumulator) / divisor[:, None]
+    column = tl.arange(0, 2 * block_pairs)
+    live = (member < group)[:, None] & (column < 2 * head_pairs)[None, :]
+    if is_split:
+        index = (sequence * heads + head) * splits + split
+        tl.store(partial + index[:, None] * (2 * head_pairs) + column[None, :], result, mask=live)
+        tl.store(log_sums + index, maximum + tl.log2(divisor), mask=member < group)
+    else:
+        address = out + sequence * out_stride + head[:, None] * out_head_stride + column[None, :]
+        tl.store(address, result.to(out.dtype.element_ty), mask=live)
+
+
+def token_attention_int8(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    max_context_length: int,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
+    sequences, heads, head_dim = q.shape
+    kv_heads = k_pool.shape[1]
+    assert k_pool.dtype == v_pool.dtype == torch.int8
+    assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
+    assert k_scales.stride(1) == v_scales.stride(1) == req_to_token.stride(1) == 1
+    assert heads % kv_heads == 0
+    assert head_dim % 2 == 0
+    assert max_context_length <= req_to_token.shape[1]
+    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    if sequences == 0:
+        return out
+    k_pool, v_pool = k_pool.view(torch.int16), v_pool.view(torch.int16)
+    group = heads // kv_heads
+    longest = min(max_context_length, window) if window else max_context_length
+    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
+    partial, log_sums = split_buffers(out, splits)
+    block_pairs = max(16, triton.next_power_of_2(head_dim // 2))
+    is_half = q.element_size() == 2
+    token_attention_int8_kernel[(kv_heads, sequences, splits)](
+        q,
+        k_pool,
+        v_pool,
+        k_scales,
+        v_scales,
+        out,
+        partial,
+        log_sums,
+        req_to_token,
+        rows,
+        context_lengths,
+        q if alibi_slopes is None else alibi_slopes,
+        q.stride(0),
+        q.stride(1),
+        k_pool.stride(0),
+        k_pool.stride(1),
+        v_pool.stride(0),
+        v_pool.stride(1),
+        k_scales.stride(0),
+        v_scales.stride(0),
+        out.stride(0),
+        out.stride(1),
+        req_to_token.stride(0),
+        scale * LOG2_E.value,
+        window or 2**31 - 1,
+        heads,
+        splits,
+        dtype=tl.float16 if is_half else tl.float32,
+        is_ptx=is_half and has_ptx(q.device),
+        is_split=splits > 1,
+        has_alibi=alibi_slopes is not None,
+        group=group,
+        head_pairs=head_dim // 2,
+        block_group=max(16, triton.next_power_of_2(group)),
+        block_tokens=min(128, max(16, 2048 // block_pairs)) if is_half else 16,
+        block_pairs=block_pairs,
+        stages=3 if is_half and compute_capability(q.device) >= (8, 0) else 1,
+        num_warps=1 if is_half else 4,
+        **dependent_launch(q.device),
+    )
+    return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out
