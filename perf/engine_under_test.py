@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from lightllm_backend.request import Request, RequestError, SamplingParams, Toke
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One batch of equal requests, all submitted at once, in wall-clock seconds."""
+    """One batch of requests that generate equally many tokens, all submitted at once, in wall-clock seconds."""
 
     seconds: float  # from the first submission to the last token of all
-    step_seconds: float  # median time between two chunks of the request that was submitted last; 0 for one token
+    # Median time between two chunks of the request that was submitted last, until any has ended; 0 if there are none.
+    step_seconds: float
+    most_running: int  # requests that had begun and not ended
 
 
 class EngineUnderTest:
@@ -36,40 +38,51 @@ class EngineUnderTest:
         self._client = client
         self._random = random.Random(0)
 
-    def run(self, batch: int, input_len: int, output_len: int) -> BatchRun:
+    def run(self, prompt_lengths: Sequence[int], output_len: int) -> BatchRun:
         """Greedy, past any EOS. Every prompt is new, so that none is found in a cache."""
         vocabulary = range(self.info.vocab_size)
-        return self.run_prompts(
-            [tuple(self._random.choices(vocabulary, k=input_len)) for _ in range(batch)], output_len
-        )
+        return self.run_prompts([tuple(self._random.choices(vocabulary, k=n)) for n in prompt_lengths], output_len)
 
     def run_prompts(self, prompts: list[tuple[int, ...]], output_len: int) -> BatchRun:
         sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
         requests = [Request(self._client.new_uid(), prompt, sampling) for prompt in prompts]
-        last_uid = requests[-1].uid
-        running = {request.uid for request in requests}
-        errors: list[RequestError] = []
-        times: list[float] = []
-        done = threading.Event()
-
-        def on_chunk(chunk: TokenChunk) -> None:
-            if chunk.uid == last_uid:
-                times.append(time.perf_counter())
-            if chunk.finish_reason is not None:
-                errors.extend([chunk.error] if chunk.error else [])
-                running.discard(chunk.uid)
-                if not running:
-                    done.set()
-
+        watch = _Watch([request.uid for request in requests])
         started = time.perf_counter()
         for request in requests:
-            self._client.submit(request, on_chunk)
-        done.wait()
+            self._client.submit(request, watch.on_chunk)
+        watch.done.wait()
         seconds = time.perf_counter() - started
-        if errors:
-            raise errors[0]
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0)
+        if watch.errors:
+            raise watch.errors[0]
+        gaps = [after - before for before, after in itertools.pairwise(watch.times)]
+        return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0, watch.most_running)
+
+
+class _Watch:
+    """What the chunks of one batch tell, as the client's thread hands them over."""
+
+    def __init__(self, uids: list[str]) -> None:
+        self.done = threading.Event()
+        self.errors: list[RequestError] = []
+        self.times: list[float] = []  # of the chunks of the last request, until any request has ended
+        self.most_running = 0
+        self._last = uids[-1]
+        self._waiting, self._running = set(uids), set[str]()
+        self._any_ended = False
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        if chunk.uid == self._last and not self._any_ended:
+            self.times.append(time.perf_counter())
+        if chunk.uid in self._waiting:
+            self._waiting.discard(chunk.uid)
+            self._running.add(chunk.uid)
+            self.most_running = max(self.most_running, len(self._running))
+        if chunk.finish_reason is not None:
+            self.errors.extend([chunk.error] if chunk.error else [])
+            self._any_ended = True
+            self._running.discard(chunk.uid)
+            if not self._running and not self._waiting:
+                self.done.set()
 
 
 @contextlib.contextmanager

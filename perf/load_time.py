@@ -30,7 +30,7 @@ from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result
-from perf.static_inference import SHAPES
+from perf.shapes import SHAPES
 
 SHARD_BYTES = 4 << 30
 

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from perf import peer
 from perf.record import RESULTS
 
 PAGE = Path(__file__).with_name("README.md")
-# vLLM 0.26.0 on the same kind of machine, measured in the same way: ms a step by batch, LLaMA-7B's shape, bf16.
-PEER_STEP_MS = {1: 4.59, 8: 4.95, 32: 5.94, 64: 7.29, 128: 10.28, 256: 17.22}
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -31,21 +30,81 @@ def origin(result: dict[str, Any]) -> str:
 def static_inference(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
     ranks, kv_dtype = settings.get("LIGHTLLM_TP", "1"), settings.get("LIGHTLLM_KV_DTYPE", "auto")
-    with_peer = (result["model"], ranks, kv_dtype) == ("llama-7b", "1", "auto")
-    headings = ["batch", "prefill tokens/s", "ms a step", "tokens/s", "floor ms", "floor / step"]
+    layouts = {
+        "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
+        f"{peer.NAME}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
+        "TFLOP/s": ("tflops", "{:.0f}"), "of the peak": ("prefill_share", "{:.2f}"), "ms a step": ("step_ms", "{:.2f}"),
+        f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"), "floor ms": ("floor_ms", "{:.2f}"),
+        "floor / step": ("share", "{:.2f}"), "tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
+    }  # fmt: skip
     rows = []
     for row in result["rows"]:
-        cells = [
-            f"{row['batch']}", f"{row['prefill_tokens_per_second']:,.0f}", f"{row['step_ms']:.2f}",
-            f"{row['decode_tokens_per_second']:,.0f}", f"{row['floor_ms']:.2f}", f"{row['share']:.2f}",
-        ]  # fmt: skip
-        rows.append([*cells, f"{PEER_STEP_MS[row['batch']]:.2f}"] if with_peer else cells)
+        shown = {**row, **peer.beside(result, row)}
+        if "prefill_flops_per_second" in row:
+            shown["tflops"] = row["prefill_flops_per_second"] / 1e12
+        prompt = f"{row['prompt_tokens'] / row['batch']:,.0f}{' (mean)' if row['mixed'] else ''}"
+        cells = [layout.format(shown[key]) if key in shown else "–" for key, layout in layouts.values()]
+        rows.append([str(row["batch"]), prompt, str(row["output_len"]), *cells])
+    headings = ["batch", "prompt", "output", *layouts]
+    told = [column for column in range(len(headings)) if any(row[column] != "–" for row in rows)]
     title = f"{result['model']}, {result['engine']['dtype']}, K and V {kv_dtype.replace('auto', 'alike')}, tp {ranks}"
-    lengths = f"{result['input_len']} prompt and {result['output_len']} output tokens"
     return [
-        f"**{title}**, {lengths}; started in {result['start_seconds']:.1f} s ({origin(result)}):",
+        f"**{title}**; started in {result['start_seconds']:.1f} s ({origin(result)}):",
         "",
-        *table([*headings, "vLLM 0.26.0, ms a step"] if with_peer else headings, rows),
+        *table([headings[column] for column in told], [[row[column] for column in told] for row in rows]),
+    ]
+
+
+def step_profile(result: dict[str, Any]) -> list[str]:
+    columns = {
+        "wall": "wall_ms", "recorded": "span_ms", "GPU busy": "busy_ms", "planning": "next_batch_ms",
+        "launching": "launch_ms", "waiting": "wait_ms", "taking the result": "apply_ms",
+    }  # fmt: skip
+    rows = result["rows"]
+    batches = [f"{row['batch']}{' (mixed)' if row['mixed'] else ''}" for row in rows]
+    times = [
+        [
+            batch,
+            *(f"{row[key]:.2f}" if key in row else "–" for key in columns.values()),
+            f"{row['idle_share']:.1%}" if "idle_share" in row else "–",
+        ]
+        for batch, row in zip(batches, rows, strict=True)
+    ]
+    spent = [{kernel["name"]: kernel["ms"] for kernel in row.get("kernels", [])} for row in rows]
+    names = sorted(
+        {name for kernels in spent for name in kernels}, key=lambda name: -max(k.get(name, 0) for k in spent)
+    )
+    kernels = [[f"`{name[:60]}`", *(f"{k[name]:.3f}" if name in k else "–" for k in spent)] for name in names[:12]]
+    title = f"{result['phase'].capitalize()} steps of {result['model']}, {result['dtype']}, ms"
+    return [
+        f"**{title}** ({origin(result)}):",
+        "",
+        *table(["batch", *columns, "GPU idle"], times),
+        *(["", *table(["on the GPU, ms a step at batch", *batches], kernels)] if kernels else []),
+    ]
+
+
+def kernels(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        name = f"{row['kernel']}: {row['case']}"
+        if row.get("is_wrong"):
+            rows.append([name, "wrong", "", "", "", ""])
+            continue
+        tera = f"{row['operations_per_second'] / 1e12:.0f}" if row["operations"] else "–"
+        others = ", ".join(f"{peer} {us:.1f}" for peer, us in row["torch_us"].items())
+        gigabytes = f"{row['bytes_per_second'] / 1e9:,.0f}"
+        rows.append([name, f"{row['us']:.1f}", gigabytes, tera, f"{row['share']:.2f}", others or "–"])
+    limits = result["limits"]
+    reached = (
+        f"{limits['read_bytes_per_second'] / 1e9:,.0f} GB/s read, {limits['bf16_flops_per_second'] / 1e12:.0f} TFLOP/s"
+    )
+    return [
+        f"<details><summary>Kernels, beside {reached} ({origin(result)})</summary>",
+        "",
+        *table(["kernel", "µs", "GB/s", "TFLOP/s", "of the limit", "PyTorch, µs"], rows),
+        "",
+        "</details>",
     ]
 
 
@@ -78,17 +137,21 @@ def cpu_speed(result: dict[str, Any]) -> list[str]:
 
 
 SECTIONS = {
-    "static_inference": static_inference, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
+    "static_inference": static_inference, "step_profile": step_profile, "kernels": kernels, "all_reduce": all_reduce,
+    "load_time": load_time, "cpu_speed": cpu_speed,
 }  # fmt: skip
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     lines: list[str] = []
     for name, section in SECTIONS.items():
-        for result in results:
+        for path, result in results.items():
             if result["benchmark"] == name:
                 lines += [*section(result), ""]
+                picture = path.with_suffix(".svg")
+                if picture.exists():
+                    lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
     begin, end = "<!-- results, made by perf/report.py -->\n", "<!-- end of results -->"
     text = re.sub(f"{begin}.*{end}", lambda _: begin + "\n".join(lines) + end, PAGE.read_text(), flags=re.DOTALL)
     PAGE.write_text(text)

@@ -1,124 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LightLLM's static inference test: how fast batches of equal requests are, through the engine and without a server.
+"""LightLLM's static inference test: how fast batches of requests are, through the engine and without a server.
 
-    python -m perf.static_inference --model llama-7b --batches 1,8,32,64,128,256
-    python -m perf.static_inference --model_dir /models/llama-7B --load_format auto
+    python -m perf.static_inference --model llama-7b --case 32x4096x64 --case 1x8192x1 --mixed 580x64 --plot
+    python -m perf.static_inference --model_dir /models/llama-7B --no-dummy_weights
 
-For each batch size: prefill is the time for one token of every request; a step is (time for output_len tokens - time
-for one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
-The floor is what this GPU needs at least for a step, with limits measured in the same run (perf/hardware_limits.py):
-max(weights read, matrix arithmetic) + K and V read, these at half of the output; divided by the number of GPUs. Other
-settings of the engine come from the environment, as LIGHTLLM_<NAME>.
+For each batch: prefill is the time for one token of every request; a step is (time for output_len tokens - time for
+one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats. The
+floor is what the GPUs need at least for a step, with limits measured in the same run (perf/hardware_limits.py):
+max(weights read, matrix arithmetic) + K and V read, divided by the number of GPUs (perf/model_cost.py). Other settings
+of the engine come from the environment, as LIGHTLLM_<NAME>.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
-from lightllm_backend.models.model_config import ModelConfig
+from perf import peer
+from perf.cases import WORKLOAD, Case, SizeList, Sizes, mixed_case
 from perf.engine_under_test import EngineUnderTest, engine_under_test
 from perf.hardware_limits import hardware_limits
+from perf.model_cost import ModelCost
 from perf.record import RESULTS, circumstances, write_result
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-def _shape(
-    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int = 32000
-) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "vocab_size": vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+from perf.shapes import SHAPES
 
 
-SHAPES = {
-    "tiny": _shape(2, 128, 256, 4, 2, 1000),  # to try this program itself
-    "llama-7b": _shape(32, 4096, 11008, 32, 32, 32000),
-    "llama-13b": _shape(40, 5120, 13824, 40, 40, 32000),
-    "llama-2-70b": _shape(80, 8192, 28672, 64, 8, 32000),
-}
-
-
-def measure(engine: EngineUnderTest, batch: int, input_len: int, output_len: int, repeats: int) -> dict[str, float]:
-    """One row of the result. The first round is not counted: kernels are compiled in it."""
-    first_token, all_tokens, steps = [], [], []
-    for repeat in range(repeats + 1):
-        one = engine.run(batch, input_len, 1)
-        whole = engine.run(batch, input_len, output_len)
-        if repeat > 0:
-            first_token.append(one.seconds)
-            all_tokens.append(whole.seconds)
-            steps.append(whole.step_seconds)
-    prefill = statistics.median(first_token)
-    step = (statistics.median(all_tokens) - prefill) / (output_len - 1)
-    return {
-        "batch": batch,
+def measure(engine: EngineUnderTest, case: Case, repeats: int) -> dict[str, Any]:
+    """One row of the result. The first round is not counted: whatever happens only once happens in it."""
+    runs = []
+    for _ in range(repeats + 1):
+        one = engine.run(case.prompt_lengths, 1)
+        runs.append((one, engine.run(case.prompt_lengths, case.output_len) if case.output_len > 1 else one))
+    prefill = statistics.median(one.seconds for one, _ in runs[1:])
+    row: dict[str, Any] = {
+        "batch": case.batch,
+        "prompt_tokens": sum(case.prompt_lengths),
+        "output_len": case.output_len,
+        "mixed": case.mixed,
         "prefill_ms": 1e3 * prefill,
-        "prefill_tokens_per_second": batch * input_len / prefill,
-        "step_ms": 1e3 * step,
-        "median_step_ms": 1e3 * statistics.median(steps),
-        "decode_tokens_per_second": batch / step,
+        "prefill_tokens_per_second": sum(case.prompt_lengths) / prefill,
     }
+    if case.output_len > 1:
+        step = (statistics.median(whole.seconds for _, whole in runs[1:]) - prefill) / (case.output_len - 1)
+        row |= {
+            "mean_context": case.context_tokens / case.batch,
+            "most_running": max(whole.most_running for _, whole in runs),
+            "step_ms": 1e3 * step,
+            "median_step_ms": 1e3 * statistics.median(whole.step_seconds for _, whole in runs[1:]),
+            "decode_tokens_per_second": case.batch / step,
+        }
+    return row
 
 
-def floor_ms(
-    model: ModelConfig, dtype: str, kv_dtype: str, batch: int, input_len: int, output_len: int, limits: dict[str, Any]
-) -> float:
-    """The least that a decode step can take on this GPU."""
-    query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (2 * query + 2 * kv + 3 * model.intermediate_size)
-    weights = model.num_layers * layer + model.hidden_size * model.vocab_size
-    values = batch * (input_len + output_len / 2) * 2 * kv * model.num_layers
-    # int8 values have a float16 scale for each token and head.
-    kv_read = values * (1 + 2 / model.head_dim if kv_dtype == "int8" else ITEM_BYTES[dtype])
-    weights_read = weights * ITEM_BYTES[dtype] / limits["read_bytes_per_second"]
-    arithmetic = 2 * weights * batch / limits["bf16_flops_per_second"]
-    cache_read = kv_read / limits["read_bytes_per_second"]
-    return float(1e3 * (max(weights_read, arithmetic) + cache_read))
+def compare(row: dict[str, Any], case: Case, cost: ModelCost, limits: dict[str, Any], num_gpus: int) -> None:
+    """Adds how much of the limits the row reaches."""
+    flops = cost.prefill_flops(case.prompt_lengths)
+    row["prefill_flops_per_second"] = 1e3 * flops / row["prefill_ms"]
+    row["prefill_share"] = row["prefill_flops_per_second"] / (limits["bf16_flops_per_second"] * num_gpus)
+    if "step_ms" in row:
+        row["floor_ms"] = 1e3 * cost.step_seconds(case.batch, case.context_tokens, limits) / num_gpus
+        row["share"] = row["floor_ms"] / row["step_ms"]
 
 
-def table_of(rows: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title)
+def table_of(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']}, {result['engine']['dtype']}, {result['machine']['gpu'] or 'cpu'}")
     columns = {
-        "batch": ("batch", "{:.0f}"),
+        "batch": ("batch", "{}"),
+        "prompt": ("prompt", "{:,.0f}"),
+        "output": ("output_len", "{}"),
         "prefill ms": ("prefill_ms", "{:.2f}"),
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
+        "peer": ("peer_prefill_tokens_per_second", "{:,.0f}"),
+        "TFLOP/s": ("tflops", "{:.0f}"),
+        "of the peak": ("prefill_share", "{:.2f}"),
         "step ms": ("step_ms", "{:.3f}"),
         "between tokens ms": ("median_step_ms", "{:.3f}"),
         "decode tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
         "floor ms": ("floor_ms", "{:.3f}"),
-        "share": ("share", "{:.2f}"),
+        "floor / step": ("share", "{:.2f}"),
+        "peer ms": ("peer_step_ms", "{:.2f}"),
     }
     for heading in columns:
         table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(layout.format(row[key]) if key in row else "–" for key, layout in columns.values()))
+    for row in result["rows"]:
+        shown = {**row, **peer.beside(result, row), "prompt": row["prompt_tokens"] / row["batch"]}
+        if "prefill_flops_per_second" in row:
+            shown["tflops"] = row["prefill_flops_per_second"] / 1e12
+        table.add_row(*(layout.format(shown[key]) if key in shown else "–" for key, layout in columns.values()))
     return table
 
 
-def engine_config(directory: str, given: dict[str, str | None], largest: int, total_len: int) -> EngineConfig:
-    """The settings of this run: the command line's, the environment's, and what the batches need."""
+def engine_config(directory: str, given: dict[str, str | None], cases: Sequence[Case]) -> EngineConfig:
+    """The settings of this run: the command line's, the environment's, and lengths that suffice."""
+    longest = max(case.longest for case in cases)
+    defaults = EngineConfig()
     variables = {name: value for name, value in given.items() if value is not None}
     variables |= {"model_dir": directory, "log_stats_interval": "0", "worker_python": sys.executable}
-    variables |= {"max_req_input_len": str(total_len - 1), "max_req_total_len": str(total_len)}
-    variables |= {"running_max_req_size": str(largest)}
+    variables |= {"max_req_input_len": str(max(longest - 1, defaults.max_req_input_len))}
+    variables |= {"max_req_total_len": str(max(longest, defaults.max_req_total_len))}
+    variables |= {"running_max_req_size": str(max(case.batch for case in cases))}
     environment = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in variables.items()}
     return EngineConfig.build({}, {**os.environ, **environment})
 
@@ -129,56 +124,94 @@ def settings_of(config: EngineConfig) -> dict[str, str]:
     return {name: value for name, value in config.environment().items() if name not in own}
 
 
+def run(
+    name: str, directory: str, config: EngineConfig, cases: Sequence[Case], repeats: int, limits: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The result, as it is stored. A batch whose prompts alone exceed the KV pool is left out, and said so."""
+    rows = []
+    with engine_under_test(config) as engine:
+        dtype: torch.dtype = getattr(torch, engine.info.dtype)
+        cost = ModelCost.of(directory, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)
+        for case in tqdm(cases, desc=name, unit="batch"):
+            if sum(case.prompt_lengths) + case.batch > engine.info.pool_tokens:
+                tqdm.write(f"{case}: left out, the KV pool has {engine.info.pool_tokens} token slots")
+                continue
+            row = measure(engine, case, repeats)
+            if row.get("most_running", case.batch) < case.batch:
+                tqdm.write(f"{case}: at most {row['most_running']} of them ran at once")
+            if limits is not None:
+                compare(row, case, cost, limits, config.tp)
+            rows.append(row)
+    return {
+        "benchmark": "static_inference", "model": name, "repeats": repeats,
+        **circumstances(limits["gpu"] if limits else None), "limits": limits,
+        "engine": dataclasses.asdict(engine.info) | {"model": name}, "settings": settings_of(config),
+        "start_seconds": engine.start_seconds, "rows": rows,
+    }  # fmt: skip
+
+
+def file_name(result: dict[str, Any]) -> str:
+    tp, kv_dtype = (result["settings"].get(f"LIGHTLLM_{key}") for key in ("TP", "KV_DTYPE"))
+    parts = [result["benchmark"], result["model"], f"tp{tp}" if tp else "", kv_dtype or ""]
+    parts.append(result["machine"]["gpu"] or "cpu")
+    return "_".join(part for part in parts if part).replace(" ", "_").lower() + ".json"
+
+
 @click.command(help=str(__doc__).partition("\n")[0], context_settings={"max_content_width": 120})
 @click.option("--model", type=click.Choice(list(SHAPES)), default="llama-7b", show_default=True, help="shape by name")
 @click.option("--model_dir", help="a Hugging Face directory instead")
-@click.option("--load_format", default="dummy", show_default=True, help="auto: real weights, not random ones")
-@click.option("--batches", default="1,8,32,64,128,256", show_default=True, help="batch sizes, separated by commas")
-@click.option("--input_len", default=128, show_default=True, type=click.IntRange(min=1))
-@click.option("--output_len", default=128, show_default=True, type=click.IntRange(min=2))
+@click.option("--dummy_weights/--no-dummy_weights", default=True, show_default=True, help="random ones, or the model's")
+@click.option("--batches", default="1,8,32,64,128,256", show_default=True, type=SizeList(), help="batch sizes")
+@click.option("--input_len", default="128", show_default=True, type=SizeList(), help="prompt tokens of each request")
+@click.option("--output_len", default=128, show_default=True, type=click.IntRange(min=1), help="1: prefill alone")
+@click.option(
+    "--case", "more", multiple=True, type=Sizes("BATCH", "INPUT", "OUTPUT"),
+    help="one more batch, beside all combinations of the options above; may be repeated",
+)  # fmt: skip
+@click.option("--mixed", multiple=True, type=Sizes("BATCH", "OUTPUT"), help="one more batch, of mixed lengths")
+@click.option(
+    "--lengths", default=WORKLOAD, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="the workload that the mixed lengths are those of: CSV with prompt_tokens and output_tokens",
+)  # fmt: skip
+@click.option("--mean_context", default=395, show_default=True, type=click.IntRange(min=1), help="of a mixed batch")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="rounds that count")
+@click.option("--tp", type=click.IntRange(min=1), help="GPUs that share the model")
 @click.option("--dtype", help="bfloat16 | float16 | float32")
-@click.option("--device", help="auto | cuda | cpu")
+@click.option("--kv_dtype", type=click.Choice(["auto", "int8"]), help="of K and V")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]))
 @click.option("--batch_max_tokens", help="prompt tokens a step")
 @click.option("--max_total_token_num", help="token slots of the KV pool")
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file (default: in perf/results)")
+@click.option("--plot", is_flag=True, help="draw step over batch size into an SVG file beside the JSON file")
 def main(
-    model: str, model_dir: str | None, batches: str, input_len: int, output_len: int, repeats: int,
-    out: Path | None, **settings: str | None,
+    model: str, model_dir: str | None, dummy_weights: bool, batches: list[int], input_len: list[int], output_len: int,
+    more: tuple[tuple[int, int, int], ...], mixed: tuple[tuple[int, int], ...], lengths: Path, mean_context: int,
+    repeats: int, out: Path | None, plot: bool, tp: int | None, **settings: str | None,
 ) -> None:  # fmt: skip
-    sizes = [int(size) for size in batches.split(",")]
+    if model_dir is None and not dummy_weights:
+        raise click.UsageError("--no-dummy_weights needs --model_dir: a shape has no weights of its own")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib; python -m perf.step_plot draws a stored result elsewhere")
+    cases = [Case.equal(batch, length, output_len) for length in input_len for batch in batches]
+    cases += [Case.equal(*sizes) for sizes in more]
+    cases += [mixed_case(lengths, batch, output, mean_context) for batch, output in mixed]
     limits = None if settings["device"] == "cpu" else hardware_limits()
+    settings |= {"load_format": "dummy" if dummy_weights else "auto", "tp": str(tp) if tp else None}
     if limits is None and settings["max_total_token_num"] is None:
-        settings["max_total_token_num"] = str(max(sizes) * (input_len + output_len))
-    name = Path(model_dir).name if model_dir else model
+        settings["max_total_token_num"] = str(max(case.batch * case.longest for case in cases))
     with tempfile.TemporaryDirectory() as scratch:
         if model_dir is None:
             Path(scratch, "config.json").write_text(json.dumps(SHAPES[model]))
         directory = model_dir or scratch
-        shape = ModelConfig.from_directory(directory)
-        config = engine_config(directory, settings, max(sizes), input_len + output_len)
-        rows = []
-        with engine_under_test(config) as engine:
-            for size in tqdm(sizes, desc=name, unit="batch"):
-                row = measure(engine, size, input_len, output_len, repeats)
-                if limits is not None:
-                    whole_model = floor_ms(
-                        shape, engine.info.dtype, config.kv_dtype, size, input_len, output_len, limits
-                    )
-                    row["floor_ms"] = whole_model / config.tp
-                    row["share"] = row["floor_ms"] / row["step_ms"]
-                rows.append(row)
-    machine = limits["gpu"] if limits else "cpu"
-    title = f"{name}, {engine.info.dtype}, {machine}: {input_len} prompt and {output_len} output tokens"
-    Console(width=120).print(table_of(rows, title))
-    result = {
-        "benchmark": "static_inference", "model": name, "input_len": input_len, "output_len": output_len,
-        "repeats": repeats, **circumstances(limits["gpu"] if limits else None), "limits": limits,
-        "engine": dataclasses.asdict(engine.info) | {"model": name}, "settings": settings_of(config),
-        "start_seconds": engine.start_seconds, "rows": rows,
-    }  # fmt: skip
-    where = f"static_inference_{name}_{machine}.json".replace(" ", "_").lower()
-    write_result(out or RESULTS / where, result)
+        config = engine_config(directory, settings, cases)
+        result = run(Path(model_dir).name if model_dir else model, directory, config, cases, repeats, limits)
+    Console(width=160).print(table_of(result))
+    path = out or RESULTS / file_name(result)
+    write_result(path, result)
+    if plot:
+        from perf.step_plot import draw  # only now: matplotlib is not everywhere
+
+        draw(result, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm with the addition to the residual."""
+
+from __future__ import annotations
+
+from torch.nn import functional
+
+from perf.kernels.measure import Arguments, Case, Place
+
+SIZES = [(tokens, dim) for dim in (4096, 8192) for tokens in (1, 32, 256, 8192)]
+TINY = [(2, 96), (3, 128)]
+
+
+def case(place: Place, tokens: int, dim: int) -> Case:
+    def make() -> Arguments:
+        x, residual = place.randn(tokens, dim), place.randn(tokens, dim)
+        return {"x": x, "weight": place.randn(dim), "eps": 1e-5, "residual": residual}
+
+    return Case(
+        label=f"{tokens} x {dim}",
+        make=make,
+        bytes=2 * (4 * tokens * dim + dim),
+        torch={"add_ and rms_norm": lambda a: lambda: functional.rms_norm(
+            a["residual"].add_(a["x"]), (dim,), a["weight"], a["eps"]
+        )},
+        changes=("residual",),
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention where query heads share K and V: LLaMA-3-8B's heads, and 70B's on one of four GPUs."""
+
+from __future__ import annotations
+
+from perf.kernels.measure import Arguments, Case, Place
+from perf.kernels.pool import mixed_contexts, pool_arguments, pool_bytes
+
+# Sequences, context of each (0: mixed, 395 on average), heads, KV heads, head_dim, variant.
+SIZES = [
+    *((sequences, 192, 32, 8, 128, "") for sequences in (1, 8, 32, 64, 128, 256)),
+    *((sequences, 4096, 32, 8, 128, variant) for variant in ("", "int8") for sequences in (1, 64)),
+    *((580, 0, 32, 8, 128, variant) for variant in ("", "int8")),
+    *((sequences, 192, 16, 2, 128, "") for sequences in (1, 32, 128)),
+]
+TINY = [(2, 40, 4, 2, 16, ""), (3, 9, 4, 1, 16, "int8")]
+MEAN_CONTEXT = 395
+
+
+def case(place: Place, sequences: int, context: int, heads: int, kv_heads: int, head_dim: int, variant: str) -> Case:
+    contexts = [context] * sequences if context else mixed_contexts(sequences, MEAN_CONTEXT)
+
+    def make() -> Arguments:
+        q = place.randn(sequences, heads + 2 * kv_heads, head_dim)[:, :heads]
+        return {"q": q, **pool_arguments(place, contexts, kv_heads, head_dim, variant)}
+
+    pool = pool_bytes(sum(contexts), kv_heads, head_dim, variant)
+    lengths = context or f"mixed, mean {MEAN_CONTEXT}"
+    return Case(
+        label=f"{sequences} x {lengths}, {heads} and {kv_heads} heads, {variant}".rstrip(", "),
+        make=make,
+        bytes=pool + 2 * 2 * sequences * heads * head_dim + 4 * sum(contexts),
+        operations=4 * heads * head_dim * sum(contexts),
+    )

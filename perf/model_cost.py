@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model must read and compute at least: the floors of the benchmarks, and how much arithmetic a prefill is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightllm_backend.kernels import reference
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
+from lightllm_backend.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Of the whole model, however many GPUs hold it."""
+
+    layer_weights: int  # by which every token is multiplied
+    head_weights: int  # by which those tokens are whose logits are wanted
+    weight_bytes: int  # read in a decode step
+    slot_bytes: int  # K and V of one token
+    attention_flops: int  # of one query with one token of its context
+
+    @classmethod
+    def of(cls, directory: str, dtype: torch.dtype, kv_dtype: torch.dtype) -> ModelCost:
+        shape = ModelConfig.from_directory(directory)
+        device = torch.device("meta")
+        model = model_class(shape.architecture)(shape, reference, TensorParallel(), dtype, device, 1)
+        weights = sum(slot.target.numel() for slot in model.weight_map().values())
+        head = shape.vocab_size * shape.hidden_size
+        # Of the table of embeddings, a step reads only the rows of its tokens; tied, it is the head as well.
+        layers = weights - head * (1 if shape.tie_word_embeddings else 2)
+        return cls(
+            layer_weights=layers,
+            head_weights=head,
+            weight_bytes=(layers + head) * dtype.itemsize,
+            slot_bytes=KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype),
+            attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+        )
+
+    def step_seconds(self, batch: int, context_tokens: float, limits: dict[str, Any]) -> float:
+        """The least that a decode step takes on one GPU: its weights or its matrix products, then all of K and V."""
+        weights_read = self.weight_bytes / limits["read_bytes_per_second"]
+        arithmetic = 2 * (self.layer_weights + self.head_weights) * batch / limits["bf16_flops_per_second"]
+        kv_read = context_tokens * self.slot_bytes / limits["read_bytes_per_second"]
+        return float(max(weights_read, arithmetic) + kv_read)
+
+    def prefill_flops(self, prompt_lengths: Sequence[int]) -> int:
+        """Matrix products of every token, causal attention, and the logits of each prompt's last token."""
+        pairs = sum(length * (length + 1) // 2 for length in prompt_lengths)
+        matrices = self.layer_weights * sum(prompt_lengths) + self.head_weights * len(prompt_lengths)
+        return 2 * matrices + self.attention_flops * pairs

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config.json of models that the benchmarks make out of random weights: speed depends on shape alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _llama(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int = 32000
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "vocab_size": vocab, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def _bloom(layers: int, hidden: int, heads: int, vocab: int = 250880) -> dict[str, Any]:
+    return {
+        "architectures": ["BloomForCausalLM"], "n_layer": layers, "hidden_size": hidden, "n_head": heads,
+        "vocab_size": vocab, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+
+
+SHAPES = {
+    "tiny": _llama(2, 128, 256, 4, 2, 1000),  # to try the benchmarks themselves
+    "llama-7b": _llama(32, 4096, 11008, 32, 32),
+    "llama-13b": _llama(40, 5120, 13824, 40, 40),
+    "llama-2-70b": _llama(80, 8192, 28672, 64, 8),
+    "llama-3-8b": _llama(32, 4096, 14336, 32, 8, 128256),
+    "bloom-7b1": _bloom(30, 4096, 32),
+}

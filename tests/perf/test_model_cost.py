@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step and a prefill cost at least, against the sums written out for each shape."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf.model_cost import ModelCost
+from perf.shapes import SHAPES
+
+LIMITS = {"read_bytes_per_second": 4.53e12, "bf16_flops_per_second": 790e12}
+
+
+def cost_of(name: str, directory: Path, kv_dtype: torch.dtype = torch.bfloat16) -> ModelCost:
+    (directory / "config.json").write_text(json.dumps(SHAPES[name]))
+    return ModelCost.of(str(directory), torch.bfloat16, kv_dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "head", "kv_values"),
+    [
+        ("llama-7b", 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096, 32 * 2 * 4096),
+        ("llama-3-8b", 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096, 32 * 2 * 1024),
+        ("bloom-7b1", 30 * 12 * 4096**2, 250880 * 4096, 30 * 2 * 4096),
+    ],
+)
+def test_weights_and_kv(name: str, matrices: int, head: int, kv_values: int, tmp_path: Path) -> None:
+    cost = cost_of(name, tmp_path)
+    # Norms and biases are the little that is left.
+    assert matrices < cost.layer_weights < 1.001 * matrices
+    assert cost.head_weights == head
+    assert cost.weight_bytes == 2 * (cost.layer_weights + head)
+    assert cost.slot_bytes == 2 * kv_values
+    assert cost_of(name, tmp_path, torch.int8).slot_bytes == kv_values * (1 + 2 / 128)
+
+
+@pytest.mark.parametrize(
+    ("batch", "floor_ms"), [(1, 2.94), (8, 3.09), (32, 3.63), (64, 4.34), (128, 5.76), (256, 9.97)]
+)
+def test_the_floor_of_llama_7b(batch: int, floor_ms: float, tmp_path: Path) -> None:
+    floor = 1e3 * cost_of("llama-7b", tmp_path).step_seconds(batch, 192 * batch, LIMITS)
+    assert floor == pytest.approx(floor_ms, rel=0.01)
+
+
+def test_prefill_counts_every_pair_and_the_last_logits(tmp_path: Path) -> None:
+    cost = cost_of("tiny", tmp_path)
+    layers, width, vocabulary = 2, 128, 1000
+    pairs = (1 + 2 + 3) + (1 + 2)
+    attention = layers * 4 * width * pairs
+    expected = 2 * cost.layer_weights * 5 + 2 * vocabulary * width * 2 + attention
+    assert cost.prefill_flops([3, 2]) == expected

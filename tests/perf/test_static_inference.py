@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command on a tiny model on the CPU, and what stands beside its figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from perf import peer, report, static_inference
+from perf.cases import Case
+from perf.engine_under_test import BatchRun
+from perf.model_cost import ModelCost
+
+
+class EngineOfKnownSpeed:
+    """0.1 s for the first token of all, 10 ms for each other one."""
+
+    def run(self, prompt_lengths: tuple[int, ...], output_len: int) -> BatchRun:
+        return BatchRun(0.1 + 0.01 * (output_len - 1), 0.009, len(prompt_lengths))
+
+
+def test_a_row_is_made_of_the_times() -> None:
+    case = Case.equal(4, 50, 11)
+    row = static_inference.measure(EngineOfKnownSpeed(), case, repeats=2)
+    assert row["prefill_tokens_per_second"] == pytest.approx(2000)
+    assert row["step_ms"] == pytest.approx(10)
+    assert row["median_step_ms"] == pytest.approx(9)
+    assert row["decode_tokens_per_second"] == pytest.approx(400)
+    cost = ModelCost(layer_weights=10**9, head_weights=0, weight_bytes=10**9, slot_bytes=0, attention_flops=0)
+    limits = {"read_bytes_per_second": 1e12, "bf16_flops_per_second": 1e13}
+    static_inference.compare(row, case, cost, limits, num_gpus=2)
+    assert row["floor_ms"] == pytest.approx(0.5)
+    assert row["share"] == pytest.approx(0.05)
+    assert row["prefill_flops_per_second"] == pytest.approx(2 * 1e9 * 200 / 0.1)
+    assert row["prefill_share"] == pytest.approx(0.2)
+
+
+def test_prefill_alone_has_no_step() -> None:
+    row = static_inference.measure(EngineOfKnownSpeed(), Case.equal(1, 8192, 1), repeats=1)
+    assert "step_ms" not in row
+    assert row["prefill_ms"] == pytest.approx(100)
+
+
+def _result(**changes: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "model": "llama-7b", "machine": {"gpu": peer.GPU}, "engine": {"dtype": "bfloat16"}, "settings": {},
+    }  # fmt: skip
+    return result | changes
+
+
+@pytest.mark.parametrize(
+    ("result", "changes", "beside"),
+    [
+        (_result(), {}, {"peer_step_ms": 17.22, "peer_prefill_tokens_per_second": 44900}),
+        (_result(), {"batch": 1, "prompt_tokens": 128}, {"peer_step_ms": 4.59}),
+        (_result(settings={"LIGHTLLM_TP": "4"}), {}, {"peer_step_ms": 6.66}),
+        (_result(), {"output_len": 64}, {}),
+        (_result(), {"prompt_tokens": 256 * 4096}, {}),
+        (_result(), {"mixed": True}, {}),
+        (_result(settings={"LIGHTLLM_KV_DTYPE": "int8"}), {}, {}),
+        (_result(machine={"gpu": "another"}), {}, {}),
+        (_result(engine={"dtype": "float16"}), {}, {}),
+        (_result(model="llama-13b"), {}, {}),
+    ],
+)
+def test_the_peer_stands_only_beside_what_it_ran(
+    result: dict[str, Any], changes: dict[str, Any], beside: dict[str, float]
+) -> None:
+    row = {"batch": 256, "prompt_tokens": 256 * 128, "output_len": 128, "mixed": False} | changes
+    assert peer.beside(result, row) == beside
+
+
+def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    arguments = "--model tiny --device cpu --batches 1,3 --input_len 4 --output_len 3 --case 1x40x1 --mixed 3x8"
+    arguments += f" --mean_context 12 --repeats 1 --dtype float32 --max_total_token_num 60 --case 9x9x9 --out {out}"
+    run = CliRunner().invoke(static_inference.main, [*arguments.split(), "--plot"], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    result = json.loads(out.read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 3, 1, 3]  # 9 x 9 tokens are more than the pool has
+    assert [row.get("most_running") for row in result["rows"]] == [1, 3, None, 3]
+    assert ["step_ms" in row for row in result["rows"]] == [True, True, False, True]
+    assert result["settings"]["LIGHTLLM_MAX_TOTAL_TOKEN_NUM"] == "60"
+    assert ">mixed, 8 + 8 tokens<" in out.with_suffix(".svg").read_text()
+    assert out.with_suffix(".svg").stat().st_size < 100_000
+    lines = report.static_inference(result)
+    assert sum(line.startswith("| ") for line in lines) == 2 + 4
+    assert "floor" not in lines[2], "there is none on a CPU"
+    assert not any(peer.NAME in line for line in lines)
+
+
+def test_a_shape_has_no_weights_to_load() -> None:
+    run = CliRunner().invoke(static_inference.main, ["--model", "tiny", "--no-dummy_weights"])
+    assert run.exit_code == 2
+    assert "--model_dir" in run.output
