@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
-from lightllm_backend.runner.cuda_graphs import batch_size_buckets
+from lightllm_backend.runner.buckets import graph_tokens, step_buckets
 from lightllm_backend.runner.model_runner import ModelRunner
-from lightllm_backend.runner.warm_up import tokens_that_fit, workspace_bytes, worst_batches
+from lightllm_backend.runner.warm_up import tokens_that_fit, warm_up, workspace_bytes, worst_batches
 
 CPU_POOL_TOKENS = 16384
 CPU_BATCH_MAX_TOKENS = 512
@@ -72,14 +73,19 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if device.type == "cuda":
         slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, kv_dtype)
-        batches = worst_batches(config.running_max_req_size, max_input, max_total, batch_max_tokens)
-        graph_sizes = batch_size_buckets(config.running_max_req_size)
-        peak = workspace_bytes(runner_with(1)[0], batches, graph_sizes[-1], device)
+        batches = worst_batches(config.running_max_req_size, max_input, batch_max_tokens)
+        num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
+        most_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
+        buckets = step_buckets(config.running_max_req_size, batch_max_tokens, most_tokens)
+        peak = workspace_bytes(runner_with(1)[0], batches, buckets, device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
         pool_tokens = _pool_tokens(config, parallel.minimum(fitting, device))
     runner, storage = runner_with(pool_tokens)
     if device.type == "cuda":
-        runner.capture_graphs(graph_sizes)
+        started = time.monotonic()
+        runner.capture_graphs(buckets)
+        warm_up(runner, config.running_max_req_size, max_input, batch_max_tokens)
+        log.info("%d CUDA graphs and warm in %.1f s", len(buckets), time.monotonic() - started)
     info = EngineInfo(
         model=directory, dtype=_name(dtype), device=device.type, vocab_size=shape.vocab_size, eos_ids=eos_ids,
         max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,

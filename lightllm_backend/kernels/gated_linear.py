@@ -13,7 +13,7 @@ from lightllm_backend.kernels.linear_splits import BLOCK_INNER, BLOCK_OUT, block
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gated_linear_kernel(
     x,
     weight,

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def layer_norm_kernel(
     x,
     weight,

@@ -60,7 +60,7 @@ def blocks_for(x: Tensor, weight: Tensor) -> LinearBlocks | None:
     return choose_blocks(weight.shape[0], in_features, compute_capability(device), multiprocessor_count(device))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def linear_splits_kernel(
     x,
     weight,

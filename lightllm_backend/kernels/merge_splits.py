@@ -41,7 +41,7 @@ def split_range(context, window, split, splits, block_tokens: tl.constexpr):
     return start, tl.minimum(context, start + length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
     partial,
     log_sums,

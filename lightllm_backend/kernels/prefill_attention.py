@@ -183,7 +183,7 @@ def _attend_new(
     return accumulator, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["rows", "context_lengths"])
 def prefill_attention_kernel(
     q,
     k,

@@ -50,7 +50,7 @@ def _quantize(value, scale):
     return tl.minimum(tl.maximum((quotient + 12582912.0) - 12582912.0, -127.0), 127.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_decodes"])
 def rotary_kv_write_kernel(
     q,
     k,

@@ -41,7 +41,7 @@ def choose_blocks(group: int, block_dim: int, element_size: int, capability: tup
     return TokenBlocks(tokens, 2 if group == 1 else 1, 3 if capability >= (8, 0) else 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def token_attention_kernel(
     q,
     k_pool,

@@ -41,7 +41,7 @@ def _unpack(pair, dtype: tl.constexpr, is_ptx: tl.constexpr):
     return ((pair << 8) >> 8).to(dtype), (pair >> 8).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def token_attention_int8_kernel(
     q,
     k_pool,

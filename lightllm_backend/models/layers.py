@@ -45,7 +45,6 @@ class StepInput:
     context_lengths: Tensor  # [n] int32, cached and new tokens
     query_starts: Tensor  # [n_prefill + 1] int32, starts of the prefill chunks, counted from the first of them
     num_decodes: int
-    max_query_length: int
     max_context_length: int
     last_tokens: Tensor  # [m] int64, the tokens whose logits are wanted
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position

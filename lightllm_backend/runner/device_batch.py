@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device knows of the running requests, and how a Batch becomes the tensors of one step.
+"""What the device knows of the running requests, and how a Batch becomes the arrays of one step.
 
 The tables are indexed by request row, so a step needs nothing from the host that the host does not have when it plans:
 the token that step N samples is written to the table on the device, and step N+1 reads it there.
@@ -8,95 +8,128 @@ the token that step N samples is written to the table on the device, and step N+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
+from lightllm_backend.runner.staging import Layout, Staging
+
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
+
+_NONE = np.empty(0, dtype=np.int32)
+EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_), 0, ())
 
 
 class RequestTables:
     """`tokens[row, position]`: prompt and generated ids. `slots[row, position]`: where K and V lie (req_to_token)."""
 
     def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
-        self.device = device
         self.padding_row = num_rows  # belongs to no request
         self.tokens = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
         self.slots = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
 
-    def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], staging: Staging) -> None:
         """Upload the prompts of newcomers, in one copy."""
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
         self.prompt_lengths[rows] = lengths
-        ids = np.concatenate([np.asarray(prompt, dtype=np.int32) for prompt in prompts])
         row_of_token = np.repeat(np.asarray(rows, dtype=np.int32), lengths)
-        packed = upload([ids, row_of_token, _positions(np.zeros_like(lengths), lengths)], self.device)
-        self.tokens[packed[1], packed[2]] = packed[0]
+        places = self.places(row_of_token, _positions(np.zeros_like(lengths), lengths))
+        ids = np.concatenate([np.asarray(prompt, dtype=np.int32) for prompt in prompts])
+        device_places, device_ids = staging.upload(places, ids)
+        self.tokens.view(-1).index_copy_(0, device_places, device_ids)
+
+    def places(self, rows: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Where the positions of these rows lie in a flattened table."""
+        return rows.astype(np.int64) * self.tokens.shape[1] + positions
+
+    @property
+    def padding_place(self) -> int:
+        return self.padding_row * self.tokens.shape[1]
 
 
-class Sampled(NamedTuple):
-    """The m sequences of a step that get a token, on the host and on the device.
+class Bucket(NamedTuple):
+    """The shape of a step: how many tokens it decodes, and how many tokens of how many prompts it prefills.
 
-    lengths: tokens known before the sampled one, which is also the position that it takes.
+    A batch fits if it has no more of any of them.
     """
 
-    host_rows: NDArray[np.int32]
-    host_lengths: NDArray[np.int32]
-    rows: Tensor  # [m] int32
-    lengths: Tensor  # [m] int32
+    decodes: int
+    prompt_tokens: int = 0
+    prefills: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Bucket:
+        """The one that the batch fills."""
+        return cls(batch.num_decodes, len(batch.slots) - batch.num_decodes, len(batch.rows) - batch.num_decodes)
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.prompt_tokens
+
+    @property
+    def sequences(self) -> int:
+        return self.decodes + self.prefills
+
+    def layout(self) -> Layout:
+        """Of its StepArrays."""
+        t, n = self.tokens, self.sequences
+        lengths = StepArrays(t, n, n, t, t, t, n, n, self.prefills + 1)
+        return Layout([(_INT64, length) for length in lengths[:3]] + [(_INT32, length) for length in lengths[3:]])
 
 
-class DeviceBatch:
-    """The tensors of one step: the model's input, and where the sampled tokens go."""
+class StepArrays(NamedTuple):
+    """All that a step of a bucket's shape reads, beside the tables: t tokens of n sequences, on the host or the device.
 
-    def __init__(self, batch: Batch, tables: RequestTables, kv_layers: Sequence[KVLayer]) -> None:
-        context_lengths = batch.starts + batch.lengths
-        positions = _positions(batch.starts, batch.lengths)
-        ends = np.cumsum(batch.lengths, dtype=np.int32)
-        query_starts = np.concatenate([[0], ends[batch.num_decodes :] - batch.num_decodes]).astype(np.int32)
-        rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
-        sampled_rows, sampled_lengths = batch.rows[batch.samples], context_lengths[batch.samples]
-        (
-            token_rows, device_positions, slots, device_rotary_lengths, rows, device_context_lengths,
-            device_query_starts, last_tokens, device_sampled_rows, device_sampled_lengths,
-        ) = upload(
-            [
-                np.repeat(batch.rows, batch.lengths), positions, batch.slots, rotary_lengths, batch.rows,
-                context_lengths, query_starts, ends[batch.samples] - 1, sampled_rows, sampled_lengths,
-            ],
-            tables.device,
-        )  # fmt: skip
-        self.sampled = Sampled(sampled_rows, sampled_lengths, device_sampled_rows, device_sampled_lengths)
-        tables.slots[token_rows, device_positions] = slots
-        prefill_lengths = batch.lengths[batch.num_decodes :]
-        self.step = StepInput(
-            input_ids=tables.tokens[token_rows, device_positions],
-            positions=device_positions,
-            rotary_lengths=device_rotary_lengths,
-            slots=slots,
-            rows=rows,
-            context_lengths=device_context_lengths,
-            query_starts=device_query_starts,
-            num_decodes=batch.num_decodes,
-            max_query_length=int(prefill_lengths.max(initial=0)),
-            max_context_length=int(context_lengths.max(initial=0)),
-            last_tokens=last_tokens.long(),
-            req_to_token=tables.slots,
-            kv_layers=kv_layers,
-        )
+    The tokens that decode come first, then, behind the bucket's last decode, those of the prompts. What a batch leaves
+    over in either part is padding: tokens of the tables' padding row without a slot, which belong to no sequence, and
+    sequences without context and queries. The logits of the sequences that sample come first and without gaps; all
+    others' are those of any token, and what is chosen from them goes to the padding row.
+    """
+
+    token_places: Any  # [t] int64, of each token in the flattened tables
+    last_tokens: Any  # [n] int64, whose logits are wanted
+    sampled_places: Any  # [n] int64, where in the flattened table of tokens each choice goes
+    positions: Any  # [t] int32
+    slots: Any  # [t] int32; -1 is padding
+    rotary_lengths: Any  # [t] int32, see models.layers.StepInput
+    rows: Any  # [n] int32
+    context_lengths: Any  # [n] int32
+    query_starts: Any  # [prefills + 1] int32, counted from the first prompt token
 
 
-def upload(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:
-    """int32 arrays as tensors on the device, in one asynchronous copy."""
-    packed = torch.from_numpy(np.concatenate(arrays).astype(np.int32, copy=False))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(packed, [len(array) for array in arrays]))
+def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: RequestTables) -> None:
+    """Write a batch that fits the bucket into its arrays on the host, with padding where it leaves room."""
+    decodes, prompt_tokens, prefills = Bucket.of(batch)
+    positions = _positions(batch.starts, batch.lengths)
+    context_lengths = batch.starts + batch.lengths
+    rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
+    token_places = tables.places(np.repeat(batch.rows, batch.lengths), positions)
+    for target, values, padding in (
+        (arrays.token_places, token_places, tables.padding_place),
+        (arrays.positions, positions, 0),
+        (arrays.slots, batch.slots, -1),
+        (arrays.rotary_lengths, rotary_lengths, 0),
+        (arrays.rows, batch.rows, tables.padding_row),
+        (arrays.context_lengths, context_lengths, 0),
+    ):
+        target[:decodes] = values[:decodes]
+        target[decodes:] = padding
+        target[bucket.decodes : bucket.decodes + len(values) - decodes] = values[decodes:]
+
+    ends = np.cumsum(batch.lengths)
+    arrays.query_starts[0] = 0
+    arrays.query_starts[1 : prefills + 1] = ends[decodes:] - decodes
+    arrays.query_starts[prefills + 1 :] = prompt_tokens
+    ends[decodes:] += bucket.decodes - decodes
+    num_sampled = np.count_nonzero(batch.samples)
+    arrays.last_tokens[:num_sampled] = ends[batch.samples] - 1
+    arrays.last_tokens[num_sampled:] = 0
+    arrays.sampled_places[:num_sampled] = tables.places(batch.rows[batch.samples], context_lengths[batch.samples])
+    arrays.sampled_places[num_sampled:] = tables.padding_place
 
 
 def _positions(starts: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -12,25 +12,62 @@ from torch import Tensor
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.layers import CausalLM, KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
-from lightllm_backend.runner.cuda_graphs import DecodeGraphs
-from lightllm_backend.runner.device_batch import DeviceBatch, RequestTables
+from lightllm_backend.runner.cuda_graphs import CudaGraphs
+from lightllm_backend.runner.device_batch import Bucket, RequestTables
 from lightllm_backend.runner.sampler import Sampler
+from lightllm_backend.runner.staging import Staging
+from lightllm_backend.runner.step import Step
+
+# Steps whose results may be unread; more than the engine ever has in flight.
+_RESULTS_IN_FLIGHT = 4
+
+
+class _ResultBuffer:
+    """Of one step: its tokens and log probabilities in pinned memory, and the event that they are there."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
+        self.log_probs = torch.empty(num_rows, dtype=torch.float32, pin_memory=True)
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.step: PendingStep | None = None  # whose result it is
 
 
 class PendingStep:
     """A step that the device may still be computing."""
 
-    def __init__(self, tokens: Tensor, log_probs: Tensor | None) -> None:
-        self._tokens, self._log_probs = _to_host(tokens), None if log_probs is None else _to_host(log_probs)
-        self._done = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._done:
-            self._done.record()
+    def __init__(self, tokens: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None) -> None:
+        self._buffer = buffer
+        if buffer is not None:
+            buffer.step = self
+            tokens = buffer.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+            if log_probs is not None:
+                log_probs = buffer.log_probs[: len(log_probs)].copy_(log_probs, non_blocking=True)
+            buffer.done.record()
+        self._tokens, self._log_probs = tokens, log_probs
 
     def result(self) -> StepResult:
         """Blocks until the step is done. Errors of the device surface here."""
-        if self._done:
-            self._done.synchronize()
-        return StepResult(self._tokens.numpy(), None if self._log_probs is None else self._log_probs.numpy())
+        if self._buffer is not None:
+            assert self._buffer.step is self, "a result is read before too many further steps are launched"
+            self._buffer.done.synchronize()
+        log_probs = None if self._log_probs is None else self._log_probs.numpy().copy()
+        return StepResult(self._tokens.numpy().copy(), log_probs)
+
+
+class ResultRing:
+    """Owns the buffers in which results come back, and uses them in turn. A step's is overwritten a few steps later."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        count = _RESULTS_IN_FLIGHT if device.type == "cuda" else 0
+        self._buffers = [_ResultBuffer(num_rows) for _ in range(count)]
+        self._turn = 0
+
+    def fetch(self, tokens: Tensor, log_probs: Tensor | None = None) -> PendingStep:
+        """Starts the copy of a step's tokens [n] int32 and log probabilities [n] float32 to the host."""
+        if not self._buffers:
+            return PendingStep(tokens, log_probs)
+        self._turn = (self._turn + 1) % len(self._buffers)
+        return PendingStep(tokens, log_probs, self._buffers[self._turn])
 
 
 class ModelRunner:
@@ -44,36 +81,32 @@ class ModelRunner:
         eos_ids: Sequence[int], device: torch.device,
     ) -> None:  # fmt: skip
         self.overlap = 1 if device.type == "cuda" else 0
-        self._model = model
-        self._kv_layers = [KVLayer(*layer) for layer in storage.layers]
+        self._staging = Staging(device)
+        self._results = ResultRing(num_rows, device)
         self._tables = RequestTables(num_rows, max_length, device)
-        self._graphs: DecodeGraphs | None = None
+        kv_layers = [KVLayer(*layer) for layer in storage.layers]
+        self._step = Step(model, self._tables, kv_layers, self._staging)
+        self.graphs: CudaGraphs | None = None  # without, all steps are launched kernel by kernel
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
 
     @torch.inference_mode()
-    def capture_graphs(self, batch_sizes: Sequence[int]) -> None:
-        """From now on a batch of decodes alone, up to the largest of these sizes, is one launch."""
-        self._graphs = DecodeGraphs(self._model, self._tables, self._kv_layers, batch_sizes)
+    def capture_graphs(self, buckets: Sequence[Bucket]) -> None:
+        """From now on a batch that one of these has room for is one launch."""
+        self.graphs = CudaGraphs(self._step, buckets)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         if batch.admitted:
-            rows = [admission.row for admission in batch.admitted]
-            self._tables.admit(rows, [admission.prompt_ids for admission in batch.admitted])
-            self._sampler.admit(rows, [admission.sampling for admission in batch.admitted])
-        if self._graphs and self._graphs.covers(batch):
-            logits, greedy_tokens, sampled = self._graphs.run(batch)
-            if self._sampler.is_plain_greedy(sampled.host_rows):
-                return PendingStep(greedy_tokens, None)
-        else:
-            device_batch = DeviceBatch(batch, self._tables, self._kv_layers)
-            logits, sampled = self._model.forward(device_batch.step), device_batch.sampled
-        tokens, log_probs = self._sampler.sample(logits, sampled, self._tables)
-        self._tables.tokens[sampled.rows, sampled.lengths] = tokens
-        return PendingStep(tokens, log_probs)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            new_rows = [admission.row for admission in batch.admitted]
+            self._tables.admit(new_rows, [admission.prompt_ids for admission in batch.admitted], self._staging)
+            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
+        output = self.graphs.run(batch) if self.graphs else None
+        logits, tokens, places = output or self._step.run(batch)
+        rows = batch.rows[batch.samples]
+        tokens = tokens[: len(rows)]
+        if self._sampler.is_plain_greedy(rows):
+            return self._results.fetch(tokens)
+        lengths = (batch.starts + batch.lengths)[batch.samples]
+        tokens, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
+        self._tables.tokens.view(-1).index_copy_(0, places[: len(rows)], tokens)
+        return self._results.fetch(tokens, log_probs)

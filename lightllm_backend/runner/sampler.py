@@ -12,24 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.request import SamplingParams
-from lightllm_backend.runner.device_batch import RequestTables, Sampled, upload
+from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.runner.staging import Staging
 
 _FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = ("top_k", "min_tokens")
 
 
 class Sampler:
-    """Keeps the sampling parameters by request row, on the host; a step uploads only what its rows make use of."""
+    """Keeps the sampling parameters by request row, on the host; a step uploads those of its rows if it needs any."""
 
     def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int], device: torch.device) -> None:
         self._kernels = kernels
-        self._device = device
         self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int32, device=device)
         self._floats = np.zeros((len(_FLOATS), num_rows), dtype=np.float32)
         self._integers = np.zeros((len(_INTEGERS), num_rows), dtype=np.int32)
         self._seeds = np.zeros(num_rows, dtype=np.uint64)
+        self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # none of the three
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
         for row, sampling in zip(rows, params, strict=True):
@@ -40,53 +42,49 @@ class Sampler:
             if sampling.ignore_eos:
                 self._integers[1, row] = 0  # EOS is an ordinary token then, also before min_tokens
             self._seeds[row] = sampling.seed
+            self._drawn[row] = self._floats[0, row] != 0
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
+            self._plain_greedy[row] = not (self._drawn[row] or self._penalised[row] or self._log_probs[row])
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether the likeliest token of the model's own distribution is all that these rows ask for."""
-        return not (self._floats[0, rows].any() or self._penalised[rows].any() or self._log_probs[rows].any())
+        return bool(self._plain_greedy[rows].all())
 
-    def sample(self, logits: Tensor, sampled: Sampled, tables: RequestTables) -> tuple[Tensor, Tensor | None]:
+    def sample(
+        self,
+        logits: Tensor,
+        rows: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        tables: RequestTables,
+        staging: Staging,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
 
-        logits: [m, vocab] float32 of the sampled sequences; they may be changed. Log probabilities are those of the
-        model's own distribution, before penalties and temperature.
+        logits: [m, vocab] float32 of the sequences in these rows, which know so many tokens before the sampled one;
+        they may be changed. Log probabilities are those of the model's own distribution, before penalties and
+        temperature.
         """
-        rows = sampled.host_rows
-        log_probs = self._log_probs[rows].any()
+        is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
+        (
+            temperature, top_p, presence, frequency, repetition, top_k, min_tokens, seeds,
+            prompt_lengths, device_rows, device_lengths,
+        ) = staging.upload(
+            *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
+            tables.prompt_lengths[rows], rows, lengths,
+        )  # fmt: skip
         original = logits
-        if self._penalised[rows].any():
-            logits = logits.clone() if log_probs else logits
-            self._penalise(logits, sampled, tables)
-        tokens = self._choose(logits, sampled)
-        if not log_probs:
+        if is_penalised:
+            logits = logits.clone() if with_log_probs else logits
+            self._kernels.apply_penalties(
+                logits, tables.tokens, device_rows, prompt_lengths, device_lengths,
+                presence, frequency, repetition, min_tokens, self._eos_ids,
+            )  # fmt: skip
+        if self._drawn[rows].any():
+            tokens = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
+        else:
+            tokens = logits.argmax(-1).int()
+        if not with_log_probs:
             return tokens, None
         chosen = original.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
         return tokens, chosen - original.logsumexp(-1)
-
-    def _penalise(self, logits: Tensor, sampled: Sampled, tables: RequestTables) -> None:
-        rows = sampled.host_rows
-        presence, frequency, repetition = self._upload_floats(self._floats[2:, rows])
-        prompt_lengths, min_tokens = upload([tables.prompt_lengths[rows], self._integers[1, rows]], self._device)
-        self._kernels.apply_penalties(
-            logits, tables.tokens, sampled.rows, prompt_lengths, sampled.lengths,
-            presence, frequency, repetition, min_tokens, self._eos_ids,
-        )  # fmt: skip
-
-    def _choose(self, logits: Tensor, sampled: Sampled) -> Tensor:
-        rows = sampled.host_rows
-        if not self._floats[0, rows].any():
-            greedy: Tensor = logits.argmax(-1).int()
-            return greedy
-        temperature, top_p = self._upload_floats(self._floats[:2, rows])
-        # 64-bit seeds travel as pairs of int32; first, so that they are aligned.
-        seeds, top_k = upload([self._seeds[rows].view(np.int32), self._integers[0, rows]], self._device)
-        tokens: Tensor = self._kernels.sample(
-            logits, temperature, top_k, top_p, seeds.view(torch.int64), sampled.lengths
-        )
-        return tokens
-
-    def _upload_floats(self, values: NDArray[np.float32]) -> list[Tensor]:
-        flat = np.ascontiguousarray(values, dtype=np.float32)
-        return [tensor.view(torch.float32) for tensor in upload(list(flat.view(np.int32)), self._device)]

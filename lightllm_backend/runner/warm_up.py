@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worst step there can be, run once before the pool is allocated: finds the workspace, compiles the kernels."""
+"""Steps that are run before any request: the worst there can be, to find the workspace, and some of each kind."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.runner.device_batch import Bucket
 from lightllm_backend.runner.model_runner import ModelRunner
 
+_GREEDY = SamplingParams()
+_DRAWN = SamplingParams(do_sample=True, temperature=0.7)
+_PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
+_WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
 # Every part of the sampler takes part.
 _EVERYTHING = SamplingParams(
     do_sample=True, temperature=0.7, top_p=0.9, top_k=50, presence_penalty=0.1, frequency_penalty=0.1,
@@ -20,36 +25,60 @@ _EVERYTHING = SamplingParams(
 )  # fmt: skip
 
 
-def worst_batches(num_rows: int, max_input: int, max_total: int, batch_max_tokens: int) -> list[Batch]:
-    """The most decodes at the greatest length with the most prompt tokens beside them; greedy, and with everything.
-
-    All tokens use slot 0 of the pool, whatever lies there: only shapes count.
-    """
+def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[Batch]:
+    """The most decodes with the most prompt tokens beside them; greedy, and with everything."""
     num_prefills = min(max(1, batch_max_tokens // max_input), num_rows)
-    num_decodes = num_rows - num_prefills
-    chunk = min(max_input, batch_max_tokens)
-    lengths = np.concatenate([np.ones(num_decodes, np.int32), np.full(num_prefills, chunk, np.int32)])
-    starts = np.concatenate([np.full(num_decodes, max_total - 2, np.int32), np.zeros(num_prefills, np.int32)])
-    rows = np.arange(num_rows, dtype=np.int32)
-    batches = []
-    for sampling in (SamplingParams(), _EVERYTHING):
-        admitted = tuple(Admission(int(row), (0,) * chunk, sampling) for row in rows)
-        slots, samples = np.zeros(int(lengths.sum()), np.int32), np.ones(num_rows, bool)
-        batches.append(Batch(rows, starts, lengths, slots, samples, num_decodes, admitted))
-    return batches
+    prompts = [min(max_input, batch_max_tokens)] * num_prefills
+    return [example_batch(num_rows - num_prefills, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+
+
+def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens: int) -> None:
+    """Run what serving launches beside the graphs, so that no request is the first to compile or to load a kernel.
+
+    The project's own kernels are compiled for few kinds of steps. Which of cuBLAS's and PyTorch's are used goes by
+    sizes, and the driver loads each at its first use, so sizes from the smallest to the largest are run.
+    """
+    batch_sizes = _sizes(num_rows, 2.0)
+    for size in batch_sizes:
+        for sampling in (_GREEDY, _DRAWN, _PENALISED, _WITH_LOG_PROBS, _EVERYTHING):
+            runner.launch(example_batch(size, [], sampling)).result()
+    longest = min(max_input, batch_max_tokens)
+    for tokens in _sizes(min(batch_max_tokens, num_rows * longest), 1.25):
+        prompts = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        runner.launch(example_batch(0, prompts, _GREEDY)).result()
+    for size in batch_sizes:
+        runner.launch(example_batch(size - 1, [longest], _GREEDY)).result()
+
+
+def _sizes(largest: int, ratio: float) -> list[int]:
+    sizes = [1]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, int(sizes[-1] * ratio))))
+    return sizes
+
+
+def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams) -> Batch:
+    """All sequences begin, and all tokens use slot 0 of the pool, whatever lies there: only shapes count."""
+    lengths = np.array([1] * decodes + list(prompts), np.int32)
+    rows = np.arange(len(lengths), dtype=np.int32)
+    admitted = tuple(Admission(row, (0,) * length, sampling) for row, length in enumerate(lengths.tolist()))
+    slots, samples = np.zeros(int(lengths.sum()), np.int32), np.ones(len(lengths), np.bool_)
+    return Batch(rows, np.zeros_like(rows), lengths, slots, samples, decodes, admitted)
 
 
 def workspace_bytes(
-    runner_with_one_slot: ModelRunner, batches: list[Batch], largest_graph: int, device: torch.device
+    runner_with_one_slot: ModelRunner, batches: list[Batch], buckets: list[Bucket], device: torch.device
 ) -> int:
-    """Peak of the GPU memory that PyTorch holds, weights included: while the batches run, with CUDA graphs beside them.
+    """Peak of the GPU memory that PyTorch holds, weights included: CUDA graphs, and the batches launched beside them.
 
-    All graphs share the memory that the largest needs. What the runner held is given back.
+    All graphs share the memory that the largest of `buckets` need. What the runner held is given back.
     """
     torch.cuda.reset_peak_memory_stats(device)
+    most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
+    most_logits = max(buckets, key=lambda bucket: bucket.sequences)
+    runner_with_one_slot.capture_graphs(list({most_tokens, most_logits}))
     for batch in batches:
         runner_with_one_slot.launch(batch).result()
-    runner_with_one_slot.capture_graphs([largest_graph])
     peak = torch.cuda.max_memory_reserved(device)
     del runner_with_one_slot
     gc.collect()

@@ -36,9 +36,16 @@ def case(
 
     def make() -> Arguments:
         starts = torch.arange(0, tokens + 1, queries, device=place.device, dtype=torch.int32)
-        q = place.randn(tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
+        q, k, v = place.randn(tokens, heads + 2 * kv_heads, head_dim).split((heads, kv_heads, kv_heads), 1)
         rest = pool_arguments(place, [context] * sequences, kv_heads, head_dim, variant)
-        return {"q": q, "query_starts": starts, "max_query_length": queries, **rest}
+        del rest["max_context_length"]
+        # New tokens' K and V are in both places, as rotary_kv_write leaves them.
+        places = rest["req_to_token"][:, cached:context].flatten().long()
+        for values, name in ((k, "k"), (v, "v")):
+            new = rest[f"{name}_pool"][places]
+            scales = rest[f"{name}_scales"]
+            values.copy_(new if scales is None else new * scales[places].unsqueeze(-1))
+        return {"q": q, "k": k, "v": v, "query_starts": starts, **rest}
 
     def packed(backend: SDPBackend) -> Callable[[Arguments], Callable[[], Any]]:
         """PyTorch's, on contiguous tokens: [sequences, heads, queries, head_dim] of [sequences, queries, …]."""

@@ -29,7 +29,7 @@ def case(place: Place, tokens: int, heads: int, kv_heads: int, head_dim: int, va
         return {
             "q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(),
             "slots": torch.randperm(slots, device=place.device, dtype=torch.int32)[:tokens],
-            "k_pool": pools[0], "v_pool": pools[1], "k_scales": scales[0], "v_scales": scales[1],
+            "k_pool": pools[0], "v_pool": pools[1], "num_decodes": tokens, "k_scales": scales[0], "v_scales": scales[1],
         }  # fmt: skip
 
     # Queries are read and written; cosine and sine are float32.

@@ -11,11 +11,12 @@ TINY = [(2, 3, 96), (4, 1, 64)]
 
 def case(place: Place, splits: int, tokens: int, features: int) -> Case:
     def make() -> Arguments:
-        return {"partial": place.randn(splits, tokens, features).float(), "bias": None, "dtype": place.dtype}
+        return {"parts": place.randn(splits, tokens, features).float(), "out": place.randn(tokens, features)}
 
     return Case(
         label=f"{splits} x {tokens} x {features}",
         make=make,
         bytes=(4 * splits + 2) * tokens * features,
-        torch={"sum and to": lambda a: lambda: a["partial"].sum(0).to(place.dtype)},
+        changes=("out",),
+        torch={"sum and to": lambda a: lambda: a["parts"].sum(0).to(place.dtype)},
     )

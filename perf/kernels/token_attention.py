@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention where query heads share K and V: LLaMA-3-8B's heads, and 70B's on one of four GPUs."""
+"""Decode attention: LLaMA-7B's heads, LLaMA-3-8B's, which share K and V, 70B's on one of four GPUs, BLOOM's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from perf.kernels.pool import mixed_contexts, pool_arguments, pool_bytes
 
 # Sequences, context of each (0: mixed, 395 on average), heads, KV heads, head_dim, variant.
 SIZES = [
-    *((sequences, 192, 32, 8, 128, "") for sequences in (1, 8, 32, 64, 128, 256)),
-    *((sequences, 4096, 32, 8, 128, variant) for variant in ("", "int8") for sequences in (1, 64)),
-    *((580, 0, 32, 8, 128, variant) for variant in ("", "int8")),
+    *((sequences, 192, 32, kv_heads, 128, "") for kv_heads in (32, 8) for sequences in (1, 8, 32, 64, 128, 256)),
+    *((1, 4096, 32, kv_heads, 128, "") for kv_heads in (32, 8)),
+    (32, 4096, 32, 32, 128, ""),
+    (64, 4096, 32, 8, 128, ""),
+    *((580, 0, 32, kv_heads, 128, "") for kv_heads in (32, 8)),
     *((sequences, 192, 16, 2, 128, "") for sequences in (1, 32, 128)),
+    *((sequences, 192, 32, 32, 128, "ALiBi") for sequences in (1, 256)),
 ]
-TINY = [(2, 40, 4, 2, 16, ""), (3, 9, 4, 1, 16, "int8")]
+TINY = [(2, 40, 4, 2, 16, ""), (3, 9, 2, 2, 16, ""), (2, 70, 2, 2, 16, "ALiBi")]
 MEAN_CONTEXT = 395
 
 

@@ -42,12 +42,40 @@ def test_greedy_tokens_are_those_of_transformers_in_float32(
     directory, expected, batch_max_tokens, overlap, with_graphs
 ) -> None:
     engine = load(directory, batch_max_tokens=batch_max_tokens, max_total_token_num=4096)
-    assert engine.runner._graphs is not None
+    assert engine.runner.graphs is not None
     if not with_graphs:
-        engine.runner._graphs = None
+        engine.runner.graphs = None
     arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, overlap=overlap)
     assert [answer.tokens for answer in answers] == expected
+
+
+@pytest.mark.parametrize("batch_max_tokens", [8192, 24])
+def test_short_prompts_that_arrive_while_others_decode(directory, batch_max_tokens) -> None:
+    """Their steps are graphs as well, and whole prompts or chunks give the same tokens in them as without."""
+    source = random.Random(batch_max_tokens)
+    prompts = [[source.randrange(3, VOCAB) for _ in range(source.randint(1, 90))] for _ in range(40)]
+    more = [{}, {}, {"do_sample": True, "top_p": 0.9}, {"repetition_penalty": 1.2}, {"return_log_probs": True}]
+    sampling = [SamplingParams(max_tokens=source.randint(1, 20), seed=1, **source.choice(more)) for _ in prompts]
+    engine = load(directory, max_total_token_num=4096)
+    graphs = engine.runner.graphs
+    taken, replayed = [], graphs.run
+
+    def run_and_count(batch):
+        output = replayed(batch)
+        taken.append((batch.num_decodes > 0, len(batch.slots) > batch.num_decodes, output is not None))
+        return output
+
+    graphs.run = run_and_count
+    arrivals = [source.randrange(60) for _ in prompts]
+    with_graphs = run(engine, prompts, sampling, arrivals, batch_max_tokens)
+    assert taken.count((True, True, True)) > 10, "few steps had prompts beside decodes and were graphs"
+    assert all(is_graph for _, _, is_graph in taken)
+    engine.runner.graphs = None
+    without = run(engine, prompts, sampling, arrivals, batch_max_tokens)
+    assert [answer.tokens for answer in with_graphs] == [answer.tokens for answer in without]
+    for one, other in zip(with_graphs, without, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("float16", 0.02)])

@@ -90,7 +90,6 @@ class StepHarness:
             context_lengths=_int32(contexts),
             query_starts=_int32(starts),
             num_decodes=sum(decoding),
-            max_query_length=max(count for _, count in work),
             max_context_length=max(contexts),
             last_tokens=counts.cumsum(0) - 1,
             req_to_token=self.req_to_token,

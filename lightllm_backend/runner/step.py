@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of the model, from the tables and a StepArrays alone: launched as it is, or captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
+from lightllm_backend.router.batch import Batch
+from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.staging import Staging
+
+
+class StepOutput(NamedTuple):
+    """Of n sequences, those that sample first. Whoever needs the logits may change them."""
+
+    logits: Tensor  # [n, vocab] float32
+    tokens: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
+    places: Tensor  # [n] int64, where in the flattened table
+
+
+class Step:
+    """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
+
+    def __init__(self, model: CausalLM, tables: RequestTables, kv_layers: Sequence[KVLayer], staging: Staging) -> None:
+        self._model = model
+        self._tables = tables
+        self._kv_layers = kv_layers
+        self._staging = staging
+
+    def upload(self, batch: Batch, bucket: Bucket, target: Tensor | None = None) -> Tensor:
+        """The bytes of the batch's StepArrays on the device, in one asynchronous copy."""
+        layout = bucket.layout()
+        buffer = self._staging.buffer(layout.num_bytes)
+        fill(StepArrays(*buffer.arrays(layout)), batch, bucket, self._tables)
+        return buffer.send(layout.num_bytes, target)
+
+    def run(self, batch: Batch, bucket: Bucket | None = None) -> StepOutput:
+        """Launch it kernel by kernel; with a bucket, padded to that."""
+        bucket = bucket or Bucket.of(batch)
+        return self.launch(self.upload(batch, bucket), bucket)
+
+    def launch(self, inputs: Tensor, bucket: Bucket) -> StepOutput:
+        """From what `upload` returns. Reads nothing back, and is the same for all batches of one bucket."""
+        arrays = StepArrays(*bucket.layout().tensors(inputs))
+        tables = self._tables
+        all_tokens = tables.tokens.view(-1)
+        tables.slots.view(-1).index_copy_(0, arrays.token_places, arrays.slots)
+        step = StepInput(
+            input_ids=all_tokens.index_select(0, arrays.token_places),
+            positions=arrays.positions,
+            rotary_lengths=arrays.rotary_lengths,
+            slots=arrays.slots,
+            rows=arrays.rows,
+            context_lengths=arrays.context_lengths,
+            query_starts=arrays.query_starts,
+            num_decodes=bucket.decodes,
+            # Not that of the batch: kernels are chosen by it, and there shall be few to compile.
+            max_context_length=tables.tokens.shape[1],
+            last_tokens=arrays.last_tokens,
+            req_to_token=tables.slots,
+            kv_layers=self._kv_layers,
+        )
+        logits = self._model.forward(step)
+        tokens = logits.argmax(-1).int()
+        all_tokens.index_copy_(0, arrays.sampled_places, tokens)
+        return StepOutput(logits, tokens, arrays.sampled_places)

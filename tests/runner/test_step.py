@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step padded to a bucket, as a CUDA graph runs it, against the same step without: here launched on the CPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.engine.load import LoadedEngine
+from lightllm_backend.engine.worker import build_router
+from lightllm_backend.request import Request, SamplingParams
+from lightllm_backend.router.batch import Batch
+from lightllm_backend.runner.buckets import BucketChoice, step_buckets
+from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.step import Step, StepOutput
+from tests.models.random_models import VOCAB, save_random_model
+from tests.runner.engine_harness import load
+
+CPU = torch.device("cpu")
+NUM_ROWS = 16
+LONGEST_PROMPT = 40
+
+
+class PaddedSteps:
+    """What CudaGraphs is to a runner. Remembers the buckets that were larger than their batch."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        buckets = step_buckets(NUM_ROWS, batch_max_tokens=64, most_tokens=96)
+        self._choose = BucketChoice([bucket for bucket in buckets if bucket.prompt_tokens or bucket.decodes % 4 == 0])
+        self.padded: set[Bucket] = set()
+
+    def run(self, batch: Batch) -> StepOutput:
+        bucket = self._choose(batch)
+        assert bucket is not None
+        if bucket != Bucket.of(batch):
+            self.padded.add(bucket)
+        return self._step.run(batch, bucket)
+
+
+def sampling(source: random.Random) -> SamplingParams:
+    more = source.choice(
+        [{}, {}, {"do_sample": True, "top_p": 0.9}, {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
+         {"return_log_probs": True}, {"do_sample": True, "top_k": 20, "return_log_probs": True, "min_tokens": 3}]
+    )  # fmt: skip
+    return SamplingParams(max_tokens=source.randint(1, 12), seed=source.randrange(100), ignore_eos=True, **more)
+
+
+def pool(runner: ModelRunner) -> list[torch.Tensor]:
+    return [tensor for layer in runner._step._kv_layers for tensor in layer if tensor is not None]
+
+
+def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngine, seed: int) -> int:
+    """Both run the batches of one Router, and are in the same state after each of them. The number of steps."""
+    source = random.Random(seed)
+    router = build_router(EngineConfig(running_max_req_size=NUM_ROWS), engine.info, source.choice([5, 16, 64]))
+    num_requests, submitted, steps = 25, 0, 0
+    while submitted < num_requests or router.has_work:
+        for _ in range(source.choice([0, 0, 1, 2, 5]) if submitted < num_requests else 0):
+            prompt = tuple(source.randrange(3, VOCAB) for _ in range(source.randint(1, LONGEST_PROMPT)))
+            router.submit(Request(f"{seed} {submitted}", prompt, sampling(source)))
+            submitted += 1
+        batch = router.next_batch()
+        if batch is None:
+            continue
+        expected, result = plain.launch(batch).result(), padded.launch(batch).result()
+        np.testing.assert_array_equal(result.tokens, expected.tokens)
+        assert (result.log_probs is None) == (expected.log_probs is None)
+        if expected.log_probs is not None:
+            np.testing.assert_allclose(result.log_probs, expected.log_probs, atol=1e-4)
+        assert torch.equal(padded._tables.tokens[:-1], plain._tables.tokens[:-1])
+        assert torch.equal(padded._tables.slots[:-1], plain._tables.slots[:-1])
+        for ours, theirs in zip(pool(padded), pool(plain), strict=True):
+            tolerance = 1 if ours.dtype == torch.int8 else 1e-3  # scales are float16
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-3, equal_nan=True)
+        router.apply(batch, result)
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("llama2_gqa", "auto"), ("llama2_gqa", "int8"), ("bloom_6_heads", "auto"), ("mistral_window", "auto")],
+)
+def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> None:
+    save_random_model(family, tmp_path)
+    engines = [load(tmp_path, kv_dtype=kv_dtype, max_total_token_num=700) for _ in range(2)]
+    plain, padded = (engine.runner for engine in engines)
+    steps = PaddedSteps(padded._step)
+    padded.graphs = steps  # type: ignore[assignment]
+    for tensor in pool(plain) + pool(padded):
+        # What nobody has written must not be read, nor be written by padding.
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
+    assert sum(check_same_steps(plain, padded, engines[0], seed) for seed in range(2)) > 50
+    kinds = {(bucket.decodes > 0, bucket.prompt_tokens > 0) for bucket in steps.padded}
+    assert kinds == {(True, False), (False, True), (True, True)}
+
+
+def test_arrays_of_a_padded_step_by_hand() -> None:
+    tables = RequestTables(num_rows=4, max_length=100, device=CPU)
+    tables.prompt_lengths[:] = [3, 9, 8, 2]
+    # Row 3 decodes; row 0 prefills all of its prompt; row 1 tokens 4 and 5 of a prompt of 9.
+    batch = Batch(
+        rows=np.array([3, 0, 1], np.int32), starts=np.array([6, 0, 4], np.int32),
+        lengths=np.array([1, 3, 2], np.int32), slots=np.array([50, 10, 11, 12, 30, 31], np.int32),
+        samples=np.array([True, True, False]), num_decodes=1, admitted=(),
+    )  # fmt: skip
+    bucket = Bucket(decodes=3, prompt_tokens=7, prefills=3)
+    layout = bucket.layout()
+    arrays = StepArrays(*layout.arrays(np.full(layout.num_bytes, 77, np.uint8)))
+    fill(arrays, batch, bucket, tables)
+    expected = StepArrays(
+        token_places=[306, 400, 400, 0, 1, 2, 104, 105, 400, 400],
+        last_tokens=[0, 5, 0, 0, 0, 0],
+        sampled_places=[307, 3, 400, 400, 400, 400],
+        positions=[6, 0, 0, 0, 1, 2, 4, 5, 0, 0],
+        slots=[50, -1, -1, 10, 11, 12, 30, 31, -1, -1],
+        rotary_lengths=[7, 0, 0, 3, 3, 3, 9, 9, 0, 0],
+        rows=[3, 4, 4, 0, 1, 4],
+        context_lengths=[7, 0, 0, 3, 6, 0],
+        query_starts=[0, 3, 5, 5],
+    )
+    for name in StepArrays._fields:
+        assert getattr(arrays, name).tolist() == getattr(expected, name), name
+
+
+def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
+    tables = RequestTables(num_rows=2, max_length=10, device=CPU)
+    batch = Batch(
+        rows=np.array([1], np.int32), starts=np.array([2], np.int32), lengths=np.array([2], np.int32),
+        slots=np.array([5, 6], np.int32), samples=np.array([False]), num_decodes=0, admitted=(),
+    )  # fmt: skip
+    bucket = Bucket.of(batch)
+    assert bucket == (0, 2, 1)
+    arrays = StepArrays(*bucket.layout().arrays(np.zeros(bucket.layout().num_bytes, np.uint8)))
+    fill(arrays, batch, bucket, tables)
+    assert arrays.slots.tolist() == [5, 6]
+    assert arrays.query_starts.tolist() == [0, 2]
+    assert arrays.sampled_places.tolist() == [20], "a chunk that is not the last samples nothing"
