@@ -17,9 +17,6 @@ import triton.language as tl
 
 from lightllm_backend.kernels.hardware import compute_capability
 
-# What one instruction brings into the L2 cache, in bytes.
-_LINE = tl.constexpr(128)
-
 
 @triton.jit
 def wait_for_previous(is_dependent: tl.constexpr):
@@ -27,20 +24,6 @@ def wait_for_previous(is_dependent: tl.constexpr):
     if is_dependent:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def prefetch_rows(block, row_stride, columns, rows: tl.constexpr):
-    """Bring the first `columns` 16-bit numbers of each of `rows` rows into the L2 cache, for loads after the wait."""
-    lines: tl.constexpr = 8
-    width: tl.constexpr = _LINE // 2
-    row = tl.arange(0, rows)[:, None].to(tl.int64) * row_stride
-    for first in range(0, columns, lines * width):
-        address = block + row + (first + tl.arange(0, lines) * width)[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.uint64, bitcast=True)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @lru_cache

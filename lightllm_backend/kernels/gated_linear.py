@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, prefetch_rows, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import linear
 from lightllm_backend.kernels.linear_splits import BLOCK_INNER, BLOCK_OUT, blocks_for
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
@@ -23,7 +23,6 @@ def gated_linear_kernel(
     features,
     in_features,
     x_stride,
-    prefetched,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -37,9 +36,6 @@ def gated_linear_kernel(
     token = tl.arange(0, block_tokens)
     inner = tl.arange(0, block_inner)
     live = (token < tokens)[None, :]
-    if is_dependent:
-        prefetch_rows(weight + block * in_features, in_features, prefetched, half)
-        prefetch_rows(weight + (features + block) * in_features, in_features, prefetched, half)
     wait_for_previous(is_dependent)
     weight_row = block + row % half + (row // half) * features
     weight_block = weight + weight_row[:, None] * in_features + inner[None, :]
@@ -72,7 +68,6 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         features,
         in_features,
         x.stride(0),
-        blocks.prefetched,
         has_bias=bias is not None,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
         block_out=BLOCK_OUT,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scales of an int8 pool may be, and how launchers take them. They are float16, [slots, kv_heads]."""
+"""What the scales of an int8 pool may be, and how launchers take them.
+
+They are float16, [slots, kv_heads, 2]: K's and V's side by side, so that kernels read both as one 32-bit number.
+"""
 
 import torch
 from torch import Tensor
@@ -8,12 +11,12 @@ from torch import Tensor
 MIN_KV_SCALE, MAX_KV_SCALE = 2.0**-14, 65504.0
 
 
-def scale_arguments(k_pool: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """The scales of K and V, and whether the pool is int8; where it is not, any tensor stands for them."""
-    if k_scales is None or v_scales is None:
-        assert k_scales is v_scales
+def scale_pairs(k_pool: Tensor, scales: Tensor | None) -> tuple[Tensor, bool]:
+    """The pairs [slots, kv_heads] int32, and whether the pool is int8; where it is not, any tensor stands for them."""
+    if scales is None:
         assert k_pool.dtype != torch.int8
-        return k_pool, k_pool, False
+        return k_pool, False
     assert k_pool.dtype == torch.int8
-    assert k_scales.stride(1) == v_scales.stride(1) == 1
-    return k_scales, v_scales, True
+    assert scales.dtype == torch.float16
+    assert scales.stride(2) == 1
+    return scales.view(torch.int32).squeeze(2), True

@@ -14,21 +14,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, prefetch_rows, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 
 # cuBLAS is as quick from there on (measured on an H200, LLaMA-7B's weights).
 MAX_TOKENS = 64
 # A weight's rows and columns in a program's tile.
 BLOCK_OUT, BLOCK_INNER = 64, 128
-# How much of a weight is brought into the L2 cache, in bytes, while the kernel before still runs.
-PREFETCH_BYTES = 16 << 20
 
 
 class LinearBlocks(NamedTuple):
     num_stages: int
     splits: int
-    prefetched: int  # columns
 
 
 def choose_blocks(
@@ -47,8 +44,7 @@ def choose_blocks(
     else:
         share = programs * splits / multiprocessors
         num_stages = 5 if share <= 1.1 else 3 if share <= 2 else 4
-    columns = PREFETCH_BYTES // (2 * out_features * splits) // BLOCK_INNER * BLOCK_INNER
-    return LinearBlocks(num_stages, splits, min(columns, in_features // splits))
+    return LinearBlocks(num_stages, splits)
 
 
 def blocks_for(x: Tensor, weight: Tensor) -> LinearBlocks | None:
@@ -71,7 +67,6 @@ def linear_splits_kernel(
     in_features,
     split_features,
     x_stride,
-    prefetched,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -87,8 +82,6 @@ def linear_splits_kernel(
     inner = tl.arange(0, block_inner)
     live = (token < tokens)[None, :]
     weight += block * in_features + split * split_features
-    if is_dependent:
-        prefetch_rows(weight, in_features, prefetched, block_out)
     wait_for_previous(is_dependent)
     weight_block = weight + row[:, None] * in_features + inner[None, :]
     x_block = x + token[None, :] * x_stride + (split * split_features + inner)[:, None]
@@ -130,7 +123,6 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
         in_features,
         in_features // blocks.splits,
         x.stride(0),
-        blocks.prefetched,
         has_bias=bias is not None,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
         block_out=BLOCK_OUT,

@@ -2,6 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Into which parts decode attention cuts a context, and how they are joined again."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,11 +11,22 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
+# Longer than any context.
+NO_WINDOW = 2**31 - 1
+
 # A split shorter than this costs more in merging than it gains.
 _MIN_SPLIT_TOKENS = 64
 _MAX_SPLITS = 64
 # Programs that keep one multiprocessor's loads in flight.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+class TokenBlocks(NamedTuple):
+    """How a program of decode attention goes through its part."""
+
+    tokens: int
+    num_warps: int
+    num_stages: int
 
 
 def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:

@@ -2,20 +2,27 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Causal flash attention of packed new tokens: over what the pool holds of their sequences, then over each other.
 
-What is new is read where it was computed: it lies in order there, while the pool's slots must be looked up.
+What is new is read where it was computed: it lies in order there, while the pool's slots must be looked up. Hopper
+copies it by descriptors, a whole tile at a time.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton-lang
+    TensorDescriptor = None
+
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability
-from lightllm_backend.kernels.kv_scales import scale_arguments
+from lightllm_backend.kernels.kv_scales import scale_pairs
+from lightllm_backend.kernels.token_attention_int8 import unpack_scales
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -41,24 +48,19 @@ def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int])
 
 @triton.jit
 def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
-    """The sequence that the tile-th block of queries, of all sequences, belongs to, and which of its own it is. Behind
-    the last block the sequence is `sequences`."""
+    """The sequence that a tile of the grid belongs to, and which of its own it is.
+
+    Sequence s has the tiles from query_starts[s] // block_queries + s on: as many as it needs, or one more.
+    """
     block: tl.constexpr = 128
-    sequence = 0
-    before = 0
-    tiles = 0
+    count = 0
     for first in range(0, sequences, block):
         index = first + tl.arange(0, block)
-        live = index < sequences
-        start = tl.load(query_starts + index, mask=live, other=0)
-        length = tl.load(query_starts + index + 1, mask=live, other=0) - start
-        count = tl.cdiv(length, block_queries)
-        end = tiles + tl.cumsum(count, 0)
-        is_past = live & (end <= tile)
-        sequence += tl.sum(is_past.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(is_past, end, 0), 0))
-        tiles += tl.sum(count, 0)
-    return sequence, tile - before
+        start = tl.load(query_starts + index, mask=index < sequences, other=0)
+        begins = (index < sequences) & (start // block_queries + index <= tile)
+        count += tl.sum(begins.to(tl.int32), 0)
+    sequence = count - 1
+    return sequence, tile - (tl.load(query_starts + sequence) // block_queries + sequence)
 
 
 @triton.jit
@@ -88,10 +90,8 @@ def _attend_cached(
     v_head,
     k_slot_stride,
     v_slot_stride,
-    k_scale_head,
-    v_scale_head,
-    k_scale_stride,
-    v_scale_stride,
+    scale_head,
+    scale_stride,
     start,
     end,
     scale_log2,
@@ -118,8 +118,8 @@ def _attend_cached(
         score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
         inverse_scale = maximum
         if is_quantized:
-            k_scale = tl.load(k_scale_head + slot * k_scale_stride, mask=live, other=1.0).to(tl.float32)
-            v_scale = tl.load(v_scale_head + slot * v_scale_stride, mask=live, other=1.0).to(tl.float32)
+            # Both are 1.0 where there is no token.
+            k_scale, v_scale = unpack_scales(tl.load(scale_head + slot * scale_stride, mask=live, other=0x3C003C00))
             # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
             score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
             inverse_scale = 1.0 / v_scale
@@ -148,6 +148,10 @@ def _attend_new(
     v_head,
     k_stride,
     v_stride,
+    k_tiles,
+    v_tiles,
+    tile_row,
+    tile_column,
     start,
     end,
     scale_log2,
@@ -160,17 +164,25 @@ def _attend_new(
     has_alibi: tl.constexpr,
     has_window: tl.constexpr,
     is_masked: tl.constexpr,
+    has_tiles: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Over the sequence's new tokens from `start` to `end`; all of them are seen by all queries unless it is masked."""
+    """Over the sequence's new tokens from `start` to `end`; all of them are seen by all queries unless it is masked.
+
+    With tiles, those of the sequence's first token and this head lie at `tile_row` and `tile_column`.
+    """
     column = tl.arange(0, block_dim)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
-        kv_live = (column < head_dim)[None, :]
-        if is_masked:
-            kv_live = kv_live & (token < end)[:, None]
-        key = tl.load(k_head + token[:, None].to(tl.int64) * k_stride + column[None, :], mask=kv_live, other=0.0)
-        value = tl.load(v_head + token[:, None].to(tl.int64) * v_stride + column[None, :], mask=kv_live, other=0.0)
+        if has_tiles:
+            key = k_tiles.load([tile_row + first, tile_column])
+            value = v_tiles.load([tile_row + first, tile_column])
+        else:
+            kv_live = (column < head_dim)[None, :]
+            if is_masked:
+                kv_live = kv_live & (token < end)[:, None]
+            key = tl.load(k_head + token[:, None].to(tl.int64) * k_stride + column[None, :], mask=kv_live, other=0.0)
+            value = tl.load(v_head + token[:, None].to(tl.int64) * v_stride + column[None, :], mask=kv_live, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if has_alibi:
             score += (slope_log2 * (token - origin).to(tl.float32))[None, :]
@@ -188,6 +200,8 @@ def prefill_attention_kernel(
     q,
     k,
     v,
+    k_tiles,
+    v_tiles,
     k_pool,
     v_pool,
     out,
@@ -196,8 +210,7 @@ def prefill_attention_kernel(
     query_starts,
     context_lengths,
     alibi_slopes,
-    k_scales,
-    v_scales,
+    scales,
     q_stride,
     q_head_stride,
     k_stride,
@@ -211,14 +224,14 @@ def prefill_attention_kernel(
     out_stride,
     out_head_stride,
     table_stride,
-    k_scale_stride,
-    v_scale_stride,
+    scale_stride,
     sequences,
     scale_log2,
     window,
     has_alibi: tl.constexpr,
     has_window: tl.constexpr,
     is_quantized: tl.constexpr,
+    has_tiles: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -233,9 +246,9 @@ def prefill_attention_kernel(
     # The last blocks of a prompt have the most to do and are started first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence, block = _find_tile(tile, query_starts, sequences, block_queries)
-    if sequence < sequences:
-        query_start = tl.load(query_starts + sequence)
-        query_length = tl.load(query_starts + sequence + 1) - query_start
+    query_start = tl.load(query_starts + sequence)
+    query_length = tl.load(query_starts + sequence + 1) - query_start
+    if block * block_queries < query_length:
         cached = tl.load(context_lengths + sequence) - query_length
         slope_log2 = 0.0
         if has_alibi:
@@ -266,9 +279,8 @@ def prefill_attention_kernel(
                 start = tl.maximum(cached + origin + 1 - window, 0)
             accumulator, maximum, total = _attend_cached(
                 accumulator, maximum, total, query, cached + index, slot_row, k_head, v_head, k_slot_stride,
-                v_slot_stride, k_scales + head // group, v_scales + head // group, k_scale_stride, v_scale_stride,
-                start, cached, scale_log2, slope_log2, cached + origin, window, head_dim, block_tokens, block_dim,
-                has_alibi, has_window, is_quantized, stages,
+                v_slot_stride, scales + head // group, scale_stride, start, cached, scale_log2, slope_log2,
+                cached + origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, is_quantized, stages,
             )  # fmt: skip
 
         # Whole blocks of tokens that every query sees lie between those that hold the window's edges and the diagonal.
@@ -277,20 +289,24 @@ def prefill_attention_kernel(
         inner = 0
         diagonal = (origin + 1) // block_tokens * block_tokens
         end = tl.minimum(query_length, origin + block_queries)
+        tile_column = (head // group) * head_dim
         if has_window:
             start = tl.maximum(origin + 1 - window, 0) // block_tokens * block_tokens
             inner = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), block_tokens) * block_tokens, diagonal)
             accumulator, maximum, total = _attend_new(
-                accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, start, inner, scale_log2,
-                slope_log2, origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, True, stages,
+                accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
+                query_start, tile_column, start, inner, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
+                block_dim, has_alibi, has_window, True, False, stages,
             )  # fmt: skip
         accumulator, maximum, total = _attend_new(
-            accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, inner, diagonal, scale_log2,
-            slope_log2, origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, False, stages,
+            accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
+            query_start, tile_column, inner, diagonal, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
+            block_dim, has_alibi, has_window, False, has_tiles, stages,
         )  # fmt: skip
         accumulator, maximum, total = _attend_new(
-            accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, diagonal, end, scale_log2,
-            slope_log2, origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, True, stages,
+            accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
+            query_start, tile_column, diagonal, end, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
+            block_dim, has_alibi, has_window, True, False, stages,
         )  # fmt: skip
         # Rows behind the last query may have seen nothing.
         tl.store(
@@ -298,6 +314,17 @@ def prefill_attention_kernel(
             (accumulator / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty),
             mask=live,
         )
+
+
+def _tiles(x: Tensor, block_tokens: int) -> Any:
+    """A descriptor by which a kernel copies tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]; None where
+    there can be none."""
+    tokens, heads, head_dim = x.shape
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    is_tile = head_dim in (64, 128) and x.stride(1) == head_dim and x.element_size() == 2
+    if TensorDescriptor is None or compute_capability(x.device) < (9, 0) or not (is_aligned and is_tile):
+        return None
+    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block_tokens, head_dim])
 
 
 def prefill_attention(
@@ -313,8 +340,7 @@ def prefill_attention(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = rows.shape[0], k_pool.shape[1]
@@ -324,14 +350,18 @@ def prefill_attention(
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0 or tokens == 0:
         return out
-    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
+    pairs, is_quantized = scale_pairs(k_pool, scales)
     blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device))
-    # As many blocks of queries as there may be; a sequence's last one need not be full.
+    k_tiles, v_tiles = _tiles(k, blocks.tokens), _tiles(v, blocks.tokens)
+    has_tiles = k_tiles is not None and v_tiles is not None
+    # See _find_tile.
     grid = (heads, tokens // blocks.queries + sequences)
     prefill_attention_kernel[grid](
         q,
         k,
         v,
+        k_tiles if has_tiles else k,
+        v_tiles if has_tiles else v,
         k_pool,
         v_pool,
         out,
@@ -340,8 +370,7 @@ def prefill_attention(
         query_starts,
         context_lengths,
         q if alibi_slopes is None else alibi_slopes,
-        k_scales,
-        v_scales,
+        pairs,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -355,14 +384,14 @@ def prefill_attention(
         out.stride(0),
         out.stride(1),
         req_to_token.stride(0),
-        k_scales.stride(0),
-        v_scales.stride(0),
+        pairs.stride(0),
         sequences,
         scale * LOG2_E.value,
         window,
         has_alibi=alibi_slopes is not None,
         has_window=window > 0,
         is_quantized=is_quantized,
+        has_tiles=has_tiles,
         group=heads // kv_heads,
         head_dim=head_dim,
         block_queries=blocks.queries,

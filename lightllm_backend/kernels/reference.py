@@ -2,12 +2,12 @@
 """Plain PyTorch of every kernel: what the launchers are tested against, and what a CPU engine runs.
 
 Tokens are packed `[tokens, heads, head_dim]` without padding. K and V of one layer live in a pool
-`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position. A pool of int8
-comes with scales `[slots, kv_heads]` float16, by which its values are multiplied.
+`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position. Pools of int8
+come with scales `[slots, kv_heads, 2]` float16, by which the values of K and of V are multiplied.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -69,9 +69,7 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    num_decodes: int,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """Rotates `q` [tokens, heads, head_dim] in place, and writes rotated `k` and `v` at their slots of the pool.
 
@@ -79,20 +77,21 @@ def rotary_kv_write(
     rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing. With scales, K and V are
     written as int8, each head of a token divided by the scale that makes its greatest magnitude 127.
 
-    From the token `num_decodes` on, `k` and `v` become what was written, in place: prefill_attention reads them there.
+    `k` and `v` become what was written, in place: prefill_attention reads them there.
     """
     q.copy_(_rotate(q, cos, sin))
-    rotated = _rotate(k, cos, sin)
-    written = slots >= 0
-    targets, is_new = slots[written].long(), torch.arange(len(slots), device=slots.device) >= num_decodes
-    for source, values, pool, scales in ((k, rotated, k_pool, k_scales), (v, v.float().clone(), v_pool, v_scales)):
+    has_padding = slots.numel() > 0 and int(slots.min()) < 0
+    written = slots >= 0 if has_padding else slice(None)
+    targets = slots[written].long()
+    for index, (source, pool) in enumerate(((k, k_pool), (v, v_pool))):
+        values = _rotate(source, cos, sin) if source is k else source.float()
         if scales is None:
             pool.index_copy_(0, targets, values[written].to(pool.dtype))
         else:
             quantized, scale = _quantize(values, scales.dtype)
-            pool[targets], scales[targets] = quantized[written], scale[written]
-            values.copy_(quantized * scale.float().unsqueeze(-1))
-        source[is_new] = values[is_new].to(source.dtype)
+            pool[targets], scales[targets, :, index] = quantized[written], scale[written]
+            values = quantized * scale.float().unsqueeze(-1)
+        source.copy_(values)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,8 +124,7 @@ def prefill_attention(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
 
@@ -134,7 +132,7 @@ def prefill_attention(
     the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
     to the pool, which has those of the cached tokens. Tokens of no sequence come out as unspecified values.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
-    `window - 1` tokens before it; scales [slots, kv_heads] say that the pool is int8.
+    `window - 1` tokens before it.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
@@ -158,8 +156,8 @@ def prefill_attention(
         mask = None if is_plain else _mask((context - queries)[:, None] + query, longest, window, alibi_slopes)
         result = functional.scaled_dot_product_attention(
             q[tokens].transpose(1, 2),
-            _gather(k_pool, k_scales, slots, q.dtype).transpose(1, 2),
-            _gather(v_pool, v_scales, slots, q.dtype).transpose(1, 2),
+            _gather(k_pool, scales, 0, slots, q.dtype).transpose(1, 2),
+            _gather(v_pool, scales, 1, slots, q.dtype).transpose(1, 2),
             attn_mask=mask,
             is_causal=is_plain,
             scale=scale,
@@ -192,6 +190,11 @@ def _mask(position: Tensor, longest: int, window: int, alibi_slopes: Tensor | No
 
 def token_attention(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
     req_to_token: Tensor,
@@ -201,20 +204,22 @@ def token_attention(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
+    """Attention of one new token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
 
-    A context length of 0 marks a padding row: it reads nothing and comes out as zeros.
+    `q` and `k` are rotated, and `k` and `v` written to the pools, as by rotary_kv_write; the new token is the last of
+    the context. A context length of 0 marks a padding row: it writes and reads nothing and comes out as zeros.
     """
+    q = q.clone()
+    rotary_kv_write(q, k.clone(), v.clone(), cos, sin, slots, k_pool, v_pool, scales)
     groups: dict[int, list[int]] = defaultdict(list)
     seen = context_lengths.clamp_max(window) if window else context_lengths
     contexts = seen.tolist()
     for sequence, context in enumerate(contexts):
         groups[context.bit_length()].append(sequence)
     groups.pop(0, None)
-    pools, options = ((k_pool, k_scales), (v_pool, v_scales)), (req_to_token, scale, alibi_slopes)
+    pools, options = (k_pool, v_pool, scales), (req_to_token, scale, alibi_slopes)
     if len(groups) == 1 and min(contexts) > 0:
         return _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -227,14 +232,15 @@ def token_attention(
 
 def _attend_padded(
     q: Tensor, rows: Tensor, context_lengths: Tensor, seen: Tensor, shortest: int, longest: int,
-    pools: Sequence[tuple[Tensor, Tensor | None]], req_to_token: Tensor, scale: float, alibi_slopes: Tensor | None,
+    pools: tuple[Tensor, Tensor, Tensor | None], req_to_token: Tensor, scale: float, alibi_slopes: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Decode attention of sequences that see much the same number of tokens, padded to the longest.
 
-    pools: K and V, each with its scales.
+    pools: of K, of V, and the scales.
     """
     sequences, heads, head_dim = q.shape
-    kv_heads = pools[0][0].shape[1]
+    k_pool, v_pool, scales = pools
+    kv_heads = k_pool.shape[1]
     slots = _slots(req_to_token, rows, context_lengths - seen, seen, longest)
     mask = None
     if alibi_slopes is not None:
@@ -242,7 +248,8 @@ def _attend_padded(
         mask = _mask(seen[:, None] - 1, longest, 0, alibi_slopes).reshape(sequences, kv_heads, -1, longest)
     elif shortest < longest:
         mask = (torch.arange(longest, device=q.device) < seen[:, None])[:, None, None, :]
-    k, v = (_gather(pool, scales, slots, q.dtype).transpose(1, 2) for pool, scales in pools)
+    k = _gather(k_pool, scales, 0, slots, q.dtype).transpose(1, 2)
+    v = _gather(v_pool, scales, 1, slots, q.dtype).transpose(1, 2)
     grouped = q.reshape(sequences, kv_heads, -1, head_dim)
     result = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
     return result.reshape(sequences, heads, head_dim)
@@ -250,10 +257,14 @@ def _attend_padded(
 
 def token_attention_int8(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    k_scales: Tensor,
-    v_scales: Tensor,
+    scales: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
     context_lengths: Tensor,
@@ -262,9 +273,10 @@ def token_attention_int8(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
 ) -> Tensor:
-    """token_attention over a pool of int8, whose scales are [slots, kv_heads] float16."""
+    """token_attention over pools of int8."""
     table = (req_to_token, rows, context_lengths, max_context_length)
-    return token_attention(q, k_pool, v_pool, *table, scale, alibi_slopes, window, k_scales, v_scales)
+    new = (q, k, v, cos, sin, slots)
+    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:
@@ -277,11 +289,11 @@ def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor
     return req_to_token[rows.long()[:, None], position].long()
 
 
-def _gather(pool: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """K or V at `slots` [sequences, longest] as [sequences, longest, kv_heads, head_dim]."""
+def _gather(pool: Tensor, scales: Tensor | None, index: int, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """K (0) or V (1) at `slots` [sequences, longest] as [sequences, longest, kv_heads, head_dim]."""
     # Several times as quick as pool[slots] on a CPU.
     values = pool.index_select(0, slots.view(-1)).view(*slots.shape, *pool.shape[1:])
-    return values if scales is None else (values.float() * scales[slots].float().unsqueeze(-1)).to(dtype)
+    return values if scales is None else (values.float() * scales[slots, :, index].float().unsqueeze(-1)).to(dtype)
 
 
 def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Rotary position embedding of queries and keys, with the writing of K and V to the pool, as int8 if asked."""
+"""Rotary position embedding of a prompt's queries and keys, with the writing of K and V to the pool, as int8 if asked.
 
+Tokens that decode are rotated and written by token_attention.
+"""
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_arguments
+from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 
 # Elements of a program's tile: some heads of one token.
 _TILE = 2048
@@ -35,22 +39,36 @@ def _rotate(source, offset, head_live, cos, sin, pair, half: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(largest, scales, offset, head_live, min_scale: tl.constexpr, max_scale: tl.constexpr):
-    """Stores the scales of some heads by their greatest magnitudes, and returns them as stored."""
+def scale_of(largest, min_scale: tl.constexpr, max_scale: tl.constexpr, dtype: tl.constexpr):
+    """The scales of heads by their greatest magnitudes, float32 with the values that `dtype` has."""
     scale = tl.minimum(tl.maximum(largest * (1 / 127), min_scale), max_scale)
-    scale = tl.where(largest == 0, 1.0, scale).to(scales.dtype.element_ty)
-    tl.store(scales + offset, scale, mask=head_live)
-    return scale.to(tl.float32)
+    return tl.where(largest == 0, 1.0, scale).to(dtype).to(tl.float32)
 
 
 @triton.jit
-def _quantize(value, scale):
+def quantize(value, scale):
     """Rounded half to even: next to 1.5 * 2**23 a float32 has no room for a fraction."""
-    quotient = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+    quotient = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
     return tl.minimum(tl.maximum((quotient + 12582912.0) - 12582912.0, -127.0), 127.0)
 
 
-@triton.jit(do_not_specialize=["num_decodes"])
+@triton.jit
+def rotated(row, column, live, cos, sin, half: tl.constexpr):
+    """The given columns of a vector at `row`, or of each of several [n, 1], turned by the angles at `cos` and `sin`,
+    float32. Column i is paired with i + half, and columns from 2 * half on pass through."""
+    value = tl.load(row + column, mask=live, other=0.0).to(tl.float32)
+    if half == 0:
+        return value
+    turns = column < 2 * half
+    is_first = column < half
+    other = tl.load(row + tl.where(is_first, column + half, column - half), mask=live & turns, other=0.0)
+    angle = tl.where(is_first, column, column - half)
+    cosine = tl.load(cos + angle, mask=turns, other=1.0)
+    sine = tl.load(sin + angle, mask=turns, other=0.0)
+    return value * cosine + tl.where(is_first, -sine, sine) * other.to(tl.float32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def rotary_kv_write_kernel(
     q,
     k,
@@ -60,8 +78,7 @@ def rotary_kv_write_kernel(
     slots,
     k_pool,
     v_pool,
-    k_scales,
-    v_scales,
+    scales,
     q_stride,
     q_head_stride,
     k_stride,
@@ -74,11 +91,9 @@ def rotary_kv_write_kernel(
     k_pool_head_stride,
     v_slot_stride,
     v_pool_head_stride,
-    k_scale_stride,
-    v_scale_stride,
+    scale_stride,
     heads,
     kv_heads,
-    num_decodes,
     min_scale: tl.constexpr,
     max_scale: tl.constexpr,
     is_quantized: tl.constexpr,
@@ -119,28 +134,29 @@ def rotary_kv_write_kernel(
                 largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
                 if 2 * half < head_dim:
                     largest = tl.maximum(largest, tl.max(tl.abs(passed), 1))
-                k_scale = _scale_of(largest, k_scales, slot * k_scale_stride + head, live, min_scale, max_scale)
-                first, second = _quantize(first, k_scale), _quantize(second, k_scale)
+                k_scale = scale_of(largest, min_scale, max_scale, scales.dtype.element_ty)
+                tl.store(scales + slot * scale_stride + 2 * head, k_scale, mask=live)
+                first, second = quantize(first, k_scale[:, None]), quantize(second, k_scale[:, None])
                 if 2 * half < head_dim:
-                    passed = _quantize(passed, k_scale)
+                    passed = quantize(passed, k_scale[:, None])
                 largest = tl.max(tl.abs(value), 1)
-                v_scale = _scale_of(largest, v_scales, slot * v_scale_stride + head, live, min_scale, max_scale)
-                value = _quantize(value, v_scale)
+                v_scale = scale_of(largest, min_scale, max_scale, scales.dtype.element_ty)
+                tl.store(scales + slot * scale_stride + 2 * head + 1, v_scale, mask=live)
+                value = quantize(value, v_scale[:, None])
             _store(k_pool, k_target, first, live, pair, half)
             _store(k_pool + half, k_target, second, live, pair, half)
             if 2 * half < head_dim:
                 _store(k_pool + 2 * half, k_target, passed, live, column, head_dim - 2 * half)
             _store(v_pool, slot * v_slot_stride + head * v_pool_head_stride, value, live, column, head_dim)
-            # Prefill attention reads its own tokens here and not in the pool, and must see the same.
-            if token >= num_decodes:
-                if is_quantized:
-                    first, second = first * k_scale[:, None], second * k_scale[:, None]
-                    if 2 * half < head_dim:
-                        _store(k + 2 * half, k_offset, passed * k_scale[:, None], live, column, head_dim - 2 * half)
-                    value *= v_scale[:, None]
-                    _store(v, token * v_stride + head * v_head_stride, value, live, column, head_dim)
-                _store(k, k_offset, first, live, pair, half)
-                _store(k + half, k_offset, second, live, pair, half)
+            # Prefill attention reads new tokens here and not in the pool, and must see the same.
+            if is_quantized:
+                first, second = first * k_scale[:, None], second * k_scale[:, None]
+                if 2 * half < head_dim:
+                    _store(k + 2 * half, k_offset, passed * k_scale[:, None], live, column, head_dim - 2 * half)
+                value *= v_scale[:, None]
+                _store(v, token * v_stride + head * v_head_stride, value, live, column, head_dim)
+            _store(k, k_offset, first, live, pair, half)
+            _store(k + half, k_offset, second, live, pair, half)
 
 
 def rotary_kv_write(
@@ -152,9 +168,7 @@ def rotary_kv_write(
     slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    num_decodes: int,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -162,9 +176,9 @@ def rotary_kv_write(
     half = cos.shape[1]
     assert cos.stride(1) == sin.stride(1) == 1
     assert 2 * half <= head_dim
+    assert (scales is not None) == (k_pool.dtype == torch.int8)
     if tokens == 0:
         return
-    k_scales, v_scales, is_quantized = scale_arguments(k_pool, k_scales, v_scales)
     block_dim = triton.next_power_of_2(head_dim)
     block_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_dim))
     grid = (tokens, triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads))
@@ -177,8 +191,7 @@ def rotary_kv_write(
         slots,
         k_pool,
         v_pool,
-        k_scales,
-        v_scales,
+        k_pool if scales is None else scales,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -191,14 +204,12 @@ def rotary_kv_write(
         k_pool.stride(1),
         v_pool.stride(0),
         v_pool.stride(1),
-        k_scales.stride(0),
-        v_scales.stride(0),
+        0 if scales is None else scales.stride(0),
         heads,
         kv_heads,
-        num_decodes,
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
-        is_quantized=is_quantized,
+        is_quantized=scales is not None,
         head_dim=head_dim,
         half=half,
         block_heads=block_heads,

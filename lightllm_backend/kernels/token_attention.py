@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention: one query token of each sequence over its whole context, in parts that run side by side.
+"""Decode attention: one new token of each sequence over its whole context, in parts that run side by side.
 
-The query heads that share K and V, or the only one that has them, are rows of a tensor core's tile, most of it idle: it
-has time, since K and V are read from memory only once. They arrive in shared memory some blocks ahead of their use.
+The new token's query and key are rotated here, and its K and V written to the pool, by the part that ends with it.
+There they are not read again, since others' writes are not seen within a launch.
+
+The query heads that share K and V, or the only one that has them, are rows of a tensor core's tile, most of it idle:
+it has time, since K and V are read from memory once. They arrive in shared memory some blocks ahead of their use.
 An int8 pool has a kernel of its own, token_attention_int8.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,19 +19,18 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
-from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count, split_range
+from lightllm_backend.kernels.merge_splits import (
+    NO_WINDOW,
+    TokenBlocks,
+    merge_splits,
+    split_buffers,
+    split_count,
+    split_range,
+)
+from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
-# Longer than any context.
-NO_WINDOW = 2**31 - 1
-
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-class TokenBlocks(NamedTuple):
-    tokens: int
-    num_warps: int
-    num_stages: int
 
 
 def choose_blocks(group: int, block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
@@ -44,6 +45,11 @@ def choose_blocks(group: int, block_dim: int, element_size: int, capability: tup
 @triton.jit(do_not_specialize=["splits"])
 def token_attention_kernel(
     q,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
     k_pool,
     v_pool,
     out,
@@ -55,10 +61,16 @@ def token_attention_kernel(
     alibi_slopes,
     q_stride,
     q_head_stride,
-    k_slot_stride,
+    k_stride,
     k_head_stride,
-    v_slot_stride,
+    v_stride,
     v_head_stride,
+    cos_stride,
+    sin_stride,
+    k_slot_stride,
+    k_pool_head_stride,
+    v_slot_stride,
+    v_pool_head_stride,
     out_stride,
     out_head_stride,
     table_stride,
@@ -71,6 +83,7 @@ def token_attention_kernel(
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
+    half: tl.constexpr,
     block_group: tl.constexpr,
     block_tokens: tl.constexpr,
     block_dim: tl.constexpr,
@@ -87,18 +100,33 @@ def token_attention_kernel(
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     column = tl.arange(0, block_dim)
     column_live = (column < head_dim)[None, :]
-    k_head = k_pool + kv_head * k_head_stride + column[None, :]
-    v_head = v_pool + kv_head * v_head_stride + column[None, :]
+    k_head = k_pool + kv_head * k_pool_head_stride + column[None, :]
+    v_head = v_pool + kv_head * v_pool_head_stride + column[None, :]
     member = tl.arange(0, block_group)
     head = kv_head * group + member
     live = (member < group)[:, None] & column_live
-    query = tl.load(q + sequence * q_stride + head[:, None] * q_head_stride + column[None, :], mask=live, other=0.0)
+    cos += sequence * cos_stride
+    sin += sequence * sin_stride
+    q_row = q + sequence * q_stride + head[:, None] * q_head_stride
+    query = rotated(q_row, column[None, :], live, cos, sin, half).to(q.dtype.element_ty)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
     accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
     maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
     total = tl.zeros([block_group], dtype=tl.float32)
+    if (start < end) & (end == context):
+        k_row = k + sequence * k_stride + kv_head * k_head_stride
+        key = rotated(k_row, column[None, :], column_live, cos, sin, half).to(k.dtype.element_ty)
+        v_row = v + sequence * v_stride + kv_head * v_head_stride
+        value = tl.load(v_row + column[None, :], mask=column_live, other=0.0)
+        slot = tl.load(slots + sequence).to(tl.int64)
+        tl.store(k_head + slot * k_slot_stride, key, mask=column_live)
+        tl.store(v_head + slot * v_slot_stride, value, mask=column_live)
+        maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
+        total += 1.0
+        accumulator += value.to(tl.float32)
+        end -= 1
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
@@ -132,6 +160,11 @@ def token_attention_kernel(
 
 def token_attention(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
     req_to_token: Tensor,
@@ -141,16 +174,18 @@ def token_attention(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    if k_scales is not None and v_scales is not None:
+    if scales is not None:
         table = (req_to_token, rows, context_lengths, max_context_length)
-        return token_attention_int8(q, k_pool, v_pool, k_scales, v_scales, *table, scale, alibi_slopes, window)
+        new = (q, k, v, cos, sin, slots)
+        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window)
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
     assert k_pool.dtype == v_pool.dtype == q.dtype
-    assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
+    assert all(x.stride(2) == 1 for x in (q, k, v, k_pool, v_pool))
+    assert cos.stride(1) == sin.stride(1) == 1
+    assert 2 * cos.shape[1] <= head_dim
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
     assert max_context_length <= req_to_token.shape[1]
@@ -165,6 +200,11 @@ def token_attention(
     blocks = choose_blocks(group, block_dim, q.element_size(), compute_capability(q.device))
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
+        k,
+        v,
+        cos,
+        sin,
+        slots,
         k_pool,
         v_pool,
         out,
@@ -176,6 +216,12 @@ def token_attention(
         q if alibi_slopes is None else alibi_slopes,
         q.stride(0),
         q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        cos.stride(0),
+        sin.stride(0),
         k_pool.stride(0),
         k_pool.stride(1),
         v_pool.stride(0),
@@ -191,6 +237,7 @@ def token_attention(
         has_alibi=alibi_slopes is not None,
         group=group,
         head_dim=head_dim,
+        half=cos.shape[1],
         block_group=max(16, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,

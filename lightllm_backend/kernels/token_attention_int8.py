@@ -16,7 +16,16 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, has_ptx, multiprocessor_count
-from lightllm_backend.kernels.merge_splits import merge_splits, split_buffers, split_count, split_range
+from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
+from lightllm_backend.kernels.merge_splits import (
+    NO_WINDOW,
+    TokenBlocks,
+    merge_splits,
+    split_buffers,
+    split_count,
+    split_range,
+)
+from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -41,13 +50,31 @@ def _unpack(pair, dtype: tl.constexpr, is_ptx: tl.constexpr):
     return ((pair << 8) >> 8).to(dtype), (pair >> 8).to(dtype)
 
 
+@triton.jit
+def _pack(low, high):
+    """Two numbers from -127 to 127 as the bytes of a 16-bit number."""
+    return ((high.to(tl.int32) << 8) | (low.to(tl.int32) & 255)).to(tl.int16)
+
+
+@triton.jit
+def unpack_scales(pair):
+    """The scales of K and of V."""
+    k_scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    v_scale = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return k_scale.to(tl.float32), v_scale.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def token_attention_int8_kernel(
     q,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
     k_pool,
     v_pool,
-    k_scales,
-    v_scales,
+    scales,
     out,
     partial,
     log_sums,
@@ -57,12 +84,17 @@ def token_attention_int8_kernel(
     alibi_slopes,
     q_stride,
     q_head_stride,
-    k_slot_stride,
+    k_stride,
     k_head_stride,
-    v_slot_stride,
+    v_stride,
     v_head_stride,
-    k_scale_stride,
-    v_scale_stride,
+    cos_stride,
+    sin_stride,
+    k_slot_stride,
+    k_pool_head_stride,
+    v_slot_stride,
+    v_pool_head_stride,
+    scale_stride,
     out_stride,
     out_head_stride,
     table_stride,
@@ -77,6 +109,9 @@ def token_attention_int8_kernel(
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_pairs: tl.constexpr,
+    half: tl.constexpr,
+    min_scale: tl.constexpr,
+    max_scale: tl.constexpr,
     block_group: tl.constexpr,
     block_tokens: tl.constexpr,
     block_pairs: tl.constexpr,
@@ -93,15 +128,18 @@ def token_attention_int8_kernel(
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     pair = tl.arange(0, block_pairs)
     pair_live = (pair < head_pairs)[None, :]
-    k_head = k_pool + kv_head * k_head_stride + pair[None, :]
-    v_head = v_pool + kv_head * v_head_stride + pair[None, :]
+    k_head = k_pool + kv_head * k_pool_head_stride + pair[None, :]
+    v_head = v_pool + kv_head * v_pool_head_stride + pair[None, :]
     member = tl.arange(0, block_group)
     head = kv_head * group + member
     live = (member < group)[:, None] & pair_live
-    q_even = q + sequence * q_stride + head[:, None] * q_head_stride + 2 * pair[None, :]
+    even_column, odd_column = 2 * pair[None, :], 2 * pair[None, :] + 1
+    cos += sequence * cos_stride
+    sin += sequence * sin_stride
+    q_row = q + sequence * q_stride + head[:, None] * q_head_stride
     # Scaled first, which keeps them in float16's range.
-    even = (tl.load(q_even, mask=live, other=0.0).to(tl.float32) * scale_log2).to(dtype)
-    odd = (tl.load(q_even + 1, mask=live, other=0.0).to(tl.float32) * scale_log2).to(dtype)
+    even = (rotated(q_row, even_column, live, cos, sin, half) * scale_log2).to(dtype)
+    odd = (rotated(q_row, odd_column, live, cos, sin, half) * scale_log2).to(dtype)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
@@ -109,6 +147,31 @@ def token_attention_int8_kernel(
     odd_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
     maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
     total = tl.zeros([block_group], dtype=tl.float32)
+    if (start < end) & (end == context):
+        slot = tl.load(slots + sequence).to(tl.int64)
+        k_row = k + sequence * k_stride + kv_head * k_head_stride
+        k_even = rotated(k_row, even_column, pair_live, cos, sin, half)
+        k_odd = rotated(k_row, odd_column, pair_live, cos, sin, half)
+        v_row = v + sequence * v_stride + kv_head * v_head_stride
+        v_even = tl.load(v_row + even_column, mask=pair_live, other=0.0).to(tl.float32)
+        v_odd = tl.load(v_row + odd_column, mask=pair_live, other=0.0).to(tl.float32)
+        largest = tl.max(tl.maximum(tl.abs(k_even), tl.abs(k_odd)))
+        k_scale = scale_of(largest, min_scale, max_scale, tl.float16)
+        largest = tl.max(tl.maximum(tl.abs(v_even), tl.abs(v_odd)))
+        v_scale = scale_of(largest, min_scale, max_scale, tl.float16)
+        k_even, k_odd = quantize(k_even, k_scale), quantize(k_odd, k_scale)
+        v_even, v_odd = quantize(v_even, v_scale), quantize(v_odd, v_scale)
+        tl.store(k_head + slot * k_slot_stride, _pack(k_even, k_odd), mask=pair_live)
+        tl.store(v_head + slot * v_slot_stride, _pack(v_even, v_odd), mask=pair_live)
+        k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        tl.store(scales + slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF))
+        score = tl.sum(even.to(tl.float32) * k_even, 1) + tl.sum(odd.to(tl.float32) * k_odd, 1)
+        maximum = score * k_scale + tl.log2(v_scale)
+        total += 1.0 / v_scale
+        even_accumulator += v_even
+        odd_accumulator += v_odd
+        end -= 1
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
@@ -116,8 +179,9 @@ def token_attention_int8_kernel(
         kv_live = token_live[:, None] & pair_live
         k_even, k_odd = _unpack(tl.load(k_head + slot[:, None] * k_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
         v_even, v_odd = _unpack(tl.load(v_head + slot[:, None] * v_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
-        k_scale = tl.load(k_scales + slot * k_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
-        v_scale = tl.load(v_scales + slot * v_scale_stride + kv_head, mask=token_live, other=1.0).to(tl.float32)
+        # Both are 1.0 where there is no token.
+        scale_pair = tl.load(scales + slot * scale_stride + kv_head, mask=token_live, other=0x3C003C00)
+        k_scale, v_scale = unpack_scales(scale_pair)
         score = tl.dot(even, tl.trans(k_even), input_precision="ieee")
         score = tl.dot(odd, tl.trans(k_odd), score, input_precision="ieee")
         # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
@@ -150,12 +214,24 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=live)
 
 
+def choose_blocks(group: int, block_pairs: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+    """As for the other pools, in tiles of as many bytes."""
+    if element_size == 4:
+        return TokenBlocks(16, 4, 1)
+    tokens = min(128, max(16, (4096 if group == 1 else 2048) // block_pairs))
+    return TokenBlocks(tokens, 2 if group == 1 else 1, 3 if capability >= (8, 0) else 1)
+
+
 def token_attention_int8(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    k_scales: Tensor,
-    v_scales: Tensor,
+    scales: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
     context_lengths: Tensor,
@@ -167,14 +243,16 @@ def token_attention_int8(
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
     assert k_pool.dtype == v_pool.dtype == torch.int8
-    assert all(x.stride(2) == 1 for x in (q, k_pool, v_pool))
-    assert k_scales.stride(1) == v_scales.stride(1) == req_to_token.stride(1) == 1
+    assert all(x.stride(2) == 1 for x in (q, k, v, k_pool, v_pool))
+    assert cos.stride(1) == sin.stride(1) == req_to_token.stride(1) == 1
+    assert 2 * cos.shape[1] <= head_dim
     assert heads % kv_heads == 0
     assert head_dim % 2 == 0
     assert max_context_length <= req_to_token.shape[1]
     out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
+    pairs, _ = scale_pairs(k_pool, scales)
     k_pool, v_pool = k_pool.view(torch.int16), v_pool.view(torch.int16)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
@@ -182,12 +260,17 @@ def token_attention_int8(
     partial, log_sums = split_buffers(out, splits)
     block_pairs = max(16, triton.next_power_of_2(head_dim // 2))
     is_half = q.element_size() == 2
+    blocks = choose_blocks(group, block_pairs, q.element_size(), compute_capability(q.device))
     token_attention_int8_kernel[(kv_heads, sequences, splits)](
         q,
+        k,
+        v,
+        cos,
+        sin,
+        slots,
         k_pool,
         v_pool,
-        k_scales,
-        v_scales,
+        pairs,
         out,
         partial,
         log_sums,
@@ -197,17 +280,22 @@ def token_attention_int8(
         q if alibi_slopes is None else alibi_slopes,
         q.stride(0),
         q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        cos.stride(0),
+        sin.stride(0),
         k_pool.stride(0),
         k_pool.stride(1),
         v_pool.stride(0),
         v_pool.stride(1),
-        k_scales.stride(0),
-        v_scales.stride(0),
+        pairs.stride(0),
         out.stride(0),
         out.stride(1),
         req_to_token.stride(0),
         scale * LOG2_E.value,
-        window or 2**31 - 1,
+        window or NO_WINDOW,
         heads,
         splits,
         dtype=tl.float16 if is_half else tl.float32,
@@ -216,11 +304,14 @@ def token_attention_int8(
         has_alibi=alibi_slopes is not None,
         group=group,
         head_pairs=head_dim // 2,
+        half=cos.shape[1],
+        min_scale=MIN_KV_SCALE,
+        max_scale=MAX_KV_SCALE,
         block_group=max(16, triton.next_power_of_2(group)),
-        block_tokens=min(128, max(16, 2048 // block_pairs)) if is_half else 16,
+        block_tokens=blocks.tokens,
         block_pairs=block_pairs,
-        stages=3 if is_half and compute_capability(q.device) >= (8, 0) else 1,
-        num_warps=1 if is_half else 4,
+        stages=blocks.num_stages,
+        num_warps=blocks.num_warps,
         **dependent_launch(q.device),
     )
     return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out

@@ -12,7 +12,7 @@ SCALE_DTYPE = torch.float16
 class KVStorage:
     """K and V of every layer, allocated once: per layer two tensors `[slots, kv_heads, head_dim]`.
 
-    Those of int8 are quantised by token and head: with each comes a tensor of scales `[slots, kv_heads]`.
+    Those of int8 are quantised by token and head: with both comes one tensor of scales `[slots, kv_heads, 2]`.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class KVStorage:
             return torch.empty(shape, dtype=dtype, device=device)
 
         def scales() -> Tensor | None:
-            return torch.empty(shape[:2], dtype=SCALE_DTYPE, device=device) if dtype == torch.int8 else None
+            return torch.empty((*shape[:2], 2), dtype=SCALE_DTYPE, device=device) if dtype == torch.int8 else None
 
-        # Of each layer: K, V, the scales of K, the scales of V.
-        self.layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = [
-            (values(), values(), scales(), scales()) for _ in range(num_layers)
+        # Of each layer: K, V, the scales of both.
+        self.layers: list[tuple[Tensor, Tensor, Tensor | None]] = [
+            (values(), values(), scales()) for _ in range(num_layers)
         ]
         self.num_bytes = num_slots * self.slot_bytes(num_layers, num_kv_heads, head_dim, dtype)
 

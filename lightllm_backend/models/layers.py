@@ -28,9 +28,8 @@ class KVLayer(NamedTuple):
 
     k: Tensor  # [slots, kv_heads, head_dim]
     v: Tensor
-    # Of an int8 pool: what its values are multiples of, [slots, kv_heads].
-    k_scales: Tensor | None = None
-    v_scales: Tensor | None = None
+    # Of an int8 pool: what the values of K and of V are multiples of, [slots, kv_heads, 2].
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -314,19 +313,20 @@ class PoolAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput
     ) -> Tensor:
         """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
-        scales = {"k_scales": kv.k_scales, "v_scales": kv.v_scales}
-        decodes, pool = step.num_decodes, (kv.k, kv.v, step.req_to_token)
-        self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, decodes, **scales)
-        longest, scale, more = step.max_context_length, self.scale, self.bias | scales
+        decodes = step.num_decodes
+        new, pool = (q, k, v, cos, sin, step.slots), (kv.k, kv.v)
+        options = self.bias | {"scales": kv.scales}
         outputs: list[Tensor] = []
         if decodes > 0:
             rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
-            outputs.append(self.kernels.token_attention(q[:decodes], *pool, rows, contexts, longest, scale, **more))
+            table = (step.req_to_token, rows, contexts, step.max_context_length)
+            decoded = (tensor[:decodes] for tensor in new)
+            outputs.append(self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options))
         if q.shape[0] > decodes:
-            rows, contexts = step.rows[decodes:], step.context_lengths[decodes:]
-            new = (q[decodes:], k[decodes:], v[decodes:])
-            output = self.kernels.prefill_attention(*new, *pool, rows, step.query_starts, contexts, scale, **more)
-            outputs.append(output)
+            q, k, v, cos, sin, slots = (tensor[decodes:] for tensor in new)
+            self.kernels.rotary_kv_write(q, k, v, cos, sin, slots, *pool, kv.scales)
+            chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
+            outputs.append(self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 
 

@@ -37,13 +37,9 @@ def pool_arguments(place: Place, contexts: Sequence[int], kv_heads: int, head_di
         name: place.integers(-127, 128, *shape, dtype=torch.int8) if is_int8 else place.randn(*shape)
         for name in ("k_pool", "v_pool")
     }
-    scales = {
-        name: (place.randn(slots, kv_heads).abs() / 64 + 1 / 64).half() if is_int8 else None
-        for name in ("k_scales", "v_scales")
-    }
     return {
         **values,
-        **scales,
+        "scales": (place.randn(slots, kv_heads, 2).abs() / 64 + 1 / 64).half() if is_int8 else None,
         "req_to_token": table,
         "rows": torch.arange(len(contexts), device=device, dtype=torch.int32),
         "context_lengths": torch.tensor(contexts, device=device, dtype=torch.int32),

@@ -43,8 +43,8 @@ def case(
         places = rest["req_to_token"][:, cached:context].flatten().long()
         for values, name in ((k, "k"), (v, "v")):
             new = rest[f"{name}_pool"][places]
-            scales = rest[f"{name}_scales"]
-            values.copy_(new if scales is None else new * scales[places].unsqueeze(-1))
+            scales = rest["scales"]
+            values.copy_(new if scales is None else new * scales[places, :, "kv".index(name)].unsqueeze(-1))
         return {"q": q, "k": k, "v": v, "query_starts": starts, **rest}
 
     def packed(backend: SDPBackend) -> Callable[[Arguments], Callable[[], Any]]:

@@ -25,19 +25,19 @@ def case(place: Place, tokens: int, heads: int, kv_heads: int, head_dim: int, va
         q, k, v = place.randn(tokens, heads + 2 * kv_heads, head_dim).split((heads, kv_heads, kv_heads), 1)
         angle = 100 * place.randn(tokens, rotated // 2).float()
         pools = [place.full(0, slots, kv_heads, head_dim, dtype=torch.int8 if is_int8 else place.dtype) for _ in "kv"]
-        scales = [place.full(1, slots, kv_heads, dtype=torch.float16) if is_int8 else None for _ in "kv"]
+        scales = place.full(1, slots, kv_heads, 2, dtype=torch.float16) if is_int8 else None
         return {
             "q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(),
             "slots": torch.randperm(slots, device=place.device, dtype=torch.int32)[:tokens],
-            "k_pool": pools[0], "v_pool": pools[1], "num_decodes": tokens, "k_scales": scales[0], "v_scales": scales[1],
+            "k_pool": pools[0], "v_pool": pools[1], "scales": scales,
         }  # fmt: skip
 
-    # Queries are read and written; cosine and sine are float32.
-    queries = tokens * (2 * 2 * heads + 4) * rotated
+    # Queries are read and written, and keys are written twice; cosine and sine are float32.
+    queries = tokens * (2 * 2 * heads + 2 * kv_heads + 4) * rotated
     keys_and_values = tokens * 2 * 2 * kv_heads * head_dim + pool_bytes(tokens, kv_heads, head_dim, variant)
     return Case(
         label=f"{tokens} tokens, {heads} and {kv_heads} heads, {variant}".rstrip(", "),
         make=make,
         bytes=queries + keys_and_values,
-        changes=("q", "k_pool", "v_pool", "k_scales", "v_scales"),
+        changes=("q", "k", "v", "k_pool", "v_pool", "scales"),
     )

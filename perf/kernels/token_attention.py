@@ -24,8 +24,11 @@ def case(place: Place, sequences: int, context: int, heads: int, kv_heads: int, 
     contexts = [context] * sequences if context else mixed_contexts(sequences, MEAN_CONTEXT)
 
     def make() -> Arguments:
-        q = place.randn(sequences, heads + 2 * kv_heads, head_dim)[:, :heads]
-        return {"q": q, **pool_arguments(place, contexts, kv_heads, head_dim, variant)}
+        q, k, v = place.randn(sequences, heads + 2 * kv_heads, head_dim).split((heads, kv_heads, kv_heads), 1)
+        angle = 100 * place.randn(sequences, head_dim // 2).float()
+        rest = pool_arguments(place, contexts, kv_heads, head_dim, variant)
+        slots = rest["req_to_token"].gather(1, rest["context_lengths"][:, None].long() - 1).squeeze(1)
+        return {"q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(), "slots": slots, **rest}
 
     pool = pool_bytes(sum(contexts), kv_heads, head_dim, variant)
     lengths = context or f"mixed, mean {MEAN_CONTEXT}"
@@ -34,4 +37,5 @@ def case(place: Place, sequences: int, context: int, heads: int, kv_heads: int, 
         make=make,
         bytes=pool + 2 * 2 * sequences * heads * head_dim + 4 * sum(contexts),
         operations=4 * heads * head_dim * sum(contexts),
+        changes=("k_pool", "v_pool", "scales"),
     )

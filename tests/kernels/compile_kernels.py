@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers
@@ -41,6 +42,9 @@ def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: di
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
+        elif isinstance(value, TensorDescriptor):
+            shape = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{shape}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -73,11 +77,13 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
             launchers.linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
             launchers.gated_linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(22016, 4096, dtype=dtype))
     launchers.gelu_tanh(q.flatten(1))
-    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(len(q), dtype=torch.int32), k, k, 1)
+    slots = torch.zeros(len(q), dtype=torch.int32)
+    launchers.rotary_kv_write(q, k, k, cos, cos, slots, k, k)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
-        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1)
-        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 60, 0.1)
+        new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)
+        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1)
+        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 60, 0.1)
     if with_variants:
         launch_variants(q, k, table, lengths, starts)
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths)
@@ -91,12 +97,13 @@ def launch_variants(
     tokens, heads, head_dim = q.shape
     slopes, cos = torch.zeros(heads), torch.zeros(tokens, head_dim // 2)
     int8 = torch.empty(k.shape, dtype=torch.int8)
-    scales = torch.zeros(k.shape[:2], dtype=torch.float16)
-    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, 1, scales, scales)
+    scales = torch.zeros(*k.shape[:2], 2, dtype=torch.float16)
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales)
+    new = (q[:4], k[:4], k[:4], cos[:4], cos[:4], lengths)
     for pool, pool_scales in ((k, None), (int8, scales)):
-        options = (slopes, 1000, pool_scales, pool_scales)
+        options = (slopes, 1000, pool_scales)
         launchers.prefill_attention(q, k, k, pool, pool, table, lengths, starts, lengths, 0.1, *options)
-        launchers.token_attention(q[:4], pool, pool, table, lengths, lengths, 4096, 0.1, *options)
+        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1, *options)
 
 
 def main() -> None:

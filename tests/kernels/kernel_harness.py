@@ -20,24 +20,61 @@ class Pool(NamedTuple):
     req_to_token: Tensor
     rows: Tensor
     context_lengths: Tensor
-    k_scales: Tensor | None = None
-    v_scales: Tensor | None = None
+    scales: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Pool":
         """With K and V as numbers of that type, also where they are int8."""
         k, v = self.k.to(dtype), self.v.to(dtype)
-        if self.k_scales is not None and self.v_scales is not None:
-            k, v = k * self.k_scales.to(dtype).unsqueeze(-1), v * self.v_scales.to(dtype).unsqueeze(-1)
-        return self._replace(k=k, v=v, k_scales=None, v_scales=None)
+        if self.scales is not None:
+            k_scales, v_scales = self.scales.to(dtype).unsqueeze(-1).unbind(2)
+            k, v = k * k_scales, v * v_scales
+        return self._replace(k=k, v=v, scales=None)
+
+    def poisoned(self, slots: Tensor) -> "Pool":
+        """A copy with NaN in these slots, whose scales are NaN if it is int8."""
+        if self.scales is not None:
+            return self._replace(k=self.k.clone(), v=self.v.clone(), scales=self.scales.index_fill(0, slots, torch.nan))
+        return self._replace(k=self.k.index_fill(0, slots, torch.nan), v=self.v.index_fill(0, slots, torch.nan))
+
+    def copy(self) -> "Pool":
+        return self.poisoned(torch.empty(0, dtype=torch.int64, device=self.k.device))
 
     def to_int8(self) -> "Pool":
         """Other values, int8; the scales of slots of nobody are NaN."""
         unowned = self.k.isnan().all(-1)
         k, v = (torch.randint_like(x, -127, 128, dtype=torch.int8) for x in (self.k, self.v))
         # Of very different magnitudes, down to the smallest of V that float16 takes.
-        scales = (10 ** (-3 * torch.rand_like(unowned, dtype=torch.float32)) / 60 for _ in "kv")
-        k_scales, v_scales = (scale.half().masked_fill(unowned, torch.nan) for scale in scales)
-        return self._replace(k=k, v=v, k_scales=k_scales, v_scales=v_scales)
+        magnitudes = 10 ** (-3 * torch.rand(*unowned.shape, 2, device=k.device)) / 60
+        return self._replace(k=k, v=v, scales=magnitudes.half().masked_fill(unowned.unsqueeze(-1), torch.nan))
+
+
+class NewTokens(NamedTuple):
+    """What decode attention is given of the last token of each context: K and V of no particular values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
+    def to(self, dtype: torch.dtype) -> "NewTokens":
+        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+
+def new_tokens(pool: Pool, heads: int, dtype: torch.dtype, rotary_dim: int = 0) -> tuple[NewTokens, Pool]:
+    """Views of a fused tensor, and the pool without what they are to write. Where there is no context, a padding."""
+    (_, kv_heads, head_dim), device = pool.k.shape, pool.k.device
+    contexts = pool.context_lengths.tolist()
+    fused = torch.randn(len(contexts), heads + 2 * kv_heads, head_dim, device=device).to(dtype)
+    angle = torch.randn(len(contexts), rotary_dim // 2, device=device) * 7
+    places = [
+        int(pool.req_to_token[row, context - 1]) if context else -1
+        for row, context in zip(pool.rows.tolist(), contexts, strict=True)
+    ]
+    slots = torch.tensor(places, device=device, dtype=torch.int32)
+    new = NewTokens(*fused.split((heads, kv_heads, kv_heads), 1), angle.cos(), angle.sin(), slots)
+    return new, pool.poisoned(slots[slots >= 0].long())
 
 
 class Variant(NamedTuple):
@@ -49,7 +86,7 @@ class Variant(NamedTuple):
 
     def options(self, pool: Pool, heads: int) -> dict[str, Tensor | int | None]:
         slopes = torch.rand(heads, device=pool.k.device) if self.alibi else None
-        return {"alibi_slopes": slopes, "window": self.window, "k_scales": pool.k_scales, "v_scales": pool.v_scales}
+        return {"alibi_slopes": slopes, "window": self.window, "scales": pool.scales}
 
 
 VARIANTS = [
@@ -95,9 +132,7 @@ def split_new(pool: Pool, queries: list[int], tokens: int, dtype: torch.dtype) -
     wide = pool.to(dtype)
     fused = torch.full((tokens, 2, *pool.k.shape[1:]), torch.nan, dtype=dtype, device=pool.k.device)
     fused[: len(new), 0], fused[: len(new), 1] = wide.k[new], wide.v[new]
-    names = ("k", "v") if pool.k_scales is None else ("k_scales", "v_scales")
-    poisoned = {name: getattr(pool, name).index_fill(0, new, torch.nan) for name in names}
-    return fused[:, 0], fused[:, 1], pool._replace(**poisoned)
+    return fused[:, 0], fused[:, 1], pool.poisoned(new)
 
 
 def naive_attention(

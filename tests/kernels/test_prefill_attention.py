@@ -115,9 +115,9 @@ def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, 
     k, v, cached = split_new(pool, queries, len(q), dtype)
     options = variant.options(cached, shape[0])
     out = launchers.prefill_attention(q, k, v, cached.k, cached.v, *rest, **options)[: sum(queries)]
-    expected = reference.prefill_attention(
-        q.float(), q, q, wide.k, wide.v, *rest, **options | {"k_scales": None, "v_scales": None}
-    )[: sum(queries)]
+    expected = reference.prefill_attention(q.float(), q, q, wide.k, wide.v, *rest, **options | {"scales": None})[
+        : sum(queries)
+    ]
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
 

@@ -32,7 +32,7 @@ def _step(tokens, heads, kv_heads, head_dim, rotary_dim, dtype, device):
         k.unflatten(1, (kv_heads, head_dim)),
         v.unflatten(1, (kv_heads, head_dim)),
     )
-    return fused, (*heads_of, angle.cos(), angle.sin(), slots, k_pool, v_pool, tokens), angle
+    return fused, (*heads_of, angle.cos(), angle.sin(), slots, k_pool, v_pool), angle
 
 
 def _rotate_as_complex(x, angle):
@@ -45,7 +45,7 @@ def _rotate_as_complex(x, angle):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_a_rotation(shape):
     _, arguments, angle = _step(*shape, torch.float32, torch.device("cpu"))
-    q, k, v, _, _, slots, k_pool, v_pool, _ = arguments
+    q, k, v, _, _, slots, k_pool, v_pool = arguments
     expected_q, expected_k = _rotate_as_complex(q, angle), _rotate_as_complex(k, angle)
     reference.rotary_kv_write(*arguments)
     assert relative_error(q, expected_q) < 1e-6
@@ -62,35 +62,35 @@ def test_reference_is_a_rotation(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_matches_the_reference(shape, dtype, device):
     fused, arguments, _ = _step(*shape, dtype, device)
-    q, k, v, cos, sin, slots, k_pool, v_pool, decodes = arguments
+    q, k, v, cos, sin, slots, k_pool, v_pool = arguments
     before = fused.clone()
     expected_q, expected_k_pool, expected_v_pool = q.clone(), k_pool.clone(), v_pool.clone()
-    reference.rotary_kv_write(expected_q, k, v, cos, sin, slots, expected_k_pool, expected_v_pool, decodes)
+    reference.rotary_kv_write(expected_q, k.clone(), v.clone(), cos, sin, slots, expected_k_pool, expected_v_pool)
     launchers.rotary_kv_write(*arguments)
     assert relative_error(q, expected_q) < TOLERANCE[dtype]
     assert torch.equal(k_pool.isnan(), expected_k_pool.isnan())
     assert relative_error(k_pool.nan_to_num(), expected_k_pool.nan_to_num()) < TOLERANCE[dtype]
     assert torch.equal(v_pool.nan_to_num(), expected_v_pool.nan_to_num())
-    query_size = q.shape[1] * q.shape[2]
-    assert torch.equal(fused[:, query_size:], before[:, query_size:])
+    others = fused.shape[1] - 3 - v.shape[1] * v.shape[2]
+    assert torch.equal(fused[:, others:], before[:, others:])
 
 
 def _int8_pools(arguments):
     """The same pools as int8, with scales that are NaN until written."""
-    *_, k_pool, v_pool, _ = arguments
+    *_, k_pool, v_pool = arguments
     pools = [torch.full_like(pool, 99, dtype=torch.int8) for pool in (k_pool, v_pool)]
-    scales = [torch.full(pool.shape[:2], torch.nan, dtype=torch.float16, device=pool.device) for pool in pools]
+    scales = torch.full((*k_pool.shape[:2], 2), torch.nan, dtype=torch.float16, device=k_pool.device)
     return pools, scales
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_reference_is_the_definition(shape):
     _, arguments, angle = _step(*shape, torch.float32, torch.device("cpu"))
-    q, k, v, cos, sin, slots, _, _, decodes = arguments
+    q, k, v, cos, sin, slots, _, _ = arguments
     pools, scales = _int8_pools(arguments)
     exact = (_rotate_as_complex(k, angle), v.double())
-    reference.rotary_kv_write(q, k, v, cos, sin, slots, *pools, decodes, *scales)
-    for pool, scale, values in zip(pools, scales, exact, strict=True):
+    reference.rotary_kv_write(q, k, v, cos, sin, slots, *pools, scales)
+    for pool, scale, values in zip(pools, scales.unbind(2), exact, strict=True):
         for token, slot in enumerate(slots.tolist()):
             if slot >= 0:
                 largest = values[token].abs().amax(-1)
@@ -108,16 +108,17 @@ def test_int8_reference_is_the_definition(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_kernel_matches_the_reference(shape, dtype, device):
     _, arguments, _ = _step(*shape, dtype, device)
-    q, k, v, cos, sin, slots, _, _, decodes = arguments
+    q, k, v, cos, sin, slots, _, _ = arguments
     pools, scales = _int8_pools(arguments)
     expected_pools, expected_scales = _int8_pools(arguments)
     expected_q = q.clone()
-    reference.rotary_kv_write(expected_q, k, v, cos, sin, slots, *expected_pools, decodes, *expected_scales)
-    launchers.rotary_kv_write(q, k, v, cos, sin, slots, *pools, decodes, *scales)
+    new = (expected_q, k.clone(), v.clone(), cos, sin, slots)
+    reference.rotary_kv_write(*new, *expected_pools, expected_scales)
+    launchers.rotary_kv_write(q, k, v, cos, sin, slots, *pools, scales)
     assert relative_error(q, expected_q) < TOLERANCE[dtype]
     assert torch.equal(pools[1], expected_pools[1])
-    assert torch.equal(scales[1].nan_to_num(7), expected_scales[1].nan_to_num(7))
-    for out, expected in ((pools[0], expected_pools[0]), (scales[0], expected_scales[0])):
+    assert torch.equal(scales[..., 1].nan_to_num(7), expected_scales[..., 1].nan_to_num(7))
+    for out, expected in ((pools[0], expected_pools[0]), (scales[..., 0], expected_scales[..., 0])):
         # A GPU rounds the rotation once less, which may tip a value over to its neighbour.
         difference = (out.nan_to_num(7).float() - expected.nan_to_num(7).float()).abs()
         assert difference.max() <= 1
@@ -134,10 +135,10 @@ def test_int8_at_the_edges(implementation, rotary_dim, device):
     v[0, 3, 6] = -1e9
     slots = torch.tensor([1], dtype=torch.int32, device=device)
     angles = torch.zeros(1, rotary_dim // 2, device=device)
-    pools, scales = _int8_pools([*[torch.empty(2, 4, 8, device=device)] * 2, 1])
+    pools, scales = _int8_pools([torch.empty(2, 4, 8, device=device)] * 2)
     q = torch.randn(1, 4, 8, device=device)
-    implementation.rotary_kv_write(q, v, v, angles.cos(), angles.sin(), slots, *pools, 1, *scales)
-    for pool, scale in zip(pools, scales, strict=True):
+    implementation.rotary_kv_write(q, v, v, angles.cos(), angles.sin(), slots, *pools, scales)
+    for pool, scale in zip(pools, scales.unbind(2), strict=True):
         assert scale[1].tolist() == [1.0, 2.0**-14, 1.0, 65504.0]
         assert pool[1].tolist() == [
             [0] * 8,
@@ -149,27 +150,23 @@ def test_int8_at_the_edges(implementation, rotary_dim, device):
 
 def test_no_tokens(device):
     _, arguments, _ = _step(1, 2, 1, 16, 16, torch.float32, device)
-    q, k, v, cos, sin, slots, k_pool, v_pool, _ = arguments
-    launchers.rotary_kv_write(q[:0], k[:0], v[:0], cos[:0], sin[:0], slots[:0], k_pool, v_pool, 0)
+    q, k, v, cos, sin, slots, k_pool, v_pool = arguments
+    launchers.rotary_kv_write(q[:0], k[:0], v[:0], cos[:0], sin[:0], slots[:0], k_pool, v_pool)
     assert k_pool.isnan().all()
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_new_tokens_keep_what_was_written(implementation, int8, shape, device):
+def test_k_and_v_become_what_was_written(implementation, int8, shape, device):
     _, arguments, _ = _step(*shape, torch.float32, device)
-    q, k, v, cos, sin, slots, *pools, _ = arguments
-    scales = []
+    q, k, v, cos, sin, slots, *pools = arguments
+    scales = None
     if int8:
         pools, scales = _int8_pools(arguments)
-    decodes = len(q) // 2
-    before_k, before_v = k.clone(), v.clone()
-    implementation.rotary_kv_write(q, k, v, cos, sin, slots, *pools, decodes, *scales)
+    implementation.rotary_kv_write(q, k, v, cos, sin, slots, *pools, scales)
     for token, slot in enumerate(slots.tolist()):
-        for values, before, index in ((k, before_k, 0), (v, before_v, 1)):
-            if token < decodes:
-                assert torch.equal(values[token], before[token])
-            elif slot >= 0:
-                scale = scales[index][slot].float().unsqueeze(-1) if int8 else 1.0
+        for index, values in enumerate((k, v)):
+            if slot >= 0:
+                scale = scales[slot, :, index].float().unsqueeze(-1) if int8 else 1.0
                 assert relative_error(values[token], pools[index][slot] * scale) < 1e-6

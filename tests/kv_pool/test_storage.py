@@ -16,13 +16,13 @@ def test_the_pool_takes_the_memory_that_was_said(dtype):
     tensors = [tensor for layer in storage.layers for tensor in layer if tensor is not None]
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
     assert sum(tensor.nbytes for tensor in tensors) == storage.num_bytes
-    for k, v, k_scales, v_scales in storage.layers:
+    for k, v, scales in storage.layers:
         assert k.shape == v.shape == (7, 2, 16)
         assert k.dtype == v.dtype == dtype
         if dtype == torch.int8:
-            assert k_scales.shape == v_scales.shape == (7, 2)
+            assert scales.shape == (7, 2, 2)
         else:
-            assert k_scales is v_scales is None
+            assert scales is None
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
