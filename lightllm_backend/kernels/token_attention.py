@@ -33,13 +33,13 @@ from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-def choose_blocks(group: int, block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
-    """Small tiles, so that many programs fit a multiprocessor: 16 KiB of K for a head of its own, half of it for heads
-    that share, where there are fewer programs (measured on an H200)."""
+def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+    """Small tiles of a single warp, 8 KiB of K, so that many programs fit a multiprocessor: while some begin, others
+    read (measured on an H200)."""
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
-    tokens = min(128, max(16, (8192 if group == 1 else 4096) // block_dim))
-    return TokenBlocks(tokens, 2 if group == 1 else 1, 3 if capability >= (8, 0) else 1)
+    tokens = min(128, max(16, 4096 // block_dim))
+    return TokenBlocks(tokens, 1, 3 if capability >= (8, 0) else 1)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -94,46 +94,50 @@ def token_attention_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     wait_for_previous(is_dependent)
+    # All that a part begins with is asked for before any of it is needed.
     context = tl.load(context_lengths + sequence)
-    start, end = split_range(context, window, split, splits, block_tokens)
-
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
+    new_slot = tl.load(slots + sequence).to(tl.int64)
     column = tl.arange(0, block_dim)
-    column_live = (column < head_dim)[None, :]
-    k_head = k_pool + kv_head * k_pool_head_stride + column[None, :]
-    v_head = v_pool + kv_head * v_pool_head_stride + column[None, :]
+    column_live = column < head_dim
     member = tl.arange(0, block_group)
     head = kv_head * group + member
-    live = (member < group)[:, None] & column_live
+    live = (member < group)[:, None] & column_live[None, :]
     cos += sequence * cos_stride
     sin += sequence * sin_stride
-    q_row = q + sequence * q_stride + head[:, None] * q_head_stride
-    query = rotated(q_row, column[None, :], live, cos, sin, half).to(q.dtype.element_ty)
+    q_row = q + sequence * q_stride + kv_head * group * q_head_stride
+    if group == 1:
+        query = rotated(q_row, column, column_live, cos, sin, half).to(q.dtype.element_ty)
+        query = tl.where(live, query[None, :], 0.0).to(q.dtype.element_ty)
+    else:
+        q_row += member[:, None] * q_head_stride
+        query = rotated(q_row, column[None, :], live, cos, sin, half).to(q.dtype.element_ty)
+    k_row = k + sequence * k_stride + kv_head * k_head_stride
+    new_key = rotated(k_row, column, column_live, cos, sin, half).to(k.dtype.element_ty)
+    new_value = tl.load(v + sequence * v_stride + kv_head * v_head_stride + column, mask=column_live, other=0.0)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
+    start, end = split_range(context, window, split, splits, block_tokens)
+    k_head = k_pool + kv_head * k_pool_head_stride + column
+    v_head = v_pool + kv_head * v_pool_head_stride + column
+    has_new = (start < end) & (end == context)
+    written = column < tl.where(has_new & (new_slot >= 0), head_dim, 0)
+    tl.store(k_head + new_slot * k_slot_stride, new_key, mask=written)
+    tl.store(v_head + new_slot * v_slot_stride, new_value, mask=written)
+    new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale_log2
+    maximum = tl.where(has_new, new_score, float("-inf"))
+    total = tl.zeros([block_group], dtype=tl.float32) + tl.where(has_new, 1.0, 0.0)
     accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
-    maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([block_group], dtype=tl.float32)
-    if (start < end) & (end == context):
-        k_row = k + sequence * k_stride + kv_head * k_head_stride
-        key = rotated(k_row, column[None, :], column_live, cos, sin, half).to(k.dtype.element_ty)
-        v_row = v + sequence * v_stride + kv_head * v_head_stride
-        value = tl.load(v_row + column[None, :], mask=column_live, other=0.0)
-        slot = tl.load(slots + sequence).to(tl.int64)
-        tl.store(k_head + slot * k_slot_stride, key, mask=column_live)
-        tl.store(v_head + slot * v_slot_stride, value, mask=column_live)
-        maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
-        total += 1.0
-        accumulator += value.to(tl.float32)
-        end -= 1
+    accumulator += tl.where(has_new, new_value.to(tl.float32), 0.0)[None, :]
+    end -= has_new.to(tl.int32)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
         slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        kv_live = token_live[:, None] & column_live
-        key = tl.load(k_head + slot[:, None] * k_slot_stride, mask=kv_live, other=0.0)
-        value = tl.load(v_head + slot[:, None] * v_slot_stride, mask=kv_live, other=0.0)
+        kv_live = token_live[:, None] & column_live[None, :]
+        key = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=kv_live, other=0.0)
+        value = tl.load(v_head[None, :] + slot[:, None] * v_slot_stride, mask=kv_live, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if has_alibi:
             score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
@@ -197,7 +201,7 @@ def token_attention(
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(group, block_dim, q.element_size(), compute_capability(q.device))
+    blocks = choose_blocks(block_dim, q.element_size(), compute_capability(q.device))
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k,

@@ -122,82 +122,88 @@ def token_attention_int8_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     wait_for_previous(is_dependent)
+    # All that a part begins with is asked for before any of it is needed.
     context = tl.load(context_lengths + sequence)
-    start, end = split_range(context, window, split, splits, block_tokens)
-
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
+    new_slot = tl.load(slots + sequence).to(tl.int64)
     pair = tl.arange(0, block_pairs)
-    pair_live = (pair < head_pairs)[None, :]
-    k_head = k_pool + kv_head * k_pool_head_stride + pair[None, :]
-    v_head = v_pool + kv_head * v_pool_head_stride + pair[None, :]
+    pair_live = pair < head_pairs
+    even_column, odd_column = 2 * pair, 2 * pair + 1
     member = tl.arange(0, block_group)
     head = kv_head * group + member
-    live = (member < group)[:, None] & pair_live
-    even_column, odd_column = 2 * pair[None, :], 2 * pair[None, :] + 1
+    live = (member < group)[:, None] & pair_live[None, :]
     cos += sequence * cos_stride
     sin += sequence * sin_stride
-    q_row = q + sequence * q_stride + head[:, None] * q_head_stride
+    q_row = q + sequence * q_stride + kv_head * group * q_head_stride
+    if group == 1:
+        even = tl.where(live, rotated(q_row, even_column, pair_live, cos, sin, half)[None, :], 0.0)
+        odd = tl.where(live, rotated(q_row, odd_column, pair_live, cos, sin, half)[None, :], 0.0)
+    else:
+        q_row += member[:, None] * q_head_stride
+        even = rotated(q_row, even_column[None, :], live, cos, sin, half)
+        odd = rotated(q_row, odd_column[None, :], live, cos, sin, half)
     # Scaled first, which keeps them in float16's range.
-    even = (rotated(q_row, even_column, live, cos, sin, half) * scale_log2).to(dtype)
-    odd = (rotated(q_row, odd_column, live, cos, sin, half) * scale_log2).to(dtype)
+    even, odd = (even * scale_log2).to(dtype), (odd * scale_log2).to(dtype)
+    k_row = k + sequence * k_stride + kv_head * k_head_stride
+    k_even = rotated(k_row, even_column, pair_live, cos, sin, half)
+    k_odd = rotated(k_row, odd_column, pair_live, cos, sin, half)
+    v_row = v + sequence * v_stride + kv_head * v_head_stride
+    v_even = tl.load(v_row + even_column, mask=pair_live, other=0.0).to(tl.float32)
+    v_odd = tl.load(v_row + odd_column, mask=pair_live, other=0.0).to(tl.float32)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
+    k_scale = scale_of(tl.max(tl.maximum(tl.abs(k_even), tl.abs(k_odd))), min_scale, max_scale, tl.float16)
+    v_scale = scale_of(tl.max(tl.maximum(tl.abs(v_even), tl.abs(v_odd))), min_scale, max_scale, tl.float16)
+    k_even, k_odd = quantize(k_even, k_scale), quantize(k_odd, k_scale)
+    v_even, v_odd = quantize(v_even, v_scale), quantize(v_odd, v_scale)
+    start, end = split_range(context, window, split, splits, block_tokens)
+    k_head = k_pool + kv_head * k_pool_head_stride + pair
+    v_head = v_pool + kv_head * v_pool_head_stride + pair
+    has_new = (start < end) & (end == context)
+    is_written = has_new & (new_slot >= 0)
+    written = pair < tl.where(is_written, head_pairs, 0)
+    tl.store(k_head + new_slot * k_slot_stride, _pack(k_even, k_odd), mask=written)
+    tl.store(v_head + new_slot * v_slot_stride, _pack(v_even, v_odd), mask=written)
+    k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
+    new_score = tl.sum(even.to(tl.float32) * k_even[None, :], 1) + tl.sum(odd.to(tl.float32) * k_odd[None, :], 1)
+    maximum = tl.where(has_new, new_score * k_scale + tl.log2(v_scale), float("-inf"))
+    total = tl.zeros([block_group], dtype=tl.float32) + tl.where(has_new, 1.0 / v_scale, 0.0)
     even_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
+    even_accumulator += tl.where(has_new, v_even, 0.0)[None, :]
     odd_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
-    maximum = tl.full([block_group], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([block_group], dtype=tl.float32)
-    if (start < end) & (end == context):
-        slot = tl.load(slots + sequence).to(tl.int64)
-        k_row = k + sequence * k_stride + kv_head * k_head_stride
-        k_even = rotated(k_row, even_column, pair_live, cos, sin, half)
-        k_odd = rotated(k_row, odd_column, pair_live, cos, sin, half)
-        v_row = v + sequence * v_stride + kv_head * v_head_stride
-        v_even = tl.load(v_row + even_column, mask=pair_live, other=0.0).to(tl.float32)
-        v_odd = tl.load(v_row + odd_column, mask=pair_live, other=0.0).to(tl.float32)
-        largest = tl.max(tl.maximum(tl.abs(k_even), tl.abs(k_odd)))
-        k_scale = scale_of(largest, min_scale, max_scale, tl.float16)
-        largest = tl.max(tl.maximum(tl.abs(v_even), tl.abs(v_odd)))
-        v_scale = scale_of(largest, min_scale, max_scale, tl.float16)
-        k_even, k_odd = quantize(k_even, k_scale), quantize(k_odd, k_scale)
-        v_even, v_odd = quantize(v_even, v_scale), quantize(v_odd, v_scale)
-        tl.store(k_head + slot * k_slot_stride, _pack(k_even, k_odd), mask=pair_live)
-        tl.store(v_head + slot * v_slot_stride, _pack(v_even, v_odd), mask=pair_live)
-        k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        tl.store(scales + slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF))
-        score = tl.sum(even.to(tl.float32) * k_even, 1) + tl.sum(odd.to(tl.float32) * k_odd, 1)
-        maximum = score * k_scale + tl.log2(v_scale)
-        total += 1.0 / v_scale
-        even_accumulator += v_even
-        odd_accumulator += v_odd
-        end -= 1
+    odd_accumulator += tl.where(has_new, v_odd, 0.0)[None, :]
+    end -= has_new.to(tl.int32)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
         slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        kv_live = token_live[:, None] & pair_live
-        k_even, k_odd = _unpack(tl.load(k_head + slot[:, None] * k_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
-        v_even, v_odd = _unpack(tl.load(v_head + slot[:, None] * v_slot_stride, mask=kv_live, other=0), dtype, is_ptx)
+        kv_live = token_live[:, None] & pair_live[None, :]
+        k_pairs = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=kv_live, other=0)
+        v_pairs = tl.load(v_head[None, :] + slot[:, None] * v_slot_stride, mask=kv_live, other=0)
+        k_evens, k_odds = _unpack(k_pairs, dtype, is_ptx)
+        v_evens, v_odds = _unpack(v_pairs, dtype, is_ptx)
         # Both are 1.0 where there is no token.
         scale_pair = tl.load(scales + slot * scale_stride + kv_head, mask=token_live, other=0x3C003C00)
-        k_scale, v_scale = unpack_scales(scale_pair)
-        score = tl.dot(even, tl.trans(k_even), input_precision="ieee")
-        score = tl.dot(odd, tl.trans(k_odd), score, input_precision="ieee")
+        k_scales, v_scales = unpack_scales(scale_pair)
+        score = tl.dot(even, tl.trans(k_evens), input_precision="ieee")
+        score = tl.dot(odd, tl.trans(k_odds), score, input_precision="ieee")
         # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
-        score = score * k_scale[None, :] + tl.log2(v_scale)[None, :]
+        score = score * k_scales[None, :] + tl.log2(v_scales)[None, :]
         if has_alibi:
             score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
         score = tl.where(token_live[None, :], score, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
         weight = tl.exp2(score - new_maximum[:, None])
         correction = tl.exp2(maximum - new_maximum)
-        total = total * correction + tl.sum(weight * (1.0 / v_scale)[None, :], 1)
+        total = total * correction + tl.sum(weight * (1.0 / v_scales)[None, :], 1)
         weight = weight.to(dtype)
         even_accumulator = even_accumulator * correction[:, None]
-        even_accumulator = tl.dot(weight, v_even, even_accumulator, input_precision="ieee")
+        even_accumulator = tl.dot(weight, v_evens, even_accumulator, input_precision="ieee")
         odd_accumulator = odd_accumulator * correction[:, None]
-        odd_accumulator = tl.dot(weight, v_odd, odd_accumulator, input_precision="ieee")
+        odd_accumulator = tl.dot(weight, v_odds, odd_accumulator, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
@@ -214,12 +220,12 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=live)
 
 
-def choose_blocks(group: int, block_pairs: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
-    """As for the other pools, in tiles of as many bytes."""
+def choose_blocks(block_pairs: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+    """As for the other pools, in tiles of as many tokens."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
-    tokens = min(128, max(16, (4096 if group == 1 else 2048) // block_pairs))
-    return TokenBlocks(tokens, 2 if group == 1 else 1, 3 if capability >= (8, 0) else 1)
+    tokens = min(128, max(16, 2048 // block_pairs))
+    return TokenBlocks(tokens, 1, 2 if capability >= (8, 0) else 1)
 
 
 def token_attention_int8(
@@ -260,7 +266,7 @@ def token_attention_int8(
     partial, log_sums = split_buffers(out, splits)
     block_pairs = max(16, triton.next_power_of_2(head_dim // 2))
     is_half = q.element_size() == 2
-    blocks = choose_blocks(group, block_pairs, q.element_size(), compute_capability(q.device))
+    blocks = choose_blocks(block_pairs, q.element_size(), compute_capability(q.device))
     token_attention_int8_kernel[(kv_heads, sequences, splits)](
         q,
         k,

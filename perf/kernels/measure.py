@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
 
@@ -70,7 +71,8 @@ def difference(name: str, case: Case) -> float:
     arguments = case.make()
     written = [key for key in case.changes if arguments[key] is not None]
     copies = {key: arguments[key].clone() for key in written}
-    expected = getattr(reference, name)(**(arguments | copies))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = getattr(reference, name)(**(arguments | copies))
     result = getattr(launchers, name)(**arguments)
     pairs = [(arguments[key], copies[key]) for key in written]
     if isinstance(expected, Tensor):
