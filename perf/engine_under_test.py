@@ -10,12 +10,12 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.channel import EngineInfo
+from lightllm_backend.engine.channel import EngineInfo, EngineStats
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.supervisor import EngineSupervisor
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
@@ -87,16 +87,25 @@ class _Watch:
 
 @contextlib.contextmanager
 def engine_under_test(config: EngineConfig) -> Iterator[EngineUnderTest]:
+    started = time.monotonic()
+    with engine_client(config) as client:
+        yield EngineUnderTest(client, client.wait_ready(), time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def engine_client(
+    config: EngineConfig, on_stats: Callable[[EngineStats], None] = lambda stats: None
+) -> Iterator[EngineClient]:
+    """A client of an engine that is ready and lives as long as the block."""
     with tempfile.TemporaryDirectory(prefix="lightllm-") as directory:
         address = str(Path(directory, "engine"))
-        started = time.monotonic()
         supervisor = EngineSupervisor(config, address)
         client = None
         try:
             supervisor.wait_ready()
-            start_seconds = time.monotonic() - started
-            client = EngineClient(address)
-            yield EngineUnderTest(client, client.wait_ready(10), start_seconds)
+            client = EngineClient(address, on_stats)
+            client.wait_ready(10)
+            yield client
         finally:
             if client:
                 client.close()

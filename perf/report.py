@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,17 @@ from perf import peer
 from perf.record import RESULTS
 
 PAGE = Path(__file__).with_name("README.md")
+
+# The same machine, random ids of the same lengths, bf16: the columns of `serving` as far as they are known.
+PEER_SERVING = {
+    "workload_2000": ["vLLM 0.26.0, http", "200", "78.3", "25.5", "8,354", "1,350", "–", "67", "117"],
+    "workload_120": ["vLLM 0.26.0, http", "4", "–", "–", "–", "20.2", "43", "–", "–", "5.09", "10.3"],
+}
+# What LightLLM published: LLaMA-7B on an A800, 2,000 ShareGPT prompts.
+PUBLISHED_SERVING = [
+    ["LightLLM on an A800, published", "200", "188.85", "10.59"],
+    ["vLLM 0.1.2 on an A800, published", "200", "361.79", "5.53"],
+]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -136,22 +148,79 @@ def cpu_speed(result: dict[str, Any]) -> list[str]:
     return [title, "", *table(["batch", "engine", "transformers", "ratio"], rows)]
 
 
+def serving(result: dict[str, Any]) -> list[str]:
+    headings = ["", "asked requests/s", "s", "requests/s", "output tokens/s", "first token p50, ms", "p99"]
+    headings += ["per output token p50, ms", "p99", "between responses p50, ms", "p99", "tokens a response"]
+    who = "engine alone" if result["system"] == "engine" else f"tritonserver, {result['protocol']}"
+    rows = []
+    for run in result["runs"]:
+        latencies = [
+            f"{1e3 * run[key][column]:,.1f}" if run.get(key) else "–"
+            for key in ("time_to_first_token", "time_per_output_token", "inter_token")
+            for column in ("p50", "p99")
+        ]
+        rate = f"{run['request_rate']:g}" if run["request_rate"] else "all at once"
+        throughput = [f"{run['seconds']:.1f}", f"{run['requests_per_second']:.2f}"]
+        throughput += [f"{run['output_tokens_per_second']:,.0f}"]
+        limit = " (its clients were the limit)" if run["clients"]["were_the_limit"] else ""
+        rows.append([who + limit, rate, *throughput, *latencies, f"{run['tokens_per_response']:.2f}"])
+    rows += [[*row, *["–"] * (len(headings) - len(row))] for row in _others(result)]
+    prompts = "text" if result["prompts"] == "text" else "token ids"
+    parts = [result["model"], *(f"{name} {value}" for name, value in sorted(result["settings"].items()))]
+    title = f"**{', '.join(parts)}: {result['workload']} as {prompts}** ({origin(result)}):"
+    plots = [f"![{plot.stem}](results/{plot.name})" for plot in sorted(RESULTS.glob(f"{result['stem']}.*.png"))]
+    return [title, "", *table(headings, rows), *([""] if plots else []), *plots]
+
+
+def _others(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of others' systems that were asked the same."""
+    if result["model"] != "llama-7b" or result["system"] == "engine":
+        return []
+    rates = [f"{run['request_rate'] or math.inf:g}" for run in result["runs"]]
+    if result["is_dataset"]:
+        return [row for row in PUBLISHED_SERVING if row[1] in rates]
+    row = PEER_SERVING.get(result["workload"])
+    plain = not {"kv_dtype", "tp"} & set(result["settings"])
+    return [row] if row and plain and row[1] in rates else []
+
+
+def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What tritonserver takes of the engine's throughput, where both were asked the same."""
+
+    def asked(result: dict[str, Any]) -> tuple[Any, ...]:
+        names = ("model", "workload", "shared_prefix", "max_tokens", "seed", "concurrency", "machine", "settings")
+        return tuple(str(result[name]) for name in names)
+
+    engines = [result for result in results if result["system"] == "engine"]
+    alone = {(asked(result), run["request_rate"]): run for result in engines for run in result["runs"]}
+    lines = []
+    for result in (one for one in results if one["system"] == "server"):
+        for run in result["runs"]:
+            if engine := alone.get((asked(result), run["request_rate"])):
+                lost = 1 - run["output_tokens_per_second"] / engine["output_tokens_per_second"]
+                what = f"{result['model']}, {result['workload']} as {result['prompts']}"
+                lines += [f"Of the engine's throughput tritonserver takes {100 * lost:.1f} % ({what}).", ""]
+    return lines
+
+
 SECTIONS = {
-    "static_inference": static_inference, "step_profile": step_profile, "kernels": kernels, "all_reduce": all_reduce,
-    "load_time": load_time, "cpu_speed": cpu_speed,
+    "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "kernels": kernels,
+    "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
 }  # fmt: skip
 
 
 def main() -> None:
-    results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path: json.loads(path.read_text()) | {"stem": path.stem} for path in sorted(RESULTS.glob("*.json"))}
     lines: list[str] = []
     for name, section in SECTIONS.items():
-        for path, result in results.items():
-            if result["benchmark"] == name:
-                lines += [*section(result), ""]
-                picture = path.with_suffix(".svg")
-                if picture.exists():
-                    lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
+        chosen = {path: result for path, result in results.items() if result["benchmark"] == name}
+        for path, result in chosen.items():
+            lines += [*section(result), ""]
+            picture = path.with_suffix(".svg")
+            if picture.exists():
+                lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
+        if name == "serving":
+            lines += server_share(list(chosen.values()))
     begin, end = "<!-- results, made by perf/report.py -->\n", "<!-- end of results -->"
     text = re.sub(f"{begin}.*{end}", lambda _: begin + "\n".join(lines) + end, PAGE.read_text(), flags=re.DOTALL)
     PAGE.write_text(text)

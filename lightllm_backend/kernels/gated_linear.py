@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import linear
-from lightllm_backend.kernels.linear_splits import BLOCK_INNER, BLOCK_OUT, blocks_for
+from lightllm_backend.kernels.linear_splits import LinearBlocks, blocks_for
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
 
 
@@ -51,15 +51,23 @@ def gated_linear_kernel(
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    tokens, in_features = x.shape
-    features = weight.shape[0] // 2
-    blocks = blocks_for(x, weight)
-    if blocks is None or blocks.splits > 1:
+    tokens, features = x.shape[0], weight.shape[0] // 2
+    blocks = blocks_for(x, weight, is_gated=True)
+    if blocks is None:
         return silu_and_mul(linear(x, weight, bias))
+    out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
+    launch_gated(x, weight, bias, out, blocks)
+    return out
+
+
+def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks) -> None:
+    """Write the result to `out` [tokens, features]."""
+    tokens, in_features = x.shape
+    features = out.shape[1]
     assert x.stride(1) == 1
     assert weight.is_contiguous()
-    out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
-    gated_linear_kernel[(2 * features // BLOCK_OUT,)](
+    assert out.is_contiguous()
+    gated_linear_kernel[(2 * features // blocks.out,)](
         x,
         weight,
         x if bias is None else bias,
@@ -70,10 +78,9 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         x.stride(0),
         has_bias=bias is not None,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
-        block_out=BLOCK_OUT,
-        block_inner=BLOCK_INNER,
-        num_warps=4,
+        block_out=blocks.out,
+        block_inner=blocks.inner,
+        num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         **dependent_launch(x.device),
     )
-    return out

@@ -3,9 +3,13 @@
 """Products of a few tokens with a weight, which take as long as it takes to be read. More tokens go to cuBLAS.
 
 Where the output features are too few to occupy the GPU, the inner dimension is split, and the parts are left to whoever
-reads them next to be added up: a norm does that on its way.
+reads them next to be added up: a norm does that on its way. How the products of known models are cut best is stored in
+linear_blocks.json, by GPU; others go by a rule.
 """
 
+import json
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,43 +21,67 @@ from torch.nn import functional
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 
-# cuBLAS is as quick from there on (measured on an H200, LLaMA-7B's weights).
-MAX_TOKENS = 64
-# A weight's rows and columns in a program's tile.
-BLOCK_OUT, BLOCK_INNER = 64, 128
+# Beyond, cuBLAS is as quick. Tokens are padded to one of these numbers.
+TOKEN_BLOCKS = (16, 32, 64)
+
+STORED = Path(__file__).with_name("linear_blocks.json")
 
 
 class LinearBlocks(NamedTuple):
+    """A program's tile of the weight, rows and columns, and how the work is spread."""
+
+    out: int
+    inner: int
     num_stages: int
+    num_warps: int
     splits: int
 
 
+@lru_cache
+def stored_blocks() -> dict[str, dict[str, dict[str, list[int] | None]]]:
+    """By compute capability and product, see `product_name`, and block of tokens; null: cuBLAS is quicker.
+
+    Written by perf/tune_linear.py.
+    """
+    stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(STORED.read_text())["blocks"]
+    return stored
+
+
+def product_name(out_features: int, in_features: int, is_gated: bool) -> str:
+    return f"{out_features} x {in_features}{', gated' if is_gated else ''}"
+
+
 def choose_blocks(
-    out_features: int, in_features: int, capability: tuple[int, int], multiprocessors: int
+    tokens: int, out_features: int, in_features: int, is_gated: bool, capability: tuple[int, int], multiprocessors: int
 ) -> LinearBlocks | None:
-    """How the product is cut, None where cuBLAS is left to it: the inner dimension is split until nearly every
-    multiprocessor has a program, and the fewer it has, the more reads each keeps in flight."""
-    if capability < (8, 0) or out_features % BLOCK_OUT or in_features % BLOCK_INNER:
+    """As stored, or by a rule: the inner dimension is split until most multiprocessors have a program, and the fewer
+    each has, the more reads it keeps in flight. None where the product is left to cuBLAS."""
+    block_tokens = next((block for block in TOKEN_BLOCKS if tokens <= block), None)
+    if tokens == 0 or block_tokens is None or capability < (8, 0):
         return None
-    programs = out_features // BLOCK_OUT
-    splits = 1
-    while programs * splits < 0.9 * multiprocessors and splits < 8 and in_features % (2 * splits * BLOCK_INNER) == 0:
+    known = stored_blocks().get("{}.{}".format(*capability), {})
+    if found := known.get(product_name(out_features, in_features, is_gated)):
+        stored = found[str(block_tokens)]
+        return None if stored is None else LinearBlocks(*stored)
+    out, inner, splits = 64, 128, 1
+    if out_features % out or in_features % inner:
+        return None
+    programs = out_features // out
+    while programs * splits < 0.55 * multiprocessors and splits < 8 and in_features % (2 * splits * inner) == 0:
         splits *= 2
-    if capability[0] != 9:
-        num_stages = 4
-    else:
-        share = programs * splits / multiprocessors
-        num_stages = 5 if share <= 1.1 else 3 if share <= 2 else 4
-    return LinearBlocks(num_stages, splits)
-
-
-def blocks_for(x: Tensor, weight: Tensor) -> LinearBlocks | None:
-    """None where the product is left to cuBLAS."""
-    tokens, in_features = x.shape
-    if not 0 < tokens <= MAX_TOKENS or x.dtype == torch.float32:
+    if is_gated and splits > 1:
         return None
-    device = x.device
-    return choose_blocks(weight.shape[0], in_features, compute_capability(device), multiprocessor_count(device))
+    share = programs * splits / multiprocessors
+    num_stages = (5 if share <= 1.1 else 3 if share <= 1.6 else 4) if capability == (9, 0) else 4
+    return LinearBlocks(out, inner, num_stages, 4, splits)
+
+
+def blocks_for(x: Tensor, weight: Tensor, is_gated: bool = False) -> LinearBlocks | None:
+    if x.dtype == torch.float32:
+        return None
+    out_features, in_features = weight.shape
+    capability, multiprocessors = compute_capability(x.device), multiprocessor_count(x.device)
+    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -113,7 +141,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()
-    linear_splits_kernel[(out_features // BLOCK_OUT, blocks.splits)](
+    linear_splits_kernel[(out_features // blocks.out, blocks.splits)](
         x,
         weight,
         x if bias is None else bias,
@@ -125,9 +153,9 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
         x.stride(0),
         has_bias=bias is not None,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
-        block_out=BLOCK_OUT,
-        block_inner=BLOCK_INNER,
-        num_warps=4,
+        block_out=blocks.out,
+        block_inner=blocks.inner,
+        num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         **dependent_launch(x.device),
     )

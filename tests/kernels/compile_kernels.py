@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend import kernels
-from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels import gated_linear, launchers, linear_splits
+from lightllm_backend.kernels.linear_splits import LinearBlocks
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -90,6 +91,23 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
 
 
+def launch_stored(capability: str) -> None:
+    """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
+    stored = linear_splits.stored_blocks().get(capability, {})
+    chosen = {
+        (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
+        for name, by_tokens in stored.items()
+        for tokens, blocks in by_tokens.items()
+        if blocks is not None
+    }
+    for tokens, is_gated, blocks in sorted(chosen):
+        x, weight = (torch.empty(rows, 1024, dtype=torch.bfloat16) for rows in (tokens, 1024))
+        if is_gated:
+            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), blocks)
+        else:
+            linear_splits.launch(x, weight, None, x.new_empty(1, tokens, 1024), blocks)
+
+
 def launch_variants(
     q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor
 ) -> None:
@@ -125,6 +143,7 @@ def main() -> None:
     for index, (dtype, *shape) in enumerate(json.loads(sys.argv[2])):
         # They take no more shared memory than the plain ones, and longer to compile.
         launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
+    launch_stored(sys.argv[1])
     print(json.dumps(shared))
 
 

@@ -21,7 +21,7 @@ def test_reference_is_the_formula():
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 128), (192, 512), (1024, 128)])
 def test_kernel_matches_the_reference(tokens, out_features, in_features, with_out, with_bias, device):
-    assert linear_splits.choose_blocks(out_features, in_features, (8, 0), 8) is not None
+    assert linear_splits.choose_blocks(tokens, out_features, in_features, False, (8, 0), 8) is not None
     x = torch.randn(tokens, in_features + 8, device=device).to(DTYPE)[:, :in_features]
     weight = torch.randn(out_features, in_features, device=device).to(DTYPE)
     bias = torch.randn(out_features, device=device).to(DTYPE) if with_bias else None

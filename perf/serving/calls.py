@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a request is asked over gRPC or HTTP, in asyncio: what is sent is made before the clock starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2_grpc
+
+from client.errors import error_from_message
+from client.tensors import Chunk, chunk_from_response, infer_request
+from perf.serving.measure import RequestFailed
+from perf.serving.workload import WorkItem
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CONNECT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where requests go, and what all of them say."""
+
+    protocol: str  # "grpc" or "http"
+    address: str  # host:port
+    streaming: bool = True
+    ignore_eos: bool = True
+    timeout: float = 600.0
+    model: str = "lightllm"
+
+
+class Caller(Protocol):
+    """A connection; `payload` is the message of a request, `ask` sends it and gives the chunks of its answer."""
+
+    def payload(self, item: WorkItem) -> Any: ...
+    def ask(self, payload: Any) -> AsyncIterator[Chunk]: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def caller_for(target: Target) -> Caller:
+    return GrpcCaller(target) if target.protocol == "grpc" else HttpCaller(target)
+
+
+class GrpcCaller:
+    """A stream for each request on one channel, as client.LightLLMClient has it, through tritonclient's stub."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    async def __aenter__(self) -> Self:
+        options = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
+        self._channel = grpc.aio.insecure_channel(self._target.address, options=options)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    def payload(self, item: WorkItem) -> Any:
+        target = self._target
+        options: Any = {"max_tokens": item.length.output, "ignore_eos": target.ignore_eos}
+        return infer_request(target.model, item.prompt, target.streaming, options)
+
+    async def ask(self, payload: Any) -> AsyncIterator[Chunk]:
+        try:
+            async for response in self._stub.ModelStreamInfer(iter([payload]), timeout=self._target.timeout):
+                if response.error_message:
+                    raise error_from_message(response.error_message)
+                if response.infer_response.outputs:
+                    yield chunk_from_response(response.infer_response)
+        except grpc.aio.AioRpcError as error:
+            raise RequestFailed(f"{error.code().name}: {error.details()}") from None
+
+
+class HttpCaller:
+    """Triton server's generate endpoints."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        endpoint = "generate_stream" if target.streaming else "generate"
+        self._url = f"http://{target.address}/v2/models/{target.model}/{endpoint}"
+
+    async def __aenter__(self) -> Self:
+        import aiohttp  # where only gRPC is used, it need not be there
+
+        self._errors = (aiohttp.ClientError, asyncio.TimeoutError)
+        limits = aiohttp.ClientTimeout(total=self._target.timeout, connect=CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    def payload(self, item: WorkItem) -> bytes:
+        text = isinstance(item.prompt, str)
+        body = {
+            "text_input" if text else "input_ids": item.prompt,
+            "max_tokens": item.length.output,
+            "ignore_eos": self._target.ignore_eos,
+            "stream": self._target.streaming,
+        }
+        return json.dumps(body).encode()
+
+    async def ask(self, payload: bytes) -> AsyncIterator[Chunk]:
+        try:
+            async with self._session.post(self._url, data=payload) as response:
+                if response.status != 200:
+                    raise RequestFailed(f"status {response.status}: {await response.text()}")
+                if not self._target.streaming:
+                    yield chunk_from_json(await response.read())
+                    return
+                async for line in response.content:
+                    if line.strip():
+                        yield chunk_from_json(line.removeprefix(b"data: "))
+        except self._errors as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from None
+
+
+def chunk_from_json(text: bytes) -> Chunk:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        raise RequestFailed(f"the server answered {text[:200]!r}, which is no JSON") from None
+    if "error" in answer:
+        raise error_from_message(answer["error"])
+    return Chunk(
+        text=answer["text_output"],
+        token_ids=_list_of(answer["output_ids"]),
+        log_probs=_list_of(answer["output_log_probs"]),
+        cumulative_logprob=answer["cumulative_logprob"],
+        finish_reason=answer["finish_reason"],
+        num_input_tokens=answer["num_input_tokens"],
+        num_output_tokens=answer["num_output_tokens"],
+    )
+
+
+def _list_of(value: Any) -> tuple[Any, ...]:
+    """The server writes a tensor of one element as that element."""
+    return tuple(value) if isinstance(value, list) else (value,)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds how the products of few tokens are cut best on this GPU, and stores it with the kernels.
+
+    python -m perf.tune_linear
+    python -m perf.tune_linear --tp 1 llama-7b
+
+All blocks that fit the shared memory are timed at 16, 32 and 64 tokens in a CUDA graph, a norm behind each product as
+in a model, on weights that together are too large for the L2 cache. cuBLAS is timed beside them. What is found goes to
+lightllm_backend/kernels/linear_blocks.json; what other runs have found for other GPUs and products stays there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from lightllm_backend.kernels.gated_linear import launch_gated
+from lightllm_backend.kernels.linear_splits import STORED, TOKEN_BLOCKS, LinearBlocks, launch, product_name
+from lightllm_backend.kernels.rms_norm import rms_norm
+from perf.kernels.measure import seconds_of
+from perf.record import circumstances
+from perf.shapes import SHAPES
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+WEIGHT_BYTES = 600 << 20
+# A sum of parts that no norm makes on its way, and an activation behind cuBLAS.
+SUM_SECONDS, ACTIVATION_SECONDS = 1.5e-6, 2e-6
+
+
+class Product(NamedTuple):
+    out_features: int
+    in_features: int
+    is_gated: bool
+    is_summed_for_nothing: bool  # a norm follows at once
+
+
+def products(config: dict[str, Any], tp: int) -> list[Product]:
+    """Of one rank of a LLaMA or a BLOOM."""
+    hidden, heads = config["hidden_size"], config.get("num_attention_heads") or config["n_head"]
+    head_dim = hidden // heads
+    kv_heads = max(config.get("num_key_value_heads", heads), tp)
+    qkv = (heads + 2 * kv_heads) * head_dim // tp
+    is_gated = "intermediate_size" in config
+    features = config.get("intermediate_size", 4 * hidden) // tp
+    vocabulary = config["vocab_size"] if tp == 1 else -(-config["vocab_size"] // (8 * tp)) * 8
+    return [
+        Product(qkv, hidden, False, False),
+        Product(hidden, hidden // tp, False, tp == 1),
+        Product(2 * features if is_gated else features, hidden, is_gated, False),
+        Product(hidden, features, False, tp == 1),
+        Product(vocabulary, hidden, False, False),
+    ]
+
+
+def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
+    shared = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+    for out, inner, stages, warps, splits in itertools.product(
+        (64, 128), (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8)
+    ):
+        shared_bytes = 2 * (out + tokens) * inner * (stages - 1)
+        programs = product.out_features // out * splits
+        if (
+            product.out_features % out == 0
+            and product.in_features % (splits * inner) == 0
+            and shared // 6 < shared_bytes < 0.9 * shared
+            and (warps == 4 or out == 128)
+            and programs >= 40
+            and (splits == 1 or (programs <= 800 and not product.is_gated))
+        ):
+            yield LinearBlocks(out, inner, stages, warps, splits)
+
+
+def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
+    """Of one product, without the norm's own time."""
+    x, ones = torch.randn(16, 4096, device=DEVICE, dtype=DTYPE), torch.ones(4096, device=DEVICE, dtype=DTYPE)
+
+    def call(weight: Tensor) -> Callable[[], Any]:
+        return lambda: (product(weight), rms_norm(x, ones, 1e-5))
+
+    norm = seconds_of([lambda: rms_norm(x, ones, 1e-5)])
+    return seconds_of([call(weight) for weight in weights]) - norm
+
+
+def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
+    """None: cuBLAS is quicker."""
+    shape = (product.out_features, product.in_features)
+    count = max(3, WEIGHT_BYTES // (2 * shape[0] * shape[1]))
+    weights = [torch.randn(*shape, device=DEVICE, dtype=DTYPE) / shape[1] ** 0.5 for _ in range(count)]
+    x = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
+    cublas = seconds_between_norms(lambda weight: functional.linear(x, weight), weights)
+    times: dict[LinearBlocks | None, float] = {None: cublas + ACTIVATION_SECONDS * product.is_gated}
+    for blocks in candidates(product, tokens):
+
+        def run(weight: Tensor, blocks: LinearBlocks = blocks) -> None:
+            if product.is_gated:
+                launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), blocks)
+            else:
+                dtype = DTYPE if blocks.splits == 1 else torch.float32
+                launch(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), blocks)
+
+        extra = SUM_SECONDS if blocks.splits > 1 and not product.is_summed_for_nothing else 0.0
+        times[blocks] = seconds_between_norms(run, weights) + extra
+    return min(times, key=lambda blocks: times[blocks])
+
+
+@click.command(help=str(__doc__).partition("\n")[0])
+@click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
+@click.option("--tp", default="1,2,4", show_default=True, help="numbers of GPUs, separated by commas")
+def main(models: tuple[str, ...], tp: str) -> None:
+    names = models or tuple(name for name in SHAPES if name != "tiny")
+    found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
+    stored = json.loads(STORED.read_text())
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
+    table = stored["blocks"].setdefault(capability, {})
+    for product in tqdm(sorted(found), unit="product"):
+        table[product_name(*product[:3])] = {str(tokens): best_blocks(product, tokens) for tokens in TOKEN_BLOCKS}
+        torch.cuda.empty_cache()
+    ran = circumstances(torch.cuda.get_device_name())
+    versions = ran["versions"]
+    origin = (ran["machine"]["gpu"], f"torch {versions['torch']}", f"triton {versions['triton']}", ran["date"][:10])
+    stored["origin"][capability] = ", ".join(origin)
+    STORED.write_text(format_table(stored))
+    print(f"written to {STORED}")
+
+
+def format_table(stored: dict[str, Any]) -> str:
+    """A line for each product."""
+    text = json.dumps({**stored, "blocks": "TABLES"}, indent=2)
+    tables = []
+    for capability, table in stored["blocks"].items():
+        lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(blocks)}" for name, blocks in table.items())
+        tables.append(f"    {json.dumps(capability)}: {{\n{lines}\n    }}")
+    return text.replace('"TABLES"', "{\n" + ",\n".join(tables) + "\n  }") + "\n"
+
+
+if __name__ == "__main__":
+    main()

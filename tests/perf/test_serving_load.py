@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load generator against a stand-in for the server that answers as it is told."""
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from perf.serving.calls import Target, chunk_from_json
+from perf.serving.load import Planned, run_load
+from perf.serving.measure import RequestFailed
+from perf.serving.workload import Length, WorkItem
+
+ITEM = WorkItem((5, 6, 7, 8), Length(4, 6))
+Answer = Callable[[int, int], Iterator[object]]
+
+
+def response(prompt_tokens: int, tokens: int, finish_reason: str) -> object:
+    message = service_pb2.ModelStreamInferResponse()
+    message.infer_response.model_name = "lightllm"
+
+    def add(name: str, datatype: str, shape: int, content: bytes) -> None:
+        message.infer_response.outputs.add(name=name, datatype=datatype, shape=[shape])
+        message.infer_response.raw_output_contents.append(content)
+
+    def string(text: str) -> bytes:
+        return struct.pack("<I", len(text)) + text.encode()
+
+    add("text_output", "BYTES", 1, string("x"))
+    add("finish_reason", "BYTES", 1, string(finish_reason))
+    add("num_input_tokens", "INT32", 1, struct.pack("<i", prompt_tokens))
+    add("num_output_tokens", "INT32", 1, struct.pack("<i", tokens))
+    add("output_ids", "INT32", tokens, struct.pack(f"<{tokens}i", *range(tokens)))
+    add("output_log_probs", "FP32", 0, b"")
+    add("cumulative_logprob", "FP32", 1, struct.pack("<f", 0.0))
+    return message
+
+
+def honest(prompt_tokens: int, wanted: int) -> Iterator[object]:
+    yield response(prompt_tokens, 2, "length" if wanted == 2 else "")
+    if wanted > 2:
+        time.sleep(0.02)
+        yield response(prompt_tokens, wanted - 2, "length")
+
+
+class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers the first call of a client honestly and the requests as `answer` has it."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = honest
+        self.running = self.most_running = 0
+
+    def ModelStreamInfer(self, request_iterator: Iterator[object], _: object) -> Iterator[object]:  # noqa: N802
+        request = next(request_iterator)
+        contents = {i.name: content for i, content in zip(request.inputs, request.raw_input_contents, strict=True)}
+        prompt_tokens, [wanted] = len(contents["input_ids"]) // 4, struct.unpack("<i", contents["max_tokens"])
+        assert contents["ignore_eos"] == contents["stream"] == b"\1"
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        yield from (honest if prompt_tokens == 3 else self.answer)(prompt_tokens, wanted)
+        self.running -= 1
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Servicer, Target]]:
+    servicer = Servicer()
+    server = grpc.server(ThreadPoolExecutor(16))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer, Target("grpc", f"127.0.0.1:{port}")
+    server.stop(None)
+
+
+def plan(count: int, gap: float = 0.0) -> list[Planned]:
+    return [Planned(index, gap * index, ITEM) for index in range(count)]
+
+
+def test_two_processes_send_when_it_is_time_and_see_everything(server: tuple[Servicer, Target]) -> None:
+    _, target = server
+    progress: list[int] = []
+    started, traces, shares = run_load(target, plan(10, gap=0.1), 2, None, progress.append)
+    assert [trace.index for trace in traces] == list(range(10))
+    assert all(trace.tokens == [2, 4] and trace.prompt_tokens == 4 for trace in traces)
+    for trace in traces:
+        assert 0.0 <= trace.sent - started - 0.1 * trace.index < 2.0
+        assert 0.01 < trace.arrivals[1] - trace.arrivals[0] < 2.0
+    assert len(shares) == 2
+    assert all(0 < share.cpu_share < 1.5 and share.loop_lag_p99 > 0 for share in shares)
+    assert sum(progress) == 10
+    assert len(progress) > 2
+
+
+def test_no_more_than_the_concurrency_run_at_once(server: tuple[Servicer, Target]) -> None:
+    servicer, target = server
+    _, traces, _ = run_load(target, plan(9), 1, 3, lambda count: None)
+    assert len(traces) == 9
+    assert servicer.most_running == 3
+
+
+def short(prompt_tokens: int, wanted: int) -> Iterator[object]:
+    yield response(prompt_tokens, wanted - 1, "length")
+
+
+def error(prompt_tokens: int, wanted: int) -> Iterator[object]:
+    yield response(prompt_tokens, 1, "")
+    yield service_pb2.ModelStreamInferResponse(error_message="in ensemble 'lightllm', UNAVAILABLE: the queue is full")
+
+
+def broken(prompt_tokens: int, wanted: int) -> Iterator[object]:
+    yield response(prompt_tokens, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (short, r"request \d \(4 prompt tokens, 6 wanted\): 5 tokens came"),
+        (error, r"request \d \(4 prompt tokens, 6 wanted\), after 1 tokens: UNAVAILABLE: the queue is full"),
+        (broken, r"request \d \(4 prompt tokens, 6 wanted\): 1 tokens came; finish_reason is ''"),
+    ],
+)
+def test_the_first_wrong_answer_ends_it_all(server: tuple[Servicer, Target], answer: Answer, message: str) -> None:
+    servicer, target = server
+    servicer.answer = answer
+    begun = time.monotonic()
+    with pytest.raises(RequestFailed, match=message):
+        run_load(target, plan(4, gap=30.0), 1, None, lambda count: None)
+    assert time.monotonic() - begun < 25
+
+
+def test_no_server_is_an_error_of_the_first_call() -> None:
+    with pytest.raises(RequestFailed, match="the first call .*UNAVAILABLE"):
+        run_load(Target("grpc", "127.0.0.1:9"), plan(1), 1, None, lambda count: None)
+
+
+def test_one_token_comes_from_http_without_its_list() -> None:
+    text = (
+        b'{"text_output":"x","output_ids":19,"output_log_probs":[],"cumulative_logprob":0.0,'
+        b'"finish_reason":"","num_input_tokens":5,"num_output_tokens":1}'
+    )
+    assert chunk_from_json(text).token_ids == (19,)
+    with pytest.raises(RequestFailed, match="no JSON"):
+        chunk_from_json(b"oops")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's section on serving, from results that are made up."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from perf.benchmark_serving import result_path
+from perf.report import server_share, serving
+from perf.serving.plots import write_plots
+
+LATENCY = {"mean": 0.01, "p50": 0.0123, "p90": 0.02, "p99": 0.0456}
+
+
+def result(system: str, tokens_per_second: float, **changes: Any) -> dict[str, Any]:
+    run = {
+        "request_rate": 200.0, "seconds": 60.0, "requests_per_second": 33.3, "tokens_per_response": 1.5,
+        "output_tokens_per_second": tokens_per_second, "time_to_first_token": LATENCY,
+        "time_per_output_token": LATENCY, "inter_token": None, "clients": {"were_the_limit": False},
+    }  # fmt: skip
+    return {
+        "stem": "none", "model": "llama-7b", "system": system, "settings": {}, "workload": "workload_2000",
+        "is_dataset": False, "prompts": "ids", "shared_prefix": 0, "max_tokens": None, "seed": 0, "concurrency": None,
+        "protocol": "grpc", "machine": {"gpu": "NVIDIA H200"}, "versions": {"torch": None, "triton": None},
+        "streaming": True, "commit": "abc", "date": "2026-01-01", "runs": [run], **changes,
+    }  # fmt: skip
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| (?!--:)", line)]
+
+
+def test_a_result_has_its_row_beside_the_peers() -> None:
+    heading, ours, peer = rows(serving(result("server", 10_900.0)))
+    assert len(heading) == len(ours) == len(peer) == 12
+    assert ours == [
+        "tritonserver, grpc", "200", "60.0", "33.30", "10,900", "12.3", "45.6", "12.3", "45.6", "–", "–", "1.50",
+    ]  # fmt: skip
+    assert peer[:4] == ["vLLM 0.26.0, http", "200", "78.3", "25.5"]
+
+
+def test_there_is_a_peer_only_where_it_was_asked_the_same() -> None:
+    for change in ({"settings": {"kv_dtype": "int8"}}, {"model": "llama-2-70b"}, {"workload": "workload_1000"}):
+        assert len(rows(serving(result("server", 1.0, **change)))) == 2
+    published = rows(serving(result("server", 1.0, is_dataset=True, workload="sharegpt")))
+    assert [row[3] for row in published[2:]] == ["10.59", "5.53"]
+
+
+def test_clients_that_were_the_limit_are_told() -> None:
+    limited = result("server", 1.0)
+    limited["runs"][0]["clients"]["were_the_limit"] = True
+    assert "its clients were the limit" in rows(serving(limited))[1][0]
+
+
+def test_the_servers_share_is_of_the_same_load() -> None:
+    engine, server = result("engine", 10_000.0), result("server", 9_800.0)
+    assert server_share([engine, server])[0].startswith("Of the engine's throughput tritonserver takes 2.0 %")
+    assert server_share([engine, result("server", 9_800.0, settings={"kv_dtype": "int8"})]) == []
+
+
+def test_what_was_asked_otherwise_is_stored_under_another_name() -> None:
+    one = result("server", 1.0)
+    at_once = result("server", 1.0)
+    at_once["runs"][0]["request_rate"] = None
+    changes: list[dict[str, Any]] = [
+        {"system": "engine"}, {"settings": {"kv_dtype": "int8"}}, {"prompts": "text"}, {"protocol": "http"},
+        {"streaming": False}, {"concurrency": 4}, {"max_tokens": 4}, {"workload": "64x64_after_2000"},
+        {"runs": one["runs"] * 2}, {"runs": at_once["runs"]},
+    ]  # fmt: skip
+    paths = {result_path(one), *(result_path(one | change) for change in changes)}
+    assert len(paths) == 1 + len(changes)
+    assert result_path(one).name == "serving_llama-7b_server_workload_2000_rate_200_nvidia_h200.json"
+
+
+def test_a_sweep_has_a_plot_and_each_run_its_timeline(tmp_path: Path) -> None:
+    moment = {"running_requests": 3, "queued_requests": 2, "kv_tokens_used": 9, "kv_tokens_cached": 0}
+    moments = [{"at": float(at), "kv_tokens_total": 10, **moment} for at in range(3)]
+    sweep = result("server", 1.0)
+    [run] = sweep["runs"]
+    run |= {"timeline": moments, "end_to_end": LATENCY}
+    sweep["runs"] = [run, run | {"request_rate": None}]
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(sweep))
+    written = write_plots(path)
+    assert [plot.name for plot in written] == ["sweep.sweep.png", "sweep.timeline.200.png", "sweep.timeline.inf.png"]
+    before = [plot.read_bytes() for plot in written]
+    assert before[1] != before[2]
+    assert [plot.read_bytes() for plot in write_plots(path)] == before
