@@ -33,6 +33,20 @@ SAMPLED = [
     )
 ]
 
+# Few layers, as wide as LLaMA-7B's and LLaMA-2-70B's.
+REAL_SHAPES = {
+    "7b": {
+        "vocab_size": VOCAB, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 3,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 2048,
+        "initializer_range": 0.03,
+    },
+    "70b": {
+        "vocab_size": VOCAB, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+    },
+}  # fmt: skip
+
 RANK = """
 import sys, torch
 from lightllm_backend.parallel import TensorParallel
@@ -107,9 +121,14 @@ def test_tokens_in_float32_are_those_of_transformers_and_of_one_rank(directory, 
 
 
 @pytest.mark.parametrize("tp", SIZES)
-def test_bfloat16_agrees_where_the_choice_is_clear(directory, tp) -> None:
+@pytest.mark.parametrize("shape", ["small", *REAL_SHAPES])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_where_the_choice_is_clear(directory, tmp_path_factory, shape, dtype, tp) -> None:
+    """Teacher-forced: of each token that was chosen, transformers' logit is next to its greatest."""
+    if shape in REAL_SHAPES:
+        directory = save_random_llama(tmp_path_factory.mktemp(shape), **REAL_SHAPES[shape])
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
-    settings = {"device": "cuda", "dtype": "bfloat16", "max_total_token_num": 4096}
+    settings = {"device": "cuda", "dtype": dtype, "max_total_token_num": 4096}
     with started(configuration(directory, tp, **settings)) as engine:
         answers = engine.answer(PROMPTS, sampling)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -119,6 +138,7 @@ def test_bfloat16_agrees_where_the_choice_is_clear(directory, tp) -> None:
         assert float((logits.max(-1).values - chosen).max()) < tolerance
         truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < tolerance
+    assert workers() == []
 
 
 @pytest.mark.parametrize("tp", SIZES)

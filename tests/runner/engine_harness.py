@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -110,7 +111,11 @@ def transformers_logits(
     directory: Path, prompt: Sequence[int], tokens: Sequence[int], device: str = "cpu"
 ) -> torch.Tensor:
     """Logits [len(tokens), vocab] in float32 of what follows the prompt, given those tokens."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
     ids = torch.tensor([[*prompt, *tokens]], device=device)
     with torch.no_grad():
-        return model(ids).logits[0, len(prompt) - 1 : -1].cpu()
+        return _reference_model(directory, device)(ids).logits[0, len(prompt) - 1 : -1].cpu()
+
+
+@lru_cache(maxsize=1)
+def _reference_model(directory: Path, device: str) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
