@@ -61,6 +61,11 @@ class EngineConfig:
     running_max_req_size: int = _count(1000, "most requests running at once")
     max_req_input_len: int = _count(2048, "most prompt tokens a request")
     max_req_total_len: int = _count(3072, "most prompt and generated tokens a request", least=2)
+    admission: str = _choice(
+        "exact", "exact: room for all that was asked for; past_future: by recent lengths, with pauses if need be",
+        "exact", "past_future",
+    )  # fmt: skip
+    prefix_cache: bool = _setting(True, "keep K and V for later requests that begin alike", "true | false")
     max_queue_size: int = _count(10000, "most requests waiting; more are refused with UNAVAILABLE")
     queue_timeout_s: float | None = _setting(
         None, "longest wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf

@@ -34,6 +34,7 @@ GAUGES = {
 COUNTERS = {
     "prompt_tokens_total": "Prompt tokens computed",
     "generated_tokens_total": "Tokens generated",
+    "pauses_total": "Times a running request gave its token slots to older ones (admission past_future)",
     "engine_restarts_total": "Times the engine was started again after it failed",
 }
 HISTOGRAMS = {
@@ -123,7 +124,8 @@ class Metrics:
         with self._lock:
             self._restarts += 1
             self._engine = None
-            self._told["prompt_tokens_total"] = self._told["generated_tokens_total"] = 0
+            for name in ("prompt_tokens_total", "generated_tokens_total", "pauses_total"):
+                self._told[name] = 0
 
     def close(self) -> None:
         self._closing.set()

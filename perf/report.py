@@ -148,6 +148,60 @@ def cpu_speed(result: dict[str, Any]) -> list[str]:
     return [title, "", *table(["batch", "engine", "transformers", "ratio"], rows)]
 
 
+def router_time(result: dict[str, Any]) -> list[str]:
+    times = ("router_ms_p50", "router_ms_p99", "hub_ms_p50", "hub_ms_p99")
+    rows = [
+        [row["admission"], f"{row['running']:,.0f}", f"{row['queued']:,}", *(f"{row[name]:.3f}" for name in times)]
+        for row in result["rows"]
+    ]
+    headings = ["admission", "running", "queued", "Router, ms, p50", "p99", "hub, ms, p50", "p99"]
+    return [f"**Host time a step** ({origin(result)}):", "", *table(headings, rows)]
+
+
+def admission(result: dict[str, Any]) -> list[str]:
+    at_once = [
+        [
+            f"{row['pool_tokens']:,}", f"{row['steps']:,}", f"{row['running']:,.0f}",
+            f"{row['share_by_step']:.1%}", f"{row['share_by_time']:.1%}",
+        ]
+        for row in result["at_once"]
+    ]  # fmt: skip
+    served = [
+        [
+            f"{row['pool_tokens']:,}", row["policy"], f"{row['share_by_time']:.0%}", f"{row['running']:,.0f}",
+            f"{row['requests_per_second']:.1f}", f"{row['output_tokens_per_second']:,.0f}",
+            f"{row['ttft_p50']:.1f}", f"{row['ttft_p90']:.1f}", f"{row['pauses']:,}", f"{row['prompt_tokens']:,}",
+        ]
+        for row in result["served"]
+    ]  # fmt: skip
+    asked_for = f"{result['asked_for']:,} tokens asked for, ended at the true length"
+    return [
+        f"**Simulated: {result['workload']} at once, lengths known, until the queue is empty** ({origin(result)}):",
+        "",
+        *table(["token slots", "steps", "running", "slots with a live token, by step", "by time"], at_once),
+        "",
+        f"**Simulated: {result['workload']} at {result['request_rate']:g} requests/s, {asked_for}**:",
+        "",
+        *table(
+            [
+                "token slots", "admission", "pool use", "running", "requests/s", "output tokens/s",
+                "TTFT p50, s", "p90", "pauses", "prompt tokens computed",
+            ],
+            served,
+        ),
+    ]  # fmt: skip
+
+
+def prefix_cache(result: dict[str, Any]) -> list[str]:
+    rows = [
+        ["yes" if row["prefix_cache"] else "no", *(f"{row[name]:.1f}" for name in ("first_ms", "next_ms", "burst_ms"))]
+        for row in result["rows"]
+    ]
+    title = f"**{result['model']}: {result['shared']:,} shared prompt tokens and {result['own']} of its own"
+    headings = ["prefix cache", "TTFT of the first, ms", "of the next, ms", f"{result['burst']} at once, all, ms"]
+    return [f"{title}** ({origin(result)}):", "", *table(headings, rows)]
+
+
 def serving(result: dict[str, Any]) -> list[str]:
     headings = ["", "asked requests/s", "s", "requests/s", "output tokens/s", "first token p50, ms", "p99"]
     headings += ["per output token p50, ms", "p99", "between responses p50, ms", "p99", "tokens a response"]
@@ -205,7 +259,8 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
 
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "kernels": kernels,
-    "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
+    "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed, "router_time": router_time,
+    "admission": admission, "prefix_cache": prefix_cache,
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ def rows_with(*cells: str) -> list[str]:
 
 @pytest.mark.parametrize("setting", fields(EngineConfig), ids=lambda setting: setting.name)
 def test_every_setting_is_in_the_table_with_its_default(setting) -> None:
-    default = "–" if setting.default is None else f"`{str(setting.default).replace('False', 'false')}`"
+    value = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
+    default = "–" if value is None else f"`{value}`"
     assert len(rows_with(f"| `{setting.name}` | {default} |", setting.metadata["help"].replace("|", "/"))) == 1
 
 

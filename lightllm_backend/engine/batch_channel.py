@@ -72,10 +72,7 @@ class BatchReceiver:
 
 def pack_batch(batch: Batch) -> list[Any]:
     arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
-    admitted = [
-        [admission.row, np.array(admission.prompt_ids, dtype=np.int32).tobytes(), vars(admission.sampling)]
-        for admission in batch.admitted
-    ]
+    admitted = [_pack_admission(admission) for admission in batch.admitted]
     return [*(array.tobytes() for array in arrays), batch.num_decodes, admitted]
 
 
@@ -88,6 +85,12 @@ def unpack_batch(packed: list[Any]) -> Batch:
     )  # fmt: skip
 
 
-def _unpack_admission(row: int, prompt_ids: bytes, sampling: dict[str, Any]) -> Admission:
+def _pack_admission(admission: Admission) -> list[Any]:
+    arrays = (admission.prompt_ids, admission.generated_ids, admission.cached_slots)
+    return [admission.row, vars(admission.sampling), *(np.array(ids, dtype=np.int32).tobytes() for ids in arrays)]
+
+
+def _unpack_admission(row: int, sampling: dict[str, Any], *arrays: bytes) -> Admission:
     sampling["stop_words"] = tuple(sampling["stop_words"])
-    return Admission(row, tuple(np.frombuffer(prompt_ids, dtype=np.int32).tolist()), SamplingParams(**sampling))
+    prompt_ids, *others = (tuple(np.frombuffer(array, dtype=np.int32).tolist()) for array in arrays)
+    return Admission(row, prompt_ids, SamplingParams(**sampling), *others)

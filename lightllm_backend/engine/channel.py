@@ -4,9 +4,12 @@
 Stubs and workers may run on different interpreters and numpy versions, so nothing is pickled. Each message is a list
 whose first item names its kind:
 
-    down, to the worker:  [SUBMIT, request] · [CANCEL, uid] · [STOP, uid]
-    up, from the worker:  [READY, info] · [CHUNKS, [chunk, …], stats]
+    down, to the worker:  [SUBMIT, request, number] · [CANCEL, uid] · [STOP, uid]
+    up, from the worker:  [READY, info] · [TOKENS, numbers, tokens, [[number, chunk], …]] · [STATS, stats]
     return channel:       [DELIVERED, uid] · [GONE, uid] · [FAILED, uid, message]
+
+A client numbers its requests, so that the tokens of a step travel as two packed arrays, int64 numbers and int32 tokens:
+one more token for each of these requests. Only where there is more to say of a request it gets a chunk of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import psutil
 
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams, TokenChunk
 
-SUBMIT, CANCEL, STOP, READY, CHUNKS, DELIVERED, GONE, FAILED = range(8)
+SUBMIT, CANCEL, STOP, READY, TOKENS, STATS, DELIVERED, GONE, FAILED = range(9)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class EngineStats:
     kv_tokens_total: int = 0
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
+    pauses_total: int = 0
 
 
 class ChannelClosed(ConnectionError):

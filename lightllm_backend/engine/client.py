@@ -7,13 +7,17 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lightllm_backend.engine.channel import (
     CANCEL,
-    CHUNKS,
     READY,
+    STATS,
     STOP,
     SUBMIT,
+    TOKENS,
     Channel,
     ChannelClosed,
     EngineInfo,
@@ -27,6 +31,14 @@ from lightllm_backend.request import FinishReason, Request, RequestError, TokenC
 RECONNECT_SECONDS = 0.05
 
 OnChunk = Callable[[TokenChunk], None]
+
+
+class _Outstanding(NamedTuple):
+    """A request that has not ended."""
+
+    uid: str
+    num_prompt_tokens: int
+    on_chunk: OnChunk
 
 
 class EngineClient:
@@ -49,9 +61,10 @@ class EngineClient:
         self._lock = threading.Lock()  # guards the four below
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
-        self._outstanding: dict[str, OnChunk] = {}
+        self._outstanding: dict[int, _Outstanding] = {}  # by the number that the messages call it
         self._closed = False
         self._ready = threading.Event()
+        self._uids = itertools.count()
         self._numbers = itertools.count()
         self._reader = threading.Thread(target=self._read_for_ever, name="engine-client", daemon=True)
         self._reader.start()
@@ -68,7 +81,7 @@ class EngineClient:
 
     def new_uid(self) -> str:
         """A uid that no other request of this engine has, whichever client it comes from."""
-        return f"{os.getpid()}-{id(self):x}-{next(self._numbers)}"
+        return f"{os.getpid()}-{id(self):x}-{next(self._uids)}"
 
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
         """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.
@@ -81,17 +94,17 @@ class EngineClient:
             info.max_req_input_len, info.max_req_total_len, info.pool_tokens,
         )  # fmt: skip
         check_token_ids(request.prompt_ids, info.vocab_size)
-        uid = request.uid
+        number = next(self._numbers)
         with self._lock:
             channel = self._channel
             if channel is None:
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again")
-            self._outstanding[uid] = on_chunk
+            self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
         try:
-            channel.send(SUBMIT, pack_request(request))
+            channel.send(SUBMIT, pack_request(request), number)
         except ChannelClosed:
             with self._lock:
-                known = self._outstanding.pop(uid, None)
+                known = self._outstanding.pop(number, None)
             if known:  # else the reader has already told it
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
 
@@ -140,23 +153,31 @@ class EngineClient:
             self._ready.set()
             self._on_up(True)
             while True:
-                kind, chunks, stats = channel.receive()
-                assert kind == CHUNKS, kind
-                for packed in chunks:
-                    self._deliver(unpack_chunk(packed))
-                if stats is not None:
-                    self._on_stats(EngineStats(**stats))
+                kind, *body = channel.receive()
+                if kind == TOKENS:
+                    self._deliver(*body)
+                elif kind == STATS:
+                    self._on_stats(EngineStats(**body[0]))
         finally:
             channel.close()
 
-    def _deliver(self, chunk: TokenChunk) -> None:
+    def _deliver(self, packed_numbers: bytes, packed_tokens: bytes, packed_chunks: list[tuple[int, list[Any]]]) -> None:
+        """What one step has made. A request is in it at most once."""
+        numbers = np.frombuffer(packed_numbers, dtype=np.int64).tolist()
+        tokens = np.frombuffer(packed_tokens, dtype=np.int32).tolist()
+        chunks = [(number, unpack_chunk(packed)) for number, packed in packed_chunks]
         with self._lock:
-            if chunk.finish_reason is None:
-                on_chunk = self._outstanding.get(chunk.uid)
-            else:
-                on_chunk = self._outstanding.pop(chunk.uid, None)
-        if on_chunk:
-            on_chunk(chunk)
+            going_on = [self._outstanding.get(number) for number in numbers]
+            others = [
+                self._outstanding.get(number) if chunk.finish_reason is None else self._outstanding.pop(number, None)
+                for number, chunk in chunks
+            ]
+        for request, token in zip(going_on, tokens, strict=True):
+            if request:
+                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
+        for other, (_, chunk) in zip(others, chunks, strict=True):
+            if other:
+                other.on_chunk(chunk)
 
     def _lose_worker(self) -> None:
         if self._ready.is_set():
@@ -166,5 +187,5 @@ class EngineClient:
             lost = self._outstanding
             self._channel, self._outstanding = None, {}
         error = RequestError("UNAVAILABLE", "the engine stopped while the request was running; try again")
-        for uid, on_chunk in lost.items():
-            on_chunk(TokenChunk(uid, [], [], FinishReason.FAILED, error=error))
+        for request in lost.values():
+            request.on_chunk(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=error))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side of its clients' channels. No torch, no decisions: messages in, chunks out."""
+"""The worker's side of its clients' channels. No torch, no decisions: messages in, tokens out."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import wait
@@ -12,9 +12,10 @@ from typing import Any
 
 from lightllm_backend.engine.channel import (
     CANCEL,
-    CHUNKS,
     READY,
+    STATS,
     SUBMIT,
+    TOKENS,
     Channel,
     ChannelClosed,
     EngineInfo,
@@ -22,9 +23,13 @@ from lightllm_backend.engine.channel import (
     listen,
     pack_chunk,
 )
-from lightllm_backend.request import TokenChunk
+from lightllm_backend.router.batch import StepOutput
 
 STATS_SECONDS = 0.1
+
+# A handle is the client's index above these bits, and the number that the client gave the request in them.
+NUMBER_BITS = 40
+NUMBER_MASK = (1 << NUMBER_BITS) - 1
 
 
 class Hub:
@@ -39,13 +44,17 @@ class Hub:
         self._info = asdict(info)
         self._leash = leash
         self._listener = listen(address)
-        self._clients: dict[Channel, set[str]] = {}
-        self._client_of: dict[str, Channel] = {}
+        self._clients: dict[Channel, int] = {}  # with an index that none had before
+        self._indices = itertools.count()
+        self._handles: dict[str, int] = {}  # of the requests that have not ended, by uid
         self._stats_sent = 0.0
         self._last_stats = EngineStats()
 
     def receive(self, timeout: float | None) -> Iterator[tuple[int, Any]]:
-        """Messages that have come, as (kind, body). Waits for the first of them for `timeout` seconds."""
+        """Messages that have come, as (kind, body); the body of SUBMIT is (request, handle), of the others a uid.
+
+        Waits for the first of them for `timeout` seconds.
+        """
         sources: list[Any] = [self._leash, self._listener, *self._clients]
         for source in wait(sources, timeout):
             if source == self._leash:
@@ -55,24 +64,29 @@ class Hub:
             else:
                 self._accept()
 
-    def send(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
-        """One message to each client that is concerned; to all of them when it is time for statistics."""
-        by_client: dict[Channel, list[Any]] = defaultdict(list)
-        for chunk in chunks:
-            client = self._client_of.get(chunk.uid)
-            if client is not None:
-                by_client[client].append(pack_chunk(chunk))
+    def send(self, output: StepOutput) -> None:
+        """One message to each client that is concerned."""
+        chunks: dict[int, list[Any]] = {index: [] for index in self._clients.values()}
+        for chunk in output.chunks:
+            handle = self._handles.get(chunk.uid)
+            if handle is None:
+                continue  # its client is gone
+            chunks[handle >> NUMBER_BITS].append((handle & NUMBER_MASK, pack_chunk(chunk)))
             if chunk.finish_reason is not None:
-                self._forget(chunk.uid)
+                del self._handles[chunk.uid]
+        indices, numbers = output.handles >> NUMBER_BITS, output.handles & NUMBER_MASK
+        for client, index in self._clients.items():
+            mine = indices == index
+            if chunks[index] or mine.any():
+                _send(client, TOKENS, numbers[mine].tobytes(), output.tokens[mine].tobytes(), chunks[index])
+
+    def tell(self, stats: EngineStats) -> None:
+        """Statistics to all clients, when they are new and it is time."""
         now = time.monotonic()
-        tell = stats != self._last_stats and now >= self._stats_sent + STATS_SECONDS
-        if tell:
+        if stats != self._last_stats and now >= self._stats_sent + STATS_SECONDS:
             self._stats_sent, self._last_stats = now, stats
-        for client in list(self._clients) if tell else list(by_client):
-            try:
-                client.send(CHUNKS, by_client[client], asdict(stats) if tell else None)
-            except ChannelClosed:
-                pass  # its end is read by the next receive(), which cancels its requests
+            for client in self._clients:
+                _send(client, STATS, asdict(stats))
 
     def close(self) -> None:
         self._listener.close()
@@ -85,24 +99,28 @@ class Hub:
             client.send(READY, self._info)
         except ChannelClosed:
             return
-        self._clients[client] = set()
+        self._clients[client] = next(self._indices)
 
     def _read(self, client: Channel) -> Iterator[tuple[int, Any]]:
         """All messages of a client that are there."""
         try:
             while client.has_message():
-                kind, body = client.receive()
+                kind, body, *number = client.receive()
                 if kind == SUBMIT:
-                    self._clients[client].add(body[0])
-                    self._client_of[body[0]] = client
+                    handle = self._clients[client] << NUMBER_BITS | number[0]
+                    self._handles[body[0]] = handle
+                    body = body, handle
                 yield kind, body
         except ChannelClosed:
-            for uid in self._clients.pop(client):
-                del self._client_of[uid]
-                yield CANCEL, uid
+            index = self._clients.pop(client)
             client.close()
+            for uid in [uid for uid, handle in self._handles.items() if handle >> NUMBER_BITS == index]:
+                del self._handles[uid]
+                yield CANCEL, uid
 
-    def _forget(self, uid: str) -> None:
-        client = self._client_of.pop(uid, None)
-        if client is not None:
-            self._clients[client].discard(uid)
+
+def _send(client: Channel, *message: Any) -> None:
+    try:
+        client.send(*message)
+    except ChannelClosed:
+        pass  # its end is read by the next receive(), which cancels its requests

@@ -36,6 +36,7 @@ class LoadedEngine:
     runner: ModelRunner
     info: EngineInfo
     batch_max_tokens: int
+    prefixes_are_alike: bool  # K and V of a beginning do not depend on what follows it
 
 
 def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
@@ -90,7 +91,8 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         model=directory, dtype=_name(dtype), device=device.type, vocab_size=shape.vocab_size, eos_ids=eos_ids,
         max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,
     )  # fmt: skip
-    return LoadedEngine(runner, info, batch_max_tokens)
+    prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
+    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike)
 
 
 def choose_device(config: EngineConfig, rank: int) -> torch.device:

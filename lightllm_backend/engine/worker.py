@@ -34,7 +34,9 @@ from lightllm_backend.engine.hub import STATS_SECONDS, Hub
 from lightllm_backend.engine.worker_group import rendezvous_file
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
-from lightllm_backend.router.batch import Batch
+from lightllm_backend.router.admission import ExactAdmission
+from lightllm_backend.router.batch import Batch, StepOutput
+from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 
 if TYPE_CHECKING:
@@ -58,22 +60,22 @@ def run(hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, l
     try:
         while hub.open:
             idle = not router.has_work and not in_flight
-            chunks = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
+            refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
             batch = router.next_batch()
             if batch is not None:
                 followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
-                chunks += router.apply(done, step.result())
-            chunks += router.drain_finished()
+                hub.send(router.apply(done, step.result()))
+            hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
             stats = engine_stats(router)
-            hub.send(chunks, stats)
+            hub.tell(stats)
             statistics.tell(stats)
     except Exception as error:
         failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
         router.fail_all(failure)
-        hub.send(router.drain_finished(), engine_stats(router))
+        hub.send(StepOutput.of_chunks(router.drain_finished()))
         raise
 
 
@@ -93,9 +95,10 @@ def receive(hub: Hub, router: Router, timeout: float) -> list[TokenChunk]:
     refused = []
     for kind, body in hub.receive(timeout):
         if kind == SUBMIT:
-            request = unpack_request(body)
+            packed, handle = body
+            request = unpack_request(packed)
             try:
-                router.submit(request)
+                router.submit(request, handle)
             except RequestError as error:
                 refused.append(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=error))
         elif kind == CANCEL:
@@ -111,9 +114,11 @@ def engine_stats(router: Router) -> EngineStats:
         queued_requests=stats.queued,
         running_requests=stats.running,
         kv_tokens_used=stats.kv_tokens_used,
+        kv_tokens_cached=stats.kv_tokens_cached,
         kv_tokens_total=stats.kv_tokens_total,
         prompt_tokens_total=stats.prompt_tokens_total,
         generated_tokens_total=stats.generated_tokens_total,
+        pauses_total=stats.pauses_total,
     )
 
 
@@ -140,7 +145,9 @@ class StatisticsLog:
         self._told, self._since = stats, now
 
 
-def build_router(config: EngineConfig, info: EngineInfo, batch_max_tokens: int) -> Router:
+def build_router(
+    config: EngineConfig, info: EngineInfo, batch_max_tokens: int, prefixes_are_alike: bool = True
+) -> Router:
     return Router(
         capacity=info.pool_tokens,
         max_running=config.running_max_req_size,
@@ -148,6 +155,8 @@ def build_router(config: EngineConfig, info: EngineInfo, batch_max_tokens: int) 
         max_queue_size=config.max_queue_size,
         eos_ids=frozenset(info.eos_ids),
         queue_timeout_s=config.queue_timeout_s,
+        policy=PastFutureAdmission() if config.admission == "past_future" else ExactAdmission(),
+        prefix_cache=config.prefix_cache and prefixes_are_alike,
     )
 
 
@@ -163,9 +172,10 @@ class Leader:
         self._followers.accept()
 
     def run(self) -> None:
-        router = build_router(self._config, self._engine.info, self._engine.batch_max_tokens)
+        engine = self._engine
+        router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
         try:
-            run(self._hub, router, self._followers, self._engine.runner, self._config.log_stats_interval)
+            run(self._hub, router, self._followers, engine.runner, self._config.log_stats_interval)
         finally:
             self._hub.close()
             self._followers.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How full the KV pool will get, known before a sequence is let in. Pure functions of arrays.
+"""How full the KV pool will get, known or estimated before a sequence is let in.
 
 From step to step each sequence takes one more token slot until it ends and gives all of them back. Between two ends the
 demand only grows, so its peak lies at a step in which some sequence takes its last slot. With the sequences sorted by
@@ -7,51 +7,184 @@ the steps that they have left, longest first, those still alive when sequence i 
 taken as many more slots as i has steps left:
 
     peak = max over i of (remaining_i · i + held_1 + … + held_i)
+
+How many steps a sequence has left is a policy's matter: at most as many as it asks for (exact), or as many as the
+recent past makes likely (past_future.py).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllm_backend.router.sequence import Sequence
 
-def peak_tokens(held: NDArray[np.int64], remaining: NDArray[np.int64]) -> int:
-    """The most token slots that these sequences will hold at once, now or later.
 
-    held [n]: token slots now; remaining [n]: slots that each will still take, one a step.
+class Demand(NamedTuple):
+    """Of n sequences: an array a fact."""
+
+    held: NDArray[np.int64]  # [n] token slots now
+    remaining: NDArray[np.int64]  # [n] slots that each will take at most, one a step
+    made: NDArray[np.int64]  # [n] tokens generated so far; all but one of `most` where no EOS can end it
+    most: NDArray[np.int64]  # [n] tokens that it may generate in all
+    luck: NDArray[np.float64]  # [n, draws] what the policy has drawn for it
+
+
+def newcomer_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
+    """Of a sequence, once `planned` of the tokens are that it has to prefill; without the slots that others hold too.
+
+    What is left of them takes k more steps of at least one token each. So it never holds more than a sequence that held
+    k slots less than all of them now and took one in each of them, and holds as many from then on.
     """
-    if len(held) == 0:
-        return 0
-    longest_first = np.argsort(remaining)[::-1]
-    alive = np.arange(1, len(held) + 1, dtype=np.int64)
-    return int((remaining[longest_first] * alive + np.cumsum(held[longest_first])).max())
+    steps = -(-(sequence.known_length - planned) // batch_max_tokens)
+    sampling, made = sequence.request.sampling, sequence.num_generated
+    return Demand(
+        held=np.array([sequence.known_length - num_shared - steps]),
+        remaining=np.array([sampling.max_tokens - made - 1 + steps]),
+        made=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else made]),
+        most=np.array([sampling.max_tokens]),
+        luck=sequence.luck[np.newaxis],
+    )
 
 
-def admissible(
-    held: NDArray[np.int64],
-    remaining: NDArray[np.int64],
-    new_held: NDArray[np.int64],
-    new_remaining: NDArray[np.int64],
-    capacity: int,
-) -> int:
-    """How many of the newcomers, in their order, may join so that the peak stays within capacity.
+class AdmissionPolicy(Protocol):
+    """Whose estimate of the steps to come counts."""
 
-    A newcomer never lowers the peak, so the answer is found by bisection. The first is tried alone before: where the
-    pool is full, which is the common case under load, the answer is 0 and costs one evaluation.
-    """
+    @property
+    def is_final(self) -> bool:
+        """Whether the estimate for a sequence stays what it is, but for the steps that are done."""
 
-    def fits(count: int) -> bool:
-        joined_held = np.concatenate([held, new_held[:count]])
-        joined_remaining = np.concatenate([remaining, new_remaining[:count]])
-        return peak_tokens(joined_held, joined_remaining) <= capacity
+    def draw(self) -> NDArray[np.float64]:
+        """The luck of a new sequence, [draws]; it keeps it."""
 
-    if len(new_held) == 0 or not fits(1):
-        return 0
-    fitting, too_many = 1, len(new_held) + 1
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        if fits(middle):
-            fitting = middle
-        else:
-            too_many = middle
-    return fitting
+    def steps_left(self, demand: Demand) -> NDArray[np.int64]:
+        """Estimates of the steps that each sequence has left, [draws, n]. All of them must fit."""
+
+    def usable(self, capacity: int) -> int:
+        """Of the pool's slots, those that may be planned for."""
+
+    def ended(self, length: int) -> None:
+        """A sequence that was free to end has ended with this many tokens."""
+
+
+class ExactAdmission:
+    """Everybody may take all that it asks for, so that nobody is ever in need."""
+
+    is_final = True
+
+    def draw(self) -> NDArray[np.float64]:
+        return np.zeros(1)
+
+    def steps_left(self, demand: Demand) -> NDArray[np.int64]:
+        return demand.remaining[np.newaxis]
+
+    def usable(self, capacity: int) -> int:
+        return capacity
+
+    def ended(self, length: int) -> None:
+        pass
+
+
+class Forecast:
+    """The most token slots that some sequences will hold at once, now or later, and with whom it would be how many."""
+
+    def __init__(self, held: NDArray[np.int64], remaining: NDArray[np.int64]) -> None:
+        """held [n]: token slots now; remaining [n]: slots that each will still take, one a step."""
+        negative = -remaining
+        longest_first = np.argsort(negative)
+        self._negative = negative[longest_first]  # [n] remaining, with the sign that makes it ascend
+        self._held_sums = np.zeros(len(held) + 1, dtype=np.int64)  # of those before each place
+        np.cumsum(held[longest_first], out=self._held_sums[1:])
+        self._terms = self._make_terms()
+
+    @property
+    def peak(self) -> int:
+        return int(self._terms.max(initial=0))
+
+    def peak_with(self, held: int, remaining: int) -> int:
+        """The peak if this sequence joined.
+
+        The terms before its place stay as they are, since it has ended by then. To those behind it adds what it holds,
+        and a slot for each step.
+        """
+        place = self._place(remaining)
+        before = self._terms[:place].max(initial=0)
+        behind = (self._terms[place:] - self._negative[place:]).max(initial=0) + held
+        own = remaining * (place + 1) + self._held_sums[place] + held
+        return int(max(before, own, behind))
+
+    def wait(self, held: int, remaining: int, limit: int) -> int:
+        """The least number of steps until this sequence may join, as long as nobody ends before its time.
+
+        With each step that it comes later it holds a slot less when another takes its last, and that it has not to wait
+        for any more once the other has ended.
+        """
+        place = self._place(remaining)
+        excess = self._terms[place:] - self._negative[place:] + (held - limit)
+        return int(np.minimum(excess, 1 - self._negative[place:]).max(initial=1))
+
+    def add(self, held: int, remaining: int) -> None:
+        """It has joined."""
+        place = self._place(remaining)
+        self._held_sums = _extended(self._held_sums, place, self._held_sums[place])
+        self._held_sums[place + 1 :] += held
+        self._negative = _extended(self._negative, place, -remaining)
+        self._terms = self._make_terms()
+
+    def _make_terms(self) -> NDArray[np.int64]:
+        """[n] the slots that are held when each sequence takes its last."""
+        terms: NDArray[np.int64] = self._held_sums[1:] - self._negative * np.arange(1, len(self._negative) + 1)
+        return terms
+
+    def _place(self, remaining: int) -> int:
+        return int(self._negative.searchsorted(-remaining, side="right"))
+
+
+def _extended(values: NDArray[np.int64], place: int, value: int) -> NDArray[np.int64]:
+    """With one value more; several times as fast as np.insert."""
+    extended = np.empty(len(values) + 1, dtype=np.int64)
+    extended[:place], extended[place], extended[place + 1 :] = values[:place], value, values[place:]
+    return extended
+
+
+class Refusal(NamedTuple):
+    """That a sequence cannot join before some step, as long as nobody ends before its time."""
+
+    number: int
+    before_step: int
+    capacity: int
+
+    def holds(self, number: int, step: int, capacity: int) -> bool:
+        return number == self.number and step < self.before_step and capacity <= self.capacity
+
+
+class Gate:
+    """Who may join the running sequences in one step."""
+
+    def __init__(self, policy: AdmissionPolicy, running: Demand) -> None:
+        self._policy = policy
+        self._anybody = len(running.held) > 0
+        self._forecasts = [Forecast(running.held, remaining) for remaining in policy.steps_left(running)]
+
+    def admits(self, newcomer: Demand, capacity: int) -> bool:
+        """Whether there is room for it, in every estimate; it counts from then on. Alone, it always has room."""
+        usable = self._policy.usable(capacity)
+        held = int(newcomer.held[0])
+        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
+        pairs = list(zip(self._forecasts, remaining, strict=True))
+        if self._anybody and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
+            return False
+        for forecast, left in pairs:
+            forecast.add(held, left)
+        self._anybody = True
+        return True
+
+    def wait(self, newcomer: Demand, capacity: int) -> int:
+        """How many steps it is of no use to ask again, as long as nobody ends before its time."""
+        if not self._policy.is_final:
+            return 1
+        usable, held = self._policy.usable(capacity), int(newcomer.held[0])
+        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
+        return max(one.wait(held, left, usable) for one, left in zip(self._forecasts, remaining, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of the engine as plain arrays: what the Router plans, every rank's ModelRunner runs, and what comes back."""
+"""One step of the engine as plain arrays: what the Router plans, each rank's ModelRunner runs, and what comes of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllm_backend.request import SamplingParams
+from lightllm_backend.request import SamplingParams, TokenChunk
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Admission:
     row: int
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    generated_ids: tuple[int, ...] = ()  # before it was paused; prefilled behind the prompt
+    cached_slots: tuple[int, ...] = ()  # of the first tokens, which need not be computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,3 +44,18 @@ class StepResult:
 
     tokens: NDArray[np.int32]  # [n_sampled]
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutput:
+    """What clients get from a step. Most sequences get one more token and go on, and arrays say it; of the others there
+    is more to say, in a chunk: first tokens, tokens with a log probability, ends.
+    """
+
+    handles: NDArray[np.int64]  # [n] what `submit` was told to call these sequences
+    tokens: NDArray[np.int32]  # [n]
+    chunks: list[TokenChunk]  # of other sequences
+
+    @classmethod
+    def of_chunks(cls, chunks: list[TokenChunk]) -> StepOutput:
+        return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), chunks)

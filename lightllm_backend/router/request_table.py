@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllm_backend.router.admission import Demand
 from lightllm_backend.router.sequence import Sequence
 
 NEVER = np.iinfo(np.int32).max
@@ -19,36 +20,53 @@ class RequestTable:
     Everything is as planned, not as known: a token counts as cached from when the batch that caches it is made.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, num_draws: int = 1) -> None:
         self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # the Sequence; None: the row is free
+        self.handles = np.zeros(num_rows, dtype=np.int64)  # what the sequences are called in a StepOutput
+        self.with_log_probs = np.zeros(num_rows, dtype=np.bool_)
+        self.numbers = np.zeros(num_rows, dtype=np.int64)  # in order of arrival
+        self.luck = np.zeros((num_rows, num_draws))  # what the admission policy has drawn for them
+        self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
+        self.most = np.zeros(num_rows, dtype=np.int64)  # max_tokens
         self.cached = np.zeros(num_rows, dtype=np.int32)  # tokens with a slot
-        self.remaining = np.zeros(num_rows, dtype=np.int32)  # decode steps still to be planned
-        self.decoding = np.zeros(num_rows, dtype=np.bool_)  # the whole prompt is planned
+        self.remaining = np.zeros(num_rows, dtype=np.int64)  # decode steps still to be planned
+        self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all that was known is planned
         self.eos_from = np.zeros(num_rows, dtype=np.int32)  # an EOS ends the sequence once so many tokens are cached
+        self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_tokens`
         # Wide enough for the longest sequence so far. Untouched pages cost no memory.
         self._slots: NDArray[np.int32] = np.empty((num_rows, 256), dtype=np.int32)
+        self._tokens = np.empty_like(self._slots)  # prompt and generated
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
-    def take_row(self, sequence: Sequence) -> int:
-        """Gives the sequence a row."""
+    def take_row(self, sequence: Sequence, prefix_slots: NDArray[np.int32]) -> int:
+        """Gives the sequence a row, and the slots of its first tokens, which are cached."""
         row = self._free_rows.pop()
         sampling = sequence.request.sampling
         self.owners[row] = sequence
-        self.cached[row] = 0
-        self.remaining[row] = sampling.max_tokens - 1
+        self.handles[row] = sequence.handle
+        self.with_log_probs[row] = sampling.return_log_probs
+        self.numbers[row] = sequence.number
+        self.luck[row] = sequence.luck
+        self.prompt_lengths[row] = sequence.prompt_length
+        self.most[row] = sampling.max_tokens
+        self.cached[row] = len(prefix_slots)
+        self.remaining[row] = sampling.max_tokens - sequence.num_generated - 1
         self.decoding[row] = False
         # An EOS may be generated token min_tokens + 1 at the earliest; prompt_length tokens are cached at token 1.
         self.eos_from[row] = NEVER if sampling.ignore_eos else sequence.prompt_length + sampling.min_tokens
-        self._widen(sequence.max_slots)
+        self._widen(sequence.max_slots + 1)
+        self.num_known[row] = sequence.known_length
+        self._tokens[row, : sequence.known_length] = sequence.known_ids
+        self._slots[row, : len(prefix_slots)] = prefix_slots
         sequence.row = row
         return row
 
-    def release_row(self, sequence: Sequence) -> NDArray[np.int32]:
-        """Takes the sequence's row back and returns the token slots that it held."""
+    def release_row(self, sequence: Sequence) -> None:
+        """Takes the sequence's row back."""
         row = sequence.row
         assert row is not None, "the sequence holds no row"
         assert self.owners[row] is sequence, "the row is another sequence's"
@@ -56,17 +74,18 @@ class RequestTable:
         self.owners[row] = None
         self.decoding[row] = False
         self._free_rows.append(row)
-        return self._slots[row, : self.cached[row]]
 
-    def decode_rows(self) -> NDArray[np.int32]:
+    def decode_rows(self) -> NDArray[np.int64]:
         """The rows that can decode a token in this step, ascending."""
-        return np.flatnonzero(self.decoding).astype(np.int32)
+        rows: NDArray[np.int64] = self.decoding.nonzero()[0]
+        return rows
 
     def planned_out_rows(self) -> NDArray[np.int64]:
         """The rows whose last step is planned."""
-        return np.flatnonzero(self.decoding & (self.remaining == 0))
+        rows: NDArray[np.int64] = (self.decoding & (self.remaining == 0)).nonzero()[0]
+        return rows
 
-    def append_decodes(self, rows: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int32]:
+    def append_decodes(self, rows: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int32]:
         """Plans a decode step of each row: one slot each. Returns the tokens that were cached before."""
         starts = self.cached[rows]
         self._slots[rows, starts] = slots
@@ -80,10 +99,37 @@ class RequestTable:
         self._slots[row, start : start + len(slots)] = slots
         self.cached[row] = start + len(slots)
 
-    def held_slots(self) -> NDArray[np.int32]:
-        """The slots of all rows, in one array."""
-        held = [self._slots[row, : self.cached[row]] for row, owner in enumerate(self.owners) if owner is not None]
-        return np.concatenate([np.empty(0, dtype=np.int32), *held])
+    def record(self, rows: NDArray[np.int64], positions: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        """These tokens are known now."""
+        self._tokens[rows, positions] = tokens
+        self.num_known[rows] = positions + 1
+
+    def num_generated(self, row: int) -> int:
+        """Tokens that are known of those that the sequence has generated."""
+        return int(self.num_known[row] - self.prompt_lengths[row])
+
+    def num_sampled(self, row: int) -> int:
+        """Tokens that the sequence has generated once all planned steps are done."""
+        return int(self.most[row] - self.remaining[row]) if self.decoding[row] else self.num_generated(row)
+
+    def known_tokens(self, row: int) -> NDArray[np.int32]:
+        return self._tokens[row, : self.num_known[row]]
+
+    def slots_of(self, row: int) -> NDArray[np.int32]:
+        return self._slots[row, : self.cached[row]]
+
+    def demand(self, shared: NDArray[np.int64]) -> Demand:
+        """Of the sequences that decode; without the slots, by row, that others hold as well."""
+        rows = self.decode_rows()
+        remaining, most = self.remaining[rows], self.most[rows]
+        made = np.where(self.eos_from[rows] == NEVER, most - 1, most - remaining)
+        return Demand(self.cached[rows] - shared[rows], remaining, made, most, self.luck[rows])
+
+    def newest(self) -> Sequence:
+        """Of the sequences that decode, the one that came last."""
+        rows = self.decode_rows()
+        newest: Sequence = self.owners[rows[np.argmax(self.numbers[rows])]]
+        return newest
 
     def check(self) -> None:
         """Asserts that each row is either free or the row of exactly one sequence."""
@@ -92,14 +138,20 @@ class RequestTable:
         for row in taken:
             sequence = self.owners[row]
             assert sequence.row == row, "an owner has another row"
-            prefilled = min(self.cached[row], sequence.prompt_length)
-            assert self.decoding[row] == (prefilled == sequence.prompt_length), "decoding before the prompt is planned"
+            prefilled = min(self.cached[row], sequence.known_length)
+            assert self.decoding[row] == (prefilled == sequence.known_length), "decoding before the prompt is planned"
+            assert self.num_known[row] >= sequence.known_length, "a token is lost"
             if self.decoding[row]:
                 assert self.cached[row] + self.remaining[row] == sequence.max_slots, "steps to come are miscounted"
 
     def _widen(self, width: int) -> None:
-        num_rows, old_width = self._slots.shape
+        old_width = self._slots.shape[1]
         if width > old_width:
-            wider = np.empty((num_rows, max(width, 2 * old_width)), dtype=np.int32)
-            wider[:, :old_width] = self._slots
-            self._slots = wider
+            new_width = max(width, 2 * old_width)
+            self._slots, self._tokens = _widened(self._slots, new_width), _widened(self._tokens, new_width)
+
+
+def _widened(narrow: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    wide = np.empty((len(narrow), width), dtype=np.int32)
+    wide[:, : narrow.shape[1]] = narrow
+    return wide

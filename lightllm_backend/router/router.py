@@ -2,35 +2,39 @@
 """The Router decides which sequences run in the next step. It lives in rank 0's worker and knows no torch.
 
 The life of a request: `submit` puts it in the queue. `next_batch` admits it in order of arrival, once the pool can hold
-it to its end beside all that run already, gives it a row and plans its prompt chunk by chunk, at most batch_max_tokens
-new prompt tokens a step, beside one decode of each running sequence. `apply` turns the sampled tokens into chunks and
-finds out who has ended. `finish` is the only end, whatever the reason, and makes the one chunk with a finish_reason.
+it to its end beside all that run already (or is likely to, as the policy has it), gives it a row and plans its prompt
+chunk by chunk, at most batch_max_tokens new prompt tokens a step, beside one decode of each running sequence. `apply`
+takes the sampled tokens and finds out who has ended. `finish` is the only end, whatever the reason, and makes the one
+chunk with a finish_reason.
 
 Steps may overlap: `next_batch` for step N + 1 may be called before `apply` of step N, since it looks only at what is
 planned, never at tokens. An EOS is then noticed one step late, and what its sequence does in that step is ignored.
 Token slots and rows that are given back may be in a batch that still runs, but the device runs steps in order, so they
 are reused at once.
+
+Where a policy has let in more than the pool can hold, those that came last are paused: they give back what they hold
+and go to the front of the queue, so the queue stays in order of arrival and whoever came first always goes on. Later a
+paused sequence prefills its prompt and all that it has generated, and goes on from there.
 """
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightllm_backend.kv_pool.allocator import TokenSlotAllocator
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
-from lightllm_backend.router.admission import admissible, peak_tokens
-from lightllm_backend.router.batch import Admission, Batch, StepResult
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, Refusal, newcomer_demand
+from lightllm_backend.router.batch import Admission, Batch, StepOutput, StepResult
+from lightllm_backend.router.deadlines import Deadlines
+from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
 from lightllm_backend.router.request_table import RequestTable
 from lightllm_backend.router.sequence import Sequence, SequenceState
+from lightllm_backend.router.slot_pool import Prefix, SlotPool
 
 
 @dataclass(frozen=True)
@@ -39,34 +43,13 @@ class RouterStats:
 
     queued: int
     running: int
-    kv_tokens_used: int
+    kv_tokens_used: int  # by running sequences
+    kv_tokens_cached: int  # by the prefix cache alone
     kv_tokens_total: int
+    pauses_total: int
     prompt_tokens_total: int  # planned for prefill so far
     generated_tokens_total: int  # given out in chunks so far
     requests: dict[str, int]  # ended so far, by finish reason; "rejected": not taken by submit
-
-
-class _PromptChunk(NamedTuple):
-    row: int
-    start: int
-    slots: NDArray[np.int32]
-    is_last: bool
-
-
-class _PlannedStep(NamedTuple):
-    """What `apply` needs of a batch. It names sequences, since a row may have changed hands by then."""
-
-    batch: Batch
-    sampling: list[Sequence]  # those that sample a token, in the order of the batch's rows
-    eos_ends: NDArray[np.bool_]  # [n_sampled] an EOS as this token ends the sequence
-    is_final: NDArray[np.bool_]  # [n_sampled] this token is the last of max_tokens
-
-
-_Scalar = TypeVar("_Scalar", bound=np.generic)
-
-
-def _followed_by(decodes: NDArray[_Scalar], prefills: list[int]) -> NDArray[_Scalar]:
-    return np.concatenate([decodes, np.array(prefills, dtype=decodes.dtype)])
 
 
 class Router:
@@ -81,6 +64,8 @@ class Router:
         eos_ids: frozenset[int],
         queue_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        policy: AdmissionPolicy | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
@@ -88,36 +73,39 @@ class Router:
         self._eos_ids = np.array(sorted(eos_ids), dtype=np.int32)
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
+        self._policy = policy or ExactAdmission()
 
-        self._allocator = TokenSlotAllocator(capacity)
-        self._table = RequestTable(max_running)
+        self._table = RequestTable(max_running, num_draws=len(self._policy.draw()))
+        self._pool = SlotPool(capacity, self._table, prefix_cache)
         self._live: dict[str, Sequence] = {}  # by uid, until they finish
-        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival
+        self._by_number: dict[int, Sequence] = {}  # the same
+        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival; first those that are paused
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; nothing is admitted behind it
-        self._in_flight: deque[_PlannedStep] = deque()
-        self._deadlines: list[tuple[float, str]] = []  # a heap; uids that have finished stay in it for a while
+        self._in_flight: deque[PlannedStep] = deque()
+        self._deadlines = Deadlines(self._live)
         self._chunks: list[TokenChunk] = []  # not yet given out
 
+        self._numbers = itertools.count()
+        self._step = 0
+        self._refusal: Refusal | None = None  # of the first in the queue
+        self._pauses_total = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason} | {"rejected": 0})
 
     # What clients ask for
 
-    def submit(self, request: Request) -> None:
-        """Queues the request, or raises the RequestError that answers it."""
-        sequence = Sequence(request, self._clock())
+    def submit(self, request: Request, handle: int = 0) -> None:
+        """Queues the request, or raises the RequestError that answers it. The handle is what outputs will call it."""
+        sequence = Sequence(request, handle, next(self._numbers), self._clock(), self._policy.draw())
         try:
             self._check_admissible(sequence)
         except RequestError:
             self._requests["rejected"] += 1
             raise
-        self._live[request.uid] = self._queue[request.uid] = sequence
+        self._live[request.uid] = self._by_number[sequence.number] = self._queue[request.uid] = sequence
         if request.deadline is not None:
-            if len(self._deadlines) > 2 * len(self._live) + 64:
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._live]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.deadline, request.uid))
+            self._deadlines.add(request.deadline, request.uid)
 
     def cancel(self, uid: str) -> None:
         """The client is gone. A uid that has ended in the meantime is no error."""
@@ -127,61 +115,61 @@ class Router:
     def stop(self, uid: str) -> None:
         """A stop string was found in the text. A uid that has ended in the meantime is no error."""
         if uid in self._live:
-            self.finish(self._live[uid], FinishReason.STOP)
+            sequence = self._live[uid]
+            if sequence.row is not None:
+                self._learn(sequence, self._table.num_generated(sequence.row))
+            self.finish(sequence, FinishReason.STOP)
 
     # One step
 
     def next_batch(self) -> Batch | None:
         """Plans the next step; None when there is nothing to run."""
+        self._step += 1
         self._expire()
         self._release_planned_out()
+        self._pause_until_it_fits()
         decode_rows = self._table.decode_rows()
-        decode_slots = self._allocator.allocate(len(decode_rows))
+        decode_slots = self._pool.allocate(len(decode_rows))
         decode_starts = self._table.append_decodes(decode_rows, decode_slots)
         chunks, admitted = self._plan_prefill()
         if len(decode_rows) == 0 and not chunks:
             return None
-        batch = Batch(
-            rows=_followed_by(decode_rows, [chunk.row for chunk in chunks]),
-            starts=_followed_by(decode_starts, [chunk.start for chunk in chunks]),
-            lengths=_followed_by(np.ones_like(decode_rows), [len(chunk.slots) for chunk in chunks]),
-            slots=np.concatenate([decode_slots, *(chunk.slots for chunk in chunks)]),
-            samples=_followed_by(np.ones(len(decode_rows), dtype=np.bool_), [chunk.is_last for chunk in chunks]),
-            num_decodes=len(decode_rows),
-            admitted=tuple(admitted),
-        )
-        rows = batch.rows[batch.samples]
-        self._in_flight.append(
-            _PlannedStep(
-                batch=batch,
-                sampling=self._table.owners[rows].tolist(),
-                eos_ends=self._table.cached[rows] >= self._table.eos_from[rows],
-                is_final=self._table.remaining[rows] == 0,
-            )
-        )
+        batch = make_batch(Decodes(decode_rows, decode_starts, decode_slots), chunks, admitted)
+        self._in_flight.append(PlannedStep.of(batch, self._table))
         return batch
 
-    def apply(self, batch: Batch, result: StepResult) -> list[TokenChunk]:
-        """Takes the tokens of the oldest batch that was not applied yet. Returns `drain_finished()` with its chunks."""
+    def apply(self, batch: Batch, result: StepResult) -> StepOutput:
+        """Takes the tokens of the oldest batch that was not applied yet. Its output includes `drain_finished()`."""
         step = self._in_flight.popleft()
+        tokens = result.tokens
         assert step.batch is batch, "batches are applied in the order in which they were made"
-        assert len(result.tokens) == len(step.sampling), "one token for each sequence that samples"
-        stops = step.eos_ends & (result.tokens[:, None] == self._eos_ids).any(axis=1)
-        ends = (stops | step.is_final).tolist()
-        tokens = result.tokens.tolist()
-        log_probs = [] if result.log_probs is None else result.log_probs.tolist()
-        for index, (sequence, token, ended) in enumerate(zip(step.sampling, tokens, ends, strict=True)):
-            if sequence.state is SequenceState.FINISHED:
-                continue
+        assert len(tokens) == len(step.rows), "one token for each sequence that samples"
+        stops = step.eos_ends & (tokens[:, None] == self._eos_ids).any(axis=1)
+        ends = stops | step.is_final
+        known = step.holds_row
+        self._table.record(step.rows[known], step.positions[known], tokens[known])
+        goes_on = known & step.is_plain & ~ends
+        for index in (~goes_on).nonzero()[0].tolist():
+            sequence = self._by_number.get(int(step.numbers[index]))
+            if sequence is None:
+                continue  # it has ended in the meantime
             self._generated_tokens_total += 1
-            with_log_prob = log_probs and sequence.request.sampling.return_log_probs
-            token_log_probs = [log_probs[index]] if with_log_prob else []
-            if ended:
+            log_probs = []
+            if sequence.request.sampling.return_log_probs and result.log_probs is not None:
+                log_probs.append(float(result.log_probs[index]))
+            token_ids = [int(tokens[index])]
+            if sequence.state is SequenceState.PAUSED:
+                sequence.known_ids = np.append(sequence.known_ids, tokens[index])
+                sequence.num_due -= 1
+            if ends[index]:
+                self._learn(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
-                self.finish(sequence, reason, token_ids=[token], log_probs=token_log_probs)
+                self.finish(sequence, reason, token_ids=token_ids, log_probs=log_probs)
             else:
-                self._chunks.append(sequence.make_chunk([token], token_log_probs))
-        return self.drain_finished()
+                self._chunks.append(sequence.make_chunk(token_ids, log_probs))
+        handles = self._table.handles[step.rows[goes_on]]
+        self._generated_tokens_total += len(handles)
+        return StepOutput(handles, tokens[goes_on], self.drain_finished())
 
     def drain_finished(self) -> list[TokenChunk]:
         """The chunks that were not given out yet: of sequences that ended without a step."""
@@ -199,7 +187,7 @@ class Router:
         """The only end of a sequence: gives back its slots and its row and makes its last chunk."""
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
         uid = sequence.request.uid
-        del self._live[uid]
+        del self._live[uid], self._by_number[sequence.number]
         self._queue.pop(uid, None)
         if sequence is self._prefilling:
             self._prefilling = None
@@ -213,6 +201,7 @@ class Router:
         self._in_flight.clear()
         for sequence in list(self._live.values()):
             self.finish(sequence, FinishReason.FAILED, error)
+        self._pool.clear_cache()
 
     # What others may know
 
@@ -226,8 +215,10 @@ class Router:
         return RouterStats(
             queued=len(self._queue),
             running=len(self._live) - len(self._queue),
-            kv_tokens_used=self._allocator.capacity - self._allocator.available,
-            kv_tokens_total=self._allocator.capacity,
+            kv_tokens_used=self._pool.capacity - self._pool.available,
+            kv_tokens_cached=self._pool.num_evictable,
+            kv_tokens_total=self._pool.capacity,
+            pauses_total=self._pauses_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             requests=dict(self._requests),
@@ -235,24 +226,22 @@ class Router:
 
     def check_integrity(self) -> None:
         """Asserts that no slot, row or sequence is lost or there twice, and that the pool will suffice. For tests."""
-        self._allocator.check(self._table.held_slots())
+        self._pool.check()
         self._table.check()
         owners = [owner for owner in self._table.owners if owner is not None]
         assert all(self._live.get(owner.request.uid) is owner for owner in owners), "an ended sequence has a row"
         for sequence in self._live.values():
-            queued = sequence.state is SequenceState.QUEUED
+            queued = sequence.state in (SequenceState.QUEUED, SequenceState.PAUSED)
             assert queued == (sequence.request.uid in self._queue), "the queue and a state disagree"
             assert not queued or sequence.row is None, "a queued sequence has a row"
             prefilling = sequence.state is SequenceState.PREFILLING
             assert prefilling == (sequence is self._prefilling), "a prompt is cut but not continued"
-        rows = np.flatnonzero(self._table.decoding)
-        held, remaining = self._table.cached[rows], self._table.remaining[rows]
-        if self._prefilling is not None:
-            planned = int(self._table.cached[self._prefilling.row])
-            partial_held, partial_remaining = self._demand(self._prefilling, planned)
-            held, remaining = np.append(held, partial_held), np.append(remaining, partial_remaining)
-        peak = peak_tokens(held.astype(np.int64), remaining.astype(np.int64))
-        assert peak <= self._allocator.capacity, f"{peak} token slots will be asked for"
+        numbers = [sequence.number for sequence in self._queue.values()]
+        assert numbers == sorted(numbers), "the queue is not in order of arrival"
+        if isinstance(self._policy, ExactAdmission):
+            assert self._pauses_total == 0, "nobody is ever in need"
+            peak = self._pool.peak(self._batch_max_tokens)
+            assert peak <= self._pool.capacity, f"{peak} token slots will be asked for"
 
     # How a step is planned
 
@@ -260,29 +249,27 @@ class Router:
         request = sequence.request
         if request.uid in self._live:
             raise RequestError("INVALID_ARG", f"uid {request.uid!r} belongs to a request that has not ended")
-        if sequence.max_slots > self._allocator.capacity:
+        if sequence.max_slots > self._pool.capacity:
             raise RequestError(
                 "INVALID_ARG",
                 f"the prompt has {sequence.prompt_length} tokens and max_tokens is {request.sampling.max_tokens}; "
-                f"that takes {sequence.max_slots} token slots, and the KV pool has {self._allocator.capacity}",
+                f"that takes {sequence.max_slots} token slots, and the KV pool has {self._pool.capacity}",
             )
         if len(self._queue) >= self._max_queue_size:
             raise RequestError("UNAVAILABLE", f"the queue is full ({len(self._queue)} requests)")
 
     def _expire(self) -> None:
         now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, uid = heapq.heappop(self._deadlines)
-            sequence = self._live.get(uid)
-            if sequence is not None and sequence.request.deadline == deadline:
-                error = RequestError("CANCELLED", "the request's deadline has passed")
-                self.finish(sequence, FinishReason.CANCELLED, error)
-        while self._queue_timeout_s is not None and self._queue:
-            oldest = next(iter(self._queue.values()))
-            if oldest.arrival + self._queue_timeout_s > now:
-                break
-            message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
-            self.finish(oldest, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
+        for sequence in self._deadlines.passed(now):
+            error = RequestError("CANCELLED", "the request's deadline has passed")
+            self.finish(sequence, FinishReason.CANCELLED, error)
+        if self._queue_timeout_s is None:
+            return
+        waiting = (sequence for sequence in self._queue.values() if sequence.state is SequenceState.QUEUED)
+        latest = now - self._queue_timeout_s
+        message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
+        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival <= latest, waiting)):
+            self.finish(sequence, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
 
     def _release_planned_out(self) -> None:
         """Takes back what sequences hold whose last step is planned, though its token is not known yet.
@@ -294,73 +281,101 @@ class Router:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        """Takes the sequence's row and slots back."""
         if sequence.row is not None:
-            self._allocator.free(self._table.release_row(sequence))
+            if self._table.remaining[sequence.row] > 0:
+                self._refusal = None
+            self._pool.release(sequence.row)
+            self._table.release_row(sequence)
+            for step in self._in_flight:
+                step.holds_row[step.numbers == sequence.number] = False
 
-    def _plan_prefill(self) -> tuple[list[_PromptChunk], list[Admission]]:
-        """Chunks of at most batch_max_tokens together: the prompt that was cut last time, then newcomers."""
+    def _pause_until_it_fits(self) -> None:
+        """Makes sure of slots for a decode of each sequence, and for a chunk of the prompt that is cut."""
+        while self._slots_needed() > self._pool.available:
+            self._pause(self._prefilling or self._table.newest())
+
+    def _slots_needed(self) -> int:
+        needed = int(np.count_nonzero(self._table.decoding))
+        if self._prefilling is not None:
+            left = self._prefilling.known_length - int(self._table.cached[self._prefilling.row])
+            needed += min(left, self._batch_max_tokens)
+        return needed
+
+    def _pause(self, sequence: Sequence) -> None:
+        """Takes back all that the sequence holds. It is the newest of those that run, so the queue stays in order."""
+        row = sequence.row
+        assert row is not None, "a sequence that runs has a row"
+        sequence.known_ids = self._table.known_tokens(row).copy()
+        sequence.num_due = self._table.num_sampled(row) - sequence.num_generated
+        self._release(sequence)
+        if sequence is self._prefilling:
+            self._prefilling = None
+        sequence.state = SequenceState.PAUSED
+        self._queue[sequence.request.uid] = sequence
+        self._queue.move_to_end(sequence.request.uid, last=False)
+        self._pauses_total += 1
+
+    def _learn(self, sequence: Sequence, length: int) -> None:
+        """An answer has ended by itself: its length is of use for the admission of others."""
+        if not sequence.request.sampling.ignore_eos:
+            self._policy.ended(length)
+
+    def _plan_prefill(self) -> tuple[list[PromptChunk], list[Admission]]:
+        """Chunks of at most batch_max_tokens together: the prompt that was cut last time, then newcomers.
+
+        Only the last of them may exceed what is left, and then takes all of it: so at most one prompt is cut at a time.
+        """
         budget = self._batch_max_tokens
-        chunks: list[_PromptChunk] = []
+        chunks: list[PromptChunk] = []
         if self._prefilling is not None:
             chunks.append(self._plan_chunk(self._prefilling, budget))
             budget -= len(chunks[0].slots)
-        admitted = []
-        for sequence in self._admit(budget):
-            request = sequence.request
-            admitted.append(Admission(self._table.take_row(sequence), request.prompt_ids, request.sampling))
+        admitted: list[Admission] = []
+        gate = None
+        plannable = self._pool.plannable
+        while budget > 0 and self._queue and self._table.num_free_rows > 0:
+            sequence = next(iter(self._queue.values()))
+            refused = self._refusal and self._refusal.holds(sequence.number, self._step, self._pool.plannable)
+            if sequence.num_due or refused:
+                break
+            # The one whose prompt is cut has all of the budget, so whoever runs decodes.
+            gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
+            prefix = self._pool.find(sequence.known_ids)
+            planned = min(sequence.known_length, prefix.length + budget)
+            demand = newcomer_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
+            if not gate.admits(demand, self._pool.plannable):
+                if self._pool.plannable == plannable:  # else the gate counts twice what newcomers have come to share
+                    self._refusal = Refusal(sequence.number, self._step + gate.wait(demand, plannable), plannable)
+                break
+            admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
             budget -= len(chunks[-1].slots)
         self._prompt_tokens_total += self._batch_max_tokens - budget
         return chunks, admitted
 
-    def _plan_chunk(self, sequence: Sequence, budget: int) -> _PromptChunk:
+    def _admit(self, sequence: Sequence, prefix: Prefix) -> Admission:
+        """Takes the sequence out of the queue and gives it a row."""
+        request = sequence.request
+        del self._queue[request.uid]
+        if sequence.state is SequenceState.QUEUED:
+            sequence.queue_seconds = self._clock() - sequence.arrival
+        slots = prefix.slots()
+        row = self._table.take_row(sequence, slots)
+        self._pool.hold(row, prefix)
+        generated = sequence.known_ids[sequence.prompt_length :].tolist()
+        return Admission(row, request.prompt_ids, request.sampling, tuple(generated), tuple(slots.tolist()))
+
+    def _plan_chunk(self, sequence: Sequence, budget: int) -> PromptChunk:
         row = sequence.row
         assert row is not None, "a sequence prefills in a row"
         start = int(self._table.cached[row])
-        length = min(sequence.prompt_length - start, budget)
-        slots = self._allocator.allocate(length)
+        length = min(sequence.known_length - start, budget)
+        slots = self._pool.allocate(length)
         self._table.append_chunk(row, slots)
-        is_last = start + length == sequence.prompt_length
+        self._pool.publish(row)
+        is_last = start + length == sequence.known_length
         self._table.decoding[row] = is_last
         sequence.state = SequenceState.RUNNING if is_last else SequenceState.PREFILLING
         self._prefilling = None if is_last else sequence
-        return _PromptChunk(row, start, slots, is_last)
-
-    def _admit(self, budget: int) -> list[Sequence]:
-        """Takes the sequences out of the queue whose first chunk is planned now, within the budget of prompt tokens.
-
-        Only the last of them may exceed it, and then spends all of it: so at most one prompt is cut at any time.
-        """
-        candidates: list[Sequence] = []
-        held: list[int] = []
-        remaining: list[int] = []
-        for sequence in islice(self._queue.values(), self._table.num_free_rows):
-            if budget <= 0:
-                break
-            candidates.append(sequence)
-            slots_held, slots_remaining = self._demand(sequence, planned=min(budget, sequence.prompt_length))
-            held.append(slots_held)
-            remaining.append(slots_remaining)
-            budget -= sequence.prompt_length
-        rows = np.flatnonzero(self._table.decoding)
-        count = admissible(
-            self._table.cached[rows].astype(np.int64),
-            self._table.remaining[rows].astype(np.int64),
-            np.array(held, dtype=np.int64),
-            np.array(remaining, dtype=np.int64),
-            self._allocator.capacity,
-        )
-        now = self._clock()
-        for sequence in candidates[:count]:
-            del self._queue[sequence.request.uid]
-            sequence.queue_seconds = now - sequence.arrival
-        return candidates[:count]
-
-    def _demand(self, sequence: Sequence, planned: int) -> tuple[int, int]:
-        """(held, remaining) for admission, once `planned` tokens of the prompt are.
-
-        What is left of the prompt takes k more steps of at least one token each. So it never holds more than a sequence
-        that held k slots less than the prompt now and took one in each of them, and holds as many from then on.
-        """
-        steps = -(-(sequence.prompt_length - planned) // self._batch_max_tokens)
-        return sequence.prompt_length - steps, sequence.request.sampling.max_tokens - 1 + steps
+        return PromptChunk(row, start, slots, is_last)

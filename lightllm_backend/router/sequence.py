@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 
 
 class SequenceState(Enum):
-    """QUEUED → PREFILLING → RUNNING → FINISHED; FINISHED is reached from each of the others."""
+    """QUEUED → PREFILLING → RUNNING → FINISHED; FINISHED is reached from each of the others.
+
+    A sequence that runs may be PAUSED, and then prefills anew.
+    """
 
     QUEUED = "queued"
-    PREFILLING = "prefilling"  # a part of the prompt is still to be planned
-    RUNNING = "running"  # the whole prompt is planned; tokens come
+    PAUSED = "paused"  # in the queue again, since the pool could not hold it
+    PREFILLING = "prefilling"  # a part of what is known is still to be planned
+    RUNNING = "running"  # all that is known is planned; tokens come
     FINISHED = "finished"
 
 
@@ -27,14 +34,33 @@ class Sequence:
     """
 
     request: Request
+    handle: int  # what outputs call it
+    number: int  # in order of arrival
     arrival: float
+    luck: NDArray[np.float64]  # what the admission policy has drawn for it
     state: SequenceState = SequenceState.QUEUED
     row: int | None = None
     queue_seconds: float | None = None  # from its admission until its first chunk, which carries it
+    # [n] what it has to prefill: the prompt, and what it had generated when it was paused. While it runs, the request
+    # table knows what comes behind.
+    known_ids: NDArray[np.int32] = field(init=False)
+    num_due: int = 0  # tokens that it samples in steps which were in flight when it was paused
+
+    def __post_init__(self) -> None:
+        self.known_ids = np.array(self.request.prompt_ids, dtype=np.int32)
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def known_length(self) -> int:
+        return len(self.known_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Of the tokens to prefill, those behind the prompt."""
+        return len(self.known_ids) - self.prompt_length
 
     @property
     def max_slots(self) -> int:

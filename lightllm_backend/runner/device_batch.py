@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightllm_backend.router.batch import Batch
+from lightllm_backend.router.batch import Admission, Batch
 from lightllm_backend.runner.staging import Layout, Staging
 
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
@@ -32,15 +32,24 @@ class RequestTables:
         self.slots = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
 
-    def admit(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], staging: Staging) -> None:
-        """Upload the prompts of newcomers, in one copy."""
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
-        self.prompt_lengths[rows] = lengths
-        row_of_token = np.repeat(np.asarray(rows, dtype=np.int32), lengths)
-        places = self.places(row_of_token, _positions(np.zeros_like(lengths), lengths))
-        ids = np.concatenate([np.asarray(prompt, dtype=np.int32) for prompt in prompts])
-        device_places, device_ids = staging.upload(places, ids)
-        self.tokens.view(-1).index_copy_(0, device_places, device_ids)
+    def admit(self, newcomers: Sequence[Admission], staging: Staging) -> None:
+        """Upload what is known of newcomers, and where K and V of their first tokens lie, in one copy."""
+        rows = np.array([newcomer.row for newcomer in newcomers], dtype=np.int32)
+        self.prompt_lengths[rows] = [len(newcomer.prompt_ids) for newcomer in newcomers]
+        id_places, ids = self._beginnings(rows, [one.prompt_ids + one.generated_ids for one in newcomers])
+        slot_places, slots = self._beginnings(rows, [one.cached_slots for one in newcomers])
+        uploaded = staging.upload(id_places, ids, slot_places, slots)
+        self.tokens.view(-1).index_copy_(0, *uploaded[:2])
+        if len(slots):
+            self.slots.view(-1).index_copy_(0, *uploaded[2:])
+
+    def _beginnings(
+        self, rows: NDArray[np.int32], values: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Values with which rows begin, packed: their places in a flattened table, and the values."""
+        lengths = np.array([len(of_row) for of_row in values], dtype=np.int32)
+        places = self.places(np.repeat(rows, lengths), _positions(np.zeros_like(rows), lengths))
+        return places, np.concatenate([np.array(of_row, dtype=np.int32) for of_row in values])
 
     def places(self, rows: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
         """Where the positions of these rows lie in a flattened table."""

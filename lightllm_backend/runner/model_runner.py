@@ -98,7 +98,7 @@ class ModelRunner:
     def launch(self, batch: Batch) -> PendingStep:
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
-            self._tables.admit(new_rows, [admission.prompt_ids for admission in batch.admitted], self._staging)
+            self._tables.admit(batch.admitted, self._staging)
             self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
         output = self.graphs.run(batch) if self.graphs else None
         logits, tokens, places = output or self._step.run(batch)

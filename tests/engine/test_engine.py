@@ -6,11 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lightllm_backend.engine.channel import EngineStats
+from lightllm_backend.engine.channel import READY, SUBMIT, TOKENS, Channel, EngineStats, pack_request
 from lightllm_backend.engine.worker import StatisticsLog
-from lightllm_backend.request import FinishReason, RequestError
+from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from tests.engine.engine_harness import (
     EOS_ID,
     INFO,
@@ -34,6 +35,33 @@ def test_tokens_come_a_chunk_a_step_and_the_last_says_why(tmp_path: Path, overla
         assert [chunk.queue_seconds is None for chunk in answer.chunks] == [False, True, True, True, True]
         assert engine.runner.most_in_flight == overlap + 1
         assert engine.router.stats().kv_tokens_used == 0
+
+
+def test_the_tokens_of_a_step_travel_as_arrays(tmp_path: Path) -> None:
+    with counting_engine(tmp_path) as (engine, client):
+        channel = Channel.connect(str(tmp_path / "engine"))
+        assert channel.receive()[0] == READY
+        engine.runner.gate.clear()
+        Answer(client, [1], max_tokens=2)
+        wait_for(lambda: engine.router.stats().running == 1)
+        for number in (7, 2**33):
+            request = Request(f"r{number}", (number % 100,), SamplingParams(max_tokens=4))
+            channel.send(SUBMIT, pack_request(request), number)
+        engine.runner.gate.set()
+        given: dict[int, list[int]] = {7: [], 2**33: []}
+        num_chunks = num_steps = 0
+        while num_chunks < 4:
+            kind, *body = channel.receive()
+            if kind == TOKENS:
+                num_steps += 1
+                num_chunks += len(body[2])
+                tokens = np.frombuffer(body[1], np.int32).tolist()
+                for number, token in zip(np.frombuffer(body[0], np.int64).tolist(), tokens, strict=True):
+                    given[number].append(token)
+        channel.close()
+        # The first and the last token of each come in a chunk.
+        assert given == {7: [9, 10], 2**33: [94, 95]}
+        assert num_steps == 4
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
@@ -157,7 +185,7 @@ def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: 
     answers = [Answer(client, [1], max_tokens=5) for _ in range(3)]
     wait_for(lambda: first.router.stats().running + first.router.stats().queued > 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first.hub, "send", lambda chunks, stats: None)  # a dead worker says nothing
+        patch.setattr(first.hub, "send", lambda output: None)  # a dead worker says nothing
         first.stop()
     for answer in answers:
         error = answer.wait().last.error
@@ -213,7 +241,9 @@ def test_statistics_reach_the_clients_and_come_to_rest(tmp_path: Path) -> None:
     client.wait_ready(10)
     Answer(client, [1, 2, 3], max_tokens=4).wait()
     wait_for(lambda: told and told[-1].generated_tokens_total == 4)
-    assert told[-1] == EngineStats(kv_tokens_total=500, prompt_tokens_total=3, generated_tokens_total=4)
+    assert told[-1] == EngineStats(
+        kv_tokens_cached=6, kv_tokens_total=500, prompt_tokens_total=3, generated_tokens_total=4
+    )
     engine.stop()
     client.close()
 

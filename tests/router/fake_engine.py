@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lightllm_backend.request import FinishReason, Request, SamplingParams, TokenChunk
-from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.router.batch import Batch, StepOutput, StepResult
 from lightllm_backend.router.router import Router
 
 VOCABULARY = 11
@@ -45,7 +45,9 @@ class FakeRunner:
         for admission in batch.admitted:
             self.slot_of[admission.row] = UNWRITTEN
             self.token_of[admission.row] = UNWRITTEN
-            self.token_of[admission.row, : len(admission.prompt_ids)] = admission.prompt_ids
+            known = admission.prompt_ids + admission.generated_ids
+            self.token_of[admission.row, : len(known)] = known
+            self.slot_of[admission.row, : len(admission.cached_slots)] = admission.cached_slots
         spans = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True))
         offset = 0
         for row, start, length in spans:
@@ -73,9 +75,9 @@ def check_shape(batch: Batch) -> None:
     assert (batch.lengths >= 1).all()
     assert (batch.lengths[: batch.num_decodes] == 1).all()
     assert batch.samples[: batch.num_decodes].all()
-    assert {admission.row for admission in batch.admitted} == {
-        row for row, start in zip(batch.rows.tolist(), batch.starts.tolist(), strict=True) if start == 0
-    }
+    starts = dict(zip(batch.rows.tolist(), batch.starts.tolist(), strict=True))
+    assert all(starts[admission.row] == len(admission.cached_slots) for admission in batch.admitted)
+    assert {row for row, start in starts.items() if start == 0} <= {admission.row for admission in batch.admitted}
 
 
 class EngineLoop:
@@ -90,6 +92,9 @@ class EngineLoop:
         self.most_used = 0  # token slots
         self._in_flight: deque[tuple[Batch, StepResult]] = deque()
 
+    def submit(self, request: Request) -> None:
+        submit(self.router, request)
+
     def step(self) -> None:
         batch = self.router.next_batch()
         self.most_used = max(self.most_used, self.router.stats().kv_tokens_used)
@@ -98,7 +103,7 @@ class EngineLoop:
             self.batches.append(batch)
             self._in_flight.append((batch, self.runner.step(batch)))
         if self._in_flight and (batch is None or len(self._in_flight) > self.depth):
-            self.collect(self.router.apply(*self._in_flight.popleft()))
+            self.collect(as_chunks(self.router.apply(*self._in_flight.popleft())))
         else:
             self.collect(self.router.drain_finished())
         self.router.check_integrity()
@@ -122,9 +127,24 @@ class EngineLoop:
         return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].finish_reason
 
 
+def submit(router: Router, request: Request) -> None:
+    """With a handle that is the uid in another form."""
+    router.submit(request, int.from_bytes(request.uid.encode(), "big"))
+
+
+def as_chunks(output: StepOutput) -> list[TokenChunk]:
+    """All that a step gives to clients, whichever way."""
+    pairs = zip(output.handles.tolist(), output.tokens.tolist(), strict=True)
+    uids_and_tokens = [(handle.to_bytes(8, "big").lstrip(b"\0").decode(), token) for handle, token in pairs]
+    assert not {uid for uid, _ in uids_and_tokens} & {chunk.uid for chunk in output.chunks}
+    return [TokenChunk(uid, [token], []) for uid, token in uids_and_tokens] + output.chunks
+
+
 def make_request(
-    uid: str, prompt_length: int, max_tokens: int = 4, deadline: float | None = None, **sampling
-) -> Request:
-    """A request whose prompt differs from that of every other uid."""
-    prompt = tuple((sum(uid.encode()) + position * position) % VOCABULARY for position in range(prompt_length))
+    uid: str, prompt_length: int, max_tokens: int = 4, deadline: float | None = None, family: int | None = None,
+    **sampling,
+) -> Request:  # fmt: skip
+    """A request whose prompt differs from that of most other uids; within a family, one begins with another."""
+    first = sum(uid.encode()) if family is None else family
+    prompt = tuple((first + position * position) % VOCABULARY for position in range(prompt_length))
     return Request(uid, prompt, SamplingParams(max_tokens=max_tokens, **sampling), deadline)

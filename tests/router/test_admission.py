@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from lightllm_backend.router.admission import admissible, peak_tokens
+from lightllm_backend.router.admission import Forecast, newcomer_demand
+from lightllm_backend.router.sequence import Sequence
+from tests.router.fake_engine import make_request
 
-mixes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=12)
+sequences = st.tuples(st.integers(0, 40), st.integers(0, 30))
+mixes = st.lists(sequences, max_size=12)
 
 
-def columns(mix: list[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def forecast(mix: list[tuple[int, int]]) -> Forecast:
     pairs = np.array(mix, dtype=np.int64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+    return Forecast(pairs[:, 0], pairs[:, 1])
 
 
 def simulated_peak(mix: list[tuple[int, int]]) -> int:
@@ -29,24 +32,58 @@ def simulated_peak(mix: list[tuple[int, int]]) -> int:
 
 def test_a_mix_counted_by_hand() -> None:
     # 4+5+1 now, 5+6+2 after one step, then the third ends: 6+7 and 7+8 when the first takes its last, then 9 … 12.
-    assert peak_tokens(*columns([(4, 3), (5, 7), (1, 1)])) == 15
+    assert forecast([(4, 3), (5, 7), (1, 1)]).peak == 15
 
 
 def test_nobody_needs_nothing() -> None:
-    assert peak_tokens(*columns([])) == 0
+    assert forecast([]).peak == 0
+    assert forecast([]).peak_with(3, 4) == 7
 
 
 @given(mixes)
 def test_the_peak_is_reached_and_never_exceeded(mix: list[tuple[int, int]]) -> None:
-    assert peak_tokens(*columns(mix)) == simulated_peak(mix)
+    assert forecast(mix).peak == simulated_peak(mix)
 
 
-@given(mixes, mixes, st.integers(0, 400))
-def test_the_longest_prefix_of_newcomers_is_admitted(
-    running: list[tuple[int, int]], newcomers: list[tuple[int, int]], capacity: int
+@given(mixes, mixes)
+def test_newcomers_join_one_by_one(running: list[tuple[int, int]], newcomers: list[tuple[int, int]]) -> None:
+    with_newcomers = forecast(running)
+    for number, newcomer in enumerate(newcomers):
+        expected = simulated_peak([*running, *newcomers[: number + 1]])
+        assert with_newcomers.peak_with(*newcomer) == expected
+        with_newcomers.add(*newcomer)
+        assert with_newcomers.peak == expected
+
+
+@given(mixes, sequences, st.integers(0, 400))
+def test_who_is_refused_need_not_ask_again_before_its_wait_is_over(
+    running: list[tuple[int, int]], newcomer: tuple[int, int], capacity: int
 ) -> None:
-    count = admissible(*columns(running), *columns(newcomers), capacity)
-    fitting = [
-        number for number in range(len(newcomers) + 1) if simulated_peak(running + newcomers[:number]) <= capacity
-    ]
-    assert count == max(fitting, default=0)
+    if simulated_peak([*running, newcomer]) > capacity >= simulated_peak(running):
+        wait = forecast(running).wait(*newcomer, capacity)
+        assert wait >= 1
+        for step in range(1, wait):
+            later = [(held + step, left - step) for held, left in running if left >= step]
+            assert simulated_peak([*later, newcomer]) > capacity
+
+
+def test_the_wait_lasts_until_the_one_who_is_in_the_way_has_ended() -> None:
+    # One holds 7 of 20 slots and takes 5 more, one a step.
+    assert forecast([(7, 5)]).wait(8, 9, 20) == 5
+    assert forecast([(7, 5)]).wait(20, 9, 20) == 6
+    assert forecast([(7, 5)]).wait(4, 9, 20) == 1
+
+
+# A prompt of 10 tokens and 6 to generate take 15 slots in the end, however many of the 6 are known. What is not planned
+# at once takes steps of 3 tokens.
+@pytest.mark.parametrize(
+    ("generated", "planned", "held"), [(0, 10, 10), (4, 14, 14), (0, 9, 9), (0, 4, 8), (0, 3, 7), (4, 4, 10)]
+)
+def test_what_a_newcomer_takes(generated: int, planned: int, held: int) -> None:
+    for ignore_eos in (False, True):
+        request = make_request("a", 10, max_tokens=6, ignore_eos=ignore_eos)
+        sequence = Sequence(request, handle=0, number=0, arrival=0.0, luck=np.zeros(1))
+        sequence.known_ids = np.arange(10 + generated)
+        demand = newcomer_demand(sequence, planned, num_shared=2, batch_max_tokens=3)
+        assert (demand.held.item(), demand.remaining.item()) == (held - 2, 15 - held)
+        assert (demand.made.item(), demand.most.item()) == (5 if ignore_eos else generated, 6)

@@ -9,7 +9,7 @@ import pytest
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import StepResult
 from lightllm_backend.router.router import Router
-from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request
+from tests.router.fake_engine import EngineLoop, FakeRunner, as_chunks, expected_answer, make_request, submit
 
 EOS = 10
 CAPACITY = 64
@@ -49,33 +49,33 @@ def only_chunk(chunks: list[TokenChunk]) -> TokenChunk:
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     router = make_router()
-    router.submit(make_request("fits", prompt_length=60, max_tokens=5))
+    submit(router, make_request("fits", prompt_length=60, max_tokens=5))
     message = (
         "INVALID_ARG: the prompt has 60 tokens and max_tokens is 6; that takes 65 token slots, and the KV pool has 64"
     )
     with pytest.raises(RequestError, match=message):
-        router.submit(make_request("never", prompt_length=60, max_tokens=6))
+        submit(router, make_request("never", prompt_length=60, max_tokens=6))
     assert router.stats().queued == 1
     assert router.stats().requests["rejected"] == 1
 
 
 def test_a_full_queue_refuses_until_there_is_room() -> None:
     router = make_router(max_queue_size=2)
-    router.submit(make_request("a", 3))
-    router.submit(make_request("b", 3))
+    submit(router, make_request("a", 3))
+    submit(router, make_request("b", 3))
     with pytest.raises(RequestError, match=r"^UNAVAILABLE: the queue is full \(2 requests\)$"):
-        router.submit(make_request("c", 3))
+        submit(router, make_request("c", 3))
     router.next_batch()
-    router.submit(make_request("c", 3))
+    submit(router, make_request("c", 3))
 
 
 def test_a_uid_may_be_used_again_only_after_its_end() -> None:
     router = make_router()
-    router.submit(make_request("a", 3))
+    submit(router, make_request("a", 3))
     with pytest.raises(RequestError, match="INVALID_ARG: uid 'a'"):
-        router.submit(make_request("a", 5))
+        submit(router, make_request("a", 5))
     router.cancel("a")
-    router.submit(make_request("a", 5))
+    submit(router, make_request("a", 5))
 
 
 # Planning
@@ -84,8 +84,8 @@ def test_a_uid_may_be_used_again_only_after_its_end() -> None:
 def test_a_batch_spelled_out() -> None:
     router = make_router(batch_max_tokens=5)
     first, second = make_request("a", 3, seed=7), make_request("b", 4)
-    router.submit(first)
-    router.submit(second)
+    submit(router, first)
+    submit(router, second)
     batch = router.next_batch()
     assert batch is not None
     assert batch.num_decodes == 0
@@ -113,19 +113,19 @@ def test_nothing_to_do_is_none() -> None:
 
 def test_planning_ends_with_max_tokens_however_late_the_tokens_are_known() -> None:
     router = make_router()
-    router.submit(make_request("a", 3, max_tokens=3))
+    submit(router, make_request("a", 3, max_tokens=3))
     batches = [router.next_batch() for _ in range(5)]
     assert [batch is not None for batch in batches] == [True, True, True, False, False]
     assert router.stats().running == 1
-    reasons = [only_chunk(router.apply(batch, sampled(batch, 1))).finish_reason for batch in batches[:3]]
+    reasons = [only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).finish_reason for batch in batches[:3]]
     assert reasons == [None, None, FinishReason.LENGTH]
 
 
 def test_admission_is_in_order_of_arrival_and_nobody_overtakes() -> None:
     router = make_router(capacity=30, batch_max_tokens=100)
-    router.submit(make_request("a", 10, max_tokens=5))
-    router.submit(make_request("large", 20, max_tokens=5))
-    router.submit(make_request("small", 1, max_tokens=1))
+    submit(router, make_request("a", 10, max_tokens=5))
+    submit(router, make_request("large", 20, max_tokens=5))
+    submit(router, make_request("small", 1, max_tokens=1))
     batch = router.next_batch()
     assert [len(entry.prompt_ids) for entry in batch.admitted] == [10]
     router.cancel("large")
@@ -136,8 +136,8 @@ def test_admission_is_in_order_of_arrival_and_nobody_overtakes() -> None:
 def test_a_prompt_that_is_cut_counts_until_its_late_end(capacity: int, admitted_at_once: bool) -> None:
     """Planned in 5 steps (4 + 5 + 5 + 5 + 1 tokens) and 2 decodes, it holds 20 + 2 slots when the other holds 1 + 6."""
     loop = make_loop(depth=0, capacity=capacity, batch_max_tokens=5)
-    loop.router.submit(make_request("other", 1, max_tokens=7))
-    loop.router.submit(make_request("cut", 20, max_tokens=3))
+    loop.submit(make_request("other", 1, max_tokens=7))
+    loop.submit(make_request("cut", 20, max_tokens=3))
     loop.step()
     assert (len(loop.batches[0].admitted) == 2) is admitted_at_once
     loop.run()
@@ -149,7 +149,7 @@ def test_a_row_serves_the_next_sequence_at_once(depth: int) -> None:
     loop = make_loop(depth, max_running=1)
     requests = [make_request(f"r{index}", prompt_length=4, max_tokens=3) for index in range(3)]
     for request in requests:
-        loop.router.submit(request)
+        loop.submit(request)
     loop.run()
     assert len(loop.batches) == 9  # no step without it, also where the last token is not known yet
     for request in requests:
@@ -161,7 +161,7 @@ def test_a_much_longer_sequence_may_join_those_that_run(depth: int) -> None:
     loop = make_loop(depth, capacity=1500, batch_max_tokens=600)
     requests = [make_request("short", 9, max_tokens=8), make_request("long", 1300, max_tokens=5)]
     for request in requests:
-        loop.router.submit(request)
+        loop.submit(request)
         loop.step()
     loop.run()
     for request in requests:
@@ -172,10 +172,10 @@ def test_a_much_longer_sequence_may_join_those_that_run(depth: int) -> None:
 def test_prefill_and_decode_both_progress_in_every_step(depth: int) -> None:
     loop = make_loop(depth, capacity=400, batch_max_tokens=4)
     for index in range(3):
-        loop.router.submit(make_request(f"running{index}", 1, max_tokens=40))
+        loop.submit(make_request(f"running{index}", 1, max_tokens=40))
     loop.step()
     for index in range(4):
-        loop.router.submit(make_request(f"long{index}", 30, max_tokens=2))
+        loop.submit(make_request(f"long{index}", 30, max_tokens=2))
     for _ in range(30):
         loop.step()
     for batch in loop.batches[1:31]:
@@ -191,28 +191,28 @@ def test_prefill_and_decode_both_progress_in_every_step(depth: int) -> None:
 @both_depths
 def test_eos_ends_with_its_token_and_what_overlaps_is_ignored(depth: int) -> None:
     router = make_router(eos_ids=frozenset({EOS}), max_running=1)
-    router.submit(make_request("a", 3, max_tokens=10))
-    router.submit(make_request("b", 5, max_tokens=10))
+    submit(router, make_request("a", 3, max_tokens=10))
+    submit(router, make_request("b", 5, max_tokens=10))
     batches = [router.next_batch() for _ in range(1 + depth)]
-    chunk = only_chunk(router.apply(batches[0], sampled(batches[0], EOS)))
+    chunk = only_chunk(as_chunks(router.apply(batches[0], sampled(batches[0], EOS))))
     assert (chunk.uid, chunk.token_ids, chunk.finish_reason) == ("a", [EOS], FinishReason.STOP)
     assert router.stats().kv_tokens_used == 0
     batches.append(router.next_batch())  # "b" has the row that the batch in flight knows as that of "a"
     assert [entry.row for entry in batches[-1].admitted] == [0]
     if depth == 1:
-        assert router.apply(batches[1], sampled(batches[1], 1)) == []
-    chunk = only_chunk(router.apply(batches[-1], sampled(batches[-1], 2)))
+        assert as_chunks(router.apply(batches[1], sampled(batches[1], 1))) == []
+    chunk = only_chunk(as_chunks(router.apply(batches[-1], sampled(batches[-1], 2))))
     assert (chunk.uid, chunk.token_ids, chunk.finish_reason) == ("b", [2], None)
     assert router.stats().generated_tokens_total == 2
 
 
 def test_eos_waits_for_min_tokens_and_is_a_token_where_it_is_ignored() -> None:
     router = make_router(eos_ids=frozenset({3, EOS}))
-    router.submit(make_request("waits", 2, max_tokens=9, min_tokens=2))
-    router.submit(make_request("ignores", 2, max_tokens=4, ignore_eos=True))
+    submit(router, make_request("waits", 2, max_tokens=9, min_tokens=2))
+    submit(router, make_request("ignores", 2, max_tokens=4, ignore_eos=True))
     answers: dict[str, list[FinishReason | None]] = {"waits": [], "ignores": []}
     while (batch := router.next_batch()) is not None:
-        for chunk in router.apply(batch, sampled(batch, EOS)):
+        for chunk in as_chunks(router.apply(batch, sampled(batch, EOS))):
             answers[chunk.uid].append(chunk.finish_reason)
     assert answers["waits"] == [None, None, FinishReason.STOP]
     assert answers["ignores"] == [None, None, None, FinishReason.LENGTH]
@@ -220,9 +220,9 @@ def test_eos_waits_for_min_tokens_and_is_a_token_where_it_is_ignored() -> None:
 
 def test_an_eos_that_is_the_last_token_is_a_stop() -> None:
     router = make_router(eos_ids=frozenset({EOS}))
-    router.submit(make_request("a", 3, max_tokens=1))
+    submit(router, make_request("a", 3, max_tokens=1))
     batch = router.next_batch()
-    assert only_chunk(router.apply(batch, sampled(batch, EOS))).finish_reason is FinishReason.STOP
+    assert only_chunk(as_chunks(router.apply(batch, sampled(batch, EOS)))).finish_reason is FinishReason.STOP
 
 
 @both_depths
@@ -231,10 +231,10 @@ def test_cancel_in_every_state_gives_all_back_and_ends_once(depth: int, steps: i
     """Queued, after the first chunk of its prompt, after the last, decoding, with its last step planned, and ended."""
     loop = make_loop(depth, batch_max_tokens=4)
     request, neighbour = make_request("a", 8, max_tokens=5), make_request("n", 2, max_tokens=12)
-    loop.router.submit(request)
+    loop.submit(request)
     for _ in range(steps):
         loop.step()
-    loop.router.submit(neighbour)
+    loop.submit(neighbour)
     loop.router.cancel("a")
     loop.router.cancel("a")
     loop.collect(loop.router.drain_finished())
@@ -251,13 +251,13 @@ def test_cancel_in_every_state_gives_all_back_and_ends_once(depth: int, steps: i
 
 def test_stop_is_a_stop_and_unknown_uids_are_no_error() -> None:
     router = make_router()
-    router.submit(make_request("a", 3))
+    submit(router, make_request("a", 3))
     batch = router.next_batch()
     router.stop("a")
     router.stop("a")
     router.stop("unknown")
     router.cancel("unknown")
-    chunk = only_chunk(router.apply(batch, sampled(batch, 1)))
+    chunk = only_chunk(as_chunks(router.apply(batch, sampled(batch, 1))))
     assert (chunk.token_ids, chunk.finish_reason, chunk.error) == ([], FinishReason.STOP, None)
 
 
@@ -265,8 +265,8 @@ def test_stop_is_a_stop_and_unknown_uids_are_no_error() -> None:
 def test_a_deadline_ends_queued_and_running_requests(steps: int) -> None:
     clock = Clock()
     router = make_router(clock=clock)
-    router.submit(make_request("a", 3, deadline=clock.now + 5))
-    router.submit(make_request("other", 3, deadline=clock.now + 50))
+    submit(router, make_request("a", 3, deadline=clock.now + 5))
+    submit(router, make_request("other", 3, deadline=clock.now + 50))
     for _ in range(steps):
         batch = router.next_batch()
         router.apply(batch, sampled(batch, 1))
@@ -280,9 +280,9 @@ def test_a_deadline_ends_queued_and_running_requests(steps: int) -> None:
 def test_a_deadline_of_an_ended_request_does_not_end_the_next_of_its_uid() -> None:
     clock = Clock()
     router = make_router(clock=clock)
-    router.submit(make_request("a", 3, deadline=clock.now + 5))
+    submit(router, make_request("a", 3, deadline=clock.now + 5))
     router.cancel("a")
-    router.submit(make_request("a", 3, deadline=clock.now + 50))
+    submit(router, make_request("a", 3, deadline=clock.now + 50))
     clock.now += 10
     router.next_batch()
     assert [chunk.finish_reason for chunk in router.drain_finished()] == [FinishReason.CANCELLED]
@@ -292,7 +292,7 @@ def test_a_deadline_of_an_ended_request_does_not_end_the_next_of_its_uid() -> No
 def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
     router = make_router()
     for index in range(2000):
-        router.submit(make_request(f"r{index}", 1, deadline=1e12))
+        submit(router, make_request(f"r{index}", 1, deadline=1e12))
         router.cancel(f"r{index}")
     assert len(router._deadlines) < 100
 
@@ -300,11 +300,11 @@ def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
 def test_the_queue_timeout_ends_only_those_that_still_wait() -> None:
     clock = Clock()
     router = make_router(clock=clock, max_running=1, queue_timeout_s=2.5)
-    router.submit(make_request("runs", 3, max_tokens=9))
-    router.submit(make_request("waits", 3))
+    submit(router, make_request("runs", 3, max_tokens=9))
+    submit(router, make_request("waits", 3))
     router.next_batch()
     clock.now += 1
-    router.submit(make_request("later", 3))
+    submit(router, make_request("later", 3))
     clock.now += 1.5
     router.next_batch()
     chunk = only_chunk(router.drain_finished())
@@ -316,7 +316,7 @@ def test_the_queue_timeout_ends_only_those_that_still_wait() -> None:
 def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
     router = make_router(max_running=2, batch_max_tokens=4)
     for uid in ("a", "b", "c"):
-        router.submit(make_request(uid, 3))
+        submit(router, make_request(uid, 3))
     router.next_batch()
     router.next_batch()
     error = RequestError("INTERNAL", "the step failed")
@@ -327,9 +327,9 @@ def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
     ]
     router.check_integrity()
     assert router.stats().kv_tokens_used == 0
-    router.submit(make_request("d", 3, max_tokens=1))
+    submit(router, make_request("d", 3, max_tokens=1))
     batch = router.next_batch()
-    assert only_chunk(router.apply(batch, sampled(batch, 1))).finish_reason is FinishReason.LENGTH
+    assert only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).finish_reason is FinishReason.LENGTH
 
 
 # What chunks and metrics say
@@ -337,8 +337,8 @@ def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
 
 def test_log_probs_only_where_they_were_asked_for() -> None:
     loop = make_loop(depth=1)
-    loop.router.submit(make_request("with", 3, return_log_probs=True))
-    loop.router.submit(make_request("without", 3))
+    loop.submit(make_request("with", 3, return_log_probs=True))
+    loop.submit(make_request("without", 3))
     loop.run()
     for chunk in loop.chunks["with"]:
         assert chunk.log_probs == [-token - 0.5 for token in chunk.token_ids]
@@ -348,7 +348,7 @@ def test_log_probs_only_where_they_were_asked_for() -> None:
 def test_the_first_chunk_alone_says_how_long_the_queue_was() -> None:
     clock = Clock()
     loop = make_loop(depth=0, clock=clock)
-    loop.router.submit(make_request("a", 3, max_tokens=3))
+    loop.submit(make_request("a", 3, max_tokens=3))
     clock.now += 0.5
     for _ in range(3):
         loop.step()
@@ -358,8 +358,8 @@ def test_the_first_chunk_alone_says_how_long_the_queue_was() -> None:
 
 def test_stats_count_what_happened() -> None:
     router = make_router(max_running=1)
-    router.submit(make_request("a", 5, max_tokens=2))
-    router.submit(make_request("b", 7))
+    submit(router, make_request("a", 5, max_tokens=2))
+    submit(router, make_request("b", 7))
     batch = router.next_batch()
     router.apply(batch, sampled(batch, 1))
     router.cancel("b")
@@ -372,7 +372,7 @@ def test_stats_count_what_happened() -> None:
 
 def test_batches_are_applied_in_order() -> None:
     router = make_router()
-    router.submit(make_request("a", 3))
+    submit(router, make_request("a", 3))
     router.next_batch()
     second = router.next_batch()
     with pytest.raises(AssertionError, match="in the order"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm_backend.request import FinishReason, Request
-from lightllm_backend.router.admission import peak_tokens
-from lightllm_backend.router.batch import StepResult
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Forecast, Refusal
+from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
-from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request
+from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request, submit
+from tests.router.test_pauses import RecklessAdmission
 
 EOS_IDS = frozenset({4, 9})
 
@@ -22,25 +24,30 @@ EOS_IDS = frozenset({4, 9})
 @dataclass(frozen=True)
 class Arrival:
     step: int
+    family: int
     prompt_length: int
     max_tokens: int
     min_tokens: int
     ignore_eos: bool
+    return_log_probs: bool
     cancelled_after: int | None  # steps after its arrival
 
     def request(self, uid: str) -> Request:
         return make_request(
-            uid, self.prompt_length, self.max_tokens, min_tokens=self.min_tokens, ignore_eos=self.ignore_eos
-        )
+            uid, self.prompt_length, self.max_tokens, min_tokens=self.min_tokens, ignore_eos=self.ignore_eos,
+            return_log_probs=self.return_log_probs, family=self.family,
+        )  # fmt: skip
 
 
 arrivals = st.builds(
     Arrival,
     step=st.integers(0, 25),
+    family=st.integers(0, 2),
     prompt_length=st.integers(1, 25),
     max_tokens=st.integers(1, 12),
     min_tokens=st.integers(0, 3),
     ignore_eos=st.booleans(),
+    return_log_probs=st.booleans(),
     cancelled_after=st.none() | st.integers(0, 12),
 )
 
@@ -52,15 +59,23 @@ arrivals = st.builds(
     max_running=st.integers(1, 6),
     batch_max_tokens=st.integers(1, 30),
     depth=st.integers(0, 2),
+    policy=st.sampled_from([ExactAdmission, PastFutureAdmission, RecklessAdmission]),
+    prefix_cache=st.booleans(),
 )
-def test_random_lives(life: list[Arrival], capacity: int, max_running: int, batch_max_tokens: int, depth: int) -> None:
-    router = Router(capacity, max_running, batch_max_tokens, max_queue_size=100, eos_ids=EOS_IDS)
+def test_random_lives(
+    life: list[Arrival], capacity: int, max_running: int, batch_max_tokens: int, depth: int,
+    policy: Callable[[], AdmissionPolicy], prefix_cache: bool,
+) -> None:  # fmt: skip
+    router = Router(
+        capacity, max_running, batch_max_tokens, max_queue_size=100, eos_ids=EOS_IDS, policy=policy(),
+        prefix_cache=prefix_cache,
+    )  # fmt: skip
     loop = EngineLoop(router, FakeRunner(capacity, max_running), depth)
     requests = {f"r{index}": arrival.request(f"r{index}") for index, arrival in enumerate(life)}
     for step in range(40):
         for uid, arrival in zip(requests, life, strict=True):
             if arrival.step == step:
-                router.submit(requests[uid])
+                submit(router, requests[uid])
             if arrival.cancelled_after is not None and arrival.step + arrival.cancelled_after == step:
                 router.cancel(uid)
         loop.step()
@@ -74,6 +89,8 @@ def test_random_lives(life: list[Arrival], capacity: int, max_running: int, batc
         else:
             assert (tokens, reason) == (expected_tokens, expected_reason)
         assert loop.chunks[uid][-1].num_prompt_tokens == arrival.prompt_length
+        log_probs = [value for chunk in loop.chunks[uid] for value in chunk.log_probs]
+        assert log_probs == [-token - 0.5 for token in tokens if arrival.return_log_probs]
     assert all(batch.lengths[batch.num_decodes :].sum() <= batch_max_tokens for batch in loop.batches)
     assert all(len(batch.rows) <= max_running for batch in loop.batches)
     stats = router.stats()
@@ -83,37 +100,45 @@ def test_random_lives(life: list[Arrival], capacity: int, max_running: int, batc
 
 @settings(deadline=None, max_examples=60)
 @given(
+    life=st.lists(arrivals, min_size=2, max_size=12),
+    capacity=st.integers(36, 90),
+    depth=st.integers(0, 1),
+    prefix_cache=st.booleans(),
+)
+def test_not_to_ask_again_delays_nobody(life: list[Arrival], capacity: int, depth: int, prefix_cache: bool) -> None:
+    def admissions() -> list[list[int]]:
+        """By step, the rows that are given out."""
+        router = Router(capacity, 6, 100, max_queue_size=100, eos_ids=EOS_IDS, prefix_cache=prefix_cache)
+        loop = EngineLoop(router, FakeRunner(capacity, 6), depth)
+        for step in range(60):
+            for index, arrival in enumerate(life):
+                if arrival.step == step:
+                    loop.submit(arrival.request(f"r{index}"))
+                if arrival.cancelled_after is not None and arrival.step + arrival.cancelled_after == step:
+                    router.cancel(f"r{index}")
+            loop.step()
+        loop.run()
+        return [[admission.row for admission in batch.admitted] for batch in loop.batches]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refusal, "holds", lambda *arguments: False)
+        always_asked = admissions()
+    assert admissions() == always_asked
+
+
+@settings(deadline=None, max_examples=60)
+@given(
     mix=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 15)), min_size=1, max_size=8),
     depth=st.integers(0, 1),
 )
 def test_the_pool_is_filled_to_the_last_slot(mix: list[tuple[int, int]], depth: int) -> None:
     prompts, answers = np.array(mix, dtype=np.int64).T
-    capacity = peak_tokens(prompts, answers - 1)
+    capacity = Forecast(prompts, answers - 1).peak
     router = Router(capacity, len(mix), batch_max_tokens=1000, max_queue_size=100, eos_ids=EOS_IDS)
     loop = EngineLoop(router, FakeRunner(capacity, len(mix)), depth)
     for index, (prompt_length, max_tokens) in enumerate(mix):
-        router.submit(make_request(f"r{index}", prompt_length, max_tokens, ignore_eos=True))
+        submit(router, make_request(f"r{index}", prompt_length, max_tokens, ignore_eos=True))
     loop.run()
     assert len(loop.batches[0].admitted) == len(mix)
     assert len(loop.batches) == answers.max()
     assert loop.most_used == capacity
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-def test_the_pool_is_full_until_the_queue_is_empty(depth: int) -> None:
-    random = np.random.default_rng(5)
-    lengths = np.clip(random.lognormal(4.5, 1.0, size=(500, 2)).astype(int), 4, 1000)
-    capacity = 16_000
-    router = Router(capacity, 1000, batch_max_tokens=2048, max_queue_size=1000, eos_ids=frozenset())
-    for index, (prompt_length, max_tokens) in enumerate(lengths.tolist()):
-        router.submit(make_request(f"r{index}", prompt_length, max_tokens))
-    shares = []
-    in_flight = []
-    while (batch := router.next_batch()) is not None and router.stats().queued:
-        shares.append(router.stats().kv_tokens_used / capacity)
-        in_flight.append(batch)
-        if len(in_flight) > depth:
-            applied = in_flight.pop(0)
-            router.apply(applied, StepResult(np.zeros(applied.samples.sum(), dtype=np.int32)))
-    assert len(shares) > 200
-    assert np.mean(shares) >= 0.95

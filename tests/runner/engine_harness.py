@@ -16,6 +16,7 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.load import LoadedEngine, load_engine
 from lightllm_backend.engine.worker import build_router
 from lightllm_backend.request import FinishReason, Request, SamplingParams
+from lightllm_backend.router.router import Router
 
 
 @dataclass
@@ -58,9 +59,10 @@ def run(
     arrivals: Sequence[int] | None = None,
     batch_max_tokens: int | None = None,
     overlap: int | None = None,
+    router: Router | None = None,
 ) -> list[Answer]:
     """All prompts to their ends; prompt i arrives before step arrivals[i]. Each step the pool is checked."""
-    router = build_router(
+    router = router or build_router(
         EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens
     )
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
@@ -72,14 +74,18 @@ def run(
     step = 0
     while waiting or router.has_work or in_flight:
         while waiting and waiting[0][0] <= step:
-            router.submit(requests[waiting.popleft()[1]])
+            number = waiting.popleft()[1]
+            router.submit(requests[number], handle=number)
         batch = router.next_batch()
         if batch is not None:
             in_flight.append((batch, engine.runner.launch(batch)))
         chunks = router.drain_finished()
         while in_flight and (len(in_flight) > depth or batch is None):
             done, pending = in_flight.popleft()
-            chunks += router.apply(done, pending.result())
+            output = router.apply(done, pending.result())
+            chunks += output.chunks
+            for number, token in zip(output.handles.tolist(), output.tokens.tolist(), strict=True):
+                answers[number].tokens.append(token)
         for chunk in chunks:
             answer = answers[int(chunk.uid)]
             answer.tokens += chunk.token_ids

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.load import LoadedEngine
+from lightllm_backend.engine.worker import build_router
 from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.router.router import Router
+from tests.router.test_pauses import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
@@ -47,6 +51,26 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
     small = load(directory, max_total_token_num=80)
     answers = run(small, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
     assert [answer.tokens for answer in answers] == expected
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("batch_max_tokens", [64, 7])
+def test_a_pause_changes_nothing(engine, batch_max_tokens, overlap) -> None:
+    everything = SamplingParams(
+        max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, presence_penalty=0.5,
+        frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
+    )  # fmt: skip
+    sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
+    sampling[::3] = [SamplingParams(max_tokens=30)] * 4
+    undisturbed = run(engine, PROMPTS, sampling)
+    router = Router(
+        120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission()
+    )  # fmt: skip
+    answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
+    assert router.stats().pauses_total > 5
+    for answer, expected in zip(answers, undisturbed, strict=True):
+        assert (answer.tokens, answer.reason) == (expected.tokens, expected.reason)
+        assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
 
 
 def test_log_probs_are_the_models_own(engine, directory) -> None:
@@ -114,3 +138,35 @@ def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
         for generated in set(tokens[:index]):
             logits[generated] -= tokens[:index].count(generated) * 0.9 + 0.7
         assert int(logits.argmax()) == token
+
+
+SHARED = [random.Random(99).randrange(3, 199) for _ in range(70)]
+ALIKE = [SHARED[:length] + PROMPTS[index] for index, length in enumerate([40, 70, 55, 40, 70, 70])]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_prompts_that_begin_alike_get_the_same_tokens_as_alone(directory, kv_dtype, overlap) -> None:
+    """At once, so that they share within a step, and one after the other; where prompts are cut as well."""
+    engine = load(directory, kv_dtype=kv_dtype)
+    sampling = [SamplingParams(max_tokens=9), SamplingParams(max_tokens=9, do_sample=True, temperature=1.5, seed=4)] * 3
+    alone = [run(engine, [prompt], params)[0] for prompt, params in zip(ALIKE, sampling, strict=True)]
+    for batch_max_tokens, arrivals in [(4096, [0] * 6), (4096, [0, 2, 2, 15, 16, 40]), (16, [0, 0, 3, 3, 9, 9])]:
+        router = Router(2048, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}))
+        answers = run(engine, ALIKE, sampling, arrivals, overlap=overlap, router=router)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+        # The shared beginning of 70 tokens, and what each has of its own.
+        assert router.stats().prompt_tokens_total <= 70 + sum(map(len, PROMPTS[:6])) + len(ALIKE)
+
+
+def test_with_dynamic_rope_beginnings_are_not_alike(engine, tmp_path) -> None:
+    assert engine.prefixes_are_alike
+    dynamic = save_random_llama(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    assert not load(dynamic).prefixes_are_alike
+
+
+def test_the_setting_turns_the_prefix_cache_off(engine) -> None:
+    for config, alike, kept in [({}, True, 12), ({"prefix_cache": False}, True, 0), ({}, False, 0)]:
+        router = build_router(EngineConfig(running_max_req_size=16, **config), engine.info, 4096, alike)
+        run(engine, [[5] * 10], SamplingParams(max_tokens=3, ignore_eos=True), router=router)
+        assert router.stats().kv_tokens_cached == kept

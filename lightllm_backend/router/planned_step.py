@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of a step from when it is planned until its tokens are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequential
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.router.request_table import RequestTable
+
+
+class PromptChunk(NamedTuple):
+    """New tokens of one sequence that prefills."""
+
+    row: int
+    start: int
+    slots: NDArray[np.int32]
+    is_last: bool
+
+
+class Decodes(NamedTuple):
+    """One token each."""
+
+    rows: NDArray[np.int64]  # [n]; numpy is slow to index with other integers
+    starts: NDArray[np.int32]  # [n]
+    slots: NDArray[np.int32]  # [n]
+
+
+class PlannedStep(NamedTuple):
+    """What `apply` needs of a batch. It names sequences by number, since a row may have changed hands by then."""
+
+    batch: Batch
+    rows: NDArray[np.int64]  # [n_sampled] those that sample a token
+    numbers: NDArray[np.int64]  # [n_sampled]
+    positions: NDArray[np.int32]  # [n_sampled] where in its sequence the token is
+    holds_row: NDArray[np.bool_]  # [n_sampled] false as soon as the sequence gives its row back
+    is_plain: NDArray[np.bool_]  # [n_sampled] only the token is to be told of it, as long as it goes on
+    eos_ends: NDArray[np.bool_]  # [n_sampled] an EOS as this token ends the sequence
+    is_final: NDArray[np.bool_]  # [n_sampled] this token is the last of max_tokens
+
+    @classmethod
+    def of(cls, batch: Batch, table: RequestTable) -> PlannedStep:
+        rows = batch.rows[batch.samples].astype(np.int64)
+        positions = table.cached[rows]
+        is_plain = ~table.with_log_probs[rows]
+        is_plain[batch.num_decodes :] = False  # a first token comes with how long its request has waited
+        return cls(
+            batch=batch,
+            rows=rows,
+            numbers=table.numbers[rows],
+            positions=positions,
+            holds_row=np.ones(len(rows), dtype=np.bool_),
+            is_plain=is_plain,
+            eos_ends=positions >= table.eos_from[rows],
+            is_final=table.remaining[rows] == 0,
+        )
+
+
+def make_batch(decodes: Decodes, chunks: Sequential[PromptChunk], admitted: Sequential[Admission]) -> Batch:
+    return Batch(
+        rows=_followed_by(decodes.rows.astype(np.int32), [chunk.row for chunk in chunks]),
+        starts=_followed_by(decodes.starts, [chunk.start for chunk in chunks]),
+        lengths=_followed_by(np.ones(len(decodes.rows), dtype=np.int32), [len(chunk.slots) for chunk in chunks]),
+        slots=np.concatenate([decodes.slots, *(chunk.slots for chunk in chunks)]),
+        samples=_followed_by(np.ones(len(decodes.rows), dtype=np.bool_), [chunk.is_last for chunk in chunks]),
+        num_decodes=len(decodes.rows),
+        admitted=tuple(admitted),
+    )
+
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+def _followed_by(decodes: NDArray[_Scalar], prefills: list[int]) -> NDArray[_Scalar]:
+    return np.concatenate([decodes, np.array(prefills, dtype=decodes.dtype)])
