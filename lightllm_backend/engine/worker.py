@@ -53,8 +53,9 @@ log = logging.getLogger("lightllm.worker")
 def run(hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float) -> None:
     """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
 
-    Up to `runner.overlap` steps are in flight while the next is planned, which waits a while for newcomers. If a step fails, each request ends with an
-    error and the failure is raised: the process is not to be trusted any more, its supervisor starts another.
+    Up to `runner.overlap` steps are in flight while the next is planned, which waits a while for newcomers. If a step
+    fails, each request ends with an error and the failure is raised: the process is not to be trusted any more, its
+    supervisor starts another.
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
     statistics, pace = StatisticsLog(log_stats_interval), Pace()
