@@ -31,7 +31,6 @@ from lightllm_backend.engine.channel import (
     unpack_request,
 )
 from lightllm_backend.engine.hub import STATS_SECONDS, Hub
-from lightllm_backend.engine.pace import Pace
 from lightllm_backend.engine.worker_group import rendezvous_file
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
@@ -53,27 +52,22 @@ log = logging.getLogger("lightllm.worker")
 def run(hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float) -> None:
     """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
 
-    Up to `runner.overlap` steps are in flight while the next is planned, which waits a while for newcomers. If a step
-    fails, each request ends with an error and the failure is raised: the process is not to be trusted any more, its
-    supervisor starts another.
+    Up to `runner.overlap` steps are in flight while the next is planned. If a step fails, each request ends with an
+    error and the failure is raised: the process is not to be trusted any more, its supervisor starts another.
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
-    statistics, pace = StatisticsLog(log_stats_interval), Pace()
+    statistics = StatisticsLog(log_stats_interval)
     try:
         while hub.open:
             idle = not router.has_work and not in_flight
-            refused = receive(hub, router, timeout=STATS_SECONDS if idle else pace.spare_seconds())
-            pace.planning()
+            refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
             batch = router.next_batch()
             if batch is not None:
                 followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))
-                pace.launched()
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
-                result = step.result()
-                pace.finished(more_in_flight=bool(in_flight))
-                hub.send(router.apply(done, result))
+                hub.send(router.apply(done, step.result()))
             hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
             stats = engine_stats(router)
             hub.tell(stats)

@@ -65,14 +65,18 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
         "queue_seconds_count": 6, "time_to_first_token_seconds_count": 6,
     }  # fmt: skip
     assert poll(lambda: grown() == expected, 10), grown()
+
+    def generated() -> float:
+        return server.metrics()["lightllm_generated_tokens_total"] - before["lightllm_generated_tokens_total"]
+
+    # The stop string is found outside the engine, which may have gone on meanwhile.
+    assert poll(lambda: 3 * 4 + 5 + 2 + 1 <= generated() <= 3 * 4 + 5 + 2 + 8, 10), generated()
+    assert poll(server.is_idle, 10)
     now = server.metrics()
     computed = now["lightllm_prompt_tokens_total"] - before["lightllm_prompt_tokens_total"]
     # Of each prompt's 5 tokens at least the last; the others lie in the prefix cache, at the latest after the first.
     assert 6 <= computed <= 5 + 5 * 1
     assert now["lightllm_kv_tokens_cached"] >= 5
-    generated = now["lightllm_generated_tokens_total"] - before["lightllm_generated_tokens_total"]
-    # The stop string is found outside the engine, which may have gone on meanwhile.
-    assert 3 * 4 + 5 + 2 + 1 <= generated <= 3 * 4 + 5 + 2 + 8
 
 
 def test_gauges_while_a_request_runs(server: TritonServer, client: LightLLMClient) -> None:
