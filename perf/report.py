@@ -60,8 +60,9 @@ def static_inference(result: dict[str, Any]) -> list[str]:
     headings = ["batch", "prompt", "output", *layouts]
     told = [column for column in range(len(headings)) if any(row[column] != "–" for row in rows)]
     title = f"{result['model']}, {result['engine']['dtype']}, K and V {kv_dtype.replace('auto', 'alike')}, tp {ranks}"
+    started = "" if result["start_seconds"] is None else f"; started in {result['start_seconds']:.1f} s"
     return [
-        f"**{title}**; started in {result['start_seconds']:.1f} s ({origin(result)}):",
+        f"**{title}**{started} ({origin(result)}):",
         "",
         *table([headings[column] for column in told], [[row[column] for column in told] for row in rows]),
     ]
@@ -271,6 +272,8 @@ def main() -> None:
         chosen = {path: result for path, result in results.items() if result["benchmark"] == name}
         for path, result in chosen.items():
             lines += [*section(result), ""]
+            if "note" in result:
+                lines += [result["note"], ""]
             picture = path.with_suffix(".svg")
             if picture.exists():
                 lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
