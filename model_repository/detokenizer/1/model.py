@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detokenizer step: chunks of token ids in, text out, and word back to generation of what became of each chunk."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 from lightllm_backend import triton_io
 from lightllm_backend.engine.return_channel import ReturnChannel
 from lightllm_backend.request import RequestError
 from lightllm_backend.response import DecodeContext, ResponseDecoder
+
+# The server takes its time with each response, so several are handed over at once; not where an engine on the CPU
+# would be short of cores.
+NUM_THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 
 class TritonPythonModel:
@@ -13,19 +20,28 @@ class TritonPythonModel:
         self.tokenizer = triton_io.load_tokenizer(triton_io.engine_config(args))
         self.returns = ReturnChannel()
         self.decoders = {}  # by uid, of the requests that have not ended
+        # All chunks of a request go to the same thread, and so stay in order.
+        self.threads = [ThreadPoolExecutor(1, f"detokenizer-{number}") for number in range(NUM_THREADS)]
 
     def execute(self, requests):
         for request in requests:
             chunk, details = triton_io.read_chunk(request)
             self.returns.connect(details.get("return_address", ""))
-            sender = triton_io.ServerSender(request)
-            try:
-                self.respond(sender, chunk, details)
-            except Exception as error:
-                self.decoders.pop(details["uid"], None)
-                self.returns.failed(details["uid"], repr(error))
-                failure = RequestError("INTERNAL", f"the text could not be decoded: {error}")
-                sender.send(triton_io.error_response(failure), final=True)
+            thread = self.threads[hash(details["uid"]) % NUM_THREADS]
+            thread.submit(self.answer, triton_io.ServerSender(request), chunk, details)
+
+    def finalize(self):
+        for thread in self.threads:
+            thread.shutdown()
+
+    def answer(self, sender, chunk, details):
+        try:
+            self.respond(sender, chunk, details)
+        except Exception as error:
+            self.decoders.pop(details["uid"], None)
+            self.returns.failed(details["uid"], repr(error))
+            failure = RequestError("INTERNAL", f"the text could not be decoded: {error}")
+            sender.send(triton_io.error_response(failure), final=True)
 
     def respond(self, sender, chunk, details):
         uid = details["uid"]
