@@ -44,7 +44,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def _sum_of_parts(x: Tensor) -> Tensor:
-    return x.float().sum(0) if x.dim() == 3 else x
+    if x.dim() == 2:
+        return x
+    return x[0] if len(x) == 1 else x.float().sum(0)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -80,18 +82,29 @@ def rotary_kv_write(
     `k` and `v` become what was written, in place: prefill_attention reads them there.
     """
     q.copy_(_rotate(q, cos, sin))
+    written = _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
+    for tensor, values in zip((k, v), written, strict=True):
+        if tensor is not values:
+            tensor.copy_(values)
+
+
+def _write(
+    k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Writes K, rotated, and V at their slots, and returns what was written."""
     has_padding = slots.numel() > 0 and int(slots.min()) < 0
-    written = slots >= 0 if has_padding else slice(None)
-    targets = slots[written].long()
-    for index, (source, pool) in enumerate(((k, k_pool), (v, v_pool))):
-        values = _rotate(source, cos, sin) if source is k else source.float()
-        if scales is None:
-            pool.index_copy_(0, targets, values[written].to(pool.dtype))
-        else:
-            quantized, scale = _quantize(values, scales.dtype)
-            pool[targets], scales[targets, :, index] = quantized[written], scale[written]
-            values = quantized * scale.float().unsqueeze(-1)
-        source.copy_(values)
+    live = slots >= 0 if has_padding else slice(None)
+    slots = slots[live].long()
+    if scales is None:
+        for values, pool in ((k, k_pool), (v, v_pool)):
+            pool.index_copy_(0, slots, values[live].to(pool.dtype))
+        return k, v
+    written = []
+    for index, (values, pool) in enumerate(((k, k_pool), (v, v_pool))):
+        quantized, scale = _quantize(values.float(), scales.dtype)
+        pool[slots], scales[slots, :, index] = quantized[live], scale[live]
+        written.append(quantized * scale.float().unsqueeze(-1))
+    return written[0], written[1]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -211,8 +224,8 @@ def token_attention(
     `q` and `k` are rotated, and `k` and `v` written to the pools, as by rotary_kv_write; the new token is the last of
     the context. A context length of 0 marks a padding row: it writes and reads nothing and comes out as zeros.
     """
-    q = q.clone()
-    rotary_kv_write(q, k.clone(), v.clone(), cos, sin, slots, k_pool, v_pool, scales)
+    q = _rotate(q, cos, sin).to(q.dtype)
+    _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
     groups: dict[int, list[int]] = defaultdict(list)
     seen = context_lengths.clamp_max(window) if window else context_lengths
     contexts = seen.tolist()
