@@ -22,14 +22,22 @@ from lightllm_backend.kernels.hardware import compute_capability
 def wait_for_previous(is_dependent: tl.constexpr):
     """Lets the next kernel start, and waits until the one before has ended. Does nothing in an ordinary launch."""
     if is_dependent:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        # Triton-lang's own functions for it are not there, or do not compile, in some of the versions that know it.
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @lru_cache
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """The keywords of a dependent launch where the GPU and Triton-lang know it, those of an ordinary one elsewhere."""
-    is_known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
-    if not is_known or compute_capability(device) < (9, 0):
+    if compute_capability(device) < (9, 0) or not _is_known():
         return {"is_dependent": False}
     return {"is_dependent": True, "launch_pdl": True}
+
+
+def _is_known() -> bool:
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__
