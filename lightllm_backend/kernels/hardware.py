@@ -4,6 +4,7 @@
 from functools import lru_cache
 
 import torch
+import triton
 
 
 @lru_cache
@@ -19,5 +20,7 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 def has_ptx(device: torch.device) -> bool:
-    """Whether a kernel may hold instructions of the GPU itself; Triton-lang's interpreter knows none."""
-    return device.type == "cuda"
+    """Whether a kernel may hold instructions of the GPU itself that have two results: Triton-lang's interpreter knows
+    none, and version 3.2 crashes at them."""
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    return device.type == "cuda" and version >= (3, 3)
