@@ -2,6 +2,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Into which parts decode attention cuts a context, and how they are joined again."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+
+# Softmax is computed in powers of two.
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Longer than any context.
 NO_WINDOW = 2**31 - 1

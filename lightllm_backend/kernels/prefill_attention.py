@@ -6,7 +6,6 @@ What is new is read where it was computed: it lies in order there, while the poo
 copies it by descriptors, a whole tile at a time.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +21,8 @@ except ImportError:  # an older Triton-lang
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability
 from lightllm_backend.kernels.kv_scales import scale_pairs
+from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.token_attention_int8 import unpack_scales
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class PrefillBlocks(NamedTuple):

@@ -10,8 +10,6 @@ it has time, since K and V are read from memory once. They arrive in shared memo
 An int8 pool has a kernel of its own, token_attention_int8.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from torch import Tensor
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import (
+    LOG2_E,
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
@@ -29,8 +28,6 @@ from lightllm_backend.kernels.merge_splits import (
 )
 from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:

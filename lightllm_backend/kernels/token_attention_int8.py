@@ -7,8 +7,6 @@ become two tiles: the even dimensions and the odd ones. A byte turns into a floa
 high byte of 1024 it is the lowest bits of the fraction.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,7 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.hardware import compute_capability, has_ptx, multiprocessor_count
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
 from lightllm_backend.kernels.merge_splits import (
+    LOG2_E,
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
@@ -26,8 +25,6 @@ from lightllm_backend.kernels.merge_splits import (
     split_range,
 )
 from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
