@@ -6,6 +6,11 @@ from functools import lru_cache
 import torch
 import triton
 
+_TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+# Columns that the right operand of a matrix product has at least: a tensor core's own 8, where Triton-lang knows it.
+SMALLEST_COLUMNS = 8 if _TRITON_LANG >= (3, 5) else 32
+
 
 @lru_cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
@@ -22,5 +27,4 @@ def multiprocessor_count(device: torch.device) -> int:
 def has_ptx(device: torch.device) -> bool:
     """Whether a kernel may hold instructions of the GPU itself that have two results: Triton-lang's interpreter knows
     none, and version 3.2 crashes at them."""
-    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    return device.type == "cuda" and version >= (3, 3)
+    return device.type == "cuda" and _TRITON_LANG >= (3, 3)

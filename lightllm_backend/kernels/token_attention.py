@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
+from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import (
     LOG2_E,
     NO_WINDOW,
@@ -124,32 +124,36 @@ def token_attention_kernel(
     tl.store(v_head + new_slot * v_slot_stride, new_value, mask=written)
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale_log2
     maximum = tl.where(has_new, new_score, float("-inf"))
-    total = tl.zeros([block_group], dtype=tl.float32) + tl.where(has_new, 1.0, 0.0)
-    accumulator = tl.zeros([block_group, block_dim], dtype=tl.float32)
-    accumulator += tl.where(has_new, new_value.to(tl.float32), 0.0)[None, :]
+    # Of the weights, token by token of a block, and added up at the end.
+    is_first = tl.arange(0, block_tokens)[:, None] == 0
+    total = tl.zeros([block_tokens, block_group], dtype=tl.float32)
+    total += tl.where(is_first, tl.where(has_new, 1.0, 0.0), 0.0)
+    accumulator = tl.zeros([block_dim, block_group], dtype=tl.float32)
+    accumulator += tl.where(has_new, new_value.to(tl.float32), 0.0)[:, None]
     end -= has_new.to(tl.int32)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
         slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        kv_live = token_live[:, None] & column_live[None, :]
-        key = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=kv_live, other=0.0)
-        value = tl.load(v_head[None, :] + slot[:, None] * v_slot_stride, mask=kv_live, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        key_live = token_live[:, None] & column_live[None, :]
+        key = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=key_live, other=0.0)
+        value_live = column_live[:, None] & token_live[None, :]
+        value = tl.load(v_head[:, None] + slot[None, :] * v_slot_stride, mask=value_live, other=0.0)
+        score = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
         if has_alibi:
-            score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
-        score = tl.where(token_live[None, :], score, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(score, 1))
-        weight = tl.exp2(score - new_maximum[:, None])
-        correction = tl.exp2(maximum - new_maximum)
-        total = total * correction + tl.sum(weight, 1)
-        accumulator = accumulator * correction[:, None]
-        accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
+            score += slope_log2[None, :] * (token - (context - 1)).to(tl.float32)[:, None]
+        score = tl.where(token_live[:, None], score, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 0))
+        weight = tl.exp2(score - new_maximum[None, :])
+        correction = tl.exp2(maximum - new_maximum)[None, :]
+        total = total * correction + weight
+        accumulator = tl.dot(value, weight.to(value.dtype), accumulator * correction, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
-    result = accumulator / divisor[:, None]
+    result = tl.trans(accumulator / divisor[None, :])
     if is_split:
         index = (sequence * heads + head) * splits + split
         tl.store(partial + index[:, None] * head_dim + column[None, :], result, mask=live)
@@ -239,7 +243,7 @@ def token_attention(
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],
-        block_group=max(16, triton.next_power_of_2(group)),
+        block_group=max(SMALLEST_COLUMNS, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         stages=blocks.num_stages,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import compute_capability, has_ptx, multiprocessor_count
+from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
 from lightllm_backend.kernels.merge_splits import (
     LOG2_E,
@@ -28,23 +28,20 @@ from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
 
 
 @triton.jit
-def _unpack(pair, dtype: tl.constexpr, is_ptx: tl.constexpr):
-    """The low and the high byte of 16-bit numbers, as numbers of `dtype`."""
+def _unpack(pair, dtype: tl.constexpr, offset: tl.constexpr, is_ptx: tl.constexpr):
+    """The low and the high byte of 16-bit numbers, as numbers of `dtype`, all of them `offset` too large."""
     if is_ptx:
-        # 128 is added to make the byte unsigned; 1152 is 1024 and this.
+        tl.static_assert(offset == 1152)  # 1024, and 128 to make the byte unsigned
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 bytes, low, high;
+            .reg .b32 bytes;
             xor.b32 bytes, $2, 0x80808080;
-            prmt.b32 low, bytes, 0x64646464, 0x4240;
-            prmt.b32 high, bytes, 0x64646464, 0x4341;
-            mov.b32 bytes, 0x64806480;
-            sub.f16x2 $0, low, bytes;
-            sub.f16x2 $1, high, bytes;
+            prmt.b32 $0, bytes, 0x64646464, 0x4240;
+            prmt.b32 $1, bytes, 0x64646464, 0x4341;
             }""",
             "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
-    return ((pair << 8) >> 8).to(dtype), (pair >> 8).to(dtype)
+    return (((pair << 8) >> 8) + offset).to(dtype), ((pair >> 8) + offset).to(dtype)
 
 
 @triton.jit
@@ -61,6 +58,49 @@ def unpack_scales(pair):
     return k_scale.to(tl.float32), v_scale.to(tl.float32)
 
 
+@triton.jit
+def _round(value):
+    """To the nearest whole number, half to even: next to 1.5 * 2**23 a float32 has no room for a fraction."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _split_query(query, dtype: tl.constexpr):
+    """Queries [n, dim] as pairs of rows [2 n, dim], and their units [n].
+
+    Of int8, row 2 i holds 128ths and row 2 i + 1 the rest: together 15 bits, which lose less than bfloat16 does.
+    """
+    if dtype == tl.int8:
+        largest = tl.max(tl.abs(query), 1)
+        unit = tl.where(largest == 0, 1.0, largest * (1 / 16256))
+        whole = _round(tl.div_rn(query, tl.broadcast_to(unit[:, None], query.shape)))
+        high = _round(whole * (1 / 128))
+        low = whole - 128 * high
+    else:
+        unit = tl.full([query.shape[0]], 1.0, tl.float32)
+        high, low = query, tl.zeros_like(query)
+    # Not tl.join: dots whose operands come by one are laid out for narrower numbers, and read slowly.
+    parts = tl.where(tl.arange(0, 2)[None, :, None] == 0, high[:, None, :], low[:, None, :])
+    return parts.reshape(2 * query.shape[0], query.shape[1]).to(dtype), unit
+
+
+@triton.jit
+def _scores(key, query, dtype: tl.constexpr):
+    """The products of keys [tokens, dim] with what `_split_query` makes of queries, [tokens, n]."""
+    tokens: tl.constexpr = key.shape[0]
+    columns: tl.constexpr = query.shape[1]
+    if dtype == tl.int8:
+        product = tl.dot(key, query, out_dtype=tl.int32)
+    else:
+        product = tl.dot(key.to(dtype), query, input_precision="ieee")
+    high, low = tl.split(product.reshape(tokens, columns // 2, 2))
+    if dtype == tl.int8:
+        score = (128 * high + low).to(tl.float32)
+    else:
+        score = high + low
+    return score
+
+
 @triton.jit(do_not_specialize=["splits"])
 def token_attention_int8_kernel(
     q,
@@ -70,7 +110,7 @@ def token_attention_int8_kernel(
     sin,
     slots,
     k_pool,
-    v_pool,
+    v_pairs,
     scales,
     out,
     partial,
@@ -99,22 +139,24 @@ def token_attention_int8_kernel(
     window,
     heads,
     splits,
+    key_dtype: tl.constexpr,
     dtype: tl.constexpr,
     is_ptx: tl.constexpr,
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
-    head_pairs: tl.constexpr,
+    head_dim: tl.constexpr,
     half: tl.constexpr,
     min_scale: tl.constexpr,
     max_scale: tl.constexpr,
     block_group: tl.constexpr,
     block_tokens: tl.constexpr,
-    block_pairs: tl.constexpr,
+    block_dim: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One split of a sequence's context, one KV head and the `group` query heads that share it. The pools are int16."""
+    """One split of a sequence's context, one KV head and the `group` query heads that share it."""
+    offset: tl.constexpr = 1152 if dtype == tl.float16 else 0
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -123,105 +165,108 @@ def token_attention_int8_kernel(
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
-    pair = tl.arange(0, block_pairs)
-    pair_live = pair < head_pairs
-    even_column, odd_column = 2 * pair, 2 * pair + 1
+    column = tl.arange(0, block_dim)
+    column_live = column < head_dim
+    pair = tl.arange(0, block_dim // 2)
+    pair_live = pair < head_dim // 2
     member = tl.arange(0, block_group)
     head = kv_head * group + member
-    live = (member < group)[:, None] & pair_live[None, :]
+    live = (member < group)[:, None] & column_live[None, :]
     cos += sequence * cos_stride
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        even = tl.where(live, rotated(q_row, even_column, pair_live, cos, sin, half)[None, :], 0.0)
-        odd = tl.where(live, rotated(q_row, odd_column, pair_live, cos, sin, half)[None, :], 0.0)
+        query = tl.where(live, rotated(q_row, column, column_live, cos, sin, half)[None, :], 0.0)
     else:
-        q_row += member[:, None] * q_head_stride
-        even = rotated(q_row, even_column[None, :], live, cos, sin, half)
-        odd = rotated(q_row, odd_column[None, :], live, cos, sin, half)
-    # Scaled first, which keeps them in float16's range.
-    even, odd = (even * scale_log2).to(dtype), (odd * scale_log2).to(dtype)
+        query = rotated(q_row + member[:, None] * q_head_stride, column[None, :], live, cos, sin, half)
     k_row = k + sequence * k_stride + kv_head * k_head_stride
-    k_even = rotated(k_row, even_column, pair_live, cos, sin, half)
-    k_odd = rotated(k_row, odd_column, pair_live, cos, sin, half)
+    new_key = rotated(k_row, column, column_live, cos, sin, half)
     v_row = v + sequence * v_stride + kv_head * v_head_stride
-    v_even = tl.load(v_row + even_column, mask=pair_live, other=0.0).to(tl.float32)
-    v_odd = tl.load(v_row + odd_column, mask=pair_live, other=0.0).to(tl.float32)
+    v_even = tl.load(v_row + 2 * pair, mask=pair_live, other=0.0).to(tl.float32)
+    v_odd = tl.load(v_row + 2 * pair + 1, mask=pair_live, other=0.0).to(tl.float32)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
-    k_scale = scale_of(tl.max(tl.maximum(tl.abs(k_even), tl.abs(k_odd))), min_scale, max_scale, tl.float16)
+    query *= scale_log2
+    parts, unit = _split_query(query, key_dtype)
+    k_scale = scale_of(tl.max(tl.abs(new_key)), min_scale, max_scale, tl.float16)
     v_scale = scale_of(tl.max(tl.maximum(tl.abs(v_even), tl.abs(v_odd))), min_scale, max_scale, tl.float16)
-    k_even, k_odd = quantize(k_even, k_scale), quantize(k_odd, k_scale)
-    v_even, v_odd = quantize(v_even, v_scale), quantize(v_odd, v_scale)
+    new_key, v_even, v_odd = quantize(new_key, k_scale), quantize(v_even, v_scale), quantize(v_odd, v_scale)
     start, end = split_range(context, window, split, splits, block_tokens)
-    k_head = k_pool + kv_head * k_pool_head_stride + pair
-    v_head = v_pool + kv_head * v_pool_head_stride + pair
+    k_head = k_pool + kv_head * k_pool_head_stride + column
+    v_head = v_pairs + kv_head * (v_pool_head_stride // 2) + pair
     has_new = (start < end) & (end == context)
     is_written = has_new & (new_slot >= 0)
-    written = pair < tl.where(is_written, head_pairs, 0)
-    tl.store(k_head + new_slot * k_slot_stride, _pack(k_even, k_odd), mask=written)
-    tl.store(v_head + new_slot * v_slot_stride, _pack(v_even, v_odd), mask=written)
+    written = tl.where(is_written, head_dim, 0)
+    tl.store(k_head + new_slot * k_slot_stride, new_key.to(tl.int8), mask=column < written)
+    tl.store(v_head + new_slot * (v_slot_stride // 2), _pack(v_even, v_odd), mask=2 * pair < written)
     k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
-    new_score = tl.sum(even.to(tl.float32) * k_even[None, :], 1) + tl.sum(odd.to(tl.float32) * k_odd[None, :], 1)
-    maximum = tl.where(has_new, new_score * k_scale + tl.log2(v_scale), float("-inf"))
-    total = tl.zeros([block_group], dtype=tl.float32) + tl.where(has_new, 1.0 / v_scale, 0.0)
-    even_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
-    even_accumulator += tl.where(has_new, v_even, 0.0)[None, :]
-    odd_accumulator = tl.zeros([block_group, block_pairs], dtype=tl.float32)
-    odd_accumulator += tl.where(has_new, v_odd, 0.0)[None, :]
+    new_score = tl.sum(query * new_key[None, :], 1) * k_scale + tl.log2(v_scale)
+    maximum = tl.where(has_new, new_score, float("-inf"))
+    # Of the weights, token by token of a block, and added up at the end.
+    is_first = tl.arange(0, block_tokens)[:, None] == 0
+    total = tl.zeros([block_tokens, block_group], dtype=tl.float32) + tl.where(is_first, tl.where(has_new, 1.0 / v_scale, 0.0), 0.0)
+    surplus = tl.zeros([block_tokens, block_group], dtype=tl.float32)
+    even_accumulator = tl.zeros([block_dim // 2, 2 * block_group], dtype=tl.float32)
+    even_accumulator += tl.where(has_new, v_even, 0.0)[:, None]
+    odd_accumulator = tl.zeros([block_dim // 2, 2 * block_group], dtype=tl.float32)
+    odd_accumulator += tl.where(has_new, v_odd, 0.0)[:, None]
     end -= has_new.to(tl.int32)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
         slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        kv_live = token_live[:, None] & pair_live[None, :]
-        k_pairs = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=kv_live, other=0)
-        v_pairs = tl.load(v_head[None, :] + slot[:, None] * v_slot_stride, mask=kv_live, other=0)
-        k_evens, k_odds = _unpack(k_pairs, dtype, is_ptx)
-        v_evens, v_odds = _unpack(v_pairs, dtype, is_ptx)
+        key_live = token_live[:, None] & column_live[None, :]
+        key = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=key_live, other=0)
+        value_live = pair_live[:, None] & token_live[None, :]
+        value = tl.load(v_head[:, None] + slot[None, :] * (v_slot_stride // 2), mask=value_live, other=0)
         # Both are 1.0 where there is no token.
         scale_pair = tl.load(scales + slot * scale_stride + kv_head, mask=token_live, other=0x3C003C00)
         k_scales, v_scales = unpack_scales(scale_pair)
-        score = tl.dot(even, tl.trans(k_evens), input_precision="ieee")
-        score = tl.dot(odd, tl.trans(k_odds), score, input_precision="ieee")
         # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
-        score = score * k_scales[None, :] + tl.log2(v_scales)[None, :]
+        log_scales = tl.log2(v_scales)
+        score = _scores(key, tl.trans(parts), key_dtype) * unit[None, :] * k_scales[:, None] + log_scales[:, None]
         if has_alibi:
-            score += slope_log2[:, None] * (token - (context - 1)).to(tl.float32)[None, :]
-        score = tl.where(token_live[None, :], score, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(score, 1))
-        weight = tl.exp2(score - new_maximum[:, None])
+            score += slope_log2[None, :] * (token - (context - 1)).to(tl.float32)[:, None]
+        score = tl.where(token_live[:, None], score, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 0))
+        weight = tl.exp2(score - new_maximum[None, :])
         correction = tl.exp2(maximum - new_maximum)
-        total = total * correction + tl.sum(weight * (1.0 / v_scales)[None, :], 1)
+        total = total * correction[None, :] + weight * tl.exp2(-log_scales)[:, None]
         weight = weight.to(dtype)
-        even_accumulator = even_accumulator * correction[:, None]
-        even_accumulator = tl.dot(weight, v_evens, even_accumulator, input_precision="ieee")
-        odd_accumulator = odd_accumulator * correction[:, None]
-        odd_accumulator = tl.dot(weight, v_odds, odd_accumulator, input_precision="ieee")
+        surplus = surplus * correction[None, :] + weight.to(tl.float32)
+        weights = tl.broadcast_to(weight[:, :, None], (block_tokens, block_group, 2))
+        weights = weights.reshape(block_tokens, 2 * block_group)
+        corrections = tl.broadcast_to(correction[None, :, None], (1, block_group, 2)).reshape(1, 2 * block_group)
+        v_evens, v_odds = _unpack(value, dtype, offset, is_ptx)
+        even_accumulator = tl.dot(v_evens, weights, even_accumulator * corrections, input_precision="ieee")
+        odd_accumulator = tl.dot(v_odds, weights, odd_accumulator * corrections, input_precision="ieee")
         maximum = new_maximum
 
     # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
-    result = tl.interleave(even_accumulator, odd_accumulator) / divisor[:, None]
-    column = tl.arange(0, 2 * block_pairs)
-    live = (member < group)[:, None] & (column < 2 * head_pairs)[None, :]
+    surplus = offset * tl.sum(surplus, 0)
+    even, _ = tl.split(even_accumulator.reshape(block_dim // 2, block_group, 2))
+    odd, _ = tl.split(odd_accumulator.reshape(block_dim // 2, block_group, 2))
+    result = (tl.join(even, odd) - surplus[None, :, None]) / divisor[None, :, None]
+    result = tl.permute(result, (1, 0, 2)).reshape(block_group, block_dim)
     if is_split:
         index = (sequence * heads + head) * splits + split
-        tl.store(partial + index[:, None] * (2 * head_pairs) + column[None, :], result, mask=live)
+        tl.store(partial + index[:, None] * head_dim + column[None, :], result, mask=live)
         tl.store(log_sums + index, maximum + tl.log2(divisor), mask=member < group)
     else:
         address = out + sequence * out_stride + head[:, None] * out_head_stride + column[None, :]
         tl.store(address, result.to(out.dtype.element_ty), mask=live)
 
 
-def choose_blocks(block_pairs: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
     """As for the other pools, in tiles of as many tokens."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
-    tokens = min(128, max(16, 2048 // block_pairs))
+    tokens = min(128, max(16, 4096 // block_dim))
     return TokenBlocks(tokens, 1, 2 if capability >= (8, 0) else 1)
 
 
@@ -256,14 +301,15 @@ def token_attention_int8(
     if sequences == 0:
         return out
     pairs, _ = scale_pairs(k_pool, scales)
-    k_pool, v_pool = k_pool.view(torch.int16), v_pool.view(torch.int16)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
     partial, log_sums = split_buffers(out, splits)
-    block_pairs = max(16, triton.next_power_of_2(head_dim // 2))
+    block_dim = max(32, triton.next_power_of_2(head_dim))
     is_half = q.element_size() == 2
-    blocks = choose_blocks(block_pairs, q.element_size(), compute_capability(q.device))
+    dtype = tl.float16 if is_half else tl.float32
+    capability = compute_capability(q.device)
+    blocks = choose_blocks(block_dim, q.element_size(), capability)
     token_attention_int8_kernel[(kv_heads, sequences, splits)](
         q,
         k,
@@ -272,7 +318,7 @@ def token_attention_int8(
         sin,
         slots,
         k_pool,
-        v_pool,
+        v_pool.view(torch.int16),
         pairs,
         out,
         partial,
@@ -301,18 +347,19 @@ def token_attention_int8(
         window or NO_WINDOW,
         heads,
         splits,
-        dtype=tl.float16 if is_half else tl.float32,
+        key_dtype=tl.int8 if is_half and capability >= (8, 0) else dtype,
+        dtype=dtype,
         is_ptx=is_half and has_ptx(q.device),
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
         group=group,
-        head_pairs=head_dim // 2,
+        head_dim=head_dim,
         half=cos.shape[1],
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
-        block_group=max(16, triton.next_power_of_2(group)),
+        block_group=max(SMALLEST_COLUMNS // 2, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
-        block_pairs=block_pairs,
+        block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
         **dependent_launch(q.device),
