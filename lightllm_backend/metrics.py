@@ -34,6 +34,7 @@ GAUGES = {
 COUNTERS = {
     "prompt_tokens_total": "Prompt tokens computed",
     "generated_tokens_total": "Tokens generated",
+    "device_seconds_total": "Seconds that the device has computed",
     "pauses_total": "Times a running request gave its token slots to older ones (admission past_future)",
     "engine_restarts_total": "Times the engine was started again after it failed",
 }
@@ -124,7 +125,7 @@ class Metrics:
         with self._lock:
             self._restarts += 1
             self._engine = None
-            for name in ("prompt_tokens_total", "generated_tokens_total", "pauses_total"):
+            for name in COUNTERS.keys() - {"engine_restarts_total"}:
                 self._told[name] = 0
 
     def close(self) -> None:

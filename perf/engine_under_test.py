@@ -17,6 +17,7 @@ from pathlib import Path
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.channel import EngineInfo, EngineStats
 from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.engine.hub import STATS_SECONDS
 from lightllm_backend.engine.supervisor import EngineSupervisor
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
 
@@ -29,13 +30,17 @@ class BatchRun:
     # Median time between two chunks of the request that was submitted last, until any has ended; 0 if there are none.
     step_seconds: float
     most_running: int  # requests that had begun and not ended
+    device_seconds: float  # that the device computed
 
 
 class EngineUnderTest:
-    def __init__(self, client: EngineClient, info: EngineInfo, start_seconds: float) -> None:
+    def __init__(
+        self, client: EngineClient, info: EngineInfo, start_seconds: float, stats: Callable[[], EngineStats]
+    ) -> None:
         self.info = info
         self.start_seconds = start_seconds
         self._client = client
+        self._stats = stats
         self._random = random.Random(0)
 
     def run(self, prompt_lengths: Sequence[int], output_len: int) -> BatchRun:
@@ -47,6 +52,7 @@ class EngineUnderTest:
         sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
         requests = [Request(self._client.new_uid(), prompt, sampling) for prompt in prompts]
         watch = _Watch([request.uid for request in requests])
+        before = self._at_rest()
         started = time.perf_counter()
         for request in requests:
             self._client.submit(request, watch.on_chunk)
@@ -54,8 +60,18 @@ class EngineUnderTest:
         seconds = time.perf_counter() - started
         if watch.errors:
             raise watch.errors[0]
-        gaps = [after - before for before, after in itertools.pairwise(watch.times)]
-        return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0, watch.most_running)
+        gaps = [later - sooner for sooner, later in itertools.pairwise(watch.times)]
+        device_seconds = self._at_rest().device_seconds_total - before.device_seconds_total
+        return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0, watch.most_running, device_seconds)
+
+    def _at_rest(self) -> EngineStats:
+        """The engine's statistics when all is done. It tells them a little later, and when they change."""
+        latest = self._stats()
+        while True:
+            time.sleep(2 * STATS_SECONDS)
+            latest, before = self._stats(), latest
+            if latest == before:
+                return latest
 
 
 class _Watch:
@@ -88,8 +104,9 @@ class _Watch:
 @contextlib.contextmanager
 def engine_under_test(config: EngineConfig) -> Iterator[EngineUnderTest]:
     started = time.monotonic()
-    with engine_client(config) as client:
-        yield EngineUnderTest(client, client.wait_ready(), time.monotonic() - started)
+    latest = [EngineStats()]
+    with engine_client(config, on_stats=lambda stats: latest.__setitem__(0, stats)) as client:
+        yield EngineUnderTest(client, client.wait_ready(), time.monotonic() - started, lambda: latest[0])
 
 
 @contextlib.contextmanager

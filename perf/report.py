@@ -46,6 +46,7 @@ def static_inference(result: dict[str, Any]) -> list[str]:
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
         f"{peer.NAME}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
         "TFLOP/s": ("tflops", "{:.0f}"), "of the peak": ("prefill_share", "{:.2f}"), "ms a step": ("step_ms", "{:.2f}"),
+        "on the GPU, ms": ("device_step_ms", "{:.2f}"),
         f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"), "floor ms": ("floor_ms", "{:.2f}"),
         "floor / step": ("share", "{:.2f}"), "tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
     }  # fmt: skip

@@ -5,10 +5,11 @@
     python -m perf.static_inference --model_dir /models/llama-7B --no-dummy_weights
 
 For each batch: prefill is the time for one token of every request; a step is (time for output_len tokens - time for
-one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats. The
-floor is what the GPUs need at least for a step, with limits measured in the same run (perf/hardware_limits.py):
-max(weights read, matrix arithmetic) + K and V read, divided by the number of GPUs (perf/model_cost.py). Other settings
-of the engine come from the environment, as LIGHTLLM_<NAME>.
+one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
+Beside it stands the device's own time for the same steps, by its clock. The floor is what the GPUs need at least for a
+step, with limits measured in the same run (perf/hardware_limits.py): max(weights read, matrix arithmetic) + K and V read,
+divided by the number of GPUs (perf/model_cost.py). Other settings of the engine come from the environment, as
+LIGHTLLM_<NAME>.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ def measure(engine: EngineUnderTest, case: Case, repeats: int) -> dict[str, Any]
     }
     if case.output_len > 1:
         step = (statistics.median(whole.seconds for _, whole in runs[1:]) - prefill) / (case.output_len - 1)
+        device = statistics.median(whole.device_seconds - one.device_seconds for one, whole in runs[1:])
         row |= {
             "mean_context": case.context_tokens / case.batch,
             "most_running": max(whole.most_running for _, whole in runs),
             "step_ms": 1e3 * step,
+            "device_step_ms": 1e3 * device / (case.output_len - 1),
             "median_step_ms": 1e3 * statistics.median(whole.step_seconds for _, whole in runs[1:]),
             "decode_tokens_per_second": case.batch / step,
         }
@@ -89,6 +92,7 @@ def table_of(result: dict[str, Any]) -> Table:
         "TFLOP/s": ("tflops", "{:.0f}"),
         "of the peak": ("prefill_share", "{:.2f}"),
         "step ms": ("step_ms", "{:.3f}"),
+        "device ms": ("device_step_ms", "{:.3f}"),
         "between tokens ms": ("median_step_ms", "{:.3f}"),
         "decode tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
         "floor ms": ("floor_ms", "{:.3f}"),

@@ -60,6 +60,7 @@ class EngineStats:
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
     pauses_total: int = 0
+    device_seconds_total: float = 0.0
 
 
 class ChannelClosed(ConnectionError):

@@ -119,6 +119,7 @@ def engine_stats(router: Router) -> EngineStats:
         prompt_tokens_total=stats.prompt_tokens_total,
         generated_tokens_total=stats.generated_tokens_total,
         pauses_total=stats.pauses_total,
+        device_seconds_total=stats.device_seconds_total,
     )
 
 

@@ -94,11 +94,7 @@ def _scores(key, query, dtype: tl.constexpr):
     else:
         product = tl.dot(key.to(dtype), query, input_precision="ieee")
     high, low = tl.split(product.reshape(tokens, columns // 2, 2))
-    if dtype == tl.int8:
-        score = (128 * high + low).to(tl.float32)
-    else:
-        score = high + low
-    return score
+    return (128 * high + low).to(tl.float32) if dtype == tl.int8 else high + low
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -207,7 +203,8 @@ def token_attention_int8_kernel(
     maximum = tl.where(has_new, new_score, float("-inf"))
     # Of the weights, token by token of a block, and added up at the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
-    total = tl.zeros([block_tokens, block_group], dtype=tl.float32) + tl.where(is_first, tl.where(has_new, 1.0 / v_scale, 0.0), 0.0)
+    total = tl.zeros([block_tokens, block_group], dtype=tl.float32)
+    total += tl.where(is_first, tl.where(has_new, 1.0 / v_scale, 0.0), 0.0)
     surplus = tl.zeros([block_tokens, block_group], dtype=tl.float32)
     even_accumulator = tl.zeros([block_dim // 2, 2 * block_group], dtype=tl.float32)
     even_accumulator += tl.where(has_new, v_even, 0.0)[:, None]

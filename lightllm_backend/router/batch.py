@@ -44,6 +44,7 @@ class StepResult:
 
     tokens: NDArray[np.int32]  # [n_sampled]
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
+    seconds: float = 0.0  # that the device took
 
 
 @dataclass(frozen=True, eq=False)

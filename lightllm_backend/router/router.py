@@ -49,6 +49,7 @@ class RouterStats:
     pauses_total: int
     prompt_tokens_total: int  # planned for prefill so far
     generated_tokens_total: int  # given out in chunks so far
+    device_seconds_total: float  # of all steps so far
     requests: dict[str, int]  # ended so far, by finish reason; "rejected": not taken by submit
 
 
@@ -91,6 +92,7 @@ class Router:
         self._pauses_total = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
+        self._device_seconds_total = 0.0
         self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason} | {"rejected": 0})
 
     # What clients ask for
@@ -144,6 +146,7 @@ class Router:
         tokens = result.tokens
         assert step.batch is batch, "batches are applied in the order in which they were made"
         assert len(tokens) == len(step.rows), "one token for each sequence that samples"
+        self._device_seconds_total += result.seconds
         stops = step.eos_ends & (tokens[:, None] == self._eos_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
@@ -221,6 +224,7 @@ class Router:
             pauses_total=self._pauses_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
+            device_seconds_total=self._device_seconds_total,
             requests=dict(self._requests),
         )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -23,20 +24,22 @@ _RESULTS_IN_FLIGHT = 4
 
 
 class _ResultBuffer:
-    """Of one step: its tokens and log probabilities in pinned memory, and the event that they are there."""
+    """Of one step: its tokens and log probabilities in pinned memory, and when it began and they were there."""
 
     def __init__(self, num_rows: int) -> None:
         self.tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
         self.log_probs = torch.empty(num_rows, dtype=torch.float32, pin_memory=True)
-        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.step: PendingStep | None = None  # whose result it is
 
 
 class PendingStep:
-    """A step that the device may still be computing."""
+    """A step that the device may still be computing, or has computed in `seconds` where that is the host."""
 
-    def __init__(self, tokens: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None) -> None:
-        self._buffer = buffer
+    def __init__(
+        self, tokens: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None, seconds: float = 0.0
+    ) -> None:
+        self._buffer, self._seconds = buffer, seconds
         if buffer is not None:
             buffer.step = self
             tokens = buffer.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
@@ -50,8 +53,9 @@ class PendingStep:
         if self._buffer is not None:
             assert self._buffer.step is self, "a result is read before too many further steps are launched"
             self._buffer.done.synchronize()
+            self._seconds = self._buffer.begun.elapsed_time(self._buffer.done) / 1e3
         log_probs = None if self._log_probs is None else self._log_probs.numpy().copy()
-        return StepResult(self._tokens.numpy().copy(), log_probs)
+        return StepResult(self._tokens.numpy().copy(), log_probs, self._seconds)
 
 
 class ResultRing:
@@ -61,12 +65,19 @@ class ResultRing:
         count = _RESULTS_IN_FLIGHT if device.type == "cuda" else 0
         self._buffers = [_ResultBuffer(num_rows) for _ in range(count)]
         self._turn = 0
+        self._begun = 0.0
+
+    def begin(self) -> None:
+        """A step is launched from now on."""
+        if self._buffers:
+            self._turn = (self._turn + 1) % len(self._buffers)
+            self._buffers[self._turn].begun.record()
+        self._begun = time.perf_counter()
 
     def fetch(self, tokens: Tensor, log_probs: Tensor | None = None) -> PendingStep:
-        """Starts the copy of a step's tokens [n] int32 and log probabilities [n] float32 to the host."""
+        """Starts the copy of its tokens [n] int32 and log probabilities [n] float32 to the host."""
         if not self._buffers:
-            return PendingStep(tokens, log_probs)
-        self._turn = (self._turn + 1) % len(self._buffers)
+            return PendingStep(tokens, log_probs, seconds=time.perf_counter() - self._begun)
         return PendingStep(tokens, log_probs, self._buffers[self._turn])
 
 
@@ -96,6 +107,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
+        self._results.begin()
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)

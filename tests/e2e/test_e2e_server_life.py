@@ -26,7 +26,13 @@ pytestmark = pytest.mark.e2e
 PROMPT = "The capital of Japan is"
 DEFAULT_PORTS = (8000, 8001, 8002)
 GAUGES = ("queued_requests", "running_requests", "kv_tokens_used", "kv_tokens_cached", "kv_tokens_total", "engine_up")
-COUNTERS = ("prompt_tokens_total", "generated_tokens_total", "pauses_total", "engine_restarts_total")
+COUNTERS = (
+    "prompt_tokens_total",
+    "generated_tokens_total",
+    "pauses_total",
+    "device_seconds_total",
+    "engine_restarts_total",
+)
 HISTOGRAMS = ("queue_seconds", "time_to_first_token_seconds", "inter_token_seconds", "request_seconds")
 STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
 

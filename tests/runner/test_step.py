@@ -73,7 +73,9 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
         np.testing.assert_array_equal(result.tokens, expected.tokens)
         assert (result.log_probs is None) == (expected.log_probs is None)
         if expected.log_probs is not None:
-            np.testing.assert_allclose(result.log_probs, expected.log_probs, atol=1e-4)
+            # Where sums round otherwise, an int8 of K or V may be tipped over to its neighbour.
+            is_quantized = any(tensor.dtype == torch.int8 for tensor in pool(plain))
+            np.testing.assert_allclose(result.log_probs, expected.log_probs, atol=0.03 if is_quantized else 1e-4)
         assert torch.equal(padded._tables.tokens[:-1], plain._tables.tokens[:-1])
         assert torch.equal(padded._tables.slots[:-1], plain._tables.slots[:-1])
         for ours, theirs in zip(pool(padded), pool(plain), strict=True):
