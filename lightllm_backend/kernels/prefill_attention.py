@@ -364,13 +364,16 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = rows.shape[0], k_pool.shape[1]
     assert all(x.stride(2) == 1 for x in (q, k, v, k_pool, v_pool))
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    assert out.stride(2) == 1
     if sequences == 0 or tokens == 0:
         return out
     pairs, is_quantized = scale_pairs(k_pool, scales)

@@ -185,6 +185,18 @@ def test_large_scores_do_not_overflow(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
+def test_the_result_goes_where_it_is_wanted(implementation, device):
+    q, pool, rest = _step([4, 2], [9, 2], (2, 1, 16), torch.float32, device)
+    inputs = _inputs(implementation, pool, [4, 2], q)
+    expected = implementation.prefill_attention(q, *inputs, *rest)
+    wide = q.new_full((3 + len(q), 2, 16), 7.0)
+    out = implementation.prefill_attention(q, *inputs, *rest, out=wide[3:])
+    assert out.data_ptr() == wide[3:].data_ptr()
+    assert torch.equal(out[:6], expected[:6])
+    assert (wide[:3] == 7).all()
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
 def test_many_sequences(implementation, device):
     queries = [(7 * i) % 3 for i in range(300)]
     q, pool, rest = _step(queries, [count + 1 for count in queries], (1, 1, 16), torch.float32, device)
