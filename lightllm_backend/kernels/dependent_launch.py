@@ -5,7 +5,8 @@ first needs what that one has written. What lies between two kernels, some micro
 
 Every kernel that is launched so calls `wait_for_previous` in each of its programs before it reads or writes what
 another kernel touches. The kernel before it has then waited in turn, so all that came earlier is done as well. Weights
-and other constants may be read ahead of the wait. Kernels that are launched as usual (torch's) wait for those before.
+and other constants may be read ahead of the wait, and what was copied to the device ahead of an ordinary launch, as all
+that a step knows of its sequences is: kernels that are launched as usual (torch's) wait for all before them.
 """
 
 from functools import lru_cache

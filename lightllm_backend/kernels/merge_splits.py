@@ -86,11 +86,11 @@ def merge_splits_kernel(
     tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=column < head_dim)
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:
+def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
     sequences, heads, splits, head_dim = partial.shape
     assert partial.is_contiguous()
     assert log_sums.is_contiguous()
-    out = torch.empty((sequences, heads, head_dim), dtype=dtype, device=partial.device)
+    assert out.is_contiguous()
     if sequences == 0:
         return out
     merge_splits_kernel[(sequences * heads,)](

@@ -50,22 +50,29 @@ def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
 
     Sequence s has the tiles from query_starts[s] // block_queries + s on: as many as it needs, or one more.
     """
+    # Loads that do not wait for each other, and one sum. By 8 warps, a sum of more than `block` numbers makes ptxas
+    # 12.8 serialize all matrix products of the kernel.
     block: tl.constexpr = 128
-    count = 0
-    for first in range(0, sequences, block):
-        index = first + tl.arange(0, block)
-        start = tl.load(query_starts + index, mask=index < sequences, other=0)
-        begins = (index < sequences) & (start // block_queries + index <= tile)
-        count += tl.sum(begins.to(tl.int32), 0)
-    sequence = count - 1
-    return sequence, tile - (tl.load(query_starts + sequence) // block_queries + sequence)
+    rounds: tl.constexpr = 4
+    begins = tl.zeros([block], dtype=tl.int32)
+    for first in range(0, sequences, rounds * block):
+        for turn in tl.static_range(rounds):
+            index = first + turn * block + tl.arange(0, block)
+            start = tl.load(query_starts + index, mask=index < sequences, other=0)
+            begins += ((index < sequences) & (start // block_queries + index <= tile)).to(tl.int32)
+    sequence = tl.sum(begins, 0) - 1
+    query_start = tl.load(query_starts + sequence)
+    return sequence, tile - (query_start // block_queries + sequence), query_start
 
 
 @triton.jit
-def _online_softmax(accumulator, maximum, total, score, value, inverse_scale, is_scaled: tl.constexpr):
-    """Takes one block of scores, in powers of two, and its V into what has been summed up so far."""
-    new_maximum = tl.maximum(maximum, tl.max(score, 1))
-    weight = tl.exp2(score - new_maximum[:, None])
+def _online_softmax(accumulator, maximum, total, score, factor, value, inverse_scale, is_scaled: tl.constexpr):
+    """Takes one block of scores and its V into what has been summed up so far.
+
+    Scores times the factor, which is positive, are powers of two: multiplied in the same instruction that subtracts.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(score, 1) * factor)
+    weight = tl.exp2(score * factor - new_maximum[:, None])
     correction = tl.exp2(maximum - new_maximum)
     if is_scaled:
         total = total * correction + tl.sum(weight * inverse_scale[None, :], 1)
@@ -115,14 +122,17 @@ def _attend_cached(
         value = tl.load(v_head + slot[:, None] * v_slot_stride + column[None, :], mask=kv_live, other=0.0)
         score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
         inverse_scale = maximum
+        factor = 1.0
         if is_quantized:
             # Both are 1.0 where there is no token.
             k_scale, v_scale = unpack_scales(tl.load(scale_head + slot * scale_stride, mask=live, other=0x3C003C00))
             # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
             score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
             inverse_scale = 1.0 / v_scale
-        else:
+        elif has_alibi:
             score *= scale_log2
+        else:
+            factor = scale_log2
         if has_alibi:
             score += (slope_log2 * (token - origin).to(tl.float32))[None, :]
         seen = live[None, :]
@@ -130,7 +140,7 @@ def _attend_cached(
             seen = seen & (token[None, :] > position[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
         accumulator, maximum, total = _online_softmax(
-            accumulator, maximum, total, score, value.to(query.dtype), inverse_scale, is_quantized
+            accumulator, maximum, total, score, factor, value.to(query.dtype), inverse_scale, is_quantized
         )
     return accumulator, maximum, total
 
@@ -162,12 +172,14 @@ def _attend_new(
     has_alibi: tl.constexpr,
     has_window: tl.constexpr,
     is_masked: tl.constexpr,
+    is_whole: tl.constexpr,
     has_tiles: tl.constexpr,
     stages: tl.constexpr,
 ):
     """Over the sequence's new tokens from `start` to `end`; all of them are seen by all queries unless it is masked.
 
-    With tiles, those of the sequence's first token and this head lie at `tile_row` and `tile_column`.
+    With tiles, those of the sequence's first token and this head lie at `tile_row` and `tile_column`. A tile that is
+    not whole ends in what is another sequence's, or nobody's: NaN perhaps, which would not vanish with a weight of 0.
     """
     column = tl.arange(0, block_dim)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
@@ -175,21 +187,25 @@ def _attend_new(
         if has_tiles:
             key = k_tiles.load([tile_row + first, tile_column])
             value = v_tiles.load([tile_row + first, tile_column])
+            if not is_whole:
+                value = tl.where((token < end)[:, None], value, 0.0)
         else:
             kv_live = (column < head_dim)[None, :]
-            if is_masked:
+            if not is_whole:
                 kv_live = kv_live & (token < end)[:, None]
             key = tl.load(k_head + token[:, None].to(tl.int64) * k_stride + column[None, :], mask=kv_live, other=0.0)
             value = tl.load(v_head + token[:, None].to(tl.int64) * v_stride + column[None, :], mask=kv_live, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        factor = scale_log2
         if has_alibi:
-            score += (slope_log2 * (token - origin).to(tl.float32))[None, :]
+            score = score * scale_log2 + (slope_log2 * (token - origin).to(tl.float32))[None, :]
+            factor = 1.0
         if is_masked:
             seen = (token < end)[None, :] & (token[None, :] <= index[:, None])
             if has_window:
                 seen = seen & (token[None, :] > index[:, None] - window)
             score = tl.where(seen, score, float("-inf"))
-        accumulator, maximum, total = _online_softmax(accumulator, maximum, total, score, value, maximum, False)
+        accumulator, maximum, total = _online_softmax(accumulator, maximum, total, score, factor, value, maximum, False)
     return accumulator, maximum, total
 
 
@@ -240,14 +256,15 @@ def prefill_attention_kernel(
 ):
     """One block of a sequence's queries, one head."""
     head = tl.program_id(0)
-    wait_for_previous(is_dependent)
     # The last blocks of a prompt have the most to do and are started first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    sequence, block = _find_tile(tile, query_starts, sequences, block_queries)
-    query_start = tl.load(query_starts + sequence)
+    # What is known of the sequences came from the host, before the step's first kernel.
+    sequence, block, query_start = _find_tile(tile, query_starts, sequences, block_queries)
     query_length = tl.load(query_starts + sequence + 1) - query_start
+    cached = tl.load(context_lengths + sequence) - query_length
+    row = tl.load(rows + sequence).to(tl.int64)
+    wait_for_previous(is_dependent)
     if block * block_queries < query_length:
-        cached = tl.load(context_lengths + sequence) - query_length
         slope_log2 = 0.0
         if has_alibi:
             slope_log2 = tl.load(alibi_slopes + head) * LOG2_E
@@ -269,7 +286,7 @@ def prefill_attention_kernel(
         total = tl.zeros([block_queries], dtype=tl.float32)
 
         if cached > 0:
-            slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
+            slot_row = req_to_token + row * table_stride
             k_head = k_pool + (head // group) * k_pool_head_stride
             v_head = v_pool + (head // group) * v_pool_head_stride
             start = 0
@@ -294,27 +311,35 @@ def prefill_attention_kernel(
             accumulator, maximum, total = _attend_new(
                 accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
                 query_start, tile_column, start, inner, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-                block_dim, has_alibi, has_window, True, False, stages,
+                block_dim, has_alibi, has_window, True, True, has_tiles, stages,
             )  # fmt: skip
         accumulator, maximum, total = _attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
             query_start, tile_column, inner, diagonal, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-            block_dim, has_alibi, has_window, False, has_tiles, stages,
+            block_dim, has_alibi, has_window, False, True, has_tiles, stages,
         )  # fmt: skip
+        whole = tl.minimum(tl.cdiv(end, block_tokens), query_length // block_tokens) * block_tokens
         accumulator, maximum, total = _attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
-            query_start, tile_column, diagonal, end, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-            block_dim, has_alibi, has_window, True, False, stages,
+            query_start, tile_column, diagonal, whole, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
+            block_dim, has_alibi, has_window, True, True, has_tiles, stages,
+        )  # fmt: skip
+        # One block at most, the sequence's last.
+        accumulator, maximum, total = _attend_new(
+            accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
+            query_start, tile_column, tl.maximum(whole, diagonal), end, scale_log2, slope_log2, origin, window,
+            head_dim, block_tokens, block_dim, has_alibi, has_window, True, False, has_tiles, 1,
         )  # fmt: skip
         # Rows behind the last query may have seen nothing.
+        norm = 1.0 / tl.where(total > 0, total, 1.0)
         tl.store(
             out + token[:, None] * out_stride + head * out_head_stride + column[None, :],
-            (accumulator / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty),
+            (accumulator * norm[:, None]).to(out.dtype.element_ty),
             mask=live,
         )
 
 
-def _tiles(x: Tensor, block_tokens: int) -> Any:
+def tiles(x: Tensor, block_tokens: int) -> Any:
     """A descriptor by which a kernel copies tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]; None where
     there can be none."""
     tokens, heads, head_dim = x.shape
@@ -339,18 +364,21 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = rows.shape[0], k_pool.shape[1]
     assert all(x.stride(2) == 1 for x in (q, k, v, k_pool, v_pool))
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    assert out.stride(2) == 1
     if sequences == 0 or tokens == 0:
         return out
     pairs, is_quantized = scale_pairs(k_pool, scales)
     blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device))
-    k_tiles, v_tiles = _tiles(k, blocks.tokens), _tiles(v, blocks.tokens)
+    k_tiles, v_tiles = tiles(k, blocks.tokens), tiles(v, blocks.tokens)
     has_tiles = k_tiles is not None and v_tiles is not None
     # See _find_tile.
     grid = (heads, tokens // blocks.queries + sequences)

@@ -138,6 +138,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
 
@@ -145,9 +146,9 @@ def prefill_attention(
     the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
     to the pool, which has those of the cached tokens. Tokens of no sequence come out as unspecified values.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
-    `window - 1` tokens before it.
+    `window - 1` tokens before it. With `out`, which has q's shape, the result is written there.
     """
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     # What no query of a sequence sees is left out, as if the sequence began behind it.
@@ -218,11 +219,13 @@ def token_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
 
     `q` and `k` are rotated, and `k` and `v` written to the pools, as by rotary_kv_write; the new token is the last of
     the context. A context length of 0 marks a padding row: it writes and reads nothing and comes out as zeros.
+    With `out`, contiguous and of q's shape, the result is written there.
     """
     q = _rotate(q, cos, sin).to(q.dtype)
     _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
@@ -234,8 +237,9 @@ def token_attention(
     groups.pop(0, None)
     pools, options = (k_pool, v_pool, scales), (req_to_token, scale, alibi_slopes)
     if len(groups) == 1 and min(contexts) > 0:
-        return _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        result = _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
+        return result if out is None else out.copy_(result)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
     for sequences in groups.values():
         lengths = [contexts[s] for s in sequences]
         part = (q[sequences], rows[sequences], context_lengths[sequences], seen[sequences])
@@ -285,11 +289,12 @@ def token_attention_int8(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """token_attention over pools of int8."""
     table = (req_to_token, rows, context_lengths, max_context_length)
     new = (q, k, v, cos, sin, slots)
-    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales)
+    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:
@@ -309,8 +314,9 @@ def _gather(pool: Tensor, scales: Tensor | None, index: int, slots: Tensor, dtyp
     return values if scales is None else (values.float() * scales[slots, :, index].float().unsqueeze(-1)).to(dtype)
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Joins attention over parts of a context, `partial` [sequences, heads, splits, head_dim], into that over it all.
+def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
+    """Joins attention over parts of a context, `partial` [sequences, heads, splits, head_dim], into that over it all,
+    `out` [sequences, heads, head_dim], contiguous.
 
     `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator; a part that
     is empty has -inf, and its values are not used.
@@ -319,7 +325,7 @@ def merge_splits(partial: Tensor, log_sums: Tensor, dtype: torch.dtype) -> Tenso
     weights = torch.exp2(log_sums - maximum)
     values = torch.where(weights.unsqueeze(-1) > 0, partial, 0.0)
     total = weights.sum(-1, keepdim=True)
-    return ((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)).to(dtype)
+    return out.copy_((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -180,11 +180,12 @@ def token_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if scales is not None:
         table = (req_to_token, rows, context_lengths, max_context_length)
         new = (q, k, v, cos, sin, slots)
-        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window)
+        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window, out)
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
     assert k_pool.dtype == v_pool.dtype == q.dtype
@@ -194,7 +195,8 @@ def token_attention(
     assert req_to_token.stride(1) == 1
     assert heads % kv_heads == 0
     assert max_context_length <= req_to_token.shape[1]
-    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
     group = heads // kv_heads
@@ -250,4 +252,4 @@ def token_attention(
         num_warps=blocks.num_warps,
         **dependent_launch(q.device),
     )
-    return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out
+    return merge_splits(partial, log_sums, out) if splits > 1 else out

@@ -284,6 +284,7 @@ def token_attention_int8(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
@@ -294,7 +295,8 @@ def token_attention_int8(
     assert heads % kv_heads == 0
     assert head_dim % 2 == 0
     assert max_context_length <= req_to_token.shape[1]
-    out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
     pairs, _ = scale_pairs(k_pool, scales)
@@ -361,4 +363,4 @@ def token_attention_int8(
         num_warps=blocks.num_warps,
         **dependent_launch(q.device),
     )
-    return merge_splits(partial, log_sums, q.dtype) if splits > 1 else out
+    return merge_splits(partial, log_sums, out) if splits > 1 else out

@@ -316,18 +316,18 @@ class PoolAttention:
         decodes = step.num_decodes
         new, pool = (q, k, v, cos, sin, step.slots), (kv.k, kv.v)
         options = self.bias | {"scales": kv.scales}
-        outputs: list[Tensor] = []
+        out = q.new_empty(q.shape)
         if decodes > 0:
             rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
             table = (step.req_to_token, rows, contexts, step.max_context_length)
             decoded = (tensor[:decodes] for tensor in new)
-            outputs.append(self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options))
+            self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options, out=out[:decodes])
         if q.shape[0] > decodes:
             q, k, v, cos, sin, slots = (tensor[decodes:] for tensor in new)
             self.kernels.rotary_kv_write(q, k, v, cos, sin, slots, *pool, kv.scales)
             chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
-            outputs.append(self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
+            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, out=out[decodes:])
+        return out.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def test_joined_parts_are_the_whole(implementation, dtype, bounds, device):
             )
             log_sums[:, :, split] = scores[..., start:end].logsumexp(-1) / torch.log(torch.tensor(2.0))
     expected = torch.einsum("nht,nhtd->nhd", scores.softmax(-1), values)
-    out = implementation.merge_splits(partial, log_sums, dtype)
+    out = implementation.merge_splits(partial, log_sums, partial.new_empty(2, 3, 24, dtype=dtype))
     assert out.dtype == dtype
     assert torch.allclose(out.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-3)
 
@@ -35,7 +35,7 @@ def test_joined_parts_are_the_whole(implementation, dtype, bounds, device):
 def test_nothing_seen_is_zero(implementation, device):
     partial = torch.full((1, 2, 3, 8), torch.nan, device=device)
     log_sums = torch.full((1, 2, 3), -torch.inf, device=device)
-    assert (implementation.merge_splits(partial, log_sums, torch.float32) == 0).all()
+    assert (implementation.merge_splits(partial, log_sums, partial.new_empty(1, 2, 8)) == 0).all()
 
 
 def test_split_count():

@@ -122,6 +122,24 @@ def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, 
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
+# Chunks that end within a tile, at its edge and behind it, so that tiles reach into the next one, or into padding.
+@pytest.mark.parametrize("variant", [Variant(), *VARIANTS])
+@pytest.mark.parametrize("shape", [(4, 2, 64), (2, 2, 128)])
+def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeypatch, device):
+    if device.type == "cpu":  # the interpreter knows descriptors
+        monkeypatch.setattr(prefill_attention, "compute_capability", lambda _: (9, 0))
+    queries, contexts = [70, 130, 5, 64, 0, 129], [70, 190, 5, 64, 3, 129]
+    q, pool, rest = _step(queries, contexts, shape, torch.float16, device)
+    pool = pool.to_int8() if variant.int8 else pool
+    wide = pool.to(torch.float32)
+    k, v, cached = split_new(pool, queries, len(q), torch.float16)
+    assert device.type == "cuda" or prefill_attention.tiles(k, 64) is not None
+    options = variant.options(cached, shape[0])
+    out = launchers.prefill_attention(q, k, v, cached.k, cached.v, *rest, **options)[: sum(queries)]
+    expected = reference.prefill_attention(q.float(), q, q, wide.k, wide.v, *rest, **options | {"scales": None})
+    assert relative_error(out, expected[: sum(queries)]) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("implementation", [reference, launchers])
 def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
@@ -164,6 +182,18 @@ def test_large_scores_do_not_overflow(implementation, device):
     inputs = _inputs(implementation, pool, [4], q)
     out = implementation.prefill_attention(q, *inputs, *rest)[:4]
     assert relative_error(out, expected) < 1e-4
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_the_result_goes_where_it_is_wanted(implementation, device):
+    q, pool, rest = _step([4, 2], [9, 2], (2, 1, 16), torch.float32, device)
+    inputs = _inputs(implementation, pool, [4, 2], q)
+    expected = implementation.prefill_attention(q, *inputs, *rest)
+    wide = q.new_full((3 + len(q), 2, 16), 7.0)
+    out = implementation.prefill_attention(q, *inputs, *rest, out=wide[3:])
+    assert out.data_ptr() == wide[3:].data_ptr()
+    assert torch.equal(out[:6], expected[:6])
+    assert (wide[:3] == 7).all()
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

@@ -147,6 +147,20 @@ def test_large_scores_do_not_overflow(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("contexts", [[5, 6], [0, 3, 900]])
+def test_the_result_goes_where_it_is_wanted(implementation, contexts, int8, device):
+    new, pool, rest = _step(contexts, (2, 1, 16), torch.float32, device, int8=int8)
+    options = {"scales": pool.scales}
+    expected = implementation.token_attention(*new, pool.k, pool.v, *rest, **options)
+    wide = new.q.new_full((len(contexts) + 1, 2, 16), 7.0)
+    out = implementation.token_attention(*new, pool.k, pool.v, *rest, **options, out=wide[:-1])
+    assert out.data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[:-1], expected)
+    assert (wide[-1] == 7).all()
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
 def test_no_sequences(implementation, device):
     new, pool, rest = _step([4], (2, 1, 16), torch.float32, device)
     table, rows, lengths, longest, scale = rest
