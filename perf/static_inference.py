@@ -7,8 +7,8 @@
 For each batch: prefill is the time for one token of every request; a step is (time for output_len tokens - time for
 one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
 Beside it stands the device's own time for the same steps, by its clock. The floor is what the GPUs need at least for a
-step, with limits measured in the same run (perf/hardware_limits.py): max(weights read, matrix arithmetic) + K and V read,
-divided by the number of GPUs (perf/model_cost.py). Other settings of the engine come from the environment, as
+step, with limits measured in the same run (perf/hardware_limits.py): max(weights read, matrix arithmetic) + K and V
+read, divided by the number of GPUs (perf/model_cost.py). Other settings of the engine come from the environment, as
 LIGHTLLM_<NAME>.
 """
 

@@ -18,7 +18,7 @@ class EngineOfKnownSpeed:
     """0.1 s for the first token of all, 10 ms for each other one."""
 
     def run(self, prompt_lengths: tuple[int, ...], output_len: int) -> BatchRun:
-        return BatchRun(0.1 + 0.01 * (output_len - 1), 0.009, len(prompt_lengths))
+        return BatchRun(0.1 + 0.01 * (output_len - 1), 0.009, len(prompt_lengths), 0.008 * output_len)
 
 
 def test_a_row_is_made_of_the_times() -> None:
@@ -26,6 +26,7 @@ def test_a_row_is_made_of_the_times() -> None:
     row = static_inference.measure(EngineOfKnownSpeed(), case, repeats=2)
     assert row["prefill_tokens_per_second"] == pytest.approx(2000)
     assert row["step_ms"] == pytest.approx(10)
+    assert row["device_step_ms"] == pytest.approx(8)
     assert row["median_step_ms"] == pytest.approx(9)
     assert row["decode_tokens_per_second"] == pytest.approx(400)
     cost = ModelCost(layer_weights=10**9, head_weights=0, weight_bytes=10**9, slot_bytes=0, attention_flops=0)
