@@ -83,7 +83,8 @@ def merge_splits_kernel(
     value = tl.load(partial + (row * splits + split)[:, None] * head_dim + column[None, :], mask=live, other=0.0)
     total = tl.sum(weight, 0)
     result = tl.sum(weight[:, None] * value, 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=column < head_dim)
+    written = column < tl.where(total > 0, head_dim, 0)
+    tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=written)
 
 
 def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:

@@ -48,8 +48,10 @@ def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int])
 def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
     """The sequence that a tile of the grid belongs to, and which of its own it is.
 
-    Sequence s has the tiles from query_starts[s] // block_queries + s on: as many as it needs, or one more.
+    Sequence s has the tiles from (query_starts[s] - query_starts[0]) // block_queries + s on: as many as it needs, or
+    one more.
     """
+    origin = tl.load(query_starts)
     # Loads that do not wait for each other, and one sum. By 8 warps, a sum of more than `block` numbers makes ptxas
     # 12.8 serialize all matrix products of the kernel.
     block: tl.constexpr = 128
@@ -58,11 +60,11 @@ def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
     for first in range(0, sequences, rounds * block):
         for turn in tl.static_range(rounds):
             index = first + turn * block + tl.arange(0, block)
-            start = tl.load(query_starts + index, mask=index < sequences, other=0)
+            start = tl.load(query_starts + index, mask=index < sequences, other=0) - origin
             begins += ((index < sequences) & (start // block_queries + index <= tile)).to(tl.int32)
     sequence = tl.sum(begins, 0) - 1
     query_start = tl.load(query_starts + sequence)
-    return sequence, tile - (query_start // block_queries + sequence), query_start
+    return sequence, tile - ((query_start - origin) // block_queries + sequence), query_start
 
 
 @triton.jit

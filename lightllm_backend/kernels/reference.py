@@ -72,6 +72,7 @@ def rotary_kv_write(
     k_pool: Tensor,
     v_pool: Tensor,
     scales: Tensor | None = None,
+    query_starts: Tensor | None = None,
 ) -> None:
     """Rotates `q` [tokens, heads, head_dim] in place, and writes rotated `k` and `v` at their slots of the pool.
 
@@ -79,8 +80,11 @@ def rotary_kv_write(
     rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing. With scales, K and V are
     written as int8, each head of a token divided by the scale that makes its greatest magnitude 127.
 
-    `k` and `v` become what was written, in place: prefill_attention reads them there.
+    `k` and `v` become what was written, in place: prefill_attention reads them there. With `query_starts`, tokens
+    before query_starts[0] are left alone: they decode.
     """
+    if query_starts is not None:
+        q, k, v, cos, sin, slots = (tensor[int(query_starts[0]) :] for tensor in (q, k, v, cos, sin, slots))
     q.copy_(_rotate(q, cos, sin))
     written = _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
     for tensor, values in zip((k, v), written, strict=True):
@@ -224,11 +228,12 @@ def token_attention(
     """Attention of one new token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
 
     `q` and `k` are rotated, and `k` and `v` written to the pools, as by rotary_kv_write; the new token is the last of
-    the context. A context length of 0 marks a padding row: it writes and reads nothing and comes out as zeros.
-    With `out`, contiguous and of q's shape, the result is written there.
+    the context. With `out`, contiguous and of q's shape, the result is written there. A context length of 0 marks a
+    padding row: it reads and writes nothing, and its part of `out` stays as it is (zeros without `out`).
     """
+    out = torch.zeros_like(q) if out is None else out
     q = _rotate(q, cos, sin).to(q.dtype)
-    _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
+    _write(_rotate(k, cos, sin), v, slots.masked_fill(context_lengths == 0, -1), k_pool, v_pool, scales)
     groups: dict[int, list[int]] = defaultdict(list)
     seen = context_lengths.clamp_max(window) if window else context_lengths
     contexts = seen.tolist()
@@ -237,9 +242,7 @@ def token_attention(
     groups.pop(0, None)
     pools, options = (k_pool, v_pool, scales), (req_to_token, scale, alibi_slopes)
     if len(groups) == 1 and min(contexts) > 0:
-        result = _attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options)
-        return result if out is None else out.copy_(result)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
+        return out.copy_(_attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options))
     for sequences in groups.values():
         lengths = [contexts[s] for s in sequences]
         part = (q[sequences], rows[sequences], context_lengths[sequences], seen[sequences])
@@ -319,13 +322,14 @@ def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
     `out` [sequences, heads, head_dim], contiguous.
 
     `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator; a part that
-    is empty has -inf, and its values are not used.
+    is empty has -inf, and its values are not used. Where all are, `out` stays as it is.
     """
     maximum = log_sums.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = torch.exp2(log_sums - maximum)
     values = torch.where(weights.unsqueeze(-1) > 0, partial, 0.0)
     total = weights.sum(-1, keepdim=True)
-    return out.copy_((weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0))
+    joined = (weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)
+    return out.copy_(torch.where(total > 0, joined, out))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -79,6 +79,7 @@ def rotary_kv_write_kernel(
     k_pool,
     v_pool,
     scales,
+    query_starts,
     q_stride,
     q_head_stride,
     k_stride,
@@ -97,6 +98,7 @@ def rotary_kv_write_kernel(
     min_scale: tl.constexpr,
     max_scale: tl.constexpr,
     is_quantized: tl.constexpr,
+    has_starts: tl.constexpr,
     is_dependent: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -110,6 +112,9 @@ def rotary_kv_write_kernel(
     block = tl.program_id(1)
     pair = tl.arange(0, block_pairs)
     wait_for_previous(is_dependent)
+    if has_starts:
+        if token < tl.load(query_starts):
+            return  # it decodes
     cosine = tl.load(cos + token * cos_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     sine = tl.load(sin + token * sin_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     if block < query_blocks:
@@ -169,6 +174,7 @@ def rotary_kv_write(
     k_pool: Tensor,
     v_pool: Tensor,
     scales: Tensor | None = None,
+    query_starts: Tensor | None = None,
 ) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -192,6 +198,7 @@ def rotary_kv_write(
         k_pool,
         v_pool,
         k_pool if scales is None else scales,
+        slots if query_starts is None else query_starts,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -210,6 +217,7 @@ def rotary_kv_write(
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
         is_quantized=scales is not None,
+        has_starts=query_starts is not None,
         head_dim=head_dim,
         half=half,
         block_heads=block_heads,

@@ -150,7 +150,7 @@ def token_attention_kernel(
         accumulator = tl.dot(value, weight.to(value.dtype), accumulator * correction, input_precision="ieee")
         maximum = new_maximum
 
-    # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    # Nothing was seen by an empty split: zeros, with a log sum of -inf. A padding row is left as it is.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     result = tl.trans(accumulator / divisor[None, :])
@@ -160,7 +160,8 @@ def token_attention_kernel(
         tl.store(log_sums + index, maximum + tl.log2(divisor), mask=member < group)
     else:
         address = out + sequence * out_stride + head[:, None] * out_head_stride + column[None, :]
-        tl.store(address, result.to(out.dtype.element_ty), mask=live)
+        written = (member < tl.where(context > 0, group, 0))[:, None] & column_live[None, :]
+        tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
 def token_attention(
@@ -196,7 +197,7 @@ def token_attention(
     assert heads % kv_heads == 0
     assert max_context_length <= req_to_token.shape[1]
     if out is None:
-        out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.zeros((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
     group = heads // kv_heads

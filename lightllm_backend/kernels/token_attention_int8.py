@@ -242,7 +242,7 @@ def token_attention_int8_kernel(
         odd_accumulator = tl.dot(v_odds, weights, odd_accumulator * corrections, input_precision="ieee")
         maximum = new_maximum
 
-    # Nothing was seen by an empty split, or in a padding row: zeros, with a log sum of -inf.
+    # Nothing was seen by an empty split: zeros, with a log sum of -inf. A padding row is left as it is.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     surplus = offset * tl.sum(surplus, 0)
@@ -256,7 +256,8 @@ def token_attention_int8_kernel(
         tl.store(log_sums + index, maximum + tl.log2(divisor), mask=member < group)
     else:
         address = out + sequence * out_stride + head[:, None] * out_head_stride + column[None, :]
-        tl.store(address, result.to(out.dtype.element_ty), mask=live)
+        written = (member < tl.where(context > 0, group, 0))[:, None] & column_live[None, :]
+        tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
@@ -296,7 +297,7 @@ def token_attention_int8(
     assert head_dim % 2 == 0
     assert max_context_length <= req_to_token.shape[1]
     if out is None:
-        out = torch.empty((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.zeros((sequences, heads, head_dim), dtype=q.dtype, device=q.device)
     if sequences == 0:
         return out
     pairs, _ = scale_pairs(k_pool, scales)

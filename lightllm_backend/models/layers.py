@@ -34,7 +34,10 @@ class KVLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a model needs of one step: t tokens of n sequences. Those that decode come first, one token each."""
+    """What a model needs of one step: t tokens of n sequences. Those that decode come first, one token each.
+
+    There may be fewer of either than there is room for: sequences without context are padding.
+    """
 
     input_ids: Tensor  # [t] int32
     positions: Tensor  # [t] int32
@@ -42,8 +45,8 @@ class StepInput:
     slots: Tensor  # [t] int32, where the pool takes each token's K and V; -1 is padding
     rows: Tensor  # [n] int32, of req_to_token
     context_lengths: Tensor  # [n] int32, cached and new tokens
-    query_starts: Tensor  # [n_prefill + 1] int32, starts of the prefill chunks, counted from the first of them
-    num_decodes: int
+    query_starts: Tensor  # [n_prefill + 1] int32, the first tokens of the prefill chunks, and behind the last
+    num_decodes: int  # with padding; the other sequences prefill
     max_context_length: int
     last_tokens: Tensor  # [m] int64, the tokens whose logits are wanted
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
@@ -320,13 +323,13 @@ class PoolAttention:
         if decodes > 0:
             rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
             table = (step.req_to_token, rows, contexts, step.max_context_length)
+            # The last of them may belong to a prompt, and are left alone then.
             decoded = (tensor[:decodes] for tensor in new)
             self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options, out=out[:decodes])
-        if q.shape[0] > decodes:
-            q, k, v, cos, sin, slots = (tensor[decodes:] for tensor in new)
-            self.kernels.rotary_kv_write(q, k, v, cos, sin, slots, *pool, kv.scales)
+        if len(step.query_starts) > 1:
+            self.kernels.rotary_kv_write(*new, *pool, kv.scales, step.query_starts)
             chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
-            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, out=out[decodes:])
+            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, out=out)
         return out.flatten(1)
 
 

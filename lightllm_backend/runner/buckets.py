@@ -10,16 +10,17 @@ import numpy as np
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket
 
-# Of a fast GPU and a fast host, so that others, which need graphs for fewer tokens, have at least those.
+# A fast GPU, and what it takes to launch a layer's kernels one by one (0.75 to 1.2 ms on a host of 2026).
 _FLOPS = 600e12
-_LAUNCH_SECONDS_PER_LAYER = 350e-6
+_LAUNCH_SECONDS_PER_LAYER = 1e-3
 _LEAST_TOKENS, _MOST_TOKENS = 256, 2048
 
-_PROMPT_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-# Prompts beside each other in a short step; one of so few costs no more than one of a single prompt.
-_MOST_PREFILLS = 16
-# A step of many decodes gains nothing from buckets for a handful of prompt tokens.
-_DECODES_PER_PROMPT_TOKEN = 8
+# Of steps that prefill; beyond 512 as far apart as the tiles of matrix products, which compute whole ones.
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MOST_TOKENS + 1, 128))
+# Prompts beside each other in such a step.
+_MOST_PREFILLS = 32
+# Among how many sequences decode attention divides the GPU; where many may decode, one is not cut into parts.
+_DECODES = (0, 8, 32, 128)
 
 
 def batch_size_buckets(largest: int) -> list[int]:
@@ -40,28 +41,29 @@ def graph_tokens(num_layers: int, num_weights: int) -> int:
 
 
 def step_buckets(num_rows: int, batch_max_tokens: int, most_tokens: int) -> list[Bucket]:
-    """Decodes alone, up to `num_rows`, and with prompts beside them while both are at most `most_tokens`."""
-    decode_sizes = [0, 8, 32, 64, 96, *range(128, 512, 64), *range(512, num_rows + 128, 128)]
-    prompt_sizes = _up_to(batch_max_tokens, _PROMPT_TOKENS)
+    """Decodes alone, up to `num_rows`, and with prompts among at most `most_tokens` tokens."""
     mixed = [
-        Bucket(decodes, tokens, min(tokens, _MOST_PREFILLS, num_rows))
-        for decodes in _up_to(num_rows, decode_sizes)
-        for tokens in prompt_sizes
-        if decodes + tokens <= most_tokens and decodes <= tokens * _DECODES_PER_PROMPT_TOKEN
+        Bucket(tokens, decodes, min(tokens, _MOST_PREFILLS, num_rows))
+        for tokens in _up_to(min(most_tokens, num_rows + batch_max_tokens), _TOKENS)
+        for decodes in sorted({*_up_to(min(num_rows, tokens - 1), _DECODES), min(num_rows, tokens - 1)})
     ]
-    return [Bucket(size) for size in batch_size_buckets(num_rows)] + mixed
+    return [Bucket(size, size) for size in batch_size_buckets(num_rows)] + mixed
 
 
 class BucketChoice:
-    """Finds the bucket with the fewest tokens that a batch fits, which is the same on every rank."""
+    """Finds the bucket with the fewest tokens that a batch fits, which is the same on every rank.
+
+    Buckets with room for prompts are for batches that have some: they launch more kernels.
+    """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self.buckets = sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.prompt_tokens))
+        self.buckets = sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.prefills, bucket.decodes))
         self._sizes = np.array(self.buckets)
 
     def __call__(self, batch: Batch) -> Bucket | None:
         """None: there is none."""
-        fits = (self._sizes >= Bucket.of(batch)).all(1)
+        needed = Bucket.of(batch)
+        fits = (self._sizes >= needed).all(1) & ((self._sizes[:, 2] > 0) == (needed.prefills > 0))
         index = int(fits.argmax())
         return self.buckets[index] if fits[index] else None
 

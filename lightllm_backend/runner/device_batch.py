@@ -61,58 +61,54 @@ class RequestTables:
 
 
 class Bucket(NamedTuple):
-    """The shape of a step: how many tokens it decodes, and how many tokens of how many prompts it prefills.
-
-    A batch fits if it has no more of any of them.
+    """The shape of a step: how many tokens it has at most, how many of them may decode, and of how many prompts the
+    others may be. What it costs goes by the tokens; room for more decodes and prompts than there are is nearly free.
     """
 
+    tokens: int
     decodes: int
-    prompt_tokens: int = 0
     prefills: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> Bucket:
         """The one that the batch fills."""
-        return cls(batch.num_decodes, len(batch.slots) - batch.num_decodes, len(batch.rows) - batch.num_decodes)
+        return cls(len(batch.slots), batch.num_decodes, len(batch.rows) - batch.num_decodes)
 
     @property
-    def tokens(self) -> int:
-        return self.decodes + self.prompt_tokens
-
-    @property
-    def sequences(self) -> int:
-        return self.decodes + self.prefills
+    def samples(self) -> int:
+        """How many sequences may sample a token."""
+        return min(self.decodes + self.prefills, self.tokens)
 
     def layout(self) -> Layout:
         """Of its StepArrays."""
-        t, n = self.tokens, self.sequences
-        lengths = StepArrays(t, n, n, t, t, t, n, n, self.prefills + 1)
+        t, n, m = self.tokens, self.decodes + self.prefills, self.samples
+        lengths = StepArrays(t, m, m, t, t, t, n, n, self.prefills + 1)
         return Layout([(_INT64, length) for length in lengths[:3]] + [(_INT32, length) for length in lengths[3:]])
 
 
 class StepArrays(NamedTuple):
     """All that a step of a bucket's shape reads, beside the tables: t tokens of n sequences, on the host or the device.
 
-    The tokens that decode come first, then, behind the bucket's last decode, those of the prompts. What a batch leaves
-    over in either part is padding: tokens of the tables' padding row without a slot, which belong to no sequence, and
-    sequences without context and queries. The logits of the sequences that sample come first and without gaps; all
-    others' are those of any token, and what is chosen from them goes to the padding row.
+    The tokens that decode come first, then those of the prompts, then padding: tokens of the tables' padding row
+    without a slot, which belong to no sequence. Of the sequences, those that prefill come behind the bucket's last
+    decode; padding in either part has no context and no queries. The logits of the sequences that sample come first and
+    without gaps; all others' are those of any token, and what is chosen from them goes to the padding row.
     """
 
     token_places: Any  # [t] int64, of each token in the flattened tables
-    last_tokens: Any  # [n] int64, whose logits are wanted
-    sampled_places: Any  # [n] int64, where in the flattened table of tokens each choice goes
+    last_tokens: Any  # [samples] int64, whose logits are wanted
+    sampled_places: Any  # [samples] int64, where in the flattened table of tokens each choice goes
     positions: Any  # [t] int32
     slots: Any  # [t] int32; -1 is padding
     rotary_lengths: Any  # [t] int32, see models.layers.StepInput
     rows: Any  # [n] int32
     context_lengths: Any  # [n] int32
-    query_starts: Any  # [prefills + 1] int32, counted from the first prompt token
+    query_starts: Any  # [prefills + 1] int32, the first tokens of the prompts, and behind the last
 
 
 def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: RequestTables) -> None:
     """Write a batch that fits the bucket into its arrays on the host, with padding where it leaves room."""
-    decodes, prompt_tokens, prefills = Bucket.of(batch)
+    tokens, decodes, prefills = Bucket.of(batch)
     positions = _positions(batch.starts, batch.lengths)
     context_lengths = batch.starts + batch.lengths
     rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
@@ -122,18 +118,22 @@ def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: RequestTables
         (arrays.positions, positions, 0),
         (arrays.slots, batch.slots, -1),
         (arrays.rotary_lengths, rotary_lengths, 0),
+    ):
+        target[:tokens] = values
+        target[tokens:] = padding
+    for target, values, padding in (
         (arrays.rows, batch.rows, tables.padding_row),
         (arrays.context_lengths, context_lengths, 0),
     ):
         target[:decodes] = values[:decodes]
-        target[decodes:] = padding
-        target[bucket.decodes : bucket.decodes + len(values) - decodes] = values[decodes:]
+        target[decodes : bucket.decodes] = padding
+        target[bucket.decodes : bucket.decodes + prefills] = values[decodes:]
+        target[bucket.decodes + prefills :] = padding
 
     ends = np.cumsum(batch.lengths)
-    arrays.query_starts[0] = 0
-    arrays.query_starts[1 : prefills + 1] = ends[decodes:] - decodes
-    arrays.query_starts[prefills + 1 :] = prompt_tokens
-    ends[decodes:] += bucket.decodes - decodes
+    arrays.query_starts[0] = decodes
+    arrays.query_starts[1 : prefills + 1] = ends[decodes:]
+    arrays.query_starts[prefills + 1 :] = tokens
     num_sampled = np.count_nonzero(batch.samples)
     arrays.last_tokens[:num_sampled] = ends[batch.samples] - 1
     arrays.last_tokens[num_sampled:] = 0

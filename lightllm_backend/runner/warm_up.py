@@ -75,7 +75,7 @@ def workspace_bytes(
     """
     torch.cuda.reset_peak_memory_stats(device)
     most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
-    most_logits = max(buckets, key=lambda bucket: bucket.sequences)
+    most_logits = max(buckets, key=lambda bucket: bucket.samples)
     runner_with_one_slot.capture_graphs(list({most_tokens, most_logits}))
     for batch in batches:
         runner_with_one_slot.launch(batch).result()

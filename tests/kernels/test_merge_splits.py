@@ -32,10 +32,10 @@ def test_joined_parts_are_the_whole(implementation, dtype, bounds, device):
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
-def test_nothing_seen_is_zero(implementation, device):
+def test_where_nothing_is_seen_nothing_is_written(implementation, device):
     partial = torch.full((1, 2, 3, 8), torch.nan, device=device)
     log_sums = torch.full((1, 2, 3), -torch.inf, device=device)
-    assert (implementation.merge_splits(partial, log_sums, partial.new_empty(1, 2, 8)) == 0).all()
+    assert (implementation.merge_splits(partial, log_sums, partial.new_full((1, 2, 8), 7.0)) == 7).all()
 
 
 def test_split_count():

@@ -141,6 +141,21 @@ def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeyp
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("decodes", [1, 63, 64, 150])
+def test_tokens_before_the_first_prompt_are_left_alone(implementation, decodes, device):
+    queries, contexts = [70, 3, 0], [90, 3, 0]
+    q, pool, rest = _step(queries, contexts, (4, 2, 16), torch.float32, device)
+    k, v, cached = split_new(pool, queries, len(q), torch.float32)
+    expected = implementation.prefill_attention(q, k, v, cached.k, cached.v, *rest)
+    behind = [torch.cat([torch.full_like(x, torch.nan)[:1].expand(decodes, -1, -1), x]) for x in (q, k, v)]
+    table, rows, starts, *others = rest
+    out = torch.full_like(behind[0], 7.0)
+    implementation.prefill_attention(*behind, cached.k, cached.v, table, rows, starts + decodes, *others, out=out)
+    assert torch.equal(out[decodes : decodes + 73], expected[:73])
+    assert (out[:decodes] == 7).all()
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
 def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
     expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)

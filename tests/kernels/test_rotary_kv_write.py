@@ -58,6 +58,22 @@ def test_reference_is_a_rotation(shape):
     assert v_pool[untouched].isnan().all()
 
 
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_tokens_that_decode_are_left_alone(implementation, first, device):
+    fused, arguments, _ = _step(5, 4, 2, 16, 16, torch.float32, device)
+    expected, others = fused.clone(), arguments[6:]
+    pools = [pool.clone() for pool in others]
+    alone = [tensor[first:].clone() for tensor in arguments[:6]]
+    implementation.rotary_kv_write(*alone, *pools)
+    starts = torch.tensor([first, 5], dtype=torch.int32, device=device)
+    implementation.rotary_kv_write(*arguments, query_starts=starts)
+    assert torch.equal(fused[:first], expected[:first])
+    for tensor, wanted in zip((*arguments[:3], *others), (*alone[:3], *pools), strict=True):
+        part = tensor[first:] if len(tensor) == 5 else tensor
+        assert torch.equal(part.nan_to_num(9), wanted.nan_to_num(9))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_matches_the_reference(shape, dtype, device):

@@ -156,8 +156,23 @@ def test_the_result_goes_where_it_is_wanted(implementation, contexts, int8, devi
     wide = new.q.new_full((len(contexts) + 1, 2, 16), 7.0)
     out = implementation.token_attention(*new, pool.k, pool.v, *rest, **options, out=wide[:-1])
     assert out.data_ptr() == wide.data_ptr()
-    assert torch.equal(wide[:-1], expected)
+    live = pool.context_lengths > 0
+    assert torch.equal(wide[:-1][live], expected[live])
     assert (wide[-1] == 7).all()
+    assert (wide[:-1][~live] == 7).all(), "a padding row is somebody else's"
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("int8", [False, True])
+def test_padding_with_a_slot_writes_nothing(implementation, int8, device):
+    """It is a token of a prompt, which prefills."""
+    new, pool, rest = _step([5, 0], (2, 1, 16), torch.float32, device, int8=int8)
+    free = sorted(set(range(len(pool.k))) - set(pool.req_to_token.flatten().tolist()) - {int(new.slots[0])})[0]
+    new.slots[1] = free
+    before = pool.copy()
+    implementation.token_attention(*new, pool.k, pool.v, *rest, scales=pool.scales)
+    assert torch.equal(pool.k[free].nan_to_num(), before.k[free].nan_to_num())
+    assert torch.equal(pool.v[free].nan_to_num(), before.v[free].nan_to_num())
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

@@ -70,7 +70,7 @@ class StepHarness:
     def step_input(self, work: Sequence[tuple[HandSequence, int]]) -> StepInput:
         decoding = [sequence.decodes for sequence, _ in work]
         assert decoding == sorted(decoding, reverse=True), "decode tokens come first"
-        ids, positions, lengths, slots, starts = [], [], [], [], [0]
+        ids, positions, lengths, slots, starts = [], [], [], [], [sum(decoding)]
         for sequence, count in work:
             for position in range(sequence.cached, sequence.cached + count):
                 ids.append(sequence.tokens[position])
