@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from perf.kernels.measure import Arguments, Case, Place
 from perf.kernels.pool import mixed_contexts, pool_arguments, pool_bytes
 
@@ -30,16 +28,8 @@ def case(place: Place, sequences: int, context: int, heads: int, kv_heads: int, 
         angle = 100 * place.randn(sequences, head_dim // 2).float()
         rest = pool_arguments(place, contexts, kv_heads, head_dim, variant)
         slots = rest["req_to_token"].gather(1, rest["context_lengths"][:, None].long() - 1).squeeze(1)
-        return {
-            "q": q,
-            "k": k,
-            "v": v,
-            "cos": angle.cos(),
-            "sin": angle.sin(),
-            "slots": slots,
-            **rest,
-            "out": torch.empty_like(q, memory_format=torch.contiguous_format),
-        }
+        out = place.randn(sequences, heads, head_dim)
+        return {"q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(), "slots": slots, **rest, "out": out}
 
     pool = pool_bytes(sum(contexts), kv_heads, head_dim, variant)
     lengths = context or f"mixed, mean {MEAN_CONTEXT}"
