@@ -329,8 +329,8 @@ def prefill_attention_kernel(
         # One block at most, the sequence's last.
         accumulator, maximum, total = _attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
-            query_start, tile_column, tl.maximum(whole, diagonal), end, scale_log2, slope_log2, origin, window,
-            head_dim, block_tokens, block_dim, has_alibi, has_window, True, False, has_tiles, 1,
+            query_start, tile_column, whole, end, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
+            block_dim, has_alibi, has_window, True, False, has_tiles, 1,
         )  # fmt: skip
         # Rows behind the last query may have seen nothing.
         norm = 1.0 / tl.where(total > 0, total, 1.0)

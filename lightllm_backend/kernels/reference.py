@@ -152,7 +152,7 @@ def prefill_attention(
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
     `window - 1` tokens before it. With `out`, which has q's shape, the result is written there.
     """
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     # What no query of a sequence sees is left out, as if the sequence began behind it.
