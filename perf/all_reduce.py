@@ -92,7 +92,7 @@ def run_rank(rank: int, ranks: int, store: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     parallel = TensorParallel.connect(rank, ranks, device, store)
-    parallel = parallel.with_symmetric_memory(SIZES[-1] // 2, torch.bfloat16, device)
+    parallel = parallel.with_symmetric_memory(1, SIZES[-1] // 2, torch.bfloat16, device)
     rows = []
     for size in SIZES:
         message = torch.zeros(1, size // 2, dtype=torch.bfloat16, device=device)
