@@ -22,7 +22,8 @@ def all_reduce_rms_norm_kernel(
     weight,
     residual,
     out,
-    mailboxes,
+    own_box,
+    boxes,
     turns,
     x_stride,
     residual_stride,
@@ -38,31 +39,27 @@ def all_reduce_rms_norm_kernel(
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
-    number: tl.constexpr = residual.dtype.element_ty
-    bits: tl.constexpr = tl.int32 if number.primitive_bitwidth == 32 else tl.int16
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
-    own_box = tl.multiple_of(tl.load(mailboxes + rank).to(tl.pointer_type(bits)), 16)
     wait_for_previous(is_dependent)
-    residual += token * residual_stride + column
-    before = tl.load(residual, mask=live, other=0.0).to(tl.float32)
+    residual_row = residual + token * residual_stride + column
+    before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     turn = tl.load(turns + token)
     first = (turn * ranks * mailbox_rows + token) * dim
     own = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    sent = own.to(number).to(bits, bitcast=True)
-    sent = tl.where(sent == empty, sent_for_empty, sent).to(bits)
+    sent = own.to(residual.dtype.element_ty).to(own_box.dtype.element_ty, bitcast=True)
+    sent = tl.where(sent == empty, sent_for_empty, sent).to(own_box.dtype.element_ty)
     # Not all to the same rank at first.
     for distance in tl.static_range(1, ranks):
-        box = tl.load(mailboxes + (rank + distance) % ranks).to(tl.pointer_type(bits))
-        box = tl.multiple_of(box, 16)
+        box = tl.multiple_of(tl.load(boxes + (rank + distance) % ranks).to(own_box.dtype), 16)
         # Written through to the other GPU's memory at once.
         tl.store(box + (first + rank * mailbox_rows * dim + column), sent, mask=live, cache_modifier=".wt")
 
-    own_box += first + column
+    place = own_box + (first + column)
     # In order of rank, so that all ranks come to the same bits.
     total = tl.zeros([block], dtype=tl.float32)
     missing = 1
@@ -72,19 +69,19 @@ def all_reduce_rms_norm_kernel(
         for sender in tl.static_range(ranks):
             arrived = sent
             if sender != rank:
-                arrived = tl.load(own_box + sender * mailbox_rows * dim, mask=live, other=0, volatile=True)
+                arrived = tl.load(place + sender * mailbox_rows * dim, mask=live, other=0, volatile=True)
             is_missing |= (arrived == empty).to(tl.int32)
-            total += arrived.to(number, bitcast=True).to(tl.float32)
+            total += arrived.to(residual.dtype.element_ty, bitcast=True).to(tl.float32)
         missing = tl.max(is_missing, 0)
     # The reduction is over, so every thread has read.
-    nothing = tl.full([block], empty, dtype=bits)
+    nothing = tl.full([block], empty, dtype=own_box.dtype.element_ty)
     for sender in tl.static_range(ranks):
         if sender != rank:
-            tl.store(own_box + sender * mailbox_rows * dim, nothing, mask=live)
+            tl.store(place + sender * mailbox_rows * dim, nothing, mask=live)
     tl.store(turns + token, 1 - turn)
 
-    total = (before + total).to(number)
-    tl.store(residual, total, mask=live)
+    total = (before + total).to(residual.dtype.element_ty)
+    tl.store(residual_row, total, mask=live)
     value = total.to(tl.float32)
     normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
     # Rounded before the product with the weight, as the models were trained.
@@ -110,6 +107,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         weight,
         residual,
         out,
+        own,
         mailboxes.addresses,
         mailboxes.turns,
         x.stride(-2),
