@@ -3,7 +3,7 @@
 
 One process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks: NCCL on
 GPUs, gloo on a CPU. On GPUs that can read each other's memory, the messages of a decode step are summed through
-symmetric memory instead, at half of NCCL's latency.
+symmetric memory instead, at half of NCCL's latency; the smallest of them by a norm that follows, through mailboxes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
+
 # Up to here each rank reads everything of the others; beyond, each sums a part and all read the sums.
 ONE_SHOT_BYTES = 256 << 10
 # The kernels read this much at a time, and cut a message into as many parts as there are ranks.
 VECTOR_BYTES = 16
+# What a rank writes into all others' mailboxes for one sum; beyond, it is quicker to sum in two shots.
+MAILED_BYTES = 2 << 20
 
 # Its new name, of torch 2.13, and its old one.
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
@@ -52,13 +56,15 @@ class TensorParallel:
             )
         return cls(rank, size)
 
-    def with_symmetric_memory(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> TensorParallel:
-        """The same, with a buffer for messages of up to `num_elements`, where the GPUs support it; for all ranks."""
+    def with_symmetric_memory(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> TensorParallel:
+        """The same, with memory for messages of up to [rows, columns], where the GPUs support it; for all ranks."""
         if self.size == 1 or device.type != "cuda":
             return self
         reason = ""
         try:
-            symmetric = SymmetricMemory(self.size, num_elements, dtype, device)
+            symmetric = SymmetricMemory(self.rank, self.size, rows, columns, dtype, device)
             symmetric.check(self.rank)
         except Exception as error:  # noqa: BLE001 (whatever it is, NCCL does without)
             reason = f"{type(error).__name__}: {error}"
@@ -70,6 +76,11 @@ class TensorParallel:
     def product_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Where to write a product [rows, columns] that goes to `all_reduce` next, to save a copy; None: anywhere."""
         return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
+
+    def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
+        """Through which a norm is to sum products [rows, columns] itself; None: `all_reduce` is."""
+        mailboxes = self.symmetric.mailboxes if self.symmetric else None
+        return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten with it."""
@@ -107,7 +118,7 @@ class TensorParallel:
 
 
 class SymmetricMemory:
-    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels.
+    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels; and mailboxes.
 
     The buffer and its addresses never change, so a CUDA graph may use them. The kernels begin and end with all ranks
     waiting for each other: once a sum is there, everybody has read this rank's buffer, and the next may be written.
@@ -115,7 +126,9 @@ class SymmetricMemory:
     rank. The kernels know float32 and bfloat16. The multicast (NVLS) ones are not used.
     """
 
-    def __init__(self, size: int, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    mailboxes: Mailboxes | None
+
+    def __init__(self, rank: int, size: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         """Collective. Raises whatever torch or the driver does where there is no such memory."""
         from torch.distributed import _symmetric_memory
 
@@ -126,7 +139,7 @@ class SymmetricMemory:
         self._granularity = VECTOR_BYTES * size // dtype.itemsize
         # Older versions of torch lack it, and it is made for these numbers of ranks only.
         self._two_shot_has_output = size in (2, 4, 8) and hasattr(torch.ops.symm_mem, "two_shot_all_reduce_out")
-        num_elements = -(-num_elements // self._granularity) * self._granularity
+        num_elements = -(-rows * columns // self._granularity) * self._granularity
         group = torch.distributed.group.WORLD
         assert group is not None, "connect() comes first"
         self._group_name: str = group.group_name
@@ -134,6 +147,17 @@ class SymmetricMemory:
             self._buffer = _symmetric_memory.empty(num_elements, dtype=dtype, device=device)
         # The kernels look the handle up by the buffer and the group; kept, so that it lives as long as they.
         self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
+
+        rows = max(1, min(rows, MAILED_BYTES // ((size - 1) * columns * dtype.itemsize)))
+        shape, bits = (2, size, rows, columns), bits_of(dtype)
+        with torch.inference_mode(mode=False):
+            own = _symmetric_memory.empty(shape, dtype=bits, device=device)
+        self._mailbox_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
+        own.fill_(EMPTY)
+        handle.barrier()  # nobody writes before
+        offset = (own.data_ptr() - handle.buffer_ptrs[rank]) // bits.itemsize
+        boxes = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
+        self.mailboxes = Mailboxes.of(boxes, rank)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The beginning of the buffer as [shape]; None if such a message does not fit there."""

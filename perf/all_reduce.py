@@ -6,7 +6,8 @@
 Starts one process a rank. Each way of summing is captured in a CUDA graph, several in a row as in a model's step, and
 its result is checked. A column is microseconds for one sum: the median over replays of the slowest rank's time.
 `one_shot` and `two_shot` make new tensors; `two_shot_in_place` leaves the sum where the next message overwrites it;
-`engine` is TensorParallel.all_reduce as the engine calls it, on a product that is in the buffer already.
+`engine` is TensorParallel.all_reduce as the engine calls it, on a product that is in the buffer already. `norm_after`
+is that and the norm that follows; `norm_engine` what the engine does instead, which is the same for large messages.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from torch import Tensor
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.worker_group import worker_environment
+from lightllm_backend.kernels import launchers
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result
 
 IN_A_ROW = 20
 REPLAYS = 50
+HIDDEN = 4096  # a message is rows of it
 SIZES = [8 << 10 << step for step in range(10)]  # bytes: 8 KB … 4 MB
 
 
@@ -45,7 +48,7 @@ def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[],
         return message
 
     ways: dict[str, Callable[[], Tensor]] = {"nccl": nccl}
-    view = parallel.product_buffer(1, message.numel(), message.dtype)
+    view = parallel.product_buffer(*message.shape, message.dtype)
     if parallel.symmetric is not None and view is not None:
         symmetric, buffer = parallel.symmetric, view
         ways |= {
@@ -55,6 +58,24 @@ def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[],
             "engine": lambda: parallel.all_reduce(buffer),
         }
     return ways
+
+
+def norms_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The same with the addition to a residual and its norm; only where there is symmetric memory."""
+    weight, residual = torch.ones_like(message[0]), torch.zeros_like(message)
+    view = parallel.product_buffer(*message.shape, message.dtype)
+    mailboxes = parallel.mailboxes(*message.shape)
+    if view is None:
+        return {}
+
+    def after() -> Tensor:
+        return launchers.rms_norm(parallel.all_reduce(view), weight, 1e-5, residual)
+
+    def mailed() -> Tensor:
+        assert mailboxes is not None
+        return launchers.all_reduce_rms_norm(message, weight, 1e-5, residual, mailboxes)
+
+    return {"norm_after": after, "norm_engine": mailed if mailboxes else after}
 
 
 def is_right(way: Callable[[], Tensor], parallel: TensorParallel, targets: list[Tensor]) -> bool:
@@ -87,16 +108,20 @@ def microseconds(way: Callable[[], Tensor]) -> float:
     return statistics.median(times)
 
 
+def slowest_microseconds(way: Callable[[], Tensor], parallel: TensorParallel, device: torch.device) -> float:
+    return -parallel.minimum(-round(1e3 * microseconds(way)), device) / 1e3
+
+
 def run_rank(rank: int, ranks: int, store: str) -> None:
     """Measures all sizes; rank 0 writes them beside the store, as JSON."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     parallel = TensorParallel.connect(rank, ranks, device, store)
-    parallel = parallel.with_symmetric_memory(SIZES[-1] // 2, torch.bfloat16, device)
+    parallel = parallel.with_symmetric_memory(SIZES[-1] // 2 // HIDDEN, HIDDEN, torch.bfloat16, device)
     rows = []
     for size in SIZES:
-        message = torch.zeros(1, size // 2, dtype=torch.bfloat16, device=device)
-        view = parallel.product_buffer(1, message.numel(), message.dtype)
+        message = torch.zeros(size // 2 // HIDDEN, HIDDEN, dtype=torch.bfloat16, device=device)
+        view = parallel.product_buffer(*message.shape, message.dtype)
         row: dict[str, Any] = {"bytes": size}
         for name, way in ways_of(parallel, message).items():
             right = is_right(way, parallel, [message] if view is None else [message, view])
@@ -104,8 +129,9 @@ def run_rank(rank: int, ranks: int, store: str) -> None:
                 raise SystemExit(f"{name} sums {size} bytes wrongly")
             for target in [message] if view is None else [message, view]:
                 target.normal_()  # sums of sums grow beyond all numbers, and take as long
-            slowest = -parallel.minimum(-round(1e3 * microseconds(way)), device)
-            row[name] = slowest / 1e3
+            row[name] = slowest_microseconds(way, parallel, device)
+        for name, way in norms_of(parallel, message).items():
+            row[name] = slowest_microseconds(way, parallel, device)
         rows.append(row)
     if rank == 0:
         Path(f"{store}.json").write_text(json.dumps(rows))

@@ -20,7 +20,7 @@ x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)
 assert parallel.all_gather(x).tolist() == [[1, 2, 2, 4], [3, 4, 6, 8]]
 assert parallel.all_gather(x.bfloat16().t()).tolist() == [[1, 3, 2, 6], [2, 4, 4, 8]]
 assert parallel.minimum(7 - rank, cpu) == 6
-assert parallel.with_symmetric_memory(8, torch.float32, cpu) is parallel, "there is none on a CPU"
+assert parallel.with_symmetric_memory(2, 4, torch.float32, cpu) is parallel, "there is none on a CPU"
 assert parallel.broadcast(x.clone(), 1).tolist() == [[2, 4], [6, 8]]
 assert parallel.all_reduce(x.bfloat16()).tolist() == [[3, 6], [9, 12]]
 assert parallel.all_reduce(x).tolist() == [[3, 6], [9, 12]]
@@ -55,6 +55,7 @@ class PrivateMemory(SymmetricMemory):
     def __init__(self, num_elements: int, dtype: torch.dtype) -> None:
         self._granularity = 8
         self._buffer = torch.zeros(num_elements, dtype=dtype)
+        self.mailboxes = None
         self.sums: list[str] = []
 
     def one_shot(self, view: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     shape = ModelConfig.from_directory(directory)
     parallel = TensorParallel.connect(rank, config.tp, device, store)
     dtype = choose_dtype(config, shape, device, parallel)
-    parallel = parallel.with_symmetric_memory(config.running_max_req_size * shape.hidden_size, dtype, device)
+    parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
     max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_sequence_length)
     max_input = _clamp("max_req_input_len", config.max_req_input_len, max_total - 1)
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel's launcher, by the name of its reference."""
 
+from lightllm_backend.kernels.all_reduce_rms_norm import all_reduce_rms_norm
 from lightllm_backend.kernels.apply_penalties import apply_penalties
 from lightllm_backend.kernels.count_tokens import count_tokens
 from lightllm_backend.kernels.gated_linear import gated_linear
@@ -19,6 +20,7 @@ from lightllm_backend.kernels.token_attention import token_attention
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
 __all__ = [
+    "all_reduce_rms_norm",
     "apply_penalties",
     "count_tokens",
     "gated_linear",

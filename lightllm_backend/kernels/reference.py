@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
+from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
 
 # In a table of token counts, this bit says that the token occurs in the prompt; the bits below count generated ones.
 IN_PROMPT = 1 << 30
@@ -47,6 +48,25 @@ def _sum_of_parts(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x[0] if len(x) == 1 else x.float().sum(0)
+
+
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, mailboxes: Mailboxes) -> Tensor:
+    """rms_norm of `residual +=` the sum of all ranks' `x`, each rounded to the residual's type before it is sent.
+
+    All ranks call it alike, and get the same bits. `x` may be the parts of this rank's product, as for rms_norm.
+    """
+    tokens, rank = x.shape[-2], mailboxes.rank
+    token, turn = torch.arange(tokens, device=x.device), mailboxes.turns[:tokens].long()
+    own = mailboxes.boxes[rank]
+    sent = _sum_of_parts(x).to(residual.dtype).contiguous().view(own.dtype)
+    sent = sent.masked_fill(sent == EMPTY, SENT_FOR_EMPTY)
+    for box in mailboxes.boxes:
+        box[turn, rank, token] = sent
+    while bool(((arrived := own[turn, :, token]) == EMPTY).any()):
+        pass
+    own[turn, :, token] = EMPTY
+    mailboxes.turns[:tokens] = 1 - turn
+    return rms_norm(arrived.view(residual.dtype).float().sum(1), weight, eps, residual)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

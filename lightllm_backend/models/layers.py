@@ -160,7 +160,7 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """A matrix split over the ranks by its input features; the ranks' products are summed.
+    """A matrix split over the ranks by its input features; the ranks' products are summed, here or by whoever is next.
 
     The result goes to a norm, which takes it in parts as well: it may be [parts, tokens, out_features], see
     kernels.linear_splits.
@@ -175,13 +175,26 @@ class RowLinear:
         self.bias = place.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Each rank holds the bias, and one of them adds it.
-        bias = self.bias if self.parallel.rank == 0 else None
-        if self.parallel.size == 1:
-            parts: Tensor = self.kernels.linear_splits(x, self.weight, bias)
-            return parts
+        return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
+
+    def unsummed(self, x: Tensor) -> Tensor:
+        """This rank's product alone, for a norm that has it summed; in parts where they go through mailboxes."""
+        mailboxes = self.parallel.mailboxes(x.shape[0], self.weight.shape[0])
+        return self._parts(x) if self.parallel.size == 1 or mailboxes else self._whole(x)
+
+    def _parts(self, x: Tensor) -> Tensor:
+        parts: Tensor = self.kernels.linear_splits(x, self.weight, self._added_bias)
+        return parts
+
+    def _whole(self, x: Tensor) -> Tensor:
         buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
-        return self.parallel.all_reduce(self.kernels.linear(x, self.weight, bias, buffer))
+        product: Tensor = self.kernels.linear(x, self.weight, self._added_bias, buffer)
+        return product
+
+    @property
+    def _added_bias(self) -> Tensor | None:
+        """Each rank holds the bias, and one of them adds it."""
+        return self.bias if self.parallel.rank == 0 else None
 
     def weight_map(self) -> dict[str, WeightSlot]:
         out_features, share = self.weight.shape
@@ -366,7 +379,7 @@ class Attention:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.output(self.attend(q, k, v, cos, sin, kv, step))
+        return self.output.unsummed(self.attend(q, k, v, cos, sin, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.qkv.weight_map() | self.output.weight_map()

@@ -26,16 +26,23 @@ from lightllm_backend.parallel import TensorParallel
 
 
 class RMSNorm:
-    """Root-mean-square norm of `x`, or of `residual += x`, which is updated in place."""
+    """Root-mean-square norm of `x`, or of `residual +=` the sum of all ranks' `x`, which is updated in place."""
 
     def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
         self.kernels = place.kernels
+        self.parallel = place.parallel
         self.eps = config.norm_eps
         self.weight = place.empty(config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        normalized: Tensor = self.kernels.rms_norm(x, self.weight, self.eps, residual)
+        normalized: Tensor
+        if residual is not None:
+            if mailboxes := self.parallel.mailboxes(*x.shape[-2:]):
+                normalized = self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, mailboxes)
+                return normalized
+            x = self.parallel.all_reduce(x)
+        normalized = self.kernels.rms_norm(x, self.weight, self.eps, residual)
         return normalized
 
     def weight_map(self) -> dict[str, WeightSlot]:
@@ -53,7 +60,7 @@ class GatedMLP:
         self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up.gated(x))
+        return self.down.unsummed(self.gate_up.gated(x))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.gate_up.weight_map() | self.down.weight_map()

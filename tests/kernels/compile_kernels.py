@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightllm_backend import kernels
 from lightllm_backend.kernels import gated_linear, launchers, linear_splits
 from lightllm_backend.kernels.linear_splits import LinearBlocks
+from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -70,6 +71,8 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     logits = torch.zeros(4, vocab_size)
     weight = torch.empty(heads * head_dim, dtype=dtype)
     launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
+    boxes = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_of(dtype))] * 4
+    launchers.all_reduce_rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1), Mailboxes.of(boxes, rank=2))
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:

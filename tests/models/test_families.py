@@ -49,6 +49,15 @@ def test_ranks_together_compute_the_same_logits(tmp_path, family):
     run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
 
 
+@pytest.mark.parametrize(("family", "size"), [("mistral", 2), ("qwen2_window", 4), ("bloom_12_heads", 2)])
+def test_ranks_together_through_mailboxes(tmp_path, family, size):
+    """With room for 3 rows: what the last norm takes of each step, and some whole steps."""
+    save_random_model(family, tmp_path)
+    transformer = random_model(family)
+    columns = transformer.config.hidden_size
+    run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer), 3, columns)
+
+
 @pytest.mark.parametrize(("family", "size"), [("bloom_6_heads", 3), ("bloom_12_heads", 4), ("qwen2_window", 4)])
 def test_more_ranks(tmp_path, family, size):
     save_random_model(family, tmp_path)

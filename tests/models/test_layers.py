@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
 from lightllm_backend.models.layers import Embedding, Head, Placement, RowLinear
+from lightllm_backend.models.llama import RMSNorm
 from lightllm_backend.parallel import TensorParallel
 from tests.models.step_harness import CPU
 from tests.test_parallel import PrivateMemory
@@ -73,3 +77,24 @@ def test_a_row_linear_writes_its_product_where_the_others_read_it(rank, bias):
     with torch.inference_mode():
         torch.testing.assert_close(linear(x), expected)
     assert memory.sums == ["one shot"]
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_a_norm_sums_products_that_fit_through_mailboxes(tokens):
+    """Those of 2 tokens; those of 4 are too many."""
+    memory = PrivateMemory(64, torch.float32)
+    boxes = [torch.full((2, 2, 3, 8), EMPTY, dtype=torch.int32) for _ in range(2)]
+    memory.mailboxes = Mailboxes.of(boxes, 1)
+    here = Placement(TensorParallel(1, 2, symmetric=memory), torch.float32, CPU, reference)
+    linear = RowLinear("down", 6, 8, False, here)
+    linear.weight.normal_()
+    norm = RMSNorm("norm", SimpleNamespace(norm_eps=1e-5, hidden_size=8), here)
+    norm.weight.normal_()
+    x, residual = torch.randn(tokens, 3), torch.randn(tokens, 8)
+    product = x @ linear.weight.t()
+    # What the other rank sends is what PrivateMemory adds.
+    boxes[1][0, 0, :tokens] = product[:3].view(torch.int32)
+    expected = reference.rms_norm(residual + 2 * product, norm.weight, norm.eps)
+    with torch.inference_mode():
+        torch.testing.assert_close(norm(linear.unsummed(x), residual), expected)
+    assert memory.sums == ([] if tokens == 2 else ["one shot"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
 from lightllm_backend.parallel import TensorParallel
 
 
@@ -20,6 +21,11 @@ class ThreadParallel(TensorParallel):
 
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     shared: list[Tensor | None] = field(default_factory=list)
+    mailboxes_of_all: Mailboxes | None = field(default=None, compare=False)
+
+    def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
+        mailboxes = self.mailboxes_of_all
+        return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
@@ -35,13 +41,21 @@ class ThreadParallel(TensorParallel):
         return everyone
 
 
-def run_ranks(size: int, run: Callable[[TensorParallel], None]) -> None:
-    """`run` on each rank, at the same time; the first error of any ends them all."""
+def run_ranks(
+    size: int, run: Callable[[TensorParallel], None], mailbox_rows: int = 0, mailbox_columns: int = 0
+) -> None:
+    """`run` on each rank, at the same time; the first error of any ends them all.
+
+    Products of up to so many rows, if any, are float32 and go through mailboxes into a norm that takes them.
+    """
     barrier, shared = threading.Barrier(size), [None] * size
+    shape = (2, size, mailbox_rows, mailbox_columns)
+    boxes = [torch.full(shape, EMPTY, dtype=torch.int32) for _ in range(size)]
 
     def run_rank(rank: int) -> None:
+        mailboxes = Mailboxes.of(boxes, rank) if mailbox_rows else None
         try:
-            run(ThreadParallel(rank, size, barrier, shared))
+            run(ThreadParallel(rank, size, barrier, shared, mailboxes))
         except BaseException:
             barrier.abort()
             raise

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""all_reduce_rms_norm: one rank whose mailbox the others have filled, against the formula; and ranks that wait."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes, bits_of
+from tests.kernels.kernel_harness import TOLERANCE, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-5
+
+
+def empty_boxes(ranks: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.full((2, ranks, rows, dim), EMPTY, dtype=bits_of(dtype), device=device) for _ in range(ranks)]
+
+
+def is_empty_but_for(box: Tensor, rank: int) -> bool:
+    """Whether others have nothing left there; nobody reads what a rank has in its own box for itself."""
+    return bool((torch.cat((box[:, :rank], box[:, rank + 1 :]), 1) == EMPTY).all())
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("parts", "tokens", "dim"), [(None, 3, 576), (1, 1, 64), (3, 5, 1000)])
+def test_what_others_sent_is_added_in_each_turn(
+    implementation: ModuleType, dtype, ranks, rank, parts, tokens, dim, device
+):
+    boxes = empty_boxes(ranks, 5, dim, dtype, device)
+    mailboxes = Mailboxes.of(boxes, rank)
+    weight = torch.randn(dim, device=device).to(dtype)
+    others = [other for other in range(ranks) if other != rank]
+    for turn in (0, 1, 0):
+        shape = (tokens, dim) if parts is None else (parts, tokens, dim)
+        x = torch.randn(*shape, device=device).to(dtype if parts is None else torch.float32)
+        sent = torch.randn(ranks, tokens, dim, device=device).to(dtype)
+        for other in others:
+            boxes[rank][turn, other, :tokens] = sent[other].view(bits_of(dtype))
+        residual = torch.randn(tokens, dim, device=device).to(dtype)
+        sent[rank] = x if parts is None else x.sum(0).to(dtype)
+        expected_residual = residual.double() + sent.double().sum(0)
+        expected = reference.rms_norm(expected_residual, weight.double(), EPS)
+        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, mailboxes)
+        assert out.dtype == dtype
+        # The interpreter truncates to bfloat16 where a GPU rounds.
+        tolerance = TOLERANCE[dtype]
+        assert relative_error(residual, expected_residual) < tolerance
+        assert relative_error(out, expected) < 2 * tolerance
+        assert mailboxes.turns.tolist() == [1 - turn] * tokens + [0] * (5 - tokens)
+        assert is_empty_but_for(boxes[rank], rank), "what was read is empty again"
+        for other in others:
+            there = boxes[other][turn, rank, :tokens]
+            assert relative_error(there.view(dtype), sent[rank]) < tolerance
+            there.fill_(EMPTY)
+            assert is_empty_but_for(boxes[other], other), "nothing else is written"
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_that_looks_like_no_message_is_sent_as_another(implementation, dtype, device):
+    boxes = empty_boxes(2, 1, 8, dtype, device)
+    boxes[1][0, 0] = torch.zeros(1, 8, dtype=dtype).view(bits_of(dtype))
+    x = torch.full((1, 8), EMPTY, dtype=bits_of(dtype), device=device).view(dtype)
+    residual = torch.ones(1, 8, dtype=dtype, device=device)
+    weight = torch.ones(8, dtype=dtype, device=device)
+    out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, Mailboxes.of(boxes, 1))
+    assert out.isnan().all()
+    assert (boxes[0][0, 1] != EMPTY).all()
+    assert boxes[0][0, 1].view(dtype).isnan().all()
+
+
+def test_both_stand_ins_are_nan():
+    for dtype in DTYPES:
+        bits = torch.tensor([EMPTY, SENT_FOR_EMPTY], dtype=bits_of(dtype))
+        assert bits.view(dtype).isnan().all()
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+def test_no_tokens(implementation, device):
+    mailboxes = Mailboxes.of(empty_boxes(2, 1, 8, torch.float32, device), 0)
+    empty = torch.empty(0, 8, device=device)
+    out = implementation.all_reduce_rms_norm(empty, torch.ones(8, device=device), EPS, empty.clone(), mailboxes)
+    assert out.shape == (0, 8)
+
+
+def test_messages_that_do_not_fit():
+    mailboxes = Mailboxes.of(empty_boxes(2, 3, 8, torch.float32, torch.device("cpu")), 0)
+    assert mailboxes.take(3, 8)
+    assert not mailboxes.take(4, 8)
+    assert not mailboxes.take(3, 4), "a row would lie elsewhere"
+
+
+def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
+    """Sums of many shapes in a row with ranks that are other processes, now and then late."""
+    import random
+    import time
+
+    rows, dim = 3, 32
+    size = 2 * ranks * rows * dim
+    files = [str(directory / f"{other}") for other in range(ranks)]
+    boxes = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
+    mailboxes = Mailboxes.of([box.view(2, ranks, rows, dim) for box in boxes], rank)
+    implementation = launchers if is_kernel else reference
+    weight = torch.ones(dim)
+    for number in range(30):
+        tokens = random.Random(number).randint(0, rows)
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(ranks, tokens, dim, generator=generator)
+        residual = torch.randn(tokens, dim, generator=generator)
+        expected_residual = residual + x.sum(0)
+        if random.Random(number * ranks + rank).random() < 0.2:
+            time.sleep(0.02)
+        out = implementation.all_reduce_rms_norm(x[rank], weight, EPS, residual, mailboxes)
+        assert relative_error(residual, expected_residual) < 1e-6
+        assert relative_error(out, reference.rms_norm(expected_residual, weight, EPS)) < 1e-5
+
+
+@pytest.mark.parametrize("is_kernel", [False, True])
+def test_ranks_wait_for_each_other(tmp_path, is_kernel, device):
+    """On a CPU: between GPUs, see tests/gpu."""
+    if device.type == "cuda":
+        pytest.skip("other processes' mailboxes are not on this GPU")
+    ranks = 2
+    for rank in range(ranks):
+        box = torch.from_file(str(tmp_path / f"{rank}"), shared=True, size=2 * ranks * 3 * 32, dtype=torch.int32)
+        box.fill_(EMPTY)
+    code = (
+        "import sys; import tests.conftest; from pathlib import Path; from tests.kernels.test_all_reduce_rms_norm "
+        f"import run_rank; run_rank(int(sys.argv[1]), {ranks}, Path({str(tmp_path)!r}), {is_kernel})"
+    )
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=root) for rank in range(ranks)]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
