@@ -3,6 +3,7 @@
 
 from lightllm_backend.kernels.all_reduce_rms_norm import all_reduce_rms_norm
 from lightllm_backend.kernels.apply_penalties import apply_penalties
+from lightllm_backend.kernels.choose_greedily import choose_greedily
 from lightllm_backend.kernels.count_tokens import count_tokens
 from lightllm_backend.kernels.gated_linear import gated_linear
 from lightllm_backend.kernels.gelu_tanh import gelu_tanh
@@ -22,6 +23,7 @@ from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 __all__ = [
     "all_reduce_rms_norm",
     "apply_penalties",
+    "choose_greedily",
     "count_tokens",
     "gated_linear",
     "gelu_tanh",

@@ -436,6 +436,14 @@ def apply_penalties(
         logits[too_short, eos_ids.long()] = -torch.inf
 
 
+def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
+    """The first of the greatest logits of each row [sequences, vocab], int32, also written to these places of the
+    table, which is flat."""
+    tokens = logits.argmax(-1).int()
+    table.index_copy_(0, places, tokens)
+    return tokens
+
+
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """Draws a token of each row of `logits` [sequences, vocab]; int32.
 

@@ -19,6 +19,7 @@ from lightllm_backend.models.layers import (
     RowLinear,
     StepInput,
     alibi_slopes,
+    wanted,
 )
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
@@ -131,8 +132,7 @@ class BloomForCausalLM:
             x = layer.attention(layer.attention_norm(x, added), kv, step)
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
-        last_residual = residual.index_select(0, step.last_tokens)
-        return self.head(self.norm(x.index_select(-2, step.last_tokens), last_residual))
+        return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding.weight_map("transformer.word_embeddings.weight")

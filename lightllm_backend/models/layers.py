@@ -48,7 +48,7 @@ class StepInput:
     query_starts: Tensor  # [n_prefill + 1] int32, the first tokens of the prefill chunks, and behind the last
     num_decodes: int  # with padding; the other sequences prefill
     max_context_length: int
-    last_tokens: Tensor  # [m] int64, the tokens whose logits are wanted
+    last_tokens: Tensor | None  # [m] int64, the tokens whose logits are wanted; None: all, in their order
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
 
@@ -72,7 +72,7 @@ class CausalLM(Protocol):
         """Allocate the parameters; their values come with load_weights or dummy_weights."""
 
     def forward(self, step: StepInput) -> Tensor:
-        """Write the new K and V into the pool, and return the logits [m, vocab] float32 of `step.last_tokens`."""
+        """Write the new K and V into the pool, and return the logits [m, vocab] of `step.last_tokens`."""
 
     def weight_map(self) -> Mapping[str, WeightSlot]:
         """See weights.HasWeights."""
@@ -227,6 +227,13 @@ class Embedding:
         return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
+def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
+    if last_tokens is None:
+        return x, residual
+    return x.index_select(-2, last_tokens), residual.index_select(0, last_tokens)
+
+
 class Head:
     """Logits over the vocabulary, whose rows are split over the ranks as those of the embeddings are.
 
@@ -244,7 +251,7 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self.parallel.all_gather(self.kernels.linear(x, self.weight))
-        return logits[:, : self.vocab_size].float().contiguous()
+        return logits[:, : self.vocab_size]
 
     def weight_map(self, name: str) -> dict[str, WeightSlot]:
         if self.tied:
@@ -267,12 +274,14 @@ class RotaryEmbedding:
             self.frequencies = dynamic_frequencies(config, max_length).to(device)
         else:
             angles = torch.arange(max_length, dtype=torch.float32)[:, None] * rotary_frequencies(config)
-            self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
+            # Side by side, so that one gather has both.
+            self.table = torch.stack((angles.cos(), angles.sin()), 1).to(device)
 
     def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, head_dim / 2]."""
         if not self.is_dynamic:
-            return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+            cos, sin = self.table.index_select(0, positions).unbind(1)
+            return cos, sin
         index = (rotary_lengths - self.first_length).clamp_min(0)
         angles = positions[:, None] * self.frequencies.index_select(0, index)
         return angles.cos(), angles.sin()

@@ -19,6 +19,7 @@ from lightllm_backend.models.layers import (
     RotaryEmbedding,
     RowLinear,
     StepInput,
+    wanted,
 )
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
@@ -118,8 +119,7 @@ class LlamaForCausalLM:
             x = layer.attention(x, cos, sin, kv, step)
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
-        last_residual = residual.index_select(0, step.last_tokens)
-        return self.head(self.norm(x.index_select(-2, step.last_tokens), last_residual))
+        return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding.weight_map("model.embed_tokens.weight")

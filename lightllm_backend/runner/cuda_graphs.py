@@ -66,17 +66,18 @@ class _Memory:
     """What `torch.as_tensor` makes a tensor of that does not keep the memory from the next graphs."""
 
     def __init__(self, tensor: Tensor) -> None:
+        # As integers: the interface does not know bfloat16.
+        size = tensor.element_size()
         self.__cuda_array_interface__ = {
             "version": 3,
             "data": (tensor.data_ptr(), False),
             "shape": tuple(tensor.shape),
-            "strides": None,
-            "typestr": {torch.float32: "<f4", torch.int32: "<i4"}[tensor.dtype],
+            "strides": tuple(size * stride for stride in tensor.stride()),
+            "typestr": f"<i{size}",
         }
 
 
 def _without_owner(tensor: Tensor) -> Tensor:
-    """The same contiguous tensor, in memory that the graphs' pool may use for others: else each graph's logits would
+    """The same tensor, in memory that the graphs' pool may use for others: else each graph's logits would
     take memory of their own."""
-    assert tensor.is_contiguous()
-    return torch.as_tensor(_Memory(tensor), device=tensor.device)
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)

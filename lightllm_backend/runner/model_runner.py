@@ -96,7 +96,7 @@ class ModelRunner:
         self._results = ResultRing(num_rows, device)
         self._tables = RequestTables(num_rows, max_length, device)
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
-        self._step = Step(model, self._tables, kv_layers, self._staging)
+        self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # without, all steps are launched kernel by kernel
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
 

@@ -61,8 +61,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
 
-        logits: [m, vocab] float32 of the sequences in these rows, which know so many tokens before the sampled one;
-        they may be changed. Log probabilities are those of the model's own distribution, before penalties and
+        logits: [m, vocab] of the sequences in these rows, which know so many tokens before the sampled one; they may
+        be changed. Log probabilities are those of the model's own distribution, before penalties and
         temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
@@ -73,7 +73,7 @@ class Sampler:
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
             tables.prompt_lengths[rows], rows, lengths,
         )  # fmt: skip
-        original = logits
+        original = logits = logits.float().contiguous()
         if is_penalised:
             logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(

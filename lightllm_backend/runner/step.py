@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from lightllm_backend.runner.staging import Staging
 class StepOutput(NamedTuple):
     """Of n sequences, those that sample first. Whoever needs the logits may change them."""
 
-    logits: Tensor  # [n, vocab] float32
+    logits: Tensor  # [n, vocab]
     tokens: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
     places: Tensor  # [n] int64, where in the flattened table
 
@@ -25,8 +26,12 @@ class StepOutput(NamedTuple):
 class Step:
     """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
 
-    def __init__(self, model: CausalLM, tables: RequestTables, kv_layers: Sequence[KVLayer], staging: Staging) -> None:
+    def __init__(
+        self, model: CausalLM, kernels: ModuleType, tables: RequestTables, kv_layers: Sequence[KVLayer],
+        staging: Staging,
+    ) -> None:  # fmt: skip
         self._model = model
+        self._kernels = kernels
         self._tables = tables
         self._kv_layers = kv_layers
         self._staging = staging
@@ -60,11 +65,11 @@ class Step:
             num_decodes=bucket.decodes,
             # Not that of the batch: kernels are chosen by it, and there shall be few to compile.
             max_context_length=tables.tokens.shape[1],
-            last_tokens=arrays.last_tokens,
+            # Each sequence that decodes samples.
+            last_tokens=arrays.last_tokens if bucket.prompt_tokens else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,
         )
         logits = self._model.forward(step)
-        tokens = logits.argmax(-1).int()
-        all_tokens.index_copy_(0, arrays.sampled_places, tokens)
+        tokens = self._kernels.choose_greedily(logits, arrays.sampled_places, all_tokens)
         return StepOutput(logits, tokens, arrays.sampled_places)

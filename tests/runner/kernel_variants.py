@@ -47,7 +47,7 @@ def note_launch(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, *
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
     specialized = [_specialization(parameter, values.pop(parameter.name)) for parameter in kernel.params]
     VARIANTS.add((kernel.fn.__name__, *specialized, str(values)))
-    if kernel.fn.__name__ == "sample_kernel":
+    if kernel.fn.__name__ in ("sample_kernel", "choose_greedily_kernel"):
         arguments[kernel.arg_names.index("tokens")].zero_()
 
 

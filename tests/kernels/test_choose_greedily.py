@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""choose_greedily: the first of the greatest logits, returned and written to the table."""
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import launchers, reference
+
+BOTH = pytest.mark.parametrize("implementation", [reference, launchers])
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", [1, 3, 1000, 16384, 40001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_takes_the_greatest_and_writes_it(implementation, vocab_size, dtype, device):
+    # In 16 bits many are equal, and the first of them is meant.
+    logits = torch.randn(5, vocab_size, device=device).to(dtype)
+    places = torch.tensor([7, 0, 19, 3, 11], device=device)
+    table = torch.full((4, 5), -1, dtype=torch.int32, device=device)
+    tokens = implementation.choose_greedily(logits, places, table.view(-1))
+    greatest = logits == logits.amax(-1, keepdim=True)
+    expected = [int(row.nonzero()[0]) for row in greatest]
+    assert tokens.tolist() == expected
+    assert tokens.dtype == torch.int32
+    assert table.view(-1)[places].tolist() == expected
+    assert int((table == -1).sum()) == 15
+
+
+@BOTH
+def test_first_of_equals(implementation, device):
+    logits = torch.full((3, 40000), -1.0, device=device)
+    logits[0, [39000, 17, 16401]] = 50.0
+    logits[1] = -torch.inf
+    logits[2, [0, 39999]] = -0.5
+    places, table = torch.arange(3, device=device), torch.zeros(3, dtype=torch.int32, device=device)
+    assert implementation.choose_greedily(logits, places, table).tolist() == [17, 0, 0]
+
+
+@BOTH
+def test_rows_of_a_wider_tensor(implementation, device):
+    logits = torch.randn(4, 72, device=device)
+    logits[:, 65:] = torch.inf
+    places, table = torch.arange(4, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    tokens = implementation.choose_greedily(logits[:, :65], places, table)
+    assert tokens.tolist() == logits[:, :65].argmax(-1).tolist()
+
+
+@BOTH
+def test_padding_may_share_a_place(implementation, device):
+    logits = torch.randn(3, 9, device=device)
+    table = torch.zeros(4, dtype=torch.int32, device=device)
+    tokens = implementation.choose_greedily(logits, torch.tensor([1, 3, 3], device=device), table)
+    assert table[1] == tokens[0]
+    assert table[3] in tokens[1:]
+
+
+@BOTH
+def test_no_sequences(implementation, device):
+    places, table = torch.empty(0, dtype=torch.int64, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    assert implementation.choose_greedily(torch.empty(0, 7, device=device), places, table).shape == (0,)
