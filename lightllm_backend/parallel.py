@@ -24,7 +24,7 @@ ONE_SHOT_BYTES = 256 << 10
 # The kernels read this much at a time, and cut a message into as many parts as there are ranks.
 VECTOR_BYTES = 16
 # What a rank writes into all others' mailboxes for one sum; beyond, it is quicker to sum in two shots.
-MAILED_BYTES = 2 << 20
+MAILED_BYTES = 4 << 20
 
 # Its new name, of torch 2.13, and its old one.
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(

@@ -168,11 +168,11 @@ def prefill_attention(
 
     The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. K and V of
     the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
-    to the pool, which has those of the cached tokens. Tokens of no sequence come out as unspecified values.
+    to the pool, which has those of the cached tokens. Tokens of no sequence are left as they are in `out`, or unspecified.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
     `window - 1` tokens before it. With `out`, which has q's shape, the result is written there.
     """
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     # What no query of a sequence sees is left out, as if the sequence began behind it.

@@ -66,7 +66,7 @@ class Step:
             # Not that of the batch: kernels are chosen by it, and there shall be few to compile.
             max_context_length=tables.tokens.shape[1],
             # Each sequence that decodes samples.
-            last_tokens=arrays.last_tokens if bucket.prompt_tokens else None,
+            last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,
         )
