@@ -112,7 +112,7 @@ class Stream:
             self.last_contact = time.monotonic()
             if not self._flow_control:
                 return self._responder.is_cancelled()
-            if not self._in_flight:
+            if not self._in_flight and not self._waits:
                 self._in_flight = True
                 self._outbox.departed(self)
                 self._responder.probe()

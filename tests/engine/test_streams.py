@@ -311,6 +311,16 @@ def test_in_the_ensemble_a_probe_takes_the_credit() -> None:
     assert responder.probes == 1
 
 
+def test_a_stream_that_waits_in_the_outbox_is_not_probed_and_keeps_its_place() -> None:
+    outbox, responder = Outbox(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+    stream.on_chunk(chunk([1]))
+    stream.check_client()
+    assert responder.probes == 0
+    assert outbox.send_next()
+    assert responder.ids == [[1]]
+
+
 # All streams of a process
 
 
