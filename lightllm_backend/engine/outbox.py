@@ -38,8 +38,12 @@ class Outbox:
         self._ready: deque[Sender] = deque()
         self._in_flight: set[Sender] = set()
         self._closed = False
-        for number in range(num_threads):
-            threading.Thread(target=self._send_for_ever, name=f"outbox-{number}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._send_for_ever, name=f"outbox-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, stream: Sender, urgent: bool) -> None:
         """It has something to send. What is urgent waits for nobody's delivery."""
@@ -67,9 +71,12 @@ class Outbox:
         return stream is not None
 
     def close(self) -> None:
+        """What may be sent now still is."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _send_for_ever(self) -> None:
         while True:

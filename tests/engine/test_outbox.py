@@ -105,4 +105,12 @@ def test_threads_send_as_soon_as_they_may() -> None:
         wait_for(lambda stream=stream: stream.name in sent)
         outbox.landed(stream)
     outbox.close()
-    wait_for(lambda: threading.active_count() == before)
+    assert threading.active_count() == before
+
+
+def test_what_waits_is_sent_before_it_closes() -> None:
+    outbox, sent = Outbox(num_threads=1), list[str]()
+    for number in range(20):
+        outbox.put(FakeStream(str(number), sent), urgent=True)
+    outbox.close()
+    assert len(sent) == 20
