@@ -49,7 +49,7 @@ class Outbox:
         """It has something to send. What is urgent waits for nobody's delivery."""
         with self._changed:
             (self._urgent if urgent else self._ready).append(stream)
-            self._changed.notify()
+            self._wake_one()
 
     def departed(self, stream: Sender) -> None:
         """It has sent something by itself."""
@@ -60,7 +60,7 @@ class Outbox:
         """Nothing of it is in flight any more."""
         with self._changed:
             self._in_flight.discard(stream)
-            self._changed.notify()
+            self._wake_one()
 
     def send_next(self) -> bool:
         """Lets the next stream send; False if there is none. Blocks nobody."""
@@ -95,6 +95,11 @@ class Outbox:
             log.exception("a chunk could not be sent")
         if not word_will_come:
             self.landed(stream)
+
+    def _wake_one(self) -> None:
+        """If there is something to send now; to wake up for nothing costs the others time."""
+        if self._urgent or (self._ready and len(self._in_flight) < MOST_IN_FLIGHT):
+            self._changed.notify()
 
     def _next(self) -> Sender | None:
         if self._urgent:
