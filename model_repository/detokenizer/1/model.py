@@ -31,8 +31,11 @@ class TritonPythonModel:
         for request in requests:
             chunk, details = triton_io.read_chunk(request)
             self.returns.connect(details.get("return_address", ""))
-            queue = self.queues[hash(details["uid"]) % NUM_THREADS]
-            queue.put((triton_io.ServerSender(request), chunk, details))
+            work = triton_io.ServerSender(request), chunk, details
+            if "context" in details and chunk.finish_reason is None:
+                self.answer(*work)  # the first text, which is waited for most; no other of its request is on its way
+            else:
+                self.queues[hash(details["uid"]) % NUM_THREADS].put(work)
 
     def finalize(self):
         for queue in self.queues:
