@@ -106,9 +106,13 @@ def test_the_detokenizer_reads_generation_only() -> None:
 
 def test_a_streams_chunks_ask_for_its_client_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, Any]] = []
+
+    def response_of(output_tensors: list[tuple[str, Any]]) -> dict[str, Any]:
+        return dict(output_tensors)
+
     backend = SimpleNamespace(
         Tensor=lambda name, array: (name, array),
-        InferenceResponse=lambda output_tensors: dict(output_tensors),
+        InferenceResponse=response_of,
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     monkeypatch.setattr(triton_io, "pb_utils", backend, raising=False)
