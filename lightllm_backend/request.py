@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 
 class FinishReason(str, Enum):
@@ -84,9 +83,14 @@ class RequestOptions:
 
     def to_json(self) -> str:
         """The options as a `sampling_parameters` string, from which `parse_request` makes the same options again."""
-        values: dict[str, Any] = asdict(self)
-        values.update(values.pop("sampling"))
-        return json.dumps(values)
+        values = {**vars(self), **vars(self.sampling)}
+        del values["sampling"]
+        return json.dumps({name: value for name, value in values.items() if value != _DEFAULTS.get(name)})
+
+
+# What need not be said; where nothing is said of these, a seed is drawn, and do_sample follows from others.
+_DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
+del _DEFAULTS["seed"], _DEFAULTS["do_sample"]
 
 
 @dataclass(frozen=True)

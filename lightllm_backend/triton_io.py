@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,17 @@ MODEL_TENSORS = {
     "generation": (GENERATION_INPUTS, GENERATION_OUTPUTS),
     "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
 }
+_SIZES = {
+    name: size
+    for tensors in (PUBLIC_INPUTS, GENERATION_INPUTS, GENERATION_OUTPUTS)
+    for name, (_, size) in tensors.items()
+}
 _NUMPY_TYPES: dict[str, Any] = {
     "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
 }  # fmt: skip
+
+# How often the detokenizer asks whether a stream's client has gone: an answer takes as long as a response.
+ASK_SECONDS = 0.25
 
 log = logging.getLogger("lightllm")
 
@@ -185,8 +192,8 @@ def read_chunk(request: Any) -> tuple[TokenChunk | None, dict[str, Any]]:
     reason, error = details["finish_reason"], details["error"]
     chunk = TokenChunk(
         uid=details["uid"],
-        token_ids=list(_read(request, "output_ids")),
-        log_probs=list(_read(request, "output_log_probs")),
+        token_ids=_read(request, "output_ids"),
+        log_probs=_read(request, "output_log_probs"),
         finish_reason=FinishReason(reason) if reason else None,
         num_prompt_tokens=details["num_input_tokens"],
         error=RequestError.parse(error) if error else None,
@@ -204,7 +211,7 @@ def _read(request: Any, name: str) -> Any:
         items = [item.decode() if isinstance(item, bytes) else item for item in items]
     except UnicodeDecodeError as error:
         raise RequestError("INVALID_ARG", f"{name} is not UTF-8 at byte {error.start}; allowed: UTF-8") from None
-    if {**PUBLIC_INPUTS, **GENERATION_INPUTS, **GENERATION_OUTPUTS}[name][1] == -1:
+    if _SIZES[name] == -1:
         return items
     if len(items) != 1:
         raise RequestError("INVALID_ARG", f"{name} has {len(items)} values; allowed: 1")
@@ -286,8 +293,9 @@ class GenerationResponder:
     def __init__(self, request: Any, uid: str, context: DecodeContext, return_address: str, in_ensemble: bool) -> None:
         self._sender = ServerSender(request)
         self._uid = uid
-        self._first = {"context": asdict(context), "return_address": return_address}
+        self._first = {"context": vars(context), "return_address": return_address}
         self._in_ensemble = in_ensemble
+        self._ask_at = time.monotonic() + ASK_SECONDS
 
     def send(self, chunk: TokenChunk, first: bool) -> None:
         final = chunk.finish_reason is not None
@@ -302,10 +310,12 @@ class GenerationResponder:
         }
         if first and self._in_ensemble:
             details |= self._first
+        if (now := time.monotonic()) >= self._ask_at:
+            details["ask"], self._ask_at = True, now + ASK_SECONDS
         self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
 
     def probe(self) -> None:
-        details = {"uid": self._uid, "probe": True, "return_address": self._first["return_address"]}
+        details = {"uid": self._uid, "probe": True, "ask": True, "return_address": self._first["return_address"]}
         self._sender.send(self._chunk([], [], details), final=False)
 
     def is_cancelled(self) -> bool:

@@ -58,3 +58,10 @@ def test_options_survive_their_json() -> None:
     )  # fmt: skip
     options = RequestOptions(sampling, True, False, False, False)
     assert parse_request({"input_ids": [1]}, options.to_json()).options == options
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(seed=5), SamplingParams(temperature=0.5, top_k=3)])
+def test_what_is_as_usual_need_not_be_said_in_it(sampling: SamplingParams) -> None:
+    options = RequestOptions(sampling, stream=True)
+    assert len(options.to_json()) < 80
+    assert parse_request({"input_ids": [1]}, options.to_json()).options == options

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names and types in triton_io against every config.pbtxt, and the rules that all of those must keep."""
+"""The names and types in triton_io against every config.pbtxt, the rules that all of those must keep, and chunks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from lightllm_backend import triton_io
+from lightllm_backend.request import TokenChunk
+from lightllm_backend.response import DecodeContext
 from lightllm_backend.triton_io import MODEL_TENSORS
 
 REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
@@ -97,3 +102,30 @@ def test_the_detokenizer_reads_generation_only() -> None:
     steps = {step.model_name: step for step in read_config("lightllm").ensemble_scheduling.step}
     made_by_generation = set(steps["generation"].output_map.values())
     assert set(steps["detokenizer"].input_map.values()) <= made_by_generation
+
+
+def test_a_streams_chunks_ask_for_its_client_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def response_of(output_tensors: list[tuple[str, Any]]) -> dict[str, Any]:
+        return dict(output_tensors)
+
+    backend = SimpleNamespace(
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=response_of,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+    )
+    monkeypatch.setattr(triton_io, "pb_utils", backend, raising=False)
+    now = 100.0
+    monkeypatch.setattr(triton_io, "time", SimpleNamespace(monotonic=lambda: now))
+    sender = SimpleNamespace(send=lambda response, flags: sent.append(json.loads(response["chunk"][0])))
+    request = SimpleNamespace(get_response_sender=lambda: sender)
+    responder = triton_io.GenerationResponder(request, "u", DecodeContext(), "/returns", in_ensemble=True)
+    responder.probe()
+    for number in range(5):
+        responder.send(TokenChunk("u", [number], []), first=number == 0)
+        now += 0.1
+    assert [chunk.get("ask", False) for chunk in sent] == [True, False, False, False, True, False]
+    assert [chunk.get("probe", False) for chunk in sent] == [True] + [False] * 5
+    assert sent[1]["context"]["eos_ids"] == []
+    assert "context" not in sent[2]

@@ -172,12 +172,13 @@ class EngineClient:
                 self._outstanding.get(number) if chunk.finish_reason is None else self._outstanding.pop(number, None)
                 for number, chunk in chunks
             ]
-        for request, token in zip(going_on, tokens, strict=True):
-            if request:
-                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
+        # First tokens are among these, and are waited for most.
         for other, (_, chunk) in zip(others, chunks, strict=True):
             if other:
                 other.on_chunk(chunk)
+        for request, token in zip(going_on, tokens, strict=True):
+            if request:
+                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
 
     def _lose_worker(self) -> None:
         if self._ready.is_set():

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import itertools
+import select
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from multiprocessing.connection import wait
 from typing import Any
 
 from lightllm_backend.engine.channel import (
@@ -56,7 +56,8 @@ class Hub:
         Waits for the first of them for `timeout` seconds.
         """
         sources: list[Any] = [self._leash, self._listener, *self._clients]
-        for source in wait(sources, timeout):
+        # The other ways to wait count whole milliseconds.
+        for source in select.select(sources, [], [], timeout)[0]:
             if source == self._leash:
                 self.open = False
             elif isinstance(source, Channel):

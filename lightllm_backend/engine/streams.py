@@ -3,13 +3,15 @@
 
 A Stream is one request on its way. It turns what the engine makes, a chunk a step, into what its client can take:
 
-    on_chunk (engine's reader thread) ──> pending ──> send (the response sender), when the stream has credit
-    delivered (return channel)        ──> credit comes back, pending goes out
+    on_chunk (engine's reader thread) ──> pending ──> outbox, when the stream has credit
+    send_pending (outbox's threads)   ──> the response sender
+    delivered (return channel)        ──> credit comes back, what is pending goes to the outbox
     gone (return channel, or the server's is_cancelled) ──> the engine is told to cancel
 
 A request that came through the ensemble has credit for one chunk in flight, so tokens that are made meanwhile are
-coalesced into the next one. Called directly, there is nobody to give credit back, and none is needed. A request that
-does not stream keeps everything until the end. The last chunk never waits.
+coalesced into the next one; so are those that come while the stream waits in the outbox. Called directly, there is
+nobody to give credit back, and none is needed. A request that does not stream keeps everything until the end. The first
+chunk goes before others, the last never waits for credit.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Protocol
 
 from lightllm_backend.engine.channel import DELIVERED, FAILED, Channel, ChannelClosed, listen
 from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.engine.outbox import Outbox
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
 from lightllm_backend.text import TextStream, Tokenizer
 
@@ -64,6 +67,7 @@ class Stream:
         flow_control: bool,
         stop_text: TextStream | None,
         observer: Observer,
+        outbox: Outbox,
     ) -> None:
         self.ended = False
         self.last_contact = time.monotonic()  # when something was last sent
@@ -72,36 +76,33 @@ class Stream:
         self._flow_control = flow_control
         self._stop_text = stop_text
         self._observer = observer
+        self._outbox = outbox
         self._lock = threading.Lock()
         self._pending: TokenChunk | None = None
-        self._in_flight = 0
+        self._waits = self._waits_urgently = False  # in the outbox
+        self._in_flight = False
         self._sent_any = False
         self._num_tokens = 0
         self._started = self._last_token = time.monotonic()
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
-        """Take new tokens; send them if there is credit. True if a stop string says that the engine should stop."""
+        """Take new tokens, to be sent when there is credit. True if a stop string says that the engine should stop."""
         with self._lock:
-            if self.ended:
+            if self._has_last:
                 return False
             found_stop = self._cut_at_stop(chunk) if self._stop_text else None
             chunk = found_stop or chunk
             self._observe(chunk)
             self._pending = _join(self._pending, chunk)
-            self._send_pending()
+            self._offer_pending()
             return found_stop is not None
 
     def delivered(self) -> None:
-        """The chunk in flight has reached the detokenizer's client."""
+        """The chunk in flight has reached the detokenizer's client, or nobody will ever tell of it."""
         with self._lock:
-            self._in_flight = max(0, self._in_flight - 1)
-            self._send_pending()
-
-    def give_credit_back(self) -> None:
-        """The return channel is lost: nobody will tell of what is in flight."""
-        with self._lock:
-            self._in_flight = 0
-            self._send_pending()
+            self._in_flight = False
+            self._outbox.landed(self)
+            self._offer_pending()
 
     def check_client(self) -> bool:
         """True if the client is gone, as far as the server says here; else, a probe may find out."""
@@ -111,30 +112,51 @@ class Stream:
             self.last_contact = time.monotonic()
             if not self._flow_control:
                 return self._responder.is_cancelled()
-            if self._in_flight == 0:
-                self._in_flight += 1
+            if not self._in_flight and not self._waits:
+                self._in_flight = True
+                self._outbox.departed(self)
                 self._responder.probe()
         return False
 
-    def _send_pending(self) -> None:
-        chunk = self._pending
-        if chunk is None:
+    def send_pending(self) -> bool:
+        """Called by the outbox. True if a chunk has left of which the return channel will tell."""
+        with self._lock:
+            self._waits = self._waits_urgently = False
+            chunk = self._pending
+            if chunk is None or not self._may_send:
+                return self._in_flight
+            last = chunk.finish_reason is not None
+            self._pending = None
+            self.ended = last
+            self._in_flight = self._flow_control and not last
+            self.last_contact = time.monotonic()
+            first, self._sent_any = not self._sent_any, True
+            if chunk.error is not None and chunk.token_ids:
+                # Only the error itself may go with the last chunk, or the ensemble loses the tokens.
+                if self._streaming:
+                    self._responder.send(replace(chunk, finish_reason=None, error=None), first)
+                    first = False
+                chunk = replace(chunk, token_ids=[], log_probs=[])
+            self._responder.send(chunk, first)
+            return self._in_flight
+
+    @property
+    def _has_last(self) -> bool:
+        """Whether nothing may follow what is pending or was sent."""
+        return self.ended or (self._pending is not None and self._pending.finish_reason is not None)
+
+    @property
+    def _may_send(self) -> bool:
+        return self._has_last or (self._streaming and not self._in_flight)
+
+    def _offer_pending(self) -> None:
+        """Wait in the outbox for what is pending to be sent; from the last chunk on among those who do not wait."""
+        if self._pending is None or not self._may_send:
             return
-        last = chunk.finish_reason is not None
-        if not last and (not self._streaming or (self._flow_control and self._in_flight > 0)):
-            return
-        self._pending = None
-        self.ended = last
-        self._in_flight += 1
-        self.last_contact = time.monotonic()
-        first, self._sent_any = not self._sent_any, True
-        if chunk.error is not None and chunk.token_ids:
-            # Only the error itself may go with the last chunk, or the ensemble loses the tokens.
-            if self._streaming:
-                self._responder.send(replace(chunk, finish_reason=None, error=None), first)
-                first = False
-            chunk = replace(chunk, token_ids=[], log_probs=[])
-        self._responder.send(chunk, first)
+        urgent = self._has_last or not self._flow_control or not self._sent_any
+        if not self._waits or (urgent and not self._waits_urgently):
+            self._waits, self._waits_urgently = True, urgent
+            self._outbox.put(self, urgent)
 
     def _cut_at_stop(self, chunk: TokenChunk) -> TokenChunk | None:
         """The chunk up to the token that completes a stop string, as the last one; None if there is none."""
@@ -174,6 +196,7 @@ class Streams:
         self.return_address = address or ""
         self._engine = engine
         self._observer = observer
+        self._outbox = Outbox()
         self._streams: dict[str, Stream] = {}
         self._closing = threading.Event()
         self._listener = listen(address) if address else None
@@ -191,7 +214,7 @@ class Streams:
         if sampling.stop_words:
             stop_text = TextStream(tokenizer, sampling.stop_words, sampling.min_tokens, options.skip_special_tokens)
         uid = self._engine.new_uid()
-        stream = Stream(responder_for(uid), options.stream, flow_control, stop_text, self._observer)
+        stream = Stream(responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._outbox)
 
         def on_chunk(chunk: TokenChunk) -> None:
             if stream.on_chunk(chunk):
@@ -208,6 +231,7 @@ class Streams:
 
     def close(self) -> None:
         self._closing.set()
+        self._outbox.close()
         if self._listener:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there; closing does not
             self._listener.close()
@@ -245,7 +269,7 @@ class Streams:
         except ChannelClosed:
             channel.close()
             for stream in list(self._streams.values()):
-                stream.give_credit_back()
+                stream.delivered()
 
 
 def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:

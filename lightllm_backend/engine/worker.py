@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
@@ -31,6 +32,7 @@ from lightllm_backend.engine.channel import (
     unpack_request,
 )
 from lightllm_backend.engine.hub import STATS_SECONDS, Hub
+from lightllm_backend.engine.pace import Pace
 from lightllm_backend.engine.worker_group import rendezvous_file
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
@@ -45,29 +47,41 @@ if TYPE_CHECKING:
 
 # How long a worker whose supervisor is gone may take to end by itself.
 LEASH_SECONDS = 5.0
+# How often the loop looks whether the device is done already, while it waits for newcomers.
+LOOK_SECONDS = 0.5e-3
 
 log = logging.getLogger("lightllm.worker")
 
 
-def run(hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float) -> None:
+def run(
+    hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:  # fmt: skip
     """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
 
-    Up to `runner.overlap` steps are in flight while the next is planned. If a step fails, each request ends with an
-    error and the failure is raised: the process is not to be trusted any more, its supervisor starts another.
+    Up to `runner.overlap` steps are in flight while the next is planned, which waits for newcomers as long as the
+    device does not wait for it. If a step fails, each request ends with an error and the failure is raised: the process
+    is not to be trusted any more, its supervisor starts another.
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
-    statistics = StatisticsLog(log_stats_interval)
+    statistics, pace = StatisticsLog(log_stats_interval), Pace(clock)
     try:
         while hub.open:
             idle = not router.has_work and not in_flight
             refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
+            while (spare := pace.spare_seconds()) > 0 and not in_flight[0][1].is_done():
+                refused += receive(hub, router, timeout=min(spare, LOOK_SECONDS))
+            pace.planning()
             batch = router.next_batch()
             if batch is not None:
                 followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))
+                pace.launched(batch, all_admitted=not router.has_queue)
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
-                hub.send(router.apply(done, step.result()))
+                result = step.result()
+                pace.finished()
+                hub.send(router.apply(done, result))
             hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
             stats = engine_stats(router)
             hub.tell(stats)

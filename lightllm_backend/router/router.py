@@ -213,6 +213,11 @@ class Router:
         """Whether any request has not ended yet."""
         return bool(self._live)
 
+    @property
+    def has_queue(self) -> bool:
+        """Whether any request waits for admission."""
+        return bool(self._queue)
+
     def stats(self) -> RouterStats:
         """The counters as they are now."""
         return RouterStats(

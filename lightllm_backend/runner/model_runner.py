@@ -48,6 +48,10 @@ class PendingStep:
             buffer.done.record()
         self._tokens, self._log_probs = tokens, log_probs
 
+    def is_done(self) -> bool:
+        """Whether result() would return at once."""
+        return self._buffer is None or self._buffer.done.query()  # type: ignore[no-untyped-call]
+
     def result(self) -> StepResult:
         """Blocks until the step is done. Errors of the device surface here."""
         if self._buffer is not None:

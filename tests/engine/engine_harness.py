@@ -55,7 +55,7 @@ class CountingRunner:
             self._last[row] += 1
             tokens.append(self._last[row])
         result = StepResult(np.array(tokens, np.int32), -np.array(tokens, np.float32))
-        return SimpleNamespace(result=lambda: self._finish(result))
+        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set)
 
     def _finish(self, result: StepResult) -> StepResult:
         self._in_flight -= 1

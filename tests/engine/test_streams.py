@@ -10,6 +10,7 @@ import pytest
 
 from lightllm_backend.engine import streams as streams_module
 from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel
+from lightllm_backend.engine.outbox import Outbox
 from lightllm_backend.engine.return_channel import ReturnChannel
 from lightllm_backend.engine.streams import Stream, Streams
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
@@ -99,9 +100,30 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(Path(__file__).parents[1] / "data" / "byte_level")
 
 
+class PromptStream(Stream):
+    """Sends at once what it may."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.outbox = Outbox(num_threads=0)
+        super().__init__(*arguments, self.outbox)
+
+    def on_chunk(self, chunk: TokenChunk) -> bool:
+        stop = super().on_chunk(chunk)
+        self.send_all()
+        return stop
+
+    def delivered(self) -> None:
+        super().delivered()
+        self.send_all()
+
+    def send_all(self) -> None:
+        while self.outbox.send_next():
+            pass
+
+
 def stream_of(streaming: bool = True, flow_control: bool = True) -> tuple[Stream, FakeResponder, FakeObserver]:
     responder, observer = FakeResponder(), FakeObserver()
-    return Stream(responder, streaming, flow_control, None, observer), responder, observer
+    return PromptStream(responder, streaming, flow_control, None, observer), responder, observer
 
 
 def chunk(ids: list[int], reason: FinishReason | None = None, **fields: Any) -> TokenChunk:
@@ -160,12 +182,33 @@ def test_without_streaming_there_is_one_chunk(flow_control: bool) -> None:
     assert responder.sent == [(chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25), True)]
 
 
-def test_a_lost_return_channel_gives_credit_back() -> None:
-    stream, responder, _ = stream_of()
-    stream.on_chunk(chunk([1]))
-    stream.on_chunk(chunk([2]))
-    stream.give_credit_back()
-    assert responder.ids == [[1], [2]]
+def test_tokens_that_come_while_the_stream_waits_in_the_outbox_go_along() -> None:
+    outbox, responder = Outbox(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+    for token in (1, 2, 3):
+        stream.on_chunk(chunk([token]))
+    assert responder.sent == []
+    assert outbox.send_next()
+    assert responder.ids == [[1, 2, 3]]
+    assert not outbox.send_next()
+
+
+def test_the_last_chunk_overtakes_the_stream_that_waits() -> None:
+    outbox, responders = Outbox(num_threads=0), [FakeResponder(), FakeResponder()]
+    streams = [Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders]
+    for stream in streams:
+        stream.on_chunk(chunk([1]))
+    while outbox.send_next():
+        pass
+    for stream in streams:
+        stream.delivered()
+        stream.on_chunk(chunk([2]))
+    streams[1].on_chunk(chunk([3], FinishReason.STOP))
+    assert outbox.send_next()
+    assert [responder.ids for responder in responders] == [[[1]], [[1], [2, 3]]]
+    while outbox.send_next():
+        pass
+    assert [responder.ids for responder in responders] == [[[1], [2]], [[1], [2, 3]]]
 
 
 # Errors
@@ -209,7 +252,7 @@ def test_a_deadline_counts_as_cancelled() -> None:
 def stop_stream(tokenizer: Tokenizer, **options: Any) -> tuple[Stream, FakeResponder]:
     responder = FakeResponder()
     text = TextStream(tokenizer, ("END",), **options)
-    return Stream(responder, True, False, text, FakeObserver()), responder
+    return PromptStream(responder, True, False, text, FakeObserver()), responder
 
 
 def test_a_stop_string_over_chunks_ends_the_request_and_drops_what_follows(tokenizer: Tokenizer) -> None:
@@ -268,6 +311,16 @@ def test_in_the_ensemble_a_probe_takes_the_credit() -> None:
     assert responder.probes == 1
 
 
+def test_a_stream_that_waits_in_the_outbox_is_not_probed_and_keeps_its_place() -> None:
+    outbox, responder = Outbox(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+    stream.on_chunk(chunk([1]))
+    stream.check_client()
+    assert responder.probes == 0
+    assert outbox.send_next()
+    assert responder.ids == [[1]]
+
+
 # All streams of a process
 
 
@@ -297,7 +350,7 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     responder = submit(streams, tokenizer, max_tokens=3)
     assert engine.requests == {"u0": Request("u0", (1, 2), SamplingParams(max_tokens=3), 12.5)}
     engine.make("u0", [5], FinishReason.LENGTH)
-    assert responder.ids == [[5]]
+    wait_for(lambda: responder.ids == [[5]])
     assert streams._streams == {}
 
 
@@ -312,6 +365,7 @@ def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, to
     responder = submit(streams, tokenizer, stop_words=("b",))
     engine.make("u0", tokenizer.encode("abc"))
     assert engine.stopped == ["u0"]
+    wait_for(lambda: responder.sent)
     assert responder.last.finish_reason is FinishReason.STOP
     engine.make("u0", [], FinishReason.STOP)
     assert streams._streams == {}
@@ -326,8 +380,8 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    engine.make("u0", [2])
     wait_for(lambda: responder.ids == [[1]])
+    engine.make("u0", [2])
     returns.delivered("u0")
     wait_for(lambda: responder.ids == [[1], [2]])
     returns.delivered("unknown")
@@ -352,6 +406,7 @@ def test_a_connection_that_breaks_gives_all_credit_back(
     channel = Channel.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
+    wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
     channel.close()
     wait_for(lambda: responder.ids == [[1], [2]])

@@ -2,7 +2,8 @@
 """The detokenizer step: chunks of token ids in, text out, and word back to generation of what became of each chunk."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 
 from lightllm_backend import triton_io
 from lightllm_backend.engine.return_channel import ReturnChannel
@@ -21,18 +22,30 @@ class TritonPythonModel:
         self.returns = ReturnChannel()
         self.decoders = {}  # by uid, of the requests that have not ended
         # All chunks of a request go to the same thread, and so stay in order.
-        self.threads = [ThreadPoolExecutor(1, f"detokenizer-{number}") for number in range(NUM_THREADS)]
+        self.queues = [SimpleQueue() for _ in range(NUM_THREADS)]
+        self.threads = [Thread(target=self.answer_all, args=(queue,), daemon=True) for queue in self.queues]
+        for thread in self.threads:
+            thread.start()
 
     def execute(self, requests):
         for request in requests:
             chunk, details = triton_io.read_chunk(request)
             self.returns.connect(details.get("return_address", ""))
-            thread = self.threads[hash(details["uid"]) % NUM_THREADS]
-            thread.submit(self.answer, triton_io.ServerSender(request), chunk, details)
+            work = triton_io.ServerSender(request), chunk, details
+            if "context" in details and chunk.finish_reason is None:
+                self.answer(*work)  # the first text, which is waited for most; no other of its request is on its way
+            else:
+                self.queues[hash(details["uid"]) % NUM_THREADS].put(work)
 
     def finalize(self):
+        for queue in self.queues:
+            queue.put(None)
         for thread in self.threads:
-            thread.shutdown()
+            thread.join()
+
+    def answer_all(self, queue):
+        while (work := queue.get()) is not None:
+            self.answer(*work)
 
     def answer(self, sender, chunk, details):
         try:
@@ -45,7 +58,7 @@ class TritonPythonModel:
 
     def respond(self, sender, chunk, details):
         uid = details["uid"]
-        if sender.is_cancelled():
+        if details.get("ask") and sender.is_cancelled():
             self.returns.gone(uid)
         if chunk is None:
             sender.send(None, final=True)

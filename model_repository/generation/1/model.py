@@ -49,8 +49,8 @@ class TritonPythonModel:
         )  # fmt: skip
 
     def finalize(self):
+        self.engine.close()  # which ends all requests
         self.streams.close()
-        self.engine.close()
         self.supervisor.stop()
         self.metrics.close()
         remove_run_directory()

@@ -38,6 +38,6 @@ class TritonPythonModel:
         )  # fmt: skip
 
     def finalize(self):
+        self.engine.close()  # which ends all requests
         self.streams.close()
-        self.engine.close()
         self.metrics.close()
