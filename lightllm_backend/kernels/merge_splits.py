@@ -24,6 +24,10 @@ _MAX_SPLITS = 64
 # Programs that keep one multiprocessor's loads in flight.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 
+# KV heads of all sequences, each of which is at least one program: from MANY_HEADS on they fill a large GPU many times
+# over, and below FEW_HEADS each context is cut into parts.
+FEW_HEADS, MANY_HEADS = 512, 2048
+
 
 class TokenBlocks(NamedTuple):
     """How a program of decode attention goes through its part."""

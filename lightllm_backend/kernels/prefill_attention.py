@@ -30,10 +30,15 @@ class PrefillBlocks(NamedTuple):
     tokens: int
     num_warps: int
     num_stages: int
+    most_registers: int | None = None  # a thread, so that more programs fit a multiprocessor
 
 
-def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int]) -> PrefillBlocks:
-    """Tiles that fit the shared memory: `num_stages` of K and V, and the queries where they are an operand in it."""
+def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int], mean_length: float) -> PrefillBlocks:
+    """Tiles that fit the shared memory: `num_stages` of K and V, and the queries where they are an operand in it.
+
+    Hopper has much to gain from many small programs where prompts are short, and from large ones where they are long
+    (measured on an H200).
+    """
     if element_size == 4:
         # Without tensor cores the tiles live in registers.
         return PrefillBlocks(32, 32, 4, 1)
@@ -41,7 +46,11 @@ def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int])
         return PrefillBlocks(64, 32, 4, 1) if head_dim <= 128 else PrefillBlocks(32, 16, 4, 1)
     if head_dim > 128:
         return PrefillBlocks(64, 32, 4, 2)
-    return PrefillBlocks(64, 64, 4, 3 if capability >= (9, 0) else 2)
+    if capability < (9, 0):
+        return PrefillBlocks(64, 64, 4, 2)
+    if mean_length < 512:
+        return PrefillBlocks(64, 32, 4, 2, 128)
+    return PrefillBlocks(64, 64, 4, 3) if mean_length < 4096 else PrefillBlocks(128, 64, 8, 2, 128)
 
 
 @triton.jit
@@ -379,7 +388,7 @@ def prefill_attention(
     if sequences == 0 or tokens == 0:
         return out
     pairs, is_quantized = scale_pairs(k_pool, scales)
-    blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device))
+    blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device), tokens / sequences)
     k_tiles, v_tiles = tiles(k, blocks.tokens), tiles(v, blocks.tokens)
     has_tiles = k_tiles is not None and v_tiles is not None
     # See _find_tile.
@@ -427,6 +436,7 @@ def prefill_attention(
         block_dim=max(16, triton.next_power_of_2(head_dim)),
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
+        maxnreg=blocks.most_registers,
         **dependent_launch(q.device),
     )
     return out

@@ -168,7 +168,7 @@ def prefill_attention(
 
     The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. K and V of
     the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
-    to the pool, which has those of the cached tokens. Tokens of no sequence are left as they are in `out`, or unspecified.
+    to the pool, which has those of the cached tokens. Tokens of no sequence are left as they are in `out`.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
     `window - 1` tokens before it. With `out`, which has q's shape, the result is written there.
     """

@@ -31,15 +31,18 @@ def rms_norm_kernel(
     column = tl.arange(0, block)
     live = column < dim
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    if has_residual:
+        residual_row = residual + token * residual_stride + column
+        # Not by the kernel right before, which has made x.
+        before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
     value = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         address = x + (part * tokens + token) * x_stride + column
         value += tl.load(address, mask=live, other=0.0).to(tl.float32)
     if has_residual:
-        address = residual + token * residual_stride + column
-        total = (tl.load(address, mask=live, other=0.0).to(tl.float32) + value).to(residual.dtype.element_ty)
-        tl.store(address, total, mask=live)
+        total = (before + value).to(residual.dtype.element_ty)
+        tl.store(residual_row, total, mask=live)
         value = total.to(tl.float32)
     normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
     # Rounded before the product with the weight, as the models were trained.
@@ -73,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         parts=parts,
         has_residual=residual is not None,
         block=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 256)),
         **dependent_launch(x.device),
     )
     return out

@@ -18,7 +18,9 @@ from torch import Tensor
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import (
+    FEW_HEADS,
     LOG2_E,
+    MANY_HEADS,
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
@@ -30,13 +32,18 @@ from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
+def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
     """Small tiles of a single warp, 8 KiB of K, so that many programs fit a multiprocessor: while some begin, others
-    read (measured on an H200)."""
+    read. Where there are not so many KV `heads` of all sequences, fewer programs with twice as much on its way; and
+    where contexts are cut into short parts, what is soonest done (measured on an H200)."""
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
-    return TokenBlocks(tokens, 1, 3 if capability >= (8, 0) else 1)
+    if capability < (8, 0):
+        return TokenBlocks(tokens, 1, 1)
+    if FEW_HEADS <= heads < MANY_HEADS:
+        return TokenBlocks(2 * tokens, 2, 3)
+    return TokenBlocks(tokens, 1, 2 if heads < FEW_HEADS else 3)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -205,7 +212,8 @@ def token_attention(
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    blocks = choose_blocks(block_dim, q.element_size(), compute_capability(q.device))
+    capability = compute_capability(q.device)
+    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k,

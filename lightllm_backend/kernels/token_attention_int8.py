@@ -17,6 +17,7 @@ from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capabili
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
 from lightllm_backend.kernels.merge_splits import (
     LOG2_E,
+    MANY_HEADS,
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
@@ -260,12 +261,14 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]) -> TokenBlocks:
-    """As for the other pools, in tiles of as many tokens."""
+def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
+    """As for the other pools, in tiles of as many tokens; one warp is enough for twice as many."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
-    return TokenBlocks(tokens, 1, 2 if capability >= (8, 0) else 1)
+    if capability < (8, 0):
+        return TokenBlocks(tokens, 1, 1)
+    return TokenBlocks(tokens if heads >= MANY_HEADS else 2 * tokens, 1, 2)
 
 
 def token_attention_int8(
@@ -309,7 +312,7 @@ def token_attention_int8(
     is_half = q.element_size() == 2
     dtype = tl.float16 if is_half else tl.float32
     capability = compute_capability(q.device)
-    blocks = choose_blocks(block_dim, q.element_size(), capability)
+    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
     token_attention_int8_kernel[(kv_heads, sequences, splits)](
         q,
         k,

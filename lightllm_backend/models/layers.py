@@ -231,7 +231,9 @@ def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Ten
     """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
     if last_tokens is None:
         return x, residual
-    return x.index_select(-2, last_tokens), residual.index_select(0, last_tokens)
+    # First, for the norm reads it ahead: see kernels.dependent_launch.
+    residual = residual.index_select(0, last_tokens)
+    return x.index_select(-2, last_tokens), residual
 
 
 class Head:

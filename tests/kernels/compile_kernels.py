@@ -31,7 +31,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any], target: GPUTarget) -> int:

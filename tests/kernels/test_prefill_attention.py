@@ -145,12 +145,12 @@ def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeyp
 def test_tokens_before_the_first_prompt_are_left_alone(implementation, decodes, device):
     queries, contexts = [70, 3, 0], [90, 3, 0]
     q, pool, rest = _step(queries, contexts, (4, 2, 16), torch.float32, device)
-    k, v, cached = split_new(pool, queries, len(q), torch.float32)
-    expected = implementation.prefill_attention(q, k, v, cached.k, cached.v, *rest)
+    k, v, *pools = _inputs(implementation, pool, queries, q)
+    expected = implementation.prefill_attention(q, k, v, *pools, *rest)
     behind = [torch.cat([torch.full_like(x, torch.nan)[:1].expand(decodes, -1, -1), x]) for x in (q, k, v)]
     table, rows, starts, *others = rest
     out = torch.full_like(behind[0], 7.0)
-    implementation.prefill_attention(*behind, cached.k, cached.v, table, rows, starts + decodes, *others, out=out)
+    implementation.prefill_attention(*behind, *pools, table, rows, starts + decodes, *others, out=out)
     assert torch.equal(out[decodes : decodes + 73], expected[:73])
     assert (out[:decodes] == 7).all()
 
@@ -160,7 +160,7 @@ def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
     expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)
     first_seen = 195 - 30 + 1
-    block = prefill_attention.choose_blocks(16, 4, (9, 0)).tokens
+    block = prefill_attention.choose_blocks(16, 4, (9, 0), 5).tokens
     unseen = pool.req_to_token[int(pool.rows[0]), : first_seen // block * block].long()
     assert len(unseen) > 100
     pool.k[unseen], pool.v[unseen] = torch.nan, torch.nan
