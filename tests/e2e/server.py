@@ -30,13 +30,13 @@ class ServerEnded(RuntimeError):
         self.exit_code = exit_code
 
 
-def poll(condition: Callable[[], bool], limit: float) -> bool:
-    """Whether the condition becomes true within `limit` seconds."""
+def poll(condition: Callable[[], bool], limit: float, every: float = 0.02) -> bool:
+    """Whether the condition becomes true within `limit` seconds; it is asked at this interval, in seconds."""
     end = time.monotonic() + limit
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.02)
+        time.sleep(every)
     return True
 
 
