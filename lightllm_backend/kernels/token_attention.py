@@ -32,18 +32,20 @@ from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
+def choose_blocks(
+    block_dim: int, element_size: int, capability: tuple[int, int], heads: int, is_shared: bool
+) -> TokenBlocks:
     """Small tiles of a single warp, 8 KiB of K, so that many programs fit a multiprocessor: while some begin, others
-    read. Where there are not so many KV `heads` of all sequences, fewer programs with twice as much on its way; and
-    where contexts are cut into short parts, what is soonest done (measured on an H200)."""
+    read. Where there are not so many KV `heads` of all sequences, what is soonest done; or larger tiles where query
+    heads share K and V, since contexts are longer then (measured on an H200)."""
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
     if capability < (8, 0):
         return TokenBlocks(tokens, 1, 1)
-    if FEW_HEADS <= heads < MANY_HEADS:
+    if is_shared and FEW_HEADS <= heads < MANY_HEADS:
         return TokenBlocks(2 * tokens, 2, 3)
-    return TokenBlocks(tokens, 1, 2 if heads < FEW_HEADS else 3)
+    return TokenBlocks(tokens, 1, 2 if heads < MANY_HEADS else 3)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -213,7 +215,7 @@ def token_attention(
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q.device)
-    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
+    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads, group > 1)
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k,

@@ -66,23 +66,24 @@ def _round(value):
 
 
 @triton.jit
-def _split_query(query, dtype: tl.constexpr):
-    """Queries [n, dim] as pairs of rows [2 n, dim], and their units [n].
+def _split_query(query, rows: tl.constexpr, dtype: tl.constexpr):
+    """Queries [n, dim] as pairs of rows [2 n, dim], and their units [n]. A single one stands for all of `rows`.
 
     Of int8, row 2 i holds 128ths and row 2 i + 1 the rest: together 15 bits, which lose less than bfloat16 does.
     """
     if dtype == tl.int8:
         largest = tl.max(tl.abs(query), 1)
         unit = tl.where(largest == 0, 1.0, largest * (1 / 16256))
-        whole = _round(tl.div_rn(query, tl.broadcast_to(unit[:, None], query.shape)))
+        whole = _round(query * (1.0 / unit)[:, None])
         high = _round(whole * (1 / 128))
         low = whole - 128 * high
     else:
         unit = tl.full([query.shape[0]], 1.0, tl.float32)
         high, low = query, tl.zeros_like(query)
     # Not tl.join: dots whose operands come by one are laid out for narrower numbers, and read slowly.
-    parts = tl.where(tl.arange(0, 2)[None, :, None] == 0, high[:, None, :], low[:, None, :])
-    return parts.reshape(2 * query.shape[0], query.shape[1]).to(dtype), unit
+    parts = tl.where(tl.arange(0, 2)[None, :, None] == 0, high[:, None, :], low[:, None, :]).to(dtype)
+    parts = tl.broadcast_to(parts, (rows, 2, query.shape[1])).reshape(2 * rows, query.shape[1])
+    return parts, tl.broadcast_to(unit, (rows,))
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def token_attention_int8_kernel(
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        query = tl.where(live, rotated(q_row, column, column_live, cos, sin, half)[None, :], 0.0)
+        query = rotated(q_row, column, column_live, cos, sin, half)[None, :]
     else:
         query = rotated(q_row + member[:, None] * q_head_stride, column[None, :], live, cos, sin, half)
     k_row = k + sequence * k_stride + kv_head * k_head_stride
@@ -185,7 +186,7 @@ def token_attention_int8_kernel(
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
     query *= scale_log2
-    parts, unit = _split_query(query, key_dtype)
+    parts, unit = _split_query(query, block_group, key_dtype)
     k_scale = scale_of(tl.max(tl.abs(new_key)), min_scale, max_scale, tl.float16)
     v_scale = scale_of(tl.max(tl.maximum(tl.abs(v_even), tl.abs(v_odd))), min_scale, max_scale, tl.float16)
     new_key, v_even, v_odd = quantize(new_key, k_scale), quantize(v_even, v_scale), quantize(v_odd, v_scale)
@@ -201,7 +202,7 @@ def token_attention_int8_kernel(
     v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
     new_score = tl.sum(query * new_key[None, :], 1) * k_scale + tl.log2(v_scale)
-    maximum = tl.where(has_new, new_score, float("-inf"))
+    maximum = tl.where(has_new, tl.broadcast_to(new_score, (block_group,)), float("-inf"))
     # Of the weights, token by token of a block, and added up at the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
     total = tl.zeros([block_tokens, block_group], dtype=tl.float32)
@@ -246,10 +247,11 @@ def token_attention_int8_kernel(
     # Nothing was seen by an empty split: zeros, with a log sum of -inf. A padding row is left as it is.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
+    factor = 1.0 / divisor
     surplus = offset * tl.sum(surplus, 0)
     even, _ = tl.split(even_accumulator.reshape(block_dim // 2, block_group, 2))
     odd, _ = tl.split(odd_accumulator.reshape(block_dim // 2, block_group, 2))
-    result = (tl.join(even, odd) - surplus[None, :, None]) / divisor[None, :, None]
+    result = (tl.join(even, odd) - surplus[None, :, None]) * factor[None, :, None]
     result = tl.permute(result, (1, 0, 2)).reshape(block_group, block_dim)
     if is_split:
         index = (sequence * heads + head) * splits + split
