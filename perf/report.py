@@ -207,6 +207,7 @@ def prefix_cache(result: dict[str, Any]) -> list[str]:
 def serving(result: dict[str, Any]) -> list[str]:
     headings = ["", "asked requests/s", "s", "requests/s", "output tokens/s", "first token p50, ms", "p99"]
     headings += ["per output token p50, ms", "p99", "between responses p50, ms", "p99", "tokens a response"]
+    headings += ["behind the engine p99, ms", "KV pool in use"]
     who = "engine alone" if result["system"] == "engine" else f"tritonserver, {result['protocol']}"
     rows = []
     for run in result["runs"]:
@@ -218,8 +219,11 @@ def serving(result: dict[str, Any]) -> list[str]:
         rate = f"{run['request_rate']:g}" if run["request_rate"] else "all at once"
         throughput = [f"{run['seconds']:.1f}", f"{run['requests_per_second']:.2f}"]
         throughput += [f"{run['output_tokens_per_second']:,.0f}"]
+        lag, pool = run.get("delivery_lag"), run.get("pool_share_while_queued")
+        rest = [f"{run['tokens_per_response']:.2f}"]
+        rest += [f"{1e3 * lag['p99']:.0f}" if lag else "–", f"{pool:.1%}" if pool else "–"]
         limit = " (its clients were the limit)" if run["clients"]["were_the_limit"] else ""
-        rows.append([who + limit, rate, *throughput, *latencies, f"{run['tokens_per_response']:.2f}"])
+        rows.append([who + limit, rate, *throughput, *latencies, *rest])
     rows += [[*row, *["–"] * (len(headings) - len(row))] for row in _others(result)]
     prompts = "text" if result["prompts"] == "text" else "token ids"
     parts = [result["model"], *(f"{name} {value}" for name, value in sorted(result["settings"].items()))]

@@ -32,10 +32,13 @@ def rows(lines: list[str]) -> list[list[str]]:
 
 
 def test_a_result_has_its_row_beside_the_peers() -> None:
-    heading, ours, peer = rows(serving(result("server", 10_900.0)))
-    assert len(heading) == len(ours) == len(peer) == 12
+    asked = result("server", 10_900.0)
+    asked["runs"][0] |= {"delivery_lag": {"p99": 0.2449}, "pool_share_while_queued": 0.9868}
+    heading, ours, peer = rows(serving(asked))
+    assert len(heading) == len(ours) == len(peer) == 14
     assert ours == [
         "tritonserver, grpc", "200", "60.0", "33.30", "10,900", "12.3", "45.6", "12.3", "45.6", "–", "–", "1.50",
+        "245", "98.7%",
     ]  # fmt: skip
     assert peer[:4] == ["vLLM 0.26.0, http", "200", "78.3", "25.5"]
 
