@@ -5,8 +5,9 @@
 The new token's query and key are rotated here, and its K and V written to the pool, by the part that ends with it.
 There they are not read again, since others' writes are not seen within a launch.
 
-The query heads that share K and V, or the only one that has them, are rows of a tensor core's tile, most of it idle:
-it has time, since K and V are read from memory once. They arrive in shared memory some blocks ahead of their use.
+K, and V transposed, are the left operands of the two products, since they fill a tensor core's rows. The query heads
+that share them, or the only one that has them, are columns, eight at least: as few as a tensor core takes, so that
+little is computed in vain. K and V arrive in shared memory ahead of their use.
 An int8 pool has a kernel of its own, token_attention_int8.
 """
 

@@ -2,9 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Decode attention over a pool of int8 with a scale for each token and head; see token_attention.
 
-Tensor cores are fed with 16-bit numbers, so two int8 side by side are read as one of those, and only in registers
-become two tiles: the even dimensions and the odd ones. A byte turns into a float16 without a conversion: behind the
-high byte of 1024 it is the lowest bits of the fraction.
+Keys go to the tensor cores as they are: a query is two int8 a dimension, in columns that would be idle else. Values are
+summed as float16. Two of them side by side are read as one 16-bit number, and only in registers become two tiles, the
+even dimensions and the odd ones. A byte turns into a float16 without a conversion: behind the high byte of 1024 it is
+the lowest bits of the fraction. That makes each value too large by the same number, which is subtracted in the end.
 """
 
 import torch
