@@ -124,7 +124,7 @@ def test_a_streams_chunks_ask_for_its_client_now_and_then(monkeypatch: pytest.Mo
     responder.probe()
     for number in range(5):
         responder.send(TokenChunk("u", [number], []), first=number == 0)
-        now += 0.1
+        now += 0.4 * triton_io.ASK_SECONDS
     assert [chunk.get("ask", False) for chunk in sent] == [True, False, False, False, True, False]
     assert [chunk.get("probe", False) for chunk in sent] == [True] + [False] * 5
     assert sent[1]["context"]["eos_ids"] == []
