@@ -43,10 +43,9 @@ def all_reduce_rms_norm_kernel(
     column = tl.arange(0, block)
     live = column < dim
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
-    residual_row = residual + token * residual_stride + column
-    # Not by the kernel right before, which has made x.
-    before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
+    residual_row = residual + token * residual_stride + column
+    before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     turn = tl.load(turns + token)
     first = (turn * ranks * mailbox_rows + token) * dim
     own = tl.zeros([block], dtype=tl.float32)

@@ -35,7 +35,7 @@ def layer_norm_kernel(
     shift = tl.load(bias + column, mask=live, other=0.0).to(tl.float32)
     if has_residual:
         residual_row = residual + token * residual_stride + column
-        # Not by the kernel right before, which has made x.
+        # Ahead of the wait: the kernel right before has not written it.
         before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
     value = tl.zeros([block], dtype=tl.float32)

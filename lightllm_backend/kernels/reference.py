@@ -31,7 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """Root-mean-square norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
 
     `x` may be the parts [splits, tokens, dim] of a product, see linear_splits; their sum is meant. The result is of the
-    weight's type.
+    weight's type. The residual must not come from the kernel launched right before: on a GPU it is read ahead, see
+    kernels.dependent_launch.
     """
     x = _sum_of_parts(x)
     if residual is not None:
@@ -72,7 +73,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
 
-    `x` may be the parts [splits, tokens, dim] of a product, as for rms_norm.
+    `x` may be the parts [splits, tokens, dim] of a product, and the residual is read ahead, as for rms_norm.
     """
     x = _sum_of_parts(x)
     if residual is not None:

@@ -77,7 +77,8 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
             continue
         expected, result = plain.launch(batch).result(), padded.launch(batch).result()
         chosen, other = chosen + len(expected.tokens), other + np.count_nonzero(result.tokens != expected.tokens)
-        padded._tables.tokens.copy_(plain._tables.tokens if is_quantized else padded._tables.tokens)
+        if is_quantized:
+            padded._tables.tokens.copy_(plain._tables.tokens)
         assert (result.log_probs is None) == (expected.log_probs is None)
         if expected.log_probs is not None:
             same = result.tokens == expected.tokens
@@ -88,7 +89,8 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
         for ours, theirs in zip(pool(padded), pool(plain), strict=True):
             tolerance = 4 if ours.dtype == torch.int8 else 1e-3  # scales are float16
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-3, equal_nan=True)
-            ours.copy_(theirs if is_quantized else ours)
+            if is_quantized:
+                ours.copy_(theirs)
         router.apply(batch, expected)
         steps += 1
     assert other <= (0.03 * chosen if is_quantized else 0)
