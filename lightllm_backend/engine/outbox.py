@@ -63,7 +63,7 @@ class Outbox:
             self._wake_one()
 
     def send_next(self) -> bool:
-        """Lets the next stream send; False if there is none. Blocks nobody."""
+        """Lets the next stream send; False if there is none. For tests, which have no threads."""
         with self._changed:
             stream = self._next()
         if stream is not None:
