@@ -23,8 +23,8 @@ from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
 ONE_SHOT_BYTES = 256 << 10
 # The kernels read this much at a time, and cut a message into as many parts as there are ranks.
 VECTOR_BYTES = 16
-# What a rank writes into all others' mailboxes for one sum; beyond, it is quicker to sum in two shots.
-MAILED_BYTES = 4 << 20
+# The largest message that goes through mailboxes, which take 2 * ranks times its size.
+MAILED_BYTES = 16 << 20
 
 # Its new name, of torch 2.13, and its old one.
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
@@ -148,8 +148,8 @@ class SymmetricMemory:
         # The kernels look the handle up by the buffer and the group; kept, so that it lives as long as they.
         self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
 
-        rows = max(1, min(rows, MAILED_BYTES // ((size - 1) * columns * dtype.itemsize)))
-        shape, bits = (2, size, rows, columns), bits_of(dtype)
+        bits = bits_of(dtype)
+        shape = (2, size, max(1, MAILED_BYTES // (columns * bits.itemsize)), columns)
         with torch.inference_mode(mode=False):
             own = _symmetric_memory.empty(shape, dtype=bits, device=device)
         self._mailbox_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)

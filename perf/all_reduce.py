@@ -7,7 +7,8 @@ Starts one process a rank. Each way of summing is captured in a CUDA graph, seve
 its result is checked. A column is microseconds for one sum: the median over replays of the slowest rank's time.
 `one_shot` and `two_shot` make new tensors; `two_shot_in_place` leaves the sum where the next message overwrites it;
 `engine` is TensorParallel.all_reduce as the engine calls it, on a product that is in the buffer already. `norm_after`
-is that and the norm that follows; `norm_engine` what the engine does instead, which is the same for large messages.
+is that and the norm that follows; `norm_one_shot` and `norm_two_shots` are norms that sum through mailboxes, one of
+which the engine takes as `norm_engine`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
@@ -31,13 +33,14 @@ from torch import Tensor
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.worker_group import worker_environment
 from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.mailboxes import Mailboxes
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result
 
 IN_A_ROW = 20
 REPLAYS = 50
 HIDDEN = 4096  # a message is rows of it
-SIZES = [8 << 10 << step for step in range(10)]  # bytes: 8 KB … 4 MB
+SIZES = [8 << 10 << step for step in range(12)]  # bytes: 8 KB … 16 MB
 
 
 def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -61,21 +64,25 @@ def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[],
 
 
 def norms_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The same with the addition to a residual and its norm; only where there is symmetric memory."""
+    """The same with the addition to a residual and its norm; only where there are mailboxes."""
     weight, residual = torch.ones_like(message[0]), torch.zeros_like(message)
     view = parallel.product_buffer(*message.shape, message.dtype)
-    mailboxes = parallel.mailboxes(*message.shape)
-    if view is None:
+    boxes = parallel.mailboxes(*message.shape)
+    if view is None or boxes is None:
         return {}
 
     def after() -> Tensor:
         return launchers.rms_norm(parallel.all_reduce(view), weight, 1e-5, residual)
 
-    def mailed() -> Tensor:
-        assert mailboxes is not None
-        return launchers.all_reduce_rms_norm(message, weight, 1e-5, residual, mailboxes)
+    def mailed(in_two_shots: bool) -> Callable[[], Tensor]:
+        def sum_and_norm() -> Tensor:
+            with patch.object(Mailboxes, "take_two_shots", lambda *_: in_two_shots):
+                return launchers.all_reduce_rms_norm(message, weight, 1e-5, residual, boxes)
 
-    return {"norm_after": after, "norm_engine": mailed if mailboxes else after}
+        return sum_and_norm
+
+    ways = {"norm_after": after, "norm_one_shot": mailed(False), "norm_two_shots": mailed(True)}
+    return ways | {"norm_engine": mailed(boxes.take_two_shots(len(message)))}
 
 
 def is_right(way: Callable[[], Tensor], parallel: TensorParallel, targets: list[Tensor]) -> bool:

@@ -5,6 +5,9 @@
 Each program sends its row to the other ranks and waits for theirs (see mailboxes.py), not for other programs of its own
 rank. A GPU starts programs in order: of the rows that are not done, the first is under way on all ranks, or will be, so
 that there is always one that gets on, however few have room at once.
+
+In one shot every rank sends its row to all others, and all add. In two, a row has an owner, who alone receives the
+others', adds them and the residual, and sends the sum back: two ways instead of one for 2 / ranks of the bytes.
 """
 
 import torch
@@ -14,6 +17,69 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
+
+
+@triton.jit
+def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, box_type: tl.constexpr):
+    bits = row.to(box_type, bitcast=True)
+    return tl.where(bits == empty, sent_for_empty, bits).to(box_type)
+
+
+@triton.jit
+def _send(boxes, receiver, own_box, offset, bits, live):
+    box = tl.multiple_of(tl.load(boxes + receiver).to(own_box.dtype), 16)
+    # Written through to the other GPU's memory at once.
+    tl.store(box + offset, bits, mask=live, cache_modifier=".wt")
+
+
+@triton.jit
+def _send_to_others(boxes, own_box, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr):
+    # Not all to the same rank at first.
+    for distance in tl.static_range(1, ranks):
+        _send(boxes, (rank + distance) % ranks, own_box, first + rank * sender_stride + column, bits, live)
+
+
+@triton.jit
+def _receive(place, live, row_type: tl.constexpr, empty: tl.constexpr):
+    """One rank's row, as soon as all of it is there."""
+    bits = tl.load(place, mask=live, other=0, volatile=True)
+    while tl.max((bits == empty).to(tl.int32), 0) > 0:
+        bits = tl.load(place, mask=live, other=0, volatile=True)
+    # The reduction is over, so every thread has read.
+    tl.store(place, tl.full(bits.shape, empty, dtype=bits.dtype), mask=live)
+    return bits.to(row_type, bitcast=True)
+
+
+@triton.jit
+def _receive_sum(
+    place,
+    own_bits,
+    live,
+    sender_stride,
+    row_type: tl.constexpr,
+    rank: tl.constexpr,
+    ranks: tl.constexpr,
+    empty: tl.constexpr,
+):
+    """Of all ranks' rows, float32, in order of rank, so that whoever adds comes to the same bits."""
+    total = tl.zeros(own_bits.shape, dtype=tl.float32)
+    missing = 1
+    while missing > 0:
+        total = tl.zeros(own_bits.shape, dtype=tl.float32)
+        is_missing = tl.zeros(own_bits.shape, dtype=tl.int32)
+        for sender in tl.static_range(ranks):
+            arrived = own_bits
+            if sender != rank:
+                arrived = tl.load(place + sender * sender_stride, mask=live, other=0, volatile=True)
+            is_missing |= (arrived == empty).to(tl.int32)
+            total += arrived.to(row_type, bitcast=True).to(tl.float32)
+        missing = tl.max(is_missing, 0)
+    # The reduction is over, so every thread has read.
+    nothing = tl.full(own_bits.shape, empty, dtype=own_bits.dtype)
+    for sender in tl.static_range(ranks):
+        if sender != rank:
+            tl.store(place + sender * sender_stride, nothing, mask=live)
+    return total
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -34,11 +100,14 @@ def all_reduce_rms_norm_kernel(
     rank: tl.constexpr,
     parts: tl.constexpr,
     ranks: tl.constexpr,
+    in_two_shots: tl.constexpr,
     empty: tl.constexpr,
     sent_for_empty: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
+    row_type: tl.constexpr = residual.dtype.element_ty
+    box_type: tl.constexpr = own_box.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
@@ -47,40 +116,28 @@ def all_reduce_rms_norm_kernel(
     residual_row = residual + token * residual_stride + column
     before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     turn = tl.load(turns + token)
+    sender_stride = mailbox_rows * dim
     first = (turn * ranks * mailbox_rows + token) * dim
+    place = own_box + (first + column)
     own = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    sent = own.to(residual.dtype.element_ty).to(own_box.dtype.element_ty, bitcast=True)
-    sent = tl.where(sent == empty, sent_for_empty, sent).to(own_box.dtype.element_ty)
-    # Not all to the same rank at first.
-    for distance in tl.static_range(1, ranks):
-        box = tl.multiple_of(tl.load(boxes + (rank + distance) % ranks).to(own_box.dtype), 16)
-        # Written through to the other GPU's memory at once.
-        tl.store(box + (first + rank * mailbox_rows * dim + column), sent, mask=live, cache_modifier=".wt")
-
-    place = own_box + (first + column)
-    # In order of rank, so that all ranks come to the same bits.
-    total = tl.zeros([block], dtype=tl.float32)
-    missing = 1
-    while missing > 0:
-        total = tl.zeros([block], dtype=tl.float32)
-        is_missing = tl.zeros([block], dtype=tl.int32)
-        for sender in tl.static_range(ranks):
-            arrived = sent
-            if sender != rank:
-                arrived = tl.load(place + sender * mailbox_rows * dim, mask=live, other=0, volatile=True)
-            is_missing |= (arrived == empty).to(tl.int32)
-            total += arrived.to(residual.dtype.element_ty, bitcast=True).to(tl.float32)
-        missing = tl.max(is_missing, 0)
-    # The reduction is over, so every thread has read.
-    nothing = tl.full([block], empty, dtype=own_box.dtype.element_ty)
-    for sender in tl.static_range(ranks):
-        if sender != rank:
-            tl.store(place + sender * mailbox_rows * dim, nothing, mask=live)
+    own_bits = _bits(own.to(row_type), empty, sent_for_empty, box_type)
+    if in_two_shots:
+        owner = token % ranks
+        if owner == rank:
+            total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+            total = (before + total).to(row_type)
+            bits = _bits(total, empty, sent_for_empty, box_type)
+            _send_to_others(boxes, own_box, first, bits, live, sender_stride, column, rank, ranks)
+        else:
+            _send(boxes, owner, own_box, first + rank * sender_stride + column, own_bits, live)
+            total = _receive(place + owner * sender_stride, live, row_type, empty)
+    else:
+        _send_to_others(boxes, own_box, first, own_bits, live, sender_stride, column, rank, ranks)
+        total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+        total = (before + total).to(row_type)
     tl.store(turns + token, 1 - turn)
-
-    total = (before + total).to(residual.dtype.element_ty)
     tl.store(residual_row, total, mask=live)
     value = total.to(tl.float32)
     normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
@@ -119,6 +176,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         rank=mailboxes.rank,
         parts=parts,
         ranks=own.shape[1],
+        in_two_shots=mailboxes.take_two_shots(tokens),
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,

@@ -72,7 +72,8 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     weight = torch.empty(heads * head_dim, dtype=dtype)
     launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
     boxes = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_of(dtype))] * 4
-    launchers.all_reduce_rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1), Mailboxes.of(boxes, rank=2))
+    for rows in (1, len(q)):  # in one shot, in two
+        launchers.all_reduce_rms_norm(q[:rows].flatten(1), weight, 1e-5, q.flatten(1), Mailboxes.of(boxes, rank=2))
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:

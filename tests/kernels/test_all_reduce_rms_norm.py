@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels import launchers, mailboxes, reference
 from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes, bits_of
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
@@ -35,7 +35,7 @@ def test_what_others_sent_is_added_in_each_turn(
     implementation: ModuleType, dtype, ranks, rank, parts, tokens, dim, device
 ):
     boxes = empty_boxes(ranks, 5, dim, dtype, device)
-    mailboxes = Mailboxes.of(boxes, rank)
+    own = Mailboxes.of(boxes, rank)
     weight = torch.randn(dim, device=device).to(dtype)
     others = [other for other in range(ranks) if other != rank]
     for turn in (0, 1, 0):
@@ -48,13 +48,13 @@ def test_what_others_sent_is_added_in_each_turn(
         sent[rank] = x if parts is None else x.sum(0).to(dtype)
         expected_residual = residual.double() + sent.double().sum(0)
         expected = reference.rms_norm(expected_residual, weight.double(), EPS)
-        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, mailboxes)
+        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, own)
         assert out.dtype == dtype
         # The interpreter truncates to bfloat16 where a GPU rounds.
         tolerance = TOLERANCE[dtype]
         assert relative_error(residual, expected_residual) < tolerance
         assert relative_error(out, expected) < 2 * tolerance
-        assert mailboxes.turns.tolist() == [1 - turn] * tokens + [0] * (5 - tokens)
+        assert own.turns.tolist() == [1 - turn] * tokens + [0] * (5 - tokens)
         assert is_empty_but_for(boxes[rank], rank), "what was read is empty again"
         for other in others:
             there = boxes[other][turn, rank, :tokens]
@@ -85,21 +85,70 @@ def test_both_stand_ins_are_nan():
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 def test_no_tokens(implementation, device):
-    mailboxes = Mailboxes.of(empty_boxes(2, 1, 8, torch.float32, device), 0)
+    own = Mailboxes.of(empty_boxes(2, 1, 8, torch.float32, device), 0)
     empty = torch.empty(0, 8, device=device)
-    out = implementation.all_reduce_rms_norm(empty, torch.ones(8, device=device), EPS, empty.clone(), mailboxes)
+    out = implementation.all_reduce_rms_norm(empty, torch.ones(8, device=device), EPS, empty.clone(), own)
     assert out.shape == (0, 8)
 
 
 def test_messages_that_do_not_fit():
-    mailboxes = Mailboxes.of(empty_boxes(2, 3, 8, torch.float32, torch.device("cpu")), 0)
-    assert mailboxes.take(3, 8)
-    assert not mailboxes.take(4, 8)
-    assert not mailboxes.take(3, 4), "a row would lie elsewhere"
+    own = Mailboxes.of(empty_boxes(2, 3, 8, torch.float32, torch.device("cpu")), 0)
+    assert own.take(3, 8)
+    assert not own.take(4, 8)
+    assert not own.take(3, 4), "a row would lie elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "in_two_shots"), [(2, 10**6, False), (4, 85, False), (4, 86, True), (8, 24, False), (8, 25, True)]
+)
+def test_large_messages_of_many_ranks_take_two_shots(ranks, rows, in_two_shots):
+    boxes = [torch.empty(2, ranks, rows, 4096, dtype=torch.int16, device="meta")] * ranks
+    assert Mailboxes(boxes, torch.empty(0), torch.empty(0), 0).take_two_shots(rows) == in_two_shots
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("parts", "tokens", "dim"), [(None, 7, 96), (3, 5, 1000)])
+def test_in_two_shots_the_owner_of_a_row_adds(monkeypatch, implementation, dtype, parts, tokens, dim, device):
+    monkeypatch.setattr(mailboxes, "TWO_SHOTS_SAVE", 0)
+    ranks, rank = 4, 2
+    boxes = empty_boxes(ranks, tokens, dim, dtype, device)
+    own, box = Mailboxes.of(boxes, rank), boxes[rank]
+    owners = torch.arange(tokens) % ranks
+    mine = owners == rank
+    weight = torch.randn(dim, device=device).to(dtype)
+    for turn in (0, 1, 0):
+        shape = (tokens, dim) if parts is None else (parts, tokens, dim)
+        x = torch.randn(*shape, device=device).to(dtype if parts is None else torch.float32)
+        sent = torch.randn(ranks, tokens, dim, device=device).to(dtype)
+        bits = sent.view(bits_of(dtype))
+        for other in range(ranks):
+            if other != rank:
+                box[turn, other, mine] = bits[other, mine]  # addends
+                box[turn, other, owners == other] = bits[other, owners == other]  # sums
+        residual = torch.randn(tokens, dim, device=device).to(dtype)
+        sent[rank] = x if parts is None else x.sum(0).to(dtype)
+        expected_residual = sent[owners, torch.arange(tokens)].double()
+        expected_residual[mine] = residual[mine].double() + sent[:, mine].double().sum(0)
+        expected = reference.rms_norm(expected_residual, weight.double(), EPS)
+        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, own)
+        tolerance = TOLERANCE[dtype]
+        assert relative_error(residual, expected_residual) < tolerance
+        assert relative_error(out, expected) < 2 * tolerance
+        assert own.turns.tolist() == [1 - turn] * tokens
+        assert is_empty_but_for(box, rank), "what was read is empty again"
+        for other in range(ranks):
+            if other != rank:
+                there = boxes[other][turn, rank]
+                assert relative_error(there[mine].view(dtype), expected_residual[mine]) < tolerance
+                assert relative_error(there[owners == other].view(dtype), sent[rank, owners == other]) < tolerance
+                there[mine | (owners == other)] = EMPTY
+                assert is_empty_but_for(boxes[other], other), "nothing else is written"
 
 
 def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
     """Sums of many shapes in a row with ranks that are other processes, now and then late."""
+    mailboxes.TWO_SHOTS_SAVE = 100  # of three ranks, two rows and more are summed in two shots
     import random
     import time
 
@@ -107,7 +156,7 @@ def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
     size = 2 * ranks * rows * dim
     files = [str(directory / f"{other}") for other in range(ranks)]
     boxes = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
-    mailboxes = Mailboxes.of([box.view(2, ranks, rows, dim) for box in boxes], rank)
+    own = Mailboxes.of([box.view(2, ranks, rows, dim) for box in boxes], rank)
     implementation = launchers if is_kernel else reference
     weight = torch.ones(dim)
     for number in range(30):
@@ -118,17 +167,17 @@ def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
         expected_residual = residual + x.sum(0)
         if random.Random(number * ranks + rank).random() < 0.2:
             time.sleep(0.02)
-        out = implementation.all_reduce_rms_norm(x[rank], weight, EPS, residual, mailboxes)
+        out = implementation.all_reduce_rms_norm(x[rank], weight, EPS, residual, own)
         assert relative_error(residual, expected_residual) < 1e-6
         assert relative_error(out, reference.rms_norm(expected_residual, weight, EPS)) < 1e-5
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("is_kernel", [False, True])
-def test_ranks_wait_for_each_other(tmp_path, is_kernel, device):
+def test_ranks_wait_for_each_other(tmp_path, is_kernel, ranks, device):
     """On a CPU: between GPUs, see tests/gpu."""
     if device.type == "cuda":
         pytest.skip("other processes' mailboxes are not on this GPU")
-    ranks = 2
     for rank in range(ranks):
         box = torch.from_file(str(tmp_path / f"{rank}"), shared=True, size=2 * ranks * 3 * 32, dtype=torch.int32)
         box.fill_(EMPTY)
