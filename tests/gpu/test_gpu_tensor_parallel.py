@@ -141,7 +141,7 @@ class Layers:
 
 random.seed(rank)
 choice = random.Random(7)
-layers = [Layers(rows, parts) for rows, parts in ((1, 1), (5, 3), (20, 1), (1500, 1))]
+layers = [Layers(rows, parts) for rows, parts in ((1, 1), (5, 3), (20, 1), (1000, 1))]
 for seed in range(200):
     choice.choice(layers).run(seed, captured=choice.random() < 0.8)
 """

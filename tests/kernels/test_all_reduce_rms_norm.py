@@ -99,7 +99,7 @@ def test_messages_that_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rows", "in_two_shots"), [(2, 10**6, False), (4, 85, False), (4, 86, True), (8, 24, False), (8, 25, True)]
+    ("ranks", "rows", "in_two_shots"), [(2, 10**6, False), (4, 53, False), (4, 54, True), (8, 15, False), (8, 16, True)]
 )
 def test_large_messages_of_many_ranks_take_two_shots(ranks, rows, in_two_shots):
     boxes = [torch.empty(2, ranks, rows, 4096, dtype=torch.int16, device="meta")] * ranks
