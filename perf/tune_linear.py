@@ -2,11 +2,12 @@
 """Finds how the products of few tokens are cut best on this GPU, and stores it with the kernels.
 
     python -m perf.tune_linear
-    python -m perf.tune_linear --tp 1 llama-7b
+    python -m perf.tune_linear --tp 1 --tokens 128,256 llama-7b
 
-All blocks that fit the shared memory are timed at 16, 32 and 64 tokens in a CUDA graph, a norm behind each product as
-in a model, on weights that together are too large for the L2 cache. cuBLAS is timed beside them. What is found goes to
-lightllm_backend/kernels/linear_blocks.json; what other runs have found for other GPUs and products stays there.
+All blocks that fit the shared memory are timed in a CUDA graph, a norm behind each product as in a model, on weights
+that together are too large for the L2 cache. cuBLAS is timed beside them, and keeps the products at which it is as
+quick. What is found goes to lightllm_backend/kernels/linear_blocks.json; what other runs have found for other GPUs,
+products and numbers of tokens stays there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_splits import STORED, TOKEN_BLOCKS, LinearBlocks, launch, product_name
+from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, MORE_TOKENS, STORED, LinearBlocks, product_name
+from lightllm_backend.kernels.linear_splits import launch
+from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
 from lightllm_backend.kernels.rms_norm import rms_norm
 from perf.kernels.measure import seconds_of
 from perf.record import circumstances
@@ -33,6 +36,10 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 WEIGHT_BYTES = 600 << 20
 # A sum of parts that no norm makes on its way, and an activation behind cuBLAS.
 SUM_SECONDS, ACTIVATION_SECONDS = 1.5e-6, 2e-6
+# By which our kernels must be quicker than cuBLAS, whose choice for the tokens between those that are timed is its own.
+MARGIN = 0.02
+# What linear_tiles may be launched with: rows and columns of a tile, stages, warps.
+TILES = [(64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 3, 4), (128, 64, 3, 8), (128, 64, 6, 8), (256, 64, 4, 8)]
 
 
 class Product(NamedTuple):
@@ -61,6 +68,12 @@ def products(config: dict[str, Any], tp: int) -> list[Product]:
 
 
 def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
+    if tokens in MORE_TOKENS:
+        for tile, splits in itertools.product(TILES, (1, 2, 4)):
+            programs = product.out_features // tile[0] * (tokens // BLOCK_TOKENS) * splits
+            if splits == 1 or (not product.is_gated and programs <= 270):
+                yield LinearBlocks(*tile, splits)
+        return
     shared = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
     for out, inner, stages, warps, splits in itertools.product(
         (64, 128), (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8)
@@ -96,7 +109,7 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     weights = [torch.randn(*shape, device=DEVICE, dtype=DTYPE) / shape[1] ** 0.5 for _ in range(count)]
     x = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
     cublas = seconds_between_norms(lambda weight: functional.linear(x, weight), weights)
-    times: dict[LinearBlocks | None, float] = {None: cublas + ACTIVATION_SECONDS * product.is_gated}
+    times: dict[LinearBlocks | None, float] = {None: (1 - MARGIN) * (cublas + ACTIVATION_SECONDS * product.is_gated)}
     for blocks in candidates(product, tokens):
 
         def run(weight: Tensor, blocks: LinearBlocks = blocks) -> None:
@@ -114,19 +127,21 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tp", default="1,2,4", show_default=True, help="numbers of GPUs, separated by commas")
-def main(models: tuple[str, ...], tp: str) -> None:
+@click.option("--tokens", default=",".join(map(str, FEW_TOKENS + MORE_TOKENS)), show_default=True, help="of a step")
+def main(models: tuple[str, ...], tp: str, tokens: str) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
     found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
     stored = json.loads(STORED.read_text())
     capability = "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
     table = stored["blocks"].setdefault(capability, {})
     for product in tqdm(sorted(found), unit="product"):
-        table[product_name(*product[:3])] = {str(tokens): best_blocks(product, tokens) for tokens in TOKEN_BLOCKS}
+        row = table.setdefault(product_name(*product[:3]), {})
+        row.update({count: best_blocks(product, int(count)) for count in tokens.split(",")})
         torch.cuda.empty_cache()
     ran = circumstances(torch.cuda.get_device_name())
     versions = ran["versions"]
     origin = (ran["machine"]["gpu"], f"torch {versions['torch']}", f"triton {versions['triton']}", ran["date"][:10])
-    stored["origin"][capability] = ", ".join(origin)
+    stored["origin"].setdefault(capability, {})[tokens] = ", ".join(origin)
     STORED.write_text(format_table(stored))
     print(f"written to {STORED}")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import linear
-from lightllm_backend.kernels.linear_splits import LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear_tiles import launch_tiles
 from lightllm_backend.kernels.silu_and_mul import silu_and_mul
 
 
@@ -64,6 +65,9 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
     """Write the result to `out` [tokens, features]."""
     tokens, in_features = x.shape
     features = out.shape[1]
+    if tokens > FEW_TOKENS[-1]:
+        launch_tiles(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
+        return
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()

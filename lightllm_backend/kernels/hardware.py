@@ -5,6 +5,12 @@ from functools import lru_cache
 
 import torch
 import triton
+from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor  # noqa: PLC0414 (exported)
+except ImportError:  # an older Triton-lang
+    TensorDescriptor = None
 
 _TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
@@ -28,3 +34,12 @@ def has_ptx(device: torch.device) -> bool:
     """Whether a kernel may hold instructions of the GPU itself that have two results: Triton-lang's interpreter knows
     none, and version 3.2 crashes at them."""
     return device.type == "cuda" and _TRITON_LANG >= (3, 3)
+
+
+def has_descriptors(*tensors: Tensor) -> bool:
+    """Whether a kernel may read tiles of these by descriptors, which Hopper copies as a whole. Rows are contiguous."""
+    return (
+        TensorDescriptor is not None
+        and all(compute_capability(x.device) >= (9, 0) for x in tensors)
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
+    )

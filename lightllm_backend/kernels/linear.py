@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A product with a weight, whole: of few tokens by the kernel of linear_splits, of more by cuBLAS."""
+"""A product with a weight, whole: of few tokens by our own kernels (see linear_blocks), of more by cuBLAS."""
 
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.linear_splits import blocks_for, launch
+from lightllm_backend.kernels.linear_blocks import blocks_for
+from lightllm_backend.kernels.linear_splits import launch
 from lightllm_backend.kernels.sum_splits import sum_splits
 
 

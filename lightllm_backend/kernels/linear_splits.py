@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Products of a few tokens with a weight, which take as long as it takes to be read. More tokens go to cuBLAS.
+"""Products of a few tokens with a weight, which take as long as it takes to be read. More go to linear_tiles or cuBLAS.
 
 Where the output features are too few to occupy the GPU, the inner dimension is split, and the parts are left to whoever
-reads them next to be added up: a norm does that on its way. How the products of known models are cut best is stored in
-linear_blocks.json, by GPU; others go by a rule.
+reads them next to be added up: a norm does that on its way. How a product is cut best, see linear_blocks.
 """
-
-import json
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,69 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
-
-# Beyond, cuBLAS is as quick. Tokens are padded to one of these numbers.
-TOKEN_BLOCKS = (16, 32, 64)
-
-STORED = Path(__file__).with_name("linear_blocks.json")
-
-
-class LinearBlocks(NamedTuple):
-    """A program's tile of the weight, rows and columns, and how the work is spread."""
-
-    out: int
-    inner: int
-    num_stages: int
-    num_warps: int
-    splits: int
-
-
-@lru_cache
-def stored_blocks() -> dict[str, dict[str, dict[str, list[int] | None]]]:
-    """By compute capability and product, see `product_name`, and block of tokens; null: cuBLAS is quicker.
-
-    Written by perf/tune_linear.py.
-    """
-    stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(STORED.read_text())["blocks"]
-    return stored
-
-
-def product_name(out_features: int, in_features: int, is_gated: bool) -> str:
-    return f"{out_features} x {in_features}{', gated' if is_gated else ''}"
-
-
-def choose_blocks(
-    tokens: int, out_features: int, in_features: int, is_gated: bool, capability: tuple[int, int], multiprocessors: int
-) -> LinearBlocks | None:
-    """As stored, or by a rule: the inner dimension is split until most multiprocessors have a program, and the fewer
-    each has, the more reads it keeps in flight. None where the product is left to cuBLAS."""
-    block_tokens = next((block for block in TOKEN_BLOCKS if tokens <= block), None)
-    if tokens == 0 or block_tokens is None or capability < (8, 0):
-        return None
-    known = stored_blocks().get("{}.{}".format(*capability), {})
-    if found := known.get(product_name(out_features, in_features, is_gated)):
-        stored = found[str(block_tokens)]
-        return None if stored is None else LinearBlocks(*stored)
-    out, inner, splits = 64, 128, 1
-    if out_features % out or in_features % inner:
-        return None
-    programs = out_features // out
-    while programs * splits < 0.55 * multiprocessors and splits < 8 and in_features % (2 * splits * inner) == 0:
-        splits *= 2
-    if is_gated and splits > 1:
-        return None
-    share = programs * splits / multiprocessors
-    num_stages = (5 if share <= 1.1 else 3 if share <= 1.6 else 4) if capability == (9, 0) else 4
-    return LinearBlocks(out, inner, num_stages, 4, splits)
-
-
-def blocks_for(x: Tensor, weight: Tensor, is_gated: bool = False) -> LinearBlocks | None:
-    if x.dtype == torch.float32:
-        return None
-    out_features, in_features = weight.shape
-    capability, multiprocessors = compute_capability(x.device), multiprocessor_count(x.device)
-    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors)
+from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear_tiles import launch_tiles
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -138,6 +71,9 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
     """Write the parts to `out` [splits, tokens, out_features]."""
     tokens, in_features = x.shape
     out_features = weight.shape[0]
+    if tokens > FEW_TOKENS[-1]:
+        launch_tiles(x, weight, bias, out, blocks, is_gated=False)
+        return
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()

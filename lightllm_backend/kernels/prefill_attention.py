@@ -13,13 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # an older Triton-lang
-    TensorDescriptor = None
-
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import compute_capability
+from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capability, has_descriptors
 from lightllm_backend.kernels.kv_scales import scale_pairs
 from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.token_attention_int8 import unpack_scales
@@ -354,9 +349,8 @@ def tiles(x: Tensor, block_tokens: int) -> Any:
     """A descriptor by which a kernel copies tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]; None where
     there can be none."""
     tokens, heads, head_dim = x.shape
-    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     is_tile = head_dim in (64, 128) and x.stride(1) == head_dim and x.element_size() == 2
-    if TensorDescriptor is None or compute_capability(x.device) < (9, 0) or not (is_aligned and is_tile):
+    if not (is_tile and has_descriptors(x)):
         return None
     return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block_tokens, head_dim])
 

@@ -101,7 +101,7 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33, 64, 65, 128, 200, 257])
 @pytest.mark.parametrize(
     "shape", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (576, 1536)]
 )
@@ -122,7 +122,7 @@ def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 64, 65, 128, 200])
 @pytest.mark.parametrize("shape", [(11008, 4096), (1536, 576), (3584, 8192)])
 def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
     features, in_features = shape

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend import kernels
 from lightllm_backend.kernels import gated_linear, launchers, linear_splits
-from lightllm_backend.kernels.linear_splits import LinearBlocks
+from lightllm_backend.kernels.linear_blocks import LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 
 POINTERS = {
@@ -98,7 +98,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
 
 def launch_stored(capability: str) -> None:
     """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
-    stored = linear_splits.stored_blocks().get(capability, {})
+    stored = stored_blocks().get(capability, {})
     chosen = {
         (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
         for name, by_tokens in stored.items()

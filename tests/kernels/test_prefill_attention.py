@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, prefill_attention, reference
+from lightllm_backend.kernels import hardware, launchers, prefill_attention, reference
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
@@ -127,7 +127,8 @@ def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, 
 @pytest.mark.parametrize("shape", [(4, 2, 64), (2, 2, 128)])
 def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeypatch, device):
     if device.type == "cpu":  # the interpreter knows descriptors
-        monkeypatch.setattr(prefill_attention, "compute_capability", lambda _: (9, 0))
+        for module in (hardware, prefill_attention):
+            monkeypatch.setattr(module, "compute_capability", lambda _: (9, 0))
     queries, contexts = [70, 130, 5, 64, 0, 129], [70, 190, 5, 64, 3, 129]
     q, pool, rest = _step(queries, contexts, shape, torch.float16, device)
     pool = pool.to_int8() if variant.int8 else pool

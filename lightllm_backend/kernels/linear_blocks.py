@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the product of so many tokens with a weight is cut for our own kernels, or that cuBLAS is quicker.
+
+For known models it is stored in linear_blocks.json, by GPU; others go by a rule.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels.hardware import compute_capability, has_descriptors, multiprocessor_count
+
+# Tokens are padded to one of these numbers: for kernels of linear_splits and gated_linear,
+FEW_TOKENS = (16, 32, 64)
+# and of linear_tiles. Beyond, cuBLAS is as quick.
+MORE_TOKENS = (128, 256)
+
+STORED = Path(__file__).with_name("linear_blocks.json")
+
+
+class LinearBlocks(NamedTuple):
+    """A program's tile of the weight, rows and columns, and how the work is spread."""
+
+    out: int
+    inner: int
+    num_stages: int
+    num_warps: int
+    splits: int
+
+
+@lru_cache
+def stored_blocks() -> dict[str, dict[str, dict[str, list[int] | None]]]:
+    """By compute capability and product, see `product_name`, and block of tokens; null: cuBLAS is quicker.
+
+    Written by perf/tune_linear.py.
+    """
+    stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(STORED.read_text())["blocks"]
+    return stored
+
+
+def product_name(out_features: int, in_features: int, is_gated: bool) -> str:
+    return f"{out_features} x {in_features}{', gated' if is_gated else ''}"
+
+
+def choose_blocks(
+    tokens: int, out_features: int, in_features: int, is_gated: bool, capability: tuple[int, int], multiprocessors: int
+) -> LinearBlocks | None:
+    """As stored. Few tokens of other products by a rule: the inner dimension is split until most multiprocessors have a
+    program, and the fewer each has, the more reads it keeps in flight. None where the product is left to cuBLAS."""
+    block_tokens = next((block for block in FEW_TOKENS + MORE_TOKENS if tokens <= block), None)
+    if tokens == 0 or block_tokens is None or capability < (8, 0):
+        return None
+    known = stored_blocks().get("{}.{}".format(*capability), {})
+    found = known.get(product_name(out_features, in_features, is_gated))
+    if found or block_tokens in MORE_TOKENS:
+        stored = found and found.get(str(block_tokens))
+        return LinearBlocks(*stored) if stored else None
+    out, inner, splits = 64, 128, 1
+    if out_features % out or in_features % inner:
+        return None
+    programs = out_features // out
+    while programs * splits < 0.55 * multiprocessors and splits < 8 and in_features % (2 * splits * inner) == 0:
+        splits *= 2
+    if is_gated and splits > 1:
+        return None
+    share = programs * splits / multiprocessors
+    num_stages = (5 if share <= 1.1 else 3 if share <= 1.6 else 4) if capability == (9, 0) else 4
+    return LinearBlocks(out, inner, num_stages, 4, splits)
+
+
+def blocks_for(x: Tensor, weight: Tensor, is_gated: bool = False) -> LinearBlocks | None:
+    if x.dtype == torch.float32 or (x.shape[0] > FEW_TOKENS[-1] and not has_descriptors(x, weight)):
+        return None
+    out_features, in_features = weight.shape
+    capability, multiprocessors = compute_capability(x.device), multiprocessor_count(x.device)
+    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors)
