@@ -55,10 +55,12 @@ def choose_blocks(
     if tokens == 0 or block_tokens is None or capability < (8, 0):
         return None
     known = stored_blocks().get("{}.{}".format(*capability), {})
-    found = known.get(product_name(out_features, in_features, is_gated))
-    if found or block_tokens in MORE_TOKENS:
-        stored = found and found.get(str(block_tokens))
-        return LinearBlocks(*stored) if stored else None
+    found = known.get(product_name(out_features, in_features, is_gated), {})
+    if str(block_tokens) in found:
+        stored = found[str(block_tokens)]
+        return None if stored is None else LinearBlocks(*stored)
+    if block_tokens in MORE_TOKENS:
+        return None
     out, inner, splits = 64, 128, 1
     if out_features % out or in_features % inner:
         return None
