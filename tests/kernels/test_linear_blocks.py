@@ -38,10 +38,7 @@ def test_stored_blocks_divide_their_weights():
         for name, by_tokens in table.items():
             out_features, in_features = (int(number) for number in name.removesuffix(", gated").split(" x "))
             assert name == linear_blocks.product_name(out_features, in_features, name.endswith("gated"))
-            few, more = (
-                {str(block) for block in some} for some in (linear_blocks.FEW_TOKENS, linear_blocks.MORE_TOKENS)
-            )
-            assert few <= set(by_tokens) <= few | more
+            assert set(by_tokens) <= {str(block) for block in linear_blocks.FEW_TOKENS + linear_blocks.MORE_TOKENS}
             for tokens, stored in by_tokens.items():
                 blocks = None if stored is None else linear_blocks.LinearBlocks(*stored)
                 assert blocks is None or out_features % blocks.out == 0
