@@ -266,8 +266,8 @@ def token_attention_int8_kernel(
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """As for the other pools, in tiles of as many tokens; one warp is enough for twice as many where contexts are not cut
-    into parts and programs are few (measured on an H100 and an H200)."""
+    """As for the other pools, in tiles of as many tokens; one warp is enough for twice as many where contexts are not
+    cut and programs are few (measured on an H100 and an H200)."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
