@@ -3,7 +3,7 @@
 
 One process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks: NCCL on
 GPUs, gloo on a CPU. On GPUs that can read each other's memory, the messages of a decode step are summed through
-symmetric memory instead, at half of NCCL's latency; the smallest of them by a norm that follows, through mailboxes.
+symmetric memory instead, at half of NCCL's latency; where a norm follows, by the norm, through mailboxes.
 """
 
 from __future__ import annotations
