@@ -3,32 +3,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
 from lightllm_backend.text import TextStream, Tokenizer
 
 
-@dataclass(frozen=True)
-class DecodeContext:
-    """What decoding needs to know of a request; it travels with the request's first chunk."""
+@dataclass
+class DecodeState:
+    """What decoding must know of a request: plain data, for it travels as JSON from each of its chunks to the next."""
 
-    stop_words: tuple[str, ...] = ()
+    stop_words: Sequence[str] = ()
     min_tokens: int = 0
     skip_special_tokens: bool = True
-    eos_ids: tuple[int, ...] = ()  # an EOS that ended the sequence is not text; empty with ignore_eos
-    prompt_text: str = ""  # what the text begins with; empty unless the input is wanted in the output
+    eos_ids: Sequence[int] = ()  # an EOS that ended the sequence is not text; empty with ignore_eos
+    prefix: str = ""  # what the next text begins with: at first the prompt, if the input is wanted in the output
+    text: list[Any] | None = None  # the TextStream's; None at first
+    held_ids: list[int] = field(default_factory=list)
+    held_log_probs: list[float] = field(default_factory=list)
+    num_input_tokens: int = 0
+    cumulative_logprob: float = 0.0
 
     @classmethod
-    def of(cls, options: RequestOptions, eos_ids: tuple[int, ...], prompt_text: str) -> DecodeContext:
+    def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str) -> DecodeState:
+        """As it is before the first token."""
         sampling = options.sampling
         return cls(
             stop_words=sampling.stop_words,
             min_tokens=sampling.min_tokens,
             skip_special_tokens=options.skip_special_tokens,
             eos_ids=() if sampling.ignore_eos else eos_ids,
-            prompt_text="" if options.exclude_input_in_output else prompt_text,
+            prefix="" if options.exclude_input_in_output else prompt_text,
         )
+
+    def pack(self) -> list[Any]:
+        """From which DecodeState(*packed) makes the same state again."""
+        return list(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -44,25 +56,26 @@ class Response:
 
 
 class ResponseDecoder:
-    """The responses of one request. Text that cannot be shown yet is held back, and its tokens with it."""
+    """The responses of one request. Text that cannot be shown yet is held back, and its tokens with it.
 
-    def __init__(self, tokenizer: Tokenizer, context: DecodeContext) -> None:
-        self._text = TextStream(tokenizer, context.stop_words, context.min_tokens, context.skip_special_tokens)
-        self._eos_ids = frozenset(context.eos_ids)
-        self._prefix = context.prompt_text
-        self._held_ids: list[int] = []
-        self._held_log_probs: list[float] = []
-        self._num_input_tokens = 0
-        self._cumulative_logprob = 0.0
+    Another one that is given its `state` goes on where it has come to.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, state: DecodeState) -> None:
+        self._text = TextStream(tokenizer, state.stop_words, state.min_tokens, state.skip_special_tokens)
+        if state.text is not None:
+            self._text.restore(state.text)
+        self._state = state
 
     def decode(self, chunk: TokenChunk) -> Response | None:
         """The response to send now; None if there is nothing to show yet. The last chunk always gives one."""
-        self._held_ids += chunk.token_ids
-        self._held_log_probs += chunk.log_probs
-        self._num_input_tokens = chunk.num_prompt_tokens
-        self._cumulative_logprob += sum(chunk.log_probs)
+        state = self._state
+        state.held_ids += chunk.token_ids
+        state.held_log_probs += chunk.log_probs
+        state.num_input_tokens = chunk.num_prompt_tokens
+        state.cumulative_logprob += sum(chunk.log_probs)
         ids = chunk.token_ids
-        if chunk.finish_reason is FinishReason.STOP and ids and ids[-1] in self._eos_ids:
+        if chunk.finish_reason is FinishReason.STOP and ids and ids[-1] in state.eos_ids:
             ids = ids[:-1]
         text = self._text.push(ids)
         if chunk.finish_reason is not None:
@@ -72,16 +85,22 @@ class ResponseDecoder:
     def flush(self) -> Response | None:
         """What is still held back, for a request that an error ends; None if there is nothing."""
         text = self._text.flush()
-        return self._respond(text, "") if text or self._held_ids else None
+        return self._respond(text, "") if text or self._state.held_ids else None
+
+    def state(self) -> DecodeState:
+        """After what has been decoded so far."""
+        self._state.text = self._text.state()
+        return self._state
 
     def _respond(self, text: str, finish_reason: str) -> Response:
+        state = self._state
         response = Response(
-            self._prefix + text,
+            state.prefix + text,
             finish_reason,
-            self._num_input_tokens,
-            self._held_ids,
-            self._held_log_probs,
-            self._cumulative_logprob,
+            state.num_input_tokens,
+            state.held_ids,
+            state.held_log_probs,
+            state.cumulative_logprob,
         )
-        self._prefix, self._held_ids, self._held_log_probs = "", [], []
+        state.prefix, state.held_ids, state.held_log_probs = "", [], []
         return response

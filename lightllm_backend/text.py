@@ -8,6 +8,7 @@ agree. `Tokenizer` is here as well for those who need both; nothing here imports
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightllm_backend.tokenizer import TOKENIZER_MODES, Tokenizer, TokenizerError
 
@@ -24,6 +25,8 @@ class TextStream:
     complete before stays in the text. The first token to complete one wins and, if it completes several, the one that
     starts first. Then `stopped` is true, `num_tokens` counts the tokens up to and with that one, the text ends before
     the stop string, and later tokens are ignored. None of this depends on how the ids are divided into pushes.
+
+    `state` is plain data, as JSON has it; a new TextStream with the same arguments goes on from there after `restore`.
     """
 
     def __init__(
@@ -62,6 +65,13 @@ class TextStream:
         released = self._release(self._decoder.flush())
         held, self._held = self._held, ""
         return released + held
+
+    def state(self) -> list[Any]:
+        return [self._decoder.state(), self.num_tokens, self.stopped, self._held]
+
+    def restore(self, state: list[Any]) -> None:
+        decoder, self.num_tokens, self.stopped, self._held = state
+        self._decoder.restore(decoder)
 
     def _release(self, new_text: str) -> str:
         """Take in the text of one token; hand out what is safe."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
 # How sentencepiece spells a space.
@@ -32,11 +32,18 @@ codecs.register_error(ONE_PER_BYTE, _replace_each_byte)
 
 
 class IncrementalDecoder(Protocol):
-    """Token ids in, whole characters out; `flush` gives what was held back at the end."""
+    """Token ids in, whole characters out; `flush` gives what was held back at the end.
+
+    `state` is plain data, as JSON has it; a new decoder of the same tokenizer goes on from there after `restore`.
+    """
 
     def push(self, token_ids: Sequence[int]) -> str: ...
 
     def flush(self) -> str: ...
+
+    def state(self) -> list[Any]: ...
+
+    def restore(self, state: list[Any]) -> None: ...
 
 
 class _Spelling(dict[int, bytes]):
@@ -64,6 +71,14 @@ class ByteDecoder:
 
     def flush(self) -> str:
         return self._dropping(self._utf8.decode(b"", final=True))
+
+    def state(self) -> list[Any]:
+        begun, _ = self._utf8.getstate()  # the first bytes of a character
+        return [list(begun), self._drop_space]
+
+    def restore(self, state: list[Any]) -> None:
+        begun, self._drop_space = state
+        self._utf8.setstate((bytes(begun), 0))
 
     def _dropping(self, text: str) -> str:
         if self._drop_space and text:
@@ -131,3 +146,10 @@ class WindowDecoder:
 
     def flush(self) -> str:
         return self._decode(self._window)[len(self._context_text) :]
+
+    def state(self) -> list[Any]:
+        return [self._window, self._context_length, self._context_text]
+
+    def restore(self, state: list[Any]) -> None:
+        window, self._context_length, self._context_text = state
+        self._window = list(window)

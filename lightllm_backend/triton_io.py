@@ -23,7 +23,7 @@ from lightllm_backend.embedded_model import embedded_model_directory
 from lightllm_backend.metrics import Metrics
 from lightllm_backend.options import ParsedRequest, parse_request
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
-from lightllm_backend.response import DecodeContext, Response
+from lightllm_backend.response import DecodeState, Response
 from lightllm_backend.text import Tokenizer
 
 with contextlib.suppress(ImportError):  # outside a stub only the names are of use
@@ -90,10 +90,6 @@ _SIZES = {
 _NUMPY_TYPES: dict[str, Any] = {
     "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
 }  # fmt: skip
-
-# How often the detokenizer asks whether a stream's client has gone. An answer takes half as long as a response: asked
-# with each chunk, as hundreds of streams were every quarter of a second, it took a quarter of the threads' time.
-ASK_SECONDS = 0.5
 
 log = logging.getLogger("lightllm")
 
@@ -186,7 +182,7 @@ def read_generation_request(request: Any) -> tuple[ParsedRequest, dict[str, Any]
 
 
 def read_chunk(request: Any) -> tuple[TokenChunk | None, dict[str, Any]]:
-    """A chunk and what came along: uid, return address, context on the first. A probe has no chunk."""
+    """A chunk and what came along: uid, return address, whether to ask, the state. A probe has no chunk."""
     details = json.loads(_read(request, CHUNK))
     if details.get("probe"):
         return None, details
@@ -291,14 +287,14 @@ class ServerSender:
 class GenerationResponder:
     """A Stream's way into the ensemble (or to a direct caller of generation, who gets errors as errors)."""
 
-    def __init__(self, request: Any, uid: str, context: DecodeContext, return_address: str, in_ensemble: bool) -> None:
+    def __init__(self, request: Any, uid: str, state: DecodeState, return_address: str, in_ensemble: bool) -> None:
         self._sender = ServerSender(request)
         self._uid = uid
-        self._first = {"context": vars(context), "return_address": return_address}
+        self._first_state = state.pack()
+        self._return_address = return_address
         self._in_ensemble = in_ensemble
-        self._ask_at = time.monotonic() + ASK_SECONDS
 
-    def send(self, chunk: TokenChunk, first: bool) -> None:
+    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
         final = chunk.finish_reason is not None
         if chunk.error is not None and not self._in_ensemble:
             self._sender.send(error_response(chunk.error), final)
@@ -309,14 +305,13 @@ class GenerationResponder:
             "num_input_tokens": chunk.num_prompt_tokens,
             "error": str(chunk.error) if chunk.error else "",
         }
-        if first and self._in_ensemble:
-            details |= self._first
-        if (now := time.monotonic()) >= self._ask_at:
-            details["ask"], self._ask_at = True, now + ASK_SECONDS
+        if self._in_ensemble:
+            details["state"] = self._first_state if state is None else state
+            details |= {"return_address": self._return_address, "ask": ask}
         self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
 
     def probe(self) -> None:
-        details = {"uid": self._uid, "probe": True, "ask": True, "return_address": self._first["return_address"]}
+        details = {"uid": self._uid, "probe": True, "return_address": self._return_address, "ask": True}
         self._sender.send(self._chunk([], [], details), final=False)
 
     def is_cancelled(self) -> bool:
@@ -335,7 +330,7 @@ class UnaryResponder:
         self._sender = ServerSender(request)
         self._decode = decode
 
-    def send(self, chunk: TokenChunk, first: bool) -> None:  # noqa: ARG002, a Responder's signature
+    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:  # noqa: ARG002, as a Responder's
         if chunk.error is not None:
             self._sender.send(error_response(chunk.error), final=True)
             return

@@ -65,7 +65,12 @@ def test_text_is_cut_at_the_first_stop_string_whatever_the_split(tokenizer, data
     stop = expected_stop(texts, stop_words, min_tokens)
     stream = TextStream(tokenizer, stop_words, min_tokens)
     released, position = "", 0
+    travels = data.draw(st.booleans())
     for size in [*sizes, len(ids)]:
+        if travels:
+            state = stream.state()
+            stream = TextStream(tokenizer, stop_words, min_tokens)
+            stream.restore(state)
         released += stream.push(ids[position : position + size])
         position = min(position + size, len(ids))
         if not stream.stopped and position < len(ids):

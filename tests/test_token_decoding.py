@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Incremental decoding against whole decoding by the libraries themselves, for any ids and any split of them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from lightllm_backend.text import Tokenizer
-from lightllm_backend.token_decoding import WindowDecoder
+from lightllm_backend.token_decoding import IncrementalDecoder, WindowDecoder
 
 DATA = Path(__file__).parent / "data"
 BYTE_LEVEL = Tokenizer.load(DATA / "byte_level")
@@ -55,6 +56,17 @@ def pushes(ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
 
 def join(decoder, parts: Sequence[Sequence[int]]) -> str:
     return "".join([decoder.push(part) for part in parts]) + decoder.flush()
+
+
+def join_travelling(make: Callable[[], IncrementalDecoder], parts: Sequence[Sequence[int]]) -> str:
+    """Each part by a decoder of its own, which has the state of the one before, as it travels."""
+    decoder, texts = make(), []
+    for part in parts:
+        texts.append(decoder.push(part))
+        state = json.loads(json.dumps(decoder.state()))
+        decoder = make()
+        decoder.restore(state)
+    return "".join(texts) + decoder.flush()
 
 
 @given(any_ids | spoiled_ids(BYTE_LEVEL), splits, st.booleans())
@@ -144,6 +156,17 @@ def test_decoders_without_a_spelling_use_a_window(tmp_path_factory, ids: list[in
     decoder = Tokenizer.load(directory).incremental_decoder()
     assert isinstance(decoder, WindowDecoder)
     assert join(decoder, pushes(ids, sizes)) == library.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [BYTE_LEVEL.incremental_decoder, lambda: WindowDecoder(BYTE_LEVEL_LIBRARY.decode), LLAMA.incremental_decoder],
+    ids=["byte_level", "window", "byte_fallback"],
+)
+@given(data=st.data(), sizes=splits)
+def test_a_decoder_goes_on_from_the_state_of_another(make, data: st.DataObject, sizes: list[int]):
+    ids = data.draw(any_ids | spoiled_ids(LLAMA if make == LLAMA.incremental_decoder else BYTE_LEVEL))
+    assert join_travelling(make, pushes(ids, sizes)) == join(make(), [ids])
 
 
 def test_a_push_decodes_its_own_tokens_only():

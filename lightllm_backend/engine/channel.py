@@ -6,7 +6,7 @@ whose first item names its kind:
 
     down, to the worker:  [SUBMIT, request, number] · [CANCEL, uid] · [STOP, uid]
     up, from the worker:  [READY, info] · [TOKENS, numbers, tokens, [[number, chunk], …]] · [STATS, stats]
-    return channel:       [DELIVERED, uid] · [GONE, uid] · [FAILED, uid, message]
+    return channel:       [DELIVERED, uid, state] · [GONE, uid] · [FAILED, uid, message]
 
 A client numbers its requests, so that the tokens of a step travel as two packed arrays, int64 numbers and int32 tokens:
 one more token for each of these requests. Only where there is more to say of a request it gets a chunk of its own.

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from typing import Protocol
 
-# Enough to keep the server and the detokenizer's threads busy.
+# Enough to keep the server and the detokenizers busy.
 MOST_IN_FLIGHT = 48
 # The server takes several chunks at once; not where an engine on the CPU would be short of cores.
 NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))

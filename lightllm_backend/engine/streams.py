@@ -8,10 +8,12 @@ A Stream is one request on its way. It turns what the engine makes, a chunk a st
     delivered (return channel)        ──> credit comes back, what is pending goes to the outbox
     gone (return channel, or the server's is_cancelled) ──> the engine is told to cancel
 
-A request that came through the ensemble has credit for one chunk in flight, so tokens that are made meanwhile are
-coalesced into the next one; so are those that come while the stream waits in the outbox. Called directly, there is
-nobody to give credit back, and none is needed. A request that does not stream keeps everything until the end. The first
-chunk goes before others, the last never waits for credit.
+A request that came through the ensemble has credit for one chunk in flight, without exception: several instances of
+the detokenizer take chunks as they come, so it is this that keeps those of a request in order; and each chunk takes
+along the state that decoding the one before has come to, which comes back with its credit. Tokens that are made
+meanwhile are coalesced into the next chunk; so are those that come while the stream waits in the outbox. Called
+directly, there is nobody to give credit back, and none is needed. A request that does not stream keeps everything until
+the end. The first chunk and the last go before others.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightllm_backend.engine.channel import DELIVERED, FAILED, Channel, ChannelClosed, listen
 from lightllm_backend.engine.client import EngineClient
@@ -30,8 +32,12 @@ from lightllm_backend.engine.outbox import Outbox
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
 from lightllm_backend.text import TextStream, Tokenizer
 
-PROBE_SECONDS = 0.25
-MAX_PROBES_A_SECOND = 500.0
+# How often is asked whether a stream's client has gone, and how often in all: an answer takes the detokenizer nearly as
+# long as a response.
+ASK_SECONDS = 0.25
+MOST_ASKED_A_SECOND = 500.0
+# Word of a chunk comes in well under a second. Where it does not come at all, a step has died with the request.
+LOST_SECONDS = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +45,15 @@ log = logging.getLogger(__name__)
 class Responder(Protocol):
     """Where a stream's chunks go: the server's response sender behind a thin adapter."""
 
-    def send(self, chunk: TokenChunk, first: bool) -> None:
-        """Send new tokens; `first` on the first call. The chunk with a finish reason is the last call."""
+    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+        """Send new tokens; the one with a finish reason is the last call.
+
+        state: in which decoding is before them; None before the first.
+        ask: have the detokenizer look whether the client has gone.
+        """
 
     def probe(self) -> None:
-        """Send something that the client does not see, so that a cancelled ensemble shows itself."""
+        """Send something that the client does not see, and ask."""
 
     def is_cancelled(self) -> bool:
         """Whether the server knows that the client is gone (it does for direct calls only)."""
@@ -68,19 +78,24 @@ class Stream:
         stop_text: TextStream | None,
         observer: Observer,
         outbox: Outbox,
+        on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.ended = False
-        self.last_contact = time.monotonic()  # when something was last sent
+        self.last_asked = time.monotonic()  # whether the client has gone
         self._responder = responder
         self._streaming = streaming
         self._flow_control = flow_control
         self._stop_text = stop_text
         self._observer = observer
         self._outbox = outbox
+        self._on_end = on_end  # called when the last chunk has been sent
         self._lock = threading.Lock()
         self._pending: TokenChunk | None = None
         self._waits = self._waits_urgently = False  # in the outbox
         self._in_flight = False
+        self._last_sent = 0.0  # when
+        self._ask = False  # with the next chunk
+        self._state: list[Any] | None = None  # of decoding, after what was delivered; the detokenizer's own affair
         self._sent_any = False
         self._num_tokens = 0
         self._started = self._last_token = time.monotonic()
@@ -97,25 +112,36 @@ class Stream:
             self._offer_pending()
             return found_stop is not None
 
-    def delivered(self) -> None:
-        """The chunk in flight has reached the detokenizer's client, or nobody will ever tell of it."""
+    def delivered(self, state: list[Any] | None = None) -> None:
+        """The chunk in flight has reached the detokenizer's client. A probe leaves no state."""
         with self._lock:
-            self._in_flight = False
-            self._outbox.landed(self)
-            self._offer_pending()
+            self._state = self._state if state is None else state
+            self._land()
+
+    def lost(self) -> None:
+        """The chunk in flight has failed, and the request with it: only its end, for the server, is still sent."""
+        with self._lock:
+            self._lose()
 
     def check_client(self) -> bool:
-        """True if the client is gone, as far as the server says here; else, a probe may find out."""
+        """True if the client is gone, as far as is known here; else the next chunk asks, or a probe if none is near."""
         with self._lock:
+            now = time.monotonic()
             if self.ended:
                 return False  # to ask the server after the last chunk crashes it
-            self.last_contact = time.monotonic()
+            if self._in_flight and now > self._last_sent + LOST_SECONDS:
+                self._lose()
+                return True
             if not self._flow_control:
+                self.last_asked = now
                 return self._responder.is_cancelled()
-            if not self._in_flight and not self._waits:
-                self._in_flight = True
-                self._outbox.departed(self)
-                self._responder.probe()
+            if self._in_flight or self._waits or now < self._last_sent + ASK_SECONDS:
+                self._ask = True
+                return False
+            self.last_asked = self._last_sent = now
+            self._in_flight = True
+            self._outbox.departed(self)
+            self._responder.probe()
         return False
 
     def send_pending(self) -> bool:
@@ -125,19 +151,25 @@ class Stream:
             chunk = self._pending
             if chunk is None or not self._may_send:
                 return self._in_flight
-            last = chunk.finish_reason is not None
             self._pending = None
-            self.ended = last
-            self._in_flight = self._flow_control and not last
-            self.last_contact = time.monotonic()
-            first, self._sent_any = not self._sent_any, True
             if chunk.error is not None and chunk.token_ids:
                 # Only the error itself may go with the last chunk, or the ensemble loses the tokens.
+                error = replace(chunk, token_ids=[], log_probs=[])
                 if self._streaming:
-                    self._responder.send(replace(chunk, finish_reason=None, error=None), first)
-                    first = False
-                chunk = replace(chunk, token_ids=[], log_probs=[])
-            self._responder.send(chunk, first)
+                    chunk, self._pending = replace(chunk, finish_reason=None, error=None), error
+                else:
+                    chunk = error
+            self.ended = chunk.finish_reason is not None
+            self._in_flight = self._flow_control and not self.ended
+            self._sent_any = True
+            self._last_sent = time.monotonic()
+            ask, self._ask = self._ask, False
+            if ask:
+                self.last_asked = self._last_sent
+            self._responder.send(chunk, self._state, ask)
+            if self.ended:
+                self._on_end()
+            self._offer_pending()
             return self._in_flight
 
     @property
@@ -147,10 +179,19 @@ class Stream:
 
     @property
     def _may_send(self) -> bool:
-        return self._has_last or (self._streaming and not self._in_flight)
+        return not self._in_flight and (self._streaming or self._has_last)
+
+    def _lose(self) -> None:
+        self._streaming = self._flow_control = False
+        self._land()
+
+    def _land(self) -> None:
+        self._in_flight = False
+        self._outbox.landed(self)
+        self._offer_pending()
 
     def _offer_pending(self) -> None:
-        """Wait in the outbox for what is pending to be sent; from the last chunk on among those who do not wait."""
+        """Wait in the outbox for what is pending to be sent; the first chunk and the last among the urgent ones."""
         if self._pending is None or not self._may_send:
             return
         urgent = self._has_last or not self._flow_control or not self._sent_any
@@ -214,13 +255,14 @@ class Streams:
         if sampling.stop_words:
             stop_text = TextStream(tokenizer, sampling.stop_words, sampling.min_tokens, options.skip_special_tokens)
         uid = self._engine.new_uid()
-        stream = Stream(responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._outbox)
+        stream = Stream(
+            responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._outbox,
+            on_end=lambda: self._streams.pop(uid, None),
+        )  # fmt: skip
 
         def on_chunk(chunk: TokenChunk) -> None:
             if stream.on_chunk(chunk):
                 self._engine.stop(uid)
-            if chunk.finish_reason is not None:
-                self._streams.pop(uid, None)
 
         self._streams[uid] = stream
         try:
@@ -231,19 +273,21 @@ class Streams:
 
     def close(self) -> None:
         self._closing.set()
+        for stream in list(self._streams.values()):
+            stream.lost()  # nobody will hear the word of what is in flight
         self._outbox.close()
         if self._listener:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there; closing does not
             self._listener.close()
 
     def _watch_clients(self) -> None:
-        """Look after each stream every PROBE_SECONDS, or less often if there are very many."""
-        while not self._closing.wait(PROBE_SECONDS):
+        """Look after each stream every ASK_SECONDS, or less often if there are very many."""
+        while not self._closing.wait(ASK_SECONDS):
             streams = list(self._streams.items())
-            interval = max(PROBE_SECONDS, len(streams) / MAX_PROBES_A_SECOND)
-            quiet_since = time.monotonic() - interval
+            interval = max(ASK_SECONDS, len(streams) / MOST_ASKED_A_SECOND)
+            asked_before = time.monotonic() - interval
             for uid, stream in streams:
-                if stream.last_contact <= quiet_since and stream.check_client():
+                if stream.last_asked <= asked_before and stream.check_client():
                     self._engine.cancel(uid)
 
     def _accept(self) -> None:
@@ -263,13 +307,13 @@ class Streams:
                 if kind == FAILED:
                     log.error("the detokenizer failed on request %s: %s", uid, *details)
                 if stream and kind == DELIVERED:
-                    stream.delivered()
+                    stream.delivered(*details)
                 elif stream:
+                    if kind == FAILED:
+                        stream.lost()
                     self._engine.cancel(uid)
         except ChannelClosed:
             channel.close()
-            for stream in list(self._streams.values()):
-                stream.delivered()
 
 
 def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:

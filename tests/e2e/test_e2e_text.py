@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from client import Generation, LightLLMClient
-from tests.e2e.calls import in_parallel
+from tests.e2e.calls import in_parallel, infer_grpc
 from tests.e2e.conftest import Reference
+from tests.e2e.server import TritonServer
 
 pytestmark = pytest.mark.e2e
 
@@ -44,6 +45,25 @@ def test_streamed_text_is_the_unstreamed_text(
     assert Generation.join(chunks) == whole
     # max_tokens may cut the last character, which then shows as what it is; nothing before may.
     assert not any(REPLACEMENT in chunk.text for chunk in chunks[:-1])
+
+
+def test_streams_that_share_the_detokenizers_are_the_unary_answers(
+    server: TritonServer, client: LightLLMClient
+) -> None:
+    """The chunks of each go through several instances, none of which sees all of a character or of a stop string."""
+    options = [{}, {"exclude_input_in_output": False}, {"stop_words": ["世界你", "🎉🚀🎉"]}]
+    calls = [(prompt, {**more, "max_tokens": 24}) for prompt in REPEATED.values() for more in options]
+
+    def stream(prompt: str, options: dict[str, Any]) -> Generation:
+        return Generation.join(client.stream(prompt, return_log_probs=True, **options))
+
+    streamed = in_parallel([lambda call=call: stream(*call) for call in calls])
+    for (prompt, more), answer in zip(calls, streamed, strict=True):
+        whole = infer_grpc(server, {"text_input": prompt, "return_log_probs": True, **more})
+        assert (answer.text, list(answer.token_ids)) == (whole["text_output"], whole["output_ids"])
+        assert (answer.finish_reason, answer.num_output_tokens) == (whole["finish_reason"], whole["num_output_tokens"])
+        assert answer.cumulative_logprob == pytest.approx(whole["cumulative_logprob"], rel=1e-3)
+    assert {answer.finish_reason for answer in streamed} == {"length", "stop"}
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 20.0, "seed": 1}], ids=["greedy", "wild"])

@@ -11,12 +11,15 @@ def test_words_arrive_in_order(tmp_path: Path) -> None:
     listener = listen(str(tmp_path / "returns"))
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "returns"))
-    returns.delivered("a")
-    returns.connect("")
+    returns.delivered("a", ["state"])
     returns.gone("b")
     returns.failed("c", "why")
     channel = Channel.accept(listener)
-    assert [channel.receive() for _ in range(3)] == [[DELIVERED, "a"], [GONE, "b"], [FAILED, "c", "why"]]
+    assert [channel.receive() for _ in range(3)] == [
+        [DELIVERED, "a", ["state"]],
+        [GONE, "b"],
+        [FAILED, "c", "why"],
+    ]
     listener.close()
 
 
@@ -25,19 +28,19 @@ def test_a_listener_that_came_anew_gets_the_next_word(tmp_path: Path) -> None:
     first = listen(address)
     returns = ReturnChannel()
     returns.connect(address)
-    returns.delivered("a")
+    returns.delivered("a", ["state"])
     old = Channel.accept(first)
     old.receive()
     old.close()
     first.close()
     second = listen(address)
     returns.connect(address)
-    returns.delivered("b")
-    assert Channel.accept(second).receive() == [DELIVERED, "b"]
+    returns.delivered("b", None)
+    assert Channel.accept(second).receive() == [DELIVERED, "b", None]
     second.close()
 
 
 def test_nobody_at_the_address_is_no_error(tmp_path: Path) -> None:
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "nobody"))
-    returns.delivered("a")
+    returns.delivered("a", ["state"])

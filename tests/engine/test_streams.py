@@ -20,17 +20,21 @@ from tests.engine.engine_harness import wait_for
 
 class FakeResponder:
     def __init__(self) -> None:
-        self.sent: list[tuple[TokenChunk, bool]] = []
+        self.sent: list[TokenChunk] = []
+        self.states: list[list[Any] | None] = []  # of decoding, which went along
+        self.asked: list[bool] = []
         self.probes = 0
         self.cancelled = False
         self.questions = 0
 
-    def send(self, chunk: TokenChunk, first: bool) -> None:
-        assert not self.sent or self.sent[-1][0].finish_reason is None, "nothing may follow the last chunk"
-        self.sent.append((chunk, first))
+    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+        assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
+        self.sent.append(chunk)
+        self.states.append(state)
+        self.asked.append(ask)
 
     def probe(self) -> None:
-        assert not self.sent or self.sent[-1][0].finish_reason is None, "nothing may follow the last chunk"
+        assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
         self.probes += 1
 
     def is_cancelled(self) -> bool:
@@ -39,11 +43,11 @@ class FakeResponder:
 
     @property
     def ids(self) -> list[list[int]]:
-        return [chunk.token_ids for chunk, _ in self.sent]
+        return [chunk.token_ids for chunk in self.sent]
 
     @property
     def last(self) -> TokenChunk:
-        return self.sent[-1][0]
+        return self.sent[-1]
 
 
 class FakeObserver:
@@ -112,8 +116,12 @@ class PromptStream(Stream):
         self.send_all()
         return stop
 
-    def delivered(self) -> None:
-        super().delivered()
+    def delivered(self, state: list[Any] | None = None) -> None:
+        super().delivered(state)
+        self.send_all()
+
+    def lost(self) -> None:
+        super().lost()
         self.send_all()
 
     def send_all(self) -> None:
@@ -145,15 +153,17 @@ def test_tokens_made_while_a_chunk_is_on_its_way_are_one_chunk() -> None:
     stream.delivered()
     stream.on_chunk(chunk([4]))
     assert responder.ids == [[1], [2, 3], [4]]
-    assert [first for _, first in responder.sent] == [True, False, False]
     assert (observer.first, observer.between) == ([0.5], 3)
 
 
-def test_the_last_chunk_waits_for_nobody_and_takes_all_along() -> None:
+def test_the_last_chunk_waits_for_the_one_before_it_and_takes_all_along() -> None:
     stream, responder, observer = stream_of()
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([2]))
     stream.on_chunk(chunk([3], FinishReason.LENGTH))
+    assert responder.ids == [[1]]
+    assert not stream.ended
+    stream.delivered()
     assert responder.ids == [[1], [2, 3]]
     assert responder.last.finish_reason is FinishReason.LENGTH
     assert stream.ended
@@ -162,6 +172,25 @@ def test_the_last_chunk_waits_for_nobody_and_takes_all_along() -> None:
     assert responder.ids == [[1], [2, 3]]
     assert observer.ended == ["length"]
     assert all(0 <= seconds < 60 for seconds in observer.seconds)
+
+
+def test_each_chunk_has_the_state_in_which_the_one_before_it_has_left_decoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
+    stream, responder, _ = stream_of()
+    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([2]))
+    stream.delivered(["one"])
+    stream.delivered(["two"])
+    stream.check_client()
+    assert responder.probes == 1
+    stream.on_chunk(chunk([3]))
+    stream.delivered()  # a probe has no state
+    stream.on_chunk(chunk([4], FinishReason.STOP))
+    stream.delivered(["three"])
+    assert responder.ids == [[1], [2], [3], [4]]
+    assert responder.states == [None, ["one"], ["two"], ["three"]]
 
 
 def test_a_direct_call_needs_no_credit() -> None:
@@ -179,7 +208,7 @@ def test_without_streaming_there_is_one_chunk(flow_control: bool) -> None:
     stream.delivered()
     assert responder.sent == []
     stream.on_chunk(chunk([3], FinishReason.STOP))
-    assert responder.sent == [(chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25), True)]
+    assert responder.sent == [chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25)]
 
 
 def test_tokens_that_come_while_the_stream_waits_in_the_outbox_go_along() -> None:
@@ -220,10 +249,20 @@ def test_an_error_after_tokens_goes_alone_behind_them() -> None:
     stream.on_chunk(chunk([2]))
     error = RequestError("INTERNAL", "broken")
     stream.on_chunk(chunk([3], FinishReason.FAILED, error=error))
+    stream.delivered()
+    assert responder.ids == [[1], [2, 3]], "the error waits for them"
+    stream.delivered()
     assert responder.ids == [[1], [2, 3], []]
-    assert [sent.finish_reason for sent, _ in responder.sent] == [None, None, FinishReason.FAILED]
-    assert [sent.error for sent, _ in responder.sent] == [None, None, error]
+    assert [sent.finish_reason for sent in responder.sent] == [None, None, FinishReason.FAILED]
+    assert [sent.error for sent in responder.sent] == [None, None, error]
     assert observer.ended == ["failed"]
+
+
+def test_an_error_of_a_direct_call_follows_its_tokens_at_once() -> None:
+    stream, responder, _ = stream_of(flow_control=False)
+    stream.on_chunk(chunk([1], FinishReason.FAILED, error=RequestError("INTERNAL", "broken")))
+    assert responder.ids == [[1], []]
+    assert stream.ended
 
 
 def test_an_error_of_a_request_that_does_not_stream_is_all_it_gets() -> None:
@@ -231,13 +270,12 @@ def test_an_error_of_a_request_that_does_not_stream_is_all_it_gets() -> None:
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([], FinishReason.FAILED, error=RequestError("INTERNAL", "broken")))
     assert responder.ids == [[]]
-    assert [first for _, first in responder.sent] == [True]
 
 
 def test_an_error_before_any_token_is_the_first_and_last() -> None:
     stream, responder, _ = stream_of()
     stream.on_chunk(chunk([], FinishReason.FAILED, error=RequestError("UNAVAILABLE", "no")))
-    assert [(sent.token_ids, first) for sent, first in responder.sent] == [([], True)]
+    assert responder.ids == [[]]
 
 
 def test_a_deadline_counts_as_cancelled() -> None:
@@ -295,7 +333,22 @@ def test_a_direct_call_asks_the_server_and_never_after_the_end() -> None:
     assert responder.questions == asked
 
 
-def test_in_the_ensemble_a_probe_takes_the_credit() -> None:
+def test_in_the_ensemble_the_next_chunk_asks_if_chunks_are_coming() -> None:
+    stream, responder, _ = stream_of()
+    stream.on_chunk(chunk([1]))
+    for _ in range(2):
+        stream.check_client()
+    stream.delivered()
+    stream.check_client()
+    assert responder.probes == 0
+    for token in (2, 3):
+        stream.on_chunk(chunk([token]))
+        stream.delivered()
+    assert responder.asked == [False, True, False]
+
+
+def test_in_the_ensemble_a_probe_takes_the_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
     stream, responder, _ = stream_of()
     assert not stream.check_client()
     assert not stream.check_client()
@@ -331,7 +384,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
-    monkeypatch.setattr(streams_module, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.02)
     made = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
     yield made
     made.close()
@@ -351,7 +404,7 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     assert engine.requests == {"u0": Request("u0", (1, 2), SamplingParams(max_tokens=3), 12.5)}
     engine.make("u0", [5], FinishReason.LENGTH)
     wait_for(lambda: responder.ids == [[5]])
-    assert streams._streams == {}
+    wait_for(lambda: streams._streams == {})
 
 
 def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
@@ -376,40 +429,74 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     returns = ReturnChannel()
-    returns.delivered("nobody is connected")
+    returns.delivered("nobody is connected", None)
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.delivered("u0")
+    returns.delivered("u0", ["state"])
     wait_for(lambda: responder.ids == [[1], [2]])
-    returns.delivered("unknown")
+    assert responder.states == [None, ["state"]]
+    returns.delivered("unknown", None)
     returns.gone("u0")
     wait_for(lambda: engine.cancelled == ["u0"])
 
 
-def test_a_failure_of_the_detokenizer_cancels(
+def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    submit(streams, tokenizer)
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    wait_for(lambda: responder.ids == [[1]])
     channel = Channel.connect(streams.return_address)
     channel.send(FAILED, "u0", "KeyError: 7")
     wait_for(lambda: engine.cancelled == ["u0"])
     assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
     channel.close()
+    engine.make("u0", [2])
+    engine.make("u0", [], FinishReason.CANCELLED)
+    wait_for(lambda: responder.ids == [[1], [2]])
+    wait_for(lambda: streams._streams == {})
 
 
-def test_a_connection_that_breaks_gives_all_credit_back(
-    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    channel = Channel.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
-    engine.make("u0", [2])
-    channel.close()
-    wait_for(lambda: responder.ids == [[1], [2]])
+    assert engine.cancelled == []
+    monkeypatch.setattr(streams_module, "LOST_SECONDS", 0.0)
+    wait_for(lambda: "u0" in engine.cancelled)
+    engine.make("u0", [], FinishReason.CANCELLED)
+    wait_for(lambda: responder.ids == [[1], []])
+
+
+def test_what_is_in_flight_at_the_end_is_not_waited_for(
+    engine: FakeEngine, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    streams = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    wait_for(lambda: responder.ids == [[1]])
+    engine.make("u0", [], FinishReason.CANCELLED)
+    streams.close()
+    assert responder.ids == [[1], []]
+
+
+def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    channels = [Channel.connect(streams.return_address) for _ in range(3)]
+    responder = submit(streams, tokenizer)
+    for number, channel in enumerate(channels):
+        engine.make("u0", [number])
+        wait_for(lambda number=number: len(responder.sent) == number + 1)
+        channel.send(DELIVERED, "u0", [number])
+    engine.make("u0", [], FinishReason.STOP)
+    wait_for(lambda: responder.ids == [[0], [1], [2], []])
+    assert responder.states == [None, [0], [1], [2]]
+    for channel in channels:
+        channel.close()
 
 
 def test_another_detokenizer_may_connect_after_the_first(
@@ -420,7 +507,7 @@ def test_another_detokenizer_may_connect_after_the_first(
     channel = Channel.connect(streams.return_address)
     wait_for(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
     engine.make("u0", [1])
-    channel.send(DELIVERED, "u0")
+    channel.send(DELIVERED, "u0", None)
     wait_for(lambda: responder.ids == [[1]])
     channel.send(GONE, "u0")
     wait_for(lambda: engine.cancelled == ["u0"])

@@ -6,7 +6,7 @@ from lightllm_backend.engine.channel import remove_run_directory, remove_stale_r
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
-from lightllm_backend.response import DecodeContext
+from lightllm_backend.response import DecodeState
 
 
 class TritonPythonModel:
@@ -36,11 +36,11 @@ class TritonPythonModel:
         parsed, ensemble = triton_io.read_generation_request(request)
         deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
         prompt_text = ensemble["prompt_text"] if ensemble else ""
-        context = DecodeContext.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text)
+        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text)
 
         def responder(uid):
             return triton_io.GenerationResponder(
-                request, uid, context, self.streams.return_address, in_ensemble=ensemble is not None
+                request, uid, state, self.streams.return_address, in_ensemble=ensemble is not None
             )
 
         self.streams.submit(

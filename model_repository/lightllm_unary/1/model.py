@@ -6,7 +6,7 @@ from lightllm_backend.engine.channel import run_directory
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.prompt import encode_prompt
-from lightllm_backend.response import DecodeContext, ResponseDecoder
+from lightllm_backend.response import DecodeState, ResponseDecoder
 
 
 class TritonPythonModel:
@@ -30,8 +30,8 @@ class TritonPythonModel:
         deadline = triton_io.deadline(request)
         parsed = triton_io.read_request(request).without_streaming()
         prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
-        context = DecodeContext.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo)
-        decoder = ResponseDecoder(self.tokenizer, context)
+        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo)
+        decoder = ResponseDecoder(self.tokenizer, state)
         self.streams.submit(
             prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
             flow_control=False, tokenizer=self.tokenizer,
