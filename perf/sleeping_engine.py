@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A worker whose device only tells the time: what the server carries, measured without a GPU.
+
+    python -m perf.benchmark_serving --launch --model llama-7b --set worker_python=perf/sleeping_engine.py \
+        --lengths perf/data/workload_2000.csv --request-rate 200 --processes 8
+
+Everything is the server's and the worker's own but the runner: a step takes as long as LLaMA-7B's shape does on an H200
+(perf/simulated_engine.py), and its tokens are drawn by chance. `max_total_token_num` is 229,000 unless it is set.
+Called as an interpreter would be: `sleeping_engine.py -m lightllm_backend.engine.worker SOCKET RANK`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.engine import worker
+from lightllm_backend.engine.channel import EngineInfo
+from lightllm_backend.router.batch import Batch, StepResult
+from perf.simulated_engine import step_seconds
+
+VOCABULARY = 32000
+POOL_TOKENS = 229000
+
+
+class SleepingStep:
+    """A runner's PendingStep."""
+
+    def __init__(self, result: StepResult, done_at: float) -> None:
+        self._result, self._done_at = result, done_at
+
+    def is_done(self) -> bool:
+        return time.monotonic() >= self._done_at
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self._done_at - time.monotonic()))
+        return self._result
+
+
+class SleepingRunner:
+    """Steps end one after the other."""
+
+    overlap = 1
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._free_at = 0.0
+
+    def launch(self, batch: Batch) -> SleepingStep:
+        seconds = step_seconds(batch, int(batch.starts.sum()))
+        self._free_at = max(self._free_at, time.monotonic()) + seconds
+        count = int(batch.samples.sum())
+        tokens = self._random.integers(3, VOCABULARY, count, dtype=np.int32)
+        return SleepingStep(StepResult(tokens, np.zeros(count, dtype=np.float32), seconds), self._free_at)
+
+
+class SleepingEngine:
+    """What load.load_engine gives."""
+
+    batch_max_tokens = 8192
+    prefixes_are_alike = True
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.runner = SleepingRunner()
+        self.info = EngineInfo(
+            model="sleeping", dtype="none", device="cpu", vocab_size=VOCABULARY, eos_ids=(2,),
+            max_req_input_len=config.max_req_input_len, max_req_total_len=config.max_req_total_len,
+            pool_tokens=config.max_total_token_num or POOL_TOKENS, pool_bytes=1,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    worker._load = lambda config, rank, address: SleepingEngine(config)  # noqa: SLF001
+    del sys.argv[1:3]
+    worker.main()

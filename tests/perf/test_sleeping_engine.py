@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that only tells the time: its steps end in order, and it serves as a worker."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.router.batch import Batch
+from perf.engine_under_test import engine_under_test
+from perf.simulated_engine import step_seconds
+from perf.sleeping_engine import SleepingRunner
+
+PROGRAM = Path(__file__).parents[2] / "perf" / "sleeping_engine.py"
+
+
+def decodes(count: int) -> Batch:
+    one = np.ones(count, dtype=np.int32)
+    return Batch(one, one, one, one, np.ones(count, dtype=np.bool_), num_decodes=count, admitted=())
+
+
+def test_a_step_begins_when_the_one_before_has_ended():
+    runner, began = SleepingRunner(), time.monotonic()
+    steps = [runner.launch(decodes(count)) for count in (3, 5)]
+    results = [step.result() for step in steps]
+    assert time.monotonic() - began >= 2 * step_seconds(decodes(3), 3)
+    assert all(step.is_done() for step in steps)
+    assert [len(result.tokens) for result in results] == [3, 5]
+
+
+def test_a_client_gets_as_many_tokens_as_it_asks_for(tmp_path):
+    python = tmp_path / "python"  # of this environment, whichever is on PATH
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
+    python.chmod(0o755)
+    with engine_under_test(EngineConfig(worker_python=str(python), max_total_token_num=1000)) as engine:
+        assert engine.info.pool_tokens == 1000
+        run = engine.run([5, 7], 4)
+        assert run.seconds > 4 * step_seconds(decodes(2), 12)
