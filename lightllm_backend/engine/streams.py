@@ -68,7 +68,7 @@ class Observer(Protocol):
 
 
 class Stream:
-    """One request's state between the engine and its client. Guarded by its own lock; sends are in order."""
+    """One request's state between the engine and its client, guarded by its own lock. One chunk is sent at a time."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Stream:
             if self._in_flight and now > self._last_sent + LOST_SECONDS:
                 self._lose()
                 return True
-            if not self._flow_control:
+            if not self._flow_control and not self._in_flight:
                 self.last_asked = now
                 return self._responder.is_cancelled()
             if self._in_flight or self._waits or now < self._last_sent + ASK_SECONDS:
@@ -160,17 +160,23 @@ class Stream:
                 else:
                     chunk = error
             self.ended = chunk.finish_reason is not None
-            self._in_flight = self._flow_control and not self.ended
-            self._sent_any = True
+            word_will_come = self._flow_control and not self.ended
+            self._in_flight = self._sent_any = True
             self._last_sent = time.monotonic()
             ask, self._ask = self._ask, False
             if ask:
                 self.last_asked = self._last_sent
-            self._responder.send(chunk, self._state, ask)
+            state = self._state
+        # The engine's reader, who has tokens for all streams, does not wait for the server; others hold back, since
+        # the chunk is in flight.
+        try:
+            self._responder.send(chunk, state, ask)
+        finally:
             if self.ended:
                 self._on_end()
-            self._offer_pending()
-            return self._in_flight
+            elif not word_will_come:
+                self.delivered()
+        return word_will_come
 
     @property
     def _has_last(self) -> bool:

@@ -2,6 +2,8 @@
 """Streams: one chunk of credit, coalescing, stop strings, errors, and clients that go away; with stand-ins around."""
 
 import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -526,3 +528,36 @@ def test_a_quiet_direct_call_is_asked_about(streams: Streams, engine: FakeEngine
 def test_a_quiet_stream_of_the_ensemble_is_probed(streams: Streams, tokenizer: Tokenizer) -> None:
     responder = submit(streams, tokenizer)
     wait_for(lambda: responder.probes == 1)
+
+
+@pytest.mark.parametrize("flow_control", [False, True])
+def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_control) -> None:
+    class SlowResponder(FakeResponder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.busy, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
+
+        def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+            assert self.busy._value == 0, "one at a time"
+            super().send(chunk, state, ask)
+            self.busy.release()
+            assert self.may_return.acquire(timeout=10)
+
+    responder, outbox = SlowResponder(), Outbox(num_threads=3)
+    stream = Stream(responder, True, flow_control, None, FakeObserver(), outbox)
+    stream.on_chunk(TokenChunk("a", [1], []))
+    for expected in ([1], [2, 3], [4, 5]):
+        assert responder.busy.acquire(timeout=10)
+        assert responder.last.token_ids == expected
+        first, began = expected[-1] + 1, time.monotonic()
+        for token in (first, first + 1):
+            stream.on_chunk(TokenChunk("a", [token], []))  # here, while it is being sent
+        assert time.monotonic() - began < 5
+        assert responder.last.token_ids == expected
+        responder.may_return.release()
+        if flow_control:
+            stream.delivered()
+    assert responder.busy.acquire(timeout=10)
+    responder.may_return.release()
+    outbox.close()
+    assert responder.ids == [[1], [2, 3], [4, 5], [6, 7]]
