@@ -35,7 +35,7 @@ from lightllm_backend.text import TextStream, Tokenizer
 # How often is asked whether a stream's client has gone, and how often in all: an answer takes the detokenizer nearly as
 # long as a response.
 ASK_SECONDS = 0.25
-MOST_ASKED_A_SECOND = 500.0
+MOST_ASKED_A_SECOND = 1000.0
 # Word of a chunk comes in well under a second. Where it does not come at all, a step has died with the request.
 LOST_SECONDS = 20.0
 
