@@ -174,7 +174,7 @@ class Stream:
         finally:
             if self.ended:
                 self._on_end()
-            elif not word_will_come:
+            if not word_will_come:
                 self.delivered()
         return word_will_come
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightllm_backend.engine import outbox as outbox_module
 from lightllm_backend.engine import streams as streams_module
 from lightllm_backend.engine.channel import DELIVERED, FAILED, GONE, Channel
 from lightllm_backend.engine.outbox import Outbox
@@ -561,3 +562,21 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
     responder.may_return.release()
     outbox.close()
     assert responder.ids == [[1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_stream_that_waited_twice_keeps_no_place_when_it_has_ended(monkeypatch) -> None:
+    """Its last chunk overtakes in the urgent line, and its turn in the other one comes when there is nothing left."""
+    monkeypatch.setattr(outbox_module, "MOST_IN_FLIGHT", 1)
+    outbox = Outbox(num_threads=0)
+    responders = [FakeResponder(), FakeResponder()]
+    one, other = (Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders)
+    for stream in (one, other):
+        stream.on_chunk(TokenChunk("a", [1], []))
+        assert outbox.send_next()
+        stream.delivered()
+    one.on_chunk(TokenChunk("a", [2], []))
+    one.on_chunk(TokenChunk("a", [3], [], FinishReason.LENGTH))
+    other.on_chunk(TokenChunk("b", [4], []))
+    while outbox.send_next():
+        pass
+    assert [responder.ids for responder in responders] == [[[1], [2, 3]], [[1], [4]]]
