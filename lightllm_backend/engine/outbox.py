@@ -3,7 +3,9 @@
 
 To hand a chunk to the server takes its time, and so does its way through the detokenizer. Where more streams have
 something to send than the server can carry, they wait here, where tokens that come meanwhile join the chunk, and not in
-the server's queues, where they would grow old.
+the server's queues, where they would grow old. Where chunks hold the tokens of several steps already, a thread rests
+after each as long as it has taken, so that what else this process has to do, new requests and the engine's tokens
+before all, gets as much of the interpreter's time.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from typing import Protocol
 
@@ -24,6 +27,10 @@ log = logging.getLogger(__name__)
 
 class Sender(Protocol):
     """A stream, as far as it matters here."""
+
+    coalesces: bool  # its last chunk held the tokens of several steps
+
+    coalesces: bool  # its last chunk held the tokens of several steps
 
     def send_pending(self) -> bool:
         """Send what there is; True if word will come that it has been delivered."""
@@ -79,13 +86,19 @@ class Outbox:
             thread.join()
 
     def _send_for_ever(self) -> None:
+        rests_until = 0.0
         while True:
             with self._changed:
-                while (stream := self._next()) is None:
+                while (stream := self._next(rests_until)) is None:
                     if self._closed:
                         return
-                    self._changed.wait()
+                    rest = rests_until - time.monotonic()
+                    self._changed.wait(rest if rest > 0 else None)
+            began = time.monotonic()
             self._send(stream)
+            if stream.coalesces:
+                ended = time.monotonic()
+                rests_until = ended + (ended - began)
 
     def _send(self, stream: Sender) -> None:
         word_will_come = False
@@ -101,10 +114,12 @@ class Outbox:
         if self._urgent or (self._ready and len(self._in_flight) < MOST_IN_FLIGHT):
             self._changed.notify()
 
-    def _next(self) -> Sender | None:
+    def _next(self, rests_until: float = 0.0) -> Sender | None:
+        """Who sends next; only who is urgent, before `rests_until` in time.monotonic() seconds."""
+        rests = not self._closed and rests_until > time.monotonic()
         if self._urgent:
             stream = self._urgent.popleft()
-        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT:
+        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT and not rests:
             stream = self._ready.popleft()
         else:
             return None

@@ -81,6 +81,7 @@ class Stream:
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.ended = False
+        self.coalesces = False  # see outbox.Sender
         self.last_asked = time.monotonic()  # whether the client has gone
         self._responder = responder
         self._streaming = streaming
@@ -160,6 +161,7 @@ class Stream:
                 else:
                     chunk = error
             self.ended = chunk.finish_reason is not None
+            self.coalesces = len(chunk.token_ids) > 1
             word_will_come = self._flow_control and not self.ended
             self._in_flight = self._sent_any = True
             self._last_sent = time.monotonic()

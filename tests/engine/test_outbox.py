@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -17,9 +18,12 @@ class FakeStream:
         self.name = name
         self.word_will_come = word_will_come
         self.error: Exception | None = None
+        self.coalesces = False
+        self.seconds = 0.0
         self._sent = sent
 
     def send_pending(self) -> bool:
+        time.sleep(self.seconds)
         if self.error:
             raise self.error
         self._sent.append(self.name)
@@ -114,3 +118,24 @@ def test_what_waits_is_sent_before_it_closes() -> None:
         outbox.put(FakeStream(str(number), sent), urgent=True)
     outbox.close()
     assert len(sent) == 20
+
+
+def test_a_thread_rests_after_a_chunk_of_several_tokens_but_for_those_who_are_urgent(monkeypatch) -> None:
+    monkeypatch.setattr(outbox_module, "MOST_IN_FLIGHT", 10)
+    outbox, sent = Outbox(num_threads=1), list[str]()
+    slow, other, urgent = (FakeStream(name, sent) for name in ("slow", "other", "urgent"))
+    slow.coalesces, slow.seconds = True, 0.5
+    outbox.put(slow, urgent=False)
+    outbox.put(other, urgent=False)
+    wait_for(lambda: sent == ["slow"])
+    rests_since = time.monotonic()
+    outbox.put(urgent, urgent=True)
+    wait_for(lambda: sent[1:2] == ["urgent"])
+    assert time.monotonic() < rests_since + 0.4
+    wait_for(lambda: sent[2:] == ["other"])
+    assert time.monotonic() > rests_since + 0.4
+    outbox.put(slow, urgent=False)
+    wait_for(lambda: sent[3:] == ["slow"])
+    outbox.put(other, urgent=False)
+    outbox.close()
+    assert sent[4:] == ["other"]
