@@ -30,8 +30,6 @@ class Sender(Protocol):
 
     coalesces: bool  # its last chunk held the tokens of several steps
 
-    coalesces: bool  # its last chunk held the tokens of several steps
-
     def send_pending(self) -> bool:
         """Send what there is; True if word will come that it has been delivered."""
 
@@ -89,11 +87,10 @@ class Outbox:
         rests_until = 0.0
         while True:
             with self._changed:
-                while (stream := self._next(rests_until)) is None:
+                while (stream := self._next(rest := max(0.0, rests_until - time.monotonic()))) is None:
                     if self._closed:
                         return
-                    rest = rests_until - time.monotonic()
-                    self._changed.wait(rest if rest > 0 else None)
+                    self._changed.wait(rest or None)
             began = time.monotonic()
             self._send(stream)
             if stream.coalesces:
@@ -114,12 +111,11 @@ class Outbox:
         if self._urgent or (self._ready and len(self._in_flight) < MOST_IN_FLIGHT):
             self._changed.notify()
 
-    def _next(self, rests_until: float = 0.0) -> Sender | None:
-        """Who sends next; only who is urgent, before `rests_until` in time.monotonic() seconds."""
-        rests = not self._closed and rests_until > time.monotonic()
+    def _next(self, rest: float = 0.0) -> Sender | None:
+        """Who sends next; while there is a `rest`, only who is urgent."""
         if self._urgent:
             stream = self._urgent.popleft()
-        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT and not rests:
+        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT and (not rest or self._closed):
             stream = self._ready.popleft()
         else:
             return None
