@@ -36,8 +36,9 @@ from lightllm_backend.text import TextStream, Tokenizer
 # long as a response.
 ASK_SECONDS = 0.25
 MOST_ASKED_A_SECOND = 1000.0
-# Word of a chunk comes in well under a second. Where it does not come at all, a step has died with the request.
-LOST_SECONDS = 20.0
+# Word of a chunk comes in well under a second, unless the whole machine stands still. Where it does not come at all, a
+# step has died with the request.
+LOST_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
