@@ -4,10 +4,10 @@
     python -m perf.tune_linear
     python -m perf.tune_linear --tp 1 --tokens 128,256 llama-7b
 
-All blocks that fit the shared memory are timed in a CUDA graph, a norm behind each product as in a model, on weights
-that together are too large for the L2 cache. cuBLAS is timed beside them, and keeps the products at which it is as
-quick. What is found goes to lightllm_backend/kernels/linear_blocks.json; what other runs have found for other GPUs,
-products and numbers of tokens stays there.
+All blocks that fit the shared memory, and of linear_tiles the few in TILES, are timed in a CUDA graph, a norm behind
+each product as in a model, on weights that together are too large for the L2 cache. cuBLAS is timed beside them, and
+keeps the products at which it is as quick. What is found goes to lightllm_backend/kernels/linear_blocks.json; what
+other runs have found for other GPUs, products and numbers of tokens stays there.
 """
 
 from __future__ import annotations

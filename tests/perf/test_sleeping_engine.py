@@ -30,7 +30,7 @@ def test_a_step_begins_when_the_one_before_has_ended():
     assert [len(result.tokens) for result in results] == [3, 5]
 
 
-def test_a_client_gets_as_many_tokens_as_it_asks_for(tmp_path):
+def test_it_serves_as_a_worker_whose_tokens_take_their_time(tmp_path):
     python = tmp_path / "python"  # of this environment, whichever is on PATH
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
     python.chmod(0o755)
