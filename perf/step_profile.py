@@ -237,7 +237,8 @@ def main(
     batch_max_tokens: int, out: Path | None, **settings: str | None,
 ) -> None:  # fmt: skip
     cases = cases_for(batches, input_len, mixed, mean_context, steps, batch_max_tokens)
-    settings |= {"load_format": "dummy", "batch_max_tokens": str(batch_max_tokens)}
+    # Without the prefix cache, since prompts that begin with the same token by chance would share it.
+    settings |= {"load_format": "dummy", "batch_max_tokens": str(batch_max_tokens), "prefix_cache": "false"}
     if not torch.cuda.is_available():
         settings["max_total_token_num"] = str(max(case.batch * case.longest for case in cases))
     with tempfile.TemporaryDirectory() as directory:
