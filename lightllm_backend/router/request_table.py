@@ -80,6 +80,13 @@ class RequestTable:
         rows: NDArray[np.int64] = self.decoding.nonzero()[0]
         return rows
 
+    def decode_rows_longest_first(self) -> NDArray[np.int64]:
+        """The same, in the order in which a GPU is best given them: when the last ones run, little is left to do, and
+        no long context keeps it waiting."""
+        rows = self.decode_rows()
+        ordered: NDArray[np.int64] = rows[np.argsort(-self.cached[rows])]
+        return ordered
+
     def planned_out_rows(self) -> NDArray[np.int64]:
         """The rows whose last step is planned."""
         rows: NDArray[np.int64] = (self.decoding & (self.remaining == 0)).nonzero()[0]

@@ -130,7 +130,7 @@ class Router:
         self._expire()
         self._release_planned_out()
         self._pause_until_it_fits()
-        decode_rows = self._table.decode_rows()
+        decode_rows = self._table.decode_rows_longest_first()
         decode_slots = self._pool.allocate(len(decode_rows))
         decode_starts = self._table.append_decodes(decode_rows, decode_slots)
         chunks, admitted = self._plan_prefill()

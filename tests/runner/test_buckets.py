@@ -25,6 +25,7 @@ def test_every_size_has_a_bucket_that_is_not_much_larger(largest: int) -> None:
     for size in range(1, largest + 1):
         bucket = next(bucket for bucket in buckets if bucket >= size)
         assert bucket - size < max(4, 8 if size >= 32 else 0, size / 7)
+    assert set(range(128, largest + 1, 128)) <= set(buckets)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 200, 512, 1000])
