@@ -139,6 +139,7 @@ def one_run(system: System, options: Options, items: list[WorkItem], rate: float
         **summary(traces, started, options.streaming),
         "clients": clients_summary(shares),
         "pool_share_while_queued": timeline.pool_share(moments),
+        "device_share": timeline.device_share(moments),
         "delivery_lag": None if options.in_process else timeline.delivery_lag(before, moments, traces),
         "timeline": timeline.rows(moments, started),
     }

@@ -39,6 +39,8 @@ def figures_table(run: dict[str, Any]) -> Table:
         table.add_row(name, f"{run[key]:,.2f}")
     if run["pool_share_while_queued"] is not None:
         table.add_row("KV pool in use while requests wait", f"{run['pool_share_while_queued']:.1%}")
+    if run["device_share"] is not None:
+        table.add_row("the device computes", f"{run['device_share']:.1%} of the time")
     return table
 
 

@@ -29,6 +29,7 @@ class Moment:
     kv_tokens_cached: int
     kv_tokens_total: int
     generated_tokens_total: int
+    device_seconds_total: float
 
 
 FACTS = tuple(name for name in Moment.__dataclass_fields__ if name != "at")  # what the engine tells, by its own names
@@ -36,7 +37,9 @@ FACTS = tuple(name for name in Moment.__dataclass_fields__ if name != "at")  # w
 
 def moment_from_metrics(text: str, at: float) -> Moment:
     samples = dict(re.findall(r"^lightllm_(\w+)(?:\{\})? (\S+)$", text, re.MULTILINE))
-    return Moment(at, **{name: int(float(samples.get(name, 0))) for name in FACTS})
+    facts: dict[str, Any] = {name: float(samples.get(name, 0)) for name in FACTS}
+    counts = {name: int(value) for name, value in facts.items() if name != "device_seconds_total"}
+    return Moment(at, **{**facts, **counts})
 
 
 def read_metrics(address: str) -> Moment:
@@ -84,6 +87,15 @@ def pool_share(moments: Sequence[Moment]) -> float | None:
         if moment.queued_requests > 0 and moment.kv_tokens_total > 0
     ]
     return float(np.mean(shares)) if shares else None
+
+
+def device_share(moments: Sequence[Moment]) -> float | None:
+    """Of the time from the first moment to the last, the share in which the engine's device computed; None on engines
+    that do not tell. A step counts when its result is read."""
+    if len(moments) < 2:
+        return None
+    computed = moments[-1].device_seconds_total - moments[0].device_seconds_total
+    return computed / (moments[-1].at - moments[0].at) if computed > 0 else None
 
 
 def delivery_lag(before: Moment, moments: Sequence[Moment], traces: Sequence[Trace]) -> dict[str, float] | None:

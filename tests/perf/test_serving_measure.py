@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from perf.serving.measure import ClientShare, RequestFailed, Trace, check, clients_summary, distribution, summary
-from perf.serving.timeline import Moment, delivery_lag, moment_from_metrics, pool_share
+from perf.serving.timeline import Moment, delivery_lag, device_share, moment_from_metrics, pool_share
 from perf.serving.workload import Length, WorkItem
 
 ITEM = WorkItem((1, 2, 3), Length(3, 4))
@@ -96,24 +96,32 @@ lightllm_queued_requests 2
 lightllm_kv_tokens_used{} 1.5e+03
 lightllm_kv_tokens_total{} 2000
 lightllm_generated_tokens_total{} 40
+lightllm_device_seconds_total{} 1.5
 lightllm_requests_total{status="stop"} 9
 nv_gpu_utilization 0.5
 """
 
 
 def test_a_moment_is_read_from_the_metrics() -> None:
-    assert moment_from_metrics(METRICS, 5.0) == Moment(5.0, 3, 2, 1500, 0, 2000, 40)
+    assert moment_from_metrics(METRICS, 5.0) == Moment(5.0, 3, 2, 1500, 0, 2000, 40, 1.5)
 
 
 def test_the_pool_counts_while_requests_wait() -> None:
-    waiting = Moment(0.0, 3, 2, 1500, 0, 2000, 40)
+    waiting = Moment(0.0, 3, 2, 1500, 0, 2000, 40, 1.5)
     moments = [waiting, replace(waiting, kv_tokens_used=500), replace(waiting, queued_requests=0, kv_tokens_used=2000)]
     assert pool_share(moments) == 0.5
     assert pool_share(moments[2:]) is None
 
 
+def test_the_device_computes_for_a_share_of_the_time() -> None:
+    first = Moment(10.0, 3, 0, 0, 0, 2000, 40, 1.5)
+    assert device_share([first, replace(first, at=11.0, device_seconds_total=1.6), replace(first, at=12.0)]) is None
+    assert device_share([first, replace(first, at=14.0, device_seconds_total=4.5)]) == 0.75
+    assert device_share([first]) is None
+
+
 def test_how_far_clients_are_behind_the_engine() -> None:
-    before = Moment(8.0, 0, 0, 0, 0, 2000, 100)
+    before = Moment(8.0, 0, 0, 0, 0, 2000, 100, 1.0)
     moments = [
         replace(before, at=at, generated_tokens_total=made) for at, made in ((8.5, 100), (11.5, 103), (13.0, 101))
     ]
