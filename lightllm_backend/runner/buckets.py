@@ -24,7 +24,8 @@ _DECODES = (0, 8, 32, 128)
 
 
 def batch_size_buckets(largest: int) -> list[int]:
-    """The batch sizes that are captured: close together where steps are short, beyond 64 at most an eighth apart, or 64.
+    """The batch sizes that are captured: close together where steps are short, then an eighth apart, then 64.
+
     All multiples of 128 are among them: products compute tiles of 64 or 128 tokens, so one token more costs much.
     """
     sizes = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64]
