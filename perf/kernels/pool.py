@@ -32,13 +32,11 @@ def pool_arguments(place: Place, contexts: Sequence[int], kv_heads: int, head_di
     live = torch.arange(width, device=device) < torch.tensor(contexts, device=device)[:, None]
     table = torch.zeros((len(contexts), width), dtype=torch.int32, device=device)
     table[live] = torch.randperm(slots, device=device, dtype=torch.int32)
-    shape = (slots, kv_heads, head_dim)
-    values = {
-        name: place.integers(-127, 128, *shape, dtype=torch.int8) if is_int8 else place.randn(*shape)
-        for name in ("k_pool", "v_pool")
-    }
+    shape = (slots, kv_heads, 2, head_dim)  # as KVStorage has it
+    k_and_v = place.integers(-127, 128, *shape, dtype=torch.int8) if is_int8 else place.randn(*shape)
     return {
-        **values,
+        "k_pool": k_and_v[:, :, 0],
+        "v_pool": k_and_v[:, :, 1],
         "scales": (place.randn(slots, kv_heads, 2).abs() / 64 + 1 / 64).half() if is_int8 else None,
         "req_to_token": table,
         "rows": torch.arange(len(contexts), device=device, dtype=torch.int32),
