@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,7 +46,8 @@ from lightllm_backend.tritonserver import TritonServerError
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROBED_MODELS = ("lightllm", "lightllm_unary")  # between them, a request to each goes through every step
 PROBE_SECONDS = 10.0  # between two probes, and for the answer to one
-MAX_FAILED_PROBES = 3
+# Of the last few probes: where one of two detokenizers is gone, every other request fails.
+MAX_FAILED_PROBES, REMEMBERED_PROBES = 3, 5
 PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 60.0
 USAGE_ERROR = 2
@@ -191,7 +193,7 @@ class Health:
     """
 
     def __init__(self, address: str, engine: EngineClient, start_seconds: float) -> None:
-        self.failures = 0
+        self._failed: deque[bool] = deque(maxlen=REMEMBERED_PROBES)
         self._address = address
         self._engine = engine
         self._restart_seconds = max(2 * start_seconds, PROBE_SECONDS * MAX_FAILED_PROBES)
@@ -205,11 +207,11 @@ class Health:
         """Ask each model for one token. The reason if the server is to be given up."""
         before = self._stats
         failure = next(filter(None, map(self._ask, PROBED_MODELS)), None)
-        if failure is None or self._is_busy(before) or self._is_starting():
-            self.failures = 0
-            return None
-        self.failures += 1
-        return failure if self.failures >= MAX_FAILED_PROBES else None
+        if failure is not None and (self._is_busy(before) or self._is_starting()):
+            failure = None
+            self._failed.clear()
+        self._failed.append(failure is not None)
+        return failure if self._failed.count(True) >= MAX_FAILED_PROBES else None
 
     def _ask(self, model: str) -> str | None:
         body = json.dumps({"text_input": "Hello", "max_tokens": 1})
@@ -289,7 +291,7 @@ def serve(launch: Launch, console: Console) -> int:
     while not server.ended_within(PROBE_SECONDS):
         reason = None if server.stopping else health.probe()
         if reason and not server.stopping:
-            tell(f"error: {MAX_FAILED_PROBES} probes in a row have failed, the server is stopped; {reason}")
+            tell(f"error: {MAX_FAILED_PROBES} of the last probes have failed, the server is stopped; {reason}")
             server.stop()
             return 1
     return server.exit_code()

@@ -295,7 +295,7 @@ def test_a_server_that_fails_its_probes_is_stopped(launch_command: Any, tmp_path
     process = launch_command()
     read_until(process, "curl")
     (tmp_path / "broken").touch()
-    assert "lightllm answers with status 400: a stub is gone" in read_until(process, "error: 3 probes in a row")
+    assert "lightllm answers with status 400: a stub is gone" in read_until(process, "error: 3 of the last probes")
     assert process.wait(20) == 1
 
 
