@@ -37,8 +37,9 @@ def choose_blocks(
     block_dim: int, element_size: int, capability: tuple[int, int], heads: int, is_shared: bool
 ) -> TokenBlocks:
     """Small tiles of a single warp, 8 KiB of K, so that many programs fit a multiprocessor: while some begin, others
-    read. Where there are not so many KV `heads` of all sequences, what is soonest done; or larger tiles where query
-    heads share K and V, since contexts are longer then (measured on an H200)."""
+    read; smaller ones where they make the difference between one round of programs and two. Where there are not so many
+    KV `heads` of all sequences, what is soonest done; or larger tiles where query heads share K and V, since contexts
+    are longer then (measured on an H200)."""
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
@@ -46,6 +47,8 @@ def choose_blocks(
         return TokenBlocks(tokens, 1, 1)
     if is_shared and FEW_HEADS <= heads < MANY_HEADS:
         return TokenBlocks(2 * tokens, 2, 3)
+    if not is_shared and MANY_HEADS <= heads < 4 * MANY_HEADS:
+        return TokenBlocks(max(16, tokens // 2), 1, 2)
     return TokenBlocks(tokens, 1, 2 if heads < MANY_HEADS else 3)
 
 
