@@ -245,11 +245,12 @@ def _others(result: dict[str, Any]) -> list[list[str]]:
 
 
 def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What tritonserver takes of the engine's throughput, where both were asked the same."""
+    """What tritonserver takes of the engine's throughput, where both were asked the same at the same commit, so on the
+    same day: one GPU is a few percent faster than another of its name."""
 
     def asked(result: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("model", "workload", "shared_prefix", "max_tokens", "seed", "concurrency", "machine", "settings")
-        return tuple(str(result[name]) for name in names)
+        names = ("commit", "machine", "model", "settings", "workload", "shared_prefix", "max_tokens", "seed")
+        return tuple(str(result[name]) for name in (*names, "concurrency"))
 
     engines = [result for result in results if result["system"] == "engine"]
     alone = {(asked(result), run["request_rate"]): run for result in engines for run in result["runs"]}

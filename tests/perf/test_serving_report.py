@@ -60,6 +60,7 @@ def test_the_servers_share_is_of_the_same_load() -> None:
     engine, server = result("engine", 10_000.0), result("server", 9_800.0)
     assert server_share([engine, server])[0].startswith("Of the engine's throughput tritonserver takes 2.0 %")
     assert server_share([engine, result("server", 9_800.0, settings={"kv_dtype": "int8"})]) == []
+    assert server_share([engine, result("server", 9_800.0, commit="another")]) == []
 
 
 def test_what_was_asked_otherwise_is_stored_under_another_name() -> None:
