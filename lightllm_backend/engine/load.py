@@ -22,7 +22,7 @@ from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.buckets import graph_tokens, step_buckets
 from lightllm_backend.runner.model_runner import ModelRunner
-from lightllm_backend.runner.warm_up import tokens_that_fit, warm_up, workspace_bytes, worst_batches
+from lightllm_backend.runner.warm_up import compile_kernels, tokens_that_fit, warm_up, workspace_bytes, worst_batches
 
 CPU_POOL_TOKENS = 16384
 CPU_BATCH_MAX_TOKENS = 512
@@ -78,6 +78,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
         most_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
         buckets = step_buckets(config.running_max_req_size, batch_max_tokens, most_tokens)
+        compile_kernels(runner_with(1)[0], max_input, batch_max_tokens, buckets)
         peak = workspace_bytes(runner_with(1)[0], batches, buckets, device)
         fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
         pool_tokens = _pool_tokens(config, parallel.minimum(fitting, device))

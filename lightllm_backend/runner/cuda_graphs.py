@@ -32,8 +32,8 @@ class CudaGraphs:
         self._choose = BucketChoice(buckets)
         # The largest first: the others find all the memory that they need.
         largest_first = self._choose.buckets[::-1]
-        # Compiles what a bucket needs, which a capture may not.
-        inputs = {bucket: self._warm_up(bucket) for bucket in tqdm(largest_first, "Compiling", unit="step")}
+        # Loads what a bucket needs, and compiles it if nobody has, which a capture may not.
+        inputs = {bucket: self._warm_up(bucket) for bucket in tqdm(largest_first, "Warming up", unit="step")}
         pool = torch.cuda.graph_pool_handle()
         self._captures = {
             bucket: self._capture(bucket, inputs[bucket], pool)

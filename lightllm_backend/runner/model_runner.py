@@ -14,7 +14,7 @@ from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.layers import CausalLM, KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
-from lightllm_backend.runner.device_batch import Bucket, RequestTables
+from lightllm_backend.runner.device_batch import EMPTY_BATCH, Bucket, RequestTables
 from lightllm_backend.runner.sampler import Sampler
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
@@ -108,6 +108,11 @@ class ModelRunner:
     def capture_graphs(self, buckets: Sequence[Bucket]) -> None:
         """From now on a batch that one of these has room for is one launch."""
         self.graphs = CudaGraphs(self._step, buckets)
+
+    @torch.inference_mode()
+    def launch_padding(self, bucket: Bucket) -> None:
+        """A step of this shape that belongs to no request."""
+        self._step.run(EMPTY_BATCH, bucket)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:

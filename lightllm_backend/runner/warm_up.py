@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +31,28 @@ def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[
     num_prefills = min(max(1, batch_max_tokens // max_input), num_rows)
     prompts = [min(max_input, batch_max_tokens)] * num_prefills
     return [example_batch(num_rows - num_prefills, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+
+
+def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, buckets: Sequence[Bucket]) -> None:
+    """Have the kernels of all steps compiled, many at once; what this misses is compiled when it is launched first.
+
+    The runner is of no use afterwards, since its kernels did not run.
+    """
+    from lightllm_backend.runner.compile_ahead import compile_ahead  # needs Triton-lang, which a CPU engine does not
+
+    # Log probabilities would be looked up by tokens that nobody has chosen.
+    sampled = replace(_EVERYTHING, return_log_probs=False)
+    longest = min(max_input, batch_max_tokens)
+
+    def launch() -> None:
+        for bucket in buckets:
+            runner.launch_padding(bucket)
+        runner.launch(example_batch(1, [], sampled)).result()
+        for length in (1, min(512, longest), longest):  # prompts of which length matters to attention
+            runner.launch(example_batch(1, [length], _GREEDY)).result()
+
+    compile_ahead(launch)
+    torch.cuda.empty_cache()
 
 
 def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens: int) -> None:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles a small engine's kernels ahead, for a GPU that is not there: `python -m tests.runner.compile_ahead`.
+
+Prints how many were compiled by that, how many more a look at the same steps compiles, and how many were launched.
+Must run without TRITON_INTERPRET.
+"""
+
+import importlib
+import json
+import pkgutil
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from lightllm_backend import kernels
+from lightllm_backend.kernels import launchers
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
+from lightllm_backend.models.weights import dummy_weights
+from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.buckets import step_buckets
+from lightllm_backend.runner.compile_ahead import compile_ahead
+from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.warm_up import compile_kernels
+from perf.shapes import SHAPES
+
+CPU = torch.device("cpu")
+ROWS, LONGEST = 4, 64
+
+
+class PretendedDriver:
+    """Of an H100. What would load or run a kernel is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def small_runner() -> ModelRunner:
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(SHAPES["tiny"] | {"num_hidden_layers": 1}))
+        config = ModelConfig.from_directory(directory)
+    one_rank = TensorParallel.connect(0, 1, CPU, "")
+    model = model_class(config.architecture)(config, launchers, one_rank, torch.bfloat16, CPU, LONGEST)
+    dummy_weights(model, seed=0)
+    storage = KVStorage(1, 1, model.num_kv_heads, model.head_dim, torch.bfloat16, CPU)
+    return ModelRunner(model, storage, launchers, ROWS, LONGEST, [2], CPU)
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(PretendedDriver())
+    pretended = {"compute_capability": (9, 0), "multiprocessor_count": 132}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in pretended.items():
+            if hasattr(importlib.import_module(module.name), name):
+                setattr(importlib.import_module(module.name), name, lambda _, value=value: value)
+    compiled: list[str] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["repr"])
+    runner, buckets = small_runner(), step_buckets(ROWS, LONGEST, 32)
+    run = JITFunction.run
+    compile_kernels(runner, LONGEST, LONGEST, buckets)
+    assert JITFunction.run is run, "launches are launches again"
+    ahead = len(compiled)
+    with torch.inference_mode():
+        compile_ahead(lambda: [runner.launch_padding(bucket) for bucket in buckets])
+    try:
+        runner.launch_padding(buckets[0])
+    except AttributeError as error:  # the driver cannot load it
+        print(json.dumps({"ahead": ahead, "again": len(compiled) - ahead, "launch": str(error)}))
+
+
+if __name__ == "__main__":
+    main()
