@@ -138,7 +138,8 @@ def engine_stats(router: Router) -> EngineStats:
 
 
 class StatisticsLog:
-    """A line of statistics every so many seconds, while there is something to tell."""
+    """A line of statistics every so many seconds, while there is something to tell: a token a second at least, so not
+    the supervisor's probes."""
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
@@ -149,13 +150,13 @@ class StatisticsLog:
         seconds = now - self._since
         if self._interval == 0 or seconds < self._interval:
             return
-        if stats != self._told:
+        prompt_tokens = (stats.prompt_tokens_total - self._told.prompt_tokens_total) / seconds
+        generated_tokens = (stats.generated_tokens_total - self._told.generated_tokens_total) / seconds
+        if max(prompt_tokens, generated_tokens, stats.running_requests, stats.queued_requests) >= 1:
             log.info(
                 "%d running, %d queued, %d of %d KV tokens used (%.0f %%), %.0f prompt and %.0f generated tokens/s",
                 stats.running_requests, stats.queued_requests, stats.kv_tokens_used, stats.kv_tokens_total,
-                100 * stats.kv_tokens_used / stats.kv_tokens_total,
-                (stats.prompt_tokens_total - self._told.prompt_tokens_total) / seconds,
-                (stats.generated_tokens_total - self._told.generated_tokens_total) / seconds,
+                100 * stats.kv_tokens_used / stats.kv_tokens_total, prompt_tokens, generated_tokens,
             )  # fmt: skip
         self._told, self._since = stats, now
 

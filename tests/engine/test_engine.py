@@ -4,6 +4,7 @@
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -275,3 +276,18 @@ def test_the_statistics_log_speaks_when_there_is_something_to_tell(caplog: pytes
     time.sleep(0.02)
     silent.tell(EngineStats(running_requests=1, kv_tokens_total=200))
     assert len(caplog.records) == said
+
+
+def test_the_statistics_log_is_silent_about_probes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "lightllm.worker")
+    now = time.monotonic()
+    statistics = StatisticsLog(interval=10)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 11)
+    probed = EngineStats(kv_tokens_total=200, prompt_tokens_total=2, generated_tokens_total=2)
+    statistics.tell(probed)
+    assert not caplog.records
+    monkeypatch.setattr(time, "monotonic", lambda: now + 22)
+    statistics.tell(replace(probed, generated_tokens_total=40))
+    assert "0 running, 0 queued" in caplog.text
