@@ -40,7 +40,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     """
     from lightllm_backend.runner.compile_ahead import compile_ahead  # needs Triton-lang, which a CPU engine does not
 
-    # Powers of two decide which kernel a step takes; and not all steps, since a launch takes longer here than otherwise.
+    # Powers of two decide which kernels a step takes. Not all steps, since here a launch takes longer than otherwise.
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
     # Log probabilities would be looked up by tokens that nobody has chosen.
     sampled = replace(_EVERYTHING, return_log_probs=False)
