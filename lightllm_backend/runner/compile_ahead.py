@@ -5,12 +5,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import triton
 from tqdm import tqdm
 from triton.runtime.jit import JITFunction
+
+
+class _Threads(ThreadPoolExecutor):
+    """Compile a kernel and its launcher, for which some versions of Triton-lang call a C compiler."""
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        def compile_both() -> Any:
+            kernel = compile_kernel()
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # it is kept on disk
+            return kernel
+
+        return super().submit(compile_both)
 
 
 def compile_ahead(launch: Callable[[], Any]) -> None:
@@ -27,7 +39,7 @@ def compile_ahead(launch: Callable[[], Any]) -> None:
         del warmup
         return run(kernel, *arguments, grid=grid, warmup=True, **options)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads) as mode:
+    with _Threads(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads) as mode:
         JITFunction.run = only_compile
         try:
             launch()

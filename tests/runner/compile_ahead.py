@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a small engine's kernels ahead, for a GPU that is not there: `python -m tests.runner.compile_ahead`.
 
-Prints how many were compiled by that, how many more a look at the same steps compiles, and how many were launched.
-Must run without TRITON_INTERPRET.
+Prints how many were compiled by that, how many more a look at the same steps compiles, how many launchers were made,
+and what is missing where one is to run after all. Must run without TRITON_INTERPRET.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import json
 import pkgutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +35,13 @@ ROWS, LONGEST = 4, 64
 
 
 class PretendedDriver:
-    """Of an H100. What would load or run a kernel is not there."""
+    """Of an H100. What would load a kernel is not there."""
+
+    def __init__(self) -> None:
+        self.launchers = 0
+
+    def launcher_cls(self, *_: Any) -> None:
+        self.launchers += 1
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -58,7 +65,8 @@ def small_runner() -> ModelRunner:
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(PretendedDriver())
+    driver = PretendedDriver()
+    triton.runtime.driver.set_active(driver)
     pretended = {"compute_capability": (9, 0), "multiprocessor_count": 132}
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         for name, value in pretended.items():
@@ -70,13 +78,14 @@ def main() -> None:
     run = JITFunction.run
     compile_kernels(runner, LONGEST, LONGEST, buckets)
     assert JITFunction.run is run, "launches are launches again"
-    ahead = len(compiled)
+    ahead, launchers_ahead = len(compiled), driver.launchers
     with torch.inference_mode():
         compile_ahead(lambda: [runner.launch_padding(bucket) for bucket in buckets])
     try:
         runner.launch_padding(buckets[0])
     except AttributeError as error:  # the driver cannot load it
-        print(json.dumps({"ahead": ahead, "again": len(compiled) - ahead, "launch": str(error)}))
+        told = {"ahead": ahead, "launchers": launchers_ahead, "again": len(compiled) - ahead, "launch": str(error)}
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -17,5 +17,6 @@ def test_the_kernels_of_steps_are_compiled_ahead() -> None:
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["ahead"] > 10
+    assert told["launchers"] == told["ahead"]
     assert told["again"] == 0
     assert "PretendedDriver" in told["launch"]
