@@ -38,8 +38,7 @@ FACTS = tuple(name for name in Moment.__dataclass_fields__ if name != "at")  # w
 def moment_from_metrics(text: str, at: float) -> Moment:
     samples = dict(re.findall(r"^lightllm_(\w+)(?:\{\})? (\S+)$", text, re.MULTILINE))
     facts: dict[str, Any] = {name: float(samples.get(name, 0)) for name in FACTS}
-    counts = {name: int(value) for name, value in facts.items() if name != "device_seconds_total"}
-    return Moment(at, **{**facts, **counts})
+    return Moment(at, **{name: value if "seconds" in name else int(value) for name, value in facts.items()})
 
 
 def read_metrics(address: str) -> Moment:

@@ -4,9 +4,7 @@
 Prints a JSON object of the shared memory that each kernel takes. Must run without TRITON_INTERPRET.
 """
 
-import importlib
 import json
-import pkgutil
 import sys
 from typing import Any
 
@@ -17,10 +15,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightllm_backend import kernels
 from lightllm_backend.kernels import gated_linear, launchers, linear_splits
 from lightllm_backend.kernels.linear_blocks import LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
+from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
+from tests.kernels.pretended_gpu import pretend_gpu
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -90,10 +89,22 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1)
         launchers.token_attention(*new, pool, pool, table, lengths, lengths, 60, 0.1)
     if with_variants:
+        launch_large_batches(q, k, table, lengths)
         launch_variants(q, k, table, lengths, starts)
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
     launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
+
+
+def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Decode attention of so many KV heads that its blocks are others than those of a few."""
+    cos, int8 = torch.zeros(len(q), q.shape[2] // 2), torch.empty(k.shape, dtype=torch.int8)
+    scales = torch.zeros(*k.shape[:2], 2, dtype=torch.float16)
+    for heads in (FEW_HEADS, MANY_HEADS, 4 * MANY_HEADS):
+        count = heads // k.shape[1]
+        new = (q[:count], k[:count], k[:count], cos[:count], cos[:count], lengths)
+        for pool, pool_scales in ((k, None), (int8, scales)):
+            launchers.token_attention(*new, pool, pool, table, lengths, lengths, 60, 0.1, scales=pool_scales)
 
 
 def launch_stored(capability: str) -> None:
@@ -132,12 +143,7 @@ def launch_variants(
 def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    # As many multiprocessors as an H100's, so that a long context is split.
-    pretended = {"compute_capability": (major, minor), "multiprocessor_count": 132, "has_ptx": True}
-    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
-        for name, value in pretended.items():
-            if hasattr(importlib.import_module(module.name), name):
-                setattr(importlib.import_module(module.name), name, lambda _, value=value: value)
+    pretend_gpu((major, minor))
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

@@ -5,9 +5,7 @@ Prints how many were compiled by that, how many more a look at the same steps co
 and what is missing where one is to run after all. Must run without TRITON_INTERPRET.
 """
 
-import importlib
 import json
-import pkgutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.model_config import ModelConfig
@@ -29,6 +26,7 @@ from lightllm_backend.runner.compile_ahead import compile_ahead
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.warm_up import compile_kernels
 from perf.shapes import SHAPES
+from tests.kernels.pretended_gpu import pretend_gpu
 
 CPU = torch.device("cpu")
 ROWS, LONGEST = 4, 64
@@ -67,11 +65,7 @@ def small_runner() -> ModelRunner:
 def main() -> None:
     driver = PretendedDriver()
     triton.runtime.driver.set_active(driver)
-    pretended = {"compute_capability": (9, 0), "multiprocessor_count": 132}
-    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
-        for name, value in pretended.items():
-            if hasattr(importlib.import_module(module.name), name):
-                setattr(importlib.import_module(module.name), name, lambda _, value=value: value)
+    pretend_gpu((9, 0))
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["repr"])
     runner, buckets = small_runner(), step_buckets(ROWS, LONGEST, 32)
