@@ -51,7 +51,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
             runner.launch_padding(bucket)
         runner.launch(example_batch(1, [], sampled)).result()
         for length in (1, min(512, longest), longest):  # prompts of which length matters to attention
-            runner.launch(example_batch(1, [length], _GREEDY)).result()
+            runner.launch(example_batch(0, [length], _GREEDY)).result()
 
     compile_ahead(launch)
     torch.cuda.empty_cache()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a small engine's kernels ahead, for a GPU that is not there: `python -m tests.runner.compile_ahead`.
+"""Compiles a small engine's kernels ahead, for a GPU that is not there: `python -m tests.runner.compile_ahead 4`,
+which is how many requests it runs.
 
 Prints how many were compiled by that, how many more a look at the same steps compiles, how many launchers were made,
 and what is missing where one is to run after all. Must run without TRITON_INTERPRET.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from perf.shapes import SHAPES
 from tests.kernels.pretended_gpu import pretend_gpu
 
 CPU = torch.device("cpu")
-ROWS, LONGEST = 4, 64
+LONGEST = 64
 
 
 class PretendedDriver:
@@ -51,7 +53,7 @@ class PretendedDriver:
         return 0
 
 
-def small_runner() -> ModelRunner:
+def small_runner(rows: int) -> ModelRunner:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(SHAPES["tiny"] | {"num_hidden_layers": 1}))
         config = ModelConfig.from_directory(directory)
@@ -59,16 +61,16 @@ def small_runner() -> ModelRunner:
     model = model_class(config.architecture)(config, launchers, one_rank, torch.bfloat16, CPU, LONGEST)
     dummy_weights(model, seed=0)
     storage = KVStorage(1, 1, model.num_kv_heads, model.head_dim, torch.bfloat16, CPU)
-    return ModelRunner(model, storage, launchers, ROWS, LONGEST, [2], CPU)
+    return ModelRunner(model, storage, launchers, rows, LONGEST, [2], CPU)
 
 
-def main() -> None:
+def main(rows: int) -> None:
     driver = PretendedDriver()
     triton.runtime.driver.set_active(driver)
     pretend_gpu((9, 0))
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["repr"])
-    runner, buckets = small_runner(), step_buckets(ROWS, LONGEST, 32)
+    runner, buckets = small_runner(rows), step_buckets(rows, LONGEST, 32)
     run = JITFunction.run
     compile_kernels(runner, LONGEST, LONGEST, buckets)
     assert JITFunction.run is run, "launches are launches again"
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
