@@ -148,12 +148,8 @@ def _model_directory(arguments: dict[str, str]) -> Path:
 
 def read_request(request: Any) -> ParsedRequest:
     """A client's request, from all its sources. RequestError INVALID_ARG if it cannot be read."""
-    tensors = {}
-    for name in OPTION_INPUTS:
-        value = _read(request, name)
-        if value is not None:
-            tensors[name] = value
-    return parse_request(tensors, _read(request, SAMPLING_PARAMETERS), _parameters(request))
+    inputs = _inputs(request)
+    return parse_request(inputs, inputs.pop(SAMPLING_PARAMETERS, None), _parameters(request))
 
 
 def deadline(request: Any) -> float | None:
@@ -173,24 +169,25 @@ def deadline(request: Any) -> float | None:
 
 def read_generation_request(request: Any) -> tuple[ParsedRequest, dict[str, Any] | None]:
     """What the tokenizer sent, or a direct caller; and what the ensemble sent along, None for a direct caller."""
-    ensemble = _read(request, ENSEMBLE)
-    tensors = {"input_ids": _read(request, "input_ids")}
+    inputs = _inputs(request)
+    ensemble = inputs.pop(ENSEMBLE, None)
     # In the ensemble the request's parameters have been read by the tokenizer step.
     parameters = {} if ensemble else _parameters(request)
-    parsed = parse_request(tensors, _read(request, SAMPLING_PARAMETERS), parameters)
+    parsed = parse_request(inputs, inputs.pop(SAMPLING_PARAMETERS, None), parameters)
     return parsed, json.loads(ensemble) if ensemble else None
 
 
 def read_chunk(request: Any) -> tuple[TokenChunk | None, dict[str, Any]]:
     """A chunk and what came along: uid, return address, whether to ask, the state. A probe has no chunk."""
-    details = json.loads(_read(request, CHUNK))
+    inputs = _inputs(request)
+    details = json.loads(inputs[CHUNK])
     if details.get("probe"):
         return None, details
     reason, error = details["finish_reason"], details["error"]
     chunk = TokenChunk(
         uid=details["uid"],
-        token_ids=_read(request, "output_ids"),
-        log_probs=_read(request, "output_log_probs"),
+        token_ids=inputs["output_ids"],
+        log_probs=inputs["output_log_probs"],
         finish_reason=FinishReason(reason) if reason else None,
         num_prompt_tokens=details["num_input_tokens"],
         error=RequestError.parse(error) if error else None,
@@ -198,11 +195,14 @@ def read_chunk(request: Any) -> tuple[TokenChunk | None, dict[str, Any]]:
     return chunk, details
 
 
-def _read(request: Any, name: str) -> Any:
-    """A tensor as a plain value: one item of those of size 1, a list of the others; None if it was not sent."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
+def _inputs(request: Any) -> dict[str, Any]:
+    """What was sent, by name."""
+    return {tensor.name(): _value(tensor) for tensor in request.inputs()}
+
+
+def _value(tensor: Any) -> Any:
+    """A tensor as a plain value: one item of those of size 1, a list of the others."""
+    name = tensor.name()
     items = tensor.as_numpy().reshape(-1).tolist()
     try:
         items = [item.decode() if isinstance(item, bytes) else item for item in items]

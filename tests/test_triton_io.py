@@ -106,13 +106,9 @@ def test_the_detokenizer_reads_generation_only() -> None:
 def test_a_chunk_says_all_that_the_detokenizer_must_know(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
-    def response_of(output_tensors: list[tuple[str, Any]]) -> dict[str, Any]:
-        return dict(output_tensors)
-
     backend = SimpleNamespace(
-        Tensor=lambda name, array: (name, SimpleNamespace(as_numpy=lambda: array)),
-        InferenceResponse=response_of,
-        get_input_tensor_by_name=lambda request, name: request[name],
+        Tensor=lambda name, array: SimpleNamespace(name=lambda: name, as_numpy=lambda: array),
+        InferenceResponse=lambda output_tensors: SimpleNamespace(inputs=lambda: output_tensors),
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     monkeypatch.setattr(triton_io, "pb_utils", backend, raising=False)
