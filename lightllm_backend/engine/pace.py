@@ -13,7 +13,7 @@ from collections.abc import Callable
 from lightllm_backend.router.batch import Batch
 
 # How much later than foreseen the next step may be launched: a thread wakes up late, planning takes longer.
-MARGIN_SECONDS = 0.3e-3
+MARGIN_SECONDS = 0.15e-3
 # Steps and launches that are remembered: few, so that what has changed is soon forgotten.
 REMEMBERED = 8
 
