@@ -246,7 +246,7 @@ def _others(result: dict[str, Any]) -> list[list[str]]:
 
 def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
     """What tritonserver takes of the engine's throughput, where both were asked the same at the same commit, so on the
-    same day: one GPU is a few percent faster than another of its name."""
+    same day (one GPU is a few percent faster than another of its name), and for far more than they can do."""
 
     def asked(result: dict[str, Any]) -> tuple[Any, ...]:
         names = ("commit", "machine", "model", "settings", "workload", "shared_prefix", "max_tokens", "seed")
@@ -257,7 +257,8 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for result in (one for one in results if one["system"] == "server"):
         for run in result["runs"]:
-            if engine := alone.get((asked(result), run["request_rate"])):
+            is_saturated = run["requests_per_second"] < (run["request_rate"] or math.inf) / 2
+            if is_saturated and (engine := alone.get((asked(result), run["request_rate"]))):
                 lost = 1 - run["output_tokens_per_second"] / engine["output_tokens_per_second"]
                 what = f"{result['model']}, {result['workload']} as {result['prompts']}"
                 lines += [f"Of the engine's throughput tritonserver takes {100 * lost:.1f} % ({what}).", ""]

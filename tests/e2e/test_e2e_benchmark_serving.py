@@ -5,9 +5,13 @@ Nothing is asserted about speed.
 """
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 
@@ -100,6 +104,19 @@ def test_what_it_starts_itself_answers_too(tmp_path: Path, how: str) -> None:
     [run] = result["runs"]
     assert (run["requests"], run["prompt_tokens"], run["output_tokens"]) == (4, 32, 20)
     assert len(serving(result | {"stem": "x"})) == 5
+
+
+def test_what_it_starts_ends_with_it() -> None:
+    command = [sys.executable, "-m", "perf.benchmark_serving", "--launch", "--model", "tiny", "--set", "device=cpu"]
+    command += ["--random", "8", "500", "--num-prompts", "100", "--request-rate", "1", "--processes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        own = psutil.Process(process.pid)
+        # The command that serves, Triton server, its stubs, the worker.
+        assert poll(lambda: len(own.children(recursive=True)) >= 7, 60.0)
+        started = own.children(recursive=True)
+        process.terminate()
+        assert process.wait(60.0) == 128 + signal.SIGTERM
+        assert poll(lambda: not any(child.is_running() for child in started), 10.0)
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
