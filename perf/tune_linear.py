@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import click
@@ -28,6 +29,7 @@ from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, MORE_TOKENS, STOR
 from lightllm_backend.kernels.linear_splits import launch
 from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
 from lightllm_backend.kernels.rms_norm import rms_norm
+from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.kernels.measure import seconds_of
 from perf.record import circumstances
 from perf.shapes import SHAPES
@@ -110,17 +112,19 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     x = torch.randn(tokens, shape[1], device=DEVICE, dtype=DTYPE)
     cublas = seconds_between_norms(lambda weight: functional.linear(x, weight), weights)
     times: dict[LinearBlocks | None, float] = {None: (1 - MARGIN) * (cublas + ACTIVATION_SECONDS * product.is_gated)}
-    for blocks in candidates(product, tokens):
 
-        def run(weight: Tensor, blocks: LinearBlocks = blocks) -> None:
-            if product.is_gated:
-                launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), blocks)
-            else:
-                dtype = DTYPE if blocks.splits == 1 else torch.float32
-                launch(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), blocks)
+    def run(weight: Tensor, blocks: LinearBlocks) -> None:
+        if product.is_gated:
+            launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), blocks)
+        else:
+            dtype = DTYPE if blocks.splits == 1 else torch.float32
+            launch(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), blocks)
 
+    tried = list(candidates(product, tokens))
+    compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
+    for blocks in tried:
         extra = SUM_SECONDS if blocks.splits > 1 and not product.is_summed_for_nothing else 0.0
-        times[blocks] = seconds_between_norms(run, weights) + extra
+        times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
     return min(times, key=lambda blocks: times[blocks])
 
 
