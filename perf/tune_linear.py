@@ -76,21 +76,25 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
             if splits == 1 or (not product.is_gated and programs <= 270):
                 yield LinearBlocks(*tile, splits)
         return
-    shared = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+    gpu = torch.cuda.get_device_properties(DEVICE)
+    shared = gpu.shared_memory_per_block_optin
+    # As many rows as give all multiprocessors one program each, or two, or three; whole pieces of 16 bytes.
+    even = {-(-product.out_features // (turns * gpu.multi_processor_count * 8)) * 8 for turns in (1, 2, 3)}
     for out, inner, stages, warps, splits in itertools.product(
-        (64, 128), (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8)
-    ):
-        shared_bytes = 2 * (out + tokens) * inner * (stages - 1)
-        programs = product.out_features // out * splits
+        sorted({64, 128} | {rows for rows in even if 16 <= rows <= 128}),
+        (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8),
+    ):  # fmt: skip
+        blocks = LinearBlocks(out, inner, stages, warps, splits)
+        shared_bytes = 2 * (blocks.rows + tokens) * inner * (stages - 1)
+        programs = -(-product.out_features // out) * splits
         if (
-            product.out_features % out == 0
-            and product.in_features % (splits * inner) == 0
+            product.in_features % (splits * inner) == 0
             and shared // 6 < shared_bytes < 0.9 * shared
-            and (warps == 4 or out == 128)
+            and (warps == 4 or blocks.rows == 128)
             and programs >= 40
             and (splits == 1 or (programs <= 800 and not product.is_gated))
         ):
-            yield LinearBlocks(out, inner, stages, warps, splits)
+            yield blocks
 
 
 def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor]) -> float:

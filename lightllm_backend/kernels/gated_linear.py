@@ -26,28 +26,40 @@ def gated_linear_kernel(
     x_stride,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
+    rows: tl.constexpr,
+    is_whole: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """A block of features of all tokens: half of its tile's rows are of the gate's weight, half of the other's."""
+    """Half of `rows` features of all tokens: half of its tile's rows are of the gate's weight, half of the other's.
+    Those that a tile has too many are not read."""
     half: tl.constexpr = block_out // 2
-    block = tl.program_id(0).to(tl.int64) * half
+    block = tl.program_id(0).to(tl.int64) * (rows // 2)
     row = tl.arange(0, block_out)
     token = tl.arange(0, block_tokens)
     inner = tl.arange(0, block_inner)
     live = (token < tokens)[None, :]
     wait_for_previous(is_dependent)
-    weight_row = block + row % half + (row // half) * features
+    feature = block + row % half
+    row_live = (row % half < rows // 2) & (feature < features)
+    weight_row = feature + (row // half) * features
     weight_block = weight + weight_row[:, None] * in_features + inner[None, :]
     x_block = x + token[None, :] * x_stride + inner[:, None]
     total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
     for first in range(0, in_features, block_inner):
-        total = tl.dot(tl.load(weight_block + first), tl.load(x_block + first, mask=live, other=0.0), total)
+        if is_whole:
+            weights = tl.load(weight_block + first)
+        else:
+            weights = tl.load(weight_block + first, mask=row_live[:, None], other=0.0)
+        total = tl.dot(weights, tl.load(x_block + first, mask=live, other=0.0), total)
     if has_bias:
-        total += tl.load(bias + weight_row).to(tl.float32)[:, None]
+        total += tl.load(bias + weight_row, mask=row_live, other=0.0).to(tl.float32)[:, None]
     gate, up = tl.split(total.reshape(2, half, block_tokens).permute(1, 2, 0))
-    address = out + token[None, :] * features + (block + tl.arange(0, half))[:, None]
+    feature = block + tl.arange(0, half)
+    if not is_whole:
+        live = live & ((feature < block + rows // 2) & (feature < features))[:, None]
+    address = out + token[None, :] * features + feature[:, None]
     tl.store(address, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
 
 
@@ -71,7 +83,8 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()
-    gated_linear_kernel[(2 * features // blocks.out,)](
+    assert blocks.out % 2 == 0
+    gated_linear_kernel[(triton.cdiv(2 * features, blocks.out),)](
         x,
         weight,
         x if bias is None else bias,
@@ -81,8 +94,10 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
         in_features,
         x.stride(0),
         has_bias=bias is not None,
+        rows=blocks.out,
+        is_whole=blocks.rows == blocks.out and 2 * features % blocks.out == 0,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
-        block_out=blocks.out,
+        block_out=blocks.rows,
         block_inner=blocks.inner,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
