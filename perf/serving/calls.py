@@ -52,10 +52,12 @@ def caller_for(target: Target) -> Caller:
 
 
 class GrpcCaller:
-    """A stream for each request on one channel, as client.LightLLMClient has it, through tritonclient's stub."""
+    """Streams on one channel, through tritonclient's stub. Each carries a request at a time and is kept for the next,
+    as tritonclient and perf_analyzer keep theirs, and HTTP clients their connections."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        self._idle: list[Any] = []  # streams without a request
 
     async def __aenter__(self) -> Self:
         options = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
@@ -66,6 +68,9 @@ class GrpcCaller:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for stream in self._idle:
+            await stream.done_writing()
+            await stream.read()  # its end
         await self._channel.close()
 
     def payload(self, item: WorkItem) -> Any:
@@ -74,14 +79,27 @@ class GrpcCaller:
         return infer_request(target.model, item.prompt, target.streaming, options)
 
     async def ask(self, payload: Any) -> AsyncIterator[Chunk]:
+        stream = self._idle.pop() if self._idle else self._stub.ModelStreamInfer()
+        timer = asyncio.get_running_loop().call_later(self._target.timeout, stream.cancel)
         try:
-            async for response in self._stub.ModelStreamInfer(iter([payload]), timeout=self._target.timeout):
+            await stream.write(payload)
+            is_over = False
+            while not is_over and (response := await stream.read()) is not grpc.aio.EOF:
                 if response.error_message:
                     raise error_from_message(response.error_message)
                 if response.infer_response.outputs:
                     yield chunk_from_response(response.infer_response)
+                is_over = response.infer_response.parameters["triton_final_response"].bool_param
         except grpc.aio.AioRpcError as error:
             raise RequestFailed(f"{error.code().name}: {error.details()}") from None
+        except asyncio.CancelledError:
+            if stream.cancelled():
+                raise RequestFailed(f"no answer within {self._target.timeout:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+        if is_over:
+            self._idle.append(stream)
 
 
 class HttpCaller:

@@ -5,6 +5,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -19,9 +20,10 @@ ITEM = WorkItem((5, 6, 7, 8), Length(4, 6))
 Answer = Callable[[int, int], Iterator[object]]
 
 
-def response(prompt_tokens: int, tokens: int, finish_reason: str) -> object:
+def response(prompt_tokens: int, tokens: int, finish_reason: str, is_last: bool = True) -> object:
     message = service_pb2.ModelStreamInferResponse()
     message.infer_response.model_name = "lightllm"
+    message.infer_response.parameters["triton_final_response"].bool_param = is_last
 
     def add(name: str, datatype: str, shape: int, content: bytes) -> None:
         message.infer_response.outputs.add(name=name, datatype=datatype, shape=[shape])
@@ -41,8 +43,9 @@ def response(prompt_tokens: int, tokens: int, finish_reason: str) -> object:
 
 
 def honest(prompt_tokens: int, wanted: int) -> Iterator[object]:
-    yield response(prompt_tokens, 2, "length" if wanted == 2 else "")
-    if wanted > 2:
+    is_last = wanted == 2
+    yield response(prompt_tokens, 2, "length" if is_last else "", is_last)
+    if not is_last:
         time.sleep(0.02)
         yield response(prompt_tokens, wanted - 2, "length")
 
@@ -52,17 +55,18 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self) -> None:
         self.answer: Answer = honest
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.streams = 0
 
     def ModelStreamInfer(self, request_iterator: Iterator[object], _: object) -> Iterator[object]:  # noqa: N802
-        request = next(request_iterator)
-        contents = {i.name: content for i, content in zip(request.inputs, request.raw_input_contents, strict=True)}
-        prompt_tokens, [wanted] = len(contents["input_ids"]) // 4, struct.unpack("<i", contents["max_tokens"])
-        assert contents["ignore_eos"] == contents["stream"] == b"\1"
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        yield from (honest if prompt_tokens == 3 else self.answer)(prompt_tokens, wanted)
-        self.running -= 1
+        self.streams += 1
+        for request in request_iterator:
+            contents = {i.name: content for i, content in zip(request.inputs, request.raw_input_contents, strict=True)}
+            prompt_tokens, [wanted] = len(contents["input_ids"]) // 4, struct.unpack("<i", contents["max_tokens"])
+            assert contents["ignore_eos"] == contents["stream"] == b"\1"
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            yield from (honest if prompt_tokens == 3 else self.answer)(prompt_tokens, wanted)
+            self.running -= 1
 
 
 @pytest.fixture
@@ -99,7 +103,7 @@ def test_no_more_than_the_concurrency_run_at_once(server: tuple[Servicer, Target
     servicer, target = server
     _, traces, _ = run_load(target, plan(9), 1, 3, lambda count: None)
     assert len(traces) == 9
-    assert servicer.most_running == 3
+    assert servicer.most_running == servicer.streams == 3
 
 
 def short(prompt_tokens: int, wanted: int) -> Iterator[object]:
@@ -107,7 +111,7 @@ def short(prompt_tokens: int, wanted: int) -> Iterator[object]:
 
 
 def error(prompt_tokens: int, wanted: int) -> Iterator[object]:
-    yield response(prompt_tokens, 1, "")
+    yield response(prompt_tokens, 1, "", is_last=False)
     yield service_pb2.ModelStreamInferResponse(error_message="in ensemble 'lightllm', UNAVAILABLE: the queue is full")
 
 
@@ -130,6 +134,18 @@ def test_the_first_wrong_answer_ends_it_all(server: tuple[Servicer, Target], ans
     with pytest.raises(RequestFailed, match=message):
         run_load(target, plan(4, gap=30.0), 1, None, lambda count: None)
     assert time.monotonic() - begun < 25
+
+
+def late(prompt_tokens: int, wanted: int) -> Iterator[object]:
+    time.sleep(4)
+    yield response(prompt_tokens, wanted, "length")
+
+
+def test_no_request_takes_longer_than_the_timeout(server: tuple[Servicer, Target]) -> None:
+    servicer, target = server
+    servicer.answer = late
+    with pytest.raises(RequestFailed, match=r"request 0 .*, after 0 tokens: no answer within 2 s"):
+        run_load(replace(target, timeout=2.0), plan(1), 1, None, lambda count: None)
 
 
 def test_no_server_is_an_error_of_the_first_call() -> None:
