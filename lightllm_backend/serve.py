@@ -50,6 +50,8 @@ PROBE_SECONDS = 10.0  # between two probes, and for the answer to one
 MAX_FAILED_PROBES, REMEMBERED_PROBES = 3, 5
 PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 60.0
+# For the server's processes to end after it; the engine's workers take some seconds if nobody stops them.
+GROUP_SECONDS = 10.0
 USAGE_ERROR = 2
 
 # What settings decide, by the option of tritonserver that would contradict them.
@@ -172,13 +174,23 @@ class Server:
         self._process.terminate()
         if not self.ended_within(STOP_SECONDS):
             os.killpg(self.pid, signal.SIGKILL)
-            self._waiter.join()
+        self.exit_code()
 
     def exit_code(self) -> int:
-        """As a shell would have it."""
+        """As a shell would have it, when all its processes have ended."""
         self._waiter.join()
+        self._end_group()
         code = self._process.returncode
         return 128 - code if code < 0 else code
+
+    def _end_group(self) -> None:
+        """A stub whose server ends while it loads may wait for it for ever."""
+        end = time.monotonic() + GROUP_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self.pid, 0)  # is anybody left?
+                time.sleep(0.05)
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.stopping = True

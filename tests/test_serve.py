@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -309,5 +310,22 @@ def test_a_killed_command_leaves_no_server_behind(
     def is_gone() -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", int(settings["http_port"]))) != 0
+
+    wait_for(is_gone)
+
+
+def test_processes_that_the_server_leaves_behind_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(serve, "GROUP_SECONDS", 0.2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    file = tmp_path / "pid"
+    leave = f"open({str(file)!r}, 'w').write(str(subprocess.Popen(['sleep', '99']).pid))"
+    code = f"import os, subprocess; {leave}; os._exit(3)"
+    server = serve.Server(serve.Launch(EngineConfig(), Path(), [sys.executable, "-c", code], dict(os.environ)))
+    assert server.exit_code() == 3
+
+    def is_gone() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(int(file.read_text())).status() == psutil.STATUS_ZOMBIE
+        return True
 
     wait_for(is_gone)
