@@ -33,7 +33,7 @@ def gated_linear_kernel(
     block_inner: tl.constexpr,
 ):
     """Half of `rows` features of all tokens: half of its tile's rows are of the gate's weight, half of the other's.
-    Those that a tile has too many are not read."""
+    Those that a tile has too many are not read, and give what is not written."""
     half: tl.constexpr = block_out // 2
     block = tl.program_id(0).to(tl.int64) * (rows // 2)
     row = tl.arange(0, block_out)
@@ -48,10 +48,7 @@ def gated_linear_kernel(
     x_block = x + token[None, :] * x_stride + inner[:, None]
     total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
     for first in range(0, in_features, block_inner):
-        if is_whole:
-            weights = tl.load(weight_block + first)
-        else:
-            weights = tl.load(weight_block + first, mask=row_live[:, None], other=0.0)
+        weights = tl.load(weight_block + first, mask=None if is_whole else row_live[:, None])
         total = tl.dot(weights, tl.load(x_block + first, mask=live, other=0.0), total)
     if has_bias:
         total += tl.load(bias + weight_row, mask=row_live, other=0.0).to(tl.float32)[:, None]

@@ -37,7 +37,8 @@ def linear_splits_kernel(
     block_inner: tl.constexpr,
 ):
     """`rows` output features of all tokens, over one split of the inner dimension. The weight is the left operand: its
-    rows fill a tensor core's 64, which the few tokens could not. Those that a block has too many are not read."""
+    rows fill a tensor core's 64, which the few tokens could not. Those that a block has too many are not read, and give
+    what is not written."""
     block = tl.program_id(0).to(tl.int64) * rows
     split = tl.program_id(1)
     row = tl.arange(0, block_out)
@@ -51,10 +52,7 @@ def linear_splits_kernel(
     x_block = x + token[None, :] * x_stride + (split * split_features + inner)[:, None]
     total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
     for first in range(0, split_features, block_inner):
-        if is_whole:
-            weights = tl.load(weight_block + first)
-        else:
-            weights = tl.load(weight_block + first, mask=row_live[:, None], other=0.0)
+        weights = tl.load(weight_block + first, mask=None if is_whole else row_live[:, None])
         total = tl.dot(weights, tl.load(x_block + first, mask=live, other=0.0), total)
     feature = block + row
     if has_bias:
