@@ -89,7 +89,8 @@ def step_profile(result: dict[str, Any]) -> list[str]:
         {name for kernels in spent for name in kernels}, key=lambda name: -max(k.get(name, 0) for k in spent)
     )
     kernels = [[f"`{name[:60]}`", *(f"{k[name]:.3f}" if name in k else "–" for k in spent)] for name in names[:12]]
-    title = f"{result['phase'].capitalize()} steps of {result['model']}, {result['dtype']}, ms"
+    kv_dtype = result["settings"].get("LIGHTLLM_KV_DTYPE", "auto").replace("auto", "alike")
+    title = f"{result['phase'].capitalize()} steps of {result['model']}, {result['dtype']}, K and V {kv_dtype}, ms"
     return [
         f"**{title}** ({origin(result)}):",
         "",
