@@ -29,10 +29,8 @@ def test_parts_add_up(out_features, in_features, splits, with_bias, device):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("rows", "splits"), [(24, 1), (24, 2), (72, 1), (104, 2), (64, 1)])
 def test_a_program_takes_any_number_of_rows(rows, splits, with_bias, device):
-    """Those that its tile has more are another program's, or behind the last: nothing is read or written there."""
-    weight = torch.full((208, 256), torch.nan, device=device, dtype=DTYPE)
-    weight[:200] = torch.randn(200, 256, device=device)
-    x, weight = torch.randn(3, 256, device=device).to(DTYPE), weight[:200]
+    """Those that its tile has more are another program's, or behind the last: nothing is written there."""
+    x, weight = (torch.randn(count, 256, device=device).to(DTYPE) for count in (3, 200))
     bias = torch.randn(200, device=device).to(DTYPE) if with_bias else None
     buffer = torch.full((splits * 3 * 200 + 100,), 7.0, device=device)
     parts = buffer[: splits * 3 * 200].view(splits, 3, 200)

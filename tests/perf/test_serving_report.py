@@ -61,6 +61,9 @@ def test_the_servers_share_is_of_the_same_load() -> None:
     assert server_share([engine, server])[0].startswith("Of the engine's throughput tritonserver takes 2.0 %")
     assert server_share([engine, result("server", 9_800.0, settings={"kv_dtype": "int8"})]) == []
     assert server_share([engine, result("server", 9_800.0, commit="another")]) == []
+    for one in (engine, server):
+        one["runs"][0]["request_rate"] = 40.0  # nearly reached, so both gave what they were asked for
+    assert server_share([engine, server]) == []
 
 
 def test_what_was_asked_otherwise_is_stored_under_another_name() -> None:
