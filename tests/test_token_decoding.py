@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -78,9 +78,12 @@ def test_byte_level_is_the_librarys_decoding(ids: list[int], sizes: list[int], s
 
 
 @given(any_ids | spoiled_ids(LLAMA), splits)
+@example([FIRST_BYTE + ord(" "), NUM_TOKENS - 1], [])
 def test_byte_fallback_is_sentencepieces_decoding(ids: list[int], sizes: list[int]):
     known = [token_id for token_id in ids if FIRST_BYTE <= token_id < NUM_TOKENS]  # neither special nor unknown
     expected = SENTENCEPIECE.decode(known)
+    if known[:1] == [FIRST_BYTE + ord(" ")]:
+        expected = expected[1:]  # sentencepiece drops a first space unless it is a byte; the tokenizers library always
     for tokenizer in (LLAMA, LLAMA_SLOW):
         assert tokenizer.decode(ids) == expected
         assert join(tokenizer.incremental_decoder(), pushes(ids, sizes)) == expected
