@@ -128,7 +128,8 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
     for blocks in tried:
         extra = SUM_SECONDS if blocks.splits > 1 and not product.is_summed_for_nothing else 0.0
-        times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
+        with suppress(OutOfResources):  # how much shared memory Triton-lang takes is known only then
+            times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
     return min(times, key=lambda blocks: times[blocks])
 
 
