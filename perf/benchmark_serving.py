@@ -135,12 +135,13 @@ def one_run(system: System, options: Options, items: list[WorkItem], rate: float
     with tqdm(total=len(plan), desc=title, unit="request") as bar, timeline.Timeline(system.moment) as seen:
         started, traces, shares = system.run(plan, options.concurrency, bar.update)
     moments = [moment for moment in seen.moments if moment.at >= started]
+    result = summary(traces, started, options.streaming)
     return {
         "request_rate": None if math.isinf(rate) else rate,
-        **summary(traces, started, options.streaming),
+        **result,
         "clients": clients_summary(shares),
         "pool_share_while_queued": timeline.pool_share(moments),
-        "device_share": timeline.device_share(moments),
+        "device_share": timeline.device_share(before, moments, result["seconds"]),
         "delivery_lag": None if options.in_process else timeline.delivery_lag(before, moments, traces),
         "timeline": timeline.rows(moments, started),
     }

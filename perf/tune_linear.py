@@ -76,25 +76,21 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
             if splits == 1 or (not product.is_gated and programs <= 270):
                 yield LinearBlocks(*tile, splits)
         return
-    gpu = torch.cuda.get_device_properties(DEVICE)
-    shared = gpu.shared_memory_per_block_optin
-    # As many rows as give all multiprocessors one program each, or two, or three; whole pieces of 16 bytes.
-    even = {-(-product.out_features // (turns * gpu.multi_processor_count * 8)) * 8 for turns in (1, 2, 3)}
+    shared = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
     for out, inner, stages, warps, splits in itertools.product(
-        sorted({64, 128} | {rows for rows in even if 16 <= rows <= 128}),
-        (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8),
-    ):  # fmt: skip
-        blocks = LinearBlocks(out, inner, stages, warps, splits)
-        shared_bytes = 2 * (blocks.rows + tokens) * inner * (stages - 1)
-        programs = -(-product.out_features // out) * splits
+        (64, 128), (64, 128, 256), (3, 4, 5, 6, 8), (4, 8), (1, 2, 4, 8)
+    ):
+        shared_bytes = 2 * (out + tokens) * inner * (stages - 1)
+        programs = product.out_features // out * splits
         if (
-            product.in_features % (splits * inner) == 0
+            product.out_features % out == 0
+            and product.in_features % (splits * inner) == 0
             and shared // 6 < shared_bytes < 0.9 * shared
-            and (warps == 4 or blocks.rows == 128)
+            and (warps == 4 or out == 128)
             and programs >= 40
             and (splits == 1 or (programs <= 800 and not product.is_gated))
         ):
-            yield blocks
+            yield LinearBlocks(out, inner, stages, warps, splits)
 
 
 def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
@@ -128,8 +124,7 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
     for blocks in tried:
         extra = SUM_SECONDS if blocks.splits > 1 and not product.is_summed_for_nothing else 0.0
-        with suppress(OutOfResources):  # how much shared memory Triton-lang takes is known only then
-            times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
+        times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
     return min(times, key=lambda blocks: times[blocks])
 
 

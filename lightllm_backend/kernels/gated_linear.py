@@ -26,37 +26,28 @@ def gated_linear_kernel(
     x_stride,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
-    rows: tl.constexpr,
-    is_whole: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """Half of `rows` features of all tokens: half of its tile's rows are of the gate's weight, half of the other's.
-    Those that a tile has too many are not read, and give what is not written."""
+    """A block of features of all tokens: half of its tile's rows are of the gate's weight, half of the other's."""
     half: tl.constexpr = block_out // 2
-    block = tl.program_id(0).to(tl.int64) * (rows // 2)
+    block = tl.program_id(0).to(tl.int64) * half
     row = tl.arange(0, block_out)
     token = tl.arange(0, block_tokens)
     inner = tl.arange(0, block_inner)
     live = (token < tokens)[None, :]
     wait_for_previous(is_dependent)
-    feature = block + row % half
-    row_live = (row % half < rows // 2) & (feature < features)
-    weight_row = feature + (row // half) * features
+    weight_row = block + row % half + (row // half) * features
     weight_block = weight + weight_row[:, None] * in_features + inner[None, :]
     x_block = x + token[None, :] * x_stride + inner[:, None]
     total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
     for first in range(0, in_features, block_inner):
-        weights = tl.load(weight_block + first, mask=None if is_whole else row_live[:, None])
-        total = tl.dot(weights, tl.load(x_block + first, mask=live, other=0.0), total)
+        total = tl.dot(tl.load(weight_block + first), tl.load(x_block + first, mask=live, other=0.0), total)
     if has_bias:
-        total += tl.load(bias + weight_row, mask=row_live, other=0.0).to(tl.float32)[:, None]
+        total += tl.load(bias + weight_row).to(tl.float32)[:, None]
     gate, up = tl.split(total.reshape(2, half, block_tokens).permute(1, 2, 0))
-    feature = block + tl.arange(0, half)
-    if not is_whole:
-        live = live & ((feature < block + rows // 2) & (feature < features))[:, None]
-    address = out + token[None, :] * features + feature[:, None]
+    address = out + token[None, :] * features + (block + tl.arange(0, half))[:, None]
     tl.store(address, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
 
 
@@ -80,8 +71,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()
-    assert blocks.out % 2 == 0
-    gated_linear_kernel[(triton.cdiv(2 * features, blocks.out),)](
+    gated_linear_kernel[(2 * features // blocks.out,)](
         x,
         weight,
         x if bias is None else bias,
@@ -91,10 +81,8 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
         in_features,
         x.stride(0),
         has_bias=bias is not None,
-        rows=blocks.out,
-        is_whole=blocks.rows == blocks.out and 2 * features % blocks.out == 0,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
-        block_out=blocks.rows,
+        block_out=blocks.out,
         block_inner=blocks.inner,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,

@@ -23,21 +23,13 @@ STORED = Path(__file__).with_name("linear_blocks.json")
 
 
 class LinearBlocks(NamedTuple):
-    """A program's part of the weight, rows and columns, and how the work is spread.
-
-    For few tokens it may be any number of rows, so that each multiprocessor has as many to read as the next.
-    """
+    """A program's tile of the weight, rows and columns, and how the work is spread."""
 
     out: int
     inner: int
     num_stages: int
     num_warps: int
     splits: int
-
-    @property
-    def rows(self) -> int:
-        """Of a tile: a power of two, enough for a tensor core."""
-        return max(64, 1 << (self.out - 1).bit_length())
 
 
 @lru_cache

@@ -30,36 +30,29 @@ def linear_splits_kernel(
     x_stride,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
-    rows: tl.constexpr,
-    is_whole: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """`rows` output features of all tokens, over one split of the inner dimension. The weight is the left operand: its
-    rows fill a tensor core's 64, which the few tokens could not. Those that a block has too many are not read, and give
-    what is not written."""
-    block = tl.program_id(0).to(tl.int64) * rows
+    """A block of output features of all tokens, over one split of the inner dimension. The weight is the left operand:
+    its rows fill a tensor core's 64, which the few tokens could not."""
+    block = tl.program_id(0).to(tl.int64) * block_out
     split = tl.program_id(1)
     row = tl.arange(0, block_out)
     token = tl.arange(0, block_tokens)
     inner = tl.arange(0, block_inner)
     live = (token < tokens)[None, :]
-    row_live = (row < rows) & (block + row < out_features)
     weight += block * in_features + split * split_features
     wait_for_previous(is_dependent)
     weight_block = weight + row[:, None] * in_features + inner[None, :]
     x_block = x + token[None, :] * x_stride + (split * split_features + inner)[:, None]
     total = tl.zeros([block_out, block_tokens], dtype=tl.float32)
     for first in range(0, split_features, block_inner):
-        weights = tl.load(weight_block + first, mask=None if is_whole else row_live[:, None])
-        total = tl.dot(weights, tl.load(x_block + first, mask=live, other=0.0), total)
+        total = tl.dot(tl.load(weight_block + first), tl.load(x_block + first, mask=live, other=0.0), total)
     feature = block + row
     if has_bias:
-        added = tl.load(bias + feature, mask=row_live, other=0.0).to(tl.float32)
+        added = tl.load(bias + feature).to(tl.float32)
         total += tl.where(split == 0, added, 0.0)[:, None]
-    if not is_whole:
-        live = live & row_live[:, None]
     address = out + (split * tokens + token[None, :]) * out_features + feature[:, None]
     tl.store(address, total.to(out.dtype.element_ty), mask=live)
 
@@ -84,7 +77,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert out.is_contiguous()
-    linear_splits_kernel[(triton.cdiv(out_features, blocks.out), blocks.splits)](
+    linear_splits_kernel[(out_features // blocks.out, blocks.splits)](
         x,
         weight,
         x if bias is None else bias,
@@ -95,10 +88,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
         in_features // blocks.splits,
         x.stride(0),
         has_bias=bias is not None,
-        rows=blocks.out,
-        is_whole=blocks.rows == blocks.out and out_features % blocks.out == 0,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
-        block_out=blocks.rows,
+        block_out=blocks.out,
         block_inner=blocks.inner,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,

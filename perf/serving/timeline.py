@@ -88,13 +88,11 @@ def pool_share(moments: Sequence[Moment]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def device_share(moments: Sequence[Moment]) -> float | None:
-    """Of the time from the first moment to the last, the share in which the engine's device computed; None on engines
-    that do not tell. A step counts when its result is read."""
-    if len(moments) < 2:
-        return None
-    computed = moments[-1].device_seconds_total - moments[0].device_seconds_total
-    return computed / (moments[-1].at - moments[0].at) if computed > 0 else None
+def device_share(before: Moment, moments: Sequence[Moment], seconds: float) -> float | None:
+    """Of the time from the first request to the last token, the share in which the engine's device computed; None on
+    engines that do not tell."""
+    computed = moments[-1].device_seconds_total - before.device_seconds_total if moments else 0.0
+    return computed / seconds if computed > 0 else None
 
 
 def delivery_lag(before: Moment, moments: Sequence[Moment], traces: Sequence[Trace]) -> dict[str, float] | None:

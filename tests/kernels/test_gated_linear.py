@@ -5,8 +5,6 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
-from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # see test_linear
@@ -29,17 +27,3 @@ def test_matches_the_reference(tokens, features, in_features, with_bias, device)
     assert (out.shape, out.dtype) == ((tokens, features), DTYPE)
     expected = reference.gated_linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert relative_error(out, expected) < TOLERANCE[DTYPE]
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [24, 72, 104, 64])
-def test_a_program_takes_any_even_number_of_rows(rows, with_bias, device):
-    weight = torch.randn(200, 128, device=device).to(DTYPE) / 11
-    x = torch.randn(3, 128, device=device).to(DTYPE)
-    bias = torch.randn(200, device=device).to(DTYPE) if with_bias else None
-    buffer = torch.full((3 * 100 + 100,), 7.0, device=device)
-    out = buffer[:300].view(3, 100)
-    launch_gated(x, weight, bias, out, LinearBlocks(rows, 64, 3, 4, 1))
-    expected = reference.gated_linear(x.float(), weight.float(), None if bias is None else bias.float())
-    assert relative_error(out, expected) < TOLERANCE[DTYPE]
-    assert (buffer[300:] == 7).all()

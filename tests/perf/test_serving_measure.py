@@ -115,9 +115,9 @@ def test_the_pool_counts_while_requests_wait() -> None:
 
 def test_the_device_computes_for_a_share_of_the_time() -> None:
     first = Moment(10.0, 3, 0, 0, 0, 2000, 40, 1.5)
-    assert device_share([first, replace(first, at=11.0, device_seconds_total=1.6), replace(first, at=12.0)]) is None
-    assert device_share([first, replace(first, at=14.0, device_seconds_total=4.5)]) == 0.75
-    assert device_share([first]) is None
+    assert device_share(first, [first, replace(first, at=12.0)], 2.0) is None
+    assert device_share(first, [first, replace(first, at=14.6, device_seconds_total=4.5)], 4.0) == 0.75
+    assert device_share(first, [], 2.0) is None
 
 
 def test_how_far_clients_are_behind_the_engine() -> None:
