@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x), of few tokens in one pass over both weights."""
+"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x): of few tokens in one pass over both weights."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels import gated_tiles
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import linear
 from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
@@ -55,6 +56,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     tokens, features = x.shape[0], weight.shape[0] // 2
     blocks = blocks_for(x, weight, is_gated=True)
     if blocks is None:
+        if bias is None and gated_tiles.is_quicker(x, weight):
+            return gated_tiles.gated_tiles(x, weight)
         return silu_and_mul(linear(x, weight, bias))
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
     launch_gated(x, weight, bias, out, blocks)

@@ -21,8 +21,8 @@ NO_WINDOW = 2**31 - 1
 # A split shorter than this costs more in merging than it gains.
 _MIN_SPLIT_TOKENS = 64
 _MAX_SPLITS = 64
-# Programs that keep one multiprocessor's loads in flight.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Parts that a program reads before it waits for any of them.
+_MERGED_AT_ONCE = 32
 
 # KV heads of all sequences, each of which is at least one program: from MANY_HEADS on they fill a large GPU many times
 # over, and below FEW_HEADS each context is cut into parts.
@@ -37,11 +37,10 @@ class TokenBlocks(NamedTuple):
     num_stages: int
 
 
-def split_count(programs: int, max_context_length: int, multiprocessors: int) -> int:
-    """How many parts each context is cut into, so that `programs` times as many occupy the GPU."""
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, programs)
+def split_count(programs: int, max_context_length: int, wanted: int) -> int:
+    """How many parts each context is cut into, so that `programs` become as many as `wanted`, or nearly."""
     longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
-    return max(1, min(wanted, longest, _MAX_SPLITS))
+    return max(1, min(wanted // max(1, programs), longest, _MAX_SPLITS))
 
 
 def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
@@ -54,11 +53,18 @@ def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def _part_length(seen, splits, block_tokens: tl.constexpr):
+    """Tokens of a part: whole blocks, as many in each but the last."""
+    return tl.cdiv(tl.cdiv(seen, block_tokens), splits) * block_tokens
+
+
+@triton.jit
 def split_range(context, window, split, splits, block_tokens: tl.constexpr):
-    """The tokens of one part, from the first to behind the last: whole blocks, counted from what the window shows."""
-    seen_from = tl.maximum(context - window, 0)
-    length = tl.cdiv(tl.cdiv(context - seen_from, block_tokens), splits) * block_tokens
-    start = seen_from + split * length
+    """The tokens of one part, from the first to behind the last, counted from what the window shows. The last parts may
+    be empty."""
+    seen = tl.minimum(context, window)
+    length = _part_length(seen, splits, block_tokens)
+    start = context - seen + split * length
     return start, tl.minimum(context, start + length)
 
 
@@ -66,47 +72,65 @@ def split_range(context, window, split, splits, block_tokens: tl.constexpr):
 def merge_splits_kernel(
     partial,
     log_sums,
+    context_lengths,
     out,
+    window,
     splits,
     head_dim: tl.constexpr,
     is_dependent: tl.constexpr,
+    block_tokens: tl.constexpr,
     block_splits: tl.constexpr,
     block_dim: tl.constexpr,
 ):
     """One head of one sequence."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, block_splits)
+    sequence = tl.program_id(1)
+    row = sequence.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     column = tl.arange(0, block_dim)
+    # What is known of the sequences came from the host, before the step's first kernel.
+    seen = tl.minimum(tl.load(context_lengths + sequence), window)
+    used = tl.cdiv(seen, tl.maximum(_part_length(seen, splits, block_tokens), 1))
     wait_for_previous(is_dependent)
-    log_sum = tl.load(log_sums + row * splits + split, mask=split < splits, other=float("-inf"))
-    # Where all parts are empty, any finite number leaves their weights 0.
-    maximum = tl.maximum(tl.max(log_sum, 0), -3.0e38)
-    weight = tl.exp2(log_sum - maximum)
-    # The values of an empty part are not read.
-    live = (weight > 0)[:, None] & (column < head_dim)[None, :]
-    value = tl.load(partial + (row * splits + split)[:, None] * head_dim + column[None, :], mask=live, other=0.0)
-    total = tl.sum(weight, 0)
-    result = tl.sum(weight[:, None] * value, 0) / tl.where(total > 0, total, 1.0)
-    written = column < tl.where(total > 0, head_dim, 0)
+    maximum = tl.full([1], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([1], dtype=tl.float32)
+    result = tl.zeros([block_dim], dtype=tl.float32)
+    for first in range(0, used, block_splits):
+        split = first + tl.arange(0, block_splits)
+        live = (split < used)[:, None] & (column < head_dim)[None, :]
+        # Neither load waits for the other.
+        log_sum = tl.load(log_sums + row * splits + split, mask=split < used, other=float("-inf"))
+        value = tl.load(partial + (row * splits + split)[:, None] * head_dim + column[None, :], mask=live, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
+        weight = tl.exp2(log_sum - new_maximum)
+        correction = tl.exp2(maximum - new_maximum)
+        total = total * correction + tl.sum(weight, 0)
+        result = result * correction + tl.sum(weight[:, None] * value, 0)
+        maximum = new_maximum
+    result /= tl.where(used > 0, total, 1.0)
+    written = column < tl.where(used > 0, head_dim, 0)
     tl.store(out + row * head_dim + column, result.to(out.dtype.element_ty), mask=written)
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
+def merge_splits(
+    partial: Tensor, log_sums: Tensor, context_lengths: Tensor, window: int, block_tokens: int, out: Tensor
+) -> Tensor:
     sequences, heads, splits, head_dim = partial.shape
     assert partial.is_contiguous()
     assert log_sums.is_contiguous()
     assert out.is_contiguous()
     if sequences == 0:
         return out
-    merge_splits_kernel[(sequences * heads,)](
+    merge_splits_kernel[(heads, sequences)](
         partial,
         log_sums,
+        context_lengths,
         out,
+        window or NO_WINDOW,
         splits,
         head_dim=head_dim,
-        block_splits=triton.next_power_of_2(splits),
+        block_tokens=block_tokens,
+        block_splits=min(_MERGED_AT_ONCE, triton.next_power_of_2(splits)),
         block_dim=triton.next_power_of_2(head_dim),
-        num_warps=2,
+        num_warps=1,
         **dependent_launch(out.device),
     )
     return out

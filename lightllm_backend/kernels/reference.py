@@ -357,19 +357,27 @@ def _gather(pool: Tensor, scales: Tensor | None, index: int, slots: Tensor, dtyp
     return values if scales is None else (values.float() * scales[slots, :, index].float().unsqueeze(-1)).to(dtype)
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> Tensor:
+def merge_splits(
+    partial: Tensor, log_sums: Tensor, context_lengths: Tensor, window: int, block_tokens: int, out: Tensor
+) -> Tensor:
     """Joins attention over parts of a context, `partial` [sequences, heads, splits, head_dim], into that over it all,
     `out` [sequences, heads, head_dim], contiguous.
 
-    `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator; a part that
-    is empty has -inf, and its values are not used. Where all are, `out` stays as it is.
+    `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator. Each part but
+    the last has as many tokens, whole blocks of `block_tokens` of what the window shows of the context; what is said of
+    the empty ones behind them is not read. Where `context_lengths` [sequences] is 0, `out` stays as it is.
     """
-    maximum = log_sums.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    weights = torch.exp2(log_sums - maximum)
-    values = torch.where(weights.unsqueeze(-1) > 0, partial, 0.0)
-    total = weights.sum(-1, keepdim=True)
-    joined = (weights.unsqueeze(-1) * values).sum(2) / torch.where(total > 0, total, 1.0)
-    return out.copy_(torch.where(total > 0, joined, out))
+    splits = partial.shape[2]
+    seen = context_lengths.clamp_max(window) if window else context_lengths
+    blocks = (seen + block_tokens - 1) // block_tokens
+    length = (blocks + splits - 1) // splits * block_tokens
+    used = (seen + length - 1) // length.clamp_min(1)
+    live = (torch.arange(splits, device=out.device) < used[:, None])[:, None]
+    log_sums = torch.where(live, log_sums, -torch.inf)
+    weights = torch.exp2(log_sums - log_sums.amax(-1, keepdim=True))
+    values = torch.where(live.unsqueeze(-1), partial, 0.0)
+    joined = (weights.unsqueeze(-1) * values).sum(2) / weights.sum(-1, keepdim=True)
+    return out.copy_(torch.where(used[:, None, None] > 0, joined, out))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -32,6 +32,9 @@ from lightllm_backend.kernels.merge_splits import (
 from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
+# Of contexts that are cut into parts: what keeps the loads of one in flight (measured on an H100 and an H200).
+_PROGRAMS_PER_MULTIPROCESSOR = 6
+
 
 def choose_blocks(
     block_dim: int, element_size: int, capability: tuple[int, int], heads: int, is_shared: bool
@@ -163,7 +166,7 @@ def token_attention_kernel(
         accumulator = tl.dot(value, weight.to(value.dtype), accumulator * correction, input_precision="ieee")
         maximum = new_maximum
 
-    # Nothing was seen by an empty split: zeros, with a log sum of -inf. A padding row is left as it is.
+    # What an empty part has seen is not read. A padding row is left as it is.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     result = tl.trans(accumulator / divisor[None, :])
@@ -215,7 +218,8 @@ def token_attention(
         return out
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(q.device)
+    splits = split_count(sequences * kv_heads, longest, wanted)
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q.device)
@@ -267,4 +271,6 @@ def token_attention(
         num_warps=blocks.num_warps,
         **dependent_launch(q.device),
     )
-    return merge_splits(partial, log_sums, out) if splits > 1 else out
+    if splits == 1:
+        return out
+    return merge_splits(partial, log_sums, context_lengths, window, blocks.tokens, out)

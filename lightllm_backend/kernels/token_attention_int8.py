@@ -29,6 +29,9 @@ from lightllm_backend.kernels.merge_splits import (
 )
 from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
 
+# Of contexts that are cut into parts: what keeps the loads of one in flight (measured on an H100 and an H200).
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+
 
 @triton.jit
 def _unpack(pair, dtype: tl.constexpr, offset: tl.constexpr, is_ptx: tl.constexpr):
@@ -246,7 +249,7 @@ def token_attention_int8_kernel(
         odd_accumulator = tl.dot(v_odds, weights, odd_accumulator * corrections, input_precision="ieee")
         maximum = new_maximum
 
-    # Nothing was seen by an empty split: zeros, with a log sum of -inf. A padding row is left as it is.
+    # What an empty part has seen is not read. A padding row is left as it is.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     factor = 1.0 / divisor
@@ -311,7 +314,8 @@ def token_attention_int8(
     pairs, _ = scale_pairs(k_pool, scales)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device))
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(q.device)
+    splits = split_count(sequences * kv_heads, longest, wanted)
     partial, log_sums = split_buffers(out, splits)
     block_dim = max(32, triton.next_power_of_2(head_dim))
     is_half = q.element_size() == 2
@@ -372,4 +376,6 @@ def token_attention_int8(
         num_warps=blocks.num_warps,
         **dependent_launch(q.device),
     )
-    return merge_splits(partial, log_sums, out) if splits > 1 else out
+    if splits == 1:
+        return out
+    return merge_splits(partial, log_sums, context_lengths, window, blocks.tokens, out)

@@ -282,12 +282,14 @@ def test_token_attention_variants(
 
 
 @DTYPES
+@pytest.mark.parametrize("window", [0, 1000])
 @pytest.mark.parametrize("splits", [1, 2, 37])
-def test_merge_splits(dtype: torch.dtype, splits: int) -> None:
+def test_merge_splits(dtype: torch.dtype, splits: int, window: int) -> None:
     partial, log_sums = _random(16, 32, splits, 128), _random(16, 32, splits) * 5
-    log_sums[:, :, 1:] = torch.where(_random(16, 32, splits - 1) > 1, -torch.inf, log_sums[:, :, 1:])
-    out = launchers.merge_splits(partial, log_sums, partial.new_empty(16, 32, 128, dtype=dtype))
-    expected = reference.merge_splits(partial, log_sums, partial.new_empty(16, 32, 128))
+    contexts = torch.randint(0, 3000, (16,), device=DEVICE, dtype=torch.int32)
+    parts = (contexts, window, 32)
+    out = launchers.merge_splits(partial, log_sums, *parts, partial.new_zeros(16, 32, 128, dtype=dtype))
+    expected = reference.merge_splits(partial, log_sums, *parts, partial.new_zeros(16, 32, 128))
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 

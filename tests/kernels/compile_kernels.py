@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend.kernels import gated_linear, launchers, linear_splits
-from lightllm_backend.kernels.linear_blocks import LinearBlocks, stored_blocks
+from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -76,9 +76,10 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:
-        for tokens in (1, 64):
-            launchers.linear(torch.empty(tokens, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
-            launchers.linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
+        for tokens in (1, 64, 2048):
+            if tokens <= FEW_TOKENS[-1]:  # of more, they are cuBLAS's
+                launchers.linear(torch.empty(tokens, 11008, dtype=dtype), torch.empty(4096, 11008, dtype=dtype))
+                launchers.linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(12288, 4096, dtype=dtype))
             launchers.gated_linear(torch.empty(tokens, 4096, dtype=dtype), torch.empty(22016, 4096, dtype=dtype))
     launchers.gelu_tanh(q.flatten(1))
     slots = torch.zeros(len(q), dtype=torch.int32)
