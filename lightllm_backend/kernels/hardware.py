@@ -18,6 +18,11 @@ _TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2]
 SMALLEST_COLUMNS = 8 if _TRITON_LANG >= (3, 5) else 32
 
 
+def version() -> tuple[int, ...]:
+    """Of Triton-lang, the first two numbers."""
+    return _TRITON_LANG
+
+
 @lru_cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """The GPU's compute capability; Triton-lang's interpreter, which runs on the CPU, passes for an A100."""

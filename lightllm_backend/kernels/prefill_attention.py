@@ -3,7 +3,8 @@
 """Causal flash attention of packed new tokens: over what the pool holds of their sequences, then over each other.
 
 What is new is read where it was computed: it lies in order there, while the pool's slots must be looked up. Hopper
-copies it by descriptors, a whole tile at a time.
+copies it by descriptors, a whole tile at a time, and has a kernel of its own for prompts of which nothing is cached,
+prefill_attention_hopper.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +19,12 @@ from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capabili
 from lightllm_backend.kernels.kv_scales import scale_pairs
 from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.token_attention_int8 import unpack_scales
+from lightllm_backend.kernels.whole_prompts import WholePrompts
+
+try:
+    from lightllm_backend.kernels import prefill_attention_hopper as hopper
+except (ImportError, AttributeError):  # Triton-lang has no Gluon, or another one
+    hopper = None  # type: ignore[assignment]
 
 
 class PrefillBlocks(NamedTuple):
@@ -215,7 +222,7 @@ def _attend_new(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["rows", "context_lengths"])
+@triton.jit(do_not_specialize=["sequences", "least_cached"], do_not_specialize_on_alignment=["rows", "context_lengths"])
 def prefill_attention_kernel(
     q,
     k,
@@ -246,6 +253,7 @@ def prefill_attention_kernel(
     table_stride,
     scale_stride,
     sequences,
+    least_cached,
     scale_log2,
     window,
     has_alibi: tl.constexpr,
@@ -260,7 +268,7 @@ def prefill_attention_kernel(
     block_dim: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One block of a sequence's queries, one head."""
+    """One block of a sequence's queries, one head. Sequences with fewer cached tokens than the least are left out."""
     head = tl.program_id(0)
     # The last blocks of a prompt have the most to do and are started first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -270,7 +278,7 @@ def prefill_attention_kernel(
     cached = tl.load(context_lengths + sequence) - query_length
     row = tl.load(rows + sequence).to(tl.int64)
     wait_for_previous(is_dependent)
-    if block * block_queries < query_length:
+    if (block * block_queries < query_length) & (cached >= least_cached):
         slope_log2 = 0.0
         if has_alibi:
             slope_log2 = tl.load(alibi_slopes + head) * LOG2_E
@@ -369,6 +377,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    whole_prompts: WholePrompts | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
@@ -381,6 +390,13 @@ def prefill_attention(
     assert out.stride(2) == 1
     if sequences == 0 or tokens == 0:
         return out
+    least_cached = 0
+    is_plain = alibi_slopes is None and window == 0
+    if whole_prompts is not None and is_plain and hopper is not None and hopper.is_made_for(q, k, v):
+        hopper.prefill_attention_hopper(q, k, v, whole_prompts.tiles, scale, out)
+        if whole_prompts.are_all:
+            return out
+        least_cached = 1
     pairs, is_quantized = scale_pairs(k_pool, scales)
     blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device), tokens / sequences)
     k_tiles, v_tiles = tiles(k, blocks.tokens), tiles(v, blocks.tokens)
@@ -417,6 +433,7 @@ def prefill_attention(
         req_to_token.stride(0),
         pairs.stride(0),
         sequences,
+        least_cached,
         scale * LOG2_E.value,
         window,
         has_alibi=alibi_slopes is not None,

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
+from lightllm_backend.kernels.whole_prompts import WholePrompts
 
 # In a table of token counts, this bit says that the token occurs in the prompt; the bits below count generated ones.
 IN_PROMPT = 1 << 30
@@ -182,6 +183,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
+    whole_prompts: WholePrompts | None = None,  # noqa: ARG001 - says nothing new
     out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
@@ -190,7 +192,8 @@ def prefill_attention(
     the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
     to the pool, which has those of the cached tokens. Tokens of no sequence are left as they are in `out`.
     `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
-    `window - 1` tokens before it. With `out`, which has q's shape, the result is written there.
+    `window - 1` tokens before it. `whole_prompts` are those without cached tokens, if the host knows them. With `out`,
+    which has q's shape, the result is written there.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     starts, contexts = query_starts.tolist(), context_lengths.tolist()

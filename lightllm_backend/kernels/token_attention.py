@@ -32,9 +32,6 @@ from lightllm_backend.kernels.merge_splits import (
 from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
-# Of contexts that are cut into parts: what keeps the loads of one in flight (measured on an H100 and an H200).
-_PROGRAMS_PER_MULTIPROCESSOR = 6
-
 
 def choose_blocks(
     block_dim: int, element_size: int, capability: tuple[int, int], heads: int, is_shared: bool
@@ -218,12 +215,11 @@ def token_attention(
         return out
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(q.device)
-    splits = split_count(sequences * kv_heads, longest, wanted)
-    partial, log_sums = split_buffers(out, splits)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q.device)
     blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads, group > 1)
+    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device), blocks.num_warps)
+    partial, log_sums = split_buffers(out, splits)
     token_attention_kernel[(kv_heads, sequences, splits)](
         q,
         k,

@@ -29,9 +29,6 @@ from lightllm_backend.kernels.merge_splits import (
 )
 from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
 
-# Of contexts that are cut into parts: what keeps the loads of one in flight (measured on an H100 and an H200).
-_PROGRAMS_PER_MULTIPROCESSOR = 8
-
 
 @triton.jit
 def _unpack(pair, dtype: tl.constexpr, offset: tl.constexpr, is_ptx: tl.constexpr):
@@ -314,14 +311,13 @@ def token_attention_int8(
     pairs, _ = scale_pairs(k_pool, scales)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(q.device)
-    splits = split_count(sequences * kv_heads, longest, wanted)
-    partial, log_sums = split_buffers(out, splits)
     block_dim = max(32, triton.next_power_of_2(head_dim))
     is_half = q.element_size() == 2
     dtype = tl.float16 if is_half else tl.float32
     capability = compute_capability(q.device)
     blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
+    splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device), blocks.num_warps)
+    partial, log_sums = split_buffers(out, splits)
     token_attention_int8_kernel[(kv_heads, sequences, splits)](
         q,
         k,

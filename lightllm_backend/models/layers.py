@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
@@ -51,6 +52,7 @@ class StepInput:
     last_tokens: Tensor | None  # [m] int64, the tokens whose logits are wanted; None: all, in their order
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
+    whole_prompts: WholePrompts | None = None  # those without cached tokens, where the host knows them
 
 
 class CausalLM(Protocol):
@@ -353,7 +355,8 @@ class PoolAttention:
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(*new, *pool, kv.scales, step.query_starts)
             chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
-            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, out=out)
+            prompts = {"whole_prompts": step.whole_prompts, "out": out}
+            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, **prompts)
         return out.flatten(1)
 
 

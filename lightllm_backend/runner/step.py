@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightllm_backend.kernels.whole_prompts import WholePrompts, whole_prompt_tiles
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
@@ -45,11 +46,21 @@ class Step:
 
     def run(self, batch: Batch, bucket: Bucket | None = None) -> StepOutput:
         """Launch it kernel by kernel; with a bucket, padded to that."""
-        bucket = bucket or Bucket.of(batch)
-        return self.launch(self.upload(batch, bucket), bucket)
+        if bucket is not None:
+            return self.launch(self.upload(batch, bucket), bucket)
+        bucket = Bucket.of(batch)
+        return self.launch(self.upload(batch, bucket), bucket, self._whole_prompts(batch))
 
-    def launch(self, inputs: Tensor, bucket: Bucket) -> StepOutput:
-        """From what `upload` returns. Reads nothing back, and is the same for all batches of one bucket."""
+    def _whole_prompts(self, batch: Batch) -> WholePrompts | None:
+        tiles = whole_prompt_tiles(batch.starts, batch.lengths, batch.num_decodes)
+        if not len(tiles):
+            return None
+        [uploaded] = self._staging.upload(tiles.ravel())
+        return WholePrompts(uploaded.view(tiles.shape), are_all=bool((batch.starts[batch.num_decodes :] == 0).all()))
+
+    def launch(self, inputs: Tensor, bucket: Bucket, whole_prompts: WholePrompts | None = None) -> StepOutput:
+        """From what `upload` returns. Reads nothing back; without `whole_prompts` it is the same for all batches of one
+        bucket."""
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
         all_tokens = tables.tokens.view(-1)
@@ -69,6 +80,7 @@ class Step:
             last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,
+            whole_prompts=whole_prompts,
         )
         logits = self._model.forward(step)
         tokens = self._kernels.choose_greedily(logits, arrays.sampled_places, all_tokens)

@@ -44,14 +44,13 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
     # Log probabilities would be looked up by tokens that nobody has chosen.
     sampled = replace(_EVERYTHING, return_log_probs=False)
-    longest = min(max_input, batch_max_tokens)
 
     def launch() -> None:
         for bucket in chosen.values():
             runner.launch_padding(bucket)
         runner.launch(example_batch(1, [], sampled)).result()
-        for length in (1, min(512, longest), longest):  # prompts of which length matters to attention
-            runner.launch(example_batch(0, [length], _GREEDY)).result()
+        for batch in _attention_batches(min(max_input, batch_max_tokens)):
+            runner.launch(batch).result()
 
     compile_ahead(launch)
     torch.cuda.empty_cache()
@@ -71,8 +70,16 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
     for tokens in _sizes(min(batch_max_tokens, num_rows * longest), 1.25):
         prompts = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         runner.launch(example_batch(0, prompts, _GREEDY)).result()
+    for batch in _attention_batches(longest):
+        runner.launch(batch).result()
     for size in batch_sizes:
         runner.launch(example_batch(size - 1, [longest], _GREEDY)).result()
+
+
+def _attention_batches(longest: int) -> list[Batch]:
+    """Prompts for which attention has different kernels: by their lengths, and by whether a part of them is cached."""
+    lengths = (1, min(512, longest), longest)
+    return [example_batch(0, [max(length, cached + 1)], _GREEDY, cached) for length in lengths for cached in (0, 1)]
 
 
 def _sizes(largest: int, ratio: float) -> list[int]:
@@ -82,13 +89,15 @@ def _sizes(largest: int, ratio: float) -> list[int]:
     return sizes
 
 
-def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams) -> Batch:
-    """All sequences begin, and all tokens use slot 0 of the pool, whatever lies there: only shapes count."""
-    lengths = np.array([1] * decodes + list(prompts), np.int32)
+def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams, cached: int = 0) -> Batch:
+    """All sequences begin, with so many tokens of the prompts `cached`, and all tokens use slot 0 of the pool, whatever
+    lies there: only shapes count."""
+    lengths = np.array([1] * decodes + [length - cached for length in prompts], np.int32)
     rows = np.arange(len(lengths), dtype=np.int32)
-    admitted = tuple(Admission(row, (0,) * length, sampling) for row, length in enumerate(lengths.tolist()))
+    starts = np.array([0] * decodes + [cached] * len(prompts), np.int32)
+    admitted = tuple(Admission(row, (0,) * length, sampling) for row, length in enumerate((starts + lengths).tolist()))
     slots, samples = np.zeros(int(lengths.sum()), np.int32), np.ones(len(lengths), np.bool_)
-    return Batch(rows, np.zeros_like(rows), lengths, slots, samples, decodes, admitted)
+    return Batch(rows, starts, lengths, slots, samples, decodes, admitted)
 
 
 def workspace_bytes(

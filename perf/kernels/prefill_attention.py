@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightllm_backend.kernels.whole_prompts import WholePrompts, whole_prompt_tiles
 from perf.kernels.measure import Arguments, Case, Place
 from perf.kernels.pool import pool_arguments, pool_bytes
 
@@ -45,7 +47,10 @@ def case(
             new = rest[f"{name}_pool"][places]
             scales = rest["scales"]
             values.copy_(new if scales is None else new * scales[places, :, "kv".index(name)].unsqueeze(-1))
-        return {"q": q, "k": k, "v": v, "query_starts": starts, **rest}
+        lengths = np.full(sequences, queries, np.int32)
+        tiles = torch.from_numpy(whole_prompt_tiles(np.full(sequences, cached, np.int32), lengths, 0)).to(place.device)
+        whole = WholePrompts(tiles, are_all=True) if len(tiles) else None
+        return {"q": q, "k": k, "v": v, "query_starts": starts, "whole_prompts": whole, **rest}
 
     def packed(backend: SDPBackend) -> Callable[[Arguments], Callable[[], Any]]:
         """PyTorch's, on contiguous tokens: [sequences, heads, queries, head_dim] of [sequences, queries, …]."""

@@ -5,12 +5,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.whole_prompts import WholePrompts, whole_prompt_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     Pool,
@@ -218,6 +220,48 @@ def test_prefill_attention(dtype: torch.dtype, shape: tuple[int, int, int], quer
     out = launchers.prefill_attention(q, k, v, cached_only.k, cached_only.v, *rest, head_dim**-0.5)
     expected = reference.prefill_attention(q.float(), q, q, *_wide(pool), *rest, head_dim**-0.5)
     assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [LLAMA_7B, LLAMA_70B, SMOLLM2])
+@pytest.mark.parametrize("cached", [[0], [0, 0, 7], [300]])
+@pytest.mark.parametrize(
+    "queries", [[8192], [1024] * 8, [1, 5, 64, 65, 130, 127, 128, 129, 300, 192, 40, 1000, 77, 513], [128] * 70]
+)
+def test_prefill_attention_of_whole_prompts(
+    dtype: torch.dtype, shape: tuple[int, int, int], queries: list[int], cached: list[int]
+) -> None:
+    """Behind decodes and before padding, both full of NaN, twice."""
+    heads, kv_heads, head_dim = shape
+    starts = np.array([cached[index % len(cached)] for index in range(len(queries))], np.int32)
+    pool = make_pool(
+        [length + int(start) for length, start in zip(queries, starts, strict=True)], kv_heads, head_dim, dtype, DEVICE
+    )
+    decodes, padding = 3, 200
+    q = torch.full(
+        (decodes + sum(queries) + padding, heads + 2 * kv_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype
+    )
+    q, k, v = q.split((heads, kv_heads, kv_heads), 1)
+    live = slice(decodes, decodes + sum(queries))
+    q[live] = _random(sum(queries), heads, head_dim, dtype=dtype)
+    k[live], v[live], cached_only = split_new(pool, queries, sum(queries), dtype)
+    query_starts = starts_of(queries, DEVICE)
+    rest = (pool.req_to_token, pool.rows)
+    expected = reference.prefill_attention(
+        q[live].float(), q, q, *_wide(pool), *rest, query_starts, pool.context_lengths, head_dim**-0.5
+    )
+    lengths = np.array([1] * decodes + queries, np.int32)
+    tiles = whole_prompt_tiles(np.concatenate([np.full(decodes, 9, np.int32), starts]), lengths, decodes)
+    whole = WholePrompts(torch.from_numpy(tiles).to(DEVICE), are_all=not starts.any()) if len(tiles) else None
+    for _ in range(2):
+        out = torch.full_like(q, 7.0).contiguous()
+        launchers.prefill_attention(
+            q, k, v, cached_only.k, cached_only.v, *rest, query_starts + decodes, pool.context_lengths, head_dim**-0.5,
+            whole_prompts=whole, out=out,
+        )  # fmt: skip
+        assert relative_error(out[live], expected) < TOLERANCE[dtype]
+        assert (out[:decodes] == 7).all()
+        assert (out[live.stop :] == 7).all()
 
 
 @DTYPES

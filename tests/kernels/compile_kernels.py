@@ -12,13 +12,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightllm_backend.kernels import gated_linear, launchers, linear_splits
+from lightllm_backend.kernels import gated_linear, launchers, linear_splits, prefill_attention_hopper
+from lightllm_backend.kernels.hardware import version
 from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
+from lightllm_backend.kernels.whole_prompts import WholePrompts
 from tests.kernels.pretended_gpu import pretend_gpu
 
 POINTERS = {
@@ -43,9 +47,10 @@ def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: di
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
             shape = ", ".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{shape}]>"
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{shape}]{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -53,7 +58,8 @@ def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: di
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    compiled = triton.compile(source(kernel, signature, constants, attributes), target=target, options=options)
     return int(compiled.metadata.shared)
 
 
@@ -85,6 +91,8 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     slots = torch.zeros(len(q), dtype=torch.int32)
     launchers.rotary_kv_write(q, k, k, cos, cos, slots, k, k)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1)
+    whole = WholePrompts(torch.zeros(5, 3, dtype=torch.int32), are_all=True)
+    launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1, whole_prompts=whole)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
         new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)
         launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1)
@@ -145,6 +153,7 @@ def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
+    prefill_attention_hopper._TRIED = version()  # it is to compile, whether or not it was tried on a GPU
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

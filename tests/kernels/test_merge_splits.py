@@ -43,9 +43,10 @@ def test_where_nothing_is_seen_nothing_is_written(implementation, device):
 
 
 def test_split_count():
-    assert merge_splits.split_count(8192, 4096, 1056) == 1
-    assert merge_splits.split_count(8, 60, 1056) == 1
-    assert merge_splits.split_count(32, 4096, 1056) == 33
-    assert merge_splits.split_count(8, 100_000, 1056) == 64
-    counts = [merge_splits.split_count(programs, 8192, 1056) for programs in (1, 32, 64, 256, 1024, 4096)]
+    assert merge_splits.split_count(8192, 4096, 132, 1) == 1
+    assert merge_splits.split_count(8, 60, 132, 1) == 1
+    assert merge_splits.split_count(32, 4096, 132, 1) == 33
+    assert merge_splits.split_count(32, 4096, 132, 2) == 16
+    assert merge_splits.split_count(8, 100_000, 132, 1) == 64
+    counts = [merge_splits.split_count(programs, 8192, 132, 1) for programs in (1, 32, 64, 256, 1024, 4096)]
     assert counts == sorted(counts, reverse=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.load import LoadedEngine
 from lightllm_backend.engine.worker import build_router
+from lightllm_backend.models.layers import StepInput
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.buckets import BucketChoice, step_buckets
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.step import Step, StepOutput
+from lightllm_backend.runner.warm_up import example_batch
 from tests.models.random_models import VOCAB, save_random_model
 from tests.runner.engine_harness import load
 
@@ -156,3 +159,23 @@ def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
     assert arrays.slots.tolist() == [5, 6]
     assert arrays.query_starts.tolist() == [0, 2]
     assert arrays.sampled_places.tolist() == [20], "a chunk that is not the last samples nothing"
+
+
+def test_the_model_is_told_of_prompts_without_cached_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random_model("llama2_gqa", tmp_path)
+    runner = load(tmp_path, max_total_token_num=700).runner
+    steps: list[StepInput] = []
+    forward = runner._step._model.forward
+    monkeypatch.setattr(runner._step._model, "forward", lambda step: steps.append(step) or forward(step))
+    behind, prompts = example_batch(1, [9], SamplingParams(), cached=4), example_batch(1, [3, 200], SamplingParams())
+    mixed = replace(prompts, starts=np.array([0, 0, 4], np.int32), lengths=np.array([1, 3, 200], np.int32))
+    for batch in (prompts, mixed, behind):
+        runner.launch(batch)
+    runner.launch_padding(Bucket(8, 1, 2))
+    of_prompts, of_mixed, *others = (step.whole_prompts for step in steps)
+    assert of_prompts is not None
+    assert of_mixed is not None
+    assert sorted(of_prompts.tiles.tolist()) == [[1, 3, 0], [4, 200, 0], [4, 200, 1]]
+    assert of_mixed.tiles.tolist() == [[1, 3, 0]]
+    assert (of_prompts.are_all, of_mixed.are_all) == (True, False)
+    assert others == [None, None]
