@@ -40,7 +40,7 @@ class TokenBlocks(NamedTuple):
 
 
 def split_count(programs: int, max_context_length: int, multiprocessors: int, num_warps: int) -> int:
-    """How many parts each context is cut into, so that `programs` times as many, each of so many warps, occupy the GPU."""
+    """How many parts each context is cut into, so that `programs` times as many occupy the GPU with their warps."""
     wanted = _WARPS_PER_MULTIPROCESSOR * multiprocessors // (max(1, programs) * num_warps)
     longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
     return max(1, min(wanted, longest, _MAX_SPLITS))
