@@ -7,7 +7,10 @@ from torch.nn import functional
 
 from perf.kernels.measure import Arguments, Case, Place
 
-SIZES = [*((tokens, 11008, 4096) for tokens in (1, 8, 32, 64)), *((tokens, 7168, 8192) for tokens in (1, 32))]
+SIZES = [
+    *((tokens, 11008, 4096) for tokens in (1, 8, 32, 64, 1024, 2048, 8192)),
+    *((tokens, 7168, 8192) for tokens in (1, 32, 8192)),
+]
 TINY = [(1, 512, 256), (3, 512, 128)]
 
 
