@@ -103,11 +103,12 @@ def token_attention_kernel(
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    wait_for_previous(is_dependent)
-    # All that a part begins with is asked for before any of it is needed.
+    # What is known of the sequences came from the host, before the step's first kernel.
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
+    wait_for_previous(is_dependent)
+    # All that a part begins with is asked for before any of it is needed.
     column = tl.arange(0, block_dim)
     column_live = column < head_dim
     member = tl.arange(0, block_group)
