@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x): of few tokens in one pass over both weights."""
+"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x).
+
+Of few tokens in one pass over both weights; of some more by linear_tiles, of many by gated_tiles, and where neither is
+of use by cuBLAS with the activation behind it.
+"""
 
 import torch
 import triton
