@@ -290,7 +290,7 @@ def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def prefill_attention_hopper(q: Tensor, k: Tensor, v: Tensor, work: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Of the tiles in `work` [m, 3] int32, see whole_prompt_tiles; what `out` holds of others is left as it is."""
+    """Of the tiles in `work` [m, 3] int32, see WholePrompts; what `out` holds of others is left as it is."""
     _, heads, head_dim = q.shape
     assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in (q, k, v, out))
     total = len(work) * heads

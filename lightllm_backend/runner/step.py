@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts, whole_prompt_tiles
+from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
 from lightllm_backend.runner.staging import Staging
+from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
 class StepOutput(NamedTuple):
@@ -49,18 +50,10 @@ class Step:
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
-        return self.launch(self.upload(batch, bucket), bucket, self._whole_prompts(batch))
+        return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
 
-    def _whole_prompts(self, batch: Batch) -> WholePrompts | None:
-        tiles = whole_prompt_tiles(batch.starts, batch.lengths, batch.num_decodes)
-        if not len(tiles):
-            return None
-        [uploaded] = self._staging.upload(tiles.ravel())
-        return WholePrompts(uploaded.view(tiles.shape), are_all=bool((batch.starts[batch.num_decodes :] == 0).all()))
-
-    def launch(self, inputs: Tensor, bucket: Bucket, whole_prompts: WholePrompts | None = None) -> StepOutput:
-        """From what `upload` returns. Reads nothing back; without `whole_prompts` it is the same for all batches of one
-        bucket."""
+    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> StepOutput:
+        """From what `upload` returns. Reads nothing back; is the same for all batches of a bucket but for `prompts`."""
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
         all_tokens = tables.tokens.view(-1)
@@ -80,7 +73,7 @@ class Step:
             last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,
-            whole_prompts=whole_prompts,
+            whole_prompts=prompts,
         )
         logits = self._model.forward(step)
         tokens = self._kernels.choose_greedily(logits, arrays.sampled_places, all_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,7 +140,17 @@ def test_error_of_our_client(client: LightLLMClient) -> None:
 
 
 def test_refusals_are_counted(server: TritonServer, client: LightLLMClient) -> None:
-    before = server.metrics()['lightllm_requests_total{status="rejected"}']
+    def rejected() -> float:
+        return server.metrics()['lightllm_requests_total{status="rejected"}']
+
+    def is_settled() -> bool:
+        """What tests before this one have had refused is counted."""
+        earlier = rejected()
+        time.sleep(1)
+        return rejected() == earlier
+
+    assert poll(is_settled, 10)
+    before = rejected()
     with pytest.raises(InvalidArgument):
         client.generate("a " * 3000)
-    assert poll(lambda: server.metrics()['lightllm_requests_total{status="rejected"}'] == before + 1, 10)
+    assert poll(lambda: rejected() == before + 1, 10)

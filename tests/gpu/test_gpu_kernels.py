@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
-from lightllm_backend.kernels.whole_prompts import WholePrompts, whole_prompt_tiles
+from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     Pool,

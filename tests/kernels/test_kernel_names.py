@@ -13,7 +13,9 @@ from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers, reference
 
 NOT_KERNELS = {"__init__", "dependent_launch", "hardware", "kv_scales", "launchers", "linear_blocks", "mailboxes"}
-NOT_KERNELS |= {"linear_tiles", "reference"}  # the former is launched by linear_splits and gated_linear
+NOT_KERNELS |= {"reference", "whole_prompts"}
+# Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
+NOT_KERNELS |= {"linear_tiles", "gated_tiles", "prefill_attention_hopper"}
 
 
 def _functions(module):

@@ -1,40 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of which nothing is cached: into which tiles they are cut, and that others are left to the general kernel."""
+"""Prompts of which nothing is cached have a kernel of their own, which is not run here; others have the general one."""
 
 import numpy as np
 import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, prefill_attention, reference
-from lightllm_backend.kernels.whole_prompts import TILE_TOKENS, WholePrompts, whole_prompt_tiles
+from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import TOLERANCE, make_pool, relative_error, split_new, starts_of
-
-
-def _int32(*values):
-    return np.array(values, np.int32)
-
-
-def test_each_tile_of_whole_prompts_is_there_once():
-    starts, lengths = _int32(9, 0, 0, 0, 40, 0, 0), _int32(1, 1, 1, 300, 500, 128, 129)
-    tiles = whole_prompt_tiles(starts, lengths, num_decodes=2)
-    assert tiles.dtype == np.int32
-    assert sorted(map(tuple, tiles.tolist())) == [
-        (2, 1, 0), (3, 300, 0), (3, 300, 1), (3, 300, 2), (803, 128, 0), (931, 129, 0), (931, 129, 1)
-    ]  # fmt: skip
-
-
-def test_long_prompts_begin_and_tiles_with_few_keys_end():
-    lengths = np.random.default_rng(0).integers(1, 2000, 50).astype(np.int32)
-    tiles = whole_prompt_tiles(np.zeros_like(lengths), lengths, num_decodes=0)
-    keys = np.minimum(tiles[:, 1], (tiles[:, 2] + 1) * TILE_TOKENS)
-    assert tiles[0, 1] == lengths.max()
-    last = keys[-len(keys) // 4 :]
-    assert (np.diff(last) <= 0).all()
-
-
-@pytest.mark.parametrize(("starts", "decodes"), [((5, 7), 1), ((3,), 1), ((0,), 1)])
-def test_there_may_be_none(starts, decodes):
-    assert whole_prompt_tiles(_int32(*starts), np.ones(len(starts), np.int32), decodes).shape == (0, 3)
 
 
 class _Hopper:
