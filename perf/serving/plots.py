@@ -17,6 +17,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 LATENCY_PANELS = {
     "time_to_first_token": "time to first token, ms",
@@ -47,10 +48,11 @@ def latency_over_throughput(result: dict[str, Any]) -> Any:
         for percentile in PERCENTILES:
             axis.plot(throughput, [1e3 * run[key][percentile] for run in result["runs"]], marker="o", label=percentile)
         for run, tokens in zip(result["runs"], throughput, strict=True):
-            axis.annotate(
-                rate_of(run), (tokens, 1e3 * run[key]["p50"]), textcoords="offset points", xytext=(4, -10), size=8
-            )
+            point, rate = (tokens, 1e3 * run[key]["p50"]), run["request_rate"] or math.inf
+            axis.annotate(f"{rate:g}/s", point, textcoords="offset points", xytext=(2, -11), size=8)
         axis.set(xlabel="output tokens/s", ylabel=label, xlim=(0, None), yscale="log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter())  # 20, not 2 x 10^1
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title(result), size=10)
