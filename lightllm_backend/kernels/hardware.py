@@ -12,15 +12,11 @@ try:
 except ImportError:  # an older Triton-lang
     TensorDescriptor = None
 
-_TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2])
+# The first two numbers of its version.
+TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 # Columns that the right operand of a matrix product has at least: a tensor core's own 8, where Triton-lang knows it.
-SMALLEST_COLUMNS = 8 if _TRITON_LANG >= (3, 5) else 32
-
-
-def version() -> tuple[int, ...]:
-    """Of Triton-lang, the first two numbers."""
-    return _TRITON_LANG
+SMALLEST_COLUMNS = 8 if TRITON_LANG >= (3, 5) else 32
 
 
 @lru_cache
@@ -38,7 +34,7 @@ def multiprocessor_count(device: torch.device) -> int:
 def has_ptx(device: torch.device) -> bool:
     """Whether a kernel may hold instructions of the GPU itself that have two results: Triton-lang's interpreter knows
     none, and version 3.2 crashes at them."""
-    return device.type == "cuda" and _TRITON_LANG >= (3, 3)
+    return device.type == "cuda" and TRITON_LANG >= (3, 3)
 
 
 def has_descriptors(*tensors: Tensor) -> bool:

@@ -16,7 +16,7 @@ from lightllm_backend.kernels.hardware import compute_capability, has_descriptor
 
 # Tokens are padded to one of these numbers: for kernels of linear_splits and gated_linear,
 FEW_TOKENS = (16, 32, 64)
-# and of linear_tiles. Beyond, cuBLAS is as quick.
+# and of linear_tiles. Beyond, cuBLAS is as quick but for gated products, see gated_tiles.
 MORE_TOKENS = (128, 256)
 
 STORED = Path(__file__).with_name("linear_blocks.json")

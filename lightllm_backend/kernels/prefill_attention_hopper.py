@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lightllm_backend.kernels.hardware import compute_capability, has_descriptors, multiprocessor_count, version
+from lightllm_backend.kernels.hardware import TRITON_LANG, compute_capability, has_descriptors, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.whole_prompts import TILE_TOKENS
 
@@ -280,7 +280,7 @@ def _tiles(x: Tensor, block_tokens: int) -> TensorDescriptor:
 
 def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        version() == _TRIED
+        TRITON_LANG == _TRIED
         and compute_capability(q.device) == (9, 0)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in (64, 128)

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend.kernels import gated_linear, launchers, linear_splits, prefill_attention_hopper
-from lightllm_backend.kernels.hardware import version
+from lightllm_backend.kernels.hardware import TRITON_LANG
 from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
@@ -153,7 +153,7 @@ def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
-    prefill_attention_hopper._TRIED = version()  # it is to compile, whether or not it was tried on a GPU
+    prefill_attention_hopper._TRIED = TRITON_LANG  # it is to compile, whether or not it was tried on a GPU
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
