@@ -14,6 +14,8 @@ except ImportError:  # an older Triton-lang
 
 # The first two numbers of its version.
 TRITON_LANG = tuple(int(number) for number in triton.__version__.split(".")[:2])
+# Whether Gluon, which is experimental, is one that our kernels were tried with on a GPU. Others compile them too.
+GLUON_TRIED = TRITON_LANG == (3, 6)
 
 # Columns that the right operand of a matrix product has at least: a tensor core's own 8, where Triton-lang knows it.
 SMALLEST_COLUMNS = 8 if TRITON_LANG >= (3, 5) else 32

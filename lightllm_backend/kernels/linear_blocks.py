@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.hardware import compute_capability, has_descriptors, multiprocessor_count
+from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
 
 # Tokens are padded to one of these numbers: for kernels of linear_splits and gated_linear,
 FEW_TOKENS = (16, 32, 64)
@@ -20,6 +20,7 @@ FEW_TOKENS = (16, 32, 64)
 MORE_TOKENS = (128, 256)
 
 STORED = Path(__file__).with_name("linear_blocks.json")
+STORED_AHEAD = STORED.with_name("linear_ahead.json")
 
 
 class LinearBlocks(NamedTuple):
@@ -30,15 +31,17 @@ class LinearBlocks(NamedTuple):
     num_stages: int
     num_warps: int
     splits: int
+    # How many programs a multiprocessor is to run at once of linear_ahead, which is launched then; 0: another kernel.
+    side_by_side: int = 0
 
 
 @lru_cache
-def stored_blocks() -> dict[str, dict[str, dict[str, list[int] | None]]]:
+def stored_blocks(path: Path = STORED) -> dict[str, dict[str, dict[str, list[int] | None]]]:
     """By compute capability and product, see `product_name`, and block of tokens; null: cuBLAS is quicker.
 
-    Written by perf/tune_linear.py.
+    Written by perf/tune_linear.py and, where linear_ahead is quicker than what that has found, by perf/tune_ahead.py.
     """
-    stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(STORED.read_text())["blocks"]
+    stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(path.read_text())["blocks"]
     return stored
 
 
@@ -47,18 +50,25 @@ def product_name(out_features: int, in_features: int, is_gated: bool) -> str:
 
 
 def choose_blocks(
-    tokens: int, out_features: int, in_features: int, is_gated: bool, capability: tuple[int, int], multiprocessors: int
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    is_gated: bool,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    has_ahead: bool = False,
 ) -> LinearBlocks | None:
     """As stored. Few tokens of other products by a rule: the inner dimension is split until most multiprocessors have a
     program, and the fewer each has, the more reads it keeps in flight. None where the product is left to cuBLAS."""
-    block_tokens = next((block for block in FEW_TOKENS + MORE_TOKENS if tokens <= block), None)
-    if tokens == 0 or block_tokens is None or capability < (8, 0):
+    if not 0 < tokens <= MORE_TOKENS[-1] or capability < (8, 0):
         return None
-    known = stored_blocks().get("{}.{}".format(*capability), {})
-    found = known.get(product_name(out_features, in_features, is_gated), {})
-    if str(block_tokens) in found:
-        stored = found[str(block_tokens)]
-        return None if stored is None else LinearBlocks(*stored)
+    block_tokens = block_of(tokens)
+    for stored_in in (STORED_AHEAD, STORED) if has_ahead else (STORED,):
+        known = stored_blocks(stored_in).get("{}.{}".format(*capability), {})
+        found = known.get(product_name(out_features, in_features, is_gated), {})
+        if str(block_tokens) in found:
+            stored = found[str(block_tokens)]
+            return None if stored is None else LinearBlocks(*stored)
     if block_tokens in MORE_TOKENS:
         return None
     out, inner, splits = 64, 128, 1
@@ -75,8 +85,15 @@ def choose_blocks(
 
 
 def blocks_for(x: Tensor, weight: Tensor, is_gated: bool = False) -> LinearBlocks | None:
-    if x.dtype == torch.float32 or (x.shape[0] > FEW_TOKENS[-1] and not has_descriptors(x, weight)):
+    are_described = has_descriptors(x, weight)
+    if x.dtype == torch.float32 or (x.shape[0] > FEW_TOKENS[-1] and not are_described):
         return None
     out_features, in_features = weight.shape
     capability, multiprocessors = compute_capability(x.device), multiprocessor_count(x.device)
-    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors)
+    has_ahead = are_described and GLUON_TRIED
+    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors, has_ahead)
+
+
+def block_of(tokens: int) -> int:
+    """To how many tokens they are padded."""
+    return next(block for block in FEW_TOKENS + MORE_TOKENS if tokens <= block)

@@ -20,12 +20,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lightllm_backend.kernels.hardware import TRITON_LANG, compute_capability, has_descriptors, multiprocessor_count
+from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.whole_prompts import TILE_TOKENS
 
-# Gluon is experimental. Other versions of it compile this too, but on a GPU it was tried with this one only.
-_TRIED = (3, 6)
 # Renamed in 3.7, and in 3.9.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -280,7 +278,7 @@ def _tiles(x: Tensor, block_tokens: int) -> TensorDescriptor:
 
 def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        TRITON_LANG == _TRIED
+        GLUON_TRIED
         and compute_capability(q.device) == (9, 0)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in (64, 128)

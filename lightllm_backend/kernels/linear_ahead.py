@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Products of few tokens on Hopper, whose weights are on their way before the kernel before has ended; in Gluon.
+
+Weights depend on no kernel. So a program's producer, a single warp, fills shared memory with their first columns, waits
+for the kernel before only then, and goes on with the tokens that it has written; what lies between two products, a norm
+or the merging of attention's parts, is a time in which memory is read. Consumers of four warps or eight multiply.
+linear_splits and gated_linear launch it where it is stored that it is quicker (see linear_blocks): not at one token,
+whose steps it makes slower, nor where programs read the same tokens so often that the L2 cache becomes the limit.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch
+from lightllm_backend.kernels.linear_blocks import LinearBlocks, block_of
+
+# Renamed in 3.7, and in 3.9.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_PRODUCER_REGISTERS = 24
+_MULTIPROCESSOR_REGISTERS = 65536
+
+
+@gluon.jit
+def _copy_weights(weight_tiles, w_shared, full, stage, row, column, features, is_gated: gl.constexpr):
+    if is_gated:
+        half: gl.constexpr = w_shared.shape[1] // 2
+        tile = w_shared.index(stage)
+        _copy(weight_tiles, [row, column], full.index(stage), tile.slice(0, half, dim=0))
+        _copy(weight_tiles, [features + row, column], full.index(stage), tile.slice(half, half, dim=0))
+    else:
+        _copy(weight_tiles, [row, column], full.index(stage), w_shared.index(stage))
+
+
+@gluon.jit
+def _produce(
+    x_tiles, weight_tiles, row, first, steps, features, shared, stages: gl.constexpr, is_gated: gl.constexpr,
+    is_dependent: gl.constexpr,
+):  # fmt: skip
+    w_shared, x_shared, full, empty = shared
+    inner: gl.constexpr = w_shared.shape[2]
+    bytes_of_stage: gl.constexpr = (w_shared.shape[1] + x_shared.shape[1]) * inner * 2
+    ahead = gl.minimum(steps, stages)
+    for step in range(ahead):
+        mbarrier.expect(full.index(step), bytes_of_stage)
+        _copy_weights(weight_tiles, w_shared, full, step, row, first + step * inner, features, is_gated)
+    if is_dependent:  # see dependent_launch
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    for step in range(ahead):
+        _copy(x_tiles, [0, first + step * inner], full.index(step), x_shared.index(step))
+    for step in range(ahead, steps):
+        stage = step % stages
+        mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
+        mbarrier.expect(full.index(stage), bytes_of_stage)
+        _copy_weights(weight_tiles, w_shared, full, stage, row, first + step * inner, features, is_gated)
+        _copy(x_tiles, [0, first + step * inner], full.index(stage), x_shared.index(stage))
+
+
+@gluon.jit
+def _consume(
+    bias, out, row, split, steps, tokens, features, shared, stages: gl.constexpr, is_gated: gl.constexpr,
+    has_bias: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    w_shared, x_shared, full, empty = shared
+    rows: gl.constexpr = w_shared.shape[1]
+    block_tokens: gl.constexpr = x_shared.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, block_tokens, 16])
+    total = gl.zeros([rows, block_tokens], gl.float32, layout)
+    for step in range(steps):
+        stage = step % stages
+        mbarrier.wait(full.index(stage), step // stages & 1)
+        total = hopper.warpgroup_mma(w_shared.index(stage), x_shared.index(stage).permute((1, 0)), total, is_async=True)
+        total = hopper.warpgroup_mma_wait(0, deps=(total,))
+        _barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+    width: gl.constexpr = rows // 2 if is_gated else rows
+    if has_bias:
+        index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+        feature = row + index % width
+        added = gl.load(bias + feature + index // width * features, mask=feature < features, other=0.0)
+        total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
+    if is_gated:
+        pairs: gl.constexpr = gl.BlockedLayout([4, 1, 2], [8, 4, 1], [1, num_warps, 1], [2, 0, 1])
+        gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
+        total = gate / (1.0 + gl.exp(-gate)) * up
+    store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
+    result = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
+    feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
+    token = gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    address = out + (split * tokens + token)[None, :] * features + feature[:, None]
+    gl.store(address, result, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+
+
+@gluon.jit(do_not_specialize=["tokens", "steps"])
+def linear_ahead_kernel(
+    x_tiles, weight_tiles, bias, out, tokens, features, steps,
+    has_bias: gl.constexpr, is_gated: gl.constexpr, is_dependent: gl.constexpr, block_tokens: gl.constexpr,
+    block_out: gl.constexpr, block_inner: gl.constexpr, stages: gl.constexpr, consumer_warps: gl.constexpr,
+    producer_registers: gl.constexpr,
+):  # fmt: skip
+    """A block of features of all tokens, over one split of the inner dimension. As in linear_splits, the weight is the
+    left operand; if gated, half of its rows are of the gate's, half of the other's."""
+    dtype: gl.constexpr = weight_tiles.dtype
+    w_shared = gl.allocate_shared_memory(dtype, [stages, block_out, block_inner], weight_tiles.layout)
+    x_shared = gl.allocate_shared_memory(dtype, [stages, block_tokens, block_inner], x_tiles.layout)
+    full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(stages):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    _barrier()
+    row = gl.program_id(0) * (block_out // 2 if is_gated else block_out)
+    split = gl.program_id(1)
+    first = split * steps * block_inner
+    shared = (w_shared, x_shared, full, empty)
+    gl.warp_specialize(
+        [
+            (_consume, (bias, out, row, split, steps, tokens, features, shared, stages, is_gated, has_bias, consumer_warps)),
+            (_produce, (x_tiles, weight_tiles, row, first, steps, features, shared, stages, is_gated, is_dependent)),
+        ],
+        [1],
+        [producer_registers],
+    )  # fmt: skip
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], element)
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns], layout)
+
+
+def launch_ahead(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks, is_gated: bool
+) -> None:
+    """Write the parts to `out` [splits, tokens, features]; if gated, the one that there is."""
+    tokens, in_features = x.shape
+    features = out.shape[-1]
+    block_tokens = block_of(tokens)
+    rows = blocks.out // 2 if is_gated else blocks.out
+    assert weight.is_contiguous()
+    assert out.is_contiguous()
+    assert weight.shape == (features * (2 if is_gated else 1), in_features)
+    assert in_features % (blocks.splits * blocks.inner) == 0
+    assert blocks.splits == 1 or not is_gated
+    linear_ahead_kernel[(-(-features // rows), blocks.splits)](
+        _tiles(x, block_tokens, blocks.inner),
+        _tiles(weight, rows, blocks.inner),
+        x if bias is None else bias,
+        out,
+        tokens,
+        features,
+        in_features // (blocks.splits * blocks.inner),
+        has_bias=bias is not None,
+        is_gated=is_gated,
+        block_tokens=block_tokens,
+        block_out=blocks.out,
+        block_inner=blocks.inner,
+        stages=blocks.num_stages,
+        consumer_warps=blocks.num_warps,
+        producer_registers=_PRODUCER_REGISTERS,
+        num_warps=blocks.num_warps,
+        maxnreg=registers_of(blocks),
+        **dependent_launch(x.device),
+    )
+
+
+def registers_of(blocks: LinearBlocks) -> int:
+    """Of a thread, so that as many programs as planned run on a multiprocessor; the producer's warp counts as four."""
+    threads = 32 * (blocks.num_warps + 4) * blocks.side_by_side
+    return min(168, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)

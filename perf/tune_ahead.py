@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the products of few tokens at which linear_ahead is quicker, and how it cuts them best, and stores both.
+
+    python -m perf.tune_ahead
+    python -m perf.tune_ahead --tokens 32,64 llama-7b
+
+What is timed is a whole decode step of a model of random weights in a CUDA graph, for what this kernel gains lies
+between products: by its own time it would be chosen too often. Product after product, all blocks that fit the shared
+memory are tried, and the best is kept where the step becomes quicker by it. What is found goes to
+lightllm_backend/kernels/linear_ahead.json; what other runs have found for other products and tokens stays there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from triton.runtime.errors import OutOfResources
+
+from lightllm_backend import kernels
+from lightllm_backend.kernels.gated_linear import launch_gated
+from lightllm_backend.kernels.linear_ahead import registers_of
+from lightllm_backend.kernels.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
+from lightllm_backend.kernels.linear_splits import launch
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.layers import KVLayer, StepInput
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
+from lightllm_backend.models.weights import dummy_weights
+from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.compile_ahead import compile_ahead
+from perf.kernels.measure import seconds_of
+from perf.record import circumstances
+from perf.shapes import SHAPES
+from perf.tune_linear import DTYPE, Product, format_table, products
+
+DEVICE = torch.device("cuda", 0)
+CONTEXT = 192  # what the static inference test has on average
+# Batches whose steps are timed for each block of tokens; no one may become slower.
+BATCHES = {16: (1, 8), 32: (32,), 64: (64,), 128: (128,)}
+# By which a step must be quicker, for it is measured to so much.
+MARGIN = 0.002
+# Of a multiprocessor, less what barriers and the system take.
+SHARED_BYTES = 222_000
+
+
+class DecodeStep:
+    """Decode steps of a model, of as many sequences as there are to be, each with CONTEXT tokens anywhere in a pool."""
+
+    def __init__(self, name: str) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "config.json").write_text(json.dumps(SHAPES[name]))
+            config = ModelConfig.from_directory(directory)
+        parallel = TensorParallel.connect(0, 1, DEVICE, "")
+        most = max(itertools.chain(*BATCHES.values()))
+        self._model = model_class(config.architecture)(config, kernels.select(DEVICE), parallel, DTYPE, DEVICE, CONTEXT)
+        dummy_weights(self._model, seed=0)
+        slots = most * CONTEXT
+        shape = (config.num_layers, slots, self._model.num_kv_heads, self._model.head_dim)
+        self._layers = [KVLayer(*layer) for layer in KVStorage(*shape, DTYPE, DEVICE).layers]
+        for layer in self._layers:
+            layer.k.normal_()
+            layer.v.normal_()
+        self._table = torch.randperm(slots, device=DEVICE, dtype=torch.int32).view(most, CONTEXT)
+
+    def input_of(self, batch: int) -> StepInput:
+        def full(value: int, count: int = batch) -> Tensor:
+            return torch.full((count,), value, dtype=torch.int32, device=DEVICE)
+
+        rows = torch.arange(batch, dtype=torch.int32, device=DEVICE)
+        return StepInput(
+            input_ids=rows,
+            positions=full(CONTEXT - 1),
+            rotary_lengths=full(CONTEXT),
+            slots=self._table[:batch, -1].contiguous(),
+            rows=rows,
+            context_lengths=full(CONTEXT),
+            query_starts=full(0, 1),
+            num_decodes=batch,
+            max_context_length=CONTEXT,
+            last_tokens=None,
+            req_to_token=self._table,
+            kv_layers=self._layers,
+        )
+
+    @torch.inference_mode()
+    def seconds(self, batches: tuple[int, ...]) -> list[float]:
+        steps = [self.input_of(batch) for batch in batches]
+        return [seconds_of([lambda step=step: self._model.forward(step)]) for step in steps]  # type: ignore[misc]
+
+
+def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
+    for (rows, warps), inner, beside, splits in itertools.product(
+        ((64, 4), (128, 4), (128, 8), (256, 8)), (64, 128), (1, 2, 3), (1, 2, 4)
+    ):
+        programs = product.out_features // rows * splits
+        # Results change places in shared memory too.
+        free = SHARED_BYTES // beside - 8_000 - 5 * rows * tokens // 2
+        stages = min(16, free // (2 * inner * (rows + tokens)))
+        if (
+            stages >= 3
+            and product.in_features % (splits * inner) == 0
+            and programs >= 80
+            and (splits == 1 or (programs <= 270 and not product.is_gated))
+        ):
+            blocks = LinearBlocks(rows, inner, stages, warps, splits, beside)
+            # Of results, and of what else a thread needs.
+            if rows * tokens // (32 * warps) + 40 <= registers_of(blocks):
+                yield blocks
+
+
+def compiled(product: Product, tokens: int) -> list[LinearBlocks]:
+    """Those of the candidates that the GPU has room for."""
+    x = torch.zeros(tokens, product.in_features, device=DEVICE, dtype=DTYPE)
+    weight = torch.zeros(product.out_features, product.in_features, device=DEVICE, dtype=DTYPE)
+
+    def run(blocks: LinearBlocks) -> bool:
+        try:
+            if product.is_gated:
+                launch_gated(x, weight, None, x.new_empty(tokens, product.out_features // 2), blocks)
+            else:
+                dtype = DTYPE if blocks.splits == 1 else torch.float32
+                launch(x, weight, None, x.new_empty(blocks.splits, tokens, product.out_features, dtype=dtype), blocks)
+        except OutOfResources:
+            return False
+        return True
+
+    tried = list(candidates(product, tokens))
+    compile_ahead(lambda: [run(blocks) for blocks in tried])
+    return [blocks for blocks in tried if run(blocks)]
+
+
+def tune(step: DecodeStep, of_model: list[Product], tokens: int, table: dict[str, Any]) -> None:
+    """Change the table, which the launchers read, in place."""
+    rows = {product: table.setdefault(product_name(*product[:3]), {}) for product in of_model}
+    for row in rows.values():
+        row.pop(str(tokens), None)
+    before = best = step.seconds(BATCHES[tokens])
+    # Those without success are tried again: what follows a product may make a difference to it.
+    for _ in range(2):
+        for product, row in rows.items():
+            if str(tokens) in row:
+                continue
+            label = f"{product_name(*product[:3])}, {tokens} tokens"
+            kept, limit = None, 1 - MARGIN
+            for blocks in tqdm(compiled(product, tokens), label, unit="blocks"):
+                row[str(tokens)] = list(blocks)
+                seconds = step.seconds(BATCHES[tokens])
+                ratios = [one / other for one, other in zip(seconds, best, strict=True)]
+                if sum(ratios) < limit * len(ratios) and max(ratios) < 1 + MARGIN / 2:
+                    best, kept, limit = seconds, blocks, 1.0
+            del row[str(tokens)]
+            if kept:
+                row[str(tokens)] = list(kept)
+            print(f"{label}: {kept}, step {_milliseconds(best)}")
+    print(f"{tokens} tokens: {_milliseconds(before)} -> {_milliseconds(best)}")
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{' / '.join(f'{1e3 * one:.3f}' for one in seconds)} ms"
+
+
+@click.command(help=str(__doc__).partition("\n")[0])
+@click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
+@click.option("--tokens", default=",".join(map(str, BATCHES)), show_default=True, help="blocks of tokens")
+@click.option("--out", default=STORED_AHEAD, type=click.Path(dir_okay=False, path_type=Path), show_default=True)
+def main(models: tuple[str, ...], tokens: str, out: Path) -> None:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
+    table = stored_blocks(STORED_AHEAD).setdefault(capability, {})
+    done: set[Product] = set()
+    for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
+        step = DecodeStep(name)
+        new = [product for product in products(SHAPES[name], 1) if product not in done]
+        for count in tokens.split(","):
+            tune(step, new, int(count), table)
+        done.update(new)
+        del step
+        torch.cuda.empty_cache()
+    stored = json.loads(STORED_AHEAD.read_text())
+    ran = circumstances(torch.cuda.get_device_name())
+    origin = (ran["machine"]["gpu"], *(f"{name} {ran['versions'][name]}" for name in ("torch", "triton")))
+    stored["origin"].setdefault(capability, {})[tokens] = ", ".join((*origin, ran["date"][:10]))
+    stored["blocks"][capability] = {name: row for name, row in table.items() if row}
+    out.write_text(format_table(stored))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
