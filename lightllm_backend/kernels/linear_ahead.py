@@ -5,8 +5,9 @@
 Weights depend on no kernel. So a program's producer, a single warp, fills shared memory with their first columns, waits
 for the kernel before only then, and goes on with the tokens that it has written; what lies between two products, a norm
 or the merging of attention's parts, is a time in which memory is read. Consumers of four warps or eight multiply.
-linear_splits and gated_linear launch it where it is stored that it is quicker (see linear_blocks): not at one token,
-whose steps it makes slower, nor where programs read the same tokens so often that the L2 cache becomes the limit.
+linear_splits and gated_linear launch it where it is stored that steps become quicker (see linear_blocks): at 17 to 64
+tokens for most products, at fewer for the large ones; at more than 64 the tokens, which each program reads again, are
+as many bytes as the weights, and others are as quick.
 """
 
 import torch
@@ -67,9 +68,9 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    bias, out, row, split, steps, tokens, features, shared, stages: gl.constexpr, is_gated: gl.constexpr,
-    has_bias: gl.constexpr, num_warps: gl.constexpr,
+    result, steps, shared, stages: gl.constexpr, is_gated: gl.constexpr, has_bias: gl.constexpr, num_warps: gl.constexpr
 ):  # fmt: skip
+    bias, out, row, split, tokens, features = result
     w_shared, x_shared, full, empty = shared
     rows: gl.constexpr = w_shared.shape[1]
     block_tokens: gl.constexpr = x_shared.shape[1]
@@ -93,11 +94,11 @@ def _consume(
         gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
         total = gate / (1.0 + gl.exp(-gate)) * up
     store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
-    result = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
+    total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
     token = gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
     address = out + (split * tokens + token)[None, :] * features + feature[:, None]
-    gl.store(address, result, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+    gl.store(address, total, mask=(token < tokens)[None, :] & (feature < features)[:, None])
 
 
 @gluon.jit(do_not_specialize=["tokens", "steps"])
@@ -123,14 +124,15 @@ def linear_ahead_kernel(
     split = gl.program_id(1)
     first = split * steps * block_inner
     shared = (w_shared, x_shared, full, empty)
+    result = (bias, out, row, split, tokens, features)
     gl.warp_specialize(
         [
-            (_consume, (bias, out, row, split, steps, tokens, features, shared, stages, is_gated, has_bias, consumer_warps)),
+            (_consume, (result, steps, shared, stages, is_gated, has_bias, consumer_warps)),
             (_produce, (x_tiles, weight_tiles, row, first, steps, features, shared, stages, is_gated, is_dependent)),
         ],
         [1],
         [producer_registers],
-    )  # fmt: skip
+    )
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.hardware import GLUON_TRIED
+from lightllm_backend.kernels.linear_blocks import LinearBlocks
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import (
@@ -133,6 +135,50 @@ def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -
     weight /= in_features**0.5
     expected = reference.gated_linear(x.float(), weight.float())
     assert relative_error(launchers.gated_linear(x, weight), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(
+    not GLUON_TRIED or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU, and a Triton-lang whose Gluon was tried",
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("features", "in_features", "splits", "is_gated"), [(456, 1024, 2, False), (344, 768, 1, True), (64, 64, 1, False)]
+)
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [(1, (64, 64, 3, 4, 3)), (30, (128, 64, 4, 4, 1)), (64, (128, 64, 3, 8, 2)), (100, (64, 64, 5, 4, 1))],
+)
+def test_products_whose_weights_are_copied_ahead(
+    tokens: int,
+    blocks: tuple[int, ...],
+    features: int,
+    in_features: int,
+    splits: int,
+    is_gated: bool,
+    with_bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Behind the kernel that writes what they read, twice; sizes that fill no tile, and of fewer steps than stages."""
+    from lightllm_backend.kernels.linear_ahead import launch_ahead
+
+    rows = features * (2 if is_gated else 1)
+    weight = (torch.randn(rows, in_features, device=DEVICE) / in_features**0.5).to(dtype)
+    bias = torch.randn(rows, device=DEVICE).to(dtype) if with_bias else None
+    scale = torch.ones(in_features, device=DEVICE, dtype=dtype)
+    *cut, side_by_side = blocks
+    for _ in range(2):
+        inputs = torch.randn(tokens, in_features, device=DEVICE).to(dtype)
+        out = torch.full((splits * tokens * features + 1024,), 7.0, device=DEVICE, dtype=torch.float32)
+        out = out if splits > 1 else out.to(dtype)
+        x = launchers.rms_norm(inputs, scale, 1e-5)
+        parts = out[:-1024].view(splits, tokens, features)
+        launch_ahead(x, weight, bias, parts, LinearBlocks(*cut, splits, side_by_side), is_gated)
+        product = reference.gated_linear if is_gated else reference.linear
+        expected = product(x.float(), weight.float(), None if bias is None else bias.float())
+        assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
+        assert bool((out[-1024:] == 7).all()), "nothing is written behind the result"
 
 
 @DTYPES

@@ -17,9 +17,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightllm_backend.kernels import gated_linear, launchers, linear_splits, prefill_attention_hopper
-from lightllm_backend.kernels.hardware import TRITON_LANG
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, stored_blocks
+from lightllm_backend.kernels import gated_linear, launchers, linear_blocks, linear_splits, prefill_attention_hopper
+from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
 from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
 from lightllm_backend.kernels.whole_prompts import WholePrompts
@@ -118,10 +117,10 @@ def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, 
 
 def launch_stored(capability: str) -> None:
     """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
-    stored = stored_blocks().get(capability, {})
     chosen = {
         (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
-        for name, by_tokens in stored.items()
+        for stored in (STORED, STORED_AHEAD)
+        for name, by_tokens in stored_blocks(stored).get(capability, {}).items()
         for tokens, blocks in by_tokens.items()
         if blocks is not None
     }
@@ -153,7 +152,8 @@ def main() -> None:
     major, minor = (int(digit) for digit in sys.argv[1].split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
-    prefill_attention_hopper._TRIED = TRITON_LANG  # it is to compile, whether or not it was tried on a GPU
+    # They are to compile, whether or not this Triton-lang was tried on a GPU.
+    prefill_attention_hopper.GLUON_TRIED = linear_blocks.GLUON_TRIED = True
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

@@ -15,7 +15,7 @@ from lightllm_backend.kernels import launchers, reference
 NOT_KERNELS = {"__init__", "dependent_launch", "hardware", "kv_scales", "launchers", "linear_blocks", "mailboxes"}
 NOT_KERNELS |= {"reference", "whole_prompts"}
 # Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
-NOT_KERNELS |= {"linear_tiles", "gated_tiles", "prefill_attention_hopper"}
+NOT_KERNELS |= {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
 
 
 def _functions(module):

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How products are cut."""
 
-import pytest
+import sys
+from types import SimpleNamespace
 
-from lightllm_backend.kernels import linear_blocks
+import pytest
+import torch
+
+from lightllm_backend.kernels import gated_linear, linear_blocks, linear_splits
 
 CHOICES = [(12288, 4096, False), (64, 128, False), (576, 1536, False), (2048, 2048, False), (1024, 640, True)]
 
@@ -31,8 +35,50 @@ def test_what_is_chosen():
     assert linear_blocks.choose_blocks(1, 1000, 1000, False, (9, 0), 132) is None
 
 
-def test_stored_blocks_divide_their_weights():
-    tables = linear_blocks.stored_blocks()
+def test_what_copies_ahead_is_preferred():
+    product = (22016, 4096, True, (9, 0), 132)
+    assert linear_blocks.choose_blocks(33, *product, has_ahead=True).side_by_side > 0
+    assert linear_blocks.choose_blocks(33, *product).side_by_side == 0
+    assert linear_blocks.choose_blocks(1, 250880, 4096, False, (9, 0), 132, has_ahead=True).side_by_side == 0, "unknown"
+    assert linear_blocks.choose_blocks(33, 22016, 4096, True, (10, 0), 148, has_ahead=True).side_by_side == 0
+
+
+def test_where_it_is(monkeypatch):
+    """On a Hopper GPU, with a Triton-lang that was tried, of tensors that descriptors know."""
+    monkeypatch.setattr(linear_blocks, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(linear_blocks, "multiprocessor_count", lambda device: 132)
+    x, weight = torch.empty(33, 4096, dtype=torch.float16), torch.empty(22016, 4096, dtype=torch.float16)
+    for tried, described in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(linear_blocks, "GLUON_TRIED", tried)
+        monkeypatch.setattr(linear_blocks, "has_descriptors", lambda *tensors, described=described: described)
+        assert bool(linear_blocks.blocks_for(x, weight, is_gated=True).side_by_side) == (tried and described)
+    assert linear_blocks.blocks_for(x.float(), weight.float(), is_gated=True) is None
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_others_launch_it(is_gated, monkeypatch):
+    launched = []
+    module = SimpleNamespace(launch_ahead=lambda *arguments, **keywords: launched.append((arguments, keywords)))
+    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.linear_ahead", module)
+    x, weight, blocks = torch.empty(8, 64), torch.empty(64, 64), linear_blocks.LinearBlocks(64, 64, 3, 4, 1, 2)
+    launch = gated_linear.launch_gated if is_gated else linear_splits.launch
+    out = torch.empty(8, 32) if is_gated else torch.empty(1, 8, 64)
+    launch(x, weight, None, out, blocks)
+    (((got_x, got_weight, bias, parts, chosen), keywords),) = launched
+    assert (got_x is x, got_weight is weight, bias, chosen, keywords) == (
+        True,
+        True,
+        None,
+        blocks,
+        {"is_gated": is_gated},
+    )
+    assert parts.shape == (1, 8, 32 if is_gated else 64)
+    assert parts.data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize("path", [linear_blocks.STORED, linear_blocks.STORED_AHEAD])
+def test_stored_blocks_divide_their_weights(path):
+    tables = linear_blocks.stored_blocks(path)
     assert "9.0" in tables
     for table in tables.values():
         for name, by_tokens in table.items():
@@ -44,3 +90,4 @@ def test_stored_blocks_divide_their_weights():
                 assert blocks is None or out_features % blocks.out == 0
                 assert blocks is None or in_features % (blocks.inner * blocks.splits) == 0 or int(tokens) > 64
                 assert blocks is None or blocks.splits == 1 or not name.endswith("gated")
+                assert blocks is None or (blocks.side_by_side > 0) == (path == linear_blocks.STORED_AHEAD)
