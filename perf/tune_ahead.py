@@ -26,6 +26,7 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
 from lightllm_backend import kernels
+from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.gated_linear import launch_gated
 from lightllm_backend.kernels.linear_ahead import registers_of
 from lightllm_backend.kernels.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
@@ -48,6 +49,8 @@ CONTEXT = 192  # what the static inference test has on average
 BATCHES = {16: (1, 8), 32: (32,), 64: (64,), 128: (128,)}
 # By which a step must be quicker, for it is measured to so much.
 MARGIN = 0.002
+# By which results may differ from PyTorch's.
+TOLERANCE = 0.01
 # Of a multiprocessor, less what barriers and the system take.
 SHARED_BYTES = 222_000
 
@@ -118,24 +121,31 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
 
 
 def compiled(product: Product, tokens: int) -> list[LinearBlocks]:
-    """Those of the candidates that the GPU has room for."""
-    x = torch.zeros(tokens, product.in_features, device=DEVICE, dtype=DTYPE)
-    weight = torch.zeros(product.out_features, product.in_features, device=DEVICE, dtype=DTYPE)
+    """Those of the candidates that the GPU has room for; their results are right."""
+    x = torch.randn(tokens, product.in_features, device=DEVICE, dtype=DTYPE)
+    weight = torch.randn(product.out_features, product.in_features, device=DEVICE, dtype=DTYPE)
+    weight /= product.in_features**0.5
+    expected = (reference.gated_linear if product.is_gated else reference.linear)(x, weight).float()
 
-    def run(blocks: LinearBlocks) -> bool:
+    def run(blocks: LinearBlocks) -> Tensor | None:
         try:
             if product.is_gated:
-                launch_gated(x, weight, None, x.new_empty(tokens, product.out_features // 2), blocks)
-            else:
-                dtype = DTYPE if blocks.splits == 1 else torch.float32
-                launch(x, weight, None, x.new_empty(blocks.splits, tokens, product.out_features, dtype=dtype), blocks)
+                result = torch.empty_like(expected, dtype=DTYPE)
+                launch_gated(x, weight, None, result, blocks)
+                return result
+            parts = x.new_empty(blocks.splits, *expected.shape, dtype=DTYPE if blocks.splits == 1 else torch.float32)
+            launch(x, weight, None, parts, blocks)
         except OutOfResources:
-            return False
-        return True
+            return None
+        return parts.float().sum(0)
 
     tried = list(candidates(product, tokens))
     compile_ahead(lambda: [run(blocks) for blocks in tried])
-    return [blocks for blocks in tried if run(blocks)]
+    found = {blocks: result for blocks in tried if (result := run(blocks)) is not None}
+    for blocks, result in found.items():
+        error = float((result.float() - expected).norm() / expected.norm())
+        assert error < TOLERANCE, f"{product}, {tokens} tokens, {blocks}: {error}"
+    return list(found)
 
 
 def tune(step: DecodeStep, of_model: list[Product], tokens: int, table: dict[str, Any]) -> None:

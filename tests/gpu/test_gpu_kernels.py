@@ -40,6 +40,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 # Heads, KV heads and head_dim.
 LLAMA_7B, LLAMA_70B, SMOLLM2 = (32, 32, 128), (64, 8, 128), (9, 3, 64)
 BLOOM_560M, BLOOM_176B_TP8, MISTRAL_7B = (16, 16, 64), (14, 14, 128), (32, 8, 128)
+# Output and input features: of LLaMA-7B, of BLOOM-7B1 and LLaMA-3-8B, of SmolLM2.
+PRODUCTS = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)]
+PRODUCTS += [(16384, 4096), (6144, 4096), (576, 1536)]
 INT8 = Variant(int8=True)
 VARIANTS = pytest.mark.parametrize(
     ("shape", "variant"),
@@ -108,7 +111,17 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 2, 8, 17, 32, 33, 64, 65, 128, 200, 257])
 @pytest.mark.parametrize(
-    "shape", [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096), (576, 1536)]
+    "shape",
+    [
+        (12288, 4096),
+        (4096, 4096),
+        (22016, 4096),
+        (4096, 11008),
+        (32000, 4096),
+        (16384, 4096),
+        (6144, 4096),
+        (576, 1536),
+    ],
 )
 def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
     x, weight, bias = (
@@ -128,7 +141,7 @@ def test_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None
 
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 8, 17, 32, 64, 65, 128, 200])
-@pytest.mark.parametrize("shape", [(11008, 4096), (1536, 576), (3584, 8192)])
+@pytest.mark.parametrize("shape", [(11008, 4096), (14336, 4096), (1536, 576), (3584, 8192)])
 def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
     features, in_features = shape
     x, weight = _random(tokens, in_features, dtype=dtype), _random(2 * features, in_features, dtype=dtype)
