@@ -45,7 +45,7 @@ def test_others_launch_it(monkeypatch, device):
     blocks = [64, 64, 3, 4, 2]
     table = {"64 x 256": {"128": blocks}, "64 x 256, gated": {"128": [*blocks[:4], 1]}}
     capability = "{}.{}".format(*linear_blocks.compute_capability(device))
-    monkeypatch.setattr(linear_blocks, "stored_blocks", lambda: {capability: table})
+    monkeypatch.setattr(linear_blocks, "stored_blocks", lambda path: {capability: table})
     x, weight = (torch.randn(rows, 256, device=device).to(DTYPE) for rows in (70, 64))
     parts = launchers.linear_splits(x, weight)
     assert (parts.shape, parts.dtype) == ((2, 70, 64), torch.float32)
