@@ -72,7 +72,7 @@ class Channel:
 
     def __init__(self, connection: Connection[bytes, bytes]) -> None:
         self._connection = connection
-        self._send_lock = threading.Lock()
+        self._send_lock, self._receive_lock, self._close_lock = (threading.Lock() for _ in range(3))
 
     @classmethod
     def connect(cls, address: str) -> Channel:
@@ -98,10 +98,12 @@ class Channel:
 
     def receive(self) -> list[Any]:
         """The next message; blocks. Raises ChannelClosed at the end."""
-        try:
-            message: list[Any] = msgpack.unpackb(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise ChannelClosed(str(error)) from None
+        with self._receive_lock:
+            try:
+                frame = self._connection.recv_bytes()
+            except (EOFError, OSError) as error:
+                raise ChannelClosed(str(error)) from None
+        message: list[Any] = msgpack.unpackb(frame)
         return message
 
     def has_message(self) -> bool:
@@ -115,11 +117,17 @@ class Channel:
         return self._connection.fileno()
 
     def close(self) -> None:
-        """Ends both directions; a thread that is blocked in receive() gets ChannelClosed."""
-        with contextlib.suppress(OSError):
-            with socket.socket(fileno=os.dup(self._connection.fileno())) as duplicate:
+        """Ends both directions; threads that are blocked in send() or receive() get ChannelClosed.
+
+        They have left when the socket is closed: its number may be another file's at once.
+        """
+        with self._close_lock:
+            if self._connection.closed:
+                return
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as duplicate:
                 duplicate.shutdown(socket.SHUT_RDWR)
-            self._connection.close()
+            with self._send_lock, self._receive_lock:
+                self._connection.close()
 
 
 def listen(address: str) -> socket.socket:

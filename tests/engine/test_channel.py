@@ -3,6 +3,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,36 @@ def test_close_wakes_the_thread_that_receives(address: str) -> None:
     with pytest.raises(ChannelClosed):
         for _ in range(100):  # the first may still go into the socket's buffer
             far.send(0)
+    far.close()
+
+
+@pytest.mark.parametrize("use", ["send", "receive"])
+def test_nobody_uses_a_socket_that_is_closed(address: str, use: str) -> None:
+    """A thread that is in the middle of it, and not blocked yet, has left before the number may be another file's."""
+    near, far = connected(address)
+    connection = near._connection
+    name = {"send": "send_bytes", "receive": "recv_bytes"}[use]
+    begun, closed = threading.Event(), []
+    original = getattr(connection, name)
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        time.sleep(0.2)
+        closed.append(connection.closed)
+        return original(*arguments)
+
+    setattr(connection, name, slow)
+
+    def run() -> None:
+        with pytest.raises(ChannelClosed):
+            near.send(0) if use == "send" else near.receive()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert begun.wait(5)
+    near.close()
+    assert (closed, connection.closed) == ([False], True)
+    thread.join(5)
     far.close()
 
 
