@@ -10,20 +10,16 @@ tokens for most products, at fewer for the large ones; at more than 64 the token
 as many bytes as the weights, and others are as quick.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
+from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.linear_blocks import LinearBlocks, block_of
 
-# Renamed in 3.7, and in 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _PRODUCER_REGISTERS = 24
 _MULTIPROCESSOR_REGISTERS = 65536
 
@@ -33,10 +29,10 @@ def _copy_weights(weight_tiles, w_shared, full, stage, row, column, features, is
     if is_gated:
         half: gl.constexpr = w_shared.shape[1] // 2
         tile = w_shared.index(stage)
-        _copy(weight_tiles, [row, column], full.index(stage), tile.slice(0, half, dim=0))
-        _copy(weight_tiles, [features + row, column], full.index(stage), tile.slice(half, half, dim=0))
+        copy_tile(weight_tiles, [row, column], full.index(stage), tile.slice(0, half, dim=0))
+        copy_tile(weight_tiles, [features + row, column], full.index(stage), tile.slice(half, half, dim=0))
     else:
-        _copy(weight_tiles, [row, column], full.index(stage), w_shared.index(stage))
+        copy_tile(weight_tiles, [row, column], full.index(stage), w_shared.index(stage))
 
 
 @gluon.jit
@@ -57,13 +53,13 @@ def _produce(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     for step in range(ahead):
-        _copy(x_tiles, [0, first + step * inner], full.index(step), x_shared.index(step))
+        copy_tile(x_tiles, [0, first + step * inner], full.index(step), x_shared.index(step))
     for step in range(ahead, steps):
         stage = step % stages
         mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
         mbarrier.expect(full.index(stage), bytes_of_stage)
         _copy_weights(weight_tiles, w_shared, full, stage, row, first + step * inner, features, is_gated)
-        _copy(x_tiles, [0, first + step * inner], full.index(stage), x_shared.index(stage))
+        copy_tile(x_tiles, [0, first + step * inner], full.index(stage), x_shared.index(stage))
 
 
 @gluon.jit
@@ -81,7 +77,7 @@ def _consume(
         mbarrier.wait(full.index(stage), step // stages & 1)
         total = hopper.warpgroup_mma(w_shared.index(stage), x_shared.index(stage).permute((1, 0)), total, is_async=True)
         total = hopper.warpgroup_mma_wait(0, deps=(total,))
-        _barrier()
+        synchronize()
         mbarrier.arrive(empty.index(stage), count=1)
     width: gl.constexpr = rows // 2 if is_gated else rows
     if has_bias:
@@ -119,7 +115,7 @@ def linear_ahead_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
-    _barrier()
+    synchronize()
     row = gl.program_id(0) * (block_out // 2 if is_gated else block_out)
     split = gl.program_id(1)
     first = split * steps * block_inner
@@ -133,12 +129,6 @@ def linear_ahead_kernel(
         [1],
         [producer_registers],
     )
-
-
-def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], element)
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns], layout)
 
 
 def launch_ahead(
@@ -155,8 +145,8 @@ def launch_ahead(
     assert in_features % (blocks.splits * blocks.inner) == 0
     assert blocks.splits == 1 or not is_gated
     linear_ahead_kernel[(-(-features // rows), blocks.splits)](
-        _tiles(x, block_tokens, blocks.inner),
-        _tiles(weight, rows, blocks.inner),
+        tile_descriptor(x, x.shape, (block_tokens, blocks.inner)),
+        tile_descriptor(weight, weight.shape, (rows, blocks.inner)),
         x if bias is None else bias,
         out,
         tokens,

@@ -11,22 +11,20 @@ first ones are those on the diagonal: only they are masked, and only they may li
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
 from lightllm_backend.kernels.merge_splits import LOG2_E
 from lightllm_backend.kernels.whole_prompts import TILE_TOKENS
 
-# Renamed in 3.7, and in 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # Tiles of queries, and of keys and values, that are in shared memory at once: all that there is room for.
 _QUERY_STAGES, _STAGES = 2, 2
 # Of a thread: what the kernel starts with, and what consumers and the producer go on with.
@@ -79,14 +77,14 @@ def _produce(
         _tell(told, slot, 1, length)
         _tell(told, slot, 2, tile)
         _tell(told, slot, 3, head)
-        _barrier()
+        synchronize()
         mbarrier.arrive(told_full.index(slot), count=1)
         row = query_start + tile * block
         column = head * head_dim
         mbarrier.expect(q_full.index(slot), bytes_of_tile)
-        _copy(q_tiles, [row, column], q_full.index(slot), q_shared.index(2 * slot))
+        copy_tile(q_tiles, [row, column], q_full.index(slot), q_shared.index(2 * slot))
         half: gl.constexpr = block // 2
-        _copy(q_tiles, [row + half, column], q_full.index(slot), q_shared.index(2 * slot + 1))
+        copy_tile(q_tiles, [row + half, column], q_full.index(slot), q_shared.index(2 * slot + 1))
         column = head // group * head_dim
         count = tile + 1
         turn += 1
@@ -95,10 +93,10 @@ def _produce(
             phase = (step // stages & 1) ^ 1
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), bytes_of_tile)
-            _copy(k_tiles, [row, column], k_full.index(stage), k_shared.index(stage))
+            copy_tile(k_tiles, [row, column], k_full.index(stage), k_shared.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), bytes_of_tile)
-            _copy(v_tiles, [row, column], v_full.index(stage), v_shared.index(stage))
+            copy_tile(v_tiles, [row, column], v_full.index(stage), v_shared.index(stage))
             step += 1
             row -= block
             if back == 0:  # while there is time
@@ -106,7 +104,7 @@ def _produce(
     slot = turn % query_stages
     mbarrier.wait(q_empty.index(slot), (turn // query_stages & 1) ^ 1)
     _tell(told, slot, 3, -1)
-    _barrier()
+    synchronize()
     mbarrier.arrive(told_full.index(slot), count=1)
 
 
@@ -123,13 +121,13 @@ def _zero_from(value, live):
         zeros = gl.zeros([piece_rows, columns], value.dtype, layout)
         piece.store(gl.where((row < live)[:, None], piece.load(layout), zeros))
     fence_async_shared()
-    _barrier()
+    synchronize()
 
 
 @gluon.jit
 def _leave(barrier):
     """A consumer does not need any more what this barrier guards."""
-    _barrier()
+    synchronize()
     mbarrier.arrive(barrier, count=1)
 
 
@@ -250,7 +248,7 @@ def prefill_attention_hopper_kernel(
     keys = (k_shared, _barriers(stages, 1), _barriers(stages, 2))
     values = (v_shared, _barriers(stages, 1), _barriers(stages, 2))
     fence_async_shared()
-    _barrier()
+    synchronize()
     shared = (tiles, queries, keys, values)
     gl.warp_specialize(
         [
@@ -269,11 +267,10 @@ def _counter(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def _tiles(x: Tensor, block_tokens: int) -> TensorDescriptor:
+def _tiles(x: Tensor, block_tokens: int) -> Any:
+    """Of one head each."""
     tokens, heads, head_dim = x.shape
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([block_tokens, head_dim], element)
-    return TensorDescriptor(x, [tokens, heads * head_dim], [x.stride(0), 1], [block_tokens, head_dim], layout)
+    return tile_descriptor(x, (tokens, heads * head_dim), (block_tokens, head_dim))
 
 
 def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -12,7 +12,16 @@ import pytest
 from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers, reference
 
-NOT_KERNELS = {"__init__", "dependent_launch", "hardware", "kv_scales", "launchers", "linear_blocks", "mailboxes"}
+NOT_KERNELS = {
+    "__init__",
+    "dependent_launch",
+    "gluon",
+    "hardware",
+    "kv_scales",
+    "launchers",
+    "linear_blocks",
+    "mailboxes",
+}
 NOT_KERNELS |= {"reference", "whole_prompts"}
 # Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
