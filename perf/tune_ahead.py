@@ -8,6 +8,7 @@ What is timed is a whole decode step of a model of random weights in a CUDA grap
 between products: by its own time it would be chosen too often. Product after product, all blocks that fit the shared
 memory are tried, and the best is kept where the step becomes quicker by it. What is found goes to
 lightllm_backend/kernels/linear_ahead.json; what other runs have found for other products and tokens stays there.
+Products that models share are tuned with the first of them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.kernels.measure import seconds_of
-from perf.record import circumstances
 from perf.shapes import SHAPES
-from perf.tune_linear import DTYPE, Product, format_table, products
+from perf.tune_linear import DTYPE, Product, capability, products, store
 
 DEVICE = torch.device("cuda", 0)
 CONTEXT = 192  # what the static inference test has on average
@@ -181,10 +181,8 @@ def _milliseconds(seconds: list[float]) -> str:
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tokens", default=",".join(map(str, BATCHES)), show_default=True, help="blocks of tokens")
-@click.option("--out", default=STORED_AHEAD, type=click.Path(dir_okay=False, path_type=Path), show_default=True)
-def main(models: tuple[str, ...], tokens: str, out: Path) -> None:
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
-    table = stored_blocks(STORED_AHEAD).setdefault(capability, {})
+def main(models: tuple[str, ...], tokens: str) -> None:
+    table = stored_blocks(STORED_AHEAD).setdefault(capability(), {})
     done: set[Product] = set()
     for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
         step = DecodeStep(name)
@@ -194,13 +192,7 @@ def main(models: tuple[str, ...], tokens: str, out: Path) -> None:
         done.update(new)
         del step
         torch.cuda.empty_cache()
-    stored = json.loads(STORED_AHEAD.read_text())
-    ran = circumstances(torch.cuda.get_device_name())
-    origin = (ran["machine"]["gpu"], *(f"{name} {ran['versions'][name]}" for name in ("torch", "triton")))
-    stored["origin"].setdefault(capability, {})[tokens] = ", ".join((*origin, ran["date"][:10]))
-    stored["blocks"][capability] = {name: row for name, row in table.items() if row}
-    out.write_text(format_table(stored))
-    print(f"written to {out}")
+    store(STORED_AHEAD, table, tokens)
 
 
 if __name__ == "__main__":

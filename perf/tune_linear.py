@@ -16,6 +16,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -25,7 +26,14 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, MORE_TOKENS, STORED, LinearBlocks, product_name
+from lightllm_backend.kernels.linear_blocks import (
+    FEW_TOKENS,
+    MORE_TOKENS,
+    STORED,
+    LinearBlocks,
+    product_name,
+    stored_blocks,
+)
 from lightllm_backend.kernels.linear_splits import launch
 from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
 from lightllm_backend.kernels.rms_norm import rms_norm
@@ -135,19 +143,28 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
 def main(models: tuple[str, ...], tp: str, tokens: str) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
     found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
-    stored = json.loads(STORED.read_text())
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
-    table = stored["blocks"].setdefault(capability, {})
+    table = stored_blocks().setdefault(capability(), {})
     for product in tqdm(sorted(found), unit="product"):
         row = table.setdefault(product_name(*product[:3]), {})
         row.update({count: best_blocks(product, int(count)) for count in tokens.split(",")})
         torch.cuda.empty_cache()
+    store(STORED, table, tokens)
+
+
+def capability() -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(DEVICE))
+
+
+def store(path: Path, table: dict[str, dict[str, list[int] | None]], tokens: str) -> None:
+    """This GPU's table, and where its blocks for so many tokens come from; other GPUs' are kept."""
+    stored = json.loads(path.read_text())
     ran = circumstances(torch.cuda.get_device_name())
     versions = ran["versions"]
     origin = (ran["machine"]["gpu"], f"torch {versions['torch']}", f"triton {versions['triton']}", ran["date"][:10])
-    stored["origin"].setdefault(capability, {})[tokens] = ", ".join(origin)
-    STORED.write_text(format_table(stored))
-    print(f"written to {STORED}")
+    stored["origin"].setdefault(capability(), {})[tokens] = ", ".join(origin)
+    stored["blocks"][capability()] = {name: row for name, row in table.items() if row}
+    path.write_text(format_table(stored))
+    print(f"written to {path}")
 
 
 def format_table(stored: dict[str, Any]) -> str:

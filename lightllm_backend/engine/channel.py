@@ -72,6 +72,7 @@ class Channel:
 
     def __init__(self, connection: Connection[bytes, bytes]) -> None:
         self._connection = connection
+        # Held by who sends, by who receives, and by who closes; the last takes the others before the socket is gone.
         self._send_lock, self._receive_lock, self._close_lock = (threading.Lock() for _ in range(3))
 
     @classmethod

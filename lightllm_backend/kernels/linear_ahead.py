@@ -5,9 +5,8 @@
 Weights depend on no kernel. So a program's producer, a single warp, fills shared memory with their first columns, waits
 for the kernel before only then, and goes on with the tokens that it has written; what lies between two products, a norm
 or the merging of attention's parts, is a time in which memory is read. Consumers of four warps or eight multiply.
-linear_splits and gated_linear launch it where it is stored that steps become quicker (see linear_blocks): at 17 to 64
-tokens for most products, at fewer for the large ones; at more than 64 the tokens, which each program reads again, are
-as many bytes as the weights, and others are as quick.
+linear_splits and gated_linear launch it where it is stored that steps become quicker (see linear_blocks): that is most
+at 17 to 64 tokens. At more the tokens, which each program reads again, are as many bytes as the weights.
 """
 
 from torch import Tensor
@@ -20,8 +19,8 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.linear_blocks import LinearBlocks, block_of
 
-_PRODUCER_REGISTERS = 24
-_MULTIPROCESSOR_REGISTERS = 65536
+# Registers: of a multiprocessor; of the producer's threads; and of others', which need no more.
+_MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MOST_REGISTERS = 65536, 24, 168
 
 
 @gluon.jit
@@ -169,4 +168,4 @@ def launch_ahead(
 def registers_of(blocks: LinearBlocks) -> int:
     """Of a thread, so that as many programs as planned run on a multiprocessor; the producer's warp counts as four."""
     threads = 32 * (blocks.num_warps + 4) * blocks.side_by_side
-    return min(168, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)
+    return min(_MOST_REGISTERS, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Causal attention of prompts of which nothing is cached, on Hopper, in Gluon: the part of Triton-lang that leaves to
-the kernel which warps do what. prefill_attention launches it, and is what computes all other cases.
+"""Causal attention of prompts of which nothing is cached, on Hopper, in Gluon. prefill_attention launches it, and is
+what computes all other cases.
 
 A tile is 128 queries of one head. Each multiprocessor has one program, whose producer, a single warp, takes tiles from
 a counter and copies their queries, keys and values to shared memory; it runs ahead, beyond the end of a tile. Two
