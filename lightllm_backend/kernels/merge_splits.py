@@ -3,6 +3,7 @@
 """Into which parts decode attention cuts a context, and how they are joined again."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,6 @@ _WARPS_PER_MULTIPROCESSOR = 8
 # Parts that a program reads before it waits for any of them.
 _MERGED_AT_ONCE = 32
 
-# KV heads of all sequences, each of which is at least one program: from MANY_HEADS on they fill a large GPU many times
-# over, and below FEW_HEADS each context is cut into parts.
-FEW_HEADS, MANY_HEADS = 512, 2048
-
 
 class TokenBlocks(NamedTuple):
     """How a program of decode attention goes through its part."""
@@ -37,6 +34,13 @@ class TokenBlocks(NamedTuple):
     tokens: int
     num_warps: int
     num_stages: int
+
+
+def blocks_by_heads(stored: Sequence[tuple[float, TokenBlocks]], block_dim: int, heads: int) -> TokenBlocks:
+    """Of `stored`, the first whose limit is above the KV heads of all sequences, each of which is at least one program.
+    Its tokens are those of a head of 128 dimensions; others have as many bytes."""
+    blocks = next(blocks for limit, blocks in stored if heads < limit)
+    return blocks._replace(tokens=min(128, max(16, blocks.tokens * 128 // block_dim)))
 
 
 def split_count(programs: int, max_context_length: int, multiprocessors: int, num_warps: int) -> int:

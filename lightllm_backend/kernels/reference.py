@@ -162,11 +162,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` [tokens, heads, head_dim] as int8, and the scales [tokens, heads]; the division is by the rounded scale."""
+    """`x` [tokens, heads, head_dim] as int8, and the scales [tokens, heads]. It is multiplied by the inverse of
+    what the scale is rounded to."""
     largest = x.abs().amax(-1)
     scale = (largest * (1 / 127)).clamp(MIN_KV_SCALE, MAX_KV_SCALE)
     scale = torch.where(largest == 0, 1.0, scale).to(dtype)
-    return (x / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+    return (x * (1.0 / scale.float().unsqueeze(-1))).clamp(-127, 127).round().to(torch.int8), scale
 
 
 def prefill_attention(

@@ -8,6 +8,8 @@ even dimensions and the odd ones. A byte turns into a float16 without a conversi
 the lowest bits of the fraction. That makes each value too large by the same number, which is subtracted in the end.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +19,10 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
 from lightllm_backend.kernels.merge_splits import (
-    FEW_HEADS,
     LOG2_E,
-    MANY_HEADS,
     NO_WINDOW,
     TokenBlocks,
+    blocks_by_heads,
     merge_splits,
     split_buffers,
     split_count,
@@ -59,6 +60,16 @@ def unpack_scales(pair):
     k_scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     v_scale = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return k_scale.to(tl.float32), v_scale.to(tl.float32)
+
+
+@triton.jit
+def _log2(value, is_ptx: tl.constexpr):
+    """Of numbers that are not denormal. Triton-lang's own counts with others, in two dozen instructions."""
+    if is_ptx:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(value)
 
 
 @triton.jit
@@ -127,11 +138,11 @@ def token_attention_int8_kernel(
     v_head_stride,
     cos_stride,
     sin_stride,
-    k_slot_stride,
+    k_slot_stride: tl.constexpr,
     k_pool_head_stride,
-    v_slot_stride,
+    v_slot_stride: tl.constexpr,
     v_pool_head_stride,
-    scale_stride,
+    scale_stride: tl.constexpr,
     out_stride,
     out_head_stride,
     table_stride,
@@ -204,7 +215,7 @@ def token_attention_int8_kernel(
     k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
-    new_score = tl.sum(query * new_key[None, :], 1) * k_scale + tl.log2(v_scale)
+    new_score = tl.sum(query * new_key[None, :], 1) * k_scale + _log2(v_scale, is_ptx)
     maximum = tl.where(has_new, tl.broadcast_to(new_score, (block_group,)), float("-inf"))
     # Of the weights, token by token of a block, and added up at the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
@@ -215,20 +226,25 @@ def token_attention_int8_kernel(
     even_accumulator += tl.where(has_new, v_even, 0.0)[:, None]
     odd_accumulator = tl.zeros([block_dim // 2, 2 * block_group], dtype=tl.float32)
     odd_accumulator += tl.where(has_new, v_odd, 0.0)[:, None]
+    v_bytes = (v_pairs + kv_head * (v_pool_head_stride // 2)).to(tl.pointer_type(tl.int8))
+    scale_bytes = (scales + kv_head).to(tl.pointer_type(tl.int8))
     end -= has_new.to(tl.int32)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
-        slot = tl.load(slot_row + token, mask=token_live, other=0).to(tl.int64)
-        key_live = token_live[:, None] & column_live[None, :]
-        key = tl.load(k_head[None, :] + slot[:, None] * k_slot_stride, mask=key_live, other=0)
-        value_live = pair_live[:, None] & token_live[None, :]
-        value = tl.load(v_head[:, None] + slot[None, :] * (v_slot_stride // 2), mask=value_live, other=0)
-        # Both are 1.0 where there is no token.
-        scale_pair = tl.load(scales + slot * scale_stride + kv_head, mask=token_live, other=0x3C003C00)
+        # Few instructions: see token_attention.
+        slot = tl.load(slot_row + tl.minimum(token, end - 1)).to(tl.uint32).to(tl.uint64)
+        key_rows = k_head[None, :] + (slot * k_slot_stride)[:, None]
+        value_columns = (v_bytes + (slot * v_slot_stride)[None, :]).to(tl.pointer_type(tl.int16)) + pair[:, None]
+        scale_pair = tl.load((scale_bytes + slot * (4 * scale_stride)).to(tl.pointer_type(tl.int32)))
+        if head_dim == block_dim:
+            key, value = tl.load(key_rows), tl.load(value_columns)
+        else:
+            key = tl.load(key_rows, mask=column_live[None, :], other=0)
+            value = tl.load(value_columns, mask=pair_live[:, None], other=0)
         k_scales, v_scales = unpack_scales(scale_pair)
         # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
-        log_scales = tl.log2(v_scales)
+        log_scales = _log2(v_scales, is_ptx)
         score = _scores(key, tl.trans(parts), key_dtype) * unit[None, :] * k_scales[:, None] + log_scales[:, None]
         if has_alibi:
             score += slope_log2[None, :] * (token - (context - 1)).to(tl.float32)[:, None]
@@ -266,15 +282,24 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
+# As of token_attention.
+_BLOCKS = (
+    (448, TokenBlocks(32, 1, 2)),
+    (640, TokenBlocks(64, 2, 3)),
+    (896, TokenBlocks(64, 1, 2)),
+    (1280, TokenBlocks(32, 1, 2)),
+    (1792, TokenBlocks(64, 1, 2)),
+    (math.inf, TokenBlocks(32, 1, 2)),
+)
+
+
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """As for the other pools, in tiles of as many tokens; one warp is enough for twice as many where contexts are not
-    cut and programs are few (measured on an H100 and an H200)."""
+    """The tile for so many KV heads of all sequences."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
-    tokens = min(128, max(16, 4096 // block_dim))
     if capability < (8, 0):
-        return TokenBlocks(tokens, 1, 1)
-    return TokenBlocks(2 * tokens if FEW_HEADS <= heads < MANY_HEADS else tokens, 1, 2)
+        return TokenBlocks(min(128, max(16, 4096 // block_dim)), 1, 1)
+    return blocks_by_heads(_BLOCKS, block_dim, heads)
 
 
 def token_attention_int8(

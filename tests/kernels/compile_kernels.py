@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightllm_backend.kernels import gated_linear, launchers, linear_blocks, linear_splits, prefill_attention_hopper
 from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
 from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
-from lightllm_backend.kernels.merge_splits import FEW_HEADS, MANY_HEADS
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from tests.kernels.pretended_gpu import pretend_gpu
 
@@ -108,7 +107,7 @@ def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, 
     """Decode attention of so many KV heads that its blocks are others than those of a few."""
     cos, int8 = torch.zeros(len(q), q.shape[2] // 2), torch.empty(k.shape, dtype=torch.int8)
     scales = torch.zeros(*k.shape[:2], 2, dtype=torch.float16)
-    for heads in (FEW_HEADS, MANY_HEADS, 4 * MANY_HEADS):
+    for heads in (512, 768, 1024, 1536, 2048):
         count = heads // k.shape[1]
         new = (q[:count], k[:count], k[:count], cos[:count], cos[:count], lengths)
         for pool, pool_scales in ((k, None), (int8, scales)):
