@@ -99,6 +99,20 @@ def step_profile(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def power_limit(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            f"{row['batch']}", f"{row['rested_ms']:.2f}", f"{row['sustained_ms']:.2f}", f"{row['watts']:.0f}",
+            f"{row['megahertz']:,.0f}", f"{row['joules']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    limit = f"limit {result['rows'][0]['limit_watts']:.0f} W"
+    title = f"**Decode steps of {result['model']} without an engine, {result['context']} tokens of context, {limit}**"
+    headings = ["batch", "ms after a rest", "ms for seconds on end", "W", "clock, MHz", "J a step"]
+    return [f"{title} ({origin(result)}):", "", *table(headings, rows)]
+
+
 def kernels(result: dict[str, Any]) -> list[str]:
     rows = []
     for row in result["rows"]:
@@ -267,9 +281,9 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 SECTIONS = {
-    "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "kernels": kernels,
-    "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed, "router_time": router_time,
-    "admission": admission, "prefix_cache": prefix_cache,
+    "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
+    "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
+    "router_time": router_time, "admission": admission, "prefix_cache": prefix_cache,
 }  # fmt: skip
 
 

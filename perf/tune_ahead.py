@@ -14,10 +14,7 @@ Products that models share are tuned with the first of them.
 from __future__ import annotations
 
 import itertools
-import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -26,25 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from lightllm_backend import kernels
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.gated_linear import launch_gated
 from lightllm_backend.kernels.linear_ahead import registers_of
 from lightllm_backend.kernels.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
 from lightllm_backend.kernels.linear_splits import launch
-from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import KVLayer, StepInput
-from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
-from lightllm_backend.models.weights import dummy_weights
-from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.compile_ahead import compile_ahead
-from perf.kernels.measure import seconds_of
+from perf.decode_step import DEVICE, DTYPE, DecodeStep
 from perf.shapes import SHAPES
-from perf.tune_linear import DTYPE, Product, capability, products, store
+from perf.tune_linear import Product, capability, products, store
 
-DEVICE = torch.device("cuda", 0)
-CONTEXT = 192  # what the static inference test has on average
 # Batches whose steps are timed for each block of tokens; no one may become slower.
 BATCHES = {16: (1, 8), 32: (32,), 64: (64,), 128: (128,)}
 # By which a step must be quicker, for it is measured to so much.
@@ -53,51 +41,6 @@ MARGIN = 0.002
 TOLERANCE = 0.01
 # Of a multiprocessor, less what barriers and the system take.
 SHARED_BYTES = 222_000
-
-
-class DecodeStep:
-    """Decode steps of a model, of as many sequences as there are to be, each with CONTEXT tokens anywhere in a pool."""
-
-    def __init__(self, name: str) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.json").write_text(json.dumps(SHAPES[name]))
-            config = ModelConfig.from_directory(directory)
-        parallel = TensorParallel.connect(0, 1, DEVICE, "")
-        most = max(itertools.chain(*BATCHES.values()))
-        self._model = model_class(config.architecture)(config, kernels.select(DEVICE), parallel, DTYPE, DEVICE, CONTEXT)
-        dummy_weights(self._model, seed=0)
-        slots = most * CONTEXT
-        shape = (config.num_layers, slots, self._model.num_kv_heads, self._model.head_dim)
-        self._layers = [KVLayer(*layer) for layer in KVStorage(*shape, DTYPE, DEVICE).layers]
-        for layer in self._layers:
-            layer.k.normal_()
-            layer.v.normal_()
-        self._table = torch.randperm(slots, device=DEVICE, dtype=torch.int32).view(most, CONTEXT)
-
-    def input_of(self, batch: int) -> StepInput:
-        def full(value: int, count: int = batch) -> Tensor:
-            return torch.full((count,), value, dtype=torch.int32, device=DEVICE)
-
-        rows = torch.arange(batch, dtype=torch.int32, device=DEVICE)
-        return StepInput(
-            input_ids=rows,
-            positions=full(CONTEXT - 1),
-            rotary_lengths=full(CONTEXT),
-            slots=self._table[:batch, -1].contiguous(),
-            rows=rows,
-            context_lengths=full(CONTEXT),
-            query_starts=full(0, 1),
-            num_decodes=batch,
-            max_context_length=CONTEXT,
-            last_tokens=None,
-            req_to_token=self._table,
-            kv_layers=self._layers,
-        )
-
-    @torch.inference_mode()
-    def seconds(self, batches: tuple[int, ...]) -> list[float]:
-        steps = [self.input_of(batch) for batch in batches]
-        return [seconds_of([lambda step=step: self._model.forward(step)]) for step in steps]  # type: ignore[misc]
 
 
 def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
@@ -185,7 +128,7 @@ def main(models: tuple[str, ...], tokens: str) -> None:
     table = stored_blocks(STORED_AHEAD).setdefault(capability(), {})
     done: set[Product] = set()
     for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
-        step = DecodeStep(name)
+        step = DecodeStep(name, max(itertools.chain(*BATCHES.values())))
         new = [product for product in products(SHAPES[name], 1) if product not in done]
         for count in tokens.split(","):
             tune(step, new, int(count), table)
