@@ -33,9 +33,13 @@ def wait_for_previous(is_dependent: tl.constexpr):
 
 
 @lru_cache
-def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """The keywords of a dependent launch where the GPU and Triton-lang know it, those of an ordinary one elsewhere."""
-    if compute_capability(device) < (9, 0) or not _is_known():
+def dependent_launch(device: torch.device, is_wanted: bool = True) -> dict[str, Any]:
+    """The keywords of a dependent launch where the GPU and Triton-lang know it, those of an ordinary one elsewhere.
+
+    It is not wanted where all programs of a kernel fit the GPU at once and each takes long: they start wherever the
+    kernel before has left room first, as many as fit, and other multiprocessors remain without any.
+    """
+    if not is_wanted or compute_capability(device) < (9, 0) or not _is_known():
         return {"is_dependent": False}
     return {"is_dependent": True, "launch_pdl": True}
 

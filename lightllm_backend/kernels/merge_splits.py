@@ -3,7 +3,6 @@
 """Into which parts decode attention cuts a context, and how they are joined again."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,13 +33,7 @@ class TokenBlocks(NamedTuple):
     tokens: int
     num_warps: int
     num_stages: int
-
-
-def blocks_by_heads(stored: Sequence[tuple[float, TokenBlocks]], block_dim: int, heads: int) -> TokenBlocks:
-    """Of `stored`, the first whose limit is above the KV heads of all sequences, each of which is at least one program.
-    Its tokens are those of a head of 128 dimensions; others have as many bytes."""
-    blocks = next(blocks for limit, blocks in stored if heads < limit)
-    return blocks._replace(tokens=min(128, max(16, blocks.tokens * 128 // block_dim)))
+    starts_early: bool = True  # see dependent_launch
 
 
 def split_count(programs: int, max_context_length: int, multiprocessors: int, num_warps: int) -> int:

@@ -11,8 +11,6 @@ little is computed in vain. K and V arrive in shared memory ahead of their use.
 An int8 pool has a kernel of its own, token_attention_int8.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,6 @@ from lightllm_backend.kernels.merge_splits import (
     LOG2_E,
     NO_WINDOW,
     TokenBlocks,
-    blocks_by_heads,
     merge_splits,
     split_buffers,
     split_count,
@@ -33,25 +30,22 @@ from lightllm_backend.kernels.merge_splits import (
 from lightllm_backend.kernels.rotary_kv_write import rotated
 from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
 
-# Up to how many heads which tile is quickest. Tiles are small and of a single warp, so that many programs fit a
-# multiprocessor: while some begin, others read. Between, what makes the last round of programs a full one (measured on
-# an H200 at contexts of 130 to 4,096 tokens).
-_BLOCKS = (
-    (640, TokenBlocks(32, 1, 2)),
-    (896, TokenBlocks(64, 1, 2)),
-    (1280, TokenBlocks(16, 1, 3)),
-    (1792, TokenBlocks(64, 1, 2)),
-    (math.inf, TokenBlocks(32, 1, 2)),
-)
-
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """The tile for so many KV heads of all sequences."""
+    """For so many KV heads of all sequences. Many: small tiles of a single warp, 8 KiB of K, so that many programs fit
+    a multiprocessor, and while some begin, others read. Fewer: larger ones, of which all multiprocessors have some; and
+    they do not start early where all of them would find room on a few (measured in whole decode steps on an H200, of
+    192 and 4,096 tokens of context)."""
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
+    tokens = min(128, max(16, 4096 // block_dim))
     if capability < (8, 0):
-        return TokenBlocks(min(128, max(16, 4096 // block_dim)), 1, 1)
-    return blocks_by_heads(_BLOCKS, block_dim, heads)
+        return TokenBlocks(tokens, 1, 1)
+    if heads >= 2048:
+        return TokenBlocks(tokens, 1, 2)
+    if 256 <= heads < 704:
+        return TokenBlocks(min(128, 2 * tokens), 2, 2, starts_early=False)
+    return TokenBlocks(min(128, 2 * tokens), 1, 2)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -277,7 +271,7 @@ def token_attention(
         block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
-        **dependent_launch(q.device),
+        **dependent_launch(q.device, blocks.starts_early),
     )
     if splits == 1:
         return out

@@ -8,8 +8,6 @@ even dimensions and the odd ones. A byte turns into a float16 without a conversi
 the lowest bits of the fraction. That makes each value too large by the same number, which is subtracted in the end.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,6 @@ from lightllm_backend.kernels.merge_splits import (
     LOG2_E,
     NO_WINDOW,
     TokenBlocks,
-    blocks_by_heads,
     merge_splits,
     split_buffers,
     split_count,
@@ -282,24 +279,14 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
-# As of token_attention.
-_BLOCKS = (
-    (448, TokenBlocks(32, 1, 2)),
-    (640, TokenBlocks(64, 2, 3)),
-    (896, TokenBlocks(64, 1, 2)),
-    (1280, TokenBlocks(32, 1, 2)),
-    (1792, TokenBlocks(64, 1, 2)),
-    (math.inf, TokenBlocks(32, 1, 2)),
-)
-
-
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """The tile for so many KV heads of all sequences."""
+    """For so many KV heads of all sequences: as token_attention, in tiles of half as many bytes."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
+    tokens = min(128, max(16, 4096 // block_dim))
     if capability < (8, 0):
-        return TokenBlocks(min(128, max(16, 4096 // block_dim)), 1, 1)
-    return blocks_by_heads(_BLOCKS, block_dim, heads)
+        return TokenBlocks(tokens, 1, 1)
+    return TokenBlocks(min(128, 2 * tokens), 2, 2) if 320 <= heads < 1152 else TokenBlocks(tokens, 1, 2)
 
 
 def token_attention_int8(
@@ -396,7 +383,7 @@ def token_attention_int8(
         block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
-        **dependent_launch(q.device),
+        **dependent_launch(q.device, blocks.starts_early),
     )
     if splits == 1:
         return out

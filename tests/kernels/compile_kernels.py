@@ -107,7 +107,7 @@ def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, 
     """Decode attention of so many KV heads that its blocks are others than those of a few."""
     cos, int8 = torch.zeros(len(q), q.shape[2] // 2), torch.empty(k.shape, dtype=torch.int8)
     scales = torch.zeros(*k.shape[:2], 2, dtype=torch.float16)
-    for heads in (512, 768, 1024, 1536, 2048):
+    for heads in (512, 1024, 2048):
         count = heads // k.shape[1]
         new = (q[:count], k[:count], k[:count], cos[:count], cos[:count], lengths)
         for pool, pool_scales in ((k, None), (int8, scales)):
