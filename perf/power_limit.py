@@ -39,8 +39,7 @@ def sustained_seconds(step: DecodeStep, batch: int, one: float) -> float:
             forward()
 
     def run_for(seconds: float) -> float:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        start, end = events
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         until = time.perf_counter() + seconds
         start.record()
         graph.replay()

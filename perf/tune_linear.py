@@ -38,11 +38,11 @@ from lightllm_backend.kernels.linear_splits import launch
 from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
 from lightllm_backend.kernels.rms_norm import rms_norm
 from lightllm_backend.runner.compile_ahead import compile_ahead
+from perf.decode_step import DEVICE, DTYPE
 from perf.kernels.measure import seconds_of
 from perf.record import circumstances
 from perf.shapes import SHAPES
 
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 WEIGHT_BYTES = 600 << 20
 # A sum of parts that no norm makes on its way, and an activation behind cuBLAS.
 SUM_SECONDS, ACTIVATION_SECONDS = 1.5e-6, 2e-6

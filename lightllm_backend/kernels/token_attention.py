@@ -43,9 +43,8 @@ def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int]
         return TokenBlocks(tokens, 1, 1)
     if heads >= 2048:
         return TokenBlocks(tokens, 1, 2)
-    if 256 <= heads < 704:
-        return TokenBlocks(min(128, 2 * tokens), 2, 2, starts_early=False)
-    return TokenBlocks(min(128, 2 * tokens), 1, 2)
+    larger = min(128, 2 * tokens)
+    return TokenBlocks(larger, 2, 2, starts_early=False) if 256 <= heads < 704 else TokenBlocks(larger, 1, 2)
 
 
 @triton.jit(do_not_specialize=["splits"])

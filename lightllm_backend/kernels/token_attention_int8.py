@@ -280,7 +280,7 @@ def token_attention_int8_kernel(
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """For so many KV heads of all sequences: as token_attention, in tiles of half as many bytes."""
+    """For so many KV heads of all sequences, measured as token_attention's."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
