@@ -7,6 +7,7 @@ observations are collected and carried over by one thread, a few times a second.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -48,6 +49,8 @@ HISTOGRAMS = {
     "inter_token_seconds": "Between tokens of one request (sampled above 500 a second)",
     "request_seconds": "From submission to the last token",
 }
+log = logging.getLogger(__name__)
+
 STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
 
 
@@ -143,7 +146,10 @@ class Metrics:
         server = os.getppid()
         while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
             signal.alarm(ANSWER_SECONDS)
-            self._flush()
+            try:
+                self._flush()
+            except Exception:
+                log.exception("metrics could not be carried over")
             signal.alarm(0)
 
     def _flush(self) -> None:

@@ -59,11 +59,13 @@ class EngineSupervisor:
             log.error("%s; the engine is started again in %.1f s", failure, pause)
             if self._stopping.wait(pause):
                 return
-            self._on_restart()
             try:
+                self._on_restart()
                 self._start().wait_ready()
                 pause = FIRST_PAUSE_SECONDS
                 failure = self._group.wait_end()
-            except EngineStartError as error:
+            except Exception as error:  # without this thread nobody would start the engine again
+                if not isinstance(error, EngineStartError):
+                    log.exception("the supervisor failed")
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 failure = f"the engine could not be started again: {error}"
