@@ -132,10 +132,10 @@ def generate(
 @main.command()
 @connection_options
 def health(url: str, model: str, timeout: float | None) -> None:
-    """Ask the model for one token."""
+    """Ask the server whether it works."""
     with exit_codes(), LightLLMClient(url, model) as client:
         seconds = client.health(10.0 if timeout is None else timeout)
-        click.echo(f"healthy: one token in {seconds:.3f} s")
+        click.echo(f"healthy: answered in {seconds:.3f} s")
 
 
 def read_standard_input() -> str:

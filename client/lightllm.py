@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc  # type: ignore[import-untyped]
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.errors import DeadlineExceeded, Internal, LightLLMError, Unavailable, error_from_message, error_from_status
 from client.tensors import Chunk, Generation, Options, chunk_from_response, infer_request
@@ -67,15 +67,7 @@ class ChunkStream(Iterator[Chunk]):
             if self._closed:
                 return None
             self.close()
-            raise self._error() from None
-
-    def _error(self) -> LightLLMError:
-        error = error_from_status(self._call.code().name, self._call.details() or "no details")
-        if isinstance(error, DeadlineExceeded) and self._timeout is not None:
-            return DeadlineExceeded(f"the request did not finish within {self._timeout:g} s")
-        if isinstance(error, Unavailable):
-            return Unavailable(f"{self._url}: {error.message}")
-        return error
+            raise rpc_error(self._call, self._url, self._timeout) from None
 
     def close(self) -> None:
         """Cancel the request unless it is over.
@@ -100,6 +92,16 @@ class ChunkStream(Iterator[Chunk]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def rpc_error(call: Any, url: str, timeout: float | None) -> LightLLMError:
+    """What a gRPC call to `url` that failed has ended with."""
+    error = error_from_status(call.code().name, call.details() or "no details")
+    if isinstance(error, DeadlineExceeded) and timeout is not None:
+        return DeadlineExceeded(f"the request did not finish within {timeout:g} s")
+    if isinstance(error, Unavailable):
+        return Unavailable(f"{url}: {error.message}")
+    return error
 
 
 class LightLLMClient:
@@ -142,9 +144,15 @@ class LightLLMClient:
         return self._start(prompt, True, timeout, options)
 
     def health(self, timeout: float | None = 10.0) -> float:
-        """How many seconds a request for one token took; raises what that request raises."""
+        """How many seconds the server took to say that it works; raises Unavailable, with the reason, if it does not.
+
+        The answer does not wait behind other requests, so a busy server is healthy too.
+        """
         started = time.monotonic()
-        self.generate("Hello", max_tokens=1, timeout=timeout)
+        try:
+            self._stub.ModelInfer(service_pb2.ModelInferRequest(model_name="health"), timeout=timeout)
+        except grpc.RpcError as error:
+            raise rpc_error(error, self._url, timeout) from None
         return time.monotonic() - started
 
     def close(self) -> None:

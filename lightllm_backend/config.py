@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
+PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # what tells the launch command's probes from users' requests
 
 # Environment variables with the prefix that are not settings: where things lie, and how parts were started.
 _OTHER_VARIABLES = {
-    "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
+    "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "PROBE_KEY", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
 }  # fmt: skip
 
 

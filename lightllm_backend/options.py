@@ -136,8 +136,17 @@ _CANONICAL = {alias: name for name, option in OPTIONS.items() for alias in (name
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
 
-# Names that Triton server itself puts among the parameters of a request.
-_RESERVED = {"id", "priority", "timeout", "binary_data_output", "binary_data_size", "headers", "classification"}
+# Names that Triton server itself, or the launch command's probe, puts among the parameters of a request.
+_RESERVED = {
+    "probe_key",
+    "id",
+    "priority",
+    "timeout",
+    "binary_data_output",
+    "binary_data_size",
+    "headers",
+    "classification",
+}
 _RESERVED_PREFIXES = ("sequence_", "triton_", "shared_memory_")
 
 

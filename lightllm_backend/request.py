@@ -101,6 +101,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
+    urgent: bool = False  # goes before all that wait: a probe, which would prove nothing behind users
 
 
 @dataclass(slots=True)

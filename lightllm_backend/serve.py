@@ -14,13 +14,13 @@ import ctypes
 import http.client
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,11 +31,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lightllm_backend import tritonserver
-from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
+from lightllm_backend import health, tritonserver
+from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_directory
-from lightllm_backend.engine.channel import EngineInfo, EngineStats, run_directory_of
+from lightllm_backend.engine.channel import EngineInfo, run_directory_of
 from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.engine.vitals import read_vitals
+from lightllm_backend.health import Health, http_call
 from lightllm_backend.model_directory import load_tokenizer
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
@@ -44,12 +46,10 @@ from lightllm_backend.triton_io import repository_parameters
 from lightllm_backend.tritonserver import TritonServerError
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
-PROBED_MODELS = ("lightllm", "lightllm_unary")  # between them, a request to each goes through every step
-PROBE_SECONDS = 10.0  # between two probes, and for the answer to one
-# Of the last few probes: where one of two detokenizers is gone, every other request fails.
-MAX_FAILED_PROBES, REMEMBERED_PROBES = 3, 5
 PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 60.0
+# For a server that does not work any more: to end by itself, and before that for its clients to hear of it.
+GIVE_UP_SECONDS, TELL_SECONDS = 20.0, 5.0
 # For the server's processes to end after it; the engine's workers take some seconds if nobody stops them.
 GROUP_SECONDS = 10.0
 USAGE_ERROR = 2
@@ -115,7 +115,8 @@ def prepare(
         *arguments,  # the last of an option given twice is what holds
     ]
     argv, server_environment = tritonserver.command(
-        server_arguments, {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python}
+        server_arguments,
+        {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python, PROBE_KEY_VARIABLE: secrets.token_hex(16)},
     )
     return Launch(config, model_dir, argv, server_environment)
 
@@ -169,10 +170,10 @@ class Server:
         self._waiter.join(seconds)
         return not self._waiter.is_alive()
 
-    def stop(self) -> None:
-        """End it, with all its processes if it does not obey."""
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End it, with all its processes if it does not obey within so many seconds."""
         self._process.terminate()
-        if not self.ended_within(STOP_SECONDS):
+        if not self.ended_within(seconds):
             os.killpg(self.pid, signal.SIGKILL)
         self.exit_code()
 
@@ -197,77 +198,13 @@ class Server:
         self._process.send_signal(number)
 
 
-class Health:
-    """Whether the server still answers. A probe is a real request for one token through every step.
-
-    A request may wait long in a queue that moves, so a late answer counts as a failure only if the engine did nothing
-    meanwhile or had nothing else to do. An engine that is being started again has twice the time of the first start.
-    """
-
-    def __init__(self, address: str, engine: EngineClient, start_seconds: float) -> None:
-        self._failed: deque[bool] = deque(maxlen=REMEMBERED_PROBES)
-        self._address = address
-        self._engine = engine
-        self._restart_seconds = max(2 * start_seconds, PROBE_SECONDS * MAX_FAILED_PROBES)
-        self._down_since: float | None = None
-        self._stats = EngineStats()
-
-    def on_stats(self, stats: EngineStats) -> None:
-        self._stats = stats
-
-    def probe(self) -> str | None:
-        """Ask each model for one token. The reason if the server is to be given up."""
-        before = self._stats
-        failure = next(filter(None, map(self._ask, PROBED_MODELS)), None)
-        if failure is not None and (self._is_busy(before) or self._is_starting()):
-            failure = None
-            self._failed.clear()
-        self._failed.append(failure is not None)
-        return failure if self._failed.count(True) >= MAX_FAILED_PROBES else None
-
-    def _ask(self, model: str) -> str | None:
-        body = json.dumps({"text_input": "Hello", "max_tokens": 1})
-        try:
-            status, answer = _http(self._address, "POST", f"/v2/models/{model}/generate", body, PROBE_SECONDS)
-        except OSError as error:
-            return f"{model} does not answer: {error or type(error).__name__}"
-        # A full queue, and a wait that is longer than allowed, are answers of an engine that works.
-        healthy = status == http.client.OK or "queue" in answer
-        return None if healthy else f"{model} answers with status {status}: {answer}"
-
-    def _is_busy(self, before: EngineStats) -> bool:
-        now = self._stats
-        done = (now.prompt_tokens_total, now.generated_tokens_total)
-        return now.queued_requests > 0 and done != (before.prompt_tokens_total, before.generated_tokens_total)
-
-    def _is_starting(self) -> bool:
-        if self._engine.up:
-            self._down_since = None
-            return False
-        self._down_since = self._down_since or time.monotonic()
-        return time.monotonic() - self._down_since < self._restart_seconds
-
-
-def _http(address: str, method: str, path: str, body: str | None, timeout: float) -> tuple[int, str]:
-    """The plain way to this machine's own port: no proxy of the environment can reach it."""
-    connection = http.client.HTTPConnection(address, timeout=timeout)
-    try:
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        return response.status, response.read().decode(errors="replace")
-    except http.client.HTTPException as error:
-        raise ConnectionError(repr(error)) from None
-    finally:
-        connection.close()
-
-
 def wait_until_ready(server: Server, address: str, tell: Callable[[str], None]) -> float | None:
     """The seconds that it took; None if the server has ended instead."""
     started = told = time.monotonic()
     while not server.ended_within(0.2):
         now = time.monotonic()
         with contextlib.suppress(OSError):
-            if _http(address, "GET", "/v2/health/ready", None, PROBE_SECONDS)[0] == http.client.OK:
+            if http_call(address, "GET", "/v2/health/ready", None, health.PROBE_SECONDS)[0] == http.client.OK:
                 return now - started
         if now - told >= PROGRESS_SECONDS and not server.stopping:
             told = now
@@ -290,23 +227,39 @@ def serve(launch: Launch, console: Console) -> int:
             tell("error: tritonserver ended before it was ready; the lines above say why")
         return server.exit_code() or int(not server.stopping)
 
-    health: Health | None = None
-    engine = EngineClient(
-        str(run_directory_of(server.pid) / "engine"), on_stats=lambda stats: health.on_stats(stats) if health else None
-    )
-    health = Health(address, engine, seconds)
+    directory = run_directory_of(server.pid)
+    engine = EngineClient(str(directory / "engine"))
+    watch = Health(address, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])
     try:
-        console.print(summary(launch, engine.wait_ready(PROBE_SECONDS)))
+        console.print(summary(launch, engine.wait_ready(health.PROBE_SECONDS)))
         tell(f"ready after {seconds:.1f} s; ask it something:\n{first_call(address)}")
     except RequestError as error:
         tell(f"warning: the server is ready, its engine is not: {error}")
-    while not server.ended_within(PROBE_SECONDS):
-        reason = None if server.stopping else health.probe()
-        if reason and not server.stopping:
-            tell(f"error: {MAX_FAILED_PROBES} of the last probes have failed, the server is stopped; {reason}")
-            server.stop()
-            return 1
+    while not server.ended_within(health.PROBE_SECONDS):
+        failure = None if server.stopping else watch.check()
+        if failure is None or server.stopping:
+            continue
+        if failure.workers:
+            tell(f"error: the engine is replaced: {failure.reason}")
+            for pid in failure.workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            continue
+        tell(f"error: the server does not work any more and is stopped: {failure.reason}")
+        end_requests(engine, directory, failure.reason)
+        server.stop(GIVE_UP_SECONDS)
+        return 1
     return server.exit_code()
+
+
+def end_requests(engine: EngineClient, directory: Path, reason: str) -> None:
+    """Have every request end with an error, as far as the server still can, and wait until the answers are out."""
+    engine.close_engine(f"the server is stopped: {reason}")
+    end = time.monotonic() + TELL_SECONDS
+    delivered, now = -1, 0
+    while now != delivered and time.monotonic() < end:
+        time.sleep(TELL_SECONDS / 10)
+        delivered, now = now, sum(reading.taken for reading in read_vitals(directory) if reading.role == "detokenizer")
 
 
 def summary(launch: Launch, info: EngineInfo) -> Table:

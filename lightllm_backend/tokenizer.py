@@ -165,7 +165,8 @@ class _JsonTokenizer(Tokenizer):
 
     def __init__(self, path: Path, settings: _TokenizerSettings) -> None:
         try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
+            # The library is given the content: it takes no path that is spelled as inside a stub (see triton_io).
+            self._inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path} cannot be read: {error}") from error
         # A file may have been saved with limits of its training; a prompt is neither cut nor filled up.
@@ -244,7 +245,7 @@ class _SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path, settings: _TokenizerSettings) -> None:
         try:
-            self._inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
         # Protocol buffers merge what is appended: this says normalizer_spec { add_dummy_prefix: false }.

@@ -7,29 +7,35 @@ The model.py files are thin because everything that touches a server's request o
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightllm_backend import model_directory
-from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.config import PROBE_KEY_VARIABLE, ConfigError, EngineConfig
+from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.engine.worker_group import EngineStartError
 from lightllm_backend.metrics import Metrics
+from lightllm_backend.models.errors import ModelError
 from lightllm_backend.options import ParsedRequest, parse_request
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.response import DecodeState, Response
-from lightllm_backend.text import Tokenizer
+from lightllm_backend.text import Tokenizer, TokenizerError
 
 with contextlib.suppress(ImportError):  # outside a stub only the names are of use
     import triton_python_backend_utils as pb_utils
 
 # name: (type, size); a size of -1 is any.
+TensorTypes = dict[str, tuple[str, int]]
+
 OPTION_INPUTS = {
     "text_input": ("STRING", 1),
     "inputs": ("STRING", 1),
@@ -74,13 +80,15 @@ GENERATION_INPUTS = {"input_ids": ("INT32", -1), SAMPLING_PARAMETERS: ("STRING",
 # generation ──> detokenizer. CHUNK is a JSON object: everything about a chunk but its tokens.
 CHUNK = "chunk"
 GENERATION_OUTPUTS = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
+HEALTH_OUTPUTS = {"report": ("STRING", 1)}
 
-MODEL_TENSORS = {
+MODEL_TENSORS: dict[str, tuple[TensorTypes, TensorTypes]] = {
     "lightllm": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
     "lightllm_unary": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
     "tokenizer": (PUBLIC_INPUTS, GENERATION_INPUTS),
     "generation": (GENERATION_INPUTS, GENERATION_OUTPUTS),
     "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
+    "health": ({}, HEALTH_OUTPUTS),
 }
 _SIZES = {
     name: size
@@ -90,6 +98,9 @@ _SIZES = {
 _NUMPY_TYPES: dict[str, Any] = {
     "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
 }  # fmt: skip
+
+# What a start may fail with through no fault of ours; the message says what to change.
+_START_ERRORS = (ConfigError, EmbeddedModelError, EngineStartError, ModelError, RequestError, TokenizerError)
 
 log = logging.getLogger("lightllm")
 
@@ -105,6 +116,8 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
     parameters = repository_parameters(_model_directory(arguments).parent)
     own = json.loads(arguments["model_config"]).get("parameters", {})
     parameters.update({key: value["string_value"] for key, value in own.items()})
+    # Inside a stub the encoding of paths is ASCII: what is not is spelled there as os.environ spells it.
+    parameters = {key: os.fsdecode(value.encode()) for key, value in parameters.items()}
     return EngineConfig.build(parameters, os.environ)
 
 
@@ -117,7 +130,7 @@ def repository_parameters(repository: Path) -> dict[str, str]:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
     try:
-        parsed = text_format.Parse(path.read_text(), ModelConfig())
+        parsed = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
     except text_format.ParseError as error:
         raise ConfigError(f"{path}: {error}") from None
     return {key: value.string_value for key, value in parsed.parameters.items()}
@@ -132,9 +145,31 @@ def metrics(with_engine: bool) -> Metrics:
     return Metrics(pb_utils, with_engine)
 
 
-def start_logging() -> None:
-    """Python's log goes to the server's standard error, beside the server's own lines."""
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Surrounds a model's start: sets up the log, and hands what goes wrong to the server as one readable line.
+
+    Python's log goes to the server's standard error, beside the server's own lines.
+    """
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, _START_ERRORS)
+        if not known:
+            log.exception("the model cannot be loaded")
+        # The stub cannot hand on a text that is not UTF-8.
+        raise RuntimeError(readable(str(error) if known else f"{type(error).__name__}: {error}")) from None
+
+
+def readable(text: str) -> str:
+    """The text as UTF-8 can spell it, which paths inside a stub are not (see `engine_config`)."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        return text.encode(errors="replace").decode()
 
 
 def _model_directory(arguments: dict[str, str]) -> Path:
@@ -165,6 +200,12 @@ def deadline(request: Any) -> float | None:
     if seconds < 0:
         raise RequestError("INVALID_ARG", f"timeout is {timeout!r}; allowed: microseconds ≥ 0")
     return time.monotonic() + seconds if seconds else None
+
+
+def is_probe(request: Any) -> bool:
+    """Whether this is the launch command's probe, which knows the key that the server was started with."""
+    key = os.environ.get(PROBE_KEY_VARIABLE, "")
+    return bool(key) and "probe_key" in request.parameters() and _parameters(request).get("probe_key") == key
 
 
 def read_generation_request(request: Any) -> tuple[ParsedRequest, dict[str, Any] | None]:
@@ -243,6 +284,11 @@ def client_response(response: Response) -> Any:
     return _response(PUBLIC_OUTPUTS, values)
 
 
+def health_response(report: str) -> Any:
+    """What the `health` model answers if all is well."""
+    return _response(HEALTH_OUTPUTS, {"report": [report]})
+
+
 def error_response(error: Exception) -> Any:
     """The error with its status code, which unary calls see, and in its text, which the others see.
 
@@ -252,7 +298,7 @@ def error_response(error: Exception) -> Any:
         log.error("a request could not be handled", exc_info=error)
         error = RequestError("INTERNAL", f"{type(error).__name__}: {error}")
     code = getattr(pb_utils.TritonError, error.code)  # the server's names are ours
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(readable(str(error)), code))
 
 
 def _response(names: dict[str, tuple[str, int]], values: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@
 Stubs and workers may run on different interpreters and numpy versions, so nothing is pickled. Each message is a list
 whose first item names its kind:
 
-    down, to the worker:  [SUBMIT, request, number] · [CANCEL, uid] · [STOP, uid]
+    down, to the worker:  [SUBMIT, request, number] · [CANCEL, uid] · [STOP, uid] · [CLOSE, reason]
     up, from the worker:  [READY, info] · [TOKENS, numbers, tokens, [[number, chunk], …]] · [STATS, stats]
     return channel:       [DELIVERED, uid, state] · [GONE, uid] · [FAILED, uid, message]
 
@@ -30,7 +30,7 @@ import psutil
 
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams, TokenChunk
 
-SUBMIT, CANCEL, STOP, READY, TOKENS, STATS, DELIVERED, GONE, FAILED = range(9)
+SUBMIT, CANCEL, STOP, CLOSE, READY, TOKENS, STATS, DELIVERED, GONE, FAILED = range(10)
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ def run_directory_of(server_pid: int) -> Path:
     return directory
 
 
-def remove_run_directory() -> None:
-    """Remove this server's run directory with the sockets in it; those who still need it make it again."""
+def leave_run_directory() -> None:
+    """Remove this server's run directory if nothing is left in it: the last of the models to go does."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
     with contextlib.suppress(OSError):
-        _remove(run_directory())
+        run_directory().rmdir()
 
 
 def remove_stale_run_directories() -> None:
@@ -196,13 +196,13 @@ def _remove(directory: Path) -> None:
 
 
 def pack_request(request: Request) -> list[Any]:
-    return [request.uid, request.prompt_ids, asdict(request.sampling), request.deadline]
+    return [request.uid, request.prompt_ids, asdict(request.sampling), request.deadline, request.urgent]
 
 
 def unpack_request(packed: list[Any]) -> Request:
-    uid, prompt_ids, sampling, deadline = packed
+    uid, prompt_ids, sampling, deadline, urgent = packed
     sampling["stop_words"] = tuple(sampling["stop_words"])
-    return Request(uid, tuple(prompt_ids), SamplingParams(**sampling), deadline)
+    return Request(uid, tuple(prompt_ids), SamplingParams(**sampling), deadline, urgent)
 
 
 def pack_chunk(chunk: TokenChunk) -> list[Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 
 from lightllm_backend.engine.channel import (
     CANCEL,
+    CLOSE,
     READY,
     STATS,
     STOP,
@@ -29,6 +31,8 @@ from lightllm_backend.options import check_lengths, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 
 RECONNECT_SECONDS = 0.05
+
+log = logging.getLogger(__name__)
 
 OnChunk = Callable[[TokenChunk], None]
 
@@ -116,6 +120,10 @@ class EngineClient:
         """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
         self._send(STOP, uid)
 
+    def close_engine(self, reason: str) -> None:
+        """End the requests of all clients with UNAVAILABLE and this reason, and have further ones refused with it."""
+        self._send(CLOSE, reason)
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -124,11 +132,11 @@ class EngineClient:
             channel.close()
         self._reader.join()
 
-    def _send(self, kind: int, uid: str) -> None:
+    def _send(self, kind: int, body: str) -> None:
         channel = self._channel
         if channel:
             try:
-                channel.send(kind, uid)
+                channel.send(kind, body)
             except ChannelClosed:
                 pass  # the reader ends everything that is outstanding
 
@@ -137,9 +145,12 @@ class EngineClient:
         while not self._closed:
             try:
                 self._read(Channel.connect(self._address))
-            except ChannelClosed:
+            except Exception as error:  # without this thread every request would wait for ever
+                expected = isinstance(error, ChannelClosed)
+                if not expected:
+                    log.exception("the engine's messages cannot be read; its requests end, and it is connected anew")
                 self._lose_worker()
-                pause.wait(RECONNECT_SECONDS)
+                pause.wait(RECONNECT_SECONDS if expected else 20 * RECONNECT_SECONDS)
 
     def _read(self, channel: Channel) -> None:
         try:

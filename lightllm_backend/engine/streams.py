@@ -39,6 +39,7 @@ MOST_ASKED_A_SECOND = 1000.0
 # Word of a chunk comes in well under a second, unless the whole machine stands still. Where it does not come at all, a
 # step has died with the request.
 LOST_SECONDS = 60.0
+ACCEPT_PAUSE_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,15 @@ class Stream:
             self._pending = _join(self._pending, chunk)
             self._offer_pending()
             return found_stop is not None
+
+    def fail(self, last: TokenChunk) -> None:
+        """End the request with the error in `last`, if it has not ended yet."""
+        with self._lock:
+            if not self._has_last:
+                self._stop_text = None
+                self._observe(last)
+                self._pending = _join(self._pending, last)
+                self._offer_pending()
 
     def delivered(self, state: list[Any] | None = None) -> None:
         """The chunk in flight has reached the detokenizer's client. A probe leaves no state."""
@@ -256,7 +266,7 @@ class Streams:
 
     def submit(
         self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
-        responder_for: Callable[[str], Responder], flow_control: bool, tokenizer: Tokenizer,
+        responder_for: Callable[[str], Responder], flow_control: bool, tokenizer: Tokenizer, urgent: bool = False,
     ) -> None:  # fmt: skip
         """Send a request on its way. RequestError if it cannot be; then the responder is never used."""
         sampling = options.sampling
@@ -270,12 +280,18 @@ class Streams:
         )  # fmt: skip
 
         def on_chunk(chunk: TokenChunk) -> None:
-            if stream.on_chunk(chunk):
-                self._engine.stop(uid)
+            try:
+                if stream.on_chunk(chunk):
+                    self._engine.stop(uid)
+            except Exception as error:  # it ends this request alone, not the thread that reads all requests' tokens
+                log.exception("the tokens of request %s cannot be handled", uid)
+                failure = RequestError("INTERNAL", f"the tokens could not be handled: {error!r}")
+                stream.fail(TokenChunk(uid, [], [], FinishReason.FAILED, len(prompt_ids), error=failure))
+                self._engine.cancel(uid)
 
         self._streams[uid] = stream
         try:
-            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline), on_chunk)
+            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline, urgent), on_chunk)
         except RequestError:
             del self._streams[uid]
             raise
@@ -296,16 +312,22 @@ class Streams:
             interval = max(ASK_SECONDS, len(streams) / MOST_ASKED_A_SECOND)
             asked_before = time.monotonic() - interval
             for uid, stream in streams:
-                if stream.last_asked <= asked_before and stream.check_client():
-                    self._engine.cancel(uid)
+                try:
+                    if stream.last_asked <= asked_before and stream.check_client():
+                        self._engine.cancel(uid)
+                except Exception:
+                    log.exception("whether the client of request %s is there cannot be found out", uid)
 
     def _accept(self) -> None:
         assert self._listener is not None
         while not self._closing.is_set():
             try:
                 channel = Channel.accept(self._listener)
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if not self._closing.is_set():  # for example too many open files, which passes
+                    log.error("a detokenizer could not connect: %s", error)
+                    self._closing.wait(ACCEPT_PAUSE_SECONDS)
+                continue
             threading.Thread(target=self._read_returns, args=(channel,), name="return-channel", daemon=True).start()
 
     def _read_returns(self, channel: Channel) -> None:
@@ -321,8 +343,10 @@ class Streams:
                     if kind == FAILED:
                         stream.lost()
                     self._engine.cancel(uid)
-        except ChannelClosed:
-            channel.close()
+        except Exception as error:
+            channel.close()  # the detokenizer connects anew
+            if not isinstance(error, ChannelClosed):
+                log.exception("the word of a detokenizer cannot be read")
 
 
 def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:

@@ -18,12 +18,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.engine.batch_channel import BatchReceiver, BatchSender
 from lightllm_backend.engine.channel import (
     CANCEL,
+    CLOSE,
     STOP,
     SUBMIT,
     ChannelClosed,
@@ -33,6 +35,7 @@ from lightllm_backend.engine.channel import (
 )
 from lightllm_backend.engine.hub import STATS_SECONDS, Hub
 from lightllm_backend.engine.pace import Pace
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.engine.worker_group import rendezvous_file
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
@@ -49,12 +52,14 @@ if TYPE_CHECKING:
 LEASH_SECONDS = 5.0
 # How often the loop looks whether the device is done already, while it waits for newcomers.
 LOOK_SECONDS = 0.5e-3
+# How long one turn of the loop may take before the worker counts as stuck; on a CPU a step may well take minutes.
+GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 30.0, 600.0
 
 log = logging.getLogger("lightllm.worker")
 
 
 def run(
-    hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float,
+    hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float, vitals: Vitals,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
     """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
@@ -68,6 +73,7 @@ def run(
     try:
         while hub.open:
             idle = not router.has_work and not in_flight
+            vitals.turn(busy=not idle)
             refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := pace.spare_seconds()) > 0 and not in_flight[0][1].is_done():
                 refused += receive(hub, router, timeout=min(spare, LOOK_SECONDS))
@@ -80,6 +86,7 @@ def run(
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
                 result = step.result()
+                vitals.took()
                 pace.finished()
                 hub.send(router.apply(done, result))
             hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
@@ -119,6 +126,8 @@ def receive(hub: Hub, router: Router, timeout: float) -> list[TokenChunk]:
             router.cancel(body)
         elif kind == STOP:
             router.stop(body)
+        elif kind == CLOSE:
+            router.close(RequestError("UNAVAILABLE", body))
     return refused
 
 
@@ -184,6 +193,7 @@ class Leader:
         # Listening before it meets the others, it is there when they connect.
         self._followers = BatchSender(_batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
+        self._vitals = _vitals(address, 0, self._engine.info)
         self._hub = Hub(address, self._engine.info, leash)
         self._followers.accept()
 
@@ -191,10 +201,11 @@ class Leader:
         engine = self._engine
         router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
         try:
-            run(self._hub, router, self._followers, engine.runner, self._config.log_stats_interval)
+            run(self._hub, router, self._followers, engine.runner, self._config.log_stats_interval, self._vitals)
         finally:
             self._hub.close()
             self._followers.close()
+            self._vitals.close()
 
 
 class Follower:
@@ -202,16 +213,25 @@ class Follower:
 
     def __init__(self, config: EngineConfig, address: str, rank: int) -> None:
         self._engine = _load(config, rank, address)
+        self._vitals = _vitals(address, rank, self._engine.info)
         self._batches = BatchReceiver(_batches_address(address))
 
     def run(self) -> None:
-        follow(self._batches, self._engine.runner)
+        try:
+            follow(self._batches, self._engine.runner)
+        finally:
+            self._vitals.close()
 
 
 def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
     from lightllm_backend.engine.load import load_engine  # torch only now: a wrong setting is told at once
 
     return load_engine(config, rank, rendezvous_file(address))
+
+
+def _vitals(address: str, rank: int, info: EngineInfo) -> Vitals:
+    patience = CPU_PATIENCE_SECONDS if info.device == "cpu" else GPU_PATIENCE_SECONDS
+    return Vitals(Path(address).parent, f"worker-{rank}", patience)
 
 
 def _batches_address(address: str) -> str:
@@ -230,6 +250,7 @@ def main() -> None:
     status, leash = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
+    threading.excepthook = leave_with_thread
     threading.Thread(target=watch_leash, args=(leash,), name="leash", daemon=True).start()
     try:
         config = EngineConfig.build({}, os.environ)
@@ -238,7 +259,7 @@ def main() -> None:
         known = isinstance(error, (ConfigError, ModelError))
         log.error("cannot start: %s", error, exc_info=not known)
         message = str(error) if known else f"{type(error).__name__}: {error}"
-        os.write(status, f"error: {' '.join(message.split())}\n".encode())
+        os.write(status, f"error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
         leave(1)
     gc.collect()
     gc.freeze()  # what is loaded stays; the collector need not walk it between steps
@@ -249,6 +270,12 @@ def main() -> None:
         log.exception("the engine failed")
         leave(1)
     leave(0)
+
+
+def leave_with_thread(failure: threading.ExceptHookArgs) -> None:
+    """A worker without one of its threads is not to be trusted; the supervisor starts another."""
+    log.error("thread %s failed", failure.thread and failure.thread.name, exc_info=failure.exc_value)
+    leave(1)
 
 
 def leave(code: int) -> NoReturn:

@@ -7,6 +7,7 @@ is a leash: when the process that has started it ends, however it ends, the work
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
@@ -18,6 +19,8 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.tritonserver import original_environment
 
 STOP_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class EngineStartError(RuntimeError):
@@ -34,13 +37,20 @@ class WorkerGroup:
         environment = worker_environment(config)
         # A stub embeds its own interpreter, so sys.executable says nothing there.
         python = config.worker_python or "python3"
-        for rank in range(config.tp):
-            command = [python, "-m", "lightllm_backend.engine.worker", address, str(rank)]
-            worker = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            self._workers.append(worker)
-            threading.Thread(target=self._read, args=(rank, worker), name=f"rank-{rank}", daemon=True).start()
+        try:
+            for rank in range(config.tp):
+                self._start(rank, [python, "-m", "lightllm_backend.engine.worker", address, str(rank)], environment)
+        except OSError as error:
+            self.kill()
+            raise EngineStartError(f"rank {rank} cannot be started with {python}: {error}") from error
+
+    def _start(self, rank: int, command: list[str], environment: dict[str, str]) -> None:
+        # A stub's own encoding is ASCII whatever the locale; a worker's is UTF-8 (see worker_environment).
+        worker = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
+        self._workers.append(worker)
+        threading.Thread(target=self._read, args=(rank, worker), name=f"rank-{rank}", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
@@ -87,9 +97,14 @@ class WorkerGroup:
 
     def _read(self, rank: int, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
-        for line in worker.stdout:
-            self._told.put((rank, line.strip()))
-        self._told.put((rank, None))
+        try:
+            for line in worker.stdout:
+                self._told.put((rank, line.strip()))
+        except Exception:
+            log.exception("the status of rank %d cannot be read; it is ended", rank)
+            worker.kill()
+        finally:  # whoever waits for this rank must hear of it, whatever happens here
+            self._told.put((rank, None))
 
     def _end_of(self, rank: int) -> str:
         return f"the worker ended with exit code {self._workers[rank].wait()}"
@@ -111,5 +126,6 @@ def worker_environment(config: EngineConfig) -> dict[str, str]:
     # The ranks are processes of one machine, whatever its name resolves to.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    environment["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment | config.environment()

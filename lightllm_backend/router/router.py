@@ -87,7 +87,9 @@ class Router:
         self._chunks: list[TokenChunk] = []  # not yet given out
 
         self._numbers = itertools.count()
+        self._urgent_numbers = itertools.count(-1, -1)  # older than all others
         self._step = 0
+        self._closed: RequestError | None = None  # what further requests are refused with
         self._refusal: Refusal | None = None  # of the first in the queue
         self._pauses_total = 0
         self._prompt_tokens_total = 0
@@ -99,13 +101,16 @@ class Router:
 
     def submit(self, request: Request, handle: int = 0) -> None:
         """Queues the request, or raises the RequestError that answers it. The handle is what outputs will call it."""
-        sequence = Sequence(request, handle, next(self._numbers), self._clock(), self._policy.draw())
+        number = next(self._urgent_numbers if request.urgent else self._numbers)
+        sequence = Sequence(request, handle, number, self._clock(), self._policy.draw())
         try:
             self._check_admissible(sequence)
         except RequestError:
             self._requests["rejected"] += 1
             raise
         self._live[request.uid] = self._by_number[sequence.number] = self._queue[request.uid] = sequence
+        if request.urgent:
+            self._queue.move_to_end(request.uid, last=False)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, request.uid)
 
@@ -202,9 +207,17 @@ class Router:
     def fail_all(self, error: RequestError) -> None:
         """A step has failed: every sequence ends with the error, and the batches in flight are never applied."""
         self._in_flight.clear()
+        self._end_all(error)
+        self._pool.clear_cache()
+
+    def close(self, error: RequestError) -> None:
+        """The server goes down: every sequence ends with the error, and further requests are refused with it."""
+        self._closed = error
+        self._end_all(error)
+
+    def _end_all(self, error: RequestError) -> None:
         for sequence in list(self._live.values()):
             self.finish(sequence, FinishReason.FAILED, error)
-        self._pool.clear_cache()
 
     # What others may know
 
@@ -256,6 +269,8 @@ class Router:
 
     def _check_admissible(self, sequence: Sequence) -> None:
         request = sequence.request
+        if self._closed:
+            raise self._closed
         if request.uid in self._live:
             raise RequestError("INVALID_ARG", f"uid {request.uid!r} belongs to a request that has not ended")
         if sequence.max_slots > self._pool.capacity:
@@ -264,7 +279,7 @@ class Router:
                 f"the prompt has {sequence.prompt_length} tokens and max_tokens is {request.sampling.max_tokens}; "
                 f"that takes {sequence.max_slots} token slots, and the KV pool has {self._pool.capacity}",
             )
-        if len(self._queue) >= self._max_queue_size:
+        if len(self._queue) >= self._max_queue_size and not request.urgent:
             raise RequestError("UNAVAILABLE", f"the queue is full ({len(self._queue)} requests)")
 
     def _expire(self) -> None:

@@ -7,22 +7,26 @@ chunks of a request stay in order.
 """
 
 from lightllm_backend import triton_io
+from lightllm_backend.engine.channel import leave_run_directory, run_directory
 from lightllm_backend.engine.return_channel import ReturnChannel
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.response import DecodeState, ResponseDecoder
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_io.start_logging()
-        self.tokenizer = triton_io.load_tokenizer(triton_io.engine_config(args))
-        self.returns = ReturnChannel()
+        with triton_io.starting():
+            self.tokenizer = triton_io.load_tokenizer(triton_io.engine_config(args))
+            self.returns = ReturnChannel()
+            self.vitals = Vitals(run_directory(), "detokenizer")
 
     def execute(self, requests):
         for request in requests:
-            chunk, details = triton_io.read_chunk(request)
-            self.returns.connect(details["return_address"])
-            self.answer(triton_io.ServerSender(request), chunk, details)
+            with self.vitals.working():
+                chunk, details = triton_io.read_chunk(request)
+                self.returns.connect(details["return_address"])
+                self.answer(triton_io.ServerSender(request), chunk, details)
 
     def answer(self, sender, chunk, details):
         try:
@@ -51,3 +55,7 @@ class TritonPythonModel:
         sender.send(response and triton_io.client_response(response), final=True)
         if chunk.finish_reason is None:  # after the last one, nobody waits for word
             self.returns.delivered(uid, decoder.state().pack())
+
+    def finalize(self):
+        self.vitals.close()
+        leave_run_directory()

@@ -2,17 +2,22 @@
 """The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
 
 from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import remove_run_directory, remove_stale_run_directories, run_directory
+from lightllm_backend.engine.channel import leave_run_directory, remove_stale_run_directories, run_directory
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.response import DecodeState
+
+CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_io.start_logging()
-        config = triton_io.engine_config(args)
+        with triton_io.starting():
+            self.start(triton_io.engine_config(args))
+
+    def start(self, config):
         remove_stale_run_directories()
         self.run_directory = run_directory()
         self.tokenizer = triton_io.load_tokenizer(config)
@@ -21,16 +26,21 @@ class TritonPythonModel:
         self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
         self.supervisor.wait_ready()
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
-        self.engine.wait_ready()
+        self.engine.wait_ready(CONNECT_SECONDS)
         self.streams = Streams(self.engine, self.metrics, str(self.run_directory / "returns"))
+        self.vitals = Vitals(self.run_directory, "generation")
 
     def execute(self, requests):
         for request in requests:
-            try:
-                self.submit(request)
-            except Exception as error:
-                self.metrics.rejected()
-                triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+            with self.vitals.working():
+                self.answer(request)
+
+    def answer(self, request):
+        try:
+            self.submit(request)
+        except Exception as error:
+            self.metrics.rejected()
+            triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
 
     def submit(self, request):
         parsed, ensemble = triton_io.read_generation_request(request)
@@ -45,7 +55,7 @@ class TritonPythonModel:
 
         self.streams.submit(
             parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer, urgent=triton_io.is_probe(request),
         )  # fmt: skip
 
     def finalize(self):
@@ -53,4 +63,7 @@ class TritonPythonModel:
         self.streams.close()
         self.supervisor.stop()
         self.metrics.close()
-        remove_run_directory()
+        self.vitals.close()
+        for name in ("engine", "engine.ranks", "engine.batches", "returns"):
+            (self.run_directory / name).unlink(missing_ok=True)
+        leave_run_directory()

@@ -2,29 +2,35 @@
 """The entry for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
 
 from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import run_directory
+from lightllm_backend.engine.channel import leave_run_directory, run_directory
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.prompt import encode_prompt
 from lightllm_backend.response import DecodeState, ResponseDecoder
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_io.start_logging()
-        self.config = triton_io.engine_config(args)
-        self.tokenizer = triton_io.load_tokenizer(self.config)
-        self.metrics = triton_io.metrics(with_engine=False)
-        self.engine = EngineClient(str(run_directory() / "engine"))
-        self.streams = Streams(self.engine, self.metrics)
+        with triton_io.starting():
+            self.config = triton_io.engine_config(args)
+            self.tokenizer = triton_io.load_tokenizer(self.config)
+            self.metrics = triton_io.metrics(with_engine=False)
+            self.engine = EngineClient(str(run_directory() / "engine"))
+            self.streams = Streams(self.engine, self.metrics)
+            self.vitals = Vitals(run_directory(), "lightllm_unary")
 
     def execute(self, requests):
         for request in requests:
-            try:
-                self.submit(request)
-            except Exception as error:
-                self.metrics.rejected()
-                triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+            with self.vitals.working():
+                self.answer(request)
+
+    def answer(self, request):
+        try:
+            self.submit(request)
+        except Exception as error:
+            self.metrics.rejected()
+            triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
 
     def submit(self, request):
         deadline = triton_io.deadline(request)
@@ -34,10 +40,12 @@ class TritonPythonModel:
         decoder = ResponseDecoder(self.tokenizer, state)
         self.streams.submit(
             prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
-            flow_control=False, tokenizer=self.tokenizer,
+            flow_control=False, tokenizer=self.tokenizer, urgent=triton_io.is_probe(request),
         )  # fmt: skip
 
     def finalize(self):
         self.engine.close()  # which ends all requests
         self.streams.close()
         self.metrics.close()
+        self.vitals.close()
+        leave_run_directory()

@@ -2,18 +2,22 @@
 """The tokenizer step: text and parameters in, token ids and checked parameters out."""
 
 from lightllm_backend import triton_io
+from lightllm_backend.engine.channel import leave_run_directory, run_directory
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.prompt import encode_prompt
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        triton_io.start_logging()
-        self.config = triton_io.engine_config(args)
-        self.tokenizer = triton_io.load_tokenizer(self.config)
-        self.metrics = triton_io.metrics(with_engine=False)
+        with triton_io.starting():
+            self.config = triton_io.engine_config(args)
+            self.tokenizer = triton_io.load_tokenizer(self.config)
+            self.metrics = triton_io.metrics(with_engine=False)
+            self.vitals = Vitals(run_directory(), "tokenizer")
 
     def execute(self, requests):
-        return [self.encode(request) for request in requests]
+        with self.vitals.working():
+            return [self.encode(request) for request in requests]
 
     def encode(self, request):
         try:
@@ -28,3 +32,5 @@ class TritonPythonModel:
 
     def finalize(self):
         self.metrics.close()
+        self.vitals.close()
+        leave_run_directory()
