@@ -232,7 +232,7 @@ def launch_command(settings: dict[str, str], repository: Path, tmp_path: Path) -
     """Starts the command with the stand-in; probes follow each other quickly."""
     script = tmp_path / "fake_tritonserver.py"
     script.write_text(FAKE_TRITONSERVER)
-    program = "from lightllm_backend import serve; serve.PROBE_SECONDS = 0.2; serve.command()"
+    program = "from lightllm_backend import health, serve; health.PROBE_SECONDS = 0.2; serve.command()"
     command = [sys.executable, "-c", program, *options({**settings, "model_repository": str(repository)})]
     environment = {**os.environ, "LIGHTLLM_TRITONSERVER": f"{sys.executable} {script} {tmp_path}"}
     environment["PYTHONPATH"] = str(ROOT)
@@ -296,7 +296,7 @@ def test_a_server_that_fails_its_probes_is_stopped(launch_command: Any, tmp_path
     process = launch_command()
     read_until(process, "curl")
     (tmp_path / "broken").touch()
-    assert "lightllm answers with status 400: a stub is gone" in read_until(process, "error: 3 of the last probes")
+    assert "lightllm answers with status 400: a stub is gone" in read_until(process, "error: the server does not work")
     assert process.wait(20) == 1
 
 

@@ -50,6 +50,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self) -> None:
         self.requests: list[Recorded] = []
+        self.unready = ""  # what the health model reports
         self._server = grpc.server(ThreadPoolExecutor(max_workers=16))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -59,6 +60,12 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def stop(self) -> None:
         self._server.stop(grace=None).wait(10)
+
+    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.requests.append(Recorded(request.model_name, {}, context.peer(), context.time_remaining()))
+        if self.unready:
+            context.abort(grpc.StatusCode.UNAVAILABLE, self.unready)
+        return service_pb2.ModelInferResponse(model_name=request.model_name)
 
     def ModelStreamInfer(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         for request in request_iterator:

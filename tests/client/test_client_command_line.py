@@ -164,8 +164,8 @@ def test_a_system_message_needs_chat(call):
 def test_health(call, fake_server):
     result = call("health")
     assert result.exit_code == 0
-    assert result.stdout.startswith("healthy: one token in 0.")
-    assert fake_server.requests[0].value("max_tokens", None) == 1
+    assert result.stdout.startswith("healthy: answered in 0.")
+    assert fake_server.requests[0].model == "health"
 
 
 def test_health_without_a_server_fails(call, fake_server):

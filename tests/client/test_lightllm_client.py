@@ -217,10 +217,16 @@ def test_a_server_that_goes_away_in_mid_stream_is_an_error(client, fake_server):
         list(stream)
 
 
-def test_health_is_a_request_for_one_token(client, fake_server):
+def test_health_asks_the_health_model(client, fake_server):
     assert 0 < client.health(timeout=SOON) < SOON
-    assert fake_server.requests[0].tensors["max_tokens"] == ("INT32", [1], [1])
+    assert fake_server.requests[0].model == "health"
     assert 0 < fake_server.requests[0].timeout < 2 * SOON
+
+
+def test_a_server_that_does_not_work_says_why(client, fake_server):
+    fake_server.unready = "UNAVAILABLE: generation (process 7) is dead"
+    with pytest.raises(Unavailable, match=r"generation \(process 7\) is dead"):
+        client.health(timeout=SOON)
 
 
 def test_many_threads_stream_at_once(client):

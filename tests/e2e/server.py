@@ -53,7 +53,9 @@ def free_ports(count: int) -> list[int]:
 class TritonServer:
     """Owns one server process from construction to `stop`. `settings` are engine settings by their lower-case names."""
 
-    def __init__(self, log: Path, arguments: Sequence[str] = (), **settings: object) -> None:
+    def __init__(
+        self, log: Path, arguments: Sequence[str] = (), repository: Path = REPOSITORY, **settings: object
+    ) -> None:
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
         ports = [
             f"--http-port={self.http_port}",
@@ -65,7 +67,7 @@ class TritonServer:
             "--exit-timeout-secs=5",
         ]
         argv, environment = command(
-            [f"--model-repository={REPOSITORY}", *ports, *arguments], engine_environment(settings)
+            [f"--model-repository={repository}", *ports, *arguments], engine_environment(settings)
         )
         self.log_path = log
         with log.open("wb") as output:

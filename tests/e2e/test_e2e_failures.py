@@ -10,13 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
 from client import LightLLMClient, Unavailable
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine.supervisor import EngineStartError, EngineSupervisor
 from tests.e2e.calls import in_parallel, infer_http
-from tests.e2e.server import ServerEnded, TritonServer, poll
+from tests.e2e.server import REPOSITORY, ServerEnded, TritonServer, poll
 
 pytestmark = pytest.mark.e2e
 
@@ -75,7 +76,7 @@ def test_the_engine_dies_in_the_middle(small_server: TritonServer, small_client:
 
 def serves(client: LightLLMClient) -> bool:
     try:
-        client.health(timeout=60)
+        client.generate("Hello", max_tokens=1, timeout=60)
     except Unavailable:
         return False
     return True
@@ -150,6 +151,48 @@ def test_the_server_does_not_start_with_a_broken_tokenizer(tiny_model: Path, tmp
         server.wait_ready()
     assert ended.value.exit_code != 0
     assert str(directory / "tokenizer.json") in server.log()
+
+
+def test_the_server_names_the_tensors_that_a_checkpoint_lacks(tiny_model: Path, tmp_path: Path) -> None:
+    """So many that the message is cut short with "…", which is not ASCII."""
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name and "norm" not in name}
+    assert len(tensors) - len(kept) > 10
+    save_file(kept, directory / "model.safetensors")
+    server = TritonServer(tmp_path / "log", model_dir=directory)
+    with pytest.raises(ServerEnded):
+        server.wait_ready()
+    assert "model.layers.1." in server.log()
+    assert "…" in server.log()
+
+
+@pytest.mark.parametrize("source", ["environment", "config.pbtxt"])
+def test_a_model_directory_may_have_any_name(tiny_model: Path, tmp_path: Path, source: str) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "modèle 模型"))
+    repository = REPOSITORY
+    settings = {"model_dir": str(directory)}
+    if source == "config.pbtxt":
+        repository = Path(shutil.copytree(REPOSITORY, tmp_path / "repository"))
+        parameter = f'parameters {{ key: "model_dir", value: {{ string_value: "{settings.pop("model_dir")}" }} }}'
+        with (repository / "generation" / "config.pbtxt").open("a", encoding="utf-8") as config:
+            config.write(parameter)
+    server = TritonServer(tmp_path / "log", repository=repository, **settings)
+    try:
+        server.wait_ready()
+        with LightLLMClient(server.grpc_url, timeout=60) as client:
+            assert client.generate([5, 6, 7], max_tokens=4, ignore_eos=True).num_output_tokens == 4
+    finally:
+        server.stop()
+
+
+def test_an_error_names_a_directory_of_any_name(tiny_model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "modèle 模型"))
+    (directory / "tokenizer.json").unlink()
+    server = TritonServer(tmp_path / "log", model_dir=directory)
+    with pytest.raises(ServerEnded):
+        server.wait_ready()
+    assert f"{directory} has no tokenizer" in server.log()
 
 
 def test_the_server_does_not_start_with_a_wrong_setting(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> 
     try:
         killed.wait_ready()
         processes = killed.processes()
-        assert len(processes) == 7, "the server, a stub for each instance of four models, the worker"
+        assert len(processes) == 8, "the server, a stub for each instance of five models, the worker"
     finally:
         killed.process.kill()
         killed.process.wait()

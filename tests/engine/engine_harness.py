@@ -20,6 +20,7 @@ from lightllm_backend.engine.batch_channel import BatchSender
 from lightllm_backend.engine.channel import EngineInfo
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.hub import Hub
+from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.engine.worker import build_router, run
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
@@ -75,16 +76,18 @@ class CountingEngine:
         self.hub: Hub
         read_end, self._leash = os.pipe()
         self.hub = Hub(address, INFO, read_end)
+        self.vitals = Vitals(Path(address).parent, "worker-0")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            run(self.hub, self.router, BatchSender("", 0), self.runner, log_stats_interval=0)  # type: ignore[arg-type]
+            run(self.hub, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:
             self.hub.close()
+            self.vitals.close()
 
     def stop(self) -> None:
         self.runner.gate.set()

@@ -15,10 +15,10 @@ from lightllm_backend.engine import channel
 from lightllm_backend.engine.channel import (
     Channel,
     ChannelClosed,
+    leave_run_directory,
     listen,
     pack_chunk,
     pack_request,
-    remove_run_directory,
     remove_stale_run_directories,
     run_directory,
     run_directory_of,
@@ -46,6 +46,7 @@ def over_the_wire(packed: list[Any]) -> list[Any]:
                 stop_words=("a", "🎉"), return_log_probs=True,
             ),
             deadline=12.5,
+            urgent=True,
         ),
     ],
 )  # fmt: skip
@@ -212,11 +213,14 @@ def test_a_link_in_its_place_is_refused(base: Path, tmp_path: Path) -> None:
         run_directory()
 
 
-def test_it_is_removed_with_what_is_in_it(base: Path) -> None:
+def test_the_last_to_leave_it_removes_it(base: Path) -> None:
     (run_directory() / "engine").touch()
-    remove_run_directory()
+    leave_run_directory()
+    assert (run_directory() / "engine").exists(), "somebody is still there"
+    (run_directory() / "engine").unlink()
+    leave_run_directory()
     assert list(base.iterdir()) == []
-    remove_run_directory()  # it is made again, and gone again
+    leave_run_directory()  # it is made again, and gone again
     assert list(base.iterdir()) == []
 
 
@@ -225,7 +229,7 @@ def test_the_environment_may_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run_directory() == run_directory_of(1) == tmp_path / "a" / "b"
     assert run_directory().is_dir()
     remove_stale_run_directories()
-    remove_run_directory()
+    leave_run_directory()
     assert (tmp_path / "a" / "b").is_dir(), "whoever names it removes it"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lightllm_backend.engine.channel import READY, SUBMIT, TOKENS, Channel, EngineStats, pack_request
+from lightllm_backend.engine.vitals import read_vitals
 from lightllm_backend.engine.worker import StatisticsLog
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from tests.engine.engine_harness import (
@@ -201,6 +202,50 @@ def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: 
     assert told == [True, False, True]
     second.stop()
     client.close()
+
+
+def test_a_message_that_cannot_be_read_ends_the_requests_and_the_client_connects_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with counting_engine(tmp_path) as (engine, client):
+        engine.runner.gate.clear()
+        answer = Answer(client, [1], max_tokens=5)
+        wait_for(lambda: engine.router.stats().running == 1)
+        [channel] = engine.hub._clients
+        channel.send(TOKENS, "no array")
+        assert "the engine stopped while the request was running" in str(answer.wait().last.error)
+        assert "the engine's messages cannot be read" in caplog.text
+        engine.runner.gate.set()
+        client.wait_ready(10)
+        assert Answer(client, [7], max_tokens=2).wait().tokens == [8, 9]
+
+
+def test_a_client_may_close_the_engine(tmp_path: Path) -> None:
+    with counting_engine(tmp_path) as (engine, client):
+        other = EngineClient(str(tmp_path / "engine"))
+        other.wait_ready(10)
+        engine.runner.gate.clear()
+        answers = [Answer(client, [1], max_tokens=5), Answer(other, [1], max_tokens=5)]
+        wait_for(lambda: engine.router.stats().running == 2)
+        other.close_engine("the server is stopped: generation is dead")
+        engine.runner.gate.set()
+        for answer in [*answers, Answer(client, [1], max_tokens=5)]:
+            assert str(answer.wait().last.error) == "UNAVAILABLE: the server is stopped: generation is dead"
+        other.close()
+
+
+def test_the_loop_publishes_its_progress(tmp_path: Path) -> None:
+    with counting_engine(tmp_path) as (engine, client):
+        engine.runner.gate.clear()
+        answer = Answer(client, [1], max_tokens=3)
+        wait_for(lambda: engine.router.stats().running == 1)
+        [stuck] = read_vitals(tmp_path)
+        assert stuck.role == "worker-0"
+        assert time.monotonic() - 10 < stuck.busy_since <= time.monotonic(), "in the midst of a step"
+        engine.runner.gate.set()
+        answer.wait()
+        wait_for(lambda: read_vitals(tmp_path)[0].busy_since == 0)
+        assert read_vitals(tmp_path)[0].taken - stuck.taken == 3, "results"
 
 
 def test_requests_of_a_client_that_dies_are_cancelled(tmp_path: Path) -> None:

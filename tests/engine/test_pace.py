@@ -52,7 +52,8 @@ class Simulation:
         self._device_free = 0.0
         self._steps_in_flight = 0
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
-        run(self, router, BatchSender("", 0), self, 0, clock=lambda: self.now)  # type: ignore[arg-type]
+        vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
+        run(self, router, BatchSender("", 0), self, 0, vitals, clock=lambda: self.now)  # type: ignore[arg-type]
 
     # As a hub
 

@@ -428,6 +428,65 @@ def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, to
     assert len(responder.sent) == 1
 
 
+def test_a_request_whose_tokens_cannot_be_handled_ends_alone(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(stream: TextStream, token_ids: list[int]) -> str:
+        raise ValueError("no such token")
+
+    other = submit(streams, tokenizer)
+    responder = submit(streams, tokenizer, stop_words=("b",))
+    monkeypatch.setattr(TextStream, "push", fail)
+    engine.make("u1", [5])  # raises nothing: the thread that reads all requests' tokens goes on
+    wait_for(lambda: responder.sent)
+    assert str(responder.last.error) == "INTERNAL: the tokens could not be handled: ValueError('no such token')"
+    assert engine.cancelled == ["u1"]
+    engine.make("u1", [], FinishReason.CANCELLED)
+    engine.make("u0", [6])
+    wait_for(lambda: other.ids == [[6]])
+    assert len(responder.sent) == 1
+
+
+def test_the_watch_over_clients_survives_a_question_that_fails(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    broken, sound = (submit(streams, tokenizer, flow_control=False) for _ in range(2))
+    broken.is_cancelled = None  # type: ignore[assignment, method-assign]
+    wait_for(lambda: sound.questions > 2)
+    sound.cancelled = True
+    wait_for(lambda: engine.cancelled == ["u1"])
+
+
+def test_a_detokenizer_may_connect_after_one_could_not(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, failed = Channel.accept, []
+
+    def fail_once(listener: Any) -> Channel:
+        channel = accept(listener)
+        if not failed:
+            failed.append(channel)
+            channel.close()
+            raise OSError("too many open files")
+        return channel
+
+    # The thread already waits in the real one; this is what it calls next.
+    monkeypatch.setattr(Channel, "accept", fail_once)
+    waiting = Channel.connect(streams.return_address)
+    refused = Channel.connect(streams.return_address)
+    wait_for(lambda: failed)
+    returns = ReturnChannel()
+    returns.connect(streams.return_address)
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    wait_for(lambda: responder.ids == [[1]])
+    engine.make("u0", [2])
+    returns.delivered("u0", ["state"])
+    wait_for(lambda: responder.ids == [[1], [2]])
+    waiting.close()
+    refused.close()
+
+
 def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:

@@ -2,9 +2,11 @@
 """EngineSupervisor, with a worker made for the occasion in place of the interpreter."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -42,7 +44,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def supervisor(first: str = "", then: str = "", on_restart: Callable[[], None] = lambda: None) -> EngineSupervisor:
         script = tmp_path / "python"
-        script.write_text(WORKER.format(python=sys.executable, folder=str(tmp_path), first=first, then=then))
+        text = WORKER.format(python=sys.executable, folder=str(tmp_path), first=first, then=then)
+        script.write_text(text, encoding="utf-8")
         script.chmod(0o755)
         config = EngineConfig(worker_python=str(script), max_queue_size=77)
         made.append(EngineSupervisor(config, "/the/address", on_restart))
@@ -71,6 +74,65 @@ def test_the_worker_s_own_error_is_what_is_raised(make: Make) -> None:
     supervisor = make(first="print('error: no such model'); sys.exit(1)")
     with pytest.raises(EngineStartError, match="^no such model$"):
         supervisor.wait_ready()
+
+
+STUB = """
+import sys
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.engine.supervisor import EngineSupervisor
+assert open(0).encoding.lower() in ("ascii", "ansi_x3.4-1968"), open(0).encoding
+try:
+    EngineSupervisor(EngineConfig(worker_python=sys.argv[1], max_queue_size=77), "/the/address").wait_ready()
+except Exception as error:
+    print(ascii(str(error)))
+"""
+
+
+def test_an_error_in_any_script_is_raised_where_the_locale_is_ascii(make: Make, tmp_path: Path) -> None:
+    """As it is inside Triton server's stubs, whatever the environment says."""
+    make(first="print('error: lm_head ≤ layers.0 … modèle', flush=True); sys.exit(1)")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", STUB, str(tmp_path / "python")],
+        env=environment, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.strip() == ascii("lm_head ≤ layers.0 … modèle"), done.stderr
+
+
+def test_a_status_that_cannot_be_read_is_the_end_of_the_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[str]:
+            raise ValueError("no text")
+
+    popen = subprocess.Popen
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        worker = popen(*arguments, **options)
+        worker.stdout = Broken()  # type: ignore[assignment]
+        return worker
+
+    monkeypatch.setattr(worker_group.subprocess, "Popen", broken)
+    with pytest.raises(EngineStartError, match="before it was ready"):
+        make().wait_ready()
+
+
+def test_a_worker_that_cannot_be_started(tmp_path: Path) -> None:
+    with pytest.raises(EngineStartError, match="rank 0 cannot be started with /no/python"):
+        EngineSupervisor(EngineConfig(worker_python="/no/python"), str(tmp_path / "engine"))
+
+
+def test_a_failure_of_the_watch_does_not_end_it(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failures = [RuntimeError("no metrics")]
+
+    def on_restart() -> None:
+        if failures:
+            raise failures.pop()
+
+    supervisor = make(on_restart=on_restart)
+    supervisor.wait_ready()
+    psutil.Process(supervisor.pids[0]).kill()
+    wait_for(lambda: starts(tmp_path) == 2)
+    assert "could not be started again: no metrics" in caplog.text
 
 
 def test_a_worker_that_ends_without_a_word(make: Make) -> None:
@@ -136,6 +198,7 @@ def test_the_worker_s_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["LD_LIBRARY_PATH"] == "/users/own"
     assert environment["LIGHTLLM_DTYPE"] == "float16"
     assert environment["OMP_WAIT_POLICY"] == "passive"
+    assert environment["PYTHONUTF8"] == "1", "status lines and paths are UTF-8"
     root = str(Path(__file__).resolve().parents[2])
     assert environment["PYTHONPATH"].split(os.pathsep) == [root, "/users/packages"]
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")

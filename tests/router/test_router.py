@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -130,6 +132,24 @@ def test_admission_is_in_order_of_arrival_and_nobody_overtakes() -> None:
     assert [len(entry.prompt_ids) for entry in batch.admitted] == [10]
     router.cancel("large")
     assert [len(entry.prompt_ids) for entry in router.next_batch().admitted] == [1]
+
+
+def test_an_urgent_request_goes_first_and_waits_for_no_queue() -> None:
+    router = make_router(max_running=1, max_queue_size=2)
+    submit(router, make_request("runs", 3, max_tokens=2))
+    router.next_batch()
+    for uid in ("a", "b"):
+        submit(router, make_request(uid, 3, max_tokens=2))
+    for uid in ("p1", "p2"):
+        submit(router, replace(make_request(uid, 5, max_tokens=1), urgent=True))
+    router.check_integrity()
+    with pytest.raises(RequestError, match=r"the queue is full \(4 requests\)"):
+        submit(router, make_request("c", 3))
+    router.next_batch()
+    router.cancel("runs")
+    assert [len(entry.prompt_ids) for entry in router.next_batch().admitted] == [5], "a probe"
+    assert router.stats().queued == 3
+    router.check_integrity()
 
 
 @pytest.mark.parametrize(("capacity", "admitted_at_once"), [(28, False), (29, True)])
@@ -330,6 +350,20 @@ def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
     submit(router, make_request("d", 3, max_tokens=1))
     batch = router.next_batch()
     assert only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).finish_reason is FinishReason.LENGTH
+
+
+def test_a_router_that_is_closed_ends_everybody_and_refuses_the_rest() -> None:
+    router = make_router(max_running=1)
+    submit(router, make_request("runs", 3, max_tokens=4))
+    batch = router.next_batch()
+    submit(router, make_request("waits", 3))
+    error = RequestError("UNAVAILABLE", "the server is stopped")
+    router.close(error)
+    assert [(chunk.uid, chunk.error) for chunk in router.drain_finished()] == [("runs", error), ("waits", error)]
+    assert as_chunks(router.apply(batch, sampled(batch, 1))) == [], "the step in flight still comes to its end"
+    router.check_integrity()
+    with pytest.raises(RequestError, match="^UNAVAILABLE: the server is stopped$"):
+        submit(router, make_request("late", 3))
 
 
 # What chunks and metrics say
