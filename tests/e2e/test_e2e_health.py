@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -75,7 +76,7 @@ class LaunchCommand:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path / "log", max_queue_size=200)
+    started = LaunchCommand(tmp_path / "log", max_queue_size=200, running_max_req_size=100)
     try:
         yield started.wait_ready()
     finally:
@@ -108,7 +109,7 @@ def test_a_flood_does_not_take_a_healthy_server_down(command: LaunchCommand) -> 
     ends = asyncio.run(flood(command.http_port, 1000, max_tokens=4, seconds=300))
     seconds = time.monotonic() - started
     assert seconds > 5 * PROBE_SECONDS, f"the flood took {seconds:.1f} s: too short to prove anything"
-    assert set(ends) == {"200", "400"}, ends  # answered, or the queue was full
+    assert set(ends) <= {"200", "400"}, ends  # answered, or the queue was full
     assert ends["200"] >= 200
     assert command.process.poll() is None, command.log()
     assert "error" not in command.log()
@@ -143,6 +144,7 @@ def under_load(command: LaunchCommand, act: Callable[[], float]) -> tuple[list[s
     streams = Streams(command.grpc_url, 8)
 
     async def run() -> float:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(16))
         streaming = asyncio.create_task(streams.run())
         while streams.begun < 16:
             await asyncio.sleep(0.05)
