@@ -23,8 +23,8 @@ from lightllm_backend.models.vocabulary import Embedding, Head, wanted
 from lightllm_backend.models.weights import HEAD, WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
-# What some checkpoints carry beside the weights: the tables of rotary embeddings, which early versions of transformers
-# saved (inv_freq) and ColossalAI does (all three), and the version that the class of transformers 4.28 to 4.31 ignored.
+# What some checkpoints carry beside the weights: the tables of rotary embeddings, of which the first versions of
+# transformers saved one and ColossalAI saves all, and a version number that transformers' first LLaMA ignored as well.
 OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "decoder.version")
 
 

@@ -175,6 +175,8 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama
 def _architecture(config: ConfigFields) -> str:
     """The class of the model: the first of `architectures`, else the causal language model of `model_type`."""
     names, model_type = config.get("architectures"), config.get("model_type")
+    if not isinstance(model_type, (str, type(None))):
+        raise config.error("model_type", "the name of a type is needed")
     if not names and model_type is not None:
         if model_type not in MODEL_TYPES:
             raise config.error("model_type", f"known without architectures: {', '.join(sorted(MODEL_TYPES))}")
@@ -186,7 +188,7 @@ def _architecture(config: ConfigFields) -> str:
         check_architecture(architecture)
     except ModelError as error:
         raise ModelError(f"{config.path}: {error}") from error
-    if MODEL_TYPES.get(model_type, architecture) != architecture:
+    if model_type in MODEL_TYPES and MODEL_TYPES[model_type] != architecture:
         raise config.error("model_type", f"architectures is {names!r}; both must name the same model")
     return architecture
 

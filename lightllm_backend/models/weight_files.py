@@ -34,8 +34,9 @@ NOT_THE_MODEL = (
     "training_args",
 )  # fmt: skip
 
-# safetensors' words for the dtypes that weights are read from; others are quantised.
-_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# The dtypes that weights are read from, and safetensors' words for them; others are quantised.
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_SAFETENSORS_FLOATS = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS, strict=True))
 
 # What a file holds that Git has left in place of a large one.
 _LFS_POINTER = b"version https://git-lfs"
@@ -68,9 +69,9 @@ class Source:
 
     def check_dtype(self) -> None:
         """Refuse what is not a floating-point number as it stands: casting it would lose its scale."""
-        if self.dtype not in _FLOATS.values():
+        if self.dtype not in FLOATS:
             raise ModelError(
-                f"{self.path}: {self.name} has the dtype {self.dtype}; one of {', '.join(_FLOATS.values())} is needed: "
+                f"{self.path}: {self.name} has the dtype {self.dtype}; one of {', '.join(FLOATS)} is needed: "
                 "an unquantised checkpoint"
             )
 
@@ -128,7 +129,7 @@ def _safetensors(path: Path) -> Iterator[dict[str, Source]]:
                 name: Source(
                     name,
                     path,
-                    _FLOATS.get(values.get_dtype(), values.get_dtype()),
+                    _SAFETENSORS_FLOATS.get(values.get_dtype(), values.get_dtype()),
                     tuple(values.get_shape()),
                     values.__getitem__,
                 )

@@ -294,6 +294,7 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
             {"model_type": "mistral"},
             r"model_type is 'mistral'; architectures is \['LlamaForCausalLM'\]; both must name",
         ),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; the name of a type is needed"),
         ({"hidden_size": None}, "hidden_size is null; an integer of at least 1"),
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not known; known: .*LlamaForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; an unquantised checkpoint"),
