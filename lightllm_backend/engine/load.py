@@ -47,6 +47,8 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     device = choose_device(config, rank)
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
+    for warning in shape.warnings:
+        log.warning(warning)
     parallel = TensorParallel.connect(rank, config.tp, device, store)
     dtype = choose_dtype(config, shape, device, parallel)
     parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)

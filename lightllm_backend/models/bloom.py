@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lightllm_backend.models.layers import (
     ColumnLinear,
-    Embedding,
-    Head,
     KVLayer,
     Part,
     Placement,
@@ -19,11 +17,14 @@ from lightllm_backend.models.layers import (
     RowLinear,
     StepInput,
     alibi_slopes,
-    wanted,
 )
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.models.vocabulary import Embedding, Head, wanted
+from lightllm_backend.models.weights import HEAD, WeightSlot
 from lightllm_backend.parallel import TensorParallel
+
+# The mask that the first conversions carry beside the weights.
+OLD_BUFFER = "scale_mask_softmax.causal_mask"
 
 
 class LayerNorm:
@@ -104,6 +105,7 @@ class BloomForCausalLM:
     """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
 
     prefix = "transformer."
+    embedding_name = "transformer.word_embeddings.weight"
 
     def __init__(
         self,
@@ -135,11 +137,11 @@ class BloomForCausalLM:
         return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        slots = self.embedding.weight_map("transformer.word_embeddings.weight")
+        slots = self.embedding.weight_map(self.embedding_name)
         slots |= self.embedding_norm.weight_map()
         for index, layer in enumerate(self.layers):
             slots |= {f"transformer.h.{index}.{name}": slot for name, slot in layer.weight_map().items()}
-        return slots | self.norm.weight_map() | self.head.weight_map("lm_head.weight")
+        return slots | self.norm.weight_map() | self.head.weight_map()
 
     def ignores(self, name: str) -> bool:
-        return name == "lm_head.weight" and self.head.tied
+        return name.endswith(OLD_BUFFER) or (name == HEAD and self.head.tied)

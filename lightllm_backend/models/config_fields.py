@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class ConfigFields:
-    """One JSON object whose values are taken by kind; an absent or null value takes the default, or is an error."""
+    """One JSON object whose values are taken by kind.
+
+    An absent key has the value that `defaults` gives it. A null, from either, is an error unless the caller says what
+    null stands for.
+    """
 
     path: Path
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     prefix: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> ConfigFields:
@@ -38,17 +44,30 @@ class ConfigFields:
             raise ModelError(f"{path}: holds a JSON {type(values).__name__}; an object is needed")
         return cls(path, values)
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> ConfigFields:
+        return replace(self, defaults=defaults)
+
     def error(self, key: str, needed: str) -> ModelError:
-        is_there = self.values.get(key) is not None
-        value = f"is {self.values[key]!r}" if is_there else "is missing"
+        if key in self.values:
+            value = "is null" if self.values[key] is None else f"is {self.values[key]!r}"
+        else:
+            default = self.defaults.get(key)
+            value = "is missing" if default is None else f"is missing, which makes it {default!r}"
         return ModelError(f"{self.path}: {self.prefix}{key} {value}; {needed}")
 
+    def knows(self, key: str) -> bool:
+        """Whether the class that the file is for has this key."""
+        return key in self.defaults
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key, self.defaults.get(key))
+
     def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
+        return self.get(key) is not None
 
     def child(self, key: str) -> ConfigFields:
-        """The object under `key`; an empty one if it is absent."""
-        value = self.values.get(key)
+        """The object under `key`; an empty one if it is absent or null."""
+        value = self.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "an object is needed")
         return ConfigFields(self.path, value or {}, f"{self.prefix}{key}.")
@@ -57,33 +76,31 @@ class ConfigFields:
         """The first of several names of one setting that is there; without any, the last."""
         return next((key for key in keys if self.has(key)), keys[-1])
 
-    def count(self, key: str, default: object = _REQUIRED, least: int = 1) -> int:
-        value = self.values.get(key)
-        if value is None and default is not _REQUIRED:
-            value = default
+    def count(self, key: str, null: object = _REQUIRED, least: int = 1) -> int:
+        """An integer; `null` where there is none."""
+        value = self.get(key)
+        if value is None and null is not _REQUIRED:
+            value = null
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"an integer of at least {least} is needed")
         return value
 
-    def positive(self, key: str, default: object = _REQUIRED) -> float:
-        value = self.values.get(key)
-        if value is None and default is not _REQUIRED:
-            value = default
+    def positive(self, key: str) -> float:
+        value = self.get(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
             raise self.error(key, "a number above 0 is needed")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
+    def flag(self, key: str) -> bool:
+        """True or false; false of a key that the class does not know."""
+        value = self.get(key) if self.knows(key) else False
         if not isinstance(value, bool):
             raise self.error(key, "true or false is needed")
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """A token id or a list of them."""
-        value = self.values.get(key)
+        value = self.get(key)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
             raise self.error(key, "a token id or a list of token ids is needed")

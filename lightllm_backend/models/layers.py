@@ -8,19 +8,18 @@ can be captured in a CUDA graph. Tensors of tokens are packed without padding, [
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.models.weights import HasWeights, WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
 
@@ -55,12 +54,11 @@ class StepInput:
     whole_prompts: WholePrompts | None = None  # those without cached tokens, where the host knows them
 
 
-class CausalLM(Protocol):
-    """What the runner asks of a model."""
+class CausalLM(HasWeights, Protocol):
+    """What the runner asks of a model, and what loading does."""
 
     num_kv_heads: int  # on this rank
     head_dim: int
-    prefix: str  # see weights.HasWeights
 
     def __init__(
         self,
@@ -75,12 +73,6 @@ class CausalLM(Protocol):
 
     def forward(self, step: StepInput) -> Tensor:
         """Write the new K and V into the pool, and return the logits [m, vocab] of `step.last_tokens`."""
-
-    def weight_map(self) -> Mapping[str, WeightSlot]:
-        """See weights.HasWeights."""
-
-    def ignores(self, name: str) -> bool:
-        """See weights.HasWeights."""
 
 
 @dataclass(frozen=True)
@@ -205,63 +197,6 @@ class RowLinear:
         if self.bias is not None:
             slots[f"{self.name}.bias"] = WeightSlot.whole(self.bias)
         return slots
-
-
-class Embedding:
-    """The table of token embeddings, its rows split over the ranks. Padding makes all shares the same size."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
-        self.parallel = place.parallel
-        self.vocab_size = vocab_size
-        rows, self.start, self.num_held = place.vocabulary_share(vocab_size)
-        self.weight = place.empty(rows, hidden_size)
-
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            return functional.embedding(input_ids, self.weight)
-        local = input_ids - self.start
-        elsewhere = (local < 0) | (local >= self.num_held)
-        vectors = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.parallel.all_reduce(vectors.masked_fill_(elsewhere.unsqueeze(1), 0))
-
-    def weight_map(self, name: str) -> dict[str, WeightSlot]:
-        shape = (self.vocab_size, self.weight.shape[1])
-        return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
-
-
-def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
-    if last_tokens is None:
-        return x, residual
-    # First, for the norm reads it ahead: see kernels.dependent_launch.
-    residual = residual.index_select(0, last_tokens)
-    return x.index_select(-2, last_tokens), residual
-
-
-class Head:
-    """Logits over the vocabulary, whose rows are split over the ranks as those of the embeddings are.
-
-    All ranks gather all logits, to the same bits, so that they choose the same tokens. With tied embeddings the weight
-    is that of the embeddings, and no tensor of the checkpoint is its own.
-    """
-
-    def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
-        self.parallel = place.parallel
-        self.vocab_size = embedding.vocab_size
-        self.start, self.num_held = embedding.start, embedding.num_held
-        self.tied = tied
-        self.kernels = place.kernels
-        self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        logits = self.parallel.all_gather(self.kernels.linear(x, self.weight))
-        return logits[:, : self.vocab_size]
-
-    def weight_map(self, name: str) -> dict[str, WeightSlot]:
-        if self.tied:
-            return {}
-        shape = (self.vocab_size, self.weight.shape[1])
-        return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
 class RotaryEmbedding:

@@ -12,18 +12,20 @@ from lightllm_backend.models.layers import (
     Attention,
     AttentionOptions,
     ColumnLinear,
-    Embedding,
-    Head,
     Part,
     Placement,
     RotaryEmbedding,
     RowLinear,
     StepInput,
-    wanted,
 )
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.models.vocabulary import Embedding, Head, wanted
+from lightllm_backend.models.weights import HEAD, WeightSlot
 from lightllm_backend.parallel import TensorParallel
+
+# What some checkpoints carry beside the weights: the tables of rotary embeddings, of which the first versions of
+# transformers saved one and ColossalAI saves all, and a version number that transformers' first LLaMA ignored as well.
+OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "decoder.version")
 
 
 class RMSNorm:
@@ -85,6 +87,7 @@ class LlamaForCausalLM:
     """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
 
     prefix = "model."
+    embedding_name = "model.embed_tokens.weight"
 
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
@@ -122,10 +125,10 @@ class LlamaForCausalLM:
         return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        slots = self.embedding.weight_map("model.embed_tokens.weight")
+        slots = self.embedding.weight_map(self.embedding_name)
         for index, layer in enumerate(self.layers):
             slots |= {f"model.layers.{index}.{name}": slot for name, slot in layer.weight_map().items()}
-        return slots | self.norm.weight_map() | self.head.weight_map("lm_head.weight")
+        return slots | self.norm.weight_map() | self.head.weight_map()
 
     def ignores(self, name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.head.tied)
+        return name.endswith(OLD_BUFFERS) or (name == HEAD and self.head.tied)

@@ -10,5 +10,5 @@ from lightllm_backend.models.model_config import ModelConfig
 
 class MistralForCausalLM(LlamaForCausalLM):
     @staticmethod
-    def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004
-        return AttentionOptions(window=config.sliding_window or 0)
+    def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:
+        return AttentionOptions(window=config.window(layer))

@@ -8,18 +8,30 @@ directory can be wrong is a ModelError.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.registry import ARCHITECTURES, check_architecture
+from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES, MODEL_TYPES, check_architecture
+from lightllm_backend.models.unsupported import QUANTIZATION_KEYS, refuse_other_directories
 
 __all__ = ["ModelConfig", "ModelError", "RopeScaling"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# The words for a checkpoint's dtype, and what it is served in: no kernel knows float64.
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "float": "float32",
+    "float64": "float32",
+    "double": "float32",
+}
 
 # Positions of a model that has no limit of its own; how many are served is for the settings to say.
 UNLIMITED_POSITIONS = 2**17
@@ -61,8 +73,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     sliding_window: int | None = None
-    use_sliding_window: bool = False
-    sliding_layers: tuple[bool, ...] = ()
+    sliding_layers: tuple[bool, ...] = ()  # which layers have that window
+    # What whoever starts the model should be told.
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelConfig:
@@ -70,20 +83,19 @@ class ModelConfig:
         directory = Path(path)
         if not directory.is_dir():
             raise ModelError(f"{directory}: there is no such directory; a Hugging Face model directory is needed")
+        refuse_other_directories(directory)
         config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
-        if config.has("quantization_config"):
-            raise config.error("quantization_config", "an unquantised checkpoint is needed")
-        eos_ids = config.token_ids("eos_token_id")
-        generation_path = directory / "generation_config.json"
-        if generation_path.exists():
-            eos_ids += ConfigFields.read(generation_path).token_ids("eos_token_id")
+        config = config.with_defaults(ARCHITECTURES[architecture].defaults)
+        for key in QUANTIZATION_KEYS:
+            if config.has(key):
+                raise config.error(key, "an unquantised checkpoint is needed")
         return cls(
             architecture=architecture,
             vocab_size=config.count("vocab_size"),
             torch_dtype=_dtype(config),
             bos_id=next(iter(config.token_ids("bos_token_id")), None),
-            eos_ids=tuple(dict.fromkeys(eos_ids)),
+            eos_ids=_eos_ids(config, directory / "generation_config.json"),
             **DIALECTS[ARCHITECTURES[architecture].dialect](config),
         )
 
@@ -94,25 +106,27 @@ class ModelConfig:
             return int(self.max_positions * self.rope_scaling.factor)
         return self.max_positions
 
+    def window(self, layer: int) -> int:
+        """How many positions a query of this layer sees, its own among them; 0: all."""
+        return self.sliding_window if self.sliding_window is not None and self.sliding_layers[layer] else 0
+
 
 def _llama(config: ConfigFields) -> dict[str, Any]:
     """What LLaMA's config.json says, and those of all the models that have followed it."""
-    if (config.values.get("hidden_act") or "silu") not in ("silu", "swish"):
+    if config.get("hidden_act") not in ("silu", "swish"):
         raise config.error("hidden_act", "'silu' is needed")
-    if config.values.get("rope_interleaved"):
+    if config.get("rope_interleaved"):
         raise config.error("rope_interleaved", "false is needed")
     num_heads = config.count("num_attention_heads")
-    num_kv_heads = config.count("num_key_value_heads", num_heads)
+    num_kv_heads = config.count("num_key_value_heads", null=num_heads)
     hidden_size = config.count("hidden_size")
     if not config.has("head_dim") and hidden_size % num_heads != 0:
         raise config.error("hidden_size", f"a multiple of num_attention_heads, {num_heads}, or head_dim is needed")
-    head_dim = config.count("head_dim", hidden_size // num_heads)
+    head_dim = config.count("head_dim", null=hidden_size // num_heads)
     if num_heads % num_kv_heads != 0:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}, is needed")
     if head_dim % 2 != 0:
         raise config.error("head_dim", f"rotary embeddings need an even head_dim, this one is {head_dim}")
-    max_positions = config.count("max_position_embeddings")
-    rope_theta, rope_scaling = _rope(config, max_positions)
     num_layers = config.count("num_hidden_layers")
     return {
         "hidden_size": hidden_size,
@@ -122,21 +136,18 @@ def _llama(config: ConfigFields) -> dict[str, Any]:
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "norm_eps": config.positive("rms_norm_eps"),
-        "tie_word_embeddings": config.flag("tie_word_embeddings", False),
-        "max_positions": max_positions,
-        "attention_bias": config.flag("attention_bias", False),
-        "mlp_bias": config.flag("mlp_bias", False),
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
-        "sliding_window": config.count("sliding_window") if config.has("sliding_window") else None,
-        "use_sliding_window": config.flag("use_sliding_window", False),
-        "sliding_layers": _sliding_layers(config, num_layers),
+        "tie_word_embeddings": config.flag("tie_word_embeddings"),
+        "attention_bias": config.flag("attention_bias"),
+        "mlp_bias": config.flag("mlp_bias"),
+        "max_positions": config.count("max_position_embeddings"),
+        **_rope(config),
+        **_sliding_window(config, num_layers),
     }
 
 
 def _bloom(config: ConfigFields) -> dict[str, Any]:
     """What BLOOM's config.json says; it has gone by two names for most of it."""
-    if config.flag("apply_residual_connection_post_layernorm", False):
+    if config.flag("apply_residual_connection_post_layernorm"):
         raise config.error("apply_residual_connection_post_layernorm", "false is needed")
     hidden_key, heads_key = config.either("n_embed", "hidden_size"), config.either("num_attention_heads", "n_head")
     hidden_size, num_heads = config.count(hidden_key), config.count(heads_key)
@@ -150,8 +161,8 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
         "num_kv_heads": num_heads,
         "head_dim": hidden_size // num_heads,
         "norm_eps": config.positive("layer_norm_epsilon"),
-        "tie_word_embeddings": config.flag("tie_word_embeddings", True),
-        "max_positions": config.count("seq_length", UNLIMITED_POSITIONS),
+        "tie_word_embeddings": config.flag("tie_word_embeddings"),
+        "max_positions": config.count("seq_length", null=UNLIMITED_POSITIONS),
         "attention_bias": True,
         "mlp_bias": True,
     }
@@ -162,59 +173,101 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama
 
 
 def _architecture(config: ConfigFields) -> str:
-    names = config.values.get("architectures")
+    """The class of the model: the first of `architectures`, else the causal language model of `model_type`."""
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if not isinstance(model_type, (str, type(None))):
+        raise config.error("model_type", "the name of a type is needed")
+    if not names and model_type is not None:
+        if model_type not in MODEL_TYPES:
+            raise config.error("model_type", f"known without architectures: {', '.join(sorted(MODEL_TYPES))}")
+        return MODEL_TYPES[model_type]
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", "a list with the name of the model's class is needed")
+    architecture = FORMER_NAMES.get(names[0], names[0])
     try:
-        check_architecture(names[0])
+        check_architecture(architecture)
     except ModelError as error:
         raise ModelError(f"{config.path}: {error}") from error
-    return names[0]
+    if model_type in MODEL_TYPES and MODEL_TYPES[model_type] != architecture:
+        raise config.error("model_type", f"architectures is {names!r}; both must name the same model")
+    return architecture
+
+
+def _eos_ids(config: ConfigFields, generation_path: Path) -> tuple[int, ...]:
+    """The ids that end a text: those of both files, or the class's where neither names any."""
+    ids = config.token_ids("eos_token_id")
+    if not generation_path.exists():
+        return tuple(dict.fromkeys(ids))
+    more = ConfigFields.read(generation_path).token_ids("eos_token_id")
+    if more and "eos_token_id" not in config.values:
+        ids = ()
+    return tuple(dict.fromkeys(ids + more))
 
 
 def _dtype(config: ConfigFields) -> str | None:
-    """The checkpoint's dtype by its plain name; transformers 5 writes `dtype` for what was `torch_dtype`."""
-    key = "dtype" if config.has("dtype") else "torch_dtype"
-    value = config.values.get(key)
-    if value is None:
+    """The dtype to serve the checkpoint in; transformers 5 writes `dtype` for what was `torch_dtype`."""
+    key = config.either("dtype", "torch_dtype")
+    word = config.get(key)
+    if word is None:
         return None
-    if not isinstance(value, str):
-        raise config.error(key, "the name of a dtype, for example 'bfloat16', is needed")
-    return value.removeprefix("torch.")
+    name = word.removeprefix("torch.") if isinstance(word, str) else ""
+    if name not in DTYPES:
+        raise config.error(key, f"allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
-def _sliding_layers(config: ConfigFields, num_layers: int) -> tuple[bool, ...]:
-    """Which layers a sliding window is for: as `layer_types` says, else all from `max_window_layers` on."""
-    types = config.values.get("layer_types")
+def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
+    """The window, and which layers have it: as `layer_types` says, else all from `max_window_layers` on."""
+    is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
+    if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
+        return {}
+    window, types = config.count("sliding_window"), config.get("layer_types")
     if types is None:
-        first = config.count("max_window_layers", 0, least=0)
-        return tuple(layer >= first for layer in range(num_layers))
+        first = config.count("max_window_layers", least=0) if config.knows("max_window_layers") else 0
+        return {"sliding_window": window, "sliding_layers": tuple(layer >= first for layer in range(num_layers))}
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):
         raise config.error("layer_types", f"one of {' | '.join(LAYER_TYPES)} for each of {num_layers} layers is needed")
-    return tuple(kind == "sliding_attention" for kind in types)
+    return {"sliding_window": window, "sliding_layers": tuple(kind == "sliding_attention" for kind in types)}
 
 
-def _rope(config: ConfigFields, max_positions: int) -> tuple[float, RopeScaling]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
-    scaling = config.child("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
-    theta_owner = scaling if scaling.has("rope_theta") else config
-    theta = theta_owner.positive("rope_theta", 10000.0)
-    for owner in (config, scaling):
-        if owner.values.get("partial_rotary_factor") not in (None, 1, 1.0):
+def _rope(config: ConfigFields) -> dict[str, Any]:
+    """The base and the scaling: `rope_scaling` has them, else `rope_parameters`, transformers 5's name for both.
+
+    Where a file has both, transformers 5.23 reads `rope_scaling` alone, and so do we. A base that is in neither is
+    `rope_theta`, beside them.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    warnings = []
+    if key == "rope_scaling" and config.get("rope_parameters") not in (None, {}, config.get("rope_scaling")):
+        unused = config.get("rope_parameters")
+        warnings.append(f"{config.path}: rope_scaling counts, and not rope_parameters beside it, {unused!r}")
+    parameters = config.child(key)
+    for name, value in parameters.values.items():
+        if isinstance(value, dict):
+            raise parameters.error(name, "the same parameters for all layers are needed")
+    for owner in (config, parameters):
+        if owner.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise owner.error("partial_rotary_factor", "1 is needed")
-    key = "rope_type" if scaling.has("rope_type") else "type"
-    rope_type = scaling.values.get(key, "default")
-    if rope_type not in ROPE_TYPES:
-        raise scaling.error(key, f"known: {', '.join(ROPE_TYPES)}")
-    if rope_type == "default":
-        return theta, RopeScaling()
-    factor = scaling.positive("factor")
+    owner = parameters if "rope_theta" in parameters.values else config
+    scaling = _rope_scaling(config, parameters)
+    return {"rope_theta": owner.positive("rope_theta"), "rope_scaling": scaling, "warnings": tuple(warnings)}
+
+
+def _rope_scaling(config: ConfigFields, parameters: ConfigFields) -> RopeScaling:
+    key = "rope_type" if parameters.has("rope_type") else "type"
+    rope_type = parameters.get(key)
+    if rope_type not in (*ROPE_TYPES, None) or (rope_type is None and parameters.has("factor")):
+        raise parameters.error("rope_type" if rope_type is None else key, f"known: {', '.join(ROPE_TYPES)}")
+    if rope_type in ("default", None):
+        return RopeScaling()
+    factor = parameters.positive("factor")
     if factor < 1:
-        raise scaling.error("factor", "a number of at least 1 is needed")
+        raise parameters.error("factor", "a number of at least 1 is needed")
     if rope_type != "llama3":
-        return theta, RopeScaling(rope_type, factor)
-    low, high = scaling.positive("low_freq_factor"), scaling.positive("high_freq_factor")
+        return RopeScaling(rope_type, factor)
+    low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")
     if low >= high:
-        raise scaling.error("low_freq_factor", f"a number below high_freq_factor, {high}, is needed")
-    original = scaling.count("original_max_position_embeddings", max_positions)
-    return theta, RopeScaling(rope_type, factor, low, high, original)
+        raise parameters.error("low_freq_factor", f"a number below high_freq_factor, {high}, is needed")
+    key = "original_max_position_embeddings"
+    owner = config if config.has(key) else parameters
+    return RopeScaling(rope_type, factor, low, high, owner.count(key, null=config.count("max_position_embeddings")))

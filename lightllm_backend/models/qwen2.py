@@ -11,5 +11,4 @@ from lightllm_backend.models.model_config import ModelConfig
 class Qwen2ForCausalLM(LlamaForCausalLM):
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:
-        slides = config.use_sliding_window and config.sliding_layers[layer]
-        return AttentionOptions(qkv_bias=True, window=config.sliding_window or 0 if slides else 0)
+        return AttentionOptions(qkv_bias=True, window=config.window(layer))

@@ -1,43 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of a checkpoint, tensor by tensor, straight into a model's fused and sharded parameters.
 
-A model says with its weight map where each tensor of the checkpoint goes; the files say where they come from. Both
-kinds of file are mapped into memory, so nothing but the parameters themselves is ever held.
+A model says with its weight map where each tensor of the checkpoint goes; the files say where they come from. Nothing
+but the parameters themselves is ever held.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.weight_files import Source, opened, weight_files
+
+# The head's tensor in a checkpoint, of whatever model.
+HEAD = "lm_head.weight"
 
 # How many tensors an error names before it only counts them.
 _NAMED = 10
 
-# What unpickling a file that is torn, or is something else, has been seen to raise, or may.
-_UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    struct.error,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# How many numbers of two tensors are compared at once.
+_COMPARED = 1 << 24
+
+log = logging.getLogger("lightllm.weights")
 
 
 @dataclass(frozen=True)
@@ -64,11 +57,26 @@ class WeightSlot:
         return tuple(slice(self.start, stop) if d == self.dim else slice(None) for d in range(len(self.full_shape)))
 
 
+class TiableHead(Protocol):
+    """The part of a model's head that loading needs."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's weight is that of the embeddings."""
+
+    def untie(self) -> None:
+        """Give the head a weight of its own; the weight map has it from then on."""
+
+
 class HasWeights(Protocol):
     """The part of a model that loading needs."""
 
     # What the names of all tensors but the head's begin with; files of the model without its head lack it.
     prefix: str
+    embedding_name: str  # of the tensor of embeddings in a checkpoint
+
+    @property
+    def head(self) -> TiableHead: ...
 
     def weight_map(self) -> Mapping[str, WeightSlot]:
         """The checkpoint's names for all that the model needs, and where each goes."""
@@ -77,42 +85,86 @@ class HasWeights(Protocol):
         """Whether a checkpoint may carry this tensor although the model has no use for it."""
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One tensor of a checkpoint, not read yet."""
-
-    name: str
-    path: Path
-    shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], Tensor]
-
-
 def load_weights(model: HasWeights, directory: str | Path, progress: bool = True) -> None:
     """Fill every parameter of the model from the .safetensors or .bin files in `directory`."""
     folder = Path(directory)
-    weight_map = model.weight_map()
-    loaded: set[str] = set()
+    files = weight_files(folder)
+    slots = _slots(model, files)
+    loaded: dict[str, Path] = {}
     left_over = []
-    with tqdm(total=len(weight_map), desc="Loading weights", unit="tensor", disable=not progress) as bar:
-        for path in _files(folder):
-            sources = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-            for source in sources:
-                name = source.name if source.name in weight_map else model.prefix + source.name
-                if name in weight_map:
-                    _fill(weight_map[name], source)
-                    if name not in loaded:
-                        loaded.add(name)
+    with tqdm(total=len(slots), desc="Loading weights", unit="tensor", disable=not progress) as bar:
+        for path in files:
+            with opened(path) as sources:
+                for source in sources.values():
+                    name = source.name if source.name in slots else model.prefix + source.name
+                    if name in loaded:
+                        raise ModelError(
+                            f"{path}: {source.name} is in {loaded[name].name} too; one file must have it, so remove "
+                            "what does not belong to the model"
+                        )
+                    if name in slots:
+                        _fill(slots[name], source)
+                        loaded[name] = path
                         bar.update()
-                elif not model.ignores(source.name):
-                    left_over.append(source.name)
-    missing = [name for name in weight_map if name not in loaded]
+                    elif not model.ignores(source.name):
+                        left_over.append(source.name)
+    missing = [name for name in slots if name not in loaded]
     if missing or left_over:
-        problems = [
-            f"{len(names)} tensors are {what}: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
-            for what, names in (("missing", missing), ("not the model's", left_over))
-            if names
-        ]
-        raise ModelError(f"{folder}: {'; '.join(problems)}; the files must belong to the model of config.json")
+        raise ModelError(f"{folder}: {_mismatch(missing, left_over)}")
+
+
+def _mismatch(missing: list[str], left_over: list[str]) -> str:
+    problems = [
+        f"{len(names)} tensors are {what}: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
+        for what, names in (("missing", missing), ("not the model's", left_over))
+        if names
+    ]
+    needed = "the files must belong to the model of config.json"
+    if missing == [HEAD]:
+        needed += ", which must say tie_word_embeddings: true if the head is that of the embeddings"
+    return f"{'; '.join(problems)}; {needed}"
+
+
+def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
+    """Where the checkpoint's tensors go, once the files have settled a head that config.json ties to the embeddings.
+
+    As in transformers 5, a head that differs from the embeddings is used, and one without embeddings is both. Every
+    rank compares whole tensors, so that all decide alike.
+    """
+    if not model.head.tied:
+        return dict(model.weight_map())
+    names = {HEAD: HEAD, model.embedding_name: model.embedding_name}
+    names[model.embedding_name.removeprefix(model.prefix)] = model.embedding_name
+    found: dict[str, Source] = {}
+    with ExitStack() as kept:
+        for path in files:
+            with ExitStack() as file:
+                sources = file.enter_context(opened(path))
+                if here := {names[name]: source for name, source in sources.items() if name in names}:
+                    found |= here
+                    kept.push(file.pop_all())
+        slot = model.weight_map()[model.embedding_name]
+        if len(found) == 2 and not _are_equal(found[HEAD], found[model.embedding_name], slot):
+            log.warning(
+                "%s: %s differs from %s, to which config.json ties it (tie_word_embeddings); it is used as it is",
+                found[HEAD].path, HEAD, model.embedding_name,
+            )  # fmt: skip
+            model.head.untie()
+    slots = dict(model.weight_map())
+    if found.keys() == {HEAD}:
+        slots[HEAD] = slots.pop(model.embedding_name)
+    return slots
+
+
+def _are_equal(one: Source, other: Source, slot: WeightSlot) -> bool:
+    """Whether two tensors for the same slot are equal in its dtype; neither is held whole."""
+    if not one.shape == other.shape == slot.full_shape:
+        return False
+    rows, columns = slot.full_shape
+    step = max(1, _COMPARED // columns)
+    parts = ((slice(start, start + step),) for start in range(0, rows, step))
+    dtype = slot.target.dtype
+    return all(torch.equal(one.read(part).to(dtype), other.read(part).to(dtype)) for part in parts)
 
 
 def dummy_weights(model: HasWeights, seed: int = 0) -> None:
@@ -127,65 +179,11 @@ def dummy_weights(model: HasWeights, seed: int = 0) -> None:
         slot.target.normal_(slot.mean, 0.02, generator=generator)
 
 
-def _fill(slot: WeightSlot, source: _Source) -> None:
+def _fill(slot: WeightSlot, source: Source) -> None:
+    source.check_dtype()
     if source.shape != slot.full_shape:
         raise ModelError(
             f"{source.path}: {source.name} has the shape {list(source.shape)}; "
             f"config.json makes it {list(slot.full_shape)}"
         )
     slot.target.copy_(source.read(slot.part()))
-
-
-def _files(folder: Path) -> list[Path]:
-    """The checkpoint's files: those of an index, the one of the usual name, or all; .safetensors before .bin."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            return _indexed(index)
-        single = folder / f"{stem}{suffix}"
-        if single.is_file():
-            return [single]
-        if others := sorted(folder.glob(f"*{suffix}")):
-            return others
-    raise ModelError(f"{folder}: there are no weights; .safetensors or .bin files are needed")
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is not an index of weights: {error!r}; it must map tensors to files") from error
-    paths = [index.parent / name for name in names]
-    if absent := [path.name for path in paths if not path.is_file()]:
-        raise ModelError(f"{index}: names files that are not there: {', '.join(absent)}; download them")
-    return paths
-
-
-def _safetensors(path: Path) -> Iterator[_Source]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                values = file.get_slice(name)
-                yield _Source(name, path, tuple(values.get_shape()), values.__getitem__)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}; download it again if it is cut short") from error
-
-
-def _pickled(path: Path) -> Iterator[_Source]:
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip and not zipfile.is_zipfile(path):
-        raise ModelError(f"{path}: cannot be read: the file is cut short; download it again")
-    try:
-        # Files from before torch 1.6 are no zip archives, and cannot be mapped.
-        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except _UNPICKLING_ERRORS as error:
-        raise ModelError(
-            f"{path}: cannot be read as a file of nothing but tensors: {(str(error) or repr(error)).splitlines()[0]}; "
-            "download it again, or convert it to .safetensors if you trust it to run code while it is loaded"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ModelError(f"{path}: is not a dictionary of tensors, as a checkpoint's file must be")
-    for name, tensor in tensors.items():
-        yield _Source(name, path, tuple(tensor.shape), tensor.__getitem__)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a rank takes, on machines with and without GPUs."""
+"""Which device a rank takes, on machines with and without GPUs, and what is said of a model while it is loaded."""
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.engine.load import choose_device
+from lightllm_backend.engine.load import choose_device, load_engine
+from lightllm_backend.models.errors import ModelError
 
 
 @pytest.fixture
@@ -53,3 +56,23 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device is 'cuda', but PyTorch finds no GPU"):
         choose_device(EngineConfig(device="cuda"), 0)
+
+
+def dummy_model(directory: Path, **changes: object) -> EngineConfig:
+    """Settings for a little model of random weights, on the CPU."""
+    shape = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    (directory / "config.json").write_text(json.dumps({**shape, **changes}))
+    return EngineConfig(model_dir=str(directory), load_format="dummy", device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_rope_that_does_not_count_is_warned_of(tmp_path, caplog, both) -> None:
+    parameters = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}} if both else {}
+    load_engine(dummy_model(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}, **parameters))
+    assert ("rope_scaling counts, and not rope_parameters beside it" in caplog.text) == both
+
+
+def test_a_dtype_that_does_not_exist_is_refused_on_a_cpu_as_well(tmp_path) -> None:
+    with pytest.raises(ModelError, match="torch_dtype is 'bfloat17'; allowed: bfloat16, float16, "):
+        load_engine(dummy_model(tmp_path, torch_dtype="bfloat17"))

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
@@ -115,9 +117,22 @@ def test_names_may_lack_the_prefix(tmp_path, family, suffix):
     check_steps(load_model(tmp_path), random_model(family))
 
 
-def test_a_tied_head_that_the_checkpoint_repeats_is_ignored(tmp_path):
+def test_the_masks_of_the_first_blooms_are_ignored(tmp_path):
     save_random_model("bloom_8_heads", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"].clone()
+    tensors["transformer.h.0.self_attention.scale_mask_softmax.causal_mask"] = torch.ones(4, 4, dtype=torch.bool)
     save_file(tensors, tmp_path / "model.safetensors")
     check_steps(load_model(tmp_path), random_model("bloom_8_heads"))
+
+
+def test_mistral_with_layer_types_has_its_window_in_those_alone(tmp_path):
+    """transformers 5.23's AutoConfig reads it as Ministral; the class of Mistral has the window in all."""
+    save_random_model("mistral_window", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(expected).__name__ == "MinistralForCausalLM"
+    check_steps(load_model(tmp_path), expected)
+    with pytest.raises(AssertionError, match="not close"):
+        check_steps(load_model(tmp_path), random_model("mistral_window"))

@@ -10,8 +10,9 @@ import torch
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
-from lightllm_backend.models.layers import Embedding, Head, Placement, RowLinear
+from lightllm_backend.models.layers import Placement, RowLinear
 from lightllm_backend.models.llama import RMSNorm
+from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.parallel import TensorParallel
 from tests.models.step_harness import CPU
 from tests.test_parallel import PrivateMemory

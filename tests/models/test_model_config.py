@@ -22,6 +22,7 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
 BLOOM = {
     "architectures": ["BloomForCausalLM"],
     "vocab_size": 250880,
@@ -58,9 +59,8 @@ def test_first_llama_needs_no_more_than_its_shape(tmp_path):
         tie_word_embeddings=False,
         max_positions=2048,
         torch_dtype=None,
-        bos_id=None,
-        eos_ids=(),
-        sliding_layers=(True,) * 32,
+        bos_id=1,
+        eos_ids=(2,),
     )
 
 
@@ -125,7 +125,17 @@ def test_scaling_lengthens_what_is_served(tmp_path, scaling, length):
 
 @pytest.mark.parametrize(
     ("written", "dtype"),
-    [({"torch_dtype": "float16"}, "float16"), ({"dtype": "bfloat16"}, "bfloat16"), ({"dtype": "torch.half"}, "half")],
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "torch.half"}, "float16"),
+        ({"dtype": "float32", "torch_dtype": "float16"}, "float32"),
+        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "float"}, "float32"),
+        ({"torch_dtype": "float64"}, "float32"),
+        ({"torch_dtype": "double"}, "float32"),
+        ({"torch_dtype": None}, None),
+    ],
 )
 def test_dtype_in_both_spellings(tmp_path, written, dtype):
     assert ModelConfig.from_directory(write(tmp_path, **written)).torch_dtype == dtype
@@ -138,6 +148,11 @@ def test_dtype_in_both_spellings(tmp_path, written, dtype):
         ([3, 2], {}, (3, 2)),
         (2, {"eos_token_id": [5, 2, 1]}, (2, 5, 1)),
         (None, {"eos_token_id": 7}, (7,)),
+        (None, {}, ()),
+        # The class's default is for files that name none: 2 may be an ordinary token of this model.
+        ("absent", {"eos_token_id": [7, 8]}, (7, 8)),
+        ("absent", {}, (2,)),
+        ("absent", None, (2,)),
     ],
 )
 def test_eos_ids_are_those_of_both_files(tmp_path, config, generation, eos_ids):
@@ -158,8 +173,8 @@ def test_bloom_needs_none_of_llamas_fields(tmp_path):
         tie_word_embeddings=True,
         max_positions=2**17,
         torch_dtype=None,
-        bos_id=None,
-        eos_ids=(),
+        bos_id=1,
+        eos_ids=(2,),
         attention_bias=True,
         mlp_bias=True,
     )
@@ -177,32 +192,60 @@ def test_bloom_by_its_other_names(tmp_path):
     assert not config.tie_word_embeddings
 
 
+SOME_LAYERS = ["sliding_attention", "full_attention", "full_attention"]
+
+
 @pytest.mark.parametrize(
-    ("written", "window", "switch", "layers"),
+    ("architecture", "written", "windows"),
     [
-        ({}, None, False, (True, True, True)),
-        ({"sliding_window": None}, None, False, (True, True, True)),
-        ({"sliding_window": 4096}, 4096, False, (True, True, True)),
-        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8, True, (True, True, True)),
-        ({"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 8, True, (False, False, True)),
-        (
-            {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "max_window_layers": 3},
-            None,
-            False,
-            (True, False, False),
-        ),
+        ("LlamaForCausalLM", {"sliding_window": 8}, (0, 0, 0)),
+        ("MistralForCausalLM", {}, (4096, 4096, 4096)),
+        ("MistralForCausalLM", {"sliding_window": None}, (0, 0, 0)),
+        ("MistralForCausalLM", {"sliding_window": 8, "use_sliding_window": False}, (8, 8, 8)),
+        ("MistralForCausalLM", {"sliding_window": 8, "max_window_layers": 2}, (8, 8, 8)),
+        ("MistralForCausalLM", {"sliding_window": 8, "layer_types": SOME_LAYERS}, (8, 0, 0)),
+        ("Qwen2ForCausalLM", {}, (0, 0, 0)),
+        ("Qwen2ForCausalLM", {"sliding_window": 8}, (0, 0, 0)),
+        ("Qwen2ForCausalLM", {"sliding_window": 8, "use_sliding_window": True}, (0, 0, 0)),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096, 4096)),
+        ("Qwen2ForCausalLM", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, (0, 0, 8)),
+        ("Qwen2ForCausalLM", {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, (0, 0, 0)),
+        ("Qwen2ForCausalLM", {"sliding_window": 8, "use_sliding_window": True, "layer_types": SOME_LAYERS}, (8, 0, 0)),
     ],
 )
-def test_sliding_windows_as_they_are_written(tmp_path, written, window, switch, layers):
-    write(tmp_path, architectures=["Qwen2ForCausalLM"], num_hidden_layers=3, **written)
+def test_the_window_of_each_layer(tmp_path, architecture, written, windows):
+    write(tmp_path, architectures=[architecture], num_hidden_layers=3, **written)
     config = ModelConfig.from_directory(tmp_path)
-    assert (config.sliding_window, config.use_sliding_window, config.sliding_layers) == (window, switch, layers)
+    assert tuple(config.window(layer) for layer in range(3)) == windows
 
 
-@pytest.mark.parametrize(("base", "key"), [(base, key) for base in (LLAMA, BLOOM) for key in base])
-def test_a_missing_field_is_named(tmp_path, base, key):
-    with pytest.raises(ModelError, match=rf"config\.json: {key} is missing; .* is needed"):
-        ModelConfig.from_directory(write(tmp_path, base=base, **{key: "absent"}))
+@pytest.mark.parametrize(
+    ("named", "architecture"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": ["LLaMAForCausalLM"]}, "LlamaForCausalLM"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "Yi"}, "LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "llama"}, "LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": "absent", "model_type": "qwen2"}, "Qwen2ForCausalLM"),
+        ({"architectures": "absent", "model_type": "bloom"}, "BloomForCausalLM"),
+    ],
+)
+def test_the_class_is_named_by_architectures_or_else_by_model_type(tmp_path, named, architecture):
+    assert ModelConfig.from_directory(write(tmp_path, **named)).architecture == architecture
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("MistralForCausalLM", False), ("LlamaForCausalLM", True)])
+def test_a_key_that_a_class_does_not_know_is_not_read(tmp_path, architecture, expected):
+    write(tmp_path, architectures=[architecture], mlp_bias=True, attention_bias=True)
+    config = ModelConfig.from_directory(tmp_path)
+    assert (config.mlp_bias, config.attention_bias) == (expected, expected)
+
+
+def test_a_default_that_does_not_fit_is_said_to_be_one(tmp_path):
+    write(tmp_path, architectures=["MistralForCausalLM"], num_attention_heads=4)
+    with pytest.raises(ModelError, match="num_key_value_heads is missing, which makes it 8; a divisor of .*, 4, is"):
+        ModelConfig.from_directory(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,16 +282,29 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"attention_bias": "yes"}, "attention_bias is 'yes'; true or false is needed"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id or a list"),
         ({"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]; a token id or a list"),
-        ({"torch_dtype": 16}, "torch_dtype is 16; the name of a dtype"),
+        ({"torch_dtype": 16}, "torch_dtype is 16; allowed: bfloat16, float16, half, float32"),
+        ({"torch_dtype": "bfloat17"}, "torch_dtype is 'bfloat17'; allowed: bfloat16, "),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; allowed: bfloat16, "),
+        ({"dtype": "auto"}, "dtype is 'auto'; allowed: bfloat16, "),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; allowed: bfloat16, "),
         ({"architectures": []}, r"architectures is \[\]; a list with the name"),
+        ({"architectures": "absent"}, "architectures is missing; a list with the name"),
+        ({"architectures": "absent", "model_type": "gpt2"}, "model_type is 'gpt2'; known .*: bloom, llama, mistral, "),
+        (
+            {"model_type": "mistral"},
+            r"model_type is 'mistral'; architectures is \['LlamaForCausalLM'\]; both must name",
+        ),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; the name of a type is needed"),
+        ({"hidden_size": None}, "hidden_size is null; an integer of at least 1"),
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not known; known: .*LlamaForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; an unquantised checkpoint"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is needed"),
         ({"rope_interleaved": True}, "rope_interleaved is True; false is needed"),
-        ({"sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
-        ({"max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
-        ({"layer_types": ["full_attention"]}, "layer_types is .*; one of full_attention .* for each of 32 layers"),
-        ({"layer_types": ["chunked_attention"] * 32}, "layer_types is .*; one of full_attention | sliding_attention"),
+        ({**QWEN2, "sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
+        ({**QWEN2, "max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
+        ({**QWEN2, "max_window_layers": None}, "max_window_layers is null; an integer of at least 0"),
+        ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types is .*; one of full_attention .* each of 32 layers"),
+        ({**QWEN2, "layer_types": ["chunked_attention"] * 32}, "layer_types is .*; one of full_attention | sliding"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; 1 is needed"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object is needed"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; known: default, linear, dynamic, llama3"),

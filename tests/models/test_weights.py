@@ -154,17 +154,13 @@ def test_each_rank_holds_its_part(directory, as_bin):
         assert all(torch.equal(rank[name].target, tensors[name]) for rank in ranks), name
 
 
-def test_known_buffers_and_the_head_of_tied_embeddings_are_ignored(directory):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+@pytest.mark.parametrize("end", ["inv_freq", "cos_cached", "sin_cached"])
+def test_tables_of_rotary_embeddings_are_ignored(directory, end):
+    """Early versions of transformers saved inv_freq, ColossalAI saves all three (vllm-project/vllm issue 1977)."""
     tensors = tensors_of(directory)
-    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    save_file({**tensors, **buffer}, directory / "model.safetensors")
-    model = loaded(directory)
-    head = tensors.pop("lm_head.weight")
-    check_equal(model, tensors)
-    assert torch.equal(model.head.weight, tensors["model.embed_tokens.weight"])
-    assert not torch.equal(model.head.weight, head)
+    tables = {f"model.layers.{layer}.self_attn.rotary_emb.{end}": torch.ones(2) for layer in (0, 1)}
+    save_file({**tensors, **tables}, directory / "model.safetensors")
+    check_equal(loaded(directory), tensors)
 
 
 def test_missing_and_left_over_tensors_are_named(directory):

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people put where an unquantised Hugging Face model is needed: how it is recognised, and what its error says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lightllm_backend.models.config_fields import ConfigFields
+from lightllm_backend.models.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Keys of config.json, and files beside it, that only a quantised checkpoint has.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+# The last part of the names of tensors that only a quantised checkpoint has, by what has written it.
+QUANTIZED_TENSORS = {
+    "GPTQ or AWQ": ("qweight", "qzeros", "g_idx"),
+    "bitsandbytes": ("absmax", "quant_map", "nested_absmax", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB"),
+    "compressed-tensors": ("weight_packed",),
+    "scales": ("weight_scale", "weight_scale_inv", "input_scale", "scales"),
+}
+
+
+def refuse_other_directories(directory: Path) -> None:
+    """Raise ModelError for a directory that says itself that it is something else."""
+    if not (directory / "config.json").exists():
+        if (directory / ADAPTER_CONFIG).exists():
+            raise adapter_error(directory)
+        if (directory / "params.json").exists():
+            raise ModelError(
+                f"{directory}: holds a model in its authors' own format (params.json); "
+                "a Hugging Face model directory, with a config.json, is needed: convert it"
+            )
+    for name in QUANTIZATION_FILES:
+        if (directory / name).exists():
+            raise ModelError(
+                f"{directory / name}: says that the weights are quantised; an unquantised checkpoint is needed "
+                "(remove the file if they are not)"
+            )
+
+
+def adapter_error(directory: Path) -> ModelError:
+    """The error for a PEFT adapter that has come without its base model."""
+    config = directory / ADAPTER_CONFIG
+    base = ConfigFields.read(config).get("base_model_name_or_path") if config.exists() else None
+    return ModelError(
+        f"{directory}: holds a PEFT adapter and no model; a whole model is needed: merge the adapter into "
+        f"{base or 'its base model'} (peft's merge_and_unload, then save_pretrained)"
+    )
+
+
+def refuse_quantized(path: Path, names: Collection[str]) -> None:
+    """Raise ModelError if one of the names of a file's tensors is one that only quantised checkpoints have."""
+    for method, endings in QUANTIZED_TENSORS.items():
+        if name := next((name for name in names if name.rpartition(".")[2] in endings), None):
+            raise ModelError(
+                f"{path}: {name} belongs to weights quantised with {method}; an unquantised checkpoint is needed"
+            )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both ends of a model, where a token is a row of a table: the embeddings and the head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from lightllm_backend.models.layers import Placement
+from lightllm_backend.models.weights import HEAD, WeightSlot
+
+
+class Embedding:
+    """The table of token embeddings, its rows split over the ranks. Padding makes all shares the same size."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
+        self.parallel = place.parallel
+        self.vocab_size = vocab_size
+        rows, self.start, self.num_held = place.vocabulary_share(vocab_size)
+        self.weight = place.empty(rows, hidden_size)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        if self.parallel.size == 1:
+            return functional.embedding(input_ids, self.weight)
+        local = input_ids - self.start
+        elsewhere = (local < 0) | (local >= self.num_held)
+        vectors = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(vectors.masked_fill_(elsewhere.unsqueeze(1), 0))
+
+    def weight_map(self, name: str) -> dict[str, WeightSlot]:
+        shape = (self.vocab_size, self.weight.shape[1])
+        return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
+
+
+def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
+    if last_tokens is None:
+        return x, residual
+    # First, for the norm reads it ahead: see kernels.dependent_launch.
+    residual = residual.index_select(0, last_tokens)
+    return x.index_select(-2, last_tokens), residual
+
+
+class Head:
+    """Logits over the vocabulary, whose rows are split over the ranks as those of the embeddings are.
+
+    All ranks gather all logits, to the same bits, so that they choose the same tokens. With tied embeddings the weight
+    is that of the embeddings, and no tensor of the checkpoint is its own.
+    """
+
+    def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
+        self.place = place
+        self.vocab_size = embedding.vocab_size
+        self.start, self.num_held = embedding.start, embedding.num_held
+        self.tied = tied
+        self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
+
+    def untie(self) -> None:
+        """Take a weight of its own, which load_weights then fills."""
+        self.tied = False
+        self.weight = self.place.empty(*self.weight.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self.place.parallel.all_gather(self.place.kernels.linear(x, self.weight))
+        return logits[:, : self.vocab_size]
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        if self.tied:
+            return {}
+        shape = (self.vocab_size, self.weight.shape[1])
+        return {HEAD: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight files of a model directory: which of them hold the model, and what tensors each has.
+
+Files are mapped into memory, so that a tensor costs nothing before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.unsupported import adapter_error, refuse_quantized
+
+# The usual names, best first; each may be an index that names the files.
+USUAL = ("model.safetensors", "pytorch_model.bin")
+
+# What the names of other files begin with that lie in the directories of models and end in .safetensors or .bin: an
+# adapter, the weights in their authors' own format, and the state of a training.
+NOT_THE_MODEL = (
+    "adapter_", "consolidated", "optimizer", "random_states", "rng_state", "sampler", "scaler", "scheduler",
+    "training_args",
+)  # fmt: skip
+
+# The dtypes that weights are read from, and safetensors' words for them; others are quantised.
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_SAFETENSORS_FLOATS = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS, strict=True))
+
+# What a file holds that Git has left in place of a large one.
+_LFS_POINTER = b"version https://git-lfs"
+
+# What unpickling a file that is torn, or is something else, has been seen to raise, or may.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+log = logging.getLogger("lightllm.weights")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a file, not read yet."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], Tensor]
+
+    def check_dtype(self) -> None:
+        """Refuse what is not a floating-point number as it stands: casting it would lose its scale."""
+        if self.dtype not in FLOATS:
+            raise ModelError(
+                f"{self.path}: {self.name} has the dtype {self.dtype}; one of {', '.join(FLOATS)} is needed: "
+                "an unquantised checkpoint"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model: those of a usual name, else all that may; .safetensors before .bin."""
+    files = _model_files(folder)
+    if adapters := [path.name for path in sorted(folder.glob("adapter_model.*"))]:
+        log.warning("%s: %s beside the model is not used: merge it into the model to serve it", folder, adapters[0])
+    return files
+
+
+def opened(path: Path) -> AbstractContextManager[dict[str, Source]]:
+    """The tensors of a weight file, by name, to be read as long as it is open."""
+    return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    for name in USUAL:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return _indexed(index)
+    for name in USUAL:
+        files = sorted(folder.glob(f"*{Path(name).suffix}"))
+        if model_files := [path for path in files if not path.name.startswith(NOT_THE_MODEL)]:
+            return model_files
+    if any(folder.glob("adapter_model.*")):
+        raise adapter_error(folder)
+    others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".h5", ".pt", ".pth")]
+    others += [path.name for path in sorted(folder.glob("consolidated*.safetensors"))]
+    found = f" ({', '.join(others[:3])} is in another format: convert it)" if others else ""
+    raise ModelError(f"{folder}: there are no weights; .safetensors or .bin files are needed{found}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is not an index of weights: {error!r}; it must map tensors to files") from error
+    paths = [index.parent / name for name in names]
+    if absent := [path.name for path in paths if not path.is_file()]:
+        raise ModelError(f"{index}: names files that are not there: {', '.join(absent)}; download them")
+    return paths
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[dict[str, Source]]:
+    _refuse_pointer(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            refuse_quantized(path, slices)
+            yield {
+                name: Source(
+                    name,
+                    path,
+                    _SAFETENSORS_FLOATS.get(values.get_dtype(), values.get_dtype()),
+                    tuple(values.get_shape()),
+                    values.__getitem__,
+                )
+                for name, values in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}; download it again if it is cut short") from error
+
+
+@contextmanager
+def _pickled(path: Path) -> Iterator[dict[str, Source]]:
+    _refuse_pointer(path)
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise ModelError(f"{path}: cannot be read: the file is cut short; download it again")
+    try:
+        # Files from before torch 1.6 are no zip archives, and cannot be mapped.
+        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _UNPICKLING_ERRORS as error:
+        raise ModelError(
+            f"{path}: cannot be read as a file of nothing but tensors: {(str(error) or repr(error)).splitlines()[0]}; "
+            "download it again, or convert it to .safetensors if you trust it to run code while it is loaded"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ModelError(f"{path}: is not a dictionary of tensors, as a checkpoint's file must be")
+    refuse_quantized(path, tensors)
+    yield {
+        name: Source(name, path, str(value.dtype).removeprefix("torch."), tuple(value.shape), value.__getitem__)
+        for name, value in tensors.items()
+    }
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError(f"{path}: is a pointer of Git LFS, not the file itself; get it with `git lfs pull`")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/compatibility.md on model directories, against the code: names, defaults, dtypes, files, ignored tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lightllm_backend.models import bloom, llama
+from lightllm_backend.models.model_config import DTYPES, ROPE_TYPES
+from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES
+from lightllm_backend.models.unsupported import QUANTIZATION_FILES, QUANTIZATION_KEYS, QUANTIZED_TENSORS
+from lightllm_backend.models.weight_files import FLOATS, NOT_THE_MODEL, USUAL
+
+PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+COLUMNS = {
+    "LLaMA": "LlamaForCausalLM",
+    "Mistral": "MistralForCausalLM",
+    "Qwen2": "Qwen2ForCausalLM",
+    "BLOOM": "BloomForCausalLM",
+}
+
+
+def table(*columns: str) -> list[dict[str, str]]:
+    """The rows of the one table with these columns, by the columns' names."""
+    lines = PAGE.splitlines()
+    (start,) = (number for number, line in enumerate(lines) if line == f"| {' | '.join(columns)} |")
+    rows = []
+    for line in [lines[start], *lines[start + 2 :]]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_models_and_their_names() -> None:
+    expected = [
+        (name, [former for former, now in FORMER_NAMES.items() if now == name], entry.module)
+        for name, entry in ARCHITECTURES.items()
+    ]
+    rows = table("`architectures`", "also called", "`model_type`")
+    assert [
+        (*words(row["`architectures`"]), words(row["also called"]), *words(row["`model_type`"])) for row in rows
+    ] == (expected)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_defaults_of_the_keys(column: str) -> None:
+    stated = {words(row["key"])[0]: row[column] for row in table("key", *COLUMNS) if row[column] != "–"}
+    assert {key: json.loads(value) for key, value in stated.items()} == dict(ARCHITECTURES[COLUMNS[column]].defaults)
+
+
+def test_words_for_dtypes() -> None:
+    assert {word: row["served in"] for row in table("word", "served in") for word in words(row["word"])} == DTYPES
+
+
+def test_rope_types() -> None:
+    assert tuple(word for row in table("type", "needs") for word in words(row["type"])) == ROPE_TYPES
+
+
+def test_weight_files() -> None:
+    (section,) = (part for part in PAGE.split("\n## ") if part.startswith("Weight files\n"))
+    listed = re.findall(r"^\d\. (.*)$", section, re.MULTILINE)
+    order = [name for usual in USUAL for name in (usual, f"{usual}.index.json")]
+    assert [words(line)[0] for line in listed[:4]] == order
+    (left_out,) = (line for line in section.splitlines() if line.startswith("Steps 5 and 6 leave out"))
+    assert tuple(words(left_out)) == NOT_THE_MODEL
+    (dtypes,) = re.findall(r"Weights may be (.*)\. The names", section)
+    assert tuple(re.split(", | or ", dtypes)) == FLOATS
+
+
+def test_ignored_tensors() -> None:
+    ends = {row["model"]: tuple(words(row["names that end in"])) for row in table("model", "names that end in")}
+    assert ends == {"LLaMA, Mistral, Qwen2": llama.OLD_BUFFERS, "BLOOM": (bloom.OLD_BUFFER,)}
+
+
+def test_signs_of_quantisation() -> None:
+    (row,) = (row for row in table("found", "recognised by") if row["found"] == "a quantised checkpoint")
+    assert words(row["recognised by"]) == [*QUANTIZATION_KEYS, *QUANTIZATION_FILES]
+    for tool in QUANTIZED_TENSORS:
+        assert tool == "scales" or all(name in row["recognised by"] for name in tool.split(" or "))

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys that config.json leaves out or sets to null mean what they mean to transformers 5.23's configuration classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from lightllm_backend.models.model_config import UNLIMITED_POSITIONS, ModelConfig, ModelError
+from lightllm_backend.models.registry import ARCHITECTURES
+
+CLASSES = {
+    "BloomForCausalLM": transformers.BloomConfig,
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "MistralForCausalLM": transformers.MistralConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+}
+
+# What has no part in serving a model: training, caching, and what generate() pads with.
+UNUSED = {
+    "attention_dropout", "hidden_dropout", "initializer_range", "pad_token_id", "pretraining_tp", "slow_but_exact",
+    "use_cache",
+}  # fmt: skip
+
+# The shape of a small model, of which one key at a time is left out. Qwen2's window begins within its layers.
+SMALL = {
+    "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 30,
+    "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 32, "hidden_act": "silu",
+    "max_position_embeddings": 300, "rms_norm_eps": 1e-3, "rope_theta": 100.0, "tie_word_embeddings": True,
+    "attention_bias": True, "mlp_bias": True, "sliding_window": 12, "use_sliding_window": True, "max_window_layers": 29,
+    "bos_token_id": 7, "eos_token_id": 8,
+}  # fmt: skip
+SMALL_BLOOM = {
+    "vocab_size": 1000, "hidden_size": 512, "n_layer": 3, "n_head": 16, "layer_norm_epsilon": 1e-3,
+    "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False, "bos_token_id": 7,
+    "eos_token_id": 8,
+}  # fmt: skip
+KEYS = [
+    (architecture, key)
+    for architecture in CLASSES
+    for key in (SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL)
+]
+
+# Nulls with a meaning that transformers' strict types or its models do not let through: see docs/compatibility.md.
+NULLS_OF_OUR_OWN = {
+    ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
+    ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
+}
+
+
+def ours(directory, values) -> ModelConfig:
+    (directory / "config.json").write_text(json.dumps(values))
+    return ModelConfig.from_directory(directory)
+
+
+def small(architecture):
+    values = SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL
+    return {"model_type": CLASSES[architecture].model_type, **values}
+
+
+def expected(architecture, values) -> dict:
+    """The fields of ModelConfig as transformers' class has them."""
+    config = CLASSES[architecture].from_dict(dict(values))
+    eos = config.eos_token_id
+    common = {
+        "architecture": architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_id": config.bos_token_id,
+        "eos_ids": () if eos is None else (eos,),
+        "torch_dtype": None,
+    }
+    if architecture == "BloomForCausalLM":
+        return common | {
+            "intermediate_size": 4 * config.hidden_size,
+            "num_kv_heads": config.n_head,
+            "head_dim": config.hidden_size // config.n_head,
+            "norm_eps": config.layer_norm_epsilon,
+            "max_positions": UNLIMITED_POSITIONS,
+            "attention_bias": True,
+            "mlp_bias": True,
+        }
+    assert config.hidden_act == "silu"
+    layers = range(config.num_hidden_layers)
+    window = config.sliding_window if architecture != "LlamaForCausalLM" else None
+    return common | {
+        "intermediate_size": config.intermediate_size,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "norm_eps": config.rms_norm_eps,
+        "max_positions": config.max_position_embeddings,
+        "attention_bias": config.attention_bias if architecture == "LlamaForCausalLM" else False,
+        "mlp_bias": config.mlp_bias if architecture == "LlamaForCausalLM" else False,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "sliding_window": window,
+        "sliding_layers": ()
+        if window is None
+        else tuple(kind == "sliding_attention" for kind in config.layer_types)
+        if architecture == "Qwen2ForCausalLM"
+        else (True,) * len(layers),
+    }
+
+
+def fields_of(config: ModelConfig, names) -> dict:
+    return {name: getattr(config, name) for name in names}
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_path, architecture):
+    assert CLASSES.keys() == ARCHITECTURES.keys()
+    config_class = CLASSES[architecture]
+    fields = expected(architecture, config_class().to_dict())
+    config = ours(tmp_path, {"model_type": config_class.model_type})
+    assert fields_of(config, fields) == fields
+    # The rest are what a class without RoPE or windows leaves as it is.
+    others = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
+    assert others <= {"rope_theta", "rope_scaling", "sliding_window", "sliding_layers", "warnings"}
+    assert all(
+        getattr(config, field.name) == field.default for field in dataclasses.fields(config) if field.name in others
+    )
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
+    config_class, table = CLASSES[architecture], dict(ARCHITECTURES[architecture].defaults)
+    if architecture != "BloomForCausalLM":
+        assert table.pop("rope_theta") == config_class.default_theta
+    if architecture == "MistralForCausalLM":
+        # Of Ministral's class, as which AutoConfig reads a Mistral with this key.
+        assert table.pop("layer_types") == transformers.MinistralConfig.layer_types
+    inherited = {field.name for field in dataclasses.fields(transformers.PretrainedConfig)}
+    own = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in inherited}
+    if architecture == "Qwen2ForCausalLM":
+        assert table.pop("head_dim") is None  # read by the model alone
+    assert table == {name: default for name, default in own.items() if name not in UNUSED}
+
+
+@pytest.mark.parametrize(("architecture", "key"), KEYS)
+def test_a_key_that_is_left_out_has_the_classs_default(tmp_path, architecture, key):
+    values = small(architecture)
+    del values[key]
+    assert ours(tmp_path, {**values, "architectures": [architecture]}) == ours(tmp_path, values)
+    fields = expected(architecture, values)
+    assert fields_of(ours(tmp_path, values), fields) == fields
+
+
+@pytest.mark.parametrize(("architecture", "key"), KEYS)
+def test_a_null_means_what_it_means_to_transformers_or_is_refused(tmp_path, architecture, key):
+    values = {**small(architecture), key: None}
+    if meaning := NULLS_OF_OUR_OWN.get((architecture, key)):
+        assert fields_of(ours(tmp_path, values), meaning) == meaning
+        return
+    try:
+        fields = expected(architecture, values)
+    except StrictDataclassError:
+        fields = None
+    if fields is None or fields.get("rope_theta", 1.0) is None:
+        with pytest.raises(ModelError, match=f"{key} is null; .*needed"):
+            ours(tmp_path, values)
+    else:
+        assert fields_of(ours(tmp_path, values), fields) == fields
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_the_type_alone_gives_transformers_causal_language_model(tmp_path, architecture):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": CLASSES[architecture].model_type}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ == architecture
+    assert ModelConfig.from_directory(tmp_path).architecture == architecture
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"n_embed": 64, "hidden_size": 32},
+        {"n_embed": None, "hidden_size": 32},
+        {"num_attention_heads": 4, "n_head": 2},
+        {"num_hidden_layers": 5, "n_layer": 3},
+    ],
+)
+def test_of_blooms_two_names_the_same_wins(tmp_path, names):
+    values = {"model_type": "bloom", **names}
+    fields = expected("BloomForCausalLM", values)
+    assert fields_of(ours(tmp_path, values), fields) == fields

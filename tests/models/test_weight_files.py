@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of a model directory are the model, and what is said of those that are not, or are quantised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.unsupported import QUANTIZATION_FILES, QUANTIZED_TENSORS
+from lightllm_backend.models.weight_files import NOT_THE_MODEL, weight_files
+from tests.models.step_harness import load_model
+
+NORM = "model.norm.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A little model, as transformers writes it: model.safetensors."""
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def marked(tensors, number):
+    """The same model with a final norm that tells which file it is from."""
+    return {**tensors, NORM: torch.full_like(tensors[NORM], number)}
+
+
+def write(path, tensors):
+    if path.suffix == ".bin":
+        torch.save(tensors, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_index(directory, name, files):
+    placed = {f"tensor {number}": file for number, file in enumerate(files)}
+    placed |= dict.fromkeys(tensors_of(directory / files[0]), files[0])
+    (directory / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+def tensors_of(path):
+    return torch.load(path) if path.suffix == ".bin" else load_file(path)
+
+
+def mark_of(directory) -> float:
+    """Which file the model is from."""
+    mark = float(load_model(directory).norm.weight[0])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert theirs.model.norm.weight[0].item() == mark
+    return mark
+
+
+# Best first. What transformers 5.23 prefers, so do we.
+ORDER = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("best", range(len(ORDER)))
+def test_the_usual_names_in_transformers_order(directory, best):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    for number, name in list(enumerate(ORDER))[best:]:
+        shard = name if "index" not in name else f"shard-{number}.{'bin' if 'bin' in name else 'safetensors'}"
+        write(directory / shard, marked(tensors, number))
+        if shard != name:
+            write_index(directory, name.removesuffix(".index.json"), [shard])
+    assert mark_of(directory) == best
+
+
+NEIGHBOURS = {
+    "adapter_model.safetensors": LORA,
+    "adapter_model.bin": LORA,
+    "consolidated.safetensors": {"layers.0.attention.wq.weight": torch.ones(2, 2)},
+    "training_args.bin": {"lr": 1.0},
+    "optimizer.bin": {"state": {}},
+    "scheduler.bin": {"last_epoch": 3},
+    "sampler.bin": {"seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize("usual", ["model.safetensors", "pytorch_model.bin"])
+def test_the_usual_name_wins_over_what_lies_beside_it(directory, caplog, usual, name):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    write(directory / usual, marked(tensors, 5))
+    write(directory / name, NEIGHBOURS[name])
+    assert mark_of(directory) == 5
+    assert (f"{name} beside the model is not used" in caplog.text) == name.startswith("adapter")
+
+
+@pytest.mark.parametrize("usual", ["model-00001-of-00001.safetensors", "model.fp16.safetensors", "mine.bin"])
+def test_without_a_usual_name_all_are_read_but_what_is_known_to_be_something_else(directory, usual):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    write(directory / usual, marked(tensors, 5))
+    for name, others in NEIGHBOURS.items():
+        write(directory / name, others)
+    assert float(load_model(directory).norm.weight[0]) == 5
+    assert all(name.startswith(NOT_THE_MODEL) for name in NEIGHBOURS)
+
+
+def test_two_files_with_the_same_tensor_are_refused(directory):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory / "model.fp16.safetensors")
+    write(directory / "model.bf16.safetensors", tensors)
+    with pytest.raises(ModelError, match=r"model\.fp16\.safetensors: .* is in model\.bf16\.safetensors too; one file"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf"}])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_adapter_alone_says_that_it_is_one(directory, config, suffix):
+    (directory / "model.safetensors").unlink()
+    write(directory / f"adapter_model.{suffix}", LORA)
+    if config is not None:
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+    base = "meta-llama/Llama-2-7b-hf" if config else "its base model"
+    message = rf"{directory}: holds a PEFT adapter and no model; .*: merge the adapter into {base} \(peft"
+    with pytest.raises(ModelError, match=message):
+        load_model(directory)
+    if config is not None:
+        (directory / "config.json").unlink()
+        with pytest.raises(ModelError, match=message):
+            ModelConfig.from_directory(directory)
+
+
+def test_a_model_beside_an_adapters_config_is_served(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    assert load_model(directory).norm is not None
+
+
+def test_an_authors_own_format_says_so(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"authors' own format \(params\.json\); a Hugging Face model .* convert it"):
+        ModelConfig.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama.Q4_1.gguf", "consolidated.00.pth", "consolidated.safetensors", "tf_model.h5"])
+def test_files_of_other_formats_are_named(directory, name):
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(ModelError, match=rf"there are no weights; .* \({name} is in another format: convert it\)"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_says_so(directory, name):
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ModelError, match=rf"{name}: is a pointer of Git LFS, not the file itself; .*git lfs pull"):
+        load_model(directory)
+
+
+# What each tool puts in the place of a weight.
+QUANTIZED = {
+    "GPTQ": (
+        {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.half, "g_idx": torch.int32},
+        "GPTQ or AWQ",
+    ),
+    "AWQ": ({"scales": torch.half, "qweight": torch.int32, "qzeros": torch.int32}, "GPTQ or AWQ"),
+    "4 bits": (
+        {"weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_state.bitsandbytes__nf4": torch.uint8},
+        "bitsandbytes",
+    ),
+    "8 bits": ({"weight": torch.int8, "SCB": torch.float32}, "bitsandbytes"),
+    "packed": ({"weight_packed": torch.int32, "weight_scale": torch.half}, "compressed-tensors"),
+    "float8": ({"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}, "scales"),
+    "float8 in blocks": ({"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}, "scales"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("tool", QUANTIZED)
+def test_quantised_weights_without_the_key_say_what_they_are(directory, tool, suffix):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    del tensors[Q_PROJ]
+    parts, method = QUANTIZED[tool]
+    tensors |= {Q_PROJ.replace("weight", part): torch.ones(2, 2).to(dtype) for part, dtype in parts.items()}
+    path = directory / ("model.safetensors" if suffix == "safetensors" else "pytorch_model.bin")
+    write(path, tensors)
+    assert weight_files(directory) == [path]
+    with pytest.raises(
+        ModelError, match=rf"{path.name}: .*q_proj.* quantised with {method}; an unquantised checkpoint"
+    ):
+        load_model(directory)
+
+
+def test_no_name_of_a_model_is_taken_for_a_quantised_one(directory):
+    ends = {end for ends in QUANTIZED_TENSORS.values() for end in ends}
+    assert not ends & {name.rpartition(".")[2] for name in tensors_of(directory / "model.safetensors")}
+
+
+@pytest.mark.parametrize("name", QUANTIZATION_FILES)
+def test_a_file_that_speaks_of_quantisation_is_named(directory, name):
+    (directory / name).write_text("{}")
+    with pytest.raises(ModelError, match=rf"{name}: says that the weights are quantised; .*remove the file if"):
+        ModelConfig.from_directory(directory)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_numbers_that_are_no_floats_of_16_bits_or_more_are_refused(directory, dtype, suffix):
+    tensors = tensors_of(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    tensors[Q_PROJ] = tensors[Q_PROJ].to(dtype)
+    path = directory / ("model.safetensors" if suffix == "safetensors" else "pytorch_model.bin")
+    write(path, tensors)
+    with pytest.raises(ModelError, match=rf"{path.name}: {Q_PROJ} has the dtype \w+; one of float16, .* is needed: an"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_are_converted(directory, dtype, suffix):
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_of(directory / "model.safetensors").items()}
+    (directory / "model.safetensors").unlink()
+    write(directory / ("model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"), tensors)
+    slots = load_model(directory).weight_map()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(slots[name].target, tensor.float(), rtol=0, atol=0)
