@@ -7,6 +7,7 @@ from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
 from lightllm_backend.response import DecodeState
+from lightllm_backend.text import TextStream
 
 
 class TritonPythonModel:
@@ -36,7 +37,8 @@ class TritonPythonModel:
         parsed, ensemble = triton_io.read_generation_request(request)
         deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
         prompt_text = ensemble["prompt_text"] if ensemble else ""
-        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text)
+        text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
+        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text, text)
 
         def responder(uid):
             return triton_io.GenerationResponder(
@@ -45,7 +47,7 @@ class TritonPythonModel:
 
         self.streams.submit(
             parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
-            tokenizer=self.tokenizer,
+            text=text,
         )  # fmt: skip
 
     def finalize(self):
