@@ -10,6 +10,7 @@ class TritonPythonModel:
         triton_io.start_logging()
         self.config = triton_io.engine_config(args)
         self.tokenizer = triton_io.load_tokenizer(self.config)
+        triton_io.warn_of_tokens_past_model(self.tokenizer)
         self.metrics = triton_io.metrics(with_engine=False)
 
     def execute(self, requests):
