@@ -148,3 +148,18 @@ def test_a_splitter_says_where_each_part_begins():
     assert splitter.split("ab  <t>c", parse_special=True) == [("ab", 0), 7, ("c", 7)]
     assert splitter.split("ab  <t>c", parse_special=False) == [("ab  <t>c", 0)]
     assert splitter.split("", parse_special=True) == []
+
+
+def test_a_named_special_token_that_is_not_in_the_vocabulary_is_ignored(fresh_directory):
+    for name in ("byte_level", "llama"):
+        directory = fresh_directory(name, pad_token="<none>", extra_special_tokens=["<nothing>"])
+        ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+        assert theirs("<none>").input_ids[-1] == 512
+        assert max(ours.encode("<none><nothing>")) < ours.vocab_size == 512
+
+
+def test_an_older_file_beside_the_newer_one_adds_tokens(fresh_directory):
+    files = {"added_tokens.json": {"<old>": 512}}
+    directory = fresh_directory("byte_level", files=files, added_tokens_decoder={"513": {"content": "<new>"}})
+    assert Tokenizer.load(directory).encode("<old><new>") == [512, 513]
+    assert len(AutoTokenizer.from_pretrained(directory)("<old><new>").input_ids) > 2
