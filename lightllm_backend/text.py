@@ -54,11 +54,12 @@ class TextStream:
         self.num_tokens = 0
         self._decoder = tokenizer.incremental_decoder(skip_special_tokens, prompt_ids)
         self._min_tokens = min_tokens
-        self._skips_special = skip_special_tokens
-        self._stop_words = _StopStrings(word for word in stop_words if word)
+        self._stop_words = _StopStrings([word for word in stop_words if word])
         self._marks: dict[int, str] = {}  # of the special tokens that stop strings spell: usually none
-        marked = [self._mark(tokenizer.split_special(word)) for word in stop_words]
-        self._marked_stop_words = _StopStrings(word for word in marked if _ANY_MARK.search(word))
+        self._marked_stop_words = _StopStrings(
+            [self._mark(tokenizer.split_special(word)) for word in stop_words if tokenizer.spells_special(word)]
+        )
+        self._skipped_marks = self._marks if skip_special_tokens else {}
         # The longest end of the text so far, with marks, that a stop string goes on from; all before it is released.
         self._held = ""
 
@@ -77,7 +78,7 @@ class TextStream:
         released = []
         for token_id in token_ids:
             self.num_tokens += 1
-            mark = self._marks.get(token_id, "") if self._skips_special else ""
+            mark = self._skipped_marks.get(token_id, "")
             released.append(self._release(self._decoder.push((token_id,)) + mark))
             if self.stopped:
                 break
@@ -99,11 +100,12 @@ class TextStream:
 
     def state(self) -> list[Any]:
         # Marks cannot be written as UTF-8; in JSON they can.
-        return [self._decoder.state(), self.num_tokens, self.stopped, json.dumps(self._held)]
+        held = json.dumps(self._held) if self._marks else self._held
+        return [self._decoder.state(), self.num_tokens, self.stopped, held]
 
     def restore(self, state: list[Any]) -> None:
         decoder, self.num_tokens, self.stopped, held = state
-        self._held = json.loads(held)
+        self._held = json.loads(held) if self._marks else held
         self._decoder.restore(decoder)
 
     def _mark(self, pieces: Iterable[str | int]) -> str:
@@ -146,9 +148,9 @@ class TextStream:
 
 
 class _StopStrings:
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = tuple(words)
-        self._first_characters = frozenset(word[0] for word in self._words)
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._first_characters = frozenset([word[0] for word in words])
 
     def __bool__(self) -> bool:
         return bool(self._words)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -53,11 +53,13 @@ class IncrementalDecoder(Protocol):
 
 
 class _Spelling(dict[int, bytes]):
-    """The bytes of each token, worked out when it is first seen; those without any, of which a client may send
-    endlessly many, each time."""
+    """The bytes of each token, worked out when it is first seen.
 
-    def __init__(self, spell: Callable[[int], bytes]) -> None:
-        super().__init__()
+    A token without any is not kept: a prompt may hold any number of ids that no token has.
+    """
+
+    def __init__(self, spell: Callable[[int], bytes], without_text: Iterable[int] = ()) -> None:
+        super().__init__(dict.fromkeys(without_text, b""))
         self._spell = spell
 
     def __missing__(self, token_id: int) -> bytes:
@@ -111,12 +113,12 @@ class ByteSpelling:
     def __init__(
         self,
         spell: Callable[[int], bytes],
-        is_special: Callable[[int], bool],
+        special_ids: Iterable[int],
         errors: str,
         drop_first_space: bool = False,
     ) -> None:
         self._with_special = _Spelling(spell)
-        self._without_special = _Spelling(lambda token_id: b"" if is_special(token_id) else spell(token_id))
+        self._without_special = _Spelling(spell, without_text=special_ids)
         self._errors = errors
         self._drop_first_space = drop_first_space
 

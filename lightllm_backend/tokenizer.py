@@ -106,11 +106,16 @@ class Tokenizer(ABC):
         keeps its space unless the prompt has no text.
         """
         decoder = self._decoder(skip_special_tokens)
-        decoder.begin(prompt_ids)
+        if len(prompt_ids) > 0:
+            decoder.begin(prompt_ids)
         return decoder
 
     @abstractmethod
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token's spelling is in a text."""
+        return self._any_special.search(text) is not None
 
     def split_special(self, text: str) -> list[str | int]:
         """A text divided at the special tokens that it spells: what is between them, and their ids."""
@@ -202,7 +207,7 @@ class _JsonTokenizer(Tokenizer):
     def _byte_spelling(self) -> ByteSpelling | None:
         """The tokens' spelling, if the file's decoder is one that has it."""
         decoder = json.loads(self._inner.decoder.__getstate__()) if self._inner.decoder else {}
-        special_ids = frozenset(self._special_ids.values())
+        special_ids = self._special_ids.values()
         steps = decoder.get("decoders", [decoder])
         kinds = [step.get("type") for step in steps]
         if kinds == ["ByteLevel"]:
@@ -213,7 +218,7 @@ class _JsonTokenizer(Tokenizer):
                 # Added tokens are not written in this alphabet; one that could be is read in it all the same.
                 return bytes(map(alphabet.__getitem__, token)) if alphabet.keys() >= set(token) else token.encode()
 
-            return ByteSpelling(spell_byte_level, special_ids.__contains__, "replace")
+            return ByteSpelling(spell_byte_level, special_ids, "replace")
         fallback_steps: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
             {"type": "ByteFallback"},
@@ -223,7 +228,7 @@ class _JsonTokenizer(Tokenizer):
         if steps in (fallback_steps, [*fallback_steps, strip]):
             return ByteSpelling(
                 lambda token_id: spell_piece(self.token(token_id)),
-                special_ids.__contains__,
+                special_ids,
                 ONE_PER_BYTE,
                 drop_first_space=strip in steps,
             )
@@ -272,7 +277,7 @@ class _SentencePieceTokenizer(Tokenizer):
         self._set_special(special)
         self._spelling = ByteSpelling(
             self._spell,
-            special.__contains__,
+            special,
             ONE_PER_BYTE,
             drop_first_space=self._inner.normalize("x").startswith(SPACE_MARK),
         )
