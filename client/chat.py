@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat templates: messages to the prompt that a model was trained on, as transformers' `apply_chat_template` does it.
 
-The template and its special tokens come from the model's directory, in the layout of Hugging Face. Templates are
+The templates and their special tokens come from the model's directory, in the layout of Hugging Face. Templates are
 foreign code, hence the sandbox. This is the only part of the library that needs jinja2.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a message's reasoning is called; templates read the first, those of gpt-oss the second.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_END_OF_FINAL_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplateError(ValueError):
@@ -33,38 +35,143 @@ def default_model_dir() -> Path:
 
 
 class ChatTemplate:
-    """A model's chat template with the special tokens that it may name."""
+    """A model's chat templates, by name, with the special tokens that they may name. One alone is the default."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], tokenizer_adds_bos: bool = False) -> None:
-        self._template = _compile(source)
+    def __init__(
+        self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str], tokenizer_adds_bos: bool = False
+    ) -> None:
+        self._sources = {"default": sources} if isinstance(sources, str) else dict(sources)
+        self._templates = {name: _compile(source) for name, source in self._sources.items()}
         self._special_tokens = dict(special_tokens)
         self._tokenizer_adds_bos = tokenizer_adds_bos
 
     @classmethod
     def load(cls, model_dir: str | Path) -> ChatTemplate:
-        """The template of a model's directory: chat_template.jinja, else `chat_template` in tokenizer_config.json."""
+        """The templates of a model's directory.
+
+        They are in chat_template.jinja and additional_chat_templates/, else under `chat_template` in
+        tokenizer_config.json, else (older processors) in chat_template.json.
+        """
         directory = Path(model_dir)
         if not directory.is_dir():
             raise ChatTemplateError(f"the model directory {directory} does not exist")
         config = _read_json(directory / "tokenizer_config.json")
-        tokens = {name: _token_text(config.get(name)) for name in SPECIAL_TOKENS}
-        special_tokens = {name: text for name, text in tokens.items() if text is not None}
-        source = _template_source(directory, config)
-        return cls(source, special_tokens, _adds_bos(directory, config, special_tokens.get("bos_token")))
+        special_tokens = _special_tokens(directory, config)
+        adds_bos = _adds_bos(directory, config, special_tokens.get("bos_token"))
+        return cls(_template_sources(directory, config), special_tokens, adds_bos)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
         """The prompt for messages, each with `role` and `content`, ready to be sent as `text_input`.
+
+        add_generation_prompt: end with the head of the model's answer; by default unless the final message goes on.
+        tools: as JSON schemas. continue_final_message: end inside of the final message, or of its field of that name.
+        chat_template: the name of one of several; by default `tool_use` for tools, if there is one, else `default`.
+        variables: others that the template knows, as `enable_thinking`.
 
         The server tokenizes a prompt like any text, so where the tokenizer puts a beginning-of-sequence token in front
         by itself, the template's own is left out.
         """
+        if add_generation_prompt and continue_final_message:
+            raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
+        for name, objects in (("tools", tools), ("documents", documents)):
+            if not all(isinstance(item, Mapping) for item in objects or ()):
+                raise ChatTemplateError(f"{name} must be a list of JSON objects")
+        name = self._choose(chat_template, tools)
+        field = "content" if continue_final_message is True else continue_final_message or None
+        chat = [_with_reasoning(_plain(_without_none(message))) for message in messages]
+        final_text = None if field is None else _mark_end(chat, field, self._sources[name])
+        values = {
+            **self._special_tokens,
+            **_plain(variables),
+            "messages": chat,
+            "tools": None if tools is None else _plain(list(tools)),
+            "documents": None if documents is None else _plain(list(documents)),
+            "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
+        }
         try:
-            prompt = self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except (TemplateError, TypeError) as error:
+            prompt = self._templates[name].render(values)
+        except Exception as error:
             raise ChatTemplateError(f"the chat template failed: {error}") from error
+        if final_text is not None:
+            prompt = _cut_at_end(prompt, final_text)
         return prompt.removeprefix(self._special_tokens.get("bos_token", "")) if self._tokenizer_adds_bos else prompt
+
+    def _choose(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        if name is None:
+            name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise ChatTemplateError(f"there is no chat template {name!r}; there are: {', '.join(self._templates)}")
+        return name
+
+
+def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's clients have null for what a message lacks, at which many templates fail."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    for field in _REASONING_FIELDS:
+        if message.get(field) is not None:
+            return {"thinking": message[field], **message, "reasoning_content": message[field]}
+    return message
+
+
+def _plain(value: Any) -> Any:
+    """A copy in JSON's types; what JSON does not have is no more than its type's name."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):  # an enumeration's, as the value and not by its name
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return f"<{type(value).__name__}>"
+
+
+def _mark_end(chat: list[dict[str, Any]], field: str, source: str) -> str:
+    """Put a tag where the final message ends: after its text, or the last text among its parts, which is returned."""
+    content = chat[-1].get(field) if chat else None
+    if content is None:
+        raise ChatTemplateError(f"continue_final_message is set, but there is no final message with {field!r}")
+    fields = [field]
+    if field in _REASONING_FIELDS:
+        fields = [other for other in _REASONING_FIELDS if chat[-1].get(other) == content]
+    if not any(other in source for other in fields):
+        raise ChatTemplateError(f"continue_final_message is {field!r}, which the chat template does not know")
+    if isinstance(content, str):
+        for other in fields:
+            chat[-1][other] = content + _END_OF_FINAL_MESSAGE
+        return content
+    part = next((part for part in reversed(content) if "text" in part), None)
+    if part is None:
+        raise ChatTemplateError("continue_final_message is set, but the final message has no text")
+    text: str = part["text"]
+    part["text"] = text + _END_OF_FINAL_MESSAGE
+    return text
+
+
+def _cut_at_end(prompt: str, final_text: str) -> str:
+    text, tag, after = prompt.rpartition(_END_OF_FINAL_MESSAGE.strip())
+    if not tag or final_text.strip() not in prompt:
+        raise ChatTemplateError("continue_final_message is set, but the chat template leaves the final message out")
+    # A template that trims messages has trimmed the tag instead of what stands before it.
+    return text if after.startswith(" ") else text.rstrip()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -80,27 +187,42 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _token_text(token: object) -> str | None:
-    """A special token's spelling: the configuration has it plain or in an object of its properties."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The spelling of each special token that has a name: bos_token and its like, and a model's own."""
+    values = dict(config)
+    if "added_tokens_decoder" not in config:  # as in transformers, the older file counts then
+        values |= _read_json(directory / "special_tokens_map.json")
+    named = {name: value for name, value in values.items() if name.endswith("_token")}
+    if isinstance(extra := values.get("extra_special_tokens"), Mapping):
+        named |= extra
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in tokens.items() if isinstance(text, str)}
 
 
-def _template_source(directory: Path, config: Mapping[str, Any]) -> str:
-    try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        template = config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise ChatTemplateError(f"{directory / 'chat_template.jinja'} cannot be read: {error}") from error
-    if isinstance(template, list):  # several templates by name, as models with a separate one for tools have
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
+def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    files = {path.stem: path for path in sorted(directory.glob("additional_chat_templates/*.jinja"))}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    templates = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(templates, list):  # of models with a separate one for tools
+        named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
+        templates = {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    elif isinstance(templates, str):
+        templates = {"default": templates}
+    if not isinstance(templates, dict) or not templates:
         raise ChatTemplateError(
             f"{directory} has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)"
         )
-    return template
+    return templates
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ChatTemplateError(f"{path} cannot be read: {error}") from error
 
 
 def _adds_bos(directory: Path, config: Mapping[str, Any], bos_token: str | None) -> bool:
@@ -116,13 +238,19 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(layout: str) -> str:
-    return datetime.now().astimezone().strftime(layout)
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)  # noqa: DTZ005 (without a time zone, as transformers has it)
 
 
-def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it is; jinja2's own filter escapes HTML."""
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationBlock(Extension):
@@ -130,9 +258,15 @@ class _GenerationBlock(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A block of its own, as in transformers: what is set inside ends with it.
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _content(caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def _compile(source: str) -> Template:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightllm_backend.options import ParsedRequest, check_prompt_bytes
-from lightllm_backend.text import Tokenizer
+from lightllm_backend.request import RequestError
+from lightllm_backend.text import Tokenizer, TokenizerError
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,19 @@ class Prompt:
 
 
 def encode_prompt(parsed: ParsedRequest, tokenizer: Tokenizer, max_prompt_bytes: int) -> Prompt:
-    """RequestError INVALID_ARG for a text that is too long. How many tokens are allowed, the engine knows."""
+    """RequestError INVALID_ARG for a text that is too long, or has a token that the model does not have.
+
+    How many tokens are allowed, the engine knows.
+    """
     wanted = not parsed.options.exclude_input_in_output
     if parsed.text is None:
         token_ids = list(parsed.token_ids or ())
-        return Prompt(token_ids, tokenizer.decode(token_ids, skip_special_tokens=False) if wanted else "")
+        return Prompt(
+            token_ids, tokenizer.decode_prompt(token_ids, parsed.options.skip_special_tokens) if wanted else ""
+        )
     check_prompt_bytes(len(parsed.text.encode()), max_prompt_bytes)
-    token_ids = tokenizer.encode(parsed.text, parse_special=parsed.options.parse_special)
+    try:
+        token_ids = tokenizer.encode(parsed.text, parse_special=parsed.options.parse_special)
+    except TokenizerError as error:
+        raise RequestError("INVALID_ARG", f"text_input: {error}") from error
     return Prompt(token_ids, parsed.text if wanted else "")

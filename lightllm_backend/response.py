@@ -20,15 +20,15 @@ class DecodeState:
     skip_special_tokens: bool = True
     eos_ids: Sequence[int] = ()  # an EOS that ended the sequence is not text; empty with ignore_eos
     prefix: str = ""  # what the next text begins with: at first the prompt, if the input is wanted in the output
-    text: list[Any] | None = None  # the TextStream's; None at first
+    text: list[Any] | None = None  # the TextStream's; None where no prompt goes before
     held_ids: list[int] = field(default_factory=list)
     held_log_probs: list[float] = field(default_factory=list)
     num_input_tokens: int = 0
     cumulative_logprob: float = 0.0
 
     @classmethod
-    def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str) -> DecodeState:
-        """As it is before the first token."""
+    def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
+        """As it is before the first token, from which `text` goes on."""
         sampling = options.sampling
         return cls(
             stop_words=sampling.stop_words,
@@ -36,6 +36,7 @@ class DecodeState:
             skip_special_tokens=options.skip_special_tokens,
             eos_ids=() if sampling.ignore_eos else eos_ids,
             prefix="" if options.exclude_input_in_output else prompt_text,
+            text=text.state(),
         )
 
     def pack(self) -> list[Any]:
@@ -76,8 +77,9 @@ class ResponseDecoder:
         state.cumulative_logprob += sum(chunk.log_probs)
         ids = chunk.token_ids
         if chunk.finish_reason is FinishReason.STOP and ids and ids[-1] in state.eos_ids:
-            ids = ids[:-1]
-        text = self._text.push(ids)
+            text = self._text.push(ids[:-1]) + self._text.push_eos(ids[-1])
+        else:
+            text = self._text.push(ids)
         if chunk.finish_reason is not None:
             return self._respond(text + self._text.flush(), chunk.finish_reason.value)
         return self._respond(text, "") if text else None

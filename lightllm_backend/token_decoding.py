@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
 # How sentencepiece spells a space.
 SPACE_MARK = "\u2581"
+_MOST_BYTES_OF_A_CHARACTER = 4
+# How many of a prompt's last tokens are enough context; more only where none of these has text.
+_CONTEXT_SIZES = (8, 64, 512)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Byte-fallback tokens that are not UTF-8 become one U+FFFD each, as sentencepiece has it; Python's own "replace"
@@ -34,8 +37,11 @@ codecs.register_error(ONE_PER_BYTE, _replace_each_byte)
 class IncrementalDecoder(Protocol):
     """Token ids in, whole characters out; `flush` gives what was held back at the end.
 
-    `state` is plain data, as JSON has it; a new decoder of the same tokenizer goes on from there after `restore`.
+    `begin` takes in the prompt that the sequence continues. `state` is plain data, as JSON has it, and short; a new
+    decoder of the same tokenizer goes on from there after `restore`.
     """
+
+    def begin(self, prompt_ids: Sequence[int]) -> None: ...
 
     def push(self, token_ids: Sequence[int]) -> str: ...
 
@@ -47,14 +53,19 @@ class IncrementalDecoder(Protocol):
 
 
 class _Spelling(dict[int, bytes]):
-    """The bytes of each token, worked out when it is first seen."""
+    """The bytes of each token, worked out when it is first seen.
 
-    def __init__(self, spell: Callable[[int], bytes]) -> None:
-        super().__init__()
+    A token without any is not kept: a prompt may hold any number of ids that no token has.
+    """
+
+    def __init__(self, spell: Callable[[int], bytes], without_text: Iterable[int] = ()) -> None:
+        super().__init__(dict.fromkeys(without_text, b""))
         self._spell = spell
 
     def __missing__(self, token_id: int) -> bytes:
-        spelled = self[token_id] = self._spell(int(token_id))
+        spelled = self._spell(int(token_id))
+        if spelled:
+            self[token_id] = spelled
         return spelled
 
 
@@ -65,6 +76,15 @@ class ByteDecoder:
         self._spelling = spelling
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         self._drop_space = drop_first_space  # until there is some text
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """At the cost of a few tokens: more bytes than a character has hold all that later text depends on."""
+        end = b""
+        for token_id in reversed(prompt_ids):
+            end = self._spelling[token_id] + end
+            if len(end) >= _MOST_BYTES_OF_A_CHARACTER:
+                break
+        self._dropping(self._utf8.decode(end))
 
     def push(self, token_ids: Sequence[int]) -> str:
         return self._dropping(self._utf8.decode(b"".join(map(self._spelling.__getitem__, token_ids))))
@@ -93,12 +113,12 @@ class ByteSpelling:
     def __init__(
         self,
         spell: Callable[[int], bytes],
-        is_special: Callable[[int], bool],
+        special_ids: Iterable[int],
         errors: str,
         drop_first_space: bool = False,
     ) -> None:
         self._with_special = _Spelling(spell)
-        self._without_special = _Spelling(lambda token_id: b"" if is_special(token_id) else spell(token_id))
+        self._without_special = _Spelling(spell, without_text=special_ids)
         self._errors = errors
         self._drop_first_space = drop_first_space
 
@@ -132,6 +152,16 @@ class WindowDecoder:
         self._window: list[int] = []
         self._context_length = 0  # tokens of the window that have been released
         self._context_text = ""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Keep the last tokens as context, as many as have some text."""
+        context: Sequence[int] = ()
+        for size in _CONTEXT_SIZES:
+            context = prompt_ids[-size:]
+            if len(context) < size or self._decode(context).strip(REPLACEMENT_CHARACTER):
+                break
+        for token_id in context:
+            self.push((token_id,))
 
     def push(self, token_ids: Sequence[int]) -> str:
         self._window.extend(token_ids)

@@ -141,6 +141,12 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
     return model_directory.load_tokenizer(directory, config)
 
 
+def warn_of_tokens_past_model(tokenizer: Tokenizer) -> None:
+    warning = model_directory.warning_of_tokens_past_model(tokenizer)
+    if warning:
+        log.warning(warning)
+
+
 def metrics(with_engine: bool) -> Metrics:
     return Metrics(pb_utils, with_engine)
 

@@ -44,3 +44,14 @@ def test_every_vector_comes_back_token_by_token(
         assert "\ufffd" not in "".join(pieces)
         assert "".join(pieces) + stream.flush() == text
         assert tokenizer.decode([1, *ids]) == text
+
+
+def test_an_answer_goes_on_from_its_prompt_wherever_the_text_is_cut(
+    tokenizer: Tokenizer, test_vectors: list[tuple[str, list[int]]]
+) -> None:
+    for text, ids in test_vectors:
+        for cut in range(0, len(ids) + 1, max(1, len(ids) // 8)):
+            prompt_ids = [1, *ids[:cut]]
+            stream = TextStream(tokenizer, prompt_ids=prompt_ids)
+            answer = "".join([stream.push([token_id]) for token_id in ids[cut:]]) + stream.flush()
+            assert tokenizer.decode_prompt(prompt_ids) + answer == text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model directory's tokenizer and model must agree."""
+"""A model directory's tokenizer may have more tokens than the model, or fewer."""
 
 import json
 import shutil
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.model_directory import load_tokenizer
+from lightllm_backend.model_directory import load_tokenizer, warning_of_tokens_past_model
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.options import ParsedRequest
+from lightllm_backend.prompt import encode_prompt
+from lightllm_backend.request import RequestError, RequestOptions
 from lightllm_backend.text import TokenizerError
 
 DATA = Path(__file__).parent / "data"
@@ -38,19 +41,53 @@ def test_a_vocabulary_may_be_padded(directory: Path, vocab_size: int) -> None:
     assert load_tokenizer(directory, EngineConfig()).vocab_size == 512
 
 
+def with_pad(directory: Path) -> None:
+    """As of a fine-tuned LLaMA-2, whose embedding was not resized for the token that its training filled up with."""
+    settings = directory / "tokenizer_config.json"
+    old = json.loads(settings.read_text()) if settings.exists() else {}
+    added = {"512": {"content": "<pad2>", "special": True, "normalized": False}}
+    settings.write_text(json.dumps({**old, "added_tokens_decoder": added, "pad_token": "<pad2>"}))
+
+
 @pytest.mark.parametrize("mode", ["auto", "slow"])
-def test_an_id_past_the_vocabulary_is_refused(directory: Path, mode: str) -> None:
-    write_model(directory, 511)
-    with pytest.raises(ModelError, match=r"model: the tokenizer has ids up to 511, but .* vocab_size is 511; at most"):
-        load_tokenizer(directory, EngineConfig(tokenizer_mode=mode))
-
-
-def test_one_added_token_is_enough(directory: Path) -> None:
+def test_a_token_past_the_vocabulary_loads_with_a_warning(directory: Path, mode: str) -> None:
     write_model(directory, 512)
-    added = {"512": {"content": "<pad2>", "special": True}}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    with pytest.raises(ModelError, match="ids up to 512"):
-        load_tokenizer(directory, EngineConfig())
+    with_pad(directory)
+    tokenizer = load_tokenizer(directory, EngineConfig(tokenizer_mode=mode))
+    assert tokenizer.tokens_past_model == {512: "<pad2>"}
+    assert warning_of_tokens_past_model(tokenizer) == (
+        "the tokenizer has ids past the model's vocab_size of 512: 512 (<pad2>); prompts that hold one are refused"
+    )
+    write_model(directory, 513)
+    assert warning_of_tokens_past_model(load_tokenizer(directory, EngineConfig())) is None
+
+
+def test_a_warning_names_ten_tokens_at_most(directory: Path) -> None:
+    write_model(directory, 500)
+    warning = warning_of_tokens_past_model(load_tokenizer(directory, EngineConfig()))
+    assert warning is not None
+    assert warning.count("(") == 10
+    assert "509 (" in warning
+    assert ") and 2 more; prompts" in warning
+
+
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+def test_a_prompt_with_a_token_past_the_vocabulary_is_refused(directory: Path, mode: str) -> None:
+    write_model(directory, 512)
+    with_pad(directory)
+    tokenizer = load_tokenizer(directory, EngineConfig(tokenizer_mode=mode))
+
+    def encode(text: str, **options: bool) -> list[int]:
+        return encode_prompt(ParsedRequest(text, None, RequestOptions(**options)), tokenizer, 100).token_ids
+
+    with pytest.raises(RequestError) as caught:
+        encode("a dog<pad2>")
+    assert str(caught.value) == (
+        "INVALID_ARG: text_input: '<pad2>' is the token 512, which the model does not have; "
+        "allowed: text whose tokens have ids below 512"
+    )
+    assert encode("a dog")
+    assert max(encode("a dog<pad2>", parse_special=False)) < 512
 
 
 def test_a_tokenizer_of_its_own_code_needs_trust(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lightllm_backend.request import FinishReason, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.response import DecodeState, Response, ResponseDecoder
-from lightllm_backend.text import Tokenizer
+from lightllm_backend.text import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,25 @@ def test_flush_gives_what_an_error_would_lose_once(client_of: ClientOf) -> None:
     assert client.decoder.flush() is None
 
 
-def test_the_context_of_options() -> None:
+def test_the_context_of_options(tokenizer: Tokenizer) -> None:
     sampling = SamplingParams(stop_words=("x",), min_tokens=2)
     options = RequestOptions(sampling, skip_special_tokens=False, exclude_input_in_output=False)
-    assert DecodeState.of(options, (2, 3), "prompt") == DecodeState(("x",), 2, False, (2, 3), "prompt")
+    text = TextStream.of(tokenizer, options, [5])
+    state = DecodeState.of(options, (2, 3), "prompt", text)
+    assert state == DecodeState(("x",), 2, False, (2, 3), "prompt", text.state())
     ignoring = RequestOptions(SamplingParams(ignore_eos=True))
-    assert DecodeState.of(ignoring, (2,), "prompt") == DecodeState()
+    text = TextStream.of(tokenizer, ignoring, [5])
+    assert DecodeState.of(ignoring, (2,), "prompt", text) == DecodeState(text=text.state())
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_eos_that_ends_may_complete_a_stop_string(client_of: ClientOf, tokenizer: Tokenizer, skip: bool) -> None:
+    [eos] = tokenizer.encode("</s>")
+    client = client_of(DecodeState(stop_words=("dog</s>",), skip_special_tokens=skip, eos_ids=(eos,)))
+    ids = client.ids("a dog")
+    assert final(client.push(ids)).text_output == "a "
+    response = final(client.push([eos], FinishReason.STOP))
+    assert (response.text_output, response.output_ids[-1]) == ("", eos)
+    # Where it completes none, what was held comes out.
+    client = client_of(DecodeState(stop_words=("dogs</s>",), skip_special_tokens=skip, eos_ids=(eos,)))
+    assert final(client.push([*ids, eos], FinishReason.STOP)).text_output == "a dog"

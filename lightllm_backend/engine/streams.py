@@ -30,7 +30,7 @@ from lightllm_backend.engine.channel import DELIVERED, FAILED, Channel, ChannelC
 from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.outbox import Outbox
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
-from lightllm_backend.text import TextStream, Tokenizer
+from lightllm_backend.text import TextStream
 
 # How often is asked whether a stream's client has gone, and how often in all: an answer takes the detokenizer nearly as
 # long as a response.
@@ -266,13 +266,14 @@ class Streams:
 
     def submit(
         self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
-        responder_for: Callable[[str], Responder], flow_control: bool, tokenizer: Tokenizer, urgent: bool = False,
+        responder_for: Callable[[str], Responder], flow_control: bool, text: TextStream, urgent: bool = False,
     ) -> None:  # fmt: skip
-        """Send a request on its way. RequestError if it cannot be; then the responder is never used."""
+        """Send a request on its way. RequestError if it cannot be; then the responder is never used.
+
+        text: in which stop strings are looked for, as it is before the first token.
+        """
         sampling = options.sampling
-        stop_text = None
-        if sampling.stop_words:
-            stop_text = TextStream(tokenizer, sampling.stop_words, sampling.min_tokens, options.skip_special_tokens)
+        stop_text = text if sampling.stop_words else None
         uid = self._engine.new_uid()
         stream = Stream(
             responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._outbox,

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+from enum import IntEnum
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from client.chat import ChatTemplate, ChatTemplateError, default_model_dir
@@ -32,6 +36,8 @@ LLAMA = """\
 {{ strftime_now('%Y') | length }}{{ eos_token }}
 """
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " What's <this> & 尾? "}]
+DATA = Path(__file__).parents[1] / "data"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -43,14 +49,121 @@ def model_dir(path, **files):
     return path
 
 
-@pytest.mark.parametrize("source", [CHATML, LLAMA])
+class Number(IntEnum):
+    ONE = 1
+
+
+WHAT_IS_GIVEN = """\
+{%- if tools is not none %}T{{ tools | tojson(indent=1) }}{% endif %}
+{%- if documents is not none %}D{{ documents }}{% endif %}
+{{- tools is defined }}{{ documents is defined }}{{ thinking is defined and thinking }}{{ add_generation_prompt }}
+{%- for message in messages %}
+    {%- if message.content is defined %}{{ message.content }}{% endif %}
+    {{- message | tojson(True, 2, (',', ':'), True) }}
+    {%- if loop.index > 2 %}{% break %}{% endif %}
+{%- endfor %}
+{%- set n = namespace(x=1) %}{% set y = 1 %}
+{%- generation %}{% set n.x = 2 %}{% set y = 2 %}{{ y }}{% endgeneration %}{{ n.x }}{{ y }}
+{{- dict(a=1) }}{{ range(2) | list }}{{ strftime_now('%Z') }}
+"""
+RICH = [
+    {"role": "user", "content": None, "tool_calls": None},
+    {"role": "assistant", "content": "<é>", "reasoning": "why"},
+    {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "a"}],
+        "thinking": "because",
+        "n": Number.ONE,
+        "t": (1, 2),
+    },
+    {"role": "user", "content": b"bytes", "m": MappingProxyType({"k": [1.5, True]})},
+]
+
+
+def expected_of(source, messages, **options):
+    """The same by transformers 5.23 itself."""
+    without_none = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    expected, _ = render_jinja_template([without_none], chat_template=source, **{**TOKENS, **options})
+    return expected[0]
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA, WHAT_IS_GIVEN])
 @pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:]])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_a_template_renders_as_in_transformers(source, messages, add_generation_prompt):
-    expected, _ = render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=add_generation_prompt, **TOKENS
-    )
-    assert ChatTemplate(source, TOKENS).render(messages, add_generation_prompt) == expected[0]
+    expected = expected_of(source, messages, add_generation_prompt=add_generation_prompt)
+    assert ChatTemplate(source, TOKENS).render(messages, add_generation_prompt) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tools": [], "documents": []},
+        {"tools": [TOOL], "documents": [{"title": "T", "text": "x"}]},
+        {"thinking": True, "bos_token": "other"},
+    ],
+)
+def test_a_template_sees_what_transformers_gives_it(options):
+    expected = expected_of(WHAT_IS_GIVEN, RICH, add_generation_prompt=True, **options)
+    assert ChatTemplate(WHAT_IS_GIVEN, TOKENS).render(RICH, **options) == expected
+    assert expected.startswith("TrueTrue") == (options.get("tools") is None)
+
+
+TRIMMING = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+PARTS = "{% for m in messages %}[{% for p in m.content %}{{ p.text }}{% endfor %}]{% endfor %}"
+THINKING = "{% for m in messages %}({{ m.reasoning_content }})[{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "final", "field"),
+    [
+        (CHATML, {"content": "The answer is "}, True),
+        (CHATML, {"content": "The answer is"}, "content"),
+        (TRIMMING, {"content": "The answer is "}, True),
+        (TRIMMING, {"content": "The answer is"}, True),
+        (PARTS, {"content": [{"text": "The"}, {"text": " answer "}, {"image": 1}]}, True),
+        (THINKING, {"content": "x", "thinking": "Let me "}, "thinking"),
+        (THINKING, {"content": "x", "reasoning": "Let me "}, "reasoning"),
+    ],
+)
+def test_a_final_message_is_continued_as_in_transformers(source, final, field):
+    messages = [
+        {"role": "user", "content": [{"text": "hi"}] if source is PARTS else "hi"},
+        {"role": "assistant", **final},
+    ]
+    expected = expected_of(source, messages, continue_final_message=field)
+    assert ChatTemplate(source, TOKENS).render(messages, continue_final_message=field) == expected
+    assert messages[1] == {"role": "assistant", **final}
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "options", "message"),
+    [
+        (CHATML, MESSAGES, {"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+        (CHATML, [], {"continue_final_message": True}, "no final message with 'content'"),
+        (CHATML, MESSAGES, {"continue_final_message": "thinking"}, "no final message with 'thinking'"),
+        (
+            CHATML,
+            [{"role": "user", "content": "x", "prefix": "z"}],
+            {"continue_final_message": "prefix"},
+            "does not know",
+        ),
+        ("content", MESSAGES, {"continue_final_message": True}, "leaves the final message out"),
+        (
+            "{{ messages[0].content | upper }}",
+            MESSAGES[1:],
+            {"continue_final_message": True},
+            "leaves the final message",
+        ),
+        (PARTS, [{"role": "user", "content": [{}]}], {"continue_final_message": True}, "has no text"),
+        (CHATML, MESSAGES, {"tools": [print]}, "tools must be a list of JSON objects"),
+        (CHATML, MESSAGES, {"documents": ["x"]}, "documents must be a list of JSON objects"),
+    ],
+)
+def test_what_cannot_be_rendered_is_an_error(source, messages, options, message):
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(source, TOKENS).render(messages, **options)
 
 
 def test_the_template_and_tokens_come_from_the_tokenizers_configuration(tmp_path):
@@ -67,11 +180,76 @@ def test_a_template_file_wins_over_the_configuration(tmp_path):
     assert ChatTemplate.load(directory).render([]) == "new </s>"
 
 
-def test_of_several_templates_the_default_is_taken(tmp_path):
-    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert ChatTemplate.load(model_dir(tmp_path, tokenizer_config__json={"chat_template": templates})).render([]) == (
-        "plain"
-    )
+def theirs(directory):
+    """What transformers 5.23 makes of a directory's templates."""
+    (directory / "tokenizer.json").write_bytes((DATA / "byte_level/tokenizer.json").read_bytes())
+    config = directory / "tokenizer_config.json"
+    old = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **old}))
+    return AutoTokenizer.from_pretrained(directory)
+
+
+SEVERAL = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+
+
+@pytest.mark.parametrize("tools", [None, [], [TOOL]])
+@pytest.mark.parametrize("name", [None, "default", "tool_use"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config__json": {"chat_template": SEVERAL}},
+        {"tokenizer_config__json": {"chat_template": "one {{ tools }}"}},
+        {"chat_template__jinja": "plain", "tool_use__jinja": "tools"},
+        {"tokenizer_config__json": {"chat_template": "old"}, "chat_template__jinja": "plain"},
+    ],
+)
+def test_of_several_templates_the_one_of_transformers_is_taken(tmp_path, files, tools, name):
+    directory = model_dir(tmp_path, **files)
+    if (directory / "tool_use.jinja").exists():
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "tool_use.jinja").rename(directory / "additional_chat_templates/tool_use.jinja")
+    library, ours = theirs(directory), ChatTemplate.load(directory)
+    if name == "tool_use" and not isinstance(library.chat_template, dict):
+        with pytest.raises(ChatTemplateError, match="there is no chat template 'tool_use'; there are: default"):
+            ours.render(MESSAGES, tools=tools, chat_template=name)
+        return
+    named = name if isinstance(library.chat_template, dict) else None
+    expected = library.apply_chat_template(MESSAGES, tools=tools, chat_template=named, tokenize=False)
+    assert ours.render(MESSAGES, tools=tools, chat_template=name) == expected
+
+
+def test_a_template_that_is_no_default_has_to_be_named(tmp_path):
+    config = {"chat_template": [{"name": "rag", "template": "x"}]}
+    template = ChatTemplate.load(model_dir(tmp_path, tokenizer_config__json=config))
+    with pytest.raises(ChatTemplateError, match="there is no chat template 'default'; there are: rag"):
+        template.render(MESSAGES)
+    assert template.render(MESSAGES, chat_template="rag") == "x"
+
+
+def test_a_processor_s_older_file_is_read_if_there_is_no_other(tmp_path):
+    directory = model_dir(tmp_path, chat_template__json={"chat_template": "processor"})
+    assert ChatTemplate.load(directory).render(MESSAGES) == "processor"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"special_tokens_map__json": {"bos_token": "<map>", "eos_token": {"content": "</map>"}}},
+        {"special_tokens_map__json": {"bos_token": "<map>"}, "tokenizer_config__json": {"bos_token": "<s>"}},
+        {
+            "special_tokens_map__json": {"bos_token": "<map>"},
+            "tokenizer_config__json": {"bos_token": "<s>", "added_tokens_decoder": {}},
+        },
+        {"tokenizer_config__json": {"image_token": "<image>", "extra_special_tokens": {"boi_token": "<boi>"}}},
+        {"tokenizer_config__json": {"pad_token": None, "additional_special_tokens": ["<x>"], "add_bos_token": True}},
+    ],
+)
+def test_special_tokens_are_those_that_transformers_gives(tmp_path, files):
+    source = "{{ bos_token }}|{{ eos_token }}|{{ image_token }}|{{ boi_token }}|{{ pad_token is defined }}"
+    files["tokenizer_config__json"] = {**files.get("tokenizer_config__json", {}), "chat_template": source}
+    directory = model_dir(tmp_path, **files)
+    ours = ChatTemplate.load(directory)
+    assert ours.render(MESSAGES) == theirs(directory).apply_chat_template(MESSAGES, tokenize=False)
 
 
 POST_PROCESSOR = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}
@@ -103,7 +281,8 @@ def test_the_configuration_says_whether_a_sentencepiece_model_adds_it(tmp_path):
     [
         ({}, "has no chat template"),
         ({"tokenizer_config__json": {}}, "neither chat_template.jinja nor chat_template in tokenizer_config.json"),
-        ({"tokenizer_config__json": {"chat_template": [{"name": "rag", "template": "x"}]}}, "has no chat template"),
+        ({"tokenizer_config__json": {"chat_template": [{"name": "rag"}]}}, "has no chat template"),
+        ({"chat_template__json": {}}, "has no chat template"),
         ({"tokenizer_config__json": "{"}, "tokenizer_config.json cannot be read"),
         ({"tokenizer_config__json": "[]"}, "tokenizer_config.json is not a JSON object"),
         ({"chat_template__jinja": "{% for %}"}, "the chat template is not valid"),

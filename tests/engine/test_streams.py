@@ -396,7 +396,8 @@ def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def submit(streams: Streams, tokenizer: Tokenizer, flow_control: bool = True, **sampling: Any) -> FakeResponder:
     responder = FakeResponder()
     options = RequestOptions(SamplingParams(**sampling), stream=True)
-    streams.submit([1, 2], options, 12.5, lambda uid: responder, flow_control, tokenizer)
+    text = TextStream.of(tokenizer, options, [1, 2])
+    streams.submit([1, 2], options, 12.5, lambda uid: responder, flow_control, text)
     return responder
 
 

@@ -8,6 +8,7 @@ from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.supervisor import EngineSupervisor
 from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.response import DecodeState
+from lightllm_backend.text import TextStream
 
 CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
 
@@ -46,7 +47,8 @@ class TritonPythonModel:
         parsed, ensemble = triton_io.read_generation_request(request)
         deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
         prompt_text = ensemble["prompt_text"] if ensemble else ""
-        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text)
+        text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
+        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text, text)
 
         def responder(uid):
             return triton_io.GenerationResponder(
@@ -55,7 +57,7 @@ class TritonPythonModel:
 
         self.streams.submit(
             parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
-            tokenizer=self.tokenizer, urgent=triton_io.is_probe(request),
+            text=text, urgent=triton_io.is_probe(request),
         )  # fmt: skip
 
     def finalize(self):

@@ -8,6 +8,7 @@ from lightllm_backend.engine.streams import Streams
 from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.prompt import encode_prompt
 from lightllm_backend.response import DecodeState, ResponseDecoder
+from lightllm_backend.text import TextStream
 
 
 class TritonPythonModel:
@@ -36,11 +37,12 @@ class TritonPythonModel:
         deadline = triton_io.deadline(request)
         parsed = triton_io.read_request(request).without_streaming()
         prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
-        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo)
+        text = TextStream.of(self.tokenizer, parsed.options, prompt.token_ids)
+        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo, text)
         decoder = ResponseDecoder(self.tokenizer, state)
         self.streams.submit(
             prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
-            flow_control=False, tokenizer=self.tokenizer, urgent=triton_io.is_probe(request),
+            flow_control=False, text=text, urgent=triton_io.is_probe(request),
         )  # fmt: skip
 
     def finalize(self):

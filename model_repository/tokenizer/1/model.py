@@ -12,6 +12,7 @@ class TritonPythonModel:
         with triton_io.starting():
             self.config = triton_io.engine_config(args)
             self.tokenizer = triton_io.load_tokenizer(self.config)
+            triton_io.warn_of_tokens_past_model(self.tokenizer)
             self.metrics = triton_io.metrics(with_engine=False)
             self.vitals = Vitals(run_directory(), "tokenizer")
 
