@@ -155,5 +155,5 @@ def test_refusals_are_counted(server: TritonServer, client: LightLLMClient) -> N
     assert poll(is_settled, 10)
     before = rejected()
     with pytest.raises(InvalidArgument):
-        client.generate("a " * 3000)
+        client.generate("a " * 9000)
     assert poll(lambda: rejected() == before + 1, 10)
