@@ -60,8 +60,12 @@ class EngineConfig:
     max_prompt_bytes: int = _count(1 << 20, "longest prompt text")
     batch_max_tokens: int | None = _count(None, "new prompt tokens a step (default: 8192 on a GPU, 512 on a CPU)")
     running_max_req_size: int = _count(1000, "most requests running at once")
-    max_req_input_len: int = _count(2048, "most prompt tokens a request")
-    max_req_total_len: int = _count(3072, "most prompt and generated tokens a request", least=2)
+    max_req_input_len: int | None = _count(
+        None, "most prompt tokens a request (default: all but one of max_req_total_len)"
+    )
+    max_req_total_len: int | None = _count(
+        None, "most prompt and generated tokens a request (default: the model's limit, or what the KV pool holds)", 2
+    )
     admission: str = _choice(
         "exact", "exact: room for all that was asked for; past_future: by recent lengths, with pauses if need be",
         "exact", "past_future",

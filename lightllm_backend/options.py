@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
 
 MAX_STOP_WORDS = 32
@@ -203,21 +204,15 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
             raise _invalid(f"input_ids holds {token_id}; allowed: 0 ≤ id < {vocab_size}")
 
 
-def check_lengths(
-    num_input: int, max_tokens: int, max_req_input_len: int, max_req_total_len: int, pool_tokens: int
-) -> None:
-    """Refuse what can never run, with the three numbers that decide it."""
+def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None:
+    """Refuse what can never run, with the three numbers that decide it and what sets the limit."""
     if num_input == 0:
         raise _invalid("the prompt has no tokens; allowed: at least 1")
-    if max_tokens > max_req_total_len:
-        raise _invalid(f"max_tokens is {max_tokens}; allowed: 1 ≤ max_tokens ≤ {max_req_total_len} (max_req_total_len)")
     asked = f"the prompt has {num_input} tokens and max_tokens is {max_tokens}"
-    if num_input > max_req_input_len:
-        raise _invalid(f"{asked}; allowed: at most {max_req_input_len} prompt tokens (max_req_input_len)")
-    if num_input + max_tokens > max_req_total_len:
-        raise _invalid(f"{asked}; allowed: at most {max_req_total_len} in all (max_req_total_len)")
-    if num_input + max_tokens - 1 > pool_tokens:  # the last token is never fed back, so it needs no slot
-        raise _invalid(f"{asked}; allowed: what fits the KV pool of {pool_tokens} tokens (max_total_token_num)")
+    if num_input > limits.max_input:
+        raise _invalid(f"{asked}; allowed: at most {limits.max_input} prompt tokens ({limits.max_input_source})")
+    if num_input + max_tokens > limits.max_total:
+        raise _invalid(f"{asked}; allowed: at most {limits.max_total} in all ({limits.max_total_source})")
 
 
 def _invalid(message: str) -> RequestError:

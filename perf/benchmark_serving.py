@@ -40,7 +40,7 @@ from perf.serving.measure import RequestFailed, clients_summary, summary
 from perf.serving.systems import ServerSystem, System, SystemFailed, engine_alone, launched_server
 from perf.serving.tables import figures_table, notes
 from perf.serving.workload import Length, WorkItem, WorkloadError
-from perf.shapes import SHAPES
+from perf.shapes import LENGTHS, SHAPES
 
 DEFAULT_PROMPTS = 1000
 MACHINE_SETTINGS = {"model_dir", "worker_python"}  # where things lie on one machine
@@ -166,7 +166,9 @@ def benchmark(options: Options, console: Console) -> dict[str, Any]:
         settings = dict(options.settings)
         if options.model:
             write_model_directory(options.model, Path(scratch))
-            settings = {"model_dir": scratch, "load_format": "dummy", **settings}
+            inherited = {name for name in LENGTHS if os.environ.get(ENVIRONMENT_PREFIX + name.upper())}
+            lengths = {name: str(length) for name, length in LENGTHS.items() if name not in inherited}
+            settings = {"model_dir": scratch, "load_format": "dummy", **lengths, **settings}
         given = settings.get("model_dir") or os.environ.get(f"{ENVIRONMENT_PREFIX}MODEL_DIR")
         model_dir = Path(given) if given and (options.launch or options.in_process) else None
         # Prompts are new in each run, so that none is found in a prefix cache.

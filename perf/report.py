@@ -219,6 +219,23 @@ def prefix_cache(result: dict[str, Any]) -> list[str]:
     return [f"{title}** ({origin(result)}):", "", *table(headings, rows)]
 
 
+def long_context(result: dict[str, Any]) -> list[str]:
+    parts = list(result["rows"][0]["memory"])
+    batches = [step["batch"] for step in result["rows"][0]["steps"]]
+    rows = []
+    for row in result["rows"]:
+        memory = [f"{row['memory'][part] / 2**30:.2f}" for part in parts]
+        long = row.get("long") or {}
+        figures = [f"{long['prefill_seconds']:.2f}", f"{long['step_ms']:.2f}"] if long else ["–", "–"]
+        steps = [f"{step['step_ms']:.3f}" for step in row["steps"]]
+        figures += [f"{row['start_seconds']:.1f}", *memory, f"{row['pool_tokens']:,}", *steps]
+        rows.append([f"{row['max_total']:,}", *figures])
+    headings = ["tokens in all", f"prefill of {result['prompt']:,} tokens, s", "step there, ms", "start, s"]
+    headings += [f"{part}, GiB" for part in parts] + ["KV tokens"]
+    headings += [f"step of {batch}, ms" for batch in batches]
+    return [f"**{result['model']}: long requests** ({origin(result)}):", "", *table(headings, rows)]
+
+
 def serving(result: dict[str, Any]) -> list[str]:
     headings = ["", "asked requests/s", "s", "requests/s", "output tokens/s", "first token p50, ms", "p99"]
     headings += ["per output token p50, ms", "p99", "between responses p50, ms", "p99", "tokens a response"]
@@ -284,6 +301,7 @@ SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "router_time": router_time, "admission": admission, "prefix_cache": prefix_cache,
+    "long_context": long_context,
 }  # fmt: skip
 
 

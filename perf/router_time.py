@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lightllm_backend.engine.channel import SUBMIT, Channel, ChannelClosed, EngineInfo, pack_request
 from lightllm_backend.engine.hub import Hub
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission
 from lightllm_backend.router.batch import StepResult
@@ -139,7 +140,7 @@ def drain(address: str) -> None:
 @click.option("--warm_up", default=1000, show_default=True, type=click.IntRange(min=0), help="steps before")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "router_time.json", help="the JSON file")
 def main(steps: int, warm_up: int, out: Path) -> None:
-    info = EngineInfo("", "", "", 32000, (EOS_ID,), 4096, 4096, 1, 1)
+    info = EngineInfo("", "", "", 32000, (EOS_ID,), LengthLimits(4095, "", 4096, ""), 1, {})
     with tempfile.TemporaryDirectory() as directory:
         address = str(Path(directory, "hub"))
         hub = Hub(address, info, os.pipe()[0])

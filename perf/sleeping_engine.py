@@ -20,11 +20,13 @@ import numpy as np
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.engine import worker
 from lightllm_backend.engine.channel import EngineInfo
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.router.batch import Batch, StepResult
 from perf.simulated_engine import step_seconds
 
 VOCABULARY = 32000
 POOL_TOKENS = 229000
+POSITIONS = 16384
 
 
 class SleepingStep:
@@ -66,10 +68,10 @@ class SleepingEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.runner = SleepingRunner()
+        pool_tokens = config.max_total_token_num or POOL_TOKENS
         self.info = EngineInfo(
             model="sleeping", dtype="none", device="cpu", vocab_size=VOCABULARY, eos_ids=(2,),
-            max_req_input_len=config.max_req_input_len, max_req_total_len=config.max_req_total_len,
-            pool_tokens=config.max_total_token_num or POOL_TOKENS, pool_bytes=1,
+            lengths=LengthLimits.of(config, POSITIONS, pool_tokens), pool_tokens=pool_tokens, memory={"KV pool": 0},
         )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from perf.engine_under_test import EngineUnderTest, engine_under_test
 from perf.hardware_limits import hardware_limits
 from perf.model_cost import ModelCost
 from perf.record import RESULTS, circumstances, write_result
-from perf.shapes import SHAPES
+from perf.shapes import LENGTHS, SHAPES
 
 
 def measure(engine: EngineUnderTest, case: Case, repeats: int) -> dict[str, Any]:
@@ -112,11 +112,10 @@ def table_of(result: dict[str, Any]) -> Table:
 def engine_config(directory: str, given: dict[str, str | None], cases: Sequence[Case]) -> EngineConfig:
     """The settings of this run: the command line's, the environment's, and lengths that suffice."""
     longest = max(case.longest for case in cases)
-    defaults = EngineConfig()
     variables = {name: value for name, value in given.items() if value is not None}
     variables |= {"model_dir": directory, "log_stats_interval": "0", "worker_python": sys.executable}
-    variables |= {"max_req_input_len": str(max(longest - 1, defaults.max_req_input_len))}
-    variables |= {"max_req_total_len": str(max(longest, defaults.max_req_total_len))}
+    variables |= {"max_req_input_len": str(max(longest - 1, LENGTHS["max_req_input_len"]))}
+    variables |= {"max_req_total_len": str(max(longest, LENGTHS["max_req_total_len"]))}
     variables |= {"running_max_req_size": str(max(case.batch for case in cases))}
     environment = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in variables.items()}
     return EngineConfig.build({}, {**os.environ, **environment})

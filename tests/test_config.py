@@ -13,7 +13,8 @@ def test_the_documented_defaults() -> None:
     config = EngineConfig.build({}, {})
     assert config == EngineConfig()
     assert (config.tp, config.mem_fraction, config.running_max_req_size) == (1, 0.9, 1000)
-    assert (config.max_req_input_len, config.max_req_total_len, config.max_prompt_bytes) == (2048, 3072, 1 << 20)
+    assert config.max_req_input_len is config.max_req_total_len is None
+    assert config.max_prompt_bytes == 1 << 20
     assert (config.host, config.http_port, config.grpc_port, config.metrics_port) == ("127.0.0.1", 8000, 8001, 8002)
     assert config.model_dir is config.max_total_token_num is config.eos_id is None
     assert config.trust_remote_code is False

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.options import (
     OPTIONS,
     check_lengths,
@@ -272,16 +273,14 @@ def test_token_ids_of_the_vocabulary() -> None:
 
 
 def test_lengths_at_their_limits_and_beyond() -> None:
-    limits = {"max_req_input_len": 8, "max_req_total_len": 12, "pool_tokens": 11}
-    check_lengths(8, 4, **limits)  # takes 11 slots: the last token needs none
+    limits = LengthLimits(8, "max_req_input_len", 12, "the KV pool of 11 tokens")
+    check_lengths(8, 4, limits)
     for num_input, max_tokens, named in [
         (0, 1, "no tokens"),
         (9, 1, "at most 8 prompt tokens (max_req_input_len)"),
-        (8, 5, "at most 12 in all (max_req_total_len)"),
-        (1, 13, "max_tokens is 13; allowed: 1 ≤ max_tokens ≤ 12"),
+        (8, 5, "the prompt has 8 tokens and max_tokens is 5; allowed: at most 12 in all (the KV pool of 11 tokens)"),
+        (1, 12, "max_tokens is 12; allowed: at most 12 in all"),
     ]:
         with pytest.raises(RequestError) as error:
-            check_lengths(num_input, max_tokens, **limits)
+            check_lengths(num_input, max_tokens, limits)
         assert named in str(error.value)
-    with pytest.raises(RequestError, match=r"the prompt has 8 tokens and max_tokens is 4; .* KV pool of 10 tokens"):
-        check_lengths(8, 4, 8, 12, 10)

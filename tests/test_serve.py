@@ -35,6 +35,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from lightllm_backend.engine.channel import EngineInfo, run_directory_of
 from lightllm_backend.engine.hub import Hub
+from lightllm_backend.lengths import LengthLimits
 
 folder = Path(sys.argv[1])
 options = dict(argument.split("=", 1) for argument in sys.argv[2:])
@@ -56,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"a stub is gone")
 
 signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
-info = EngineInfo("some/model", "bfloat16", "cuda:0", 10, (2,), 2048, 3072, 123456, 3 * 2**30)
+lengths = LengthLimits(2048, "max_req_input_len", 8192, "the model's limit")
+info = EngineInfo("some/model", "bfloat16", "cuda:0", 10, (2,), lengths, 123456, {"KV pool": 3 * 2**30})
 read_end, write_end = os.pipe()
 hub = Hub(str(run_directory_of(os.getpid()) / "engine"), info, read_end)
 server = ThreadingHTTPServer((options["--http-address"], int(options["--http-port"])), Handler)
@@ -271,8 +273,10 @@ def test_it_says_what_was_chosen_and_ends_as_the_server_ends(
 ) -> None:
     process = launch_command()
     said = read_until(process, "curl")
-    for fact in ("some/model", "cuda:0, bfloat16", "123,456 tokens, 3.00 GiB", "2,048", settings["grpc_port"]):
+    for fact in ("some/model", "cuda:0, bfloat16", "123,456 tokens, 3.00 GiB", settings["grpc_port"]):
         assert fact in said
+    lengths = "at most 2,048 prompt tokens (max_req_input_len), 8,192 in all (the model's limit)"
+    assert lengths in " ".join(said.replace("│", " ").split())
     assert f"curl 127.0.0.1:{settings['http_port']}/v2/models/lightllm/generate -d" in said
     assert (tmp_path / "model_dir").read_text() == settings["model_dir"]
     wait_for((tmp_path / "probed").exists)

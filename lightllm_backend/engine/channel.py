@@ -28,6 +28,7 @@ from typing import Any
 import msgpack
 import psutil
 
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams, TokenChunk
 
 SUBMIT, CANCEL, STOP, CLOSE, READY, TOKENS, STATS, DELIVERED, GONE, FAILED = range(10)
@@ -42,10 +43,15 @@ class EngineInfo:
     device: str
     vocab_size: int
     eos_ids: tuple[int, ...]
-    max_req_input_len: int
-    max_req_total_len: int
+    lengths: LengthLimits
     pool_tokens: int
-    pool_bytes: int
+    memory: dict[str, int]  # bytes on each rank's device, by part
+
+    @classmethod
+    def unpack(cls, fields: dict[str, Any]) -> EngineInfo:
+        """From the plain data of a message."""
+        plain = {"eos_ids": tuple(fields["eos_ids"]), "lengths": LengthLimits(**fields["lengths"])}
+        return cls(**{**fields, **plain})
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,7 @@ class EngineClient:
         Raises RequestError: UNAVAILABLE if there is no worker, INVALID_ARG for a request that can never run.
         """
         info = self.wait_ready(timeout=0)
-        check_lengths(
-            len(request.prompt_ids), request.sampling.max_tokens,
-            info.max_req_input_len, info.max_req_total_len, info.pool_tokens,
-        )  # fmt: skip
+        check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
         check_token_ids(request.prompt_ids, info.vocab_size)
         number = next(self._numbers)
         with self._lock:
@@ -156,11 +153,10 @@ class EngineClient:
         try:
             kind, info = channel.receive()
             assert kind == READY, kind
-            info["eos_ids"] = tuple(info["eos_ids"])
             with self._lock:
                 if self._closed:
                     return
-                self._channel, self._info = channel, EngineInfo(**info)
+                self._channel, self._info = channel, EngineInfo.unpack(info)
             self._ready.set()
             self._on_up(True)
             while True:

@@ -8,6 +8,8 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -16,17 +18,30 @@ from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.embedded_model import embedded_model_directory
 from lightllm_backend.engine.channel import EngineInfo
 from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.models.layers import CausalLM
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.buckets import graph_tokens, step_buckets
+from lightllm_backend.runner.device_batch import Bucket, RequestTables
 from lightllm_backend.runner.model_runner import ModelRunner
-from lightllm_backend.runner.warm_up import compile_kernels, tokens_that_fit, warm_up, workspace_bytes, worst_batches
+from lightllm_backend.runner.warm_up import (
+    bytes_left,
+    compile_kernels,
+    tokens_that_fit,
+    warm_up,
+    workspace_bytes,
+    worst_batches,
+)
 
 CPU_POOL_TOKENS = 16384
 CPU_BATCH_MAX_TOKENS = 512
 GPU_BATCH_MAX_TOKENS = 8192
+
+# Of the request tables by which the workspace is measured: from this length on decode attention has as many splits.
+_MEASURED_LENGTH = 4096
 
 log = logging.getLogger("lightllm.load")
 
@@ -45,6 +60,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     Raises ConfigError or ModelError for what cannot be served, with the reason.
     """
     device = choose_device(config, rank)
+    on_gpu = device.type == "cuda"
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
     for warning in shape.warnings:
@@ -52,52 +68,95 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     parallel = TensorParallel.connect(rank, config.tp, device, store)
     dtype = choose_dtype(config, shape, device, parallel)
     parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
-    max_total = _clamp("max_req_total_len", config.max_req_total_len, shape.max_sequence_length)
-    max_input = _clamp("max_req_input_len", config.max_req_input_len, max_total - 1)
+    limits = LengthLimits.of(config, shape.max_sequence_length)
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
-    default_batch = GPU_BATCH_MAX_TOKENS if device.type == "cuda" else CPU_BATCH_MAX_TOKENS
-    batch_max_tokens = config.batch_max_tokens or default_batch
+    batch_max_tokens = config.batch_max_tokens or (GPU_BATCH_MAX_TOKENS if on_gpu else CPU_BATCH_MAX_TOKENS)
     kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
     chosen_kernels = kernels.select(device)
 
     started = time.monotonic()
-    model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, max_total)
+    model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, limits.max_total)
     if config.load_format == "dummy":
         dummy_weights(model, seed=0)
     else:
         load_weights(model, directory, progress=rank == 0)
     log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
 
-    def runner_with(num_slots: int) -> tuple[ModelRunner, KVStorage]:
-        storage = KVStorage(shape.num_layers, num_slots, model.num_kv_heads, model.head_dim, kv_dtype, device)
-        num_rows = config.running_max_req_size
-        return ModelRunner(model, storage, chosen_kernels, num_rows, max_total, eos_ids, device), storage
-
+    parts = _Parts(config, shape, model, chosen_kernels, kv_dtype, eos_ids, batch_max_tokens, device)
+    memory = {"weights": sum(slot.target.nbytes for slot in model.weight_map().values())}
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
-    if device.type == "cuda":
-        slot_bytes = KVStorage.slot_bytes(shape.num_layers, model.num_kv_heads, model.head_dim, kv_dtype)
-        batches = worst_batches(config.running_max_req_size, max_input, batch_max_tokens)
+    if on_gpu:
         num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
         most_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
         buckets = step_buckets(config.running_max_req_size, batch_max_tokens, most_tokens)
-        started = time.monotonic()
-        compile_kernels(runner_with(1)[0], max_input, batch_max_tokens, buckets)
-        log.info("kernels compiled in %.1f s", time.monotonic() - started)
-        peak = workspace_bytes(runner_with(1)[0], batches, buckets, device)
-        fitting = tokens_that_fit(slot_bytes, config.mem_fraction, peak, device, log.info)
-        pool_tokens = _pool_tokens(config, parallel.minimum(fitting, device))
-    runner, storage = runner_with(pool_tokens)
-    if device.type == "cuda":
+        peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)
+        memory["workspace"] = peak - memory["weights"]
+    limits = LengthLimits.of(config, shape.max_sequence_length, pool_tokens)
+    for warning in limits.warnings(config):
+        log.warning("%s", warning)
+    runner, storage = parts.runner_with(pool_tokens, limits.max_total)
+    memory |= {"request tables": runner.table_bytes, "KV pool": storage.num_bytes}
+    if on_gpu:
         started = time.monotonic()
         runner.capture_graphs(buckets)
-        warm_up(runner, config.running_max_req_size, max_input, batch_max_tokens)
+        warm_up(runner, config.running_max_req_size, limits.max_input, batch_max_tokens)
         log.info("%d CUDA graphs and warm in %.1f s", len(buckets), time.monotonic() - started)
+    log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
+    log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
     info = EngineInfo(
         model=directory, dtype=_name(dtype), device=device.type, vocab_size=shape.vocab_size, eos_ids=eos_ids,
-        max_req_input_len=max_input, max_req_total_len=max_total, pool_tokens=pool_tokens, pool_bytes=storage.num_bytes,
+        lengths=limits, pool_tokens=pool_tokens, memory=memory,
     )  # fmt: skip
     prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
     return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the runners of a start are made of: the one that serves, and on a GPU those before it that only measure."""
+
+    config: EngineConfig
+    shape: ModelConfig
+    model: CausalLM
+    kernels: ModuleType
+    kv_dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    batch_max_tokens: int
+    device: torch.device
+
+    @property
+    def _kv_shape(self) -> tuple[int, int, torch.dtype]:
+        return self.model.num_kv_heads, self.model.head_dim, self.kv_dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        return KVStorage.slot_bytes(self.shape.num_layers, *self._kv_shape)
+
+    def runner_with(self, num_slots: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
+        storage = KVStorage(self.shape.num_layers, num_slots, *self._kv_shape, self.device)
+        num_rows = self.config.running_max_req_size
+        runner = ModelRunner(self.model, storage, self.kernels, num_rows, max_length, self.eos_ids, self.device)
+        return runner, storage
+
+
+def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, buckets: list[Bucket]) -> tuple[int, int]:
+    """Compiles the kernels and measures the GPU memory of weights and workspace; that, and the pool's token slots.
+
+    `limits` know nothing of the pool yet. The request tables, which are as wide as the longest sequence that the pool
+    holds, share with the pool what is left.
+    """
+    config, num_rows = parts.config, parts.config.running_max_req_size
+    max_length = min(limits.max_total, max(_MEASURED_LENGTH, parts.batch_max_tokens + 1))
+    started = time.monotonic()
+    compile_kernels(parts.runner_with(1, max_length)[0], limits.max_input, parts.batch_max_tokens, buckets)
+    log.info("kernels compiled in %.1f s", time.monotonic() - started)
+    batches = worst_batches(num_rows, limits.max_input, parts.batch_max_tokens)
+    peak = workspace_bytes(parts.runner_with(1, max_length)[0], batches, buckets, parts.device)
+    peak -= RequestTables.num_bytes(num_rows, max_length)
+    room = bytes_left(config.mem_fraction, peak, parts.device, log.info)
+    table_bytes = partial(RequestTables.num_bytes, num_rows)
+    fitting = tokens_that_fit(room, parts.slot_bytes, table_bytes, limits.max_total)
+    return peak, _pool_tokens(config, parallel.minimum(fitting, parts.device))
 
 
 def choose_device(config: EngineConfig, rank: int) -> torch.device:
@@ -158,12 +217,6 @@ def _pool_tokens(config: EngineConfig, fitting: int) -> int:
             f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool"
         )
     return asked or fitting
-
-
-def _clamp(name: str, value: int, limit: int) -> int:
-    if value > limit:
-        log.warning("%s is %d; the model allows %d, which is used", name, value, limit)
-    return min(value, limit)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -33,7 +33,7 @@ class RequestTable:
         self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all that was known is planned
         self.eos_from = np.zeros(num_rows, dtype=np.int32)  # an EOS ends the sequence once so many tokens are cached
         self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_tokens`
-        # Wide enough for the longest sequence so far. Untouched pages cost no memory.
+        # Wide enough for the longest sequence so far. What no token was written to costs no memory.
         self._slots: NDArray[np.int32] = np.empty((num_rows, 256), dtype=np.int32)
         self._tokens = np.empty_like(self._slots)  # prompt and generated
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -44,6 +44,7 @@ class RequestTable:
 
     def take_row(self, sequence: Sequence, prefix_slots: NDArray[np.int32]) -> int:
         """Gives the sequence a row, and the slots of its first tokens, which are cached."""
+        self._widen(sequence.max_slots + 1)
         row = self._free_rows.pop()
         sampling = sequence.request.sampling
         self.owners[row] = sequence
@@ -58,7 +59,6 @@ class RequestTable:
         self.decoding[row] = False
         # An EOS may be generated token min_tokens + 1 at the earliest; prompt_length tokens are cached at token 1.
         self.eos_from[row] = NEVER if sampling.ignore_eos else sequence.prompt_length + sampling.min_tokens
-        self._widen(sequence.max_slots + 1)
         self.num_known[row] = sequence.known_length
         self._tokens[row, : sequence.known_length] = sequence.known_ids
         self._slots[row, : len(prefix_slots)] = prefix_slots
@@ -155,10 +155,13 @@ class RequestTable:
         old_width = self._slots.shape[1]
         if width > old_width:
             new_width = max(width, 2 * old_width)
-            self._slots, self._tokens = _widened(self._slots, new_width), _widened(self._tokens, new_width)
+            self._slots = _widened(self._slots, self.cached, new_width)
+            self._tokens = _widened(self._tokens, self.num_known, new_width)
 
 
-def _widened(narrow: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+def _widened(narrow: NDArray[np.int32], lengths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    """A wider copy. Row by row, for to copy what is beyond a row's length would make all of the table take memory."""
     wide = np.empty((len(narrow), width), dtype=np.int32)
-    wide[:, : narrow.shape[1]] = narrow
+    for row, length in enumerate(lengths.tolist()):
+        wide[row, :length] = narrow[row, :length]
     return wide

@@ -7,6 +7,7 @@ the token that step N samples is written to the table on the device, and step N+
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,29 +20,52 @@ from lightllm_backend.runner.staging import Layout, Staging
 
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 
+# Entries of a row: 64 bytes.
+_ROW_ALIGNMENT = 16
+# Tokens of newcomers.
+_ADMITTED_AT_ONCE = 1 << 15
+
 _NONE = np.empty(0, dtype=np.int32)
 EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_), 0, ())
 
 
 class RequestTables:
-    """`tokens[row, position]`: prompt and generated ids. `slots[row, position]`: where K and V lie (req_to_token)."""
+    """`tokens[row, position]`: prompt and generated ids. `slots[row, position]`: where K and V lie (req_to_token).
+
+    Any row has room for the longest sequence, since requests that share a beginning may be many and long at once.
+    """
 
     def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
         self.padding_row = num_rows  # belongs to no request
-        self.tokens = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
-        self.slots = torch.zeros((num_rows + 1, max_length), dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(self.shape(num_rows, max_length), dtype=torch.int32, device=device)
+        self.slots = torch.zeros_like(self.tokens)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
 
+    @staticmethod
+    def shape(num_rows: int, max_length: int) -> tuple[int, int]:
+        """Of each table. Rows are aligned, so that whatever the length, kernels are compiled and read alike."""
+        return num_rows + 1, -(-max_length // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+    @classmethod
+    def num_bytes(cls, num_rows: int, max_length: int) -> int:
+        """Of both tables on the device."""
+        return 2 * torch.int32.itemsize * math.prod(cls.shape(num_rows, max_length))
+
     def admit(self, newcomers: Sequence[Admission], staging: Staging) -> None:
-        """Upload what is known of newcomers, and where K and V of their first tokens lie, in one copy."""
+        """Upload what is known of newcomers, and where K and V of their first tokens lie, in one copy if that is short.
+
+        Copies are of bounded size, since prompts that are cached already may come by hundreds, each of any length.
+        """
         rows = np.array([newcomer.row for newcomer in newcomers], dtype=np.int32)
         self.prompt_lengths[rows] = [len(newcomer.prompt_ids) for newcomer in newcomers]
-        id_places, ids = self._beginnings(rows, [one.prompt_ids + one.generated_ids for one in newcomers])
-        slot_places, slots = self._beginnings(rows, [one.cached_slots for one in newcomers])
-        uploaded = staging.upload(id_places, ids, slot_places, slots)
-        self.tokens.view(-1).index_copy_(0, *uploaded[:2])
-        if len(slots):
-            self.slots.view(-1).index_copy_(0, *uploaded[2:])
+        ids = self._beginnings(rows, [one.prompt_ids + one.generated_ids for one in newcomers])
+        slots = self._beginnings(rows, [one.cached_slots for one in newcomers])
+        for first in range(0, len(ids[0]), _ADMITTED_AT_ONCE):  # fewer have slots
+            part = slice(first, first + _ADMITTED_AT_ONCE)
+            uploaded = staging.upload(*(array[part] for array in (*ids, *slots)))
+            self.tokens.view(-1).index_copy_(0, *uploaded[:2])
+            if first < len(slots[0]):
+                self.slots.view(-1).index_copy_(0, *uploaded[2:])
 
     def _beginnings(
         self, rows: NDArray[np.int32], values: Sequence[Sequence[int]]

@@ -104,6 +104,11 @@ class ModelRunner:
         self.graphs: CudaGraphs | None = None  # without, all steps are launched kernel by kernel
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
 
+    @property
+    def table_bytes(self) -> int:
+        """Of the request tables on the device."""
+        return self._tables.tokens.nbytes + self._tables.slots.nbytes
+
     @torch.inference_mode()
     def capture_graphs(self, buckets: Sequence[Bucket]) -> None:
         """From now on a batch that one of these has room for is one launch."""

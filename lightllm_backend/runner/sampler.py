@@ -77,7 +77,7 @@ class Sampler:
         if is_penalised:
             logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
-                logits, tables.tokens, device_rows, prompt_lengths, device_lengths,
+                logits, tables.tokens[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens, self._eos_ids,
             )  # fmt: skip
         if self._drawn[rows].any():

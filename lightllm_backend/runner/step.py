@@ -67,7 +67,7 @@ class Step:
             context_lengths=arrays.context_lengths,
             query_starts=arrays.query_starts,
             num_decodes=bucket.decodes,
-            # Not that of the batch: kernels are chosen by it, and there shall be few to compile.
+            # Use the table's width, not the batch's maximum, so that the choice of kernels is stable.
             max_context_length=tables.tokens.shape[1],
             # Each sequence that decodes samples.
             last_tokens=arrays.last_tokens if bucket.prefills else None,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,10 @@ from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
 from lightllm_backend.runner.device_batch import Bucket
 from lightllm_backend.runner.model_runner import ModelRunner
+
+# Prompts in steps of which only the number of tokens counts: longer than any graph has room for, and no longer, since
+# the time of attention grows with their square.
+_PROMPT_TOKENS = 2048
 
 _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
@@ -67,13 +72,14 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
         for sampling in (_GREEDY, _DRAWN, _PENALISED, _WITH_LOG_PROBS, _EVERYTHING):
             runner.launch(example_batch(size, [], sampling)).result()
     longest = min(max_input, batch_max_tokens)
-    for tokens in _sizes(min(batch_max_tokens, num_rows * longest), 1.25):
-        prompts = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+    prompt = min(longest, _PROMPT_TOKENS)
+    for tokens in _sizes(min(batch_max_tokens, num_rows * prompt), 1.25):
+        prompts = [prompt] * (tokens // prompt) + [tokens % prompt] * (tokens % prompt > 0)
         runner.launch(example_batch(0, prompts, _GREEDY)).result()
     for batch in _attention_batches(longest):
         runner.launch(batch).result()
     for size in batch_sizes:
-        runner.launch(example_batch(size - 1, [longest], _GREEDY)).result()
+        runner.launch(example_batch(size - 1, [prompt], _GREEDY)).result()
 
 
 def _attention_batches(longest: int) -> list[Batch]:
@@ -120,15 +126,26 @@ def workspace_bytes(
     return peak
 
 
-def tokens_that_fit(
-    slot_bytes: int, mem_fraction: float, peak_bytes: int, device: torch.device, log: Callable[[str], None]
-) -> int:
-    """Token slots for the rest of `mem_fraction` of the GPU, beside the peak and what others hold."""
+def bytes_left(mem_fraction: float, peak_bytes: int, device: torch.device, log: Callable[[str], None]) -> int:
+    """The rest of `mem_fraction` of the GPU, beside the peak and what others hold."""
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     room = int(total * mem_fraction) - others - peak_bytes
     log(
         f"GPU memory: {total >> 20} MiB, of which {mem_fraction:.0%} may be used; weights and workspace"
-        f" {peak_bytes >> 20} MiB, other processes {others >> 20} MiB, KV pool {max(room, 0) >> 20} MiB"
+        f" {peak_bytes >> 20} MiB, other processes {others >> 20} MiB, request tables and KV pool"
+        f" {max(room, 0) >> 20} MiB"
     )
-    return room // slot_bytes
+    return room
+
+
+def tokens_that_fit(room: int, slot_bytes: int, table_bytes: Callable[[int], int], max_length: int) -> int:
+    """The most token slots that fit `room` bytes with request tables for the longest sequence that these hold.
+
+    No sequence is longer than `max_length`, and one of n tokens needs n - 1 slots. Below 1: not even one fits.
+    """
+
+    def needed(slots: int) -> int:
+        return slots * slot_bytes + table_bytes(min(max_length, slots + 1))
+
+    return bisect_right(range(max(room, 0) // slot_bytes + 1), room, key=needed) - 1

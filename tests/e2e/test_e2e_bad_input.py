@@ -27,16 +27,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prompt not UTF-8": ({"text_input": b"ab\xff"}, r"text_input is not UTF-8 at byte 2; allowed: UTF-8"),
     "stop word not UTF-8": ({"text_input": "a", "stop_words": b"\xc3"}, r"stop_words is not UTF-8 at byte 0; allowed"),
     "10 MB": ({"text_input": "x" * 10_000_000}, r"text_input has 10000000 bytes; allowed: at most 1048576"),
-    "long prompt": ({"text_input": "a " * 3000}, r"prompt has 3001 tokens and max_tokens is 16; allowed: at most 2048"),
+    "long prompt": (
+        {"text_input": "a " * 9000},
+        r"prompt has 9001 tokens and max_tokens is 16; allowed: at most 8191 prompt tokens \(the model's limit\)",
+    ),
     "long in all": (
-        {"text_input": "a", "max_tokens": 3072},
-        r"prompt has 1 tokens and max_tokens is 3072; allowed: at most 3072 in all",
+        {"text_input": "a", "max_tokens": 8192},
+        r"prompt has 1 tokens and max_tokens is 8192; allowed: at most 8192 in all \(the model's limit\)",
     ),
     "unknown token": ({"input_ids": [1, 49152]}, r"input_ids holds 49152; allowed: 0 ≤ id < 49152"),
     "negative token": ({"input_ids": [-1, 5]}, r"input_ids holds -1; allowed: 0 ≤ id < 49152"),
     "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: max_tokens ≥ 1"),
     "negative": ({"text_input": "a", "max_tokens": -1}, r"max_tokens is -1; allowed: max_tokens ≥ 1"),
-    "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 3072"),
+    "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 8192"),
     "top_p 0": ({"text_input": "a", "top_p": 0.0}, r"top_p is 0.0; allowed: 0 < top_p ≤ 1"),
     "top_p NaN": ({"text_input": "a", "top_p": NAN}, r"top_p is nan; allowed: 0 < top_p ≤ 1"),
     "top_k": ({"text_input": "a", "top_k": -2}, r"top_k is -2; allowed: -1 or 0 \(off\), or top_k ≥ 1"),
@@ -152,5 +155,5 @@ def test_refusals_are_counted(server: TritonServer, client: LightLLMClient) -> N
     assert poll(is_settled, 10)
     before = rejected()
     with pytest.raises(InvalidArgument):
-        client.generate("a " * 3000)
+        client.generate("a " * 9000)
     assert poll(lambda: rejected() == before + 1, 10)

@@ -22,6 +22,7 @@ from lightllm_backend.engine.client import EngineClient
 from lightllm_backend.engine.hub import Hub
 from lightllm_backend.engine.vitals import Vitals
 from lightllm_backend.engine.worker import build_router, run
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
 
@@ -29,8 +30,8 @@ VOCAB_SIZE = 1000
 EOS_ID = 999
 POOL_TOKENS = 500
 INFO = EngineInfo(
-    model="counting", dtype="float32", device="cpu", vocab_size=VOCAB_SIZE, eos_ids=(EOS_ID,), max_req_input_len=50,
-    max_req_total_len=400, pool_tokens=POOL_TOKENS, pool_bytes=1,
+    model="counting", dtype="float32", device="cpu", vocab_size=VOCAB_SIZE, eos_ids=(EOS_ID,),
+    lengths=LengthLimits(50, "max_req_input_len", 400, "max_req_total_len"), pool_tokens=POOL_TOKENS, memory={},
 )  # fmt: skip
 
 

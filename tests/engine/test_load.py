@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device a rank takes, on machines with and without GPUs, and what is said of a model while it is loaded."""
+"""What a rank finds out of a model and its machine: device, warnings, and how long requests may be."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.engine.load import choose_device, load_engine
+from lightllm_backend.engine.channel import EngineInfo
+from lightllm_backend.engine.load import CPU_POOL_TOKENS, choose_device, load_engine
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import UNLIMITED_POSITIONS
 
 
 @pytest.fixture
@@ -76,3 +78,56 @@ def test_a_rope_that_does_not_count_is_warned_of(tmp_path, caplog, both) -> None
 def test_a_dtype_that_does_not_exist_is_refused_on_a_cpu_as_well(tmp_path) -> None:
     with pytest.raises(ModelError, match="torch_dtype is 'bfloat17'; allowed: bfloat16, float16, "):
         load_engine(dummy_model(tmp_path, torch_dtype="bfloat17"))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+BLOOM = {
+    "architectures": ["BloomForCausalLM"], "vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2,
+    "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def info(directory: Path, model: dict[str, object], **settings: object) -> EngineInfo:
+    (directory / "config.json").write_text(json.dumps(model))
+    fixed = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "running_max_req_size": 3}
+    return load_engine(EngineConfig(model_dir=str(directory), **(fixed | settings))).info
+
+
+@pytest.mark.parametrize(
+    ("model", "pool_tokens", "longest", "source"),
+    [
+        (LLAMA, None, CPU_POOL_TOKENS + 1, "the KV pool of 16384 tokens"),
+        (LLAMA, 131071, 131072, "the model's limit"),
+        (LLAMA, 131070, 131071, "the KV pool of 131070 tokens"),
+        (LLAMA | {"max_position_embeddings": 2048}, None, 2048, "the model's limit"),
+        (LLAMA | {"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, None, 8192,
+         "the model's limit"),
+        (LLAMA | {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, None, 8192,
+         "the model's limit"),
+        (BLOOM, None, CPU_POOL_TOKENS + 1, "the KV pool of 16384 tokens"),
+        (BLOOM, 2 * UNLIMITED_POSITIONS, UNLIMITED_POSITIONS, "the model's limit"),
+        (BLOOM | {"seq_length": 2048}, None, 2048, "the model's limit"),
+    ],
+)  # fmt: skip
+def test_requests_are_as_long_as_the_model_and_the_pool_allow(
+    tmp_path, caplog, model, pool_tokens, longest, source
+) -> None:
+    loaded = info(tmp_path, model, max_total_token_num=pool_tokens)
+    limits = loaded.lengths
+    assert (limits.max_input, limits.max_total) == (longest - 1, longest)
+    assert limits.max_input_source == limits.max_total_source == source
+    # Both tables, with a row for padding.
+    assert loaded.memory["request tables"] == 2 * 4 * 4 * -(-longest // 16) * 16
+    assert loaded.memory["KV pool"] == loaded.pool_tokens * 2 * 32 * 4
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_log_says_how_long_requests_may_be_and_which_setting_asks_for_more(tmp_path, caplog) -> None:
+    with caplog.at_level("INFO", "lightllm.load"):
+        short = info(tmp_path, LLAMA | {"max_position_embeddings": 512}, max_req_total_len=3072, max_req_input_len=100)
+    assert (short.lengths.max_input, short.lengths.max_total) == (100, 512)
+    assert "max_req_total_len is 3072; 512 is used, by the model's limit" in caplog.messages
+    assert f"a KV pool of 16384 tokens; a request has {short.lengths}" in caplog.messages

@@ -113,7 +113,7 @@ def test_the_pool_leaves_room_for_the_worst_step(directory) -> None:
     sampling = SamplingParams(
         max_tokens=4, do_sample=True, top_p=0.9, top_k=20, presence_penalty=0.5, return_log_probs=True, ignore_eos=True
     )
-    longest = [[5] * (engine.info.max_req_total_len - 4)] * 16
+    longest = [[5] * (engine.info.lengths.max_total - 4)] * 16
     assert all(len(answer.tokens) == 4 for answer in run(engine, longest, sampling))
     free, _ = torch.cuda.mem_get_info()
     assert (total - free) / total < fraction + 0.01

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which variants of the kernels serving would compile after the start: `python -m tests.runner.kernel_variants 2 auto`.
+"""Which variants of the kernels serving would compile after the start: `python -m tests.runner.kernel_variants 2 auto`,
+or with request tables for longer sequences: `python -m tests.runner.kernel_variants 2 auto 131072`.
 
 An engine on the CPU launches the Triton-lang kernels, but instead of being compiled and run, each launch is noted with
-all that it would be compiled for. Prints the variants that a random workload asks for and that were not there when the
-engine was ready. The tokens mean nothing. Must run without TRITON_INTERPRET.
+all that it would be compiled for. Prints the variants that were there when the engine was ready, and which more a
+random workload asks for. The tokens mean nothing. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lightllm_backend.runner.step import Step, StepOutput
 from lightllm_backend.runner.warm_up import warm_up
 
 CPU = torch.device("cpu")
-NUM_ROWS, MAX_INPUT, MAX_TOTAL, BATCH_MAX_TOKENS = 70, 300, 330, 450
+NUM_ROWS, MAX_INPUT, BATCH_MAX_TOKENS = 70, 300, 450
 MOST_GRAPH_TOKENS = 256
 VOCAB = 192
 
@@ -79,7 +80,7 @@ class Graphs:
         return self._step.launch(self._step.upload(batch, bucket), bucket) if bucket else None
 
 
-def make_runner(kv_heads: int, kv_dtype: torch.dtype) -> ModelRunner:
+def make_runner(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> ModelRunner:
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
         num_key_value_heads=kv_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
@@ -88,11 +89,11 @@ def make_runner(kv_heads: int, kv_dtype: torch.dtype) -> ModelRunner:
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(Path(directory))
         shape = ModelConfig.from_directory(directory)
-    place = (launchers, TensorParallel(), torch.bfloat16, CPU, MAX_TOTAL)
+    place = (launchers, TensorParallel(), torch.bfloat16, CPU, max_total)
     model = model_class(shape.architecture)(shape, *place)
     dummy_weights(model, seed=0)
     storage = KVStorage(shape.num_layers, 20000, kv_heads, shape.head_dim, kv_dtype, CPU)
-    return ModelRunner(model, storage, launchers, NUM_ROWS, MAX_TOTAL, shape.eos_ids, CPU)
+    return ModelRunner(model, storage, launchers, NUM_ROWS, max_total, shape.eos_ids, CPU)
 
 
 def serve(runner: ModelRunner, num_requests: int) -> None:
@@ -120,13 +121,15 @@ def main() -> None:
         if hasattr(module, "multiprocessor_count"):
             module.multiprocessor_count = lambda _: 132
     JITFunction.run = note_launch
-    runner = make_runner(int(sys.argv[1]), torch.int8 if sys.argv[2] == "int8" else torch.bfloat16)
+    kv_heads, kv_dtype, max_total = [*sys.argv[1:], "330"][:3]
+    runner = make_runner(int(kv_heads), torch.int8 if kv_dtype == "int8" else torch.bfloat16, int(max_total))
     with torch.inference_mode():
         runner.graphs = Graphs(runner._step)  # type: ignore[assignment]
     warm_up(runner, NUM_ROWS, MAX_INPUT, BATCH_MAX_TOKENS)
     ready = set(VARIANTS)
     serve(runner, num_requests=250)
-    print(json.dumps({"ready": len(ready), "late": [" ".join(variant) for variant in sorted(VARIANTS - ready)]}))
+    told = {"ready": ready, "late": VARIANTS - ready}
+    print(json.dumps({name: [" ".join(variant) for variant in sorted(variants)] for name, variants in told.items()}))
 
 
 if __name__ == "__main__":

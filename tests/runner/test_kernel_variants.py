@@ -9,15 +9,44 @@ from pathlib import Path
 
 import pytest
 
+from lightllm_backend.engine.load import _MEASURED_LENGTH
+from lightllm_backend.kernels.merge_splits import split_count
+from lightllm_backend.kernels.prefill_attention import choose_blocks
+from lightllm_backend.runner.warm_up import _attention_batches
+
 ROOT = Path(__file__).parents[2]
+
+
+def variants(*arguments: str) -> dict[str, list[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.runner.kernel_variants", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    told: dict[str, list[str]] = json.loads(result.stdout.splitlines()[-1])
+    assert len(told["ready"]) > 10
+    return told
 
 
 @pytest.mark.parametrize(("kv_heads", "kv_dtype"), [("2", "auto"), ("8", "int8")])
 def test_no_variant_of_a_kernel_is_compiled_while_serving(kv_heads: str, kv_dtype: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.runner.kernel_variants", kv_heads, kv_dtype]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    variants = json.loads(result.stdout.splitlines()[-1])
-    assert variants["ready"] > 10
-    assert variants["late"] == []
+    assert variants(kv_heads, kv_dtype)["late"] == []
+
+
+def test_kernels_are_the_same_however_long_sequences_may_be() -> None:
+    """Those that a table for sequences of 3,072 tokens takes; neither aligned lengths nor others make a difference."""
+    expected = variants("2", "auto", "3072")
+    for max_total in ("3001", "4096", "131072"):
+        assert variants("2", "auto", max_total) == expected
+
+
+def test_as_many_splits_from_the_length_on_that_the_workspace_is_measured_with() -> None:
+    for programs in (1, 2, 8, 16, 22, 132, 1056):
+        for num_warps in (1, 2, 4):
+            counts = {split_count(programs, length, 132, num_warps) for length in (_MEASURED_LENGTH, 8192, 1 << 20)}
+            assert len(counts) == 1
+
+
+@pytest.mark.parametrize("longest", [300, 2048, 8192])
+def test_prompts_of_each_tile_size_are_run_at_start(longest: int) -> None:
+    run = {choose_blocks(128, 2, (9, 0), batch.lengths.mean()) for batch in _attention_batches(longest)}
+    assert run == {choose_blocks(128, 2, (9, 0), mean) for mean in range(1, longest + 1)}

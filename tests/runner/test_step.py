@@ -119,7 +119,7 @@ def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> 
 
 
 def test_arrays_of_a_padded_step_by_hand() -> None:
-    tables = RequestTables(num_rows=4, max_length=100, device=CPU)
+    tables = RequestTables(num_rows=4, max_length=90, device=CPU)  # rows of 96
     tables.prompt_lengths[:] = [3, 9, 8, 2]
     # Row 3 decodes; row 0 prefills all of its prompt; row 1 tokens 4 and 5 of a prompt of 9.
     batch = Batch(
@@ -132,9 +132,9 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
     arrays = StepArrays(*layout.arrays(np.full(layout.num_bytes, 77, np.uint8)))
     fill(arrays, batch, bucket, tables)
     expected = StepArrays(
-        token_places=[306, 0, 1, 2, 104, 105, 400, 400],
+        token_places=[294, 0, 1, 2, 100, 101, 384, 384],
         last_tokens=[0, 3, 0, 0, 0, 0],
-        sampled_places=[307, 3, 400, 400, 400, 400],
+        sampled_places=[295, 3, 384, 384, 384, 384],
         positions=[6, 0, 1, 2, 4, 5, 0, 0],
         slots=[50, 10, 11, 12, 30, 31, -1, -1],
         rotary_lengths=[7, 3, 3, 3, 9, 9, 0, 0],
@@ -147,7 +147,7 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
 
 
 def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
-    tables = RequestTables(num_rows=2, max_length=10, device=CPU)
+    tables = RequestTables(num_rows=2, max_length=10, device=CPU)  # rows of 16
     batch = Batch(
         rows=np.array([1], np.int32), starts=np.array([2], np.int32), lengths=np.array([2], np.int32),
         slots=np.array([5, 6], np.int32), samples=np.array([False]), num_decodes=0, admitted=(),
@@ -158,7 +158,7 @@ def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
     fill(arrays, batch, bucket, tables)
     assert arrays.slots.tolist() == [5, 6]
     assert arrays.query_starts.tolist() == [0, 2]
-    assert arrays.sampled_places.tolist() == [20], "a chunk that is not the last samples nothing"
+    assert arrays.sampled_places.tolist() == [32], "a chunk that is not the last samples nothing"
 
 
 def test_the_model_is_told_of_prompts_without_cached_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LengthLimits: how long a prompt and a sequence may be, and what sets each limit. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightllm_backend.config import EngineConfig
+
+THE_MODEL = "the model's limit"
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """The most prompt tokens of a request and the most tokens in all, each with what sets it, as errors name it."""
+
+    max_input: int
+    max_input_source: str
+    max_total: int
+    max_total_source: str
+
+    @classmethod
+    def of(cls, config: EngineConfig, model_limit: int, pool_tokens: int | None = None) -> LengthLimits:
+        """The model's own limit, bounded by what the KV pool holds, once its size is known; settings only lower it."""
+        limits = [(model_limit, THE_MODEL)]
+        if config.max_req_total_len is not None:
+            limits.insert(0, (config.max_req_total_len, "max_req_total_len"))
+        if pool_tokens is not None:
+            # The last token is never fed back, so it needs no slot.
+            limits.append((pool_tokens + 1, f"the KV pool of {pool_tokens} tokens"))
+        max_total, total_source = min(limits, key=lambda limit: limit[0])  # the first of equals
+        max_input, input_source = max_total - 1, total_source
+        if config.max_req_input_len is not None and config.max_req_input_len <= max_input:
+            max_input, input_source = config.max_req_input_len, "max_req_input_len"
+        return cls(max_input, input_source, max_total, total_source)
+
+    def warnings(self, config: EngineConfig) -> Iterator[str]:
+        """A sentence for each setting that asks for more than the limit."""
+        for name, asked, limit, source in (
+            ("max_req_total_len", config.max_req_total_len, self.max_total, self.max_total_source),
+            ("max_req_input_len", config.max_req_input_len, self.max_input, self.max_input_source),
+        ):
+            if asked is not None and asked > limit:
+                yield f"{name} is {asked}; {limit} is used, by {source}"
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.max_input:,} prompt tokens ({self.max_input_source}),"
+            f" {self.max_total:,} in all ({self.max_total_source})"
+        )

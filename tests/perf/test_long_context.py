@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark on a tiny model on the CPU, whose lengths are not those of the other benchmarks."""
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from perf import long_context, report
+from perf.shapes import LENGTHS
+
+
+def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path) -> None:
+    out = tmp_path / "long_context.json"
+    arguments = "--model tiny --device cpu --prompt 3500 --batches 1,2 --repeats 1"
+    run = CliRunner().invoke(long_context.main, [*arguments.split(), "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    result = json.loads(out.read_text())
+    longest, short = result["rows"]
+    assert (longest["max_total"], short["max_total"]) == (16384, LENGTHS["max_req_total_len"])
+    assert set(longest["memory"]) == {"weights", "request tables", "KV pool"}
+    assert longest["memory"]["request tables"] == 16384 * 1001 * 8
+    assert short["memory"]["request tables"] == 3072 * 1001 * 8
+    assert longest["long"]["prompt_tokens"] == 3500 > LENGTHS["max_req_total_len"]
+    assert longest["long"]["cached_ms"] < 1e3 * longest["long"]["prefill_seconds"]
+    assert "long" not in short
+    for row in result["rows"]:
+        assert [step["batch"] for step in row["steps"]] == [1, 2]
+        assert all(step["step_ms"] > 0 for step in row["steps"])
+    lines = report.SECTIONS["long_context"](result)
+    assert f"{longest['long']['prefill_seconds']:.2f}" in lines[-2]
+    assert lines[-2].startswith("| 16,384 |")
+    assert lines[-1].startswith("| 3,072 |")
