@@ -93,7 +93,8 @@ class EngineClient:
             len(request.prompt_ids), request.sampling.max_tokens,
             info.max_req_input_len, info.max_req_total_len, info.pool_tokens,
         )  # fmt: skip
-        check_token_ids(request.prompt_ids, info.vocab_size)
+        check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
+        check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
         number = next(self._numbers)
         with self._lock:
             channel = self._channel

@@ -32,8 +32,9 @@ class TritonPythonModel:
         prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
         state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo)
         decoder = ResponseDecoder(self.tokenizer, state)
+        responder = triton_io.UnaryResponder(request, decoder.decode, self.tokenizer)
         self.streams.submit(
-            prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
+            prompt.token_ids, parsed.options, deadline, lambda uid: responder,
             flow_control=False, tokenizer=self.tokenizer,
         )  # fmt: skip
 
