@@ -110,15 +110,20 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in items if item != "")
 
 
+def boolean_or_count(value: Any) -> bool:
+    """A count above 0 is true, and 0 is false."""
+    try:
+        return boolean(value)
+    except ValueError:
+        if (count := integer(value)) < 0:
+            raise
+        return count > 0
+
+
 def wants_log_probs(value: Any) -> bool:
     """`logprobs`: how many log probabilities beside that of the sampled token, so that 0 asks for one as well."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return boolean(value)
-    if integer(value) < 0:
-        raise ValueError
-    return True
+    is_word = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
+    return boolean(value) if is_word else boolean_or_count(value) or True
 
 
 # Rows
@@ -165,7 +170,7 @@ OPTIONS: dict[str, Option] = {
     "stream": _bool(tensor=_BOOL, keys=("streaming",)),
     "max_tokens": _int(1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",)),
     "do_sample": _bool(tensor=_BOOL),
-    "temperature": Option(number, "a finite number ≥ 0", lambda v: 0 <= v < math.inf, _FP32),
+    "temperature": Option(number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf, _FP32),
     "top_p": Option(number, "0 < top_p ≤ 1", lambda v: 0 < v <= 1, _FP32),
     "top_k": _int(1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32),
     "presence_penalty": Option(number, "a finite number", math.isfinite, _FP32),
@@ -188,7 +193,9 @@ OPTIONS: dict[str, Option] = {
     "exclude_input_in_output": _bool(tensor=_BOOL),
     "parse_special": _bool(tensor=_BOOL),
     "skip_special_tokens": _bool(tensor=_BOOL),
-    "return_log_probs": _bool(tensor=_BOOL, aliases=("return_logprobs",)),
+    "return_log_probs": Option(
+        boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",)
+    ),
     "logprobs": Option(wants_log_probs, "true, false or a count ≥ 0"),
     "return_cumulative_logprob": _bool(tensor=_BOOL),
     "return_details": _bool(),

@@ -150,6 +150,7 @@ def test_numbers_may_be_strings(text: str, value: Any) -> None:
         *(({"logprobs": count}, True) for count in (0, 1, 5, "0", "1", 0.0, True, "true")),
         *(({"logprobs": no}, False) for no in (False, "false")),
         *(({"return_log_probs": no}, False) for no in (False, 0, "0")),
+        *(({"return_log_probs": yes}, True) for yes in (True, 1, "1", 2)),
         ({"return_cumulative_logprob": True}, True),
         ({"return_details": True}, True),
         ({"return_details": False}, False),
@@ -217,7 +218,7 @@ def test_the_bounds_that_are_stated_for_integers_are_the_real_ones(name: str) ->
 
 STATED: dict[str, Callable[[float], bool]] = {
     "a finite number": math.isfinite,
-    "a finite number ≥ 0": lambda value: 0 <= value < math.inf,
+    "a finite temperature ≥ 0": lambda value: 0 <= value < math.inf,
     "a finite number > 0": lambda value: 0 < value < math.inf,
     "0 < top_p ≤ 1": lambda value: 0 < value <= 1,
 }
