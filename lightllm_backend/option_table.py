@@ -122,8 +122,10 @@ def boolean_or_count(value: Any) -> bool:
 
 def wants_log_probs(value: Any) -> bool:
     """`logprobs`: how many log probabilities beside that of the sampled token, so that 0 asks for one as well."""
-    is_word = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
-    return boolean(value) if is_word else boolean_or_count(value) or True
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return boolean(value)
+    boolean_or_count(value)  # refuses what is no count
+    return True
 
 
 # Rows

@@ -73,7 +73,8 @@ def test_tensorrtllm_backends_grpc_client(server: TritonServer, stream: bool) ->
         "text_input": np.array([[PROMPT]]).astype(object), "max_tokens": np.array([[4]], dtype=np.int32),
         "stream": np.array([[stream]]), "beam_width": np.array([[1]], dtype=np.int32),
         "temperature": np.array([[0.0]], dtype=np.float32), "num_return_sequences": np.array([[1]], dtype=np.int32),
-        "stop_words": np.array([["Alps", "xx"]], dtype=object), "repetition_penalty": np.array([[1.0]], dtype=np.float32),
+        "stop_words": np.array([["Alps", "xx"]], dtype=object),
+        "repetition_penalty": np.array([[1.0]], dtype=np.float32),
         "return_log_probs": np.array([[True]]), "end_id": np.array([[EOS]], dtype=np.int32),
         "pad_id": np.array([[EOS]], dtype=np.int32), "exclude_input_in_output": np.array([[False]]),
     }  # fmt: skip
