@@ -18,7 +18,7 @@ import click
 from client.chat import ChatTemplate, ChatTemplateError, default_model_dir
 from client.errors import LightLLMError
 from client.lightllm import LightLLMClient
-from client.tensors import DATATYPES, Chunk, Generation
+from client.tensors import DATATYPES, LISTS, Chunk, Generation
 
 OPTION_HELP: dict[str, str] = {
     "max_tokens": "Tokens to generate at most (server's default: 16).",
@@ -33,6 +33,7 @@ OPTION_HELP: dict[str, str] = {
     "min_tokens": "Ignore end of sequence and stop words until this many tokens.",
     "ignore_eos": "Go on after the model's end of sequence.",
     "stop_words": "End before this text; may be given several times.",
+    "stop_token_ids": "End with this token id, as with the model's end of sequence; may be given several times.",
     "exclude_input_in_output": "Leave the prompt out of the answer (default: yes).",
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
@@ -50,8 +51,7 @@ def sampling_options(command: Command) -> Command:
         if DATATYPES[name] == "BOOL":
             option = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
         else:
-            several = DATATYPES[name] == "BYTES"
-            option = click.option(flag, name, type=CLICK_TYPES[DATATYPES[name]], multiple=several, help=text)
+            option = click.option(flag, name, type=CLICK_TYPES[DATATYPES[name]], multiple=name in LISTS, help=text)
         command = option(command)
     return command
 

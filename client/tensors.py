@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop_words: str | Sequence[str]
+    stop_token_ids: int | Sequence[int]
     exclude_input_in_output: bool
     parse_special: bool
     skip_special_tokens: bool
@@ -52,11 +53,16 @@ DATATYPES: dict[str, str] = {
     "min_tokens": "INT32",
     "ignore_eos": "BOOL",
     "stop_words": "BYTES",
+    "stop_token_ids": "INT32",
     "exclude_input_in_output": "BOOL",
     "parse_special": "BOOL",
     "skip_special_tokens": "BOOL",
     "return_log_probs": "BOOL",
 }
+
+
+# These take any number of values, one without a list around it too.
+LISTS = ("stop_words", "stop_token_ids")
 
 
 class _Scalar(NamedTuple):
@@ -132,13 +138,8 @@ def infer_request(model: str, prompt: str | Sequence[int], stream: bool, options
         datatype = DATATYPES.get(name)
         if datatype is None:
             raise InvalidArgument(f"{name} is not an option; allowed: {', '.join(DATATYPES)}")
-        if datatype == "BYTES":
-            strings = [value] if isinstance(value, str) else value
-            if not isinstance(strings, Sequence) or isinstance(strings, (bytes, bytearray)):
-                raise InvalidArgument(f"{name} is {value!r}; allowed: a string or a sequence of strings")
-            add(name, datatype, len(strings), _encode_strings(name, strings))
-        else:
-            add(name, datatype, 1, _encode_scalar(name, datatype, value))
+        items = _items(name, value)
+        add(name, datatype, len(items), _encode(name, datatype, items))
     return request
 
 
@@ -161,6 +162,21 @@ def chunk_from_response(response: Any) -> Chunk:
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
     )
+
+
+def _items(name: str, value: Any) -> Sequence[object]:
+    one, several = (str, "strings") if DATATYPES[name] == "BYTES" else (Integral, "integers")
+    if name not in LISTS or isinstance(value, one):
+        return [value]
+    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes, bytearray)):
+        raise InvalidArgument(f"{name} is {value!r}; allowed: one or a sequence of {several}")
+    return list(value)
+
+
+def _encode(name: str, datatype: str, items: Sequence[object]) -> bytes:
+    if datatype == "BYTES":
+        return _encode_strings(name, items)
+    return b"".join(_encode_scalar(name, datatype, item) for item in items)
 
 
 def _encode_scalar(name: str, datatype: str, value: object) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface table in code: names, aliases, types and limits of what a request may say. Standard library only.
+"""What a request says, read from its three sources and checked against the interface table. Standard library only.
 
 A value may come as a tensor, as a key of the JSON string `sampling_parameters`, or as a request parameter; a tensor
 wins over the JSON, the JSON over parameters. Whatever is unknown or impossible is an INVALID_ARG that names it.
@@ -7,133 +7,17 @@ wins over the JSON, the JSON over parameters. Whatever is unknown or impossible 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import math
 import random
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
+from lightllm_backend.option_table import ALL_OPTIONS, CANONICAL, OPTIONS, NotExact, Option
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams
 
-MAX_STOP_WORDS = 32
-MAX_STOP_WORD_BYTES = 1024
-
-
-@dataclass(frozen=True)
-class Option:
-    """One row of the table. `convert` gives the typed value or raises ValueError; `holds` checks it."""
-
-    convert: Callable[[Any], Any]
-    allowed: str
-    holds: Callable[[Any], bool] = lambda value: True
-    aliases: tuple[str, ...] = ()
-
-
-def _boolean(value: Any) -> bool:
-    if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
-    if isinstance(value, (bool, int)) and value in (0, 1):
-        return bool(value)
-    raise ValueError
-
-
-def _boolean_or_count(value: Any) -> bool:
-    """`logprobs` is a count for other servers' clients; any count above 0 asks for them."""
-    try:
-        return _boolean(value)
-    except ValueError:
-        count = _integer(value)
-        if count < 0:
-            raise
-        return count > 0
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    value.encode()  # a lone surrogate, which JSON can spell, is a ValueError
-    return value
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str):
-        value = json.loads(value)
-    if not isinstance(value, (list, tuple)):
-        raise ValueError
-    return tuple(_integer(item) for item in value)
-
-
-def _stop_words(value: Any) -> tuple[str, ...]:
-    words = [value] if isinstance(value, str) else value
-    if isinstance(value, str) and value.startswith("["):  # a JSON list, or a stop string that begins with a bracket
-        with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
-            words = parsed if all(isinstance(word, str) for word in parsed) else words
-    if not isinstance(words, (list, tuple)):
-        raise ValueError
-    return tuple(_text(word) for word in words if word != "")
-
-
-_STOP_WORDS_ALLOWED = f"a string or a list of at most {MAX_STOP_WORDS} strings of at most {MAX_STOP_WORD_BYTES} bytes"
-_BOOL = "true or false"
-
-OPTIONS: dict[str, Option] = {
-    "text_input": Option(_text, "a string that is not empty", lambda v: v != "", aliases=("inputs",)),
-    "input_ids": Option(_token_ids, "a list of token ids that is not empty", lambda v: len(v) > 0),
-    "stream": Option(_boolean, _BOOL, aliases=("streaming",)),
-    "max_tokens": Option(_integer, "max_tokens ≥ 1", lambda v: 1 <= v < 2**31, aliases=("max_new_tokens",)),
-    "do_sample": Option(_boolean, _BOOL),
-    "temperature": Option(_number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf),
-    "top_p": Option(_number, "0 < top_p ≤ 1", lambda v: 0 < v <= 1),
-    "top_k": Option(_integer, "-1 or 0 (off), or top_k ≥ 1", lambda v: -1 <= v < 2**31),
-    "presence_penalty": Option(_number, "a finite number", math.isfinite),
-    "frequency_penalty": Option(_number, "a finite number", math.isfinite),
-    "repetition_penalty": Option(_number, "a finite number > 0", lambda v: 0 < v < math.inf),
-    "seed": Option(_integer, "0 ≤ seed < 2⁶⁴", lambda v: 0 <= v < 2**64, aliases=("random_seed",)),
-    "min_tokens": Option(_integer, "0 ≤ min_tokens ≤ max_tokens", lambda v: 0 <= v < 2**31, aliases=("min_length",)),
-    "ignore_eos": Option(_boolean, _BOOL),
-    "stop_words": Option(
-        _stop_words,
-        _STOP_WORDS_ALLOWED,
-        lambda v: len(v) <= MAX_STOP_WORDS and all(len(w.encode()) <= MAX_STOP_WORD_BYTES for w in v),
-        aliases=("stop", "stop_sequences"),
-    ),
-    "exclude_input_in_output": Option(_boolean, _BOOL),
-    "parse_special": Option(_boolean, _BOOL),
-    "skip_special_tokens": Option(_boolean, _BOOL),
-    "return_log_probs": Option(_boolean_or_count, "true, false or a count", aliases=("return_logprobs", "logprobs")),
-}
-# What other servers' clients also send. These outputs are always there:
-OPTIONS |= {
-    name: Option(_boolean, _BOOL)
-    for name in ("return_num_input_tokens", "return_num_output_tokens", "return_finish_reason")
-}
-# One completion a request is what there is:
-OPTIONS |= {
-    name: Option(_integer, "1", lambda v: v == 1) for name in ("n", "best_of", "beam_width", "num_return_sequences")
-}
-_CANONICAL = {alias: name for name, option in OPTIONS.items() for alias in (name, *option.aliases)}
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
 
@@ -149,6 +33,13 @@ _RESERVED = {
     "classification",
 }
 _RESERVED_PREFIXES = ("sequence_", "triton_", "shared_memory_")
+
+
+class _Given(NamedTuple):
+    """A value, and the name under which it came."""
+
+    value: Any
+    key: str
 
 
 @dataclass(frozen=True)
@@ -172,24 +63,43 @@ def parse_request(
     tensors: plain Python values by name (scalars, str, list). sampling_parameters: a JSON object. parameters: the
     request's parameters as Triton server gives them.
     """
-    values: dict[str, Any] = {}
+    given: dict[str, _Given] = {}
     for source in (_parameters(parameters or {}), _json(sampling_parameters), tensors):
-        values.update(_canonical(source))
-    if ("text_input" in values) == ("input_ids" in values):
-        both = "text_input" in values
+        given.update(_canonical(source))
+    if ("text_input" in given) == ("input_ids" in given):
+        both = "text_input" in given
         raise _invalid(f"{'both' if both else 'none'} of text_input and input_ids given; allowed: exactly one of them")
 
-    if "do_sample" not in values:
-        values["do_sample"] = values.get("temperature", 0.0) > 0.0 or "top_p" in values or "top_k" in values
-    if "seed" not in values:
-        values["seed"] = random.getrandbits(64)
+    values = {name: one.value for name, one in given.items()}
+    _derive(values)
     sampling = SamplingParams(**{name: values[name] for name in _SAMPLING_NAMES if name in values})
     if sampling.min_tokens > sampling.max_tokens:
+        most = given["max_tokens"].key if "max_tokens" in given else "max_tokens"
         raise _invalid(
-            f"min_tokens is {sampling.min_tokens}; allowed: 0 ≤ min_tokens ≤ max_tokens ({sampling.max_tokens})"
+            f"{given['min_tokens'].key} is {sampling.min_tokens}; allowed: from 0 to {most} ({sampling.max_tokens})"
         )
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})
     return ParsedRequest(values.get("text_input"), values.get("input_ids"), options)
+
+
+def _derive(values: dict[str, Any]) -> None:
+    """Work out what follows from others."""
+    if "do_sample" not in values:
+        values["do_sample"] = values.get("temperature", 0.0) > 0.0 or "top_p" in values or "top_k" in values
+    if values.get("seed", -1) == -1:
+        values["seed"] = random.getrandbits(64)
+    end_id = values.get("end_id")
+    if end_id == -1:
+        values["ignore_eos"] = True
+    elif end_id is not None:
+        stop_token_ids = values["stop_token_ids"] = (*values.get("stop_token_ids", ()), end_id)
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise _invalid(f"stop_token_ids and end_id are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKEN_IDS}")
+    values["return_log_probs"] = (
+        values.get("return_log_probs", values.get("logprobs", False))
+        or values.get("return_cumulative_logprob", False)
+        or values.get("return_details", False)
+    )
 
 
 def check_prompt_bytes(size: int, max_prompt_bytes: int) -> None:
@@ -198,10 +108,10 @@ def check_prompt_bytes(size: int, max_prompt_bytes: int) -> None:
         raise _invalid(f"text_input has {size} bytes; allowed: at most {max_prompt_bytes} (max_prompt_bytes)")
 
 
-def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
-    for token_id in (min(token_ids), max(token_ids)):
+def check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
-            raise _invalid(f"input_ids holds {token_id}; allowed: 0 ≤ id < {vocab_size}")
+            raise _invalid(f"{name} holds {token_id}; allowed: 0 ≤ id < {vocab_size}")
 
 
 def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None:
@@ -239,31 +149,36 @@ def _json(text: str | None) -> dict[str, Any]:
     return values
 
 
-def _canonical(source: Mapping[str, Any]) -> dict[str, Any]:
+def _canonical(source: Mapping[str, Any]) -> dict[str, _Given]:
     """The values of one source, typed and checked, under their canonical names; null means not given."""
-    values: dict[str, Any] = {}
+    given: dict[str, _Given] = {}
     for key, raw in source.items():
         if raw is None:
             continue
-        name = _CANONICAL.get(key)
+        name = CANONICAL.get(key)
         if name is None:
-            close = difflib.get_close_matches(key, _CANONICAL, n=1)
+            close = difflib.get_close_matches(key, CANONICAL, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise _invalid(f"{key} is not a parameter{hint}; allowed: {', '.join(OPTIONS)}")
-        if name in values:
-            raise _invalid(
-                f"{name} is given twice, once as {key}; allowed: one of {name}, {', '.join(OPTIONS[name].aliases)}"
-            )
-        option = OPTIONS[name]
-        try:
-            value = option.convert(raw)
-            valid = option.holds(value)
-        except (ValueError, OverflowError):
-            valid = False
-        if not valid:
-            raise _invalid(f"{key} is {_show(raw)}; allowed: {option.allowed}")
-        values[name] = value
-    return values
+        if name in given:
+            names = ", ".join((name, *ALL_OPTIONS[name].other_names))
+            raise _invalid(f"{key} is given beside {given[name].key}; allowed: one of {names}")
+        given[name] = _Given(_checked(key, raw, ALL_OPTIONS[name]), key)
+    return given
+
+
+def _checked(key: str, raw: Any, option: Option) -> Any:
+    """The value as its type; INVALID_ARG if the option does not allow it."""
+    reason = ""
+    try:
+        value = option.convert(raw)
+        if option.holds(value):
+            return value
+    except NotExact as error:
+        reason = f", {error}"
+    except (ValueError, TypeError, LookupError, OverflowError):
+        pass
+    raise _invalid(f"{key} is {_show(raw)}{reason}; allowed: {option.allowed}")
 
 
 def _show(value: Any) -> str:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
+
+MAX_STOP_TOKEN_IDS = 32
 
 
 class FinishReason(str, Enum):
@@ -54,7 +58,18 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_words: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; they end the sequence as EOS does
     return_log_probs: bool = False
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """The params whose fields came through JSON or msgpack, which turn tuples into lists."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
+
+    def ending_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end the sequence: the model's EOS unless it is ignored, and the request's own."""
+        return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
 
     @property
     def greedy(self) -> bool:
@@ -67,7 +82,7 @@ class SamplingParams:
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
-            or (self.min_tokens > 0 and not self.ignore_eos)
+            or (self.min_tokens > 0 and (bool(self.stop_token_ids) or not self.ignore_eos))
         )
 
 

@@ -18,7 +18,7 @@ class DecodeState:
     stop_words: Sequence[str] = ()
     min_tokens: int = 0
     skip_special_tokens: bool = True
-    eos_ids: Sequence[int] = ()  # an EOS that ended the sequence is not text; empty with ignore_eos
+    eos_ids: Sequence[int] = ()  # the one that ended the sequence is not text; with the request's stop_token_ids
     prefix: str = ""  # what the next text begins with: at first the prompt, if the input is wanted in the output
     text: list[Any] | None = None  # the TextStream's; None where no prompt goes before
     held_ids: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class DecodeState:
             stop_words=sampling.stop_words,
             min_tokens=sampling.min_tokens,
             skip_special_tokens=options.skip_special_tokens,
-            eos_ids=() if sampling.ignore_eos else eos_ids,
+            eos_ids=sampling.ending_ids(eos_ids),
             prefix="" if options.exclude_input_in_output else prompt_text,
             text=text.state(),
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one file that knows Triton server: tensor names and types, and triton_python_backend_utils. No torch.
+"""The one file that knows triton_python_backend_utils: from requests to plain values, and to responses. No torch.
 
 The model.py files are thin because everything that touches a server's request or response is here.
 """
@@ -25,71 +25,26 @@ from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_d
 from lightllm_backend.engine.worker_group import EngineStartError
 from lightllm_backend.metrics import Metrics
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.option_table import integer
 from lightllm_backend.options import ParsedRequest, parse_request
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.response import DecodeState, Response
+from lightllm_backend.tensors import (
+    CHUNK,
+    ENSEMBLE,
+    GENERATION_INPUTS,
+    GENERATION_OUTPUTS,
+    HEALTH_OUTPUTS,
+    PUBLIC_INPUTS,
+    PUBLIC_OUTPUTS,
+    SAMPLING_PARAMETERS,
+    Tensors,
+)
 from lightllm_backend.text import Tokenizer, TokenizerError
 
-with contextlib.suppress(ImportError):  # outside a stub only the names are of use
+with contextlib.suppress(ImportError):  # outside a stub, for tests
     import triton_python_backend_utils as pb_utils
 
-# name: (type, size); a size of -1 is any.
-TensorTypes = dict[str, tuple[str, int]]
-
-OPTION_INPUTS = {
-    "text_input": ("STRING", 1),
-    "inputs": ("STRING", 1),
-    "input_ids": ("INT32", -1),
-    "stream": ("BOOL", 1),
-    "max_tokens": ("INT32", 1),
-    "do_sample": ("BOOL", 1),
-    "temperature": ("FP32", 1),
-    "top_p": ("FP32", 1),
-    "top_k": ("INT32", 1),
-    "presence_penalty": ("FP32", 1),
-    "frequency_penalty": ("FP32", 1),
-    "repetition_penalty": ("FP32", 1),
-    "seed": ("UINT64", 1),
-    "random_seed": ("UINT64", 1),
-    "min_tokens": ("INT32", 1),
-    "min_length": ("INT32", 1),
-    "ignore_eos": ("BOOL", 1),
-    "stop_words": ("STRING", -1),
-    "exclude_input_in_output": ("BOOL", 1),
-    "parse_special": ("BOOL", 1),
-    "skip_special_tokens": ("BOOL", 1),
-    "return_log_probs": ("BOOL", 1),
-    "return_num_input_tokens": ("BOOL", 1),
-    "return_num_output_tokens": ("BOOL", 1),
-    "return_finish_reason": ("BOOL", 1),
-}
-SAMPLING_PARAMETERS = "sampling_parameters"
-PUBLIC_INPUTS = {**OPTION_INPUTS, SAMPLING_PARAMETERS: ("STRING", 1)}
-PUBLIC_OUTPUTS = {
-    "text_output": ("STRING", 1),
-    "finish_reason": ("STRING", 1),
-    "num_input_tokens": ("INT32", 1),
-    "num_output_tokens": ("INT32", 1),
-    "output_ids": ("INT32", -1),
-    "output_log_probs": ("FP32", -1),
-    "cumulative_logprob": ("FP32", 1),
-}
-# tokenizer ──> generation. ENSEMBLE is a JSON object; that it is there says that a detokenizer follows.
-ENSEMBLE = "ensemble"
-GENERATION_INPUTS = {"input_ids": ("INT32", -1), SAMPLING_PARAMETERS: ("STRING", 1), ENSEMBLE: ("STRING", 1)}
-# generation ──> detokenizer. CHUNK is a JSON object: everything about a chunk but its tokens.
-CHUNK = "chunk"
-GENERATION_OUTPUTS = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
-HEALTH_OUTPUTS = {"report": ("STRING", 1)}
-
-MODEL_TENSORS: dict[str, tuple[TensorTypes, TensorTypes]] = {
-    "lightllm": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
-    "lightllm_unary": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
-    "tokenizer": (PUBLIC_INPUTS, GENERATION_INPUTS),
-    "generation": (GENERATION_INPUTS, GENERATION_OUTPUTS),
-    "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
-    "health": ({}, HEALTH_OUTPUTS),
-}
 _SIZES = {
     name: size
     for tensors in (PUBLIC_INPUTS, GENERATION_INPUTS, GENERATION_OUTPUTS)
@@ -200,11 +155,11 @@ def deadline(request: Any) -> float | None:
     """
     timeout = request.timeout() or _parameters(request).get("timeout", 0)
     try:
-        seconds = int(timeout) / 1e6
-    except (ValueError, OverflowError):
+        seconds = integer(timeout) / 1e6
+    except ValueError:
         seconds = -1.0
     if seconds < 0:
-        raise RequestError("INVALID_ARG", f"timeout is {timeout!r}; allowed: microseconds ≥ 0")
+        raise RequestError("INVALID_ARG", f"timeout is {timeout!r}; allowed: an integer ≥ 0, of microseconds")
     return time.monotonic() + seconds if seconds else None
 
 
@@ -276,7 +231,7 @@ def tokens_response(token_ids: list[int], options_json: str, ensemble: dict[str,
     return _response(GENERATION_INPUTS, values)
 
 
-def client_response(response: Response) -> Any:
+def client_response(response: Response, tokenizer: Tokenizer) -> Any:
     """What a client reads."""
     values = {
         "text_output": [response.text_output],
@@ -286,6 +241,7 @@ def client_response(response: Response) -> Any:
         "output_ids": response.output_ids,
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
+        "logprobs": [_logprobs_json(response, tokenizer)],
     }
     return _response(PUBLIC_OUTPUTS, values)
 
@@ -293,6 +249,21 @@ def client_response(response: Response) -> Any:
 def health_response(report: str) -> Any:
     """What the `health` model answers if all is well."""
     return _response(HEALTH_OUTPUTS, {"report": [report]})
+
+
+def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
+    """The log probabilities as vllm_backend's output `logprobs` has them: an object a token, by token id; else null.
+
+    vLLM's rank of the token in the distribution is not known here.
+    """
+    if not response.output_log_probs:
+        return "null"
+    return json.dumps(
+        [
+            {token_id: {"logprob": log_prob, "rank": None, "decoded_token": tokenizer.decode([token_id], False)}}
+            for token_id, log_prob in zip(response.output_ids, response.output_log_probs, strict=True)
+        ]
+    )
 
 
 def error_response(error: Exception) -> Any:
@@ -307,7 +278,7 @@ def error_response(error: Exception) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(readable(str(error)), code))
 
 
-def _response(names: dict[str, tuple[str, int]], values: dict[str, Any]) -> Any:
+def _response(names: Tensors, values: dict[str, Any]) -> Any:
     tensors = []
     for name, (kind, _) in names.items():
         items = [item.encode() for item in values[name]] if kind == "STRING" else values[name]
@@ -378,9 +349,10 @@ class GenerationResponder:
 class UnaryResponder:
     """A Stream's way to a unary caller: one response, made by `decode`."""
 
-    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None]) -> None:
+    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None], tokenizer: Tokenizer) -> None:
         self._sender = ServerSender(request)
         self._decode = decode
+        self._tokenizer = tokenizer
 
     def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:  # noqa: ARG002, as a Responder's
         if chunk.error is not None:
@@ -388,7 +360,7 @@ class UnaryResponder:
             return
         response = self._decode(chunk)
         assert response is not None, "the last chunk always gives a response"
-        self._sender.send(client_response(response), final=True)
+        self._sender.send(client_response(response, self._tokenizer), final=True)
 
     def probe(self) -> None:
         raise AssertionError("a unary call has no detokenizer to probe")

@@ -2,13 +2,16 @@
 """The interface table: every name, alias, type and limit; the three sources; what a refusal says."""
 
 import json
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.option_table import ALL_OPTIONS, OPTIONS, OTHERS
 from lightllm_backend.options import (
-    OPTIONS,
     check_lengths,
     check_prompt_bytes,
     check_token_ids,
@@ -43,13 +46,17 @@ def test_defaults_but_for_the_seed_which_is_drawn() -> None:
 GIVEN = {
     "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 0.25,
     "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
-    "return_log_probs": True,
+    "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True,
 }  # fmt: skip
+
+
+def test_every_field_of_sampling_params_is_an_option() -> None:
+    assert set(GIVEN) == set(SamplingParams.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_each_name_and_alias_sets_its_field(name: str) -> None:
-    for alias in (name, *OPTIONS[name].aliases):
+    for alias in (name, *OPTIONS[name].other_names):
         assert getattr(sampling(**{alias: GIVEN[name]}), name) == GIVEN[name]
 
 
@@ -57,12 +64,17 @@ def test_each_name_and_alias_sets_its_field(name: str) -> None:
     ("alias", "name"),
     [
         ("inputs", "text_input"), ("streaming", "stream"), ("max_new_tokens", "max_tokens"), ("random_seed", "seed"),
-        ("min_length", "min_tokens"), ("stop", "stop_words"), ("stop_sequences", "stop_words"),
-        ("return_logprobs", "return_log_probs"), ("logprobs", "return_log_probs"),
+        ("min_length", "min_tokens"), ("min_new_tokens", "min_tokens"), ("stop", "stop_words"),
+        ("stop_sequences", "stop_words"), ("stop_ids", "stop_token_ids"), ("return_logprobs", "return_log_probs"),
     ],
 )  # fmt: skip
 def test_the_aliases_of_other_servers_are_known(alias: str, name: str) -> None:
-    assert alias in OPTIONS[name].aliases
+    assert alias in OPTIONS[name].other_names
+
+
+def test_a_name_stands_for_one_option() -> None:
+    names = [name for first, option in ALL_OPTIONS.items() for name in (first, *option.other_names)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("name", ["stream", "exclude_input_in_output", "parse_special", "skip_special_tokens"])
@@ -85,6 +97,7 @@ def test_token_ids_instead_of_text() -> None:
     assert refusal({"input_ids": []}).startswith("input_ids is []")
     assert refusal({}, '{"input_ids": [1, "a"]}').startswith("input_ids is ")
     assert refusal({}, '{"input_ids": 3}').startswith("input_ids is 3")
+    assert refusal({}, '{"input_ids": [4294967299]}').startswith("input_ids is [4294967299]; allowed: a list of 32-bit")
 
 
 def test_exactly_one_prompt() -> None:
@@ -105,13 +118,15 @@ def test_exactly_one_prompt() -> None:
         ("presence_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", 10**400]),
         ("frequency_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", [1]]),
         ("repetition_penalty", [0.5, 1, "2"], [0, -1, float("nan"), float("inf"), "x"]),
-        ("seed", [0, 2**64 - 1, "12"], [-1, 2**64, 0.5, "x", "9" * 30]),
+        ("seed", [-1, 0, 2**64 - 1, "12", str(2**64 - 1), 2.0**53], [-2, 2**64, 0.5, "x", "9" * 30, 2.0**60]),
+        ("end_id", [-1, 0, 2, "2"], [-2, 2**31, "x", 0.5]),
+        ("stop_token_ids", [[], [0], [1, "2"], [7] * 32, "[1, 2]"], [[7] * 33, [-1], [2**31], ["a"], 3, "x", {}]),
         ("ignore_eos", [True, 0, 1, "true", "False", " 1 "], [2, -1, "yes", [True], 0.5]),
         ("n", [1, "1"], [0, 2, "2"]),
         ("best_of", [1], [2]),
         ("beam_width", [1], [4]),
         ("num_return_sequences", [1], [3]),
-        ("logprobs", [0, 1, 5, True, "3"], [-1, 0.5, "many"]),
+        ("logprobs", [0, 1, 5, True, "3", 2.0], [-1, 0.5, "many", [1]]),
         ("return_finish_reason", [True, "false"], ["x", 3]),
     ],
 )
@@ -129,16 +144,125 @@ def test_numbers_may_be_strings(text: str, value: Any) -> None:
     assert getattr(sampling(**{names[value]: text}), names[value]) == value
 
 
-def test_a_count_of_logprobs_means_yes_and_zero_means_no() -> None:
-    assert [sampling(logprobs=count).return_log_probs for count in (0, 1, 5)] == [False, True, True]
+@pytest.mark.parametrize(
+    ("asked", "returned"),
+    [
+        # As in OpenAI's completions and in vLLM (SamplingParams of 0.6 and newer), 0 asks for the sampled token's.
+        *(({"logprobs": count}, True) for count in (0, 1, 5, "0", "1", 0.0, True, "true")),
+        *(({"logprobs": no}, False) for no in (False, "false")),
+        *(({"return_log_probs": no}, False) for no in (False, 0, "0")),
+        *(({"return_log_probs": yes}, True) for yes in (True, 1, "1", 2)),
+        ({"return_cumulative_logprob": True}, True),
+        ({"return_details": True}, True),
+        ({"return_details": False}, False),
+        # vllm_backend gives no output `logprobs` unless return_logprobs asks for it.
+        ({"return_logprobs": False, "logprobs": 5}, False),
+        ({"return_logprobs": True, "logprobs": 5}, True),
+        ({"return_logprobs": False, "return_cumulative_logprob": True}, True),
+        ({}, False),
+    ],
+)
+def test_who_asks_for_log_probabilities(asked: dict[str, Any], returned: bool) -> None:
+    parsed = parse_request({"text_input": "a"}, json.dumps(asked))
+    assert parsed.options.sampling.return_log_probs is returned
 
 
 def test_min_tokens_may_not_be_more_than_max_tokens() -> None:
     assert sampling(min_tokens=4, max_tokens=4).min_tokens == 4
-    assert "min_tokens is 5; allowed: 0 ≤ min_tokens ≤ max_tokens (4)" in refusal(
-        {"text_input": "a", "min_tokens": 5, "max_tokens": 4}
-    )
-    assert "(16)" in refusal({"text_input": "a", "min_tokens": 17})
+    refused = refusal({"text_input": "a", "min_length": 5}, None, {"max_new_tokens": 4})
+    assert refused == "min_length is 5; allowed: from 0 to max_new_tokens (4)"
+    assert "max_tokens (16)" in refusal({"text_input": "a", "min_tokens": 17})
+
+
+def test_end_id_is_a_stop_token_id_and_minus_one_ignores_eos() -> None:
+    """`end_id` of tensorrtllm_backend; -1 there: no token ends the request."""
+    assert sampling(end_id=2).stop_token_ids == (2,)
+    assert sampling(end_id=2, stop_ids=[5, 7]).stop_token_ids == (5, 7, 2)
+    assert not sampling(end_id=2).ignore_eos
+    assert (sampling(end_id=-1).ignore_eos, sampling(end_id=-1).stop_token_ids) == (True, ())
+    refused = refusal({"text_input": "a", "end_id": 2, "stop_token_ids": [7] * 32})
+    assert refused == "stop_token_ids and end_id are 33 ids; allowed: 32"
+
+
+def test_a_seed_of_minus_one_is_drawn() -> None:
+    assert len({sampling(seed=-1).seed for _ in range(4)}) == 4
+
+
+@pytest.mark.parametrize("value", [2.0**53 + 2, float(2**64 - 1)])
+def test_a_double_that_stands_for_several_integers_is_refused_with_the_reason(value: float) -> None:
+    """Triton server 2.51 passes an integer above 2**63 - 1 that is an HTTP request parameter as a double."""
+    message = refusal({"text_input": "a"}, None, {"random_seed": value})
+    assert message.startswith(f"random_seed is {value}, which came as a double, and above 2⁵³")
+
+
+@pytest.mark.parametrize(("value", "why"), [(1e39, "too large"), (-1e39, "too large"), (1e-50, "which is 0")])
+def test_a_number_that_32_bits_do_not_hold_is_refused_with_the_reason(value: float, why: str) -> None:
+    message = refusal({"text_input": "a"}, json.dumps({"frequency_penalty": value}))
+    assert message.startswith(f"frequency_penalty is {value}, which ")
+    assert why in message
+    assert "32-bit floating point; allowed: a finite number" in message
+
+
+def options_of(convert: str) -> list[str]:
+    return [name for name, option in OPTIONS.items() if option.convert.__name__ == convert]
+
+
+@pytest.mark.parametrize("name", options_of("integer"))
+def test_the_bounds_that_are_stated_for_integers_are_the_real_ones(name: str) -> None:
+    option = OPTIONS[name]
+    others, _, bounds = option.allowed.partition("an integer from ")
+    least, most = (int(bound) for bound in bounds.split(" to "))
+    special = [int(value) for value in re.findall(r"-?\d+", others)]
+    for value in (*range(least - 3, least + 2), most - 1, most, most + 1, most + 2):
+        assert option.holds(option.convert(value)) is (least <= value <= most or value in special), value
+
+
+STATED: dict[str, Callable[[float], bool]] = {
+    "a finite number": math.isfinite,
+    "a finite temperature ≥ 0": lambda value: 0 <= value < math.inf,
+    "a finite number > 0": lambda value: 0 < value < math.inf,
+    "0 < top_p ≤ 1": lambda value: 0 < value <= 1,
+}
+
+
+@pytest.mark.parametrize("name", options_of("number"))
+def test_the_bounds_that_are_stated_for_numbers_are_the_real_ones(name: str) -> None:
+    option = OPTIONS[name]
+    for value in (-math.inf, -3e38, -1.0, -1e-30, 0.0, 1e-30, 0.5, 1.0, 1 + 2**-40, 3e38, math.inf, math.nan):
+        assert option.holds(option.convert(value)) is STATED[option.allowed](value), value
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_can_mean_nothing_here_is_neutral_or_refused_with_a_reason(name: str) -> None:
+    option = OTHERS[name]
+    allowed = re.fullmatch(r"(?P<value>.*) \((?P<reason>[^()]+)\)", option.allowed)
+    assert allowed, "the text says what is allowed and why"
+    neutral, others = NEUTRAL[allowed["value"]]
+    for key in (name, *option.other_names):
+        for value in neutral:
+            before = parse_request({"text_input": "a"}, json.dumps({"seed": 1}))
+            assert parse_request({"text_input": "a"}, json.dumps({"seed": 1, key: value})) == before
+        for value in others:
+            message = refusal({"text_input": "a"}, json.dumps({key: value}))
+            assert message.startswith(f"{key} is ")
+            assert message.endswith(f"allowed: {option.allowed}")
+
+
+# By what is said to be allowed: values that are, and values that are not.
+NEUTRAL: dict[str, tuple[list[Any], list[Any]]] = {
+    "true or false": ([True, False, "true", None], [2, "x", [True]]),
+    "true": ([True, 1, "true", None], [False, 0, "x"]),
+    "false": ([False, 0, "false", None], [True, 1, "x", 2]),
+    "0": ([0, "0", None], [1, 0.5, "x"]),
+    "0.0": ([0, 0.0, "0", None], [0.1, "x", True]),
+    "1": ([1, "1", None], [0, 2, "x"]),
+    "-1": ([-1, None], [0, 2, "x"]),
+    "any number": ([0.5, 1, None], ["x", True]),
+    "any integer": ([-1, 0, 50256, None], ["x", 0.5]),
+    "empty": (["", [], None], ["x", ["x"], 3]),
+    "null": ([None], ["", 0, 1, -1]),
+    "[any, 1.0]": ([[1, 1.0], [5, 1], None], [[1, 1.5], [1], 1.0, "x"]),
+}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +348,7 @@ def test_json_that_is_no_object(text: str) -> None:
 
 def test_two_names_for_one_value_in_one_source() -> None:
     message = refusal({"text_input": "a"}, '{"max_tokens": 1, "max_new_tokens": 2}')
-    assert message.startswith("max_tokens is given twice, once as max_new_tokens")
+    assert message == "max_new_tokens is given beside max_tokens; allowed: one of max_tokens, max_new_tokens"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +364,7 @@ def test_an_unknown_name_gets_a_hint_and_the_list() -> None:
     message = refusal({"text_input": "a"}, None, {"temprature": 1})
     assert message.startswith("temprature is not a parameter (did you mean temperature?); allowed: ")
     assert all(name in message for name in OPTIONS)
+    assert not any(name in message for name in OTHERS if len(name) > 2), "they are of no use"
     assert "did you mean" not in refusal({"text_input": "a"}, None, {"zzzzzz": 1})
 
 
@@ -266,10 +391,11 @@ def test_prompt_bytes() -> None:
 
 
 def test_token_ids_of_the_vocabulary() -> None:
-    check_token_ids((0, 9), 10)
+    check_token_ids("input_ids", (0, 9), 10)
+    check_token_ids("stop_token_ids", (), 10)
     for token_id in (-1, 10):
         with pytest.raises(RequestError, match=f"input_ids holds {token_id}; allowed: 0 ≤ id < 10"):
-            check_token_ids((3, token_id, 4), 10)
+            check_token_ids("input_ids", (3, token_id, 4), 10)
 
 
 def test_lengths_at_their_limits_and_beyond() -> None:
@@ -279,7 +405,7 @@ def test_lengths_at_their_limits_and_beyond() -> None:
         (0, 1, "no tokens"),
         (9, 1, "at most 8 prompt tokens (max_req_input_len)"),
         (8, 5, "the prompt has 8 tokens and max_tokens is 5; allowed: at most 12 in all (the KV pool of 11 tokens)"),
-        (1, 12, "max_tokens is 12; allowed: at most 12 in all"),
+        (1, 12, "the prompt has 1 tokens and max_tokens is 12; allowed: at most 12 in all"),
     ]:
         with pytest.raises(RequestError) as error:
             check_lengths(num_input, max_tokens, limits)

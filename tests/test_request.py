@@ -44,6 +44,8 @@ def test_greedy_unless_it_samples_at_a_temperature(sampling: SamplingParams, gre
         ({"repetition_penalty": 1.1}, True),
         ({"min_tokens": 2}, True),
         ({"min_tokens": 2, "ignore_eos": True}, False),
+        ({"min_tokens": 2, "ignore_eos": True, "stop_token_ids": (5,)}, True),
+        ({"stop_token_ids": (5,)}, False),
     ],
 )
 def test_logits_are_changed_only_where_something_asks_for_it(changes: dict[str, Any], penalised: bool) -> None:
@@ -54,7 +56,7 @@ def test_options_survive_their_json() -> None:
     sampling = SamplingParams(
         max_tokens=7, do_sample=True, temperature=0.3, top_p=0.9, top_k=5, presence_penalty=0.1, frequency_penalty=0.2,
         repetition_penalty=1.2, seed=2**64 - 1, min_tokens=3, ignore_eos=True, stop_words=("é", "\n\n"),
-        return_log_probs=True,
+        stop_token_ids=(5, 0), return_log_probs=True,
     )  # fmt: skip
     options = RequestOptions(sampling, True, False, False, False)
     assert parse_request({"input_ids": [1]}, options.to_json()).options == options

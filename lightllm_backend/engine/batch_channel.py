@@ -91,6 +91,5 @@ def _pack_admission(admission: Admission) -> list[Any]:
 
 
 def _unpack_admission(row: int, sampling: dict[str, Any], *arrays: bytes) -> Admission:
-    sampling["stop_words"] = tuple(sampling["stop_words"])
     prompt_ids, *others = (tuple(np.frombuffer(array, dtype=np.int32).tolist()) for array in arrays)
-    return Admission(row, prompt_ids, SamplingParams(**sampling), *others)
+    return Admission(row, prompt_ids, SamplingParams.from_plain(sampling), *others)

@@ -207,8 +207,7 @@ def pack_request(request: Request) -> list[Any]:
 
 def unpack_request(packed: list[Any]) -> Request:
     uid, prompt_ids, sampling, deadline, urgent = packed
-    sampling["stop_words"] = tuple(sampling["stop_words"])
-    return Request(uid, tuple(prompt_ids), SamplingParams(**sampling), deadline, urgent)
+    return Request(uid, tuple(prompt_ids), SamplingParams.from_plain(sampling), deadline, urgent)
 
 
 def pack_chunk(chunk: TokenChunk) -> list[Any]:

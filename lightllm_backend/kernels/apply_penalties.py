@@ -12,7 +12,7 @@ from lightllm_backend.kernels.reference import IN_PROMPT
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ending_count"])
 def apply_penalties_kernel(
     logits,
     count,
@@ -22,10 +22,10 @@ def apply_penalties_kernel(
     frequency,
     repetition,
     min_tokens,
-    eos_ids,
+    ending_ids,
     logits_stride,
     vocab_size,
-    eos_count,
+    ending_count,
     in_prompt: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -49,8 +49,9 @@ def apply_penalties_kernel(
             penalty = generated.to(tl.float32) * frequency_penalty + presence_penalty
             value = tl.where(generated > 0, value - penalty, value)
         if is_too_short:
-            for index in range(eos_count):
-                value = tl.where(column == tl.load(eos_ids + index), float("-inf"), value)
+            for index in range(ending_count):
+                ruled_out = tl.load(ending_ids + sequence * ending_count + index)
+                value = tl.where(column == ruled_out, float("-inf"), value)
         tl.store(address, value, mask=live)
 
 
@@ -64,10 +65,11 @@ def apply_penalties(
     frequency: Tensor,
     repetition: Tensor,
     min_tokens: Tensor,
-    eos_ids: Tensor,
+    ending_ids: Tensor,
 ) -> None:
     sequences, vocab_size = logits.shape
     assert logits.stride(1) == 1
+    assert ending_ids.is_contiguous()
     if sequences == 0:
         return
     count = count_tokens(tokens, rows, prompt_lengths, lengths, vocab_size)
@@ -81,10 +83,10 @@ def apply_penalties(
         frequency,
         repetition,
         min_tokens,
-        eos_ids,
+        ending_ids,
         logits.stride(0),
         vocab_size,
-        eos_ids.shape[0],
+        ending_ids.shape[1],
         in_prompt=IN_PROMPT,
         block=_BLOCK,
         num_warps=4,

@@ -447,12 +447,12 @@ def apply_penalties(
     frequency: Tensor,
     repetition: Tensor,
     min_tokens: Tensor,
-    eos_ids: Tensor,
+    ending_ids: Tensor,
 ) -> None:
     """Penalises in `logits` [sequences, vocab], in place, the tokens of `tokens[rows[i], :lengths[i]]`.
 
     Repetition covers the prompt and what was generated; frequency and presence only what was generated. While fewer
-    than `min_tokens` are generated, the end-of-sequence tokens are ruled out.
+    than `min_tokens` are generated, a sequence's `ending_ids` [sequences, k], filled up with -1, are ruled out.
     """
     penalised = ((presence != 0) | (frequency != 0) | (repetition != 1)).nonzero().squeeze(1)
     if penalised.numel():
@@ -463,9 +463,9 @@ def apply_penalties(
         values = torch.where(seen > 0, torch.where(values > 0, values / factor, values * factor), values)
         penalty = generated * frequency[penalised, None] + presence[penalised, None]
         logits[penalised] = torch.where(generated > 0, values - penalty, values)
-    too_short = (lengths - prompt_lengths < min_tokens).nonzero()
-    if too_short.numel() and eos_ids.numel():
-        logits[too_short, eos_ids.long()] = -torch.inf
+    ruled_out = (lengths - prompt_lengths < min_tokens)[:, None] & (ending_ids >= 0)
+    sequences, index = ruled_out.nonzero(as_tuple=True)
+    logits[sequences, ending_ids[sequences, index].long()] = -torch.inf
 
 
 def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class PlannedStep(NamedTuple):
     positions: NDArray[np.int32]  # [n_sampled] where in its sequence the token is
     holds_row: NDArray[np.bool_]  # [n_sampled] false as soon as the sequence gives its row back
     is_plain: NDArray[np.bool_]  # [n_sampled] only the token is to be told of it, as long as it goes on
-    eos_ends: NDArray[np.bool_]  # [n_sampled] an EOS as this token ends the sequence
+    may_end: NDArray[np.bool_]  # [n_sampled] min_tokens is reached
+    ending_ids: NDArray[np.int32]  # [n_sampled, most of a sequence] this token ends the sequence if it is one of these
     is_final: NDArray[np.bool_]  # [n_sampled] this token is the last of max_tokens
 
     @classmethod
@@ -55,7 +56,8 @@ class PlannedStep(NamedTuple):
             positions=positions,
             holds_row=np.ones(len(rows), dtype=np.bool_),
             is_plain=is_plain,
-            eos_ends=positions >= table.eos_from[rows],
+            may_end=positions >= table.may_end_from[rows],
+            ending_ids=table.ending_ids[rows, : table.num_ending_ids[rows].max(initial=0)],
             is_final=table.remaining[rows] == 0,
         )
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequential
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS
 from lightllm_backend.router.admission import Demand
 from lightllm_backend.router.sequence import Sequence
 
-NEVER = np.iinfo(np.int32).max
+NO_TOKEN = -1
 
 
 class RequestTable:
@@ -20,7 +22,8 @@ class RequestTable:
     Everything is as planned, not as known: a token counts as cached from when the batch that caches it is made.
     """
 
-    def __init__(self, num_rows: int, num_draws: int = 1) -> None:
+    def __init__(self, num_rows: int, num_draws: int = 1, eos_ids: Sequential[int] = ()) -> None:
+        self._eos_ids = tuple(eos_ids)
         self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # the Sequence; None: the row is free
         self.handles = np.zeros(num_rows, dtype=np.int64)  # what the sequences are called in a StepOutput
         self.with_log_probs = np.zeros(num_rows, dtype=np.bool_)
@@ -31,7 +34,12 @@ class RequestTable:
         self.cached = np.zeros(num_rows, dtype=np.int32)  # tokens with a slot
         self.remaining = np.zeros(num_rows, dtype=np.int64)  # decode steps still to be planned
         self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all that was known is planned
-        self.eos_from = np.zeros(num_rows, dtype=np.int32)  # an EOS ends the sequence once so many tokens are cached
+        self.ignores_eos = np.zeros(num_rows, dtype=np.bool_)
+        self.may_end_from = np.zeros(
+            num_rows, dtype=np.int32
+        )  # tokens cached when an ending id first ends the sequence
+        self.num_ending_ids = np.zeros(num_rows, dtype=np.int32)
+        self.ending_ids = np.full((num_rows, len(self._eos_ids) + MAX_STOP_TOKEN_IDS), NO_TOKEN, dtype=np.int32)
         self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_tokens`
         # Wide enough for the longest sequence so far. What no token was written to costs no memory.
         self._slots: NDArray[np.int32] = np.empty((num_rows, 256), dtype=np.int32)
@@ -57,8 +65,13 @@ class RequestTable:
         self.cached[row] = len(prefix_slots)
         self.remaining[row] = sampling.max_tokens - sequence.num_generated - 1
         self.decoding[row] = False
+        self.ignores_eos[row] = sampling.ignore_eos
         # An EOS may be generated token min_tokens + 1 at the earliest; prompt_length tokens are cached at token 1.
-        self.eos_from[row] = NEVER if sampling.ignore_eos else sequence.prompt_length + sampling.min_tokens
+        self.may_end_from[row] = sequence.prompt_length + sampling.min_tokens
+        ending_ids = sampling.ending_ids(self._eos_ids)
+        self.num_ending_ids[row] = len(ending_ids)
+        self.ending_ids[row] = NO_TOKEN
+        self.ending_ids[row, : len(ending_ids)] = ending_ids
         self.num_known[row] = sequence.known_length
         self._tokens[row, : sequence.known_length] = sequence.known_ids
         self._slots[row, : len(prefix_slots)] = prefix_slots
@@ -129,7 +142,7 @@ class RequestTable:
         """Of the sequences that decode; without the slots, by row, that others hold as well."""
         rows = self.decode_rows()
         remaining, most = self.remaining[rows], self.most[rows]
-        made = np.where(self.eos_from[rows] == NEVER, most - 1, most - remaining)
+        made = np.where(self.ignores_eos[rows], most - 1, most - remaining)
         return Demand(self.cached[rows] - shared[rows], remaining, made, most, self.luck[rows])
 
     def newest(self) -> Sequence:

@@ -71,12 +71,11 @@ class Router:
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
         self._max_queue_size = max_queue_size
-        self._eos_ids = np.array(sorted(eos_ids), dtype=np.int32)
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
         self._policy = policy or ExactAdmission()
 
-        self._table = RequestTable(max_running, num_draws=len(self._policy.draw()))
+        self._table = RequestTable(max_running, len(self._policy.draw()), sorted(eos_ids))
         self._pool = SlotPool(capacity, self._table, prefix_cache)
         self._live: dict[str, Sequence] = {}  # by uid, until they finish
         self._by_number: dict[int, Sequence] = {}  # the same
@@ -152,7 +151,7 @@ class Router:
         assert step.batch is batch, "batches are applied in the order in which they were made"
         assert len(tokens) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
-        stops = step.eos_ends & (tokens[:, None] == self._eos_ids).any(axis=1)
+        stops = step.may_end & (tokens[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
         self._table.record(step.rows[known], step.positions[known], tokens[known])

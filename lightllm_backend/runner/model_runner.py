@@ -102,7 +102,7 @@ class ModelRunner:
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # without, all steps are launched kernel by kernel
-        self._sampler = Sampler(kernels, num_rows, eos_ids, device)
+        self._sampler = Sampler(kernels, num_rows, eos_ids)
 
     @property
     def table_bytes(self) -> int:

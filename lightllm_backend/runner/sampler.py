@@ -7,26 +7,28 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightllm_backend.request import SamplingParams
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from lightllm_backend.runner.device_batch import RequestTables
 from lightllm_backend.runner.staging import Staging
 
 _FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = ("top_k", "min_tokens")
+_NO_TOKEN = -1
 
 
 class Sampler:
     """Keeps the sampling parameters by request row, on the host; a step uploads those of its rows if it needs any."""
 
-    def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int], device: torch.device) -> None:
+    def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int]) -> None:
         self._kernels = kernels
-        self._eos_ids = torch.tensor(list(eos_ids), dtype=torch.int32, device=device)
+        self._eos_ids = tuple(eos_ids)
         self._floats = np.zeros((len(_FLOATS), num_rows), dtype=np.float32)
         self._integers = np.zeros((len(_INTEGERS), num_rows), dtype=np.int32)
+        self._ending_ids = np.full((num_rows, len(eos_ids) + MAX_STOP_TOKEN_IDS), _NO_TOKEN, dtype=np.int32)
+        self._num_ending_ids = np.zeros(num_rows, dtype=np.int32)
         self._seeds = np.zeros(num_rows, dtype=np.uint64)
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
@@ -39,8 +41,10 @@ class Sampler:
             self._integers[:, row] = [getattr(sampling, name) for name in _INTEGERS]
             if sampling.greedy:
                 self._floats[0, row] = 0.0  # temperature 0 is what the kernel knows as greedy
-            if sampling.ignore_eos:
-                self._integers[1, row] = 0  # EOS is an ordinary token then, also before min_tokens
+            ending_ids = sampling.ending_ids(self._eos_ids)
+            self._num_ending_ids[row] = len(ending_ids)
+            self._ending_ids[row] = _NO_TOKEN
+            self._ending_ids[row, : len(ending_ids)] = ending_ids
             self._seeds[row] = sampling.seed
             self._drawn[row] = self._floats[0, row] != 0
             self._penalised[row] = sampling.penalised
@@ -66,19 +70,21 @@ class Sampler:
         temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
+        ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
             temperature, top_p, presence, frequency, repetition, top_k, min_tokens, seeds,
-            prompt_lengths, device_rows, device_lengths,
+            prompt_lengths, device_rows, device_lengths, device_ending_ids,
         ) = staging.upload(
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
-            tables.prompt_lengths[rows], rows, lengths,
+            tables.prompt_lengths[rows], rows, lengths, ending_ids.ravel(),
         )  # fmt: skip
         original = logits = logits.float().contiguous()
         if is_penalised:
             logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
                 logits, tables.tokens[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
-                presence, frequency, repetition, min_tokens, self._eos_ids,
+                presence, frequency, repetition, min_tokens,
+                device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if self._drawn[rows].any():
             tokens = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)

@@ -60,6 +60,7 @@ def test_every_option_is_sent(call, fake_server):
         *("generate", "What?", "--max-tokens", "3", "--do-sample", "--temperature", "0.5", "--top-p", "0.25"),
         *("--top-k", "40", "--presence-penalty", "1", "--frequency-penalty", "-1", "--repetition-penalty", "1.5"),
         *("--seed", str(2**64 - 1), "--min-tokens", "2", "--ignore-eos", "--stop-words", "a", "--stop-words", "b"),
+        *("--stop-token-ids", "5", "--stop-token-ids", "0"),
         *("--no-exclude-input-in-output", "--no-parse-special", "--no-skip-special-tokens", "--return-log-probs"),
     )
     assert result.exit_code == 0
@@ -78,6 +79,7 @@ def test_every_option_is_sent(call, fake_server):
         "min_tokens": [2],
         "ignore_eos": [True],
         "stop_words": ["a", "b"],
+        "stop_token_ids": [5, 0],
         "exclude_input_in_output": [False],
         "parse_special": [False],
         "skip_special_tokens": [False],

@@ -23,6 +23,7 @@ EXAMPLES = {
     "min_tokens": (np.int64(3), ("INT32", [1], [3])),
     "ignore_eos": (np.bool_(True), ("BOOL", [1], [True])),
     "stop_words": (["\n\n", "尾", ""], ("BYTES", [3], ["\n\n", "尾", ""])),
+    "stop_token_ids": ([2, np.int64(0)], ("INT32", [2], [2, 0])),
     "exclude_input_in_output": (False, ("BOOL", [1], [False])),
     "parse_special": (False, ("BOOL", [1], [False])),
     "skip_special_tokens": (False, ("BOOL", [1], [False])),
@@ -64,10 +65,11 @@ def test_token_ids_are_sent_as_input_ids(fake_server, prompt):
     }
 
 
-def test_one_stop_word_may_be_a_plain_string(fake_server):
+def test_one_stop_word_or_id_may_stand_without_a_list(fake_server):
     with LightLLMClient(fake_server.url) as client:
-        client.generate("What?", stop_words="end")
+        client.generate("What?", stop_words="end", stop_token_ids=2)
     assert fake_server.requests[0].tensors["stop_words"] == ("BYTES", [1], ["end"])
+    assert fake_server.requests[0].tensors["stop_token_ids"] == ("INT32", [1], [2])
 
 
 def test_an_empty_prompt_is_left_to_the_server_to_refuse():
@@ -90,7 +92,10 @@ def test_an_empty_prompt_is_left_to_the_server_to_refuse():
         ({"do_sample": 1}, "do_sample is 1; allowed: True or False"),
         ({"stop_words": [1]}, "stop_words holds 1; allowed: strings"),
         ({"stop_words": b"end"}, "stop_words is b'end'"),
-        ({"stop_words": 3}, "stop_words is 3"),
+        ({"stop_words": 3}, "stop_words is 3; allowed: one or a sequence of strings"),
+        ({"stop_token_ids": "2"}, "stop_token_ids is '2'; allowed: one or a sequence of integers"),
+        ({"stop_token_ids": [2, "3"]}, "stop_token_ids is '3'; allowed: an integer"),
+        ({"stop_token_ids": True}, "stop_token_ids is True; allowed: an integer"),
         ({"stop_words": "\ud800"}, "stop_words has the lone surrogate"),
         ({"max_token": 3}, "max_token is not an option; allowed: max_tokens, do_sample"),
     ],

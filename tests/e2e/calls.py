@@ -27,7 +27,7 @@ DATATYPES = {
     "top_p": "FP32", "top_k": "INT32", "presence_penalty": "FP32", "frequency_penalty": "FP32",
     "repetition_penalty": "FP32", "seed": "UINT64", "min_tokens": "INT32", "ignore_eos": "BOOL",
     "exclude_input_in_output": "BOOL", "parse_special": "BOOL", "skip_special_tokens": "BOOL",
-    "return_log_probs": "BOOL",
+    "return_log_probs": "BOOL", "stop_token_ids": "INT32",
 }  # fmt: skip
 
 

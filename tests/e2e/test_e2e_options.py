@@ -34,6 +34,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("min_tokens", 5, {"text_input": COUNTING, "stop_words": "1"}),
     ("ignore_eos", True, {"text_input": CHAT}),
     ("stop_words", "1", {"text_input": COUNTING}),
+    ("stop_token_ids", [19081], {"text_input": "The capital of Japan is"}),
     ("exclude_input_in_output", False, {"text_input": STORY}),
     ("parse_special", False, {"text_input": CHAT}),
     ("skip_special_tokens", False, {"text_input": CHAT, "ignore_eos": True}),
@@ -44,8 +45,10 @@ ALIASES = [
     ("max_new_tokens", "max_tokens", 3, STORY),
     ("stop", "stop_words", "1", COUNTING),
     ("stop_sequences", "stop_words", '["7", "1"]', COUNTING),
+    ("min_new_tokens", "min_tokens", 3, COUNTING),
     ("logprobs", "return_log_probs", 2, STORY),
     ("return_logprobs", "return_log_probs", True, STORY),
+    ("return_details", "return_log_probs", True, STORY),
     ("streaming", "stream", True, STORY),
 ]
 
@@ -95,7 +98,7 @@ def _parameter(value: Any) -> Any:
     """As tritonclient takes it: whole numbers, booleans and strings; the largest numbers and fractions as strings."""
     if isinstance(value, float) or (not isinstance(value, bool) and isinstance(value, int) and value >= 2**63):
         return str(value)
-    return value
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def test_a_tensor_wins_over_the_json_and_that_over_parameters(server: TritonServer) -> None:

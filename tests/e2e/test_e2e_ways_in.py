@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 PROMPT = "The capital of Japan is"
 OUTPUTS = {
     "text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "output_ids", "output_log_probs",
-    "cumulative_logprob",
+    "cumulative_logprob", "logprobs",
 }  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def expected(client: LightLLMClient, reference: Reference) -> dict[str, Any]:
         "output_ids": list(answer.token_ids),
         "output_log_probs": [],
         "cumulative_logprob": 0.0,
+        "logprobs": "null",
     }
 
 

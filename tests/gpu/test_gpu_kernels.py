@@ -411,11 +411,12 @@ def test_penalties(sequences: int, vocab_size: int) -> None:
     for values, neutral in ((presence, 0), (frequency, 0), (repetition, 1)):
         values[::3] = neutral
     min_tokens = torch.randint(0, 1500, (sequences,), device=DEVICE, dtype=torch.int32)
-    eos_ids = torch.tensor([2, vocab_size - 1], dtype=torch.int32, device=DEVICE)
+    ending_ids = torch.tensor([[2, vocab_size - 1], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    ending_ids = ending_ids.repeat(sequences, 1)[:sequences]
     counted = (tokens, rows, prompt_lengths, lengths)
     assert torch.equal(launchers.count_tokens(*counted, vocab_size), reference.count_tokens(*counted, vocab_size))
     expected, before = logits.clone(), logits.clone()
-    arguments = (*counted, presence, frequency, repetition, min_tokens, eos_ids)
+    arguments = (*counted, presence, frequency, repetition, min_tokens, ending_ids)
     launchers.apply_penalties(logits, *arguments)
     reference.apply_penalties(expected, *arguments)
     assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
@@ -478,7 +479,7 @@ def test_a_decode_step_can_be_captured_in_a_graph() -> None:
             q, k, k, cos, cos, slots, pool.k, pool.v, pool.req_to_token, pool.rows, pool.context_lengths, 700, 128**-0.5
         )
         launchers.apply_penalties(
-            logits, pool.req_to_token, pool.rows, integers, integers, *[floats] * 3, integers, integers
+            logits, pool.req_to_token, pool.rows, integers, integers, *[floats] * 3, integers, integers[:, None]
         )
         return out, launchers.sample(logits, floats, integers, floats, integers.long(), integers)
 

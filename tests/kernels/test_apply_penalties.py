@@ -19,6 +19,7 @@ class Sequence(NamedTuple):
     frequency: float = 0.0
     repetition: float = 1.0
     min_tokens: int = 0
+    ending_ids: tuple[int, ...] = (2,)
 
 
 SEQUENCES = [
@@ -30,10 +31,13 @@ SEQUENCES = [
     Sequence([6], [7, 8]),
     Sequence([6], [7, 8], min_tokens=3),
     Sequence([6], [7, 8], min_tokens=2),
+    Sequence([6], [7, 8], min_tokens=3, ending_ids=(0, 1099, 1024)),
+    Sequence([6], [7, 8], min_tokens=3, ending_ids=()),
 ]
 
 
 def _arguments(sequences, device):
+    width = max(len(sequence.ending_ids) for sequence in sequences)
     rows = torch.randperm(len(sequences) + 2)[: len(sequences)].tolist()
     tokens = torch.full((len(sequences) + 2, 16), 3, dtype=torch.int32)
     for row, sequence in zip(rows, sequences, strict=True):
@@ -46,10 +50,13 @@ def _arguments(sequences, device):
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in integers),
         *(torch.tensor(x, dtype=torch.float32, device=device) for x in floats),
         torch.tensor([s.min_tokens for s in sequences], dtype=torch.int32, device=device),
+        torch.tensor(
+            [(*s.ending_ids, -1, -1, -1, -1)[:width] for s in sequences], dtype=torch.int32, device=device
+        ).view(len(sequences), width),
     )
 
 
-def _expected(logits, sequences, eos_ids):
+def _expected(logits, sequences):
     out = logits.double().tolist()
     for row, sequence in zip(out, sequences, strict=True):
         for token in set(sequence.prompt + sequence.generated):
@@ -57,19 +64,17 @@ def _expected(logits, sequences, eos_ids):
         for token in set(sequence.generated):
             row[token] -= sequence.generated.count(token) * sequence.frequency + sequence.presence
         if len(sequence.generated) < sequence.min_tokens:
-            for token in eos_ids:
+            for token in sequence.ending_ids:
                 row[token] = -torch.inf
     return torch.tensor(out)
 
 
 @BOTH
-@pytest.mark.parametrize("eos_ids", [[2], [0, 1099], []])
-def test_definition(implementation, eos_ids, device):
-    logits = torch.randn(len(SEQUENCES), VOCAB, device=device) * 5
-    expected = _expected(logits, SEQUENCES, eos_ids)
-    implementation.apply_penalties(
-        logits, *_arguments(SEQUENCES, device), torch.tensor(eos_ids, dtype=torch.int32, device=device)
-    )
+@pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:-2], SEQUENCES[-1:]], ids=["three", "one", "none"])
+def test_definition(implementation, sequences, device):
+    logits = torch.randn(len(sequences), VOCAB, device=device) * 5
+    expected = _expected(logits, sequences)
+    implementation.apply_penalties(logits, *_arguments(sequences, device))
     assert torch.allclose(logits.cpu(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -77,11 +82,13 @@ def test_definition(implementation, eos_ids, device):
 def test_neutral_rows_are_bit_identical(implementation, device):
     # Signed zeros and subnormal numbers are the ones that a needless operation would change.
     logits = torch.tensor([[-0.0, 1e-42, 1 / 3, -torch.inf, 3e38] * 20] * 3, device=device)
-    sequences = [Sequence([0], [1, 2]), Sequence([1], [2, 3], frequency=1.0), Sequence([2, 4], [0, 3], min_tokens=2)]
+    sequences = [
+        Sequence([0], [1, 2], ending_ids=(1,)),
+        Sequence([1], [2, 3], frequency=1.0, ending_ids=(1,)),
+        Sequence([2, 4], [0, 3], min_tokens=2, ending_ids=(1,)),
+    ]
     before = logits.view(torch.int32).clone()
-    implementation.apply_penalties(
-        logits, *_arguments(sequences, device), torch.tensor([1], dtype=torch.int32, device=device)
-    )
+    implementation.apply_penalties(logits, *_arguments(sequences, device))
     after = logits.view(torch.int32)
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[2], before[2])
@@ -96,6 +103,5 @@ def test_repetition_is_that_of_transformers(implementation, device):
     logits = torch.randn(1, 8, device=device)
     ids = torch.tensor([sequence.prompt + sequence.generated], device=device)
     expected = processors.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone())
-    none = torch.empty(0, dtype=torch.int32, device=device)
-    implementation.apply_penalties(logits, *_arguments([sequence], device), none)
+    implementation.apply_penalties(logits, *_arguments([sequence], device))
     assert torch.allclose(logits, expected, rtol=1e-6)

@@ -27,7 +27,7 @@ def expected_answer(request: Request, eos_ids: frozenset[int]) -> tuple[list[int
     answer: list[int] = []
     while len(answer) < sampling.max_tokens:
         answer.append(next_token([*request.prompt_ids, *answer]))
-        if answer[-1] in eos_ids and not sampling.ignore_eos and len(answer) > sampling.min_tokens:
+        if answer[-1] in sampling.ending_ids(tuple(eos_ids)) and len(answer) > sampling.min_tokens:
             return answer, FinishReason.STOP
     return answer, FinishReason.LENGTH
 

@@ -238,6 +238,35 @@ def test_eos_waits_for_min_tokens_and_is_a_token_where_it_is_ignored() -> None:
     assert answers["ignores"] == [None, None, None, FinishReason.LENGTH]
 
 
+def test_stop_token_ids_are_their_own_request_s_and_hold_where_eos_is_ignored() -> None:
+    router = make_router(eos_ids=frozenset({3, EOS}))
+    stop = 5
+    submit(router, make_request("stops", 2, max_tokens=9, stop_token_ids=(1, stop)))
+    submit(router, make_request("waits", 2, max_tokens=9, stop_token_ids=(stop,), min_tokens=2, ignore_eos=True))
+    submit(router, make_request("other", 2, max_tokens=4, stop_token_ids=(1,)))
+    submit(router, make_request("none", 2, max_tokens=4))
+    answers: dict[str, list[FinishReason | None]] = {"stops": [], "waits": [], "other": [], "none": []}
+    while (batch := router.next_batch()) is not None:
+        for chunk in as_chunks(router.apply(batch, sampled(batch, stop))):
+            answers[chunk.uid].append(chunk.finish_reason)
+    assert answers["stops"] == [FinishReason.STOP]
+    assert answers["waits"] == [None, None, FinishReason.STOP]
+    assert answers["other"] == answers["none"] == [None, None, None, FinishReason.LENGTH]
+
+
+@both_depths
+def test_a_row_that_changes_hands_keeps_nothing_of_the_stop_token_ids(depth: int) -> None:
+    loop = make_loop(depth, max_running=1)
+    requests = [make_request("a", 3, max_tokens=6, stop_token_ids=tuple(range(11)))]
+    requests += [make_request(uid, 3, max_tokens=6, stop_token_ids=ids) for uid, ids in [("b", ()), ("c", (2, 9))]]
+    for request in requests:
+        loop.submit(request)
+    loop.run()
+    assert [loop.answer(request.uid) for request in requests] == [expected_answer(one, frozenset()) for one in requests]
+    assert loop.answer("a")[1] is FinishReason.STOP
+    assert loop.answer("b")[1] is FinishReason.LENGTH
+
+
 def test_an_eos_that_is_the_last_token_is_a_stop() -> None:
     router = make_router(eos_ids=frozenset({EOS}))
     submit(router, make_request("a", 3, max_tokens=1))

@@ -99,8 +99,10 @@ def make_runner(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> ModelRu
 def serve(runner: ModelRunner, num_requests: int) -> None:
     source = random.Random(0)
     router = Router(20000, NUM_ROWS, BATCH_MAX_TOKENS, num_requests, frozenset([2]))
-    kinds = [{}, {}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, {"min_tokens": 2},
-             {"presence_penalty": 0.5}, {"return_log_probs": True}]  # fmt: skip
+    kinds = [
+        {}, {}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, {"min_tokens": 2},
+        {"min_tokens": 2, "stop_token_ids": (4, 5, 6)}, {"presence_penalty": 0.5}, {"return_log_probs": True},
+    ]  # fmt: skip
     submitted = 0
     while submitted < num_requests or router.has_work:
         for _ in range(min(source.choice([0, 0, 0, 1, 2, 40]), num_requests - submitted)):

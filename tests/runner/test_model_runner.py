@@ -124,6 +124,18 @@ def test_min_tokens_waits_with_eos(directory) -> None:
     assert all(len(answer.tokens) == 12 and answer.reason is FinishReason.LENGTH for answer in ignoring)
 
 
+def test_stop_token_ids_end_and_wait_for_min_tokens(engine) -> None:
+    free = [answer.tokens for answer in run(engine, PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))]
+    stops = [SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(tokens[3], 198)) for tokens in free]
+    for answer, tokens in zip(run(engine, PROMPTS, stops), free, strict=True):
+        first = min(index for index, token in enumerate(tokens) if token in (tokens[3], 198))
+        assert (answer.tokens, answer.reason) == (tokens[: first + 1], FinishReason.STOP)
+    waiting = [replace(sampling, min_tokens=5) for sampling in stops]
+    for answer, sampling in zip(run(engine, PROMPTS, waiting), waiting, strict=True):
+        assert not set(answer.tokens[:5]) & set(sampling.stop_token_ids)
+        assert len(answer.tokens) > 5
+
+
 def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
     prompt = PROMPTS[6]
     sampling = SamplingParams(

@@ -48,11 +48,11 @@ class TritonPythonModel:
         if chunk.error is not None:
             held = decoder.flush()
             if held:
-                sender.send(triton_io.client_response(held), final=False)
+                sender.send(triton_io.client_response(held, self.tokenizer), final=False)
             sender.send(triton_io.error_response(chunk.error), final=True)
             return
         response = decoder.decode(chunk)
-        sender.send(response and triton_io.client_response(response), final=True)
+        sender.send(response and triton_io.client_response(response, self.tokenizer), final=True)
         if chunk.finish_reason is None:  # after the last one, nobody waits for word
             self.returns.delivered(uid, decoder.state().pack())
 

@@ -40,8 +40,9 @@ class TritonPythonModel:
         text = TextStream.of(self.tokenizer, parsed.options, prompt.token_ids)
         state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo, text)
         decoder = ResponseDecoder(self.tokenizer, state)
+        responder = triton_io.UnaryResponder(request, decoder.decode, self.tokenizer)
         self.streams.submit(
-            prompt.token_ids, parsed.options, deadline, lambda uid: triton_io.UnaryResponder(request, decoder.decode),
+            prompt.token_ids, parsed.options, deadline, lambda uid: responder,
             flow_control=False, text=text, urgent=triton_io.is_probe(request),
         )  # fmt: skip
 

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface table in code: every name that a request may say, its type and its limits. Standard library only.
+
+The names are those of the clients of LightLLM, vllm_backend, tensorrtllm_backend and NVIDIA's OpenAI frontend. An
+option of theirs that can mean nothing here is taken at the value that changes nothing, and refused with a reason at any
+other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS
+
+MAX_STOP_WORDS = 32
+MAX_STOP_WORD_BYTES = 1024
+MAX_INT32 = 2**31 - 1
+# Above it, a double is the nearest one of several integers.
+MAX_EXACT_DOUBLE = 2**53
+
+
+class NotExact(ValueError):
+    """A number that its type does not hold; the text goes on after the value and says why."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table. `convert` gives the typed value or raises an error; `holds` checks it."""
+
+    convert: Callable[[Any], Any]
+    allowed: str
+    holds: Callable[[Any], bool] = lambda value: True
+    tensor: tuple[str, int] | None = None  # type and size (-1 is any) of the input tensors; None: there are none
+    aliases: tuple[str, ...] = ()  # other names, of tensors too
+    keys: tuple[str, ...] = ()  # other names, of JSON keys and request parameters only
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        return self.aliases + self.keys
+
+
+# From what a client sends to a typed value
+
+
+def boolean(value: Any) -> bool:
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise ValueError
+
+
+def integer(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?0*\d{1,20}\s*", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        if abs(value) > MAX_EXACT_DOUBLE:
+            raise NotExact("which came as a double, and above 2⁵³ one stands for several integers: send a string")
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError
+    return value
+
+
+def number(value: Any) -> float:
+    """One that 32-bit floating point holds, which is what tensors hold and the sampler computes with."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    exact = float(value)
+    try:
+        [rounded] = struct.unpack("<f", struct.pack("<f", exact))
+    except OverflowError:
+        raise NotExact("which is too large for 32-bit floating point") from None
+    if rounded == 0 != exact:
+        raise NotExact("which is 0 in 32-bit floating point")
+    return exact
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    value.encode()  # a lone surrogate, which JSON can spell, is a ValueError
+    return value
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(integer(item) for item in value)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """One string or several; empty ones do not count."""
+    items = [value] if isinstance(value, str) else value
+    if isinstance(value, str) and value.startswith("["):  # a JSON list, or a string that begins with a bracket
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            items = parsed if all(isinstance(item, str) for item in parsed) else items
+    if not isinstance(items, (list, tuple)):
+        raise ValueError
+    return tuple(text(item) for item in items if item != "")
+
+
+def boolean_or_count(value: Any) -> bool:
+    """A count above 0 is true, and 0 is false."""
+    try:
+        return boolean(value)
+    except ValueError:
+        if (count := integer(value)) < 0:
+            raise
+        return count > 0
+
+
+def wants_log_probs(value: Any) -> bool:
+    """`logprobs`: how many log probabilities beside that of the sampled token, so that 0 asks for one as well."""
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return boolean(value)
+    boolean_or_count(value)  # refuses what is no count
+    return True
+
+
+# Rows
+
+
+def _bool(**names: Any) -> Option:
+    return Option(boolean, "true or false (or 1 or 0)", **names)
+
+
+def _int(least: int, most: int, below: str = "", lowest: int | None = None, **names: Any) -> Option:
+    """below: what the values from `lowest` to `least` mean."""
+    allowed = f"{below}an integer from {least} to {most}"
+    return Option(integer, allowed, lambda v: (least if lowest is None else lowest) <= v <= most, **names)
+
+
+def _only(convert: Callable[[Any], Any], value: Any, why: str, **names: Any) -> Option:
+    """An option of others of which one value alone means something here."""
+    return Option(convert, f"{json.dumps(value)} ({why})", lambda v: v == value, **names)
+
+
+def _empty(why: str, convert: Callable[[Any], Any] = lambda value: value, **names: Any) -> Option:
+    return Option(convert, f"empty ({why})", lambda v: v in ("", "[]", "{}", (), [], {}), **names)
+
+
+def _null(why: str) -> Option:
+    """An option of others of which no value means anything here; null is never given."""
+    return Option(lambda value: value, f"null ({why})", lambda v: False)
+
+
+def _without_effect(convert: Callable[[Any], Any], what: str, why: str, **names: Any) -> Option:
+    return Option(convert, f"{what} ({why})", **names)
+
+
+_BOOL, _INT32, _FP32, _STRING, _STRINGS = ("BOOL", 1), ("INT32", 1), ("FP32", 1), ("STRING", 1), ("STRING", -1)
+
+OPTIONS: dict[str, Option] = {
+    "text_input": Option(
+        text, "a string that is not empty", lambda v: v != "", _STRING, aliases=("inputs",)
+    ),
+    "input_ids": Option(
+        token_ids, "a list of 32-bit token ids that is not empty",
+        lambda v: len(v) > 0 and all(-MAX_INT32 <= i <= MAX_INT32 for i in v), ("INT32", -1),
+    ),
+    "stream": _bool(tensor=_BOOL, keys=("streaming",)),
+    "max_tokens": _int(1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",)),
+    "do_sample": _bool(tensor=_BOOL),
+    "temperature": Option(number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf, _FP32),
+    "top_p": Option(number, "0 < top_p ≤ 1", lambda v: 0 < v <= 1, _FP32),
+    "top_k": _int(1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32),
+    "presence_penalty": Option(number, "a finite number", math.isfinite, _FP32),
+    "frequency_penalty": Option(number, "a finite number", math.isfinite, _FP32),
+    "repetition_penalty": Option(number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32),
+    "seed": _int(0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",)),
+    "min_tokens": _int(0, MAX_INT32, tensor=_INT32, aliases=("min_length",), keys=("min_new_tokens",)),
+    "ignore_eos": _bool(tensor=_BOOL),
+    "stop_words": Option(
+        texts, f"a string or a list of at most {MAX_STOP_WORDS} strings of at most {MAX_STOP_WORD_BYTES} bytes",
+        lambda v: len(v) <= MAX_STOP_WORDS and all(len(w.encode()) <= MAX_STOP_WORD_BYTES for w in v),
+        _STRINGS, aliases=("stop", "stop_sequences"),
+    ),
+    "stop_token_ids": Option(
+        token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} token ids from 0 to {MAX_INT32}",
+        lambda v: len(v) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_INT32 for i in v),
+        ("INT32", -1), aliases=("stop_ids",),
+    ),
+    "end_id": _int(0, MAX_INT32, "-1 (none: EOS is ignored), or ", lowest=-1, tensor=_INT32),
+    "exclude_input_in_output": _bool(tensor=_BOOL),
+    "parse_special": _bool(tensor=_BOOL),
+    "skip_special_tokens": _bool(tensor=_BOOL),
+    "return_log_probs": Option(
+        boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",)
+    ),
+    "logprobs": Option(wants_log_probs, "true, false or a count ≥ 0"),
+    "return_cumulative_logprob": _bool(tensor=_BOOL),
+    "return_details": _bool(),
+}  # fmt: skip
+
+_ALWAYS_THERE = "that output is always there"
+_ONE_ANSWER = "a request has one answer"
+_NO_BEAMS = "of use in beam search only"
+_NO_CONSTRAINT = "output cannot be constrained"
+_NO_LOGITS = "logits are not returned"
+_NO_DRAFT = "there is no draft model"
+_NO_ADAPTER = "there are no LoRA adapters"
+
+# What other servers' clients say as well.
+OTHERS: dict[str, Option] = {
+    "return_num_input_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
+    "return_num_output_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
+    "return_finish_reason": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
+    "n": _only(integer, 1, _ONE_ANSWER),
+    "best_of": _only(integer, 1, _ONE_ANSWER),
+    "beam_width": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
+    "num_return_sequences": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
+    "use_beam_search": _only(boolean, False, _ONE_ANSWER),
+    "length_penalty": _without_effect(number, "any number", _NO_BEAMS, tensor=_FP32),
+    "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
+    "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
+    "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
+    "min_p": _only(number, 0.0, "there is no min_p"),
+    "logit_bias": _empty("logits cannot be biased"),
+    "embedding_bias_words": _empty("logits cannot be biased", texts, tensor=_STRINGS),
+    "embedding_bias_weights": _empty("logits cannot be biased", tensor=("FP32", -1)),
+    "allowed_token_ids": _empty(_NO_CONSTRAINT),
+    "guided_decoding": _empty(_NO_CONSTRAINT),
+    "structured_outputs": _empty(_NO_CONSTRAINT),
+    "regular_constraint": _empty(_NO_CONSTRAINT),
+    "guided_grammar": _empty(_NO_CONSTRAINT),
+    "guided_json": _empty(_NO_CONSTRAINT),
+    "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
+    "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
+    "prompt_logprobs": _null("the prompt's log probabilities are not returned"),
+    "return_context_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
+    "return_generation_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
+    "return_perf_metrics": _only(boolean, False, "the metrics endpoint has them", tensor=_BOOL),
+    "num_draft_tokens": _only(integer, 0, _NO_DRAFT, tensor=_INT32),
+    "use_draft_logits": _only(boolean, False, _NO_DRAFT, tensor=_BOOL),
+    "prompt_vocab_size": _only(integer, 0, "there are no prompt embeddings", tensor=_INT32),
+    "lora_task_id": _only(integer, 0, _NO_ADAPTER, tensor=("UINT64", 1)),
+    "lora_name": _empty(_NO_ADAPTER),
+    "truncate_prompt_tokens": _null("prompts are not truncated"),
+    "detokenize": _only(boolean, True, "the text is always there"),
+    "include_stop_str_in_output": _only(boolean, False, "a stop string is never in the output"),
+    "print_eos_token": _only(boolean, False, "EOS is never in the text"),
+    "add_special_tokens": _only(boolean, True, "the model's tokenizer decides; input_ids are taken as they are"),
+    "spaces_between_special_tokens": _without_effect(
+        boolean, "true or false", "no spaces are added", keys=("add_spaces_between_special_tokens",)
+    ),
+    "input_penalty": _only(boolean, False, "presence and frequency penalties count generated tokens"),
+    "exponential_decay_length_penalty": Option(
+        lambda v: number(v[1]), "[any, 1.0] (there is no penalty of length)", lambda v: v == 1
+    ),
+    "image_max_patch_num": _only(integer, -1, "there are no images"),
+    "suggested_dp_index": _only(integer, -1, "the server schedules"),
+}
+ALL_OPTIONS = OPTIONS | OTHERS
+CANONICAL = {name: first for first, option in ALL_OPTIONS.items() for name in (first, *option.other_names)}
+# The input tensors: name: (type, size).
+OPTION_TENSORS = {
+    name: option.tensor for first, option in ALL_OPTIONS.items() if option.tensor for name in (first, *option.aliases)
+}
