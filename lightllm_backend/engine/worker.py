@@ -73,12 +73,12 @@ def run(
     try:
         while hub.open:
             idle = not router.has_work and not in_flight
-            vitals.turn(busy=not idle)
             refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := pace.spare_seconds()) > 0 and not in_flight[0][1].is_done():
                 refused += receive(hub, router, timeout=min(spare, LOOK_SECONDS))
             pace.planning()
             batch = router.next_batch()
+            vitals.turn(busy=batch is not None or bool(in_flight))
             if batch is not None:
                 followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))

@@ -17,7 +17,7 @@ def case(place: Place, sequences: int, vocab_size: int) -> Case:
             **history(place, sequences, vocab_size),
             "presence": place.full(0.1, sequences), "frequency": place.full(0.1, sequences),
             "repetition": place.full(1.1, sequences),
-            "min_tokens": place.integers(0, 1, sequences), "eos_ids": place.integers(2, 3, 1),
+            "min_tokens": place.integers(0, 1, sequences), "ending_ids": place.integers(2, 3, sequences, 1),
         }  # fmt: skip
 
     return Case(

@@ -76,7 +76,7 @@ class LaunchCommand:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path / "log", max_queue_size=200, running_max_req_size=100)
+    started = LaunchCommand(tmp_path / "log", max_queue_size=200)
     try:
         yield started.wait_ready()
     finally:
@@ -106,9 +106,9 @@ async def flood(port: int, count: int, max_tokens: int, seconds: float) -> Count
 def test_a_flood_does_not_take_a_healthy_server_down(command: LaunchCommand) -> None:
     """Four tokens each for many more at once than the CPU answers in several probes' time."""
     started = time.monotonic()
-    ends = asyncio.run(flood(command.http_port, 1000, max_tokens=4, seconds=300))
+    ends = asyncio.run(flood(command.http_port, 1500, max_tokens=4, seconds=300))
     seconds = time.monotonic() - started
-    assert seconds > 5 * PROBE_SECONDS, f"the flood took {seconds:.1f} s: too short to prove anything"
+    assert seconds > 4 * PROBE_SECONDS, f"the flood took {seconds:.1f} s: too short to prove anything"
     assert set(ends) <= {"200", "400"}, ends  # answered, or the queue was full
     assert ends["200"] >= 200
     assert command.process.poll() is None, command.log()

@@ -87,7 +87,7 @@ def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(t
     save_random_model(family, tmp_path)
     plain, engine = load(tmp_path), load(tmp_path, kv_dtype="int8")
     assert engine.info.pool_tokens == plain.info.pool_tokens
-    assert engine.info.pool_bytes < 0.4 * plain.info.pool_bytes
+    assert engine.info.memory["KV pool"] < 0.4 * plain.info.memory["KV pool"]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
         logits = transformers_logits(tmp_path, prompt, answer.tokens)
