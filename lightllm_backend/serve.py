@@ -31,19 +31,20 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lightllm_backend import health, tritonserver
 from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
-from lightllm_backend.embedded_model import EmbeddedModelError, embedded_model_directory
-from lightllm_backend.engine.channel import EngineInfo, run_directory_of
-from lightllm_backend.engine.client import EngineClient
-from lightllm_backend.engine.vitals import read_vitals
-from lightllm_backend.health import Health, http_call
-from lightllm_backend.model_directory import load_tokenizer
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.launch import health
+from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.launch.health import Health, http_call
+from lightllm_backend.messages.channel import EngineInfo, run_directory_of
+from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
-from lightllm_backend.text import TokenizerError
-from lightllm_backend.triton_io import repository_parameters
-from lightllm_backend.tritonserver import TritonServerError
+from lightllm_backend.text.model_tokenizer import load_tokenizer
+from lightllm_backend.text.text_stream import TokenizerError
+from lightllm_backend.triton_server import executable as tritonserver
+from lightllm_backend.triton_server.executable import TritonServerError
+from lightllm_backend.triton_server.triton_io import repository_parameters
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROGRESS_SECONDS = 10.0

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.worker_group import worker_environment
+from lightllm_backend.generation.worker_group import worker_environment
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kernels.mailboxes import Mailboxes
 from lightllm_backend.parallel import TensorParallel

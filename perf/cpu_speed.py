@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.embedded_model import MODEL_NAME, embedded_model_directory
+from lightllm_backend.launch.embedded_model import MODEL_NAME, embedded_model_directory
 from perf.engine_under_test import EngineUnderTest, engine_under_test
 from perf.record import RESULTS, circumstances, write_result
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.channel import EngineInfo, EngineStats
-from lightllm_backend.engine.client import EngineClient
-from lightllm_backend.engine.hub import STATS_SECONDS
-from lightllm_backend.engine.supervisor import EngineSupervisor
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.messages.channel import EngineInfo, EngineStats
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
+from lightllm_backend.worker.server import STATS_SECONDS
 
 
 @dataclass(frozen=True)

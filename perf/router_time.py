@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from lightllm_backend.engine.channel import SUBMIT, Channel, ChannelClosed, EngineInfo, pack_request
-from lightllm_backend.engine.hub import Hub
 from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.channel import SUBMIT, Channel, ChannelClosed, EngineInfo, pack_request
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission
 from lightllm_backend.router.batch import StepResult
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
+from lightllm_backend.worker.server import Hub
 from perf.lengths import DATA, Lengths, conversation_lengths
 from perf.record import RESULTS, circumstances, write_result
 

@@ -7,7 +7,7 @@
 
 Everything is the server's and the worker's own but the runner: a step takes as long as LLaMA-7B's shape does on an H200
 (perf/simulated_engine.py), and its tokens are drawn by chance. `max_total_token_num` is 229,000 unless it is set.
-Called as an interpreter would be: `sleeping_engine.py -m lightllm_backend.engine.worker SOCKET RANK`.
+Called as an interpreter would be: `sleeping_engine.py -m lightllm_backend.worker.main SOCKET RANK`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import time
 import numpy as np
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine import worker
-from lightllm_backend.engine.channel import EngineInfo
 from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.channel import EngineInfo
 from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.worker import main as worker
 from perf.simulated_engine import step_seconds
 
 VOCABULARY = 32000

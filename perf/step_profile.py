@@ -31,11 +31,11 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.load import LoadedEngine, load_engine
-from lightllm_backend.engine.worker import build_router
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.model_runner import PendingStep
+from lightllm_backend.worker.load import LoadedEngine, load_engine
+from lightllm_backend.worker.main import build_router
 from perf.cases import WORKLOAD, Case, SizeList, mixed_case
 from perf.record import RESULTS, circumstances, write_result
 from perf.shapes import SHAPES

@@ -3,7 +3,7 @@
 
 import os
 
-# Threads that spin at OpenMP's barriers take the core that the awaited thread needs (see engine/worker_group.py).
+# Threads that spin at OpenMP's barriers take the core that the awaited thread needs (see generation/worker_group.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

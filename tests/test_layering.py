@@ -30,7 +30,7 @@ ALLOWED = {
 ALLOWED_PACKAGES = {
     "request": (),
     "config": (),
-    "tritonserver": (),
+    "triton_server.executable": (),
     "kernels": ("torch", "triton"),
     "router": ("numpy",),
     "kv_pool.allocator": ("numpy",),
@@ -39,9 +39,9 @@ ALLOWED_PACKAGES = {
 # These run in Triton server's processes, or decide without knowing tensors.
 WITHOUT_TORCH = (
     "config",
-    "engine.batch_channel",
-    "engine.channel",
-    "engine.client",
+    "worker.batch_channel",
+    "messages.channel",
+    "generation.engine_client",
     "kv_pool.allocator",
     "request",
     "router.admission",
@@ -49,24 +49,24 @@ WITHOUT_TORCH = (
     "router.router",
     "router.sequence",
     "serve",
-    "engine.hub",
-    "engine.return_channel",
-    "engine.streams",
-    "engine.supervisor",
-    "engine.worker_group",
-    "metrics",
-    "model_configs",
-    "model_directory",
+    "worker.server",
+    "messages.return_channel",
+    "generation.streams",
+    "generation.supervisor",
+    "generation.worker_group",
+    "triton_server.metrics",
+    "triton_server.model_configs",
+    "text.model_tokenizer",
     "option_table",
     "options",
-    "prompt",
-    "response",
-    "tensors",
-    "text",
-    "token_decoding",
-    "tokenizer",
-    "triton_io",
-    "tritonserver",
+    "text.prompt",
+    "text.response",
+    "triton_server.tensors",
+    "text.text_stream",
+    "text.incremental_decoding",
+    "text.tokenizer",
+    "triton_server.triton_io",
+    "triton_server.executable",
 )
 
 OUTSIDE_THE_PACKAGE = ("client", "model_repository", "perf", "tests")
@@ -181,7 +181,7 @@ def test_the_router_and_the_runner_meet_only_in_the_worker() -> None:
         router = any(is_in(name, "router.router") for name in names)
         if router and any(is_in(name, "runner") for name in names):
             meeting.append(module)
-    assert set(meeting) <= {"engine.worker"}
+    assert set(meeting) <= {"worker.main"}
 
 
 def test_the_package_imports_nothing_that_is_built_on_it() -> None:

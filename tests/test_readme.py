@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from lightllm_backend.option_table import OPTIONS
-from lightllm_backend.tensors import PUBLIC_OUTPUTS
+from lightllm_backend.triton_server.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from lightllm_backend.triton_server.tensors import PUBLIC_OUTPUTS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

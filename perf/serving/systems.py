@@ -20,8 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
-from lightllm_backend.engine.channel import EngineStats
-from lightllm_backend.engine.client import EngineClient
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.messages.channel import EngineStats
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
 from perf.engine_under_test import engine_client
 from perf.serving.calls import Target

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.load import CPU_POOL_TOKENS
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.models.layers import RotaryEmbedding
 from lightllm_backend.models.model_config import ROPE_TYPES, UNLIMITED_POSITIONS, ModelConfig
 from lightllm_backend.options import check_lengths
 from lightllm_backend.request import RequestError, SamplingParams
 from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.worker.load import CPU_POOL_TOKENS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
 SECTION = PAGE.partition("\n## Lengths\n")[2].partition("\n## ")[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.option_table import ALL_OPTIONS, CANONICAL, OPTIONS, OTHERS
-from lightllm_backend.tensors import BATCHED_ENSEMBLE, BATCHED_OUTPUT_NAMES, MODEL_TENSORS, PUBLIC_INPUTS
+from lightllm_backend.triton_server.tensors import BATCHED_ENSEMBLE, BATCHED_OUTPUT_NAMES, MODEL_TENSORS, PUBLIC_INPUTS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
 SERVERS = ["LightLLM", "vllm_backend", "tensorrtllm_backend", "NVIDIA's OpenAI frontend and genai-perf"]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from client import LightLLMClient
-from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.launch.embedded_model import embedded_model_directory
 from tests.e2e.server import TritonServer
 
 DATA = Path(__file__).parents[1] / "data"

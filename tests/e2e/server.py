@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from lightllm_backend.tritonserver import command
+from lightllm_backend.triton_server.executable import command
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 START_SECONDS = 180.0
@@ -105,7 +105,7 @@ class TritonServer:
 
     def worker(self) -> psutil.Process:
         """The engine's worker: the one that the generation step's stub has started."""
-        [worker] = [one for one in self.processes() if "lightllm_backend.engine.worker" in one.cmdline()]
+        [worker] = [one for one in self.processes() if "lightllm_backend.worker.main" in one.cmdline()]
         return worker
 
     def run_directory(self) -> Path:

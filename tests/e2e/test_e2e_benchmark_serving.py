@@ -16,7 +16,7 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from lightllm_backend.embedded_model import embedded_model_directory
+from lightllm_backend.launch.embedded_model import embedded_model_directory
 from perf.benchmark_serving import main
 from perf.report import serving
 from tests.e2e.server import TritonServer, poll

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from client import LightLLMClient, Unavailable
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.supervisor import EngineStartError, EngineSupervisor
+from lightllm_backend.generation.supervisor import EngineStartError, EngineSupervisor
 from tests.e2e.calls import in_parallel, infer_http
 from tests.e2e.server import REPOSITORY, ServerEnded, TritonServer, poll
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.e2e
 # With shorter times than the command has by itself, so that a flood of seconds is what one of minutes is to it.
 PROBE_SECONDS = 2.0
 PROGRAM = f"""
-from lightllm_backend import health, serve
+from lightllm_backend import serve
+from lightllm_backend.launch import health
 health.PROBE_SECONDS, health.LATE_BEAT_SECONDS = {PROBE_SECONDS}, 4.0
 serve.GIVE_UP_SECONDS = 5.0
 serve.command()
@@ -61,7 +62,7 @@ class LaunchCommand:
 
     def find(self, role: str) -> psutil.Process:
         """A process by what it is: "tritonserver", "worker", or a model."""
-        patterns = {"tritonserver": r"/tritonserver ", "worker": r"lightllm_backend\.engine\.worker"}
+        patterns = {"tritonserver": r"/tritonserver ", "worker": r"lightllm_backend\.worker\.main"}
         pattern = patterns.get(role, rf"triton_python_backend_stub .*/{role}/")
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if re.search(pattern, " ".join(process.cmdline()) + " "):

@@ -37,7 +37,7 @@ def test_a_family_is_served(family: str, tp: int, tmp_path: Path) -> None:
     try:
         server.wait_ready()
         processes = server.processes()
-        assert sum("lightllm_backend.engine.worker" in process.cmdline() for process in processes) == tp
+        assert sum("lightllm_backend.worker.main" in process.cmdline() for process in processes) == tp
         with LightLLMClient(server.grpc_url, timeout=120) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
             answers = list(pool.map(lambda prompt: client.generate(prompt, max_tokens=MAX_TOKENS), PROMPTS))
     except BaseException:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightllm_backend.request import SamplingParams
-from tests.engine.process_harness import configuration, started, workers
 from tests.runner.engine_harness import save_random_llama, transformers_greedy, transformers_logits
+from tests.worker.process_harness import configuration, started, workers
 
 NUM_GPUS = torch.cuda.device_count()
 SIZES = [pytest.param(tp, marks=pytest.mark.skipif(tp > NUM_GPUS, reason="there are too few GPUs")) for tp in (2, 4)]

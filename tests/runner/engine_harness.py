@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.load import LoadedEngine, load_engine
-from lightllm_backend.engine.worker import build_router
 from lightllm_backend.request import FinishReason, Request, SamplingParams
 from lightllm_backend.router.router import Router
+from lightllm_backend.worker.load import LoadedEngine, load_engine
+from lightllm_backend.worker.main import build_router
 
 
 @dataclass

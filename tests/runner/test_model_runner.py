@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.load import LoadedEngine
-from lightllm_backend.engine.worker import build_router
 from lightllm_backend.request import FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
+from lightllm_backend.worker.load import LoadedEngine
+from lightllm_backend.worker.main import build_router
 from tests.router.test_pauses import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 

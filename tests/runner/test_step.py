@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.engine.load import LoadedEngine
-from lightllm_backend.engine.worker import build_router
 from lightllm_backend.models.layers import StepInput
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
@@ -22,6 +20,8 @@ from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArra
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.step import Step, StepOutput
 from lightllm_backend.runner.warm_up import example_batch
+from lightllm_backend.worker.load import LoadedEngine
+from lightllm_backend.worker.main import build_router
 from tests.models.random_models import VOCAB, save_random_model
 from tests.runner.engine_harness import load
 

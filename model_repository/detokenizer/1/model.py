@@ -6,12 +6,12 @@ was delivered, before which generation sends no other one of that request. So an
 chunks of a request stay in order.
 """
 
-from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import leave_run_directory, run_directory
-from lightllm_backend.engine.return_channel import ReturnChannel
-from lightllm_backend.engine.vitals import Vitals
+from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.return_channel import ReturnChannel
+from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
-from lightllm_backend.response import DecodeState, ResponseDecoder
+from lightllm_backend.text.response import DecodeState, ResponseDecoder
+from lightllm_backend.triton_server import triton_io
 
 
 class TritonPythonModel:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
 
-from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import leave_run_directory, remove_stale_run_directories, run_directory
-from lightllm_backend.engine.client import EngineClient
-from lightllm_backend.engine.streams import Streams
-from lightllm_backend.engine.supervisor import EngineSupervisor
-from lightllm_backend.engine.vitals import Vitals
-from lightllm_backend.response import DecodeState
-from lightllm_backend.text import TextStream
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.generation.streams import Streams
+from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.messages.channel import leave_run_directory, remove_stale_run_directories, run_directory
+from lightllm_backend.messages.vitals import Vitals
+from lightllm_backend.text.response import DecodeState
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.triton_server import triton_io
 
 CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
 

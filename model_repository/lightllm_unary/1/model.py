@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
 
-from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import leave_run_directory, run_directory
-from lightllm_backend.engine.client import EngineClient
-from lightllm_backend.engine.streams import Streams
-from lightllm_backend.engine.vitals import Vitals
-from lightllm_backend.prompt import encode_prompt
-from lightllm_backend.response import DecodeState, ResponseDecoder
-from lightllm_backend.text import TextStream
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.generation.streams import Streams
+from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.vitals import Vitals
+from lightllm_backend.text.prompt import encode_prompt
+from lightllm_backend.text.response import DecodeState, ResponseDecoder
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.triton_server import triton_io
 
 
 class TritonPythonModel:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer step: text and parameters in, token ids and checked parameters out."""
 
-from lightllm_backend import triton_io
-from lightllm_backend.engine.channel import leave_run_directory, run_directory
-from lightllm_backend.engine.vitals import Vitals
-from lightllm_backend.prompt import encode_prompt
+from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.vitals import Vitals
+from lightllm_backend.text.prompt import encode_prompt
+from lightllm_backend.triton_server import triton_io
 
 
 class TritonPythonModel:

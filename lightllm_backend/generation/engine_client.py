@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineClient: a handle on the engine for a process that does I/O only. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightllm_backend.messages.channel import (
+    CANCEL,
+    CLOSE,
+    READY,
+    STATS,
+    STOP,
+    SUBMIT,
+    TOKENS,
+    Channel,
+    ChannelClosed,
+    EngineInfo,
+    EngineStats,
+    pack_request,
+    unpack_chunk,
+)
+from lightllm_backend.options import check_lengths, check_token_ids
+from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
+
+RECONNECT_SECONDS = 0.05
+
+log = logging.getLogger(__name__)
+
+OnChunk = Callable[[TokenChunk], None]
+
+
+class _Outstanding(NamedTuple):
+    """A request that has not ended."""
+
+    uid: str
+    num_prompt_tokens: int
+    on_chunk: OnChunk
+
+
+class EngineClient:
+    """Submits requests to the worker at `address` and hands each its chunks; several clients may share one worker.
+
+    Owns the fact which requests are outstanding: each submitted request ends in exactly one chunk with a finish reason,
+    also if the worker dies, and a chunk of a request that has ended is dropped. Connects by itself, again and again.
+    `on_chunk` and `on_stats` are called on the client's reader thread and must not block.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_stats: Callable[[EngineStats], None] = lambda stats: None,
+        on_up: Callable[[bool], None] = lambda up: None,
+    ) -> None:
+        self._address = address
+        self._on_stats = on_stats
+        self._on_up = on_up
+        self._lock = threading.Lock()  # guards the four below
+        self._channel: Channel | None = None
+        self._info: EngineInfo | None = None
+        self._outstanding: dict[int, _Outstanding] = {}  # by the number that the messages call it
+        self._closed = False
+        self._ready = threading.Event()
+        self._uids = itertools.count()
+        self._numbers = itertools.count()
+        self._reader = threading.Thread(target=self._read_for_ever, name="engine-client", daemon=True)
+        self._reader.start()
+
+    @property
+    def up(self) -> bool:
+        return self._ready.is_set()
+
+    def wait_ready(self, timeout: float | None = None) -> EngineInfo:
+        """Block until a worker has connected; RequestError UNAVAILABLE after `timeout` seconds."""
+        if not self._ready.wait(timeout) or self._info is None:
+            raise RequestError("UNAVAILABLE", "the engine is not up; try again")
+        return self._info
+
+    def new_uid(self) -> str:
+        """A uid that no other request of this engine has, whichever client it comes from."""
+        return f"{os.getpid()}-{id(self):x}-{next(self._uids)}"
+
+    def submit(self, request: Request, on_chunk: OnChunk) -> None:
+        """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.
+
+        Raises RequestError: UNAVAILABLE if there is no worker, INVALID_ARG for a request that can never run.
+        """
+        info = self.wait_ready(timeout=0)
+        check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
+        check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
+        check_token_ids("stop_token_ids", request.sampling.stop_token_ids, info.vocab_size)
+        number = next(self._numbers)
+        with self._lock:
+            channel = self._channel
+            if channel is None:
+                raise RequestError("UNAVAILABLE", "the engine is not up; try again")
+            self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
+        try:
+            channel.send(SUBMIT, pack_request(request), number)
+        except ChannelClosed:
+            with self._lock:
+                known = self._outstanding.pop(number, None)
+            if known:  # else the reader has already told it
+                raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
+
+    def cancel(self, uid: str) -> None:
+        """The client of this request is gone. Its last chunk comes all the same."""
+        self._send(CANCEL, uid)
+
+    def stop(self, uid: str) -> None:
+        """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
+        self._send(STOP, uid)
+
+    def close_engine(self, reason: str) -> None:
+        """End the requests of all clients with UNAVAILABLE and this reason, and have further ones refused with it."""
+        self._send(CLOSE, reason)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            channel = self._channel
+        if channel:
+            channel.close()
+        self._reader.join()
+
+    def _send(self, kind: int, body: str) -> None:
+        channel = self._channel
+        if channel:
+            try:
+                channel.send(kind, body)
+            except ChannelClosed:
+                pass  # the reader ends everything that is outstanding
+
+    def _read_for_ever(self) -> None:
+        pause = threading.Event()
+        while not self._closed:
+            try:
+                self._read(Channel.connect(self._address))
+            except Exception as error:  # without this thread every request would wait for ever
+                expected = isinstance(error, ChannelClosed)
+                if not expected:
+                    log.exception("the engine's messages cannot be read; its requests end, and it is connected anew")
+                self._lose_worker()
+                pause.wait(RECONNECT_SECONDS if expected else 20 * RECONNECT_SECONDS)
+
+    def _read(self, channel: Channel) -> None:
+        try:
+            kind, info = channel.receive()
+            assert kind == READY, kind
+            with self._lock:
+                if self._closed:
+                    return
+                self._channel, self._info = channel, EngineInfo.unpack(info)
+            self._ready.set()
+            self._on_up(True)
+            while True:
+                kind, *body = channel.receive()
+                if kind == TOKENS:
+                    self._deliver(*body)
+                elif kind == STATS:
+                    self._on_stats(EngineStats(**body[0]))
+        finally:
+            channel.close()
+
+    def _deliver(self, packed_numbers: bytes, packed_tokens: bytes, packed_chunks: list[tuple[int, list[Any]]]) -> None:
+        """What one step has made. A request is in it at most once."""
+        numbers = np.frombuffer(packed_numbers, dtype=np.int64).tolist()
+        tokens = np.frombuffer(packed_tokens, dtype=np.int32).tolist()
+        chunks = [(number, unpack_chunk(packed)) for number, packed in packed_chunks]
+        with self._lock:
+            going_on = [self._outstanding.get(number) for number in numbers]
+            others = [
+                self._outstanding.get(number) if chunk.finish_reason is None else self._outstanding.pop(number, None)
+                for number, chunk in chunks
+            ]
+        # First tokens are among these, and are waited for most.
+        for other, (_, chunk) in zip(others, chunks, strict=True):
+            if other:
+                other.on_chunk(chunk)
+        for request, token in zip(going_on, tokens, strict=True):
+            if request:
+                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
+
+    def _lose_worker(self) -> None:
+        if self._ready.is_set():
+            self._on_up(False)
+        self._ready.clear()
+        with self._lock:
+            lost = self._outstanding
+            self._channel, self._outstanding = None, {}
+        error = RequestError("UNAVAILABLE", "the engine stopped while the request was running; try again")
+        for request in lost.values():
+            request.on_chunk(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=error))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineSupervisor: starts the workers, keeps them up, and stops them. Lives in the generation step. No torch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.generation.worker_group import EngineStartError, WorkerGroup
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+
+log = logging.getLogger(__name__)
+
+
+class EngineSupervisor:
+    """Owns the workers: if one dies after all were ready, all are started again, with growing pauses."""
+
+    def __init__(self, config: EngineConfig, address: str, on_restart: Callable[[], None] = lambda: None) -> None:
+        self._config = config
+        self._address = address
+        self._on_restart = on_restart
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()  # nothing is started once `_stopping` is set
+        self._group = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="engine-supervisor", daemon=True)
+
+    def wait_ready(self) -> None:
+        """Block until the workers are ready; EngineStartError with a worker's error if it gives up."""
+        self._group.wait_ready()
+        self._watcher.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers, in order of rank."""
+        return self._group.pids
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping.set()
+        self._group.stop()
+        if self._watcher.is_alive():
+            self._watcher.join()
+
+    def _start(self) -> WorkerGroup:
+        with self._lock:
+            if self._stopping.is_set():
+                raise EngineStartError("the engine is being stopped")
+            self._group = WorkerGroup(self._config, self._address)
+            return self._group
+
+    def _watch(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        failure = self._group.wait_end()
+        while not self._stopping.is_set():
+            self._group.kill()
+            log.error("%s; the engine is started again in %.1f s", failure, pause)
+            if self._stopping.wait(pause):
+                return
+            try:
+                self._on_restart()
+                self._start().wait_ready()
+                pause = FIRST_PAUSE_SECONDS
+                failure = self._group.wait_end()
+            except Exception as error:  # without this thread nobody would start the engine again
+                if not isinstance(error, EngineStartError):
+                    log.exception("the supervisor failed")
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                failure = f"the engine could not be started again: {error}"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WorkerGroup: the worker processes of one start of the engine, one for each tensor-parallel rank. No torch.
+
+A worker's standard output tells its state, a line each: `ready`, or `error: …` before it gives up. Its standard input
+is a leash: when the process that has started it ends, however it ends, the worker reads end-of-file and exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from queue import SimpleQueue
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.triton_server.executable import original_environment
+
+STOP_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class EngineStartError(RuntimeError):
+    """A worker gave up before it was ready; the message is the worker's own."""
+
+
+class WorkerGroup:
+    """Owns the processes. They live and die together: without one rank the others wait for it for ever."""
+
+    def __init__(self, config: EngineConfig, address: str) -> None:
+        Path(rendezvous_file(address)).unlink(missing_ok=True)
+        self._told: SimpleQueue[tuple[int, str | None]] = SimpleQueue()  # rank and line; None: its output has ended
+        self._workers: list[subprocess.Popen[str]] = []
+        environment = worker_environment(config)
+        # A stub embeds its own interpreter, so sys.executable says nothing there.
+        python = config.worker_python or "python3"
+        try:
+            for rank in range(config.tp):
+                self._start(rank, [python, "-m", "lightllm_backend.worker.main", address, str(rank)], environment)
+        except OSError as error:
+            self.kill()
+            raise EngineStartError(f"rank {rank} cannot be started with {python}: {error}") from error
+
+    def _start(self, rank: int, command: list[str], environment: dict[str, str]) -> None:
+        # A stub's own encoding is ASCII whatever the locale; a worker's is UTF-8 (see worker_environment).
+        worker = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
+        self._workers.append(worker)
+        threading.Thread(target=self._read, args=(rank, worker), name=f"rank-{rank}", daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    def wait_ready(self) -> None:
+        """Block until all are ready. If one gives up, all are ended and EngineStartError has its error."""
+        waiting = set(range(len(self._workers)))
+        while waiting:
+            rank, line = self._told.get()
+            if line == "ready":
+                waiting.discard(rank)
+            elif line is None or line.startswith("error: "):
+                reason = f"{self._end_of(rank)} before it was ready; its log says why" if line is None else line
+                self.kill()
+                prefix = f"rank {rank}: " if len(self._workers) > 1 else ""
+                raise EngineStartError(prefix + reason.removeprefix("error: "))
+
+    def wait_end(self) -> str:
+        """Block until one has ended; says which, and how."""
+        while True:
+            rank, line = self._told.get()
+            if line is None:
+                return (f"rank {rank}: " if len(self._workers) > 1 else "") + self._end_of(rank)
+
+    def stop(self) -> None:
+        """End all, in order if they can; blocks."""
+        for worker in self._workers:
+            assert worker.stdin is not None
+            worker.stdin.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            try:
+                worker.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """End all at once."""
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.wait()
+
+    def _read(self, rank: int, worker: subprocess.Popen[str]) -> None:
+        assert worker.stdout is not None
+        try:
+            for line in worker.stdout:
+                self._told.put((rank, line.strip()))
+        except Exception:
+            log.exception("the status of rank %d cannot be read; it is ended", rank)
+            worker.kill()
+        finally:  # whoever waits for this rank must hear of it, whatever happens here
+            self._told.put((rank, None))
+
+    def _end_of(self, rank: int) -> str:
+        return f"the worker ended with exit code {self._workers[rank].wait()}"
+
+
+def rendezvous_file(address: str) -> str:
+    """Where the ranks of the engine at `address` meet: a file that is new for each group."""
+    return f"{address}.ranks"
+
+
+def worker_environment(config: EngineConfig) -> dict[str, str]:
+    """The environment as it was before the server's own libraries were put in front, with all settings."""
+    environment = original_environment(os.environ)
+    package_parent = str(Path(__file__).resolve().parents[2])
+    paths = [package_parent, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    # Threads that spin at OpenMP's barriers, its default, cost a CPU engine a factor of ten where cores are shared with
+    # the server: they take the core that the awaited thread needs.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
+    # The ranks are processes of one machine, whatever its name resolves to.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    environment["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return environment | config.environment()

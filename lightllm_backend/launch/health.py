@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a server works: the one judgement behind the launch command's watch and the `health` model. No torch.
+
+Two kinds of evidence. Each process publishes its vitals (messages/vitals.py), so one that is dead, stopped or stuck is
+found whether or not there is load. Probes, real requests for one token, go through every step; where users keep the
+server busy a probe may be late, which proves nothing as long as every step takes requests and the engine computes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.messages.vitals import Reading, read_vitals
+
+PROBED_MODELS = ("lightllm", "lightllm_unary")  # between them, a request to each goes through every step
+PROBE_SECONDS = 10.0  # between two checks, and for the answer to a probe
+# Of the last few checks: where one of two detokenizers is gone, every other request fails.
+MAX_FAILED_CHECKS, REMEMBERED_CHECKS = 3, 5
+# A process that lives beats every second; one that waits for a core or for its interpreter's lock is late.
+LATE_BEAT_SECONDS = 10.0
+# What a request passes on its way, by role; several processes may have one.
+STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary")
+ENGINE = "worker-0"  # the rank that has the Router; further ranks compute with it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the server does not work, and the workers to be replaced; with none, the server itself is to be given up."""
+
+    reason: str
+    workers: tuple[int, ...] = ()
+
+
+def standstills(readings: Sequence[Reading], now: float) -> dict[int, str]:
+    """The processes that are dead, stopped or stuck, by pid, each with the reason in words."""
+    reasons = {}
+    for reading in readings:
+        silent = now - reading.beat
+        busy = now - reading.busy_since if reading.busy_since else 0.0
+        if not reading.alive:
+            reasons[reading.pid] = f"{reading.name} is dead"
+        elif silent > LATE_BEAT_SECONDS:
+            reasons[reading.pid] = f"{reading.name} has stood still for {silent:.0f} s"
+        elif busy > reading.patience:
+            reasons[reading.pid] = f"{reading.name} has been stuck for {busy:.0f} s"
+    return reasons
+
+
+def why_unready(directory: Path) -> str | None:
+    """Why the server whose run directory this is should get no requests now; None if it should."""
+    readings = read_vitals(directory)
+    roles = {reading.role for reading in readings}
+    reasons = [f"{role} is not loaded" for role in (*STEPS, ENGINE) if role not in roles]
+    reasons += standstills(readings, time.monotonic()).values()
+    return "; ".join(reasons) or None
+
+
+class Health:
+    """The launch command's watch. Each `check` takes up to PROBE_SECONDS.
+
+    Workers that stand still are to be killed: the generation step starts others. An engine that is being started again
+    has twice the time of the first start.
+    """
+
+    def __init__(
+        self, address: str, directory: Path, engine: EngineClient, start_seconds: float, probe_key: str = ""
+    ) -> None:
+        self._address = address
+        self._directory = directory
+        self._engine = engine
+        self._probe_key = probe_key
+        self._failed: deque[bool] = deque(maxlen=REMEMBERED_CHECKS)
+        self._restart_seconds = max(2 * start_seconds, PROBE_SECONDS * MAX_FAILED_CHECKS)
+        self._down_since: float | None = None
+
+    def check(self) -> Failure | None:
+        """Probe each entry and look at every process. What to do, if the server has failed often enough."""
+        before = read_vitals(self._directory)
+        with ThreadPoolExecutor(len(PROBED_MODELS)) as pool:
+            probes = list(pool.map(self._probe, PROBED_MODELS))
+        after, now = read_vitals(self._directory), time.monotonic()
+        still = standstills(after, now)
+        stubs = {reading.pid for reading in after if not reading.role.startswith("worker-")}
+        dead = [still[reading.pid] for reading in after if not reading.alive and reading.pid in stubs]
+        if dead:  # nothing restarts a step
+            return Failure("; ".join(dead))
+        restarting = self._is_restarting()
+        # A dead worker is the generation step's to replace.
+        workers = tuple(r.pid for r in after if r.pid in still and r.pid not in stubs and r.alive)
+        reasons = [reason for pid, reason in still.items() if pid in stubs or pid in workers]
+        moves = _moves(before, after, now)
+        reasons += [probe.reason for probe in probes if probe.reason and not restarting and not (probe.late and moves)]
+        self._failed.append(bool(reasons))
+        if self._failed.count(True) < MAX_FAILED_CHECKS:
+            return None
+        self._failed.clear()
+        return Failure("; ".join(reasons), () if stubs & still.keys() else workers)
+
+    def _probe(self, model: str) -> _Probe:
+        body: dict[str, object] = {"text_input": "Hello", "max_tokens": 1, "timeout": int(PROBE_SECONDS * 1e6)}
+        if self._probe_key:
+            body["probe_key"] = self._probe_key
+        try:
+            status, answer = http_call(
+                self._address, "POST", f"/v2/models/{model}/generate", json.dumps(body), PROBE_SECONDS
+            )
+        except TimeoutError:
+            return _Probe(f"{model} does not answer within {PROBE_SECONDS:g} s", late=True)
+        except OSError as error:
+            return _Probe(f"{model} does not answer: {error or type(error).__name__}")
+        if status == http.client.OK:
+            return _Probe(None)
+        # The probe's own deadline has passed, or queue_timeout_s.
+        late = "CANCELLED" in answer or "in the queue" in answer
+        return _Probe(f"{model} answers with status {status}: {answer}", late)
+
+    def _is_restarting(self) -> bool:
+        if self._engine.up:
+            self._down_since = None
+            return False
+        self._down_since = self._down_since or time.monotonic()
+        return time.monotonic() - self._down_since < self._restart_seconds
+
+
+@dataclass(frozen=True)
+class _Probe:
+    reason: str | None  # why it failed
+    late: bool = False  # there was no answer yet, rather than a wrong one
+
+
+def _moves(before: Sequence[Reading], after: Sequence[Reading], now: float) -> bool:
+    """Whether every step has taken something in between, and the engine has made progress or is in the midst of it."""
+    had, has = _taken(before), _taken(after)
+    if any(has.get(step, 0) <= had.get(step, 0) for step in STEPS):
+        return False
+    engine = next((reading for reading in after if reading.role == ENGINE), None)
+    if engine is None:
+        return False
+    computes = engine.busy_since > 0 and now - engine.busy_since <= engine.patience
+    return has[ENGINE] > had.get(ENGINE, 0) or computes
+
+
+def _taken(readings: Sequence[Reading]) -> Mapping[str, int]:
+    """How many things the processes of each role have taken together."""
+    taken: dict[str, int] = {}
+    for reading in readings:
+        taken[reading.role] = taken.get(reading.role, 0) + reading.taken
+    return taken
+
+
+def http_call(address: str, method: str, path: str, body: str | None, timeout: float) -> tuple[int, str]:
+    """Status and text of an answer from this machine's own port, which no proxy of the environment can reach.
+
+    TimeoutError without an answer within `timeout` seconds, another OSError if there is no connection.
+    """
+    connection = http.client.HTTPConnection(address, timeout=timeout)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    except http.client.HTTPException as error:
+        raise ConnectionError(repr(error)) from None
+    finally:
+        connection.close()

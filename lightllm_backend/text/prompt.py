@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request's text or token ids to the prompt that is computed. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightllm_backend.options import ParsedRequest, check_prompt_bytes
+from lightllm_backend.request import RequestError
+from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    token_ids: list[int]
+    echo: str  # the text that the output begins with; empty unless it is wanted
+
+
+def encode_prompt(parsed: ParsedRequest, tokenizer: Tokenizer, max_prompt_bytes: int) -> Prompt:
+    """RequestError INVALID_ARG for a text that is too long, or has a token that the model does not have.
+
+    How many tokens are allowed, the engine knows.
+    """
+    wanted = not parsed.options.exclude_input_in_output
+    if parsed.text is None:
+        token_ids = list(parsed.token_ids or ())
+        return Prompt(
+            token_ids, tokenizer.decode_prompt(token_ids, parsed.options.skip_special_tokens) if wanted else ""
+        )
+    check_prompt_bytes(len(parsed.text.encode()), max_prompt_bytes)
+    try:
+        token_ids = tokenizer.encode(parsed.text, parse_special=parsed.options.parse_special)
+    except TokenizerError as error:
+        raise RequestError("INVALID_ARG", f"text_input: {error}") from error
+    return Prompt(token_ids, parsed.text if wanted else "")

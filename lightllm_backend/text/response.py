@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From token chunks to what a client reads: the work of the detokenizer step, and of the unary entry. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
+from lightllm_backend.text.text_stream import TextStream, Tokenizer
+
+
+@dataclass
+class DecodeState:
+    """What decoding must know of a request: plain data, for it travels as JSON from each of its chunks to the next."""
+
+    stop_words: Sequence[str] = ()
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    eos_ids: Sequence[int] = ()  # the one that ended the sequence is not text; with the request's stop_token_ids
+    prefix: str = ""  # what the next text begins with: at first the prompt, if the input is wanted in the output
+    text: list[Any] | None = None  # the TextStream's; None where no prompt goes before
+    held_ids: list[int] = field(default_factory=list)
+    held_log_probs: list[float] = field(default_factory=list)
+    num_input_tokens: int = 0
+    cumulative_logprob: float = 0.0
+
+    @classmethod
+    def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
+        """As it is before the first token, from which `text` goes on."""
+        sampling = options.sampling
+        return cls(
+            stop_words=sampling.stop_words,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+            eos_ids=sampling.ending_ids(eos_ids),
+            prefix="" if options.exclude_input_in_output else prompt_text,
+            text=text.state(),
+        )
+
+    def pack(self) -> list[Any]:
+        """From which DecodeState(*packed) makes the same state again."""
+        return list(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response: what is new since the last one, but for `cumulative_logprob`, which is of all tokens so far."""
+
+    text_output: str
+    finish_reason: str
+    num_input_tokens: int
+    output_ids: list[int]
+    output_log_probs: list[float]
+    cumulative_logprob: float
+
+
+class ResponseDecoder:
+    """The responses of one request. Text that cannot be shown yet is held back, and its tokens with it.
+
+    Another one that is given its `state` goes on where it has come to.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, state: DecodeState) -> None:
+        self._text = TextStream(tokenizer, state.stop_words, state.min_tokens, state.skip_special_tokens)
+        if state.text is not None:
+            self._text.restore(state.text)
+        self._state = state
+
+    def decode(self, chunk: TokenChunk) -> Response | None:
+        """The response to send now; None if there is nothing to show yet. The last chunk always gives one."""
+        state = self._state
+        state.held_ids += chunk.token_ids
+        state.held_log_probs += chunk.log_probs
+        state.num_input_tokens = chunk.num_prompt_tokens
+        state.cumulative_logprob += sum(chunk.log_probs)
+        ids = chunk.token_ids
+        if chunk.finish_reason is FinishReason.STOP and ids and ids[-1] in state.eos_ids:
+            text = self._text.push(ids[:-1]) + self._text.push_eos(ids[-1])
+        else:
+            text = self._text.push(ids)
+        if chunk.finish_reason is not None:
+            return self._respond(text + self._text.flush(), chunk.finish_reason.value)
+        return self._respond(text, "") if text else None
+
+    def flush(self) -> Response | None:
+        """What is still held back, for a request that an error ends; None if there is nothing."""
+        text = self._text.flush()
+        return self._respond(text, "") if text or self._state.held_ids else None
+
+    def state(self) -> DecodeState:
+        """After what has been decoded so far."""
+        self._state.text = self._text.state()
+        return self._state
+
+    def _respond(self, text: str, finish_reason: str) -> Response:
+        state = self._state
+        response = Response(
+            state.prefix + text,
+            finish_reason,
+            state.num_input_tokens,
+            state.held_ids,
+            state.held_log_probs,
+            state.cumulative_logprob,
+        )
+        state.prefix, state.held_ids, state.held_log_probs = "", [], []
+        return response

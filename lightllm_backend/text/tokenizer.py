@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer of a model directory: text to token ids, and what decodes them again.
+
+Nothing here imports torch, so the server's own processes can use it; transformers, which does, is the last resort.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from lightllm_backend.text.added_tokens import AddedToken, AddedTokenSplitter, any_of
+from lightllm_backend.text.incremental_decoding import (
+    ONE_PER_BYTE,
+    SPACE_MARK,
+    ByteSpelling,
+    IncrementalDecoder,
+    WindowDecoder,
+    byte_level_alphabet,
+    spell_piece,
+)
+from lightllm_backend.text.tokenizer_settings import TokenizerError, TokenizerSettings
+
+TOKENIZER_MODES = ("auto", "slow")
+
+
+class Tokenizer(ABC):
+    """What one model directory says about text; immutable, and safe to use from several threads."""
+
+    vocab_size: int  # one more than the greatest id
+    tokens_past_model: Mapping[int, str] = {}  # those for which the model has no embedding; see `load`
+    _special_ids: Mapping[str, int]  # of each special token, by its spelling
+    _any_special: re.Pattern[str]
+
+    @staticmethod
+    def load(
+        model_dir: str | Path, mode: str = "auto", trust_remote_code: bool = False, model_vocab_size: int | None = None
+    ) -> Tokenizer:
+        """Read tokenizer.json or, if it is alone or `mode` is "slow", the sentencepiece model tokenizer.model.
+
+        transformers (and with it torch) is imported only where nothing else will do: for a tokenizer that brings its
+        own code, with `trust_remote_code`, and in mode "slow" for a directory with neither file. Ids from
+        `model_vocab_size` on are decoded, but a text that is encoded to one is an error.
+        """
+        tokenizer = _load(Path(model_dir), mode, trust_remote_code)
+        if model_vocab_size is not None:
+            past_model = {
+                token_id: tokenizer.token(token_id) for token_id in range(model_vocab_size, tokenizer.vocab_size)
+            }
+            tokenizer.tokens_past_model = {token_id: token for token_id, token in past_model.items() if token}
+        return tokenizer
+
+    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+        """The ids of a text, with BOS and EOS where the model wants them.
+
+        With `parse_special` false the spelling of a special token in the text is plain text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text has a lone surrogate at character {error.start}") from error
+        token_ids = self._encode(text, parse_special)
+        if self.tokens_past_model:
+            self._check_model_has(token_ids)
+        return token_ids
+
+    @abstractmethod
+    def _encode(self, text: str, parse_special: bool) -> list[int]: ...
+
+    @abstractmethod
+    def token(self, token_id: int) -> str:
+        """How the vocabulary writes a token; empty for an id that it does not have."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids; ids that the tokenizer does not know are no text.
+
+        As transformers has it, but for one case in which this keeps more: of consecutive byte-fallback tokens that
+        are not UTF-8 as a whole, only the broken ones become U+FFFD (as in sentencepiece), so that a newline, which
+        is such a token in LLaMA, need not be held back until the next token.
+        """
+        decoder = self.incremental_decoder(skip_special_tokens)
+        return decoder.push(token_ids) + decoder.flush()
+
+    def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a prompt, without the begun character that it may end with.
+
+        What `incremental_decoder(skip_special_tokens, token_ids)` gives comes after it.
+        """
+        begun = self.incremental_decoder(skip_special_tokens, token_ids).flush()
+        return self.decode(token_ids, skip_special_tokens).removesuffix(begun)
+
+    def incremental_decoder(
+        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> IncrementalDecoder:
+        """A decoder for one sequence that goes on from a prompt.
+
+        What it gives, joined, is the text of prompt and sequence together after the text of the prompt: a first word
+        keeps its space unless the prompt has no text.
+        """
+        decoder = self._decoder(skip_special_tokens)
+        if len(prompt_ids) > 0:
+            decoder.begin(prompt_ids)
+        return decoder
+
+    @abstractmethod
+    def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token's spelling is in a text."""
+        return self._any_special.search(text) is not None
+
+    def split_special(self, text: str) -> list[str | int]:
+        """A text divided at the special tokens that it spells: what is between them, and their ids."""
+        pieces, position = list[str | int](), 0
+        for match in self._any_special.finditer(text):
+            pieces += [text[position : match.start()], self._special_ids[match[0]]]
+            position = match.end()
+        return [*pieces, text[position:]]
+
+    def _set_special(self, special_tokens: Mapping[int, str]) -> None:
+        self._special_ids = {spelling: token_id for token_id, spelling in special_tokens.items() if spelling}
+        self._any_special = any_of(self._special_ids)
+
+    def _check_model_has(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if token_id in self.tokens_past_model:
+                raise TokenizerError(
+                    f"{self.tokens_past_model[token_id]!r} is the token {token_id}, which the model does not have; "
+                    f"allowed: text whose tokens have ids below {min(self.tokens_past_model)}"
+                )
+
+
+def _load(directory: Path, mode: str, trust_remote_code: bool) -> Tokenizer:
+    if mode not in TOKENIZER_MODES:
+        raise TokenizerError(f"tokenizer_mode is {mode!r}; allowed: {' or '.join(TOKENIZER_MODES)}")
+    if not directory.is_dir():
+        raise TokenizerError(f"{directory} is not a directory; a tokenizer is read from a model directory")
+    settings = TokenizerSettings.read(directory)
+    fast, slow = directory / "tokenizer.json", directory / "tokenizer.model"
+    if trust_remote_code and settings.has_own_code:
+        return _TransformersTokenizer(directory, trust_remote_code)
+    if slow.is_file() and (mode == "slow" or not fast.is_file()):
+        return _SentencePieceTokenizer(slow, settings)
+    if fast.is_file():
+        return _JsonTokenizer(fast, settings)
+    if settings.has_own_code and not trust_remote_code:
+        raise TokenizerError(
+            f"{directory} has a tokenizer that is code of its own (auto_map in tokenizer_config.json), and "
+            "trust_remote_code is false; set it to true if you trust that code"
+        )
+    if mode == "slow" or trust_remote_code:
+        return _TransformersTokenizer(directory, trust_remote_code)
+    raise TokenizerError(
+        f"{directory} has no tokenizer: tokenizer.json or tokenizer.model (sentencepiece) is needed; "
+        "other kinds can be loaded with tokenizer_mode slow"
+    )
+
+
+class _JsonTokenizer(Tokenizer):
+    """tokenizer.json, through the tokenizers library; whether BOS is added is for the file to say."""
+
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        try:
+            # The library is given the content: it takes no path that is spelled as inside a stub (see triton_io).
+            self._inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{path} cannot be read: {error}") from error
+        # A file may have been saved with limits of its training; a prompt is neither cut nor filled up.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._add_tokens(settings)
+        added = self._inner.get_added_tokens_decoder().items()
+        self._set_special({token_id: token.content for token_id, token in added if token.special})
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
+        # Whether special tokens are parsed is a state of the inner tokenizer, which this lock guards.
+        self._encoding = threading.Lock()
+        self._spelling = self._byte_spelling()
+
+    def _add_tokens(self, settings: TokenizerSettings) -> None:
+        """Take over the tokens of the settings beside the file, whose flags count more; special is what either says."""
+        known = self._inner.get_added_tokens_decoder().values()
+        special_in_file = {token.content for token in known if token.special}
+        self._inner.add_tokens(
+            [
+                _library_token(token._replace(special=token.special or token.content in special_in_file))
+                for _, token in sorted(settings.added_tokens.items())
+            ]
+        )
+        added = {token.content: token for token in self._inner.get_added_tokens_decoder().values()}
+        special = []
+        for content, token in settings.special_tokens.items():
+            if content in added:
+                added[content].special = True
+                special.append(added[content])
+            # One that is not in the vocabulary has no embedding either: its id would be past the model's.
+            elif self._inner.token_to_id(content) is not None:
+                special.append(_library_token(token))
+        self._inner.add_tokens(special)
+
+    def _byte_spelling(self) -> ByteSpelling | None:
+        """The tokens' spelling, if the file's decoder is one that has it."""
+        decoder = json.loads(self._inner.decoder.__getstate__()) if self._inner.decoder else {}
+        special_ids = self._special_ids.values()
+        steps = decoder.get("decoders", [decoder])
+        kinds = [step.get("type") for step in steps]
+        if kinds == ["ByteLevel"]:
+            alphabet = byte_level_alphabet()
+
+            def spell_byte_level(token_id: int) -> bytes:
+                token = self.token(token_id)
+                # Added tokens are not written in this alphabet; one that could be is read in it all the same.
+                return bytes(map(alphabet.__getitem__, token)) if alphabet.keys() >= set(token) else token.encode()
+
+            return ByteSpelling(spell_byte_level, special_ids, "replace")
+        fallback_steps: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        if steps in (fallback_steps, [*fallback_steps, strip]):
+            return ByteSpelling(
+                lambda token_id: spell_piece(self.token(token_id)),
+                special_ids,
+                ONE_PER_BYTE,
+                drop_first_space=strip in steps,
+            )
+        return None
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._encoding:
+            self._inner.encode_special_tokens = not parse_special
+            return self._inner.encode(text).ids
+
+    def token(self, token_id: int) -> str:
+        return (self._inner.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None) or ""
+
+    def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder:
+        if self._spelling is not None:
+            return self._spelling.decoder(skip_special_tokens)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+            return self._inner.decode(known, skip_special_tokens=skip_special_tokens)
+
+        return WindowDecoder(decode)
+
+
+def _library_token(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(**token._asdict())
+
+
+class _SentencePieceTokenizer(Tokenizer):
+    """tokenizer.model, through sentencepiece, with the tokens that Hugging Face's files add to it."""
+
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        try:
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
+        # Protocol buffers merge what is appended: this says normalizer_spec { add_dummy_prefix: false }.
+        model = self._inner.serialized_model_proto() + b"\x1a\x02\x18\x00"
+        self._without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._prefix_after_special = bool(settings.values.get("legacy", False))
+        self._added = self._added_tokens(settings)
+        self._splitter = AddedTokenSplitter(self._added)
+        self._head = self._edge("bos", settings.values.get("add_bos_token", True))
+        self._tail = self._edge("eos", settings.values.get("add_eos_token", False))
+        special = {token_id: token.content for token_id, token in self._added.items() if token.special}
+        self._set_special(special)
+        self._spelling = ByteSpelling(
+            self._spell,
+            special,
+            ONE_PER_BYTE,
+            drop_first_space=self._inner.normalize("x").startswith(SPACE_MARK),
+        )
+        self.vocab_size = max(self._inner.get_piece_size(), max(self._added, default=-1) + 1)
+
+    def _added_tokens(self, settings: TokenizerSettings) -> dict[int, AddedToken]:
+        """What is split off before sentencepiece sees the text, by id."""
+        inner = self._inner
+        pieces = {inner.id_to_piece(token_id): token_id for token_id in range(inner.get_piece_size())}
+        added = {
+            token_id: AddedToken(piece, special=True, normalized=False)
+            for piece, token_id in pieces.items()
+            if inner.is_control(token_id) or inner.is_unknown(token_id)
+        }
+        for content, token in settings.special_tokens.items():
+            if content in pieces:
+                added[pieces[content]] = token
+        added |= settings.added_tokens
+        return {
+            token_id: token._replace(special=token.special or token.content in settings.special_tokens)
+            for token_id, token in added.items()
+            if token.content
+        }
+
+    def _edge(self, name: str, wanted: bool) -> list[int]:
+        token_id: int = getattr(self._inner, f"{name}_id")()
+        return [token_id] if wanted and token_id >= 0 else []
+
+    def token(self, token_id: int) -> str:
+        if token_id in self._added:
+            return self._added[token_id].content
+        return self._inner.id_to_piece(token_id) if 0 <= token_id < self._inner.get_piece_size() else ""
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self.token(token_id)
+        return token.encode() if token_id in self._added else spell_piece(token)
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        ids = list(self._head)
+        for piece in self._splitter.split(text, parse_special):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                # Only what begins the text has the space that sentencepiece puts before it.
+                with_prefix = piece.start == 0 or self._prefix_after_special
+                ids += (self._inner if with_prefix else self._without_prefix).encode(piece.text)
+        return ids + self._tail
+
+    def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder:
+        return self._spelling.decoder(skip_special_tokens)
+
+
+class _TransformersTokenizer(Tokenizer):
+    """Whatever transformers makes of a directory: the last resort, since it imports torch."""
+
+    def __init__(self, directory: Path, trust_remote_code: bool) -> None:
+        from transformers import AutoTokenizer  # here, since it imports torch
+
+        try:
+            self._inner = AutoTokenizer.from_pretrained(
+                directory, use_fast=False, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise TokenizerError(f"{directory} has no tokenizer that transformers can load: {error}") from error
+        vocabulary = self._inner.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._set_special({vocabulary[token]: token for token in self._inner.all_special_tokens if token in vocabulary})
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        return list(self._inner(text, split_special_tokens=not parse_special).input_ids)
+
+    def token(self, token_id: int) -> str:
+        return str(self._inner.convert_ids_to_tokens(token_id)) if 0 <= token_id < self.vocab_size else ""
+
+    def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder:
+        def decode(token_ids: Sequence[int]) -> str:
+            known = [token_id for token_id in token_ids if 0 <= token_id < self.vocab_size]
+            text = self._inner.decode(
+                known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+            return str(text)
+
+        return WindowDecoder(decode)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the JSON files beside tokenizer.json or tokenizer.model say of a tokenizer. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightllm_backend.text.added_tokens import AddedToken
+
+_MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be loaded, or a text cannot be encoded."""
+
+
+class TokenizerSettings(NamedTuple):
+    """The settings of one model directory."""
+
+    values: Mapping[str, Any]
+    added_tokens: Mapping[int, AddedToken]  # those that have an id, by that id
+    special_tokens: Mapping[str, AddedToken]  # those that the settings name as special, by their spelling
+
+    @staticmethod
+    def read(directory: Path) -> TokenizerSettings:
+        config = _read_json_object(directory / "tokenizer_config.json")
+        special_map = _read_json_object(directory / "special_tokens_map.json")
+        # As in transformers, the older file counts more than a configuration without added tokens, else less.
+        values = {**special_map, **config} if "added_tokens_decoder" in config else {**config, **special_map}
+        added = {}
+        try:
+            special = {token.content: token for token in _special_tokens(values)}
+            for content, token_id in _read_json_object(directory / "added_tokens.json").items():
+                added[int(token_id)] = AddedToken(content, content in special, normalized=content not in special)
+            for token_id, token in values.get("added_tokens_decoder", {}).items():
+                added[int(token_id)] = AddedToken.from_json(token, bool(token.get("special", False)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise TokenizerError(f"the added tokens of {directory} are malformed: {error!r}") from error
+        return TokenizerSettings(values, added, special)
+
+    @property
+    def has_own_code(self) -> bool:
+        return "AutoTokenizer" in (self.values.get("auto_map") or {})
+
+
+def _special_tokens(values: Mapping[str, Any]) -> Iterator[AddedToken]:
+    """bos_token and its like (image_token and others of a model's own too), then those that have no name."""
+    named: list[Any] = [token for name, token in values.items() if name.endswith("_token")]
+    for name in _MORE_SPECIAL_TOKENS:
+        more = values.get(name) or []
+        named.extend(more.values() if isinstance(more, Mapping) else more)
+    for token in named:
+        fields = token if isinstance(token, Mapping) else {"content": token}
+        if isinstance(fields.get("content"), str) and fields["content"]:
+            yield AddedToken.from_json(fields, special=True)
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} is not a JSON object")
+    return value

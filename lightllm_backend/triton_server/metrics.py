@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics on Triton server's metrics endpoint. No torch.
+
+Each call of the server's metrics interface crosses to the server's process, so nothing on a request's way makes one:
+observations are collected and carried over by one thread, a few times a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from lightllm_backend.messages.channel import EngineStats
+
+FLUSH_SECONDS = 0.1
+ANSWER_SECONDS = 30  # within which a server answers if there still is one
+# Most values of one histogram that are carried over in a flush; of more, an even choice. At 10 flushes a second that is
+# complete up to 500 a second: all requests, and the tokens of a few dozen streams.
+MAX_OBSERVATIONS = 50
+# After each call: it holds the interpreter's lock, which those who send tokens wait for.
+PAUSE_SECONDS = 0.2e-3
+SECONDS_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
+
+GAUGES = {
+    "queued_requests": "Requests that wait for admission",
+    "running_requests": "Requests that are being computed",
+    "kv_tokens_used": "Token slots of the KV pool that live sequences hold",
+    "kv_tokens_cached": "Token slots that only the prefix cache holds",
+    "kv_tokens_total": "Token slots of the KV pool",
+    "engine_up": "1 if the engine takes requests",
+}
+COUNTERS = {
+    "prompt_tokens_total": "Prompt tokens computed",
+    "generated_tokens_total": "Tokens generated",
+    "device_seconds_total": "Seconds that the device has computed",
+    "pauses_total": "Times a running request gave its token slots to older ones (admission past_future)",
+    "engine_restarts_total": "Times the engine was started again after it failed",
+}
+HISTOGRAMS = {
+    "queue_seconds": "From submission to admission",
+    "time_to_first_token_seconds": "From submission to the first token",
+    "inter_token_seconds": "Between tokens of one request (sampled above 500 a second)",
+    "request_seconds": "From submission to the last token",
+}
+log = logging.getLogger(__name__)
+
+STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
+
+
+class Metrics:
+    """All metrics of this process; `backend` is the module triton_python_backend_utils, or a stand-in in tests.
+
+    with_engine: whether this is the process that reports the engine's state (generation). Requests are counted by each
+    process that submits any; the server adds them up, since they share names and labels.
+    """
+
+    def __init__(self, backend: Any, with_engine: bool) -> None:
+        self._lock = threading.Lock()
+        self._ended: Counter[str] = Counter()
+        self._observed: dict[str, list[float]] = {name: [] for name in HISTOGRAMS}
+        self._engine: EngineStats | None = None
+        self._engine_up = 0.0
+        self._restarts = 0
+        self._told: Counter[str] = Counter()
+
+        def metric(name: str, description: str, kind: Any, **options: Any) -> Any:
+            family = backend.MetricFamily(name=f"lightllm_{name}", description=description, kind=kind)
+            self._families.append(family)
+            return family.Metric(**options)
+
+        self._families: list[Any] = []  # a family must outlive its metrics
+        family_kinds = backend.MetricFamily
+        requests = backend.MetricFamily(
+            name="lightllm_requests_total", description="Requests that have ended, by status", kind=family_kinds.COUNTER
+        )
+        self._families.append(requests)
+        self._requests = {status: requests.Metric(labels={"status": status}) for status in STATUSES}
+        self._histograms = {
+            name: metric(name, text, family_kinds.HISTOGRAM, labels={}, buckets=SECONDS_BUCKETS)
+            for name, text in HISTOGRAMS.items()
+        }
+        self._gauges: dict[str, Any] = {}
+        self._counters: dict[str, Any] = {}
+        if with_engine:
+            self._gauges = {name: metric(name, text, family_kinds.GAUGE, labels={}) for name, text in GAUGES.items()}
+            self._counters = {
+                name: metric(name, text, family_kinds.COUNTER, labels={}) for name, text in COUNTERS.items()
+            }
+        self._closing = threading.Event()
+        self._flusher = threading.Thread(target=self._flush_for_ever, name="metrics", daemon=True)
+        self._flusher.start()
+
+    # What streams observe
+
+    def first_token(self, seconds: float, queue_seconds: float) -> None:
+        with self._lock:
+            self._observed["time_to_first_token_seconds"].append(seconds)
+            self._observed["queue_seconds"].append(queue_seconds)
+
+    def next_token(self, seconds: float) -> None:
+        with self._lock:
+            self._observed["inter_token_seconds"].append(seconds)
+
+    def finished(self, status: str, seconds: float) -> None:
+        with self._lock:
+            self._ended[status] += 1
+            self._observed["request_seconds"].append(seconds)
+
+    def rejected(self) -> None:
+        with self._lock:
+            self._ended["rejected"] += 1
+
+    # What the engine tells
+
+    def engine_stats(self, stats: EngineStats) -> None:
+        with self._lock:
+            self._engine = stats
+
+    def engine_up(self, up: bool) -> None:
+        with self._lock:
+            self._engine_up = float(up)
+
+    def engine_restarted(self) -> None:
+        """A new worker counts its totals from zero."""
+        with self._lock:
+            self._restarts += 1
+            self._engine = None
+            for name in COUNTERS.keys() - {"engine_restarts_total"}:
+                self._told[name] = 0
+
+    def close(self) -> None:
+        self._closing.set()
+        self._flusher.join()
+
+    def _flush_for_ever(self) -> None:
+        """Until the server is gone. A call that it does not answer any more never returns and, since it holds the
+        interpreter's lock, stops the whole process; so the kernel is asked to end it then.
+        """
+        server = os.getppid()
+        while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
+            signal.alarm(ANSWER_SECONDS)
+            try:
+                self._flush()
+            except Exception:
+                log.exception("metrics could not be carried over")
+            signal.alarm(0)
+
+    def _flush(self) -> None:
+        for call, value in self._calls():
+            call(value)
+            time.sleep(PAUSE_SECONDS)
+
+    def _calls(self) -> Iterator[tuple[Callable[[float], None], float]]:
+        """What is to be carried over now."""
+        with self._lock:
+            ended, self._ended = self._ended, Counter()
+            observed, self._observed = self._observed, {name: [] for name in HISTOGRAMS}
+            now = asdict(self._engine) if self._engine else {}
+            now |= {"engine_up": self._engine_up, "engine_restarts_total": self._restarts}
+            increments = {name: now[name] - self._told[name] for name in self._counters if name in now}
+            self._told.update(increments)
+        for status, count in ended.items():
+            yield self._requests[status].increment, count
+        for name, values in observed.items():
+            for value in values[:: -(-len(values) // MAX_OBSERVATIONS) or 1]:
+                yield self._histograms[name].observe, value
+        for name, increment in increments.items():
+            if increment:
+                yield self._counters[name].increment, increment
+        for name, gauge in self._gauges.items():
+            if name in now and now[name] != self._told[name]:
+                yield gauge.set, now[name]
+                self._told[name] = now[name]

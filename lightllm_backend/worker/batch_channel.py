@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the followers, ranks 1 and up, learn of each step: rank 0 sends them its Batch before it launches it. No torch.
+
+A Unix socket, arrays as raw bytes. From the start of `send` to arrays in a follower that blocks in `receive`, medians
+on two shared CPU cores: 65 µs for 8 sequences, 75 for 1,000. Shared memory, with a pipe to wake the follower, takes
+53 and 60. With a follower that spins it takes 19 and 25, but that costs a core a rank, also while there is nothing to
+do, and p99 rises to milliseconds where cores are scarce. Nothing waits for these microseconds on a GPU: the batch is
+sent while the step before it is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
+from lightllm_backend.request import SamplingParams
+from lightllm_backend.router.batch import Admission, Batch
+
+CONNECT_PAUSE_SECONDS = 0.02
+
+
+class BatchSender:
+    """Rank 0's end. Owns the listener, which is there from the start, and a channel to each follower."""
+
+    def __init__(self, address: str, num_followers: int) -> None:
+        self._num_followers = num_followers
+        self._listener = listen(address) if num_followers else None
+        self._followers: list[Channel] = []
+
+    def accept(self) -> None:
+        """Wait until all followers have connected."""
+        while self._listener and len(self._followers) < self._num_followers:
+            self._followers.append(Channel.accept(self._listener))
+
+    def send(self, batch: Batch) -> None:
+        """Raises ChannelClosed if a follower is gone."""
+        if self._followers:
+            packed = pack_batch(batch)
+            for follower in self._followers:
+                follower.send(*packed)
+
+    def close(self) -> None:
+        """The followers exit when they notice."""
+        if self._listener:
+            self._listener.close()
+        for follower in self._followers:
+            follower.close()
+
+
+class BatchReceiver:
+    """A follower's end."""
+
+    def __init__(self, address: str) -> None:
+        """Connects; waits for rank 0 to listen."""
+        while True:
+            try:
+                self._channel = Channel.connect(address)
+                return
+            except ChannelClosed:
+                time.sleep(CONNECT_PAUSE_SECONDS)
+
+    def receive(self) -> Batch:
+        """The next batch; blocks. Raises ChannelClosed once rank 0 is gone."""
+        return unpack_batch(self._channel.receive())
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def pack_batch(batch: Batch) -> list[Any]:
+    arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
+    admitted = [_pack_admission(admission) for admission in batch.admitted]
+    return [*(array.tobytes() for array in arrays), batch.num_decodes, admitted]
+
+
+def unpack_batch(packed: list[Any]) -> Batch:
+    *integers, samples, num_decodes, admitted = packed
+    rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
+    return Batch(
+        rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
+        tuple(_unpack_admission(*admission) for admission in admitted),
+    )  # fmt: skip
+
+
+def _pack_admission(admission: Admission) -> list[Any]:
+    arrays = (admission.prompt_ids, admission.generated_ids, admission.cached_slots)
+    return [admission.row, vars(admission.sampling), *(np.array(ids, dtype=np.int32).tobytes() for ids in arrays)]
+
+
+def _unpack_admission(row: int, sampling: dict[str, Any], *arrays: bytes) -> Admission:
+    prompt_ids, *others = (tuple(np.frombuffer(array, dtype=np.int32).tolist()) for array in arrays)
+    return Admission(row, prompt_ids, SamplingParams.from_plain(sampling), *others)

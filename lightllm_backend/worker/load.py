@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to a ModelRunner that is ready: device, dtype, model, weights, warm-up, KV pool."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+
+from lightllm_backend import kernels
+from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.launch.embedded_model import embedded_model_directory
+from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.registry import model_class
+from lightllm_backend.models.weights import dummy_weights, load_weights
+from lightllm_backend.parallel import TensorParallel
+from lightllm_backend.runner.buckets import graph_tokens, step_buckets
+from lightllm_backend.runner.device_batch import Bucket, RequestTables
+from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.warm_up import (
+    bytes_left,
+    compile_kernels,
+    tokens_that_fit,
+    warm_up,
+    workspace_bytes,
+    worst_batches,
+)
+
+CPU_POOL_TOKENS = 16384
+CPU_BATCH_MAX_TOKENS = 512
+GPU_BATCH_MAX_TOKENS = 8192
+
+# Of the request tables by which the workspace is measured: from this length on decode attention has as many splits.
+_MEASURED_LENGTH = 4096
+
+log = logging.getLogger("lightllm.load")
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    runner: ModelRunner
+    info: EngineInfo
+    batch_max_tokens: int
+    prefixes_are_alike: bool  # K and V of a beginning do not depend on what follows it
+
+
+def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
+    """This rank's part of the engine; the ranks meet through the file `store`.
+
+    Raises ConfigError or ModelError for what cannot be served, with the reason.
+    """
+    device = choose_device(config, rank)
+    on_gpu = device.type == "cuda"
+    directory = config.model_dir or str(embedded_model_directory())
+    shape = ModelConfig.from_directory(directory)
+    for warning in shape.warnings:
+        log.warning(warning)
+    parallel = TensorParallel.connect(rank, config.tp, device, store)
+    dtype = choose_dtype(config, shape, device, parallel)
+    parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
+    limits = LengthLimits.of(config, shape.max_sequence_length)
+    eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
+    batch_max_tokens = config.batch_max_tokens or (GPU_BATCH_MAX_TOKENS if on_gpu else CPU_BATCH_MAX_TOKENS)
+    kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
+    chosen_kernels = kernels.select(device)
+
+    started = time.monotonic()
+    model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, limits.max_total)
+    if config.load_format == "dummy":
+        dummy_weights(model, seed=0)
+    else:
+        load_weights(model, directory, progress=rank == 0)
+    log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
+
+    parts = _Parts(config, shape, model, chosen_kernels, kv_dtype, eos_ids, batch_max_tokens, device)
+    memory = {"weights": sum(slot.target.nbytes for slot in model.weight_map().values())}
+    pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
+    if on_gpu:
+        num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
+        most_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
+        buckets = step_buckets(config.running_max_req_size, batch_max_tokens, most_tokens)
+        peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)
+        memory["workspace"] = peak - memory["weights"]
+    limits = LengthLimits.of(config, shape.max_sequence_length, pool_tokens)
+    for warning in limits.warnings(config):
+        log.warning("%s", warning)
+    runner, storage = parts.runner_with(pool_tokens, limits.max_total)
+    memory |= {"request tables": runner.table_bytes, "KV pool": storage.num_bytes}
+    if on_gpu:
+        started = time.monotonic()
+        runner.capture_graphs(buckets)
+        warm_up(runner, config.running_max_req_size, limits.max_input, batch_max_tokens)
+        log.info("%d CUDA graphs and warm in %.1f s", len(buckets), time.monotonic() - started)
+    log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
+    log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
+    info = EngineInfo(
+        model=os.fsencode(directory).decode(errors="replace"), dtype=_name(dtype), device=device.type,
+        vocab_size=shape.vocab_size, eos_ids=eos_ids, lengths=limits, pool_tokens=pool_tokens, memory=memory,
+    )  # fmt: skip
+    prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
+    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the runners of a start are made of: the one that serves, and on a GPU those before it that only measure."""
+
+    config: EngineConfig
+    shape: ModelConfig
+    model: CausalLM
+    kernels: ModuleType
+    kv_dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    batch_max_tokens: int
+    device: torch.device
+
+    @property
+    def _kv_shape(self) -> tuple[int, int, torch.dtype]:
+        return self.model.num_kv_heads, self.model.head_dim, self.kv_dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        return KVStorage.slot_bytes(self.shape.num_layers, *self._kv_shape)
+
+    def runner_with(self, num_slots: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
+        storage = KVStorage(self.shape.num_layers, num_slots, *self._kv_shape, self.device)
+        num_rows = self.config.running_max_req_size
+        runner = ModelRunner(self.model, storage, self.kernels, num_rows, max_length, self.eos_ids, self.device)
+        return runner, storage
+
+
+def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, buckets: list[Bucket]) -> tuple[int, int]:
+    """Compiles the kernels and measures the GPU memory of weights and workspace; that, and the pool's token slots.
+
+    `limits` know nothing of the pool yet. The request tables, which are as wide as the longest sequence that the pool
+    holds, share with the pool what is left.
+    """
+    config, num_rows = parts.config, parts.config.running_max_req_size
+    max_length = min(limits.max_total, max(_MEASURED_LENGTH, parts.batch_max_tokens + 1))
+    started = time.monotonic()
+    compile_kernels(parts.runner_with(1, max_length)[0], limits.max_input, parts.batch_max_tokens, buckets)
+    log.info("kernels compiled in %.1f s", time.monotonic() - started)
+    batches = worst_batches(num_rows, limits.max_input, parts.batch_max_tokens)
+    peak = workspace_bytes(parts.runner_with(1, max_length)[0], batches, buckets, parts.device)
+    peak -= RequestTables.num_bytes(num_rows, max_length)
+    room = bytes_left(config.mem_fraction, peak, parts.device, log.info)
+    table_bytes = partial(RequestTables.num_bytes, num_rows)
+    fitting = tokens_that_fit(room, parts.slot_bytes, table_bytes, limits.max_total)
+    return peak, _pool_tokens(config, parallel.minimum(fitting, parts.device))
+
+
+def choose_device(config: EngineConfig, rank: int) -> torch.device:
+    """The rank's GPU, which becomes the current one, or the CPU, of which each rank uses its share of the cores."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but PyTorch finds no GPU; allowed here: auto | cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp))
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if config.tp > num_devices:
+        raise ConfigError(f"tp is {config.tp}; allowed: at most {num_devices}, the number of GPUs that PyTorch finds")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def choose_dtype(
+    config: EngineConfig, shape: ModelConfig, device: torch.device, parallel: TensorParallel
+) -> torch.dtype:
+    """The setting; else the model's own on a GPU (float16 where there is no bfloat16), and on a CPU the fastest."""
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    if device.type == "cpu":
+        return _fastest_cpu_dtype(shape.hidden_size, shape.intermediate_size, parallel)
+    own: torch.dtype = getattr(torch, shape.torch_dtype or "float16")
+    if own == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning("this GPU has no bfloat16; float16 is used")
+        return torch.float16
+    return own
+
+
+@torch.inference_mode()
+def _fastest_cpu_dtype(rows: int, columns: int, parallel: TensorParallel) -> torch.dtype:
+    """Which of float32 and bfloat16 multiplies matrices of the model's size sooner on rank 0."""
+    dtypes = (torch.float32, torch.bfloat16)
+    seconds = []
+    for dtype in dtypes:
+        weight = torch.randn(columns, rows).to(dtype)
+        inputs = [torch.randn(tokens, rows).to(dtype) for tokens in (1, 16, 64)]
+        for repeat in range(6):
+            if repeat == 1:  # the first round warms up
+                started = time.perf_counter()
+            for tokens in inputs:
+                torch.nn.functional.linear(tokens, weight)
+        seconds.append(time.perf_counter() - started)
+    return dtypes[int(parallel.broadcast(torch.tensor(seconds)).argmin())]
+
+
+def _pool_tokens(config: EngineConfig, fitting: int) -> int:
+    asked = config.max_total_token_num
+    if asked is not None and asked > fitting:
+        raise ConfigError(
+            f"max_total_token_num is {asked}; allowed: at most {max(fitting, 0)}, which fit in mem_fraction"
+        )
+    if fitting < 1:
+        raise ConfigError(
+            f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool"
+        )
+    return asked or fitting
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

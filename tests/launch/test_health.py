@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What counts as a server that works: probes against a stand-in on the loopback, and made-up vitals."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightllm_backend.launch import health
+from lightllm_backend.launch.health import Health, why_unready
+
+DEAD_PID = 4_999_999
+ROLES = (*health.STEPS, health.ENGINE)
+
+
+class Answers:
+    """A server on the loopback whose answers a test chooses: a status and a text, or silence."""
+
+    def __init__(self) -> None:
+        self.status, self.text, self.silent = 200, "", threading.Event()
+        self.delay = 0.0
+        self.asked: list[tuple[str, Any]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.asked.append((self.path, json.loads(body)))
+                if outer.silent.is_set():
+                    time.sleep(0.5)
+                    return
+                time.sleep(outer.delay)
+                self.send_response(outer.status)
+                self.end_headers()
+                self.wfile.write(outer.text.encode())
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+    monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
+    answers = Answers()
+    yield answers
+    answers.server.shutdown()
+    answers.server.server_close()
+
+
+class Processes:
+    """The vitals of a server's processes, all of them this one, so that each lives."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.taken = dict.fromkeys(ROLES, 0)
+        self.pids = dict.fromkeys(ROLES, os.getpid())
+        self.silent: dict[str, float] = {}  # seconds since the last beat
+        self.busy: dict[str, float] = {}  # seconds
+        self.publish()
+
+    def publish(self) -> None:
+        now = time.monotonic()
+        for role in ROLES:
+            busy_since = now - self.busy[role] if role in self.busy else 0.0
+            fields = struct.pack("dqdd", now - self.silent.get(role, 0.0), self.taken[role], busy_since, 30.0)
+            (self.directory / f"{role}-{self.pids[role]}.vitals").write_bytes(fields)
+
+    def move(self, *roles: str) -> None:
+        for role in roles or ROLES:
+            self.taken[role] += 1
+        self.publish()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Processes:
+    return Processes(tmp_path)
+
+
+@pytest.fixture
+def engine() -> Any:
+    return SimpleNamespace(up=True)
+
+
+@pytest.fixture
+def watch(answers: Answers, processes: Processes, engine: Any) -> Health:
+    return Health(answers.address, processes.directory, engine, 0.0, probe_key="the key")
+
+
+def check_while(watch: Health, processes: Processes, *moving: str) -> health.Failure | None:
+    """One check, in the midst of which these roles take something."""
+    timer = threading.Timer(0.05, processes.move, moving)
+    timer.start()
+    try:
+        return watch.check()
+    finally:
+        timer.join()
+
+
+# Probes
+
+
+def test_a_probe_is_a_request_for_one_token_to_each_entry(answers: Answers, watch: Health) -> None:
+    assert watch.check() is None
+    assert {path for path, _ in answers.asked} == {
+        "/v2/models/lightllm/generate",
+        "/v2/models/lightllm_unary/generate",
+    }
+    for _, body in answers.asked:
+        assert (body["max_tokens"], body["probe_key"]) == (1, "the key")
+        assert body["timeout"] == 100_000, "a probe that nobody waits for any more does not stay in the queue"
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_three_failures_in_a_row_are_the_end(answers: Answers, watch: Health, silent: bool) -> None:
+    answers.status, answers.text = 500, "the stub is gone"
+    if silent:
+        answers.silent.set()
+    failures = [watch.check() for _ in range(3)]
+    assert failures[:2] == [None, None]
+    assert failures[2] is not None
+    assert failures[2].workers == ()
+    assert ("does not answer within" if silent else "the stub is gone") in failures[2].reason
+
+
+def test_so_are_three_among_the_last_five(answers: Answers, watch: Health) -> None:
+    answers.text = "one of two stubs is gone"
+    failures = []
+    for answers.status in (500, 200, 200, 500, 200, 500, 500):
+        failures.append(watch.check())
+    assert failures[:-1] == [None] * 6
+    assert "one of two stubs is gone" in str(failures[-1])
+
+
+def test_a_server_that_is_gone_fails(processes: Processes, engine: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    watch = Health(address, processes.directory, engine, 0.0)
+    assert "does not answer: " in str([watch.check() for _ in range(3)][2])
+
+
+# Load
+
+
+def test_a_late_probe_is_no_failure_while_every_step_takes_requests(
+    answers: Answers, watch: Health, processes: Processes
+) -> None:
+    answers.silent.set()
+    assert [check_while(watch, processes) for _ in range(5)] == [None] * 5
+
+
+@pytest.mark.parametrize("stuck", ROLES)
+def test_it_is_one_where_a_step_takes_nothing(
+    answers: Answers, watch: Health, processes: Processes, stuck: str
+) -> None:
+    answers.silent.set()
+    moving = [role for role in ROLES if role != stuck]
+    failures = [check_while(watch, processes, *moving) for _ in range(3)]
+    assert failures[:2] == [None, None]
+    assert "does not answer within" in str(failures[2])
+
+
+def test_an_engine_in_the_midst_of_a_long_step_is_at_work(
+    answers: Answers, watch: Health, processes: Processes
+) -> None:
+    answers.silent.set()
+    processes.busy[health.ENGINE] = 20.0
+    assert [check_while(watch, processes, *health.STEPS) for _ in range(4)] == [None] * 4
+
+
+def test_a_wrong_answer_is_a_failure_under_load_too(answers: Answers, watch: Health, processes: Processes) -> None:
+    answers.status, answers.text = 500, "the stub is gone"
+    assert "the stub is gone" in str([check_while(watch, processes) for _ in range(3)][2])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CANCELLED: the request's deadline has passed", "UNAVAILABLE: the request waited in the queue for 1 seconds"],
+)
+def test_an_answer_that_tells_of_waiting_is_late(
+    answers: Answers, watch: Health, processes: Processes, text: str
+) -> None:
+    answers.status, answers.text, answers.delay = 400, text, 0.07
+    assert [check_while(watch, processes) for _ in range(4)] == [None] * 4
+    assert [watch.check() is None for _ in range(3)] == [True, True, False]
+
+
+def test_an_engine_that_starts_again_has_time(answers: Answers, processes: Processes, engine: Any) -> None:
+    watch = Health(answers.address, processes.directory, engine, 0.3)
+    engine.up = False
+    processes.pids[health.ENGINE] = DEAD_PID
+    (processes.directory / f"{health.ENGINE}-{os.getpid()}.vitals").unlink()
+    processes.publish()
+    answers.status, answers.text = 400, "UNAVAILABLE: the engine is not up; try again"
+    assert [watch.check() for _ in range(5)] == [None] * 5
+    time.sleep(0.6)
+    assert [watch.check() for _ in range(2)] == [None] * 2
+    assert "not up" in str(watch.check())
+
+
+# Processes
+
+
+def test_a_dead_step_is_found_at_once(watch: Health, processes: Processes) -> None:
+    (processes.directory / f"detokenizer-{DEAD_PID}.vitals").write_bytes(struct.pack("dqdd", 0, 0, 0, 30))
+    failure = watch.check()
+    assert failure == health.Failure(f"detokenizer (process {DEAD_PID}) is dead")
+    assert why_unready(processes.directory) == f"detokenizer (process {DEAD_PID}) is dead"
+
+
+@pytest.mark.parametrize("role", health.STEPS)
+def test_a_step_that_stands_still_is_the_end(watch: Health, processes: Processes, role: str) -> None:
+    processes.silent[role] = 11.0
+    processes.publish()
+    failures = [watch.check() for _ in range(3)]
+    assert failures[:2] == [None, None]
+    assert failures[2] is not None
+    assert f"{role} (process {os.getpid()}) has stood still for 11 s" in failures[2].reason
+    assert failures[2].workers == ()
+
+
+def test_a_worker_that_is_stuck_is_replaced(watch: Health, processes: Processes) -> None:
+    processes.pids[health.ENGINE] = os.getppid()
+    (processes.directory / f"{health.ENGINE}-{os.getpid()}.vitals").unlink()
+    processes.busy[health.ENGINE] = 31.0
+    processes.publish()
+    failures = [watch.check() for _ in range(3)]
+    assert failures[:2] == [None, None]
+    assert failures[2] is not None
+    assert failures[2].workers == (os.getppid(),)
+    assert "has been stuck for 31 s" in failures[2].reason
+    assert watch.check() is None, "the next one has its own chance"
+
+
+def test_a_server_is_ready_when_all_its_processes_work(processes: Processes) -> None:
+    assert why_unready(processes.directory) is None
+    (processes.directory / f"tokenizer-{os.getpid()}.vitals").unlink()
+    processes.busy["generation"] = 99.0
+    processes.pids["tokenizer"] = DEAD_PID
+    processes.publish()
+    (processes.directory / f"tokenizer-{DEAD_PID}.vitals").unlink()
+    assert why_unready(processes.directory) == (
+        f"tokenizer is not loaded; generation (process {os.getpid()}) has been stuck for 99 s"
+    )

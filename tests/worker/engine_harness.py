@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that counts: the real loop, Router and hub on a real socket, with a runner without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.vitals import Vitals
+from lightllm_backend.request import Request, SamplingParams, TokenChunk
+from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.worker.batch_channel import BatchSender
+from lightllm_backend.worker.main import build_router, run
+from lightllm_backend.worker.server import Hub
+
+VOCAB_SIZE = 1000
+EOS_ID = 999
+POOL_TOKENS = 500
+INFO = EngineInfo(
+    model="counting", dtype="float32", device="cpu", vocab_size=VOCAB_SIZE, eos_ids=(EOS_ID,),
+    lengths=LengthLimits(50, "max_req_input_len", 400, "max_req_total_len"), pool_tokens=POOL_TOKENS, memory={},
+)  # fmt: skip
+
+
+class CountingRunner:
+    """The next token is the last one + 1. `gate`, when clear, holds every step; `failure` is raised by the next one."""
+
+    def __init__(self, overlap: int) -> None:
+        self.overlap = overlap
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.most_in_flight = 0
+        self._in_flight = 0
+        self._last: dict[int, int] = {}  # by row of the request table
+
+    def launch(self, batch: Batch) -> Any:
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        for admission in batch.admitted:
+            self._last[admission.row] = admission.prompt_ids[-1]
+        tokens = []
+        for row in batch.rows[batch.samples].tolist():
+            self._last[row] += 1
+            tokens.append(self._last[row])
+        result = StepResult(np.array(tokens, np.int32), -np.array(tokens, np.float32))
+        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set)
+
+    def _finish(self, result: StepResult) -> StepResult:
+        self._in_flight -= 1
+        assert self.gate.wait(10)
+        if self.failure:
+            raise self.failure
+        return result
+
+
+class CountingEngine:
+    """A worker in a thread. `stop` is what the death of its supervisor does to it."""
+
+    def __init__(self, address: str, overlap: int = 0, **settings: Any) -> None:
+        self.runner = CountingRunner(overlap)
+        self.router = build_router(EngineConfig(max_req_input_len=50, **settings), INFO, batch_max_tokens=64)
+        self.error: Exception | None = None
+        self.hub: Hub
+        read_end, self._leash = os.pipe()
+        self.hub = Hub(address, INFO, read_end)
+        self.vitals = Vitals(Path(address).parent, "worker-0")
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            run(self.hub, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 (tests look at it)
+            self.error = error
+        finally:
+            self.hub.close()
+            self.vitals.close()
+
+    def stop(self) -> None:
+        self.runner.gate.set()
+        with contextlib.suppress(OSError):
+            os.close(self._leash)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+
+class Answer:
+    """What one request gets."""
+
+    def __init__(self, client: EngineClient, prompt: list[int], deadline: float | None = None, **sampling: Any) -> None:
+        self.chunks: list[TokenChunk] = []
+        self.ended = threading.Event()
+        self._queue: queue.Queue[TokenChunk] = queue.Queue()
+        self.uid = client.new_uid()
+        client.submit(Request(self.uid, tuple(prompt), SamplingParams(**sampling), deadline), self._on_chunk)
+
+    def _on_chunk(self, chunk: TokenChunk) -> None:
+        self.chunks.append(chunk)
+        self._queue.put(chunk)
+        if chunk.finish_reason is not None:
+            self.ended.set()
+
+    def next(self) -> TokenChunk:
+        return self._queue.get(timeout=10)
+
+    def wait(self) -> Answer:
+        """All of it; the request has ended exactly once."""
+        assert self.ended.wait(10)
+        assert [chunk.finish_reason is not None for chunk in self.chunks] == [False] * (len(self.chunks) - 1) + [True]
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.token_ids]
+
+    @property
+    def last(self) -> TokenChunk:
+        return self.chunks[-1]
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def counting_engine(
+    directory: Path, overlap: int = 0, **settings: Any
+) -> Iterator[tuple[CountingEngine, EngineClient]]:
+    address = str(directory / "engine")
+    engine = CountingEngine(address, overlap, **settings)
+    client = EngineClient(address)
+    try:
+        client.wait_ready(10)
+        yield engine, client
+    finally:
+        engine.stop()
+        client.close()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine of several processes, an EngineSupervisor and its workers, with a client in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.request import Request, SamplingParams, TokenChunk
+
+TIMEOUT = 120.0
+
+
+@dataclass
+class Engine:
+    supervisor: EngineSupervisor
+    client: EngineClient
+
+    def answer(
+        self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Pending]:
+        """All prompts at once, to their ends."""
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        pending = [self.submit(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        for one in pending:
+            assert one.ended.wait(TIMEOUT)
+            assert one.chunks[-1].error is None, one.chunks[-1].error
+        return pending
+
+    def submit(self, prompt: list[int], sampling: SamplingParams) -> Pending:
+        pending = Pending()
+        self.client.submit(Request(self.client.new_uid(), tuple(prompt), sampling), pending.on_chunk)
+        return pending
+
+
+class Pending:
+    """A request on its way."""
+
+    def __init__(self) -> None:
+        self.chunks: list[TokenChunk] = []
+        self.started = threading.Event()
+        self.ended = threading.Event()
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        self.chunks.append(chunk)
+        self.started.set()
+        if chunk.finish_reason is not None:
+            self.ended.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.token_ids]
+
+    @property
+    def log_probs(self) -> list[float]:
+        return [value for chunk in self.chunks for value in chunk.log_probs]
+
+
+def configuration(directory: Path, tp: int, **changes: object) -> EngineConfig:
+    settings = {
+        "dtype": "float32", "device": "cpu", "running_max_req_size": 8, "max_total_token_num": 1024,
+        "worker_python": sys.executable, **changes,
+    }  # fmt: skip
+    return EngineConfig(model_dir=str(directory), tp=tp, **settings)
+
+
+@contextlib.contextmanager
+def started(config: EngineConfig, on_restart: Callable[[], None] = lambda: None) -> Iterator[Engine]:
+    with tempfile.TemporaryDirectory(prefix="lightllm-") as run_directory:
+        address = str(Path(run_directory, "engine"))
+        supervisor = EngineSupervisor(config, address, on_restart)
+        client = None
+        try:
+            supervisor.wait_ready()
+            client = EngineClient(address)
+            client.wait_ready(TIMEOUT)
+            yield Engine(supervisor, client)
+        finally:
+            if client:
+                client.close()
+            supervisor.stop()
+
+
+def workers() -> list[psutil.Process]:
+    """Children of this process that are workers and still run; those of servers are not its own children."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "lightllm_backend.worker.main" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def until(holds: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + TIMEOUT
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of several ranks on a CPU, over gloo: the same tokens whatever the number, and how ranks start and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightllm_backend.generation.worker_group import EngineStartError
+from lightllm_backend.request import FinishReason, SamplingParams
+from tests.runner.engine_harness import save_random_llama, transformers_greedy
+from tests.worker.process_harness import TIMEOUT, configuration, started, until, workers
+
+MAX_TOKENS = 12
+PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61)), [190, 191, 192]]
+SAMPLED = [
+    SamplingParams(max_tokens=MAX_TOKENS, do_sample=True, temperature=1.2, seed=seed, **changes)
+    for seed, changes in enumerate(
+        [{"top_k": 20}, {"top_p": 0.8}, {"repetition_penalty": 1.3, "min_tokens": 4}, {"presence_penalty": 0.5}]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 heads share 2 KV heads, and neither 2 nor 4 ranks divide the vocabulary."""
+    return save_random_llama(tmp_path_factory.mktemp("llama"), num_attention_heads=4, hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> list[list[int]]:
+    return transformers_greedy(directory, PROMPTS, MAX_TOKENS)
+
+
+def shared_memory() -> set[str]:
+    """All that is there but the regions of Triton servers, which others may be running."""
+    return {entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("triton_")}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sampled, tp) -> None:
+    shared_before = shared_memory()
+    with started(configuration(directory, tp)) as engine:
+        assert len(engine.supervisor.pids) == len(workers()) == tp
+        greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
+        assert [answer.tokens for answer in greedy] == expected
+        assert [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)] == sampled
+    assert workers() == []
+    assert shared_memory() <= shared_before
+
+
+@pytest.fixture(scope="module")
+def sampled(directory: Path, expected: list[list[int]]) -> list[list[int]]:
+    with started(configuration(directory, 1)) as engine:
+        tokens = [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)]
+    assert all(ours != greedy for ours, greedy in zip(tokens, expected, strict=True)), "they are drawn"
+    return tokens
+
+
+def test_a_rank_that_fails_at_start_fails_the_start_with_its_error(directory, tmp_path) -> None:
+    # Rank 0 waits for rank 1 when that gives up.
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nif [ "$4" = 1 ]; then sleep 3; echo "error: MemoryError: the GPU is full"; exit 1; fi\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    began = time.monotonic()
+    failing = configuration(directory, 2, worker_python=str(python))
+    with pytest.raises(EngineStartError, match="^rank 1: MemoryError: the GPU is full$"), started(failing):
+        pass
+    assert workers() == []
+    assert time.monotonic() - began < 10, "rank 0 was not waited for"
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "message"),
+    [
+        (3, {}, r"rank [012]: num_attention_heads is 4, which tp = 3 does not divide"),
+        (2, {"model_dir": "/nowhere"}, r"rank [01]: .*/nowhere"),
+    ],
+)
+def test_what_cannot_be_split_is_an_error_at_start(directory, tp, changes, message) -> None:
+    config = configuration(Path(changes.get("model_dir", directory)), tp)
+    with pytest.raises(EngineStartError, match=message), started(config):
+        pass
+    assert workers() == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_requests_and_the_engine_comes_back(directory, expected, rank) -> None:
+    restarts: list[float] = []
+    with started(configuration(directory, 2), lambda: restarts.append(time.monotonic())) as engine:
+        first = engine.supervisor.pids
+        running = [engine.submit(prompt, SamplingParams(max_tokens=200, ignore_eos=True)) for prompt in PROMPTS[:2]]
+        assert all(one.started.wait(TIMEOUT) for one in running)
+        os.kill(first[rank], signal.SIGKILL)
+        assert all(one.ended.wait(TIMEOUT) for one in running)
+        assert {one.chunks[-1].error.code for one in running} <= {"UNAVAILABLE", "INTERNAL"}
+        assert until(lambda: restarts and engine.supervisor.pids != first and engine.client.up)
+        assert not any(psutil.pid_exists(pid) for pid in first)
+        assert len(workers()) == 2
+        [answer] = engine.answer(PROMPTS[1:2], SamplingParams(max_tokens=MAX_TOKENS))
+        assert answer.tokens == expected[1]
+        for one in running:
+            assert [chunk.finish_reason for chunk in one.chunks if chunk.finish_reason] == [FinishReason.FAILED]
+    assert len(restarts) == 1
+    assert workers() == []
+
+
+def test_idle_ranks_use_no_processor(directory) -> None:
+    with started(configuration(directory, 2)) as engine:
+        engine.answer(PROMPTS[:1], SamplingParams(max_tokens=4))
+        ranks = [psutil.Process(pid) for pid in engine.supervisor.pids]
+        before = [sum(one.cpu_times()[:2]) for one in ranks]
+        time.sleep(2)
+        used = [sum(one.cpu_times()[:2]) - start for one, start in zip(ranks, before, strict=True)]
+    assert used[1] <= 0.04, "a follower waits without looking"
+    assert used[0] < 0.5
+
+
+OWNER = """
+import sys
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.generation.supervisor import EngineSupervisor
+supervisor = EngineSupervisor(EngineConfig.build(dict(zip(sys.argv[2::2], sys.argv[3::2])), {}), sys.argv[1])
+supervisor.wait_ready()
+print(*supervisor.pids, flush=True)
+input()
+"""
+
+
+def test_the_ranks_end_when_their_owner_is_killed(directory, tmp_path) -> None:
+    settings = configuration(directory, 2).environment()
+    flat = [text for name, value in settings.items() for text in (name.removeprefix("LIGHTLLM_").lower(), value)]
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "engine"), *flat]
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as owner:
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        owner.kill()
+    assert until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
