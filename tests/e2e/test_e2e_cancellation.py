@@ -187,4 +187,4 @@ def test_deadline_while_waiting(small_server: TritonServer, start: Start) -> Non
 def test_impossible_timeout(small_server: TritonServer) -> None:
     status, answer = generate(small_server, {"text_input": PROMPT, "timeout": -1})
     assert status == 400
-    assert "INVALID_ARG: timeout is -1; allowed: microseconds ≥ 0" in answer["error"]
+    assert "INVALID_ARG: timeout is -1; allowed: an integer ≥ 0, of microseconds" in answer["error"]
