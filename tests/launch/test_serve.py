@@ -231,7 +231,10 @@ def launch_command(settings: dict[str, str], repository: Path, tmp_path: Path) -
     """Starts the command with the stand-in; probes follow each other quickly."""
     script = tmp_path / "fake_tritonserver.py"
     script.write_text(FAKE_TRITONSERVER)
-    program = "from lightllm_backend import serve; from lightllm_backend.launch import health; health.PROBE_SECONDS = 0.2; serve.command()"
+    program = (
+        "from lightllm_backend import serve; from lightllm_backend.launch import health; "
+        "health.PROBE_SECONDS = 0.2; serve.command()"
+    )
     command = [sys.executable, "-c", program, *options({**settings, "model_repository": str(repository)})]
     environment = {**os.environ, "LIGHTLLM_TRITONSERVER": f"{sys.executable} {script} {tmp_path}"}
     environment["PYTHONPATH"] = str(ROOT)
