@@ -120,13 +120,16 @@ serve() {
 test() {
     environment
     install_once development install_development
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     ruff check .
     ruff format --check .
     mypy
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
-    exec python -m pytest -q "$@"
+    # Two at a time, a file on one worker, since its tests share a server; on a GPU one after the other.
+    local workers=2
+    if nvidia-smi >/dev/null 2>&1; then workers=0; fi
+    exec python -m pytest -q --numprocesses "$workers" --dist loadfile "$@"
 }
 
 docker() {
