@@ -187,7 +187,7 @@ OPTIONS: dict[str, Option] = {
         _STRINGS, aliases=("stop", "stop_sequences"),
     ),
     "stop_token_ids": Option(
-        token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} token ids from 0 to {MAX_INT32}",
+        token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} ids of the model's vocabulary, ≥ 0",
         lambda v: len(v) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_INT32 for i in v),
         ("INT32", -1), aliases=("stop_ids",),
     ),
@@ -234,7 +234,8 @@ OTHERS: dict[str, Option] = {
     "structured_outputs": _empty(_NO_CONSTRAINT),
     "regular_constraint": _empty(_NO_CONSTRAINT),
     "guided_grammar": _empty(_NO_CONSTRAINT),
-    "guided_json": _empty(_NO_CONSTRAINT),
+    # An empty schema is a constraint too: any JSON.
+    "guided_json": Option(lambda value: value, f"empty text ({_NO_CONSTRAINT})", lambda v: v == ""),
     "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "prompt_logprobs": _null("the prompt's log probabilities are not returned"),

@@ -50,7 +50,7 @@ MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 60.0
 # For a server that does not work any more: to end by itself, and before that for its clients to hear of it.
-GIVE_UP_SECONDS, TELL_SECONDS = 20.0, 5.0
+GIVE_UP_SECONDS, TELL_SECONDS = 5.0, 5.0
 # For the server's processes to end after it; the engine's workers take some seconds if nobody stops them.
 GROUP_SECONDS = 10.0
 USAGE_ERROR = 2
@@ -230,7 +230,7 @@ def serve(launch: Launch, console: Console) -> int:
 
     directory = run_directory_of(server.pid)
     engine = EngineClient(str(directory / "engine"))
-    watch = Health(address, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])
+    watch = Health(address, server.pid, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])
     try:
         console.print(summary(launch, engine.wait_ready(health.PROBE_SECONDS)))
         tell(f"ready after {seconds:.1f} s; ask it something:\n{first_call(address)}")
@@ -250,7 +250,10 @@ def serve(launch: Launch, console: Console) -> int:
         end_requests(engine, directory, failure.reason)
         server.stop(GIVE_UP_SECONDS)
         return 1
-    return server.exit_code()
+    code = server.exit_code()
+    if code and not server.stopping:
+        tell(f"error: tritonserver ended by itself, with exit code {code}")
+    return code
 
 
 def end_requests(engine: EngineClient, directory: Path, reason: str) -> None:

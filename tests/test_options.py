@@ -250,6 +250,7 @@ def test_what_can_mean_nothing_here_is_neutral_or_refused_with_a_reason(name: st
 
 # By what is said to be allowed: values that are, and values that are not.
 NEUTRAL: dict[str, tuple[list[Any], list[Any]]] = {
+    "empty text": ([""], ["{}", {}, '{"type": "object"}']),
     "true or false": ([True, False, "true", None], [2, "x", [True]]),
     "true": ([True, 1, "true", None], [False, 0, "x"]),
     "false": ([False, 0, "false", None], [True, 1, "x", 2]),

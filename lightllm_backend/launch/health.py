@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.messages.vitals import Reading, read_vitals
 
@@ -71,9 +73,11 @@ class Health:
     """
 
     def __init__(
-        self, address: str, directory: Path, engine: EngineClient, start_seconds: float, probe_key: str = ""
-    ) -> None:
+        self, address: str, server_pid: int, directory: Path, engine: EngineClient, start_seconds: float,
+        probe_key: str = "",
+    ) -> None:  # fmt: skip
         self._address = address
+        self._server_pid = server_pid
         self._directory = directory
         self._engine = engine
         self._probe_key = probe_key
@@ -90,12 +94,13 @@ class Health:
         still = standstills(after, now)
         stubs = {reading.pid for reading in after if not reading.role.startswith("worker-")}
         dead = [still[reading.pid] for reading in after if not reading.alive and reading.pid in stubs]
+        stopped = [f"tritonserver (process {self._server_pid}) is stopped"] if self._server_is_stopped() else []
         if dead:  # nothing restarts a step
-            return Failure("; ".join(dead))
+            return Failure("; ".join(stopped + dead))
         restarting = self._is_restarting()
         # A dead worker is the generation step's to replace.
         workers = tuple(r.pid for r in after if r.pid in still and r.pid not in stubs and r.alive)
-        reasons = [reason for pid, reason in still.items() if pid in stubs or pid in workers]
+        reasons = stopped + [reason for pid, reason in still.items() if pid in stubs or pid in workers]
         moves = _moves(before, after, now)
         reasons += [probe.reason for probe in probes if probe.reason and not restarting and not (probe.late and moves)]
         self._failed.append(bool(reasons))
@@ -121,6 +126,12 @@ class Health:
         # The probe's own deadline has passed, or queue_timeout_s.
         late = "CANCELLED" in answer or "in the queue" in answer
         return _Probe(f"{model} answers with status {status}: {answer}", late)
+
+    def _server_is_stopped(self) -> bool:
+        try:
+            return bool(psutil.Process(self._server_pid).status() == psutil.STATUS_STOPPED)
+        except psutil.NoSuchProcess:
+            return False
 
     def _is_restarting(self) -> bool:
         if self._engine.up:

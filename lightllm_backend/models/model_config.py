@@ -7,7 +7,7 @@ directory can be wrong is a ModelError.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ __all__ = ["ModelConfig", "ModelError", "RopeScaling"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# The keys whose values the shapes of weights must agree with.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
 
 # The words for a checkpoint's dtype, and what it is served in: no kernel knows float64.
 DTYPES = {
@@ -90,13 +94,15 @@ class ModelConfig:
         for key in QUANTIZATION_KEYS:
             if config.has(key):
                 raise config.error(key, "an unquantised checkpoint is needed")
+        shape = DIALECTS[ARCHITECTURES[architecture].dialect](config)
+        shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
         return cls(
             architecture=architecture,
             vocab_size=config.count("vocab_size"),
             torch_dtype=_dtype(config),
             bos_id=next(iter(config.token_ids("bos_token_id")), None),
             eos_ids=_eos_ids(config, directory / "generation_config.json"),
-            **DIALECTS[ARCHITECTURES[architecture].dialect](config),
+            **shape,
         )
 
     @property
@@ -172,6 +178,13 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
 DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "bloom": _bloom}
 
 
+def _left_out(config: ConfigFields) -> Iterator[str]:
+    """A warning for each size that config.json leaves out: its default is seldom that of the weights."""
+    for key in SIZES:
+        if config.knows(key) and key not in config.values and config.has(key):
+            yield f"{config.path}: {key} is missing, which makes it {config.get(key)}"
+
+
 def _architecture(config: ConfigFields) -> str:
     """The class of the model: the first of `architectures`, else the causal language model of `model_type`."""
     names, model_type = config.get("architectures"), config.get("model_type")
@@ -182,7 +195,7 @@ def _architecture(config: ConfigFields) -> str:
             raise config.error("model_type", f"known without architectures: {', '.join(sorted(MODEL_TYPES))}")
         return MODEL_TYPES[model_type]
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise config.error("architectures", "a list with the name of the model's class is needed")
+        raise config.error("architectures", "a list with the name of the model's class, or else model_type, is needed")
     architecture = FORMER_NAMES.get(names[0], names[0])
     try:
         check_architecture(architecture)

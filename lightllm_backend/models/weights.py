@@ -115,8 +115,8 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
 
 def _mismatch(missing: list[str], left_over: list[str]) -> str:
     problems = [
-        f"{len(names)} tensors are {what}: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
-        for what, names in (("missing", missing), ("not the model's", left_over))
+        f"{what}, {len(names)} in all: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
+        for what, names in (("tensors are missing", missing), ("tensors are not the model's", left_over))
         if names
     ]
     needed = "the files must belong to the model of config.json"

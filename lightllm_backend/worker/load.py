@@ -70,6 +70,10 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
     limits = LengthLimits.of(config, shape.max_sequence_length)
     eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
+    if config.eos_id is not None and max(config.eos_id) >= shape.vocab_size:
+        raise ConfigError(
+            f"eos_id is {max(config.eos_id)}; allowed: ids of the model's vocabulary, < {shape.vocab_size}"
+        )
     batch_max_tokens = config.batch_max_tokens or (GPU_BATCH_MAX_TOKENS if on_gpu else CPU_BATCH_MAX_TOKENS)
     kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
     chosen_kernels = kernels.select(device)

@@ -29,7 +29,6 @@ PROGRAM = f"""
 from lightllm_backend import serve
 from lightllm_backend.launch import health
 health.PROBE_SECONDS, health.LATE_BEAT_SECONDS = {PROBE_SECONDS}, 4.0
-serve.GIVE_UP_SECONDS = 5.0
 serve.command()
 """
 FOUND_SECONDS = 40.0  # five checks, each of two probes' length, and the server's end
@@ -159,7 +158,7 @@ def under_load(command: LaunchCommand, act: Callable[[], float]) -> tuple[list[s
     return streams.ends, acted
 
 
-@pytest.mark.parametrize("role", ["tokenizer", "generation", "detokenizer", "lightllm_unary", "tritonserver"])
+@pytest.mark.parametrize("role", ["tokenizer", "generation", "detokenizer", "lightllm_unary", "health", "tritonserver"])
 def test_a_step_that_stands_still_is_found_under_load(command: LaunchCommand, role: str) -> None:
     def stop_it() -> float:
         command.find(role).send_signal(signal.SIGSTOP)
@@ -171,10 +170,10 @@ def test_a_step_that_stands_still_is_found_under_load(command: LaunchCommand, ro
     assert seconds < FOUND_SECONDS
     assert command.process.returncode == 1
     assert "error: the server does not work any more and is stopped: " in command.log()
+    assert f"{role} (process " in command.log()
     assert len(ends) == 8
     assert "whole" not in ends
-    if role in ("tokenizer", "lightllm_unary"):  # the others are on the way of the errors themselves
-        assert f"{role} (process " in command.log()
+    if role in ("tokenizer", "lightllm_unary", "health"):  # the others are on the way of the errors themselves
         assert all("UNAVAILABLE: the server is stopped" in end for end in ends), ends
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -98,7 +100,7 @@ def engine() -> Any:
 
 @pytest.fixture
 def watch(answers: Answers, processes: Processes, engine: Any) -> Health:
-    return Health(answers.address, processes.directory, engine, 0.0, probe_key="the key")
+    return Health(answers.address, os.getpid(), processes.directory, engine, 0.0, probe_key="the key")
 
 
 def check_while(watch: Health, processes: Processes, *moving: str) -> health.Failure | None:
@@ -150,7 +152,7 @@ def test_a_server_that_is_gone_fails(processes: Processes, engine: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    watch = Health(address, processes.directory, engine, 0.0)
+    watch = Health(address, os.getpid(), processes.directory, engine, 0.0)
     assert "does not answer: " in str([watch.check() for _ in range(3)][2])
 
 
@@ -201,7 +203,7 @@ def test_an_answer_that_tells_of_waiting_is_late(
 
 
 def test_an_engine_that_starts_again_has_time(answers: Answers, processes: Processes, engine: Any) -> None:
-    watch = Health(answers.address, processes.directory, engine, 0.3)
+    watch = Health(answers.address, os.getpid(), processes.directory, engine, 0.3)
     engine.up = False
     processes.pids[health.ENGINE] = DEAD_PID
     (processes.directory / f"{health.ENGINE}-{os.getpid()}.vitals").unlink()
@@ -221,6 +223,16 @@ def test_a_dead_step_is_found_at_once(watch: Health, processes: Processes) -> No
     failure = watch.check()
     assert failure == health.Failure(f"detokenizer (process {DEAD_PID}) is dead")
     assert why_unready(processes.directory) == f"detokenizer (process {DEAD_PID}) is dead"
+
+
+def test_a_server_that_is_stopped_is_named(answers: Answers, processes: Processes, engine: Any) -> None:
+    with subprocess.Popen(["sleep", "60"]) as server:
+        server.send_signal(signal.SIGSTOP)
+        watch = Health(answers.address, server.pid, processes.directory, engine, 0.0)
+        reasons = [str(watch.check()) for _ in range(3)]
+        server.kill()
+    assert reasons[:2] == ["None"] * 2
+    assert f"tritonserver (process {server.pid}) is stopped" in reasons[2]
 
 
 @pytest.mark.parametrize("role", health.STEPS)

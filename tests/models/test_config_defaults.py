@@ -10,7 +10,7 @@ import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from lightllm_backend.models.model_config import UNLIMITED_POSITIONS, ModelConfig, ModelError
+from lightllm_backend.models.model_config import SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
 from lightllm_backend.models.registry import ARCHITECTURES
 
 CLASSES = {
@@ -122,9 +122,14 @@ def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_
     # The rest are what a class without RoPE or windows leaves as it is.
     others = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
     assert others <= {"rope_theta", "rope_scaling", "sliding_window", "sliding_layers", "warnings"}
+    others.discard("warnings")
     assert all(
         getattr(config, field.name) == field.default for field in dataclasses.fields(config) if field.name in others
     )
+    left_out = [key for key in SIZES if ARCHITECTURES[architecture].defaults.get(key) is not None]
+    assert [warning.partition(": ")[2] for warning in config.warnings] == [
+        f"{key} is missing, which makes it {ARCHITECTURES[architecture].defaults[key]}" for key in left_out
+    ]
 
 
 @pytest.mark.parametrize("architecture", CLASSES)

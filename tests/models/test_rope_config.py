@@ -89,7 +89,7 @@ def test_frequencies_are_those_of_transformers(tmp_path, written):
     ],
 )
 def test_parameters_that_do_not_count_are_warned_of(tmp_path, written, unused):
-    warnings = ours(tmp_path, **written).warnings
+    warnings = [warning for warning in ours(tmp_path, **written).warnings if "rope" in warning]
     assert len(warnings) == (unused is not None)
     assert all("rope_scaling counts, and not rope_parameters" in warning and unused in warning for warning in warnings)
 

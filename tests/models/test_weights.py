@@ -169,13 +169,13 @@ def test_missing_and_left_over_tensors_are_named(directory):
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ModelError) as caught:
         loaded(directory)
-    assert f"1 tensors are missing: {Q_PROJ};" in str(caught.value)
-    assert "1 tensors are not the model's: model.layers.0.self_attn.q_norm.weight;" in str(caught.value)
+    assert f"tensors are missing, 1 in all: {Q_PROJ};" in str(caught.value)
+    assert "tensors are not the model's, 1 in all: model.layers.0.self_attn.q_norm.weight;" in str(caught.value)
 
 
 def test_many_missing_tensors_are_counted(directory):
     save_file({Q_PROJ: tensors_of(directory)[Q_PROJ]}, directory / "model.safetensors")
-    with pytest.raises(ModelError, match=r"34 tensors are missing: model\.embed_tokens\.weight, .*, …;"):
+    with pytest.raises(ModelError, match=r"tensors are missing, 34 in all: model\.embed_tokens\.weight, .*, …;"):
         loaded(directory)
 
 
