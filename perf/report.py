@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of perf/README.md, from the results that are stored beside it: `python -m perf.report`."""
+"""Writes perf/RESULTS.md from the results that are stored in perf/results/: `python -m perf.report`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,15 @@ from typing import Any
 from perf import peer
 from perf.record import RESULTS
 
-PAGE = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).with_name("RESULTS.md")
+INTRODUCTION = """\
+<!-- SPDX-License-Identifier: Apache-2.0 -->
+<!-- Written by `python -m perf.report` from perf/results/*.json. Do not edit. -->
+# Results
+
+[README.md](README.md) says how to measure these figures again and how to read each column.
+
+"""
 
 # The same machine, random ids of the same lengths, bf16: the columns of `serving` as far as they are known.
 PEER_SERVING = {
@@ -305,8 +312,8 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    results = {path: json.loads(path.read_text()) | {"stem": path.stem} for path in sorted(RESULTS.glob("*.json"))}
+def page(results: dict[Path, dict[str, Any]]) -> str:
+    """The text of perf/RESULTS.md. results: each stored result by its file, with the file's `stem` added."""
     lines: list[str] = []
     for name, section in SECTIONS.items():
         chosen = {path: result for path, result in results.items() if result["benchmark"] == name}
@@ -319,9 +326,16 @@ def main() -> None:
                 lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
         if name == "serving":
             lines += server_share(list(chosen.values()))
-    begin, end = "<!-- results, made by perf/report.py -->\n", "<!-- end of results -->"
-    text = re.sub(f"{begin}.*{end}", lambda _: begin + "\n".join(lines) + end, PAGE.read_text(), flags=re.DOTALL)
-    PAGE.write_text(text)
+    return INTRODUCTION + "\n".join(lines).rstrip() + "\n"
+
+
+def stored_results() -> dict[Path, dict[str, Any]]:
+    """Each result in perf/results/ by its file."""
+    return {path: json.loads(path.read_text()) | {"stem": path.stem} for path in sorted(RESULTS.glob("*.json"))}
+
+
+def main() -> None:
+    PAGE.write_text(page(stored_results()))
 
 
 if __name__ == "__main__":
