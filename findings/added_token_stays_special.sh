@@ -4,8 +4,8 @@
 # tokenizers 0.23.3: a special token that is added again with special=False is still skipped, until a reload.
 #
 # Adding a token again replaces its flags: get_added_tokens_decoder and the saved JSON say special=false afterwards. The
-# token stays in the set of tokens that decode skips, though. The same tokenizer, saved and loaded again, reports the same
-# flags and decodes the same ids to another text.
+# token stays in the set of tokens that decode skips, though. The same tokenizer, saved and loaded again, reports the
+# same flags and decodes the same ids to another text.
 #
 # Users meet it when they make a control token visible, such as the start of a tool call or of a reasoning part, by
 # adding it again as an ordinary token: the running process still hides it, and a restart from the saved file shows it.

@@ -4,8 +4,9 @@
 # tritonserver 2.51.0, tritonclient 2.73.0: a running step of an ensemble never learns that its request was cancelled.
 #
 # A decoupled Python model sends a response every 0.1 seconds and asks is_cancelled() before each. When a gRPC client
-# cancels its stream after the first response, is_cancelled() becomes true at once if the client called the model itself.
-# If the client called an ensemble with that model as its only step, it stays false, and the model runs to its end.
+# cancels its stream after the first response, is_cancelled() becomes true at once if the client called the model
+# itself. If the client called an ensemble with that model as its only step, it stays false, and the model runs to its
+# end.
 #
 # Users meet it since an LLM server is an ensemble by custom (tokenizer, generation, detokenizer): the generation of a
 # client that has left goes on to its last token, and holds its share of the GPU for that time.

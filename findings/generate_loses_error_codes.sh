@@ -3,9 +3,9 @@
 #
 # tritonserver 2.51.0, tritonclient 2.73.0: the code of a model's error is lost on the endpoints that LLMs use.
 #
-# A Python model answers with TritonError("busy", TritonError.UNAVAILABLE). The infer endpoint makes that the HTTP status
-# 503, and a unary gRPC call the status UNAVAILABLE. The generate and generate_stream endpoints answer 400 for the same
-# error, and an error in a gRPC stream has the message alone: its status() is None.
+# A Python model answers with TritonError("busy", TritonError.UNAVAILABLE). The infer endpoint makes that the HTTP
+# status 503, and a unary gRPC call the status UNAVAILABLE. The generate and generate_stream endpoints answer 400 for
+# the same error, and an error in a gRPC stream has the message alone: its status() is None.
 #
 # Users meet it when an overloaded server asks its clients to try again. LLM clients use generate, generate_stream and
 # gRPC streams, where retries and load balancers that go by the code take "busy" for a mistake of the client.

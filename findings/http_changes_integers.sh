@@ -5,8 +5,8 @@
 #
 # The HTTP endpoints (infer and generate) read a JSON integer as 64 bits and keep the low bits that the tensor's type
 # has: 4294967299 for an INT32 input arrives as 3, and 300 for an INT8 input as 44, with status 200. A request parameter
-# is a signed integer of 64 bits if it fits, and a double otherwise: 2**64 - 1 arrives as 1.8446744073709552e+19.
-# A number of another kind is refused (3.9 for an INT32), so a client may think that all wrong numbers are.
+# is a signed integer of 64 bits if it fits, and a double otherwise: 2**64 - 1 arrives as 1.8446744073709552e+19. A
+# number of another kind is refused (3.9 for an INT32), so a client may think that all wrong numbers are.
 #
 # Users meet it with limits and seeds: a "no limit" of 2**32 tokens becomes a limit of 0, and an unsigned 64-bit seed
 # becomes another seed. The model sees only the changed number of a tensor, so it cannot refuse the request.

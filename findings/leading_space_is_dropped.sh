@@ -8,9 +8,9 @@
 # one: "a" and " a" have the same token ids, and decoding the ids of " a" returns "a". Two leading spaces and more keep
 # one too few in the same way. legacy=True, the old behaviour by name, changes nothing.
 #
-# Users meet it when prompts begin with a space or with indented code: a server that tokenizes with SentencePiece and one
-# that tokenizes with transformers give the same model other token ids, and an indented text comes back with one space
-# too few.
+# Users meet it when prompts begin with a space or with indented code: a server that tokenizes with SentencePiece and
+# one that tokenizes with transformers give the same model other token ids, and an indented text comes back with one
+# space too few.
 #
 # Seen:
 #   'a'    sentencepiece ['▁a'] -> 'a', transformers ['▁a'] -> 'a'

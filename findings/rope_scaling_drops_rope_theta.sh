@@ -4,9 +4,9 @@
 # transformers 5.23.0: a rope_scaling entry discards the rope_theta inside rope_parameters.
 #
 # transformers 5 writes the RoPE settings of a model as one rope_parameters dictionary, base included. Older checkpoints
-# have rope_theta at the top level and rope_scaling beside it. A config.json with both dictionaries is neither merged nor
-# refused: rope_scaling replaces rope_parameters as a whole. A base of 500000 becomes LlamaConfig's default of 10000,
-# without a warning. The same base at the top level survives.
+# have rope_theta at the top level and rope_scaling beside it. A config.json with both dictionaries is neither merged
+# nor refused: rope_scaling replaces rope_parameters as a whole. A base of 500000 becomes LlamaConfig's default of
+# 10000, without a warning. The same base at the top level survives.
 #
 # Users meet it when they extend the context of a checkpoint that transformers 5 saved by adding the rope_scaling entry
 # that the model's card or a serving guide names. The model loads, and its answers get worse.
