@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# transformers 5.23.0: added_tokens_decoder in tokenizer_config.json overrides the flags of tokenizer.json.
+# transformers 5.23.0, tokenizers 0.23.3: token flags in tokenizer_config.json override those in tokenizer.json.
 #
 # tokenizer.json is complete by itself, and says of each added token whether it is special and whether it takes the
 # space on its left (lstrip). transformers adds every token of tokenizer_config.json's added_tokens_decoder again over
@@ -20,7 +20,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/python -m pip install --quiet transformers==5.23.0
+venv/bin/python -m pip install --quiet transformers==5.23.0 tokenizers==0.23.3
 
 venv/bin/python - <<'PYTHON'
 import json

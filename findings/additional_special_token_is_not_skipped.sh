@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# transformers 5.23.0: decode(skip_special_tokens=True) keeps a token that all_special_ids lists.
+# transformers 5.23.0, tokenizers 0.23.3: decode(skip_special_tokens=True) keeps a token that all_special_ids lists.
 #
 # tokenizer_config.json may declare special tokens that tokenizer.json has as ordinary added tokens. A token declared as
 # pad_token (or eos_token) becomes special in the tokenizer below, and decode skips it. A token declared in
@@ -21,7 +21,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/python -m pip install --quiet transformers==5.23.0
+venv/bin/python -m pip install --quiet transformers==5.23.0 tokenizers==0.23.3
 
 venv/bin/python - <<'PYTHON'
 import json

@@ -52,10 +52,15 @@ urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/v2/health/ready", timeou
     done
 }
 
-# stop_triton_server: stop the server that start_triton_server started, if any.
+# stop_triton_server: stop the server that start_triton_server started, if any; by force if it does not end by itself.
 stop_triton_server() {
     if [ -n "${TRITON_PID:-}" ]; then
         kill "$TRITON_PID" 2>/dev/null || true
+        local deadline=$((SECONDS + 40))
+        while kill -0 "$TRITON_PID" 2>/dev/null && ((SECONDS < deadline)); do
+            sleep 0.2
+        done
+        kill -KILL "$TRITON_PID" 2>/dev/null || true
         wait "$TRITON_PID" 2>/dev/null || true
         TRITON_PID=
     fi
