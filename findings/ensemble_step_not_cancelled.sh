@@ -16,12 +16,12 @@
 #   ensemble: not cancelled, 30 of 30 responses
 set -euo pipefail
 
-# shellcheck source=SCRIPTDIR/triton_server.sh
-source "$(dirname "${BASH_SOURCE[0]}")/triton_server.sh"
+# shellcheck source=SCRIPTDIR/common/triton_server.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/triton_server.sh"
 work=$(mktemp -d)
 trap 'stop_triton_server; rm -rf "$work"' EXIT
 cd "$work"
-install_triton_server venv numpy==1.26.4 tritonclient==2.73.0
+triton_server_from_pip venv numpy==1.26.4 tritonclient==2.73.0
 
 mkdir -p models/counter/1 models/ensemble/1
 cat >models/counter/config.pbtxt <<'CONFIG'

@@ -18,12 +18,12 @@
 #   gRPC stream:     None busy
 set -euo pipefail
 
-# shellcheck source=SCRIPTDIR/triton_server.sh
-source "$(dirname "${BASH_SOURCE[0]}")/triton_server.sh"
+# shellcheck source=SCRIPTDIR/common/triton_server.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/triton_server.sh"
 work=$(mktemp -d)
 trap 'stop_triton_server; rm -rf "$work"' EXIT
 cd "$work"
-install_triton_server venv numpy==1.26.4 tritonclient==2.73.0
+triton_server_from_pip venv numpy==1.26.4 tritonclient==2.73.0
 
 mkdir -p models/busy/1
 cat >models/busy/config.pbtxt <<'CONFIG'

@@ -19,12 +19,12 @@
 #   seed 18446744073709551615: 200 arrived as 1.8446744073709552e+19
 set -euo pipefail
 
-# shellcheck source=SCRIPTDIR/triton_server.sh
-source "$(dirname "${BASH_SOURCE[0]}")/triton_server.sh"
+# shellcheck source=SCRIPTDIR/common/triton_server.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/triton_server.sh"
 work=$(mktemp -d)
 trap 'stop_triton_server; rm -rf "$work"' EXIT
 cd "$work"
-install_triton_server venv numpy==1.26.4
+triton_server_from_pip venv numpy==1.26.4
 
 mkdir -p models/echo/1
 cat >models/echo/config.pbtxt <<'CONFIG'

@@ -16,12 +16,12 @@
 #   model:   {'encoding': 'ascii', 'stdout': 'ascii', 'FOLDER': "'Mod\\udcc3\\udca8les'", 'open': 'UnicodeEncodeError'}
 set -euo pipefail
 
-# shellcheck source=SCRIPTDIR/triton_server.sh
-source "$(dirname "${BASH_SOURCE[0]}")/triton_server.sh"
+# shellcheck source=SCRIPTDIR/common/triton_server.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/triton_server.sh"
 work=$(mktemp -d)
 trap 'stop_triton_server; rm -rf "$work"' EXIT
 cd "$work"
-install_triton_server venv numpy==1.26.4
+triton_server_from_pip venv numpy==1.26.4
 export LC_ALL=C.UTF-8 PYTHONUTF8=1 FOLDER=Modèles
 
 mkdir -p models/encodings/1

@@ -6,8 +6,8 @@
 # The server is the one that the package nvidia-pytriton 0.7.0 carries (tritonserver 2.51.0 with the Python backend).
 # Its stub is linked to libpython, so python3 must have been built with a shared library.
 
-# install_triton_server VENV REQUIREMENT...: make the virtual environment VENV and install the server into it.
-install_triton_server() {
+# triton_server_from_pip VENV REQUIREMENT...: make the virtual environment VENV and install the server into it.
+triton_server_from_pip() {
     local venv=$1
     shift
     python3 -m venv "$venv"
