@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from client.chat import ChatTemplate, ChatTemplateError, default_model_dir
+from lightllm_client.chat import ChatTemplate, ChatTemplateError, default_model_dir
 
 CHATML = """\
 {% for message in messages %}

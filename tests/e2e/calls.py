@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which clients call the server, as plain functions; client.LightLLMClient is the tests' gRPC stream."""
+"""The ways in which clients call the server, as plain functions; tests stream over gRPC through LightLLMClient."""
 
 from __future__ import annotations
 

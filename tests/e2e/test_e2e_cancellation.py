@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from client import ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
+from lightllm_client import ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
 from tests.e2e.server import TritonServer, poll
 

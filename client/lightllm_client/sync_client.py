@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LightLLMClient: one connection, any number of requests on it at once, each a gRPC stream of its own.
-
-A request's life: its stream is opened with the one message that it will ever send and is closed for writing at once;
-the server then ends the stream after the last response. Cancelling the stream cancels the request on the server.
-tritonclient's own InferenceServerClient holds one stream at a time and leaves a thread behind for each one that is
-cancelled, so the streams are opened through the stub that tritonclient carries.
-"""
+"""LightLLMClient: one connection, any number of requests on it at once, each a gRPC stream of its own."""
 
 from __future__ import annotations
 
@@ -16,10 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc  # type: ignore[import-untyped]
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
-from client.errors import DeadlineExceeded, Internal, LightLLMError, Unavailable, error_from_message, error_from_status
-from client.tensors import Chunk, Generation, Options, chunk_from_response, infer_request
+from lightllm_client.endpoint import HEALTH_SECONDS, Endpoint, StreamState
+from lightllm_client.errors import LightLLMError
+from lightllm_client.options import Options
+from lightllm_client.tensors import Chunk, Generation
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -32,42 +28,38 @@ class ChunkStream(Iterator[Chunk]):
     last reference, as `break` in a loop over `client.stream(...)` does. A closed stream has no more chunks.
     """
 
-    def __init__(self, call: Any, url: str, timeout: float | None) -> None:
+    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None) -> None:
         self._call = call
-        self._url = url
+        self._endpoint = endpoint
         self._timeout = timeout
-        self._closed = False
-        self._finished = False
+        self._state = StreamState()
 
     def __next__(self) -> Chunk:
-        while not self._closed:
-            response = self._next_response()
-            if response is None:
+        while not self._state.closed:
+            message = self._next_message()
+            if message is None:
                 break
-            if response.error_message:
-                self._finished = True
+            try:
+                chunk = self._state.take(message)
+            except LightLLMError:
                 self.close()
-                raise error_from_message(response.error_message)
-            if response.infer_response.outputs:
-                chunk = chunk_from_response(response.infer_response)
-                self._finished = chunk.finish_reason != ""
+                raise
+            if chunk is not None:
                 return chunk
         raise StopIteration
 
-    def _next_response(self) -> Any | None:
+    def _next_message(self) -> Any | None:
         """The server's next message; None when the request is over or was closed here."""
         try:
             return next(self._call)
         except StopIteration:
-            self.close()
-            if self._finished:
-                return None
-            raise Internal("the server ended the stream without a finish reason") from None
+            self._state.end()
+            return None
         except grpc.RpcError:
-            if self._closed:
+            if self._state.closed:
                 return None
             self.close()
-            raise rpc_error(self._call, self._url, self._timeout) from None
+            raise self._endpoint.error(self._call, self._timeout) from None
 
     def close(self) -> None:
         """Cancel the request unless it is over.
@@ -75,11 +67,11 @@ class ChunkStream(Iterator[Chunk]):
         One that is over is left to end: a cancellation that crosses the server's own end of the request leaves a part
         of it behind in the server, which then waits for it when it is stopped.
         """
-        if self._finished and not self._closed:
+        if self._state.finished and not self._state.closed:
             with contextlib.suppress(grpc.RpcError):
                 for _ in self._call:
                     pass
-        self._closed = True
+        self._state.closed = True
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -94,16 +86,6 @@ class ChunkStream(Iterator[Chunk]):
         self.close()
 
 
-def rpc_error(call: Any, url: str, timeout: float | None) -> LightLLMError:
-    """What a gRPC call to `url` that failed has ended with."""
-    error = error_from_status(call.code().name, call.details() or "no details")
-    if isinstance(error, DeadlineExceeded) and timeout is not None:
-        return DeadlineExceeded(f"the request did not finish within {timeout:g} s")
-    if isinstance(error, Unavailable):
-        return Unavailable(f"{url}: {error.message}")
-    return error
-
-
 class LightLLMClient:
     """Calls the ensemble `model` of the Triton server whose gRPC port is at `url`.
 
@@ -111,23 +93,11 @@ class LightLLMClient:
     last token; each call may set its own. Errors are LightLLMError and its subclasses.
     """
 
-    def __init__(self, url: str = "127.0.0.1:8001", model: str = "lightllm", timeout: float | None = None) -> None:
-        self._url = url
-        self._model = model
-        self._timeout = timeout
-        is_local = url.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
-        self._channel = grpc.insecure_channel(
-            url,
-            options=[
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", -1),
-                # A client that waits for its server to start must notice soon that it has; the default goes to minutes.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-                # No HTTP proxy of the environment can reach this machine's own ports.
-                ("grpc.enable_http_proxy", 0 if is_local else 1),
-            ],
-        )
+    def __init__(
+        self, url: str = Endpoint.url, model: str = Endpoint.model, timeout: float | None = Endpoint.timeout
+    ) -> None:
+        self._endpoint = Endpoint(url, model, timeout)
+        self._channel = grpc.insecure_channel(url, options=self._endpoint.channel_options())
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(
@@ -143,16 +113,16 @@ class LightLLMClient:
         """The answer to a prompt, chunk by chunk as it is made; the request is on its way when this returns."""
         return self._start(prompt, True, timeout, options)
 
-    def health(self, timeout: float | None = 10.0) -> float:
+    def health(self, timeout: float | None = HEALTH_SECONDS) -> float:
         """How many seconds the server took to say that it works; raises Unavailable, with the reason, if it does not.
 
         The answer does not wait behind other requests, so a busy server is healthy too.
         """
         started = time.monotonic()
         try:
-            self._stub.ModelInfer(service_pb2.ModelInferRequest(model_name="health"), timeout=timeout)
+            self._stub.ModelInfer(self._endpoint.health_request(), timeout=timeout)
         except grpc.RpcError as error:
-            raise rpc_error(error, self._url, timeout) from None
+            raise self._endpoint.error(error, timeout) from None
         return time.monotonic() - started
 
     def close(self) -> None:
@@ -168,6 +138,6 @@ class LightLLMClient:
         self.close()
 
     def _start(self, prompt: str | Sequence[int], stream: bool, timeout: float | None, options: Options) -> ChunkStream:
-        request = infer_request(self._model, prompt, stream, options)
-        seconds = self._timeout if timeout is None else timeout
-        return ChunkStream(self._stub.ModelStreamInfer(iter([request]), timeout=seconds), self._url, seconds)
+        request = self._endpoint.infer_request(prompt, stream, options)
+        seconds = self._endpoint.seconds(timeout)
+        return ChunkStream(self._stub.ModelStreamInfer(iter([request]), timeout=seconds), self._endpoint, seconds)

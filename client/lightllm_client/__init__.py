@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A typed client of the LightLLM ensemble on Triton server, on tritonclient alone; client.chat needs jinja2 too."""
+"""Typed client of the LightLLM ensemble on Triton server.
 
-from client.errors import (
+It needs tritonclient alone; lightllm_client.chat needs jinja2 too.
+"""
+
+from lightllm_client.errors import (
     Cancelled,
     DeadlineExceeded,
     Internal,
@@ -10,8 +13,11 @@ from client.errors import (
     NotFound,
     Unavailable,
 )
-from client.lightllm import ChunkStream, LightLLMClient
-from client.tensors import Chunk, Generation, Options
+from lightllm_client.options import Options
+from lightllm_client.sync_client import ChunkStream, LightLLMClient
+from lightllm_client.tensors import Chunk, Generation
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Cancelled",

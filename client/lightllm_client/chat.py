@@ -2,7 +2,7 @@
 """Chat templates: messages to the prompt that a model was trained on, as transformers' `apply_chat_template` does it.
 
 The templates and their special tokens come from the model's directory, in the layout of Hugging Face. Templates are
-foreign code, hence the sandbox. This is the only part of the library that needs jinja2.
+foreign code, hence the sandbox. Only this module needs jinja2: `pip install "lightllm-client[chat]"`.
 """
 
 from __future__ import annotations
