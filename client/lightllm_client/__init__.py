@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed client of the LightLLM ensemble on Triton server.
+"""Typed clients, synchronous and asynchronous, of the LightLLM ensemble on Triton server.
 
-It needs tritonclient alone; lightllm_client.chat needs jinja2 too.
+They need tritonclient alone; lightllm_client.chat needs jinja2 too.
 """
 
+from lightllm_client.async_client import AsyncChunkStream, AsyncLightLLMClient
 from lightllm_client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -20,6 +21,8 @@ from lightllm_client.tensors import Chunk, Generation
 __version__ = "0.2.0"
 
 __all__ = [
+    "AsyncChunkStream",
+    "AsyncLightLLMClient",
     "Cancelled",
     "Chunk",
     "ChunkStream",
