@@ -38,6 +38,7 @@ ALLOWED_PACKAGES = {
 
 # These run in Triton server's processes, or decide without knowing tensors.
 WITHOUT_TORCH = (
+    "client_options",
     "config",
     "worker.batch_channel",
     "messages.channel",
