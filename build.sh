@@ -124,6 +124,7 @@ test() {
     ruff check .
     ruff format --check .
     mypy
+    mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
     exec python -m pytest -q "$@"
