@@ -78,7 +78,7 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
         return message
 
     async def aclose(self) -> None:
-        """Cancel the request unless it is over; one that is over is left to end, as in ChunkStream.close."""
+        """Cancel the request unless it is over; a request that is over ends by itself, as in ChunkStream.close."""
         if self._state.finished and not self._state.closed:
             await _drain(self._call)
         self._state.closed = True

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 
 class Options(TypedDict, total=False):
-    """What a request may ask for; what is left out is not sent, and the server's default holds."""
+    """The options of a request. An option that is left out is not sent, and the server's default holds."""
 
     max_tokens: int
     do_sample: bool

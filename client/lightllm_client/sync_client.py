@@ -64,8 +64,8 @@ class ChunkStream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancel the request unless it is over.
 
-        One that is over is left to end: a cancellation that crosses the server's own end of the request leaves a part
-        of it behind in the server, which then waits for it when it is stopped.
+        A request that is over ends by itself: a cancellation that crosses the server's own end of the request leaves a
+        part of it behind in the server, and the server then waits for that part when it stops.
         """
         if self._state.finished and not self._state.closed:
             with contextlib.suppress(grpc.RpcError):

@@ -35,7 +35,7 @@ _SCALARS: dict[str, _Scalar] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """One response of a streamed request: what is new since the one before."""
+    """One response of a streamed request: its text and tokens are those since the previous one."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -60,7 +60,7 @@ class Generation:
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
-        """The answer that these chunks of one request, at least one, make up."""
+        """The whole answer of one request's chunks, of which there is at least one."""
         parts = tuple(chunks)
         last = parts[-1]
         return cls(
