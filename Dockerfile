@@ -31,12 +31,12 @@ COPY pyproject.toml README.md LICENSE ./
 COPY client ./client
 COPY lightllm_backend ./lightllm_backend
 COPY model_repository ./model_repository
-# Editable: the package stays beside the model repository that belongs to it.
-RUN python3 -m pip install --no-deps --config-settings editable_mode=compat --editable . \
+# Editable: the backend stays beside the model repository that belongs to it.
+RUN python3 -m pip install --no-deps --config-settings editable_mode=compat --editable . --editable ./client \
     && useradd --create-home --uid 10001 lightllm
 USER 10001
 
 EXPOSE 8000 8001 8002
 # A large model takes minutes to load.
-HEALTHCHECK --start-period=15m --interval=30s --timeout=10s CMD ["python3", "-m", "client", "health"]
+HEALTHCHECK --start-period=15m --interval=30s --timeout=10s CMD ["lightllm", "health"]
 ENTRYPOINT ["python3", "-m", "lightllm_backend.serve", "--host", "0.0.0.0"]

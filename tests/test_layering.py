@@ -38,6 +38,7 @@ ALLOWED_PACKAGES = {
 
 # These run in Triton server's processes, or decide without knowing tensors.
 WITHOUT_TORCH = (
+    "client_options",
     "config",
     "worker.batch_channel",
     "messages.channel",
@@ -69,11 +70,16 @@ WITHOUT_TORCH = (
     "triton_server.executable",
 )
 
-OUTSIDE_THE_PACKAGE = ("client", "model_repository", "perf", "tests")
+OUTSIDE_THE_PACKAGE = ("lightllm_client", "examples", "model_repository", "perf", "tests")
+
+# The client is a package of its own: what each of its modules may import besides itself and the standard library.
+CLIENT = "lightllm_client"
+CLIENT_PACKAGES = ("grpc", "numpy", "tritonclient")
+CLIENT_EXTRAS = {"chat": ("jinja2",)}
 
 # Requirements that are imported by another name than their own, and what needs none.
 IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google"}
-WITHOUT_REQUIREMENT = {PACKAGE, "client", "triton_python_backend_utils", *sys.stdlib_module_names}
+WITHOUT_REQUIREMENT = {PACKAGE, CLIENT, "triton_python_backend_utils", *sys.stdlib_module_names}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -192,6 +198,14 @@ def test_the_package_imports_nothing_that_is_built_on_it() -> None:
         if name.partition(".")[0] in OUTSIDE_THE_PACKAGE
     ]
     assert found == []
+
+
+def test_the_client_imports_only_itself_and_what_it_requires() -> None:
+    paths = sorted((ROOT / "client" / CLIENT).glob("*.py"))
+    assert paths
+    for path in paths:
+        allowed = {*sys.stdlib_module_names, CLIENT, *CLIENT_PACKAGES, *CLIENT_EXTRAS.get(path.stem, ())}
+        assert {name.partition(".")[0] for name in imports(path.read_text(), CLIENT)} <= allowed, path
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "client", "model_repository"])

@@ -27,9 +27,10 @@ def test_every_setting_is_in_the_table_with_its_default(setting) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_documented_with_its_other_names(name: str) -> None:
+def test_every_option_is_documented_with_its_type_and_its_other_names(name: str) -> None:
+    kind = [f"{datatype} [{size}]" for datatype, size in [OPTIONS[name].tensor or ("", 0)] if datatype]
     others = [f"`{other}`" for other in OPTIONS[name].other_names]
-    assert len(rows_with(f"`{name}`", *others)) >= 1
+    assert len(rows_with(f"`{name}`", *kind, *others)) >= 1
 
 
 @pytest.mark.parametrize(("name", "kind"), PUBLIC_OUTPUTS.items())

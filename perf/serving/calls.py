@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2_grpc
 
-from client.errors import error_from_message
-from client.tensors import Chunk, chunk_from_response, infer_request
+from lightllm_client.errors import error_from_message
+from lightllm_client.tensors import Chunk, chunk_from_response, infer_request
 from perf.serving.measure import RequestFailed
 from perf.serving.workload import WorkItem
 

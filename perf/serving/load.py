@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from client.errors import LightLLMError
+from lightllm_client.errors import LightLLMError
 from perf.serving.calls import CONNECT_SECONDS, Caller, Target, caller_for
 from perf.serving.measure import FIRST_CALL, ClientShare, RequestFailed, Trace, check, name_of
 from perf.serving.workload import Length, WorkItem

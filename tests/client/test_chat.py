@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from client.chat import ChatTemplate, ChatTemplateError, default_model_dir
+from lightllm_backend.launch.embedded_model import FILES, embedded_model_directory
+from lightllm_client.chat import ChatTemplate, ChatTemplateError, default_model_dir
 
 CHATML = """\
 {% for message in messages %}
@@ -312,9 +313,12 @@ def test_a_template_that_refuses_or_breaks_out_is_an_error(source, message):
         ChatTemplate(source, TOKENS).render([{"role": "tool", "content": "x"}])
 
 
-def test_the_default_directory_follows_the_cache_setting(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIGHTLLM_CACHE", str(tmp_path))
-    assert default_model_dir() == tmp_path / "SmolLM2-135M-Instruct"
-    monkeypatch.setenv("LIGHTLLM_CACHE", "")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert str(default_model_dir()) == "/home/someone/.cache/lightllm/SmolLM2-135M-Instruct"
+@pytest.mark.parametrize("cache", ["cache", ""])
+def test_the_default_directory_is_the_servers(monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIGHTLLM_CACHE", cache and str(tmp_path / cache))
+    directory = default_model_dir()
+    directory.mkdir(parents=True)
+    for name in FILES:
+        (directory / name).touch()
+    assert embedded_model_directory("no-python-to-make-it-with") == directory

@@ -1,28 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m client` against the fake server: what it sends, writes and exits with."""
+"""The command `lightllm` against the fake server: what it sends, writes and exits with."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from client.__main__ import OPTION_HELP, main
-from client.tensors import DATATYPES
+import lightllm_client
+from lightllm_client.__main__ import main
 
 SENTENCE = "The capital of Japan is Tōkyō 🗼."
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(lightllm_client.__file__).parents[1])}
 SOON = 20.0  # seconds; an upper bound, reached only by a failure
 
 
+@dataclass
+class Result:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def call(fake_server):
-    def call(*arguments, standard_input=None):
-        return CliRunner().invoke(main, [*arguments, "--url", fake_server.url], input=standard_input)
+def call(fake_server, capsys, monkeypatch):
+    def call(*arguments, standard_input=b""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(standard_input)))
+        try:
+            exit_code = main([*arguments, "--url", fake_server.url])
+        except SystemExit as end:
+            exit_code = end.code
+        return Result(exit_code, *capsys.readouterr())
 
     return call
 
@@ -36,9 +51,18 @@ def test_generate_writes_the_answer(call, fake_server, streaming):
 
 
 def test_text_is_written_as_it_is_made(fake_server):
-    command = [sys.executable, "-m", "client", "generate", "endless", "--timeout", "60", "--url", fake_server.url]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "lightllm_client",
+        "generate",
+        "endless",
+        "--timeout",
+        "60",
+        "--url",
+        fake_server.url,
+    ]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.read(11) == b"The capital"
         assert not fake_server.requests[0].ended.is_set()
@@ -49,10 +73,6 @@ def test_text_is_written_as_it_is_made(fake_server):
     assert process.returncode == 130
     assert errors == b""
     assert fake_server.requests[0].cancelled.wait(SOON)
-
-
-def test_every_option_of_the_ensemble_has_a_flag():
-    assert set(OPTION_HELP) == set(DATATYPES)
 
 
 def test_every_option_is_sent(call, fake_server):
@@ -102,7 +122,7 @@ def test_verbose_writes_statistics_to_standard_error(call, streaming):
 
 
 def test_a_dash_reads_standard_input_as_it_is(call, fake_server):
-    assert call("generate", "-", standard_input="Was?\n尾\n").exit_code == 0
+    assert call("generate", "-", standard_input="Was?\n尾\n".encode()).exit_code == 0
     assert fake_server.requests[0].value("text_input", None) == "Was?\n尾\n"
 
 
@@ -155,6 +175,52 @@ def test_chat_without_a_template_is_an_error(call, fake_server, monkeypatch, tmp
     assert result.exit_code == 1
     assert result.stderr == f"error: the model directory {tmp_path}/SmolLM2-135M-Instruct does not exist\n"
     assert fake_server.requests == []
+
+
+def test_chat_without_jinja2_says_what_to_install(call, fake_server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "lightllm_client.chat", raising=False)
+    result = call("generate", "What?", "--chat")
+    assert result.exit_code == 1
+    assert result.stderr == "error: --chat needs jinja2: pip install 'lightllm-client[chat]'\n"
+    assert fake_server.requests == []
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(fake_server):
+    command = [sys.executable, "-m", "lightllm_client", "generate", "endless", "--timeout", "60"]
+    process = subprocess.Popen(
+        [*command, "--url", fake_server.url], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.read(3) == b"The"
+        process.stdout.close()
+        assert process.wait(SOON) == 1
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+    assert fake_server.requests[0].cancelled.wait(SOON)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "What?", "--max-tokens", "many"), "argument --max-tokens: invalid int value: 'many'"),
+        (("generate", "What?", "--max-tok", "3"), "unrecognized arguments: --max-tok 3"),
+        (("generate",), "required: PROMPT"),
+        (("ask",), "invalid choice: 'ask'"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(call, fake_server, arguments, message):
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert fake_server.requests == []
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightllm {lightllm_client.__version__}\n"
 
 
 def test_a_system_message_needs_chat(call):

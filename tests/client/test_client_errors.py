@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from client import Cancelled, DeadlineExceeded, Internal, InvalidArgument, LightLLMError, NotFound, Unavailable
-from client.errors import error_from_message, error_from_status
+import lightllm_client
+from lightllm_client import Cancelled, DeadlineExceeded, Internal, InvalidArgument, LightLLMError, NotFound, Unavailable
+from lightllm_client.errors import error_from_message, error_from_status
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,7 @@ from client.errors import error_from_message, error_from_status
         # as tritonserver 2.51 says it, before any model of ours is asked
         ("Request for unknown model: 'nope' is not found", NotFound, None),
         ("Request for unknown model: 'lightllm' has no available versions", Unavailable, None),
+        ("in ensemble 'lightllm', Stub process 'detokenizer_0_1' is not healthy.", Unavailable, None),
         ("unexpected inference input 'foo' for model 'lightllm'", InvalidArgument, None),
         (
             "[request id: <id_unknown>] unexpected shape for input 'text_input' for model 'lightllm'.",
@@ -65,10 +68,11 @@ def test_errors_survive_pickling():
     assert str(error) == "UNAVAILABLE: full"
 
 
-def test_the_library_needs_neither_the_backend_nor_the_command_lines_packages():
+def test_library_and_command_need_neither_the_backend_nor_jinja2():
     code = (
-        "import sys, client; print([m for m in ('jinja2', 'click', 'lightllm_backend', 'torch') if m in sys.modules])"
+        "import sys, lightllm_client.__main__; "
+        "print([m for m in ('jinja2', 'click', 'lightllm_backend', 'torch') if m in sys.modules])"
     )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(lightllm_client.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from client import Chunk, Generation, Internal, InvalidArgument, LightLLMClient, Options
-from client.tensors import DATATYPES, chunk_from_response, infer_request
+from lightllm_backend.client_options import CLIENT_OPTIONS, source
+from lightllm_client import Chunk, Generation, Internal, InvalidArgument, LightLLMClient, Options
+from lightllm_client.options import DATATYPES, HELP
+from lightllm_client.tensors import chunk_from_response, infer_request
 
 EXAMPLES = {
     "max_tokens": (64, ("INT32", [1], [64])),
@@ -31,8 +33,12 @@ EXAMPLES = {
 }
 
 
-def test_every_option_has_a_datatype_and_an_example():
-    assert set(Options.__annotations__) == set(DATATYPES) == set(EXAMPLES)
+def test_the_options_are_those_of_the_servers_table():
+    assert CLIENT_OPTIONS.read_text() == source(), "run python -m lightllm_backend.client_options"
+
+
+def test_every_option_has_a_datatype_a_help_text_and_an_example():
+    assert set(Options.__annotations__) == set(DATATYPES) == set(HELP) == set(EXAMPLES)
 
 
 def test_every_option_is_sent_as_its_tensor(fake_server):

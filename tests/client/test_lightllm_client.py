@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from client import (
+from lightllm_client import (
     Cancelled,
     DeadlineExceeded,
     Generation,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from client.chat import ChatTemplate
 from lightllm_backend.text.text_stream import TextStream, Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerSettings
+from lightllm_client.chat import ChatTemplate
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/compatibility.md").read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which clients call the server, as plain functions; client.LightLLMClient is the tests' gRPC stream."""
+"""The ways in which clients call the server, as plain functions; tests stream over gRPC through LightLLMClient."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
+from lightllm_client.options import DATATYPES as OPTION_DATATYPES
 from tests.e2e.server import TritonServer
 
 LIMIT_SECONDS = 120.0
@@ -22,13 +23,7 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 NUMPY_TYPES: dict[str, Any] = {
     "BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32,
 }  # fmt: skip
-DATATYPES = {
-    "input_ids": "INT32", "stream": "BOOL", "max_tokens": "INT32", "do_sample": "BOOL", "temperature": "FP32",
-    "top_p": "FP32", "top_k": "INT32", "presence_penalty": "FP32", "frequency_penalty": "FP32",
-    "repetition_penalty": "FP32", "seed": "UINT64", "min_tokens": "INT32", "ignore_eos": "BOOL",
-    "exclude_input_in_output": "BOOL", "parse_special": "BOOL", "skip_special_tokens": "BOOL",
-    "return_log_probs": "BOOL", "stop_token_ids": "INT32",
-}  # fmt: skip
+DATATYPES = {"input_ids": "INT32", "stream": "BOOL", **OPTION_DATATYPES}
 
 
 def generate(

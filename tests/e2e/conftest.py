@@ -12,8 +12,8 @@ import tokenizers
 import torch
 import transformers
 
-from client import LightLLMClient
 from lightllm_backend.launch.embedded_model import embedded_model_directory
+from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
 
 DATA = Path(__file__).parents[1] / "data"

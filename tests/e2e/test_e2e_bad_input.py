@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from client import InvalidArgument, LightLLMClient
+from lightllm_client import InvalidArgument, LightLLMClient
 from tests.e2e.calls import generate, infer_grpc, infer_http, stream_grpc
 from tests.e2e.server import TritonServer, poll
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from client import ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
+from lightllm_client import AsyncLightLLMClient, ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
 from tests.e2e.server import TritonServer, poll
 
@@ -85,6 +86,28 @@ def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLM
     for stream in streams:
         stream.close()
     assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
+    before = cancelled_count(small_server)
+
+    async def leave_the_loop(client: AsyncLightLLMClient) -> None:
+        async for _ in client.stream(PROMPT, **LONG):
+            break
+
+    async def leave_all() -> None:
+        async with AsyncLightLLMClient(small_server.grpc_url) as client:
+            answers = [asyncio.create_task(client.generate(PROMPT, **LONG)) for _ in range(RUNNING)]
+            await asyncio.gather(*(leave_the_loop(client) for _ in range(RUNNING - 1)))
+            for answer in answers:
+                answer.cancel()
+            await asyncio.wait(answers)
+            assert all(answer.cancelled() for answer in answers)
+            idle = await asyncio.to_thread(poll, small_server.is_idle, GONE_SECONDS)
+            assert idle, small_server.metrics()
+
+    asyncio.run(leave_all())
+    assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING - 1, EVENTUALLY)
 
 
 def test_requests_that_do_not_stream(small_server: TritonServer) -> None:

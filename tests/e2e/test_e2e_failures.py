@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
-from client import LightLLMClient, Unavailable
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.supervisor import EngineStartError, EngineSupervisor
+from lightllm_client import LightLLMClient, Unavailable
 from tests.e2e.calls import in_parallel, infer_http
 from tests.e2e.server import REPOSITORY, ServerEnded, TritonServer, poll
 

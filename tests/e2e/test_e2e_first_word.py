@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from client import Generation, LightLLMClient
 from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import generate, in_parallel, infer_grpc, infer_http
 from tests.e2e.server import TritonServer
 from tests.models.random_models import save_random_model

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client import LightLLMClient, LightLLMError, Unavailable
+from lightllm_client import LightLLMClient, LightLLMError, Unavailable
 from tests.e2e.server import REPOSITORY, engine_environment, free_ports, get, poll
 
 pytestmark = pytest.mark.e2e

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client import LightLLMClient
+from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
 from tests.models.random_models import save_random_model
 from tests.runner.engine_harness import transformers_greedy

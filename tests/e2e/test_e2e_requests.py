@@ -15,7 +15,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from client import InvalidArgument, LightLLMClient
+from lightllm_client import InvalidArgument, LightLLMClient
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, stream_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer

@@ -17,7 +17,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from client import InvalidArgument, LightLLMClient, LightLLMError
+from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
 from tests.e2e.calls import NO_PROXY, infer_grpc
 from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get, poll
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from client import Generation, LightLLMClient
+from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import in_parallel, infer_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer

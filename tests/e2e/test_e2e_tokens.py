@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from client import Generation, LightLLMClient
+from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import in_parallel
 from tests.e2e.conftest import Reference
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from client import LightLLMClient
+from lightllm_client import LightLLMClient
 from tests.e2e.calls import GenerateStream, generate, infer_grpc, infer_http, stream_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer

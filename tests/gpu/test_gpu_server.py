@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import LightLLMClient
+from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer, poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
 

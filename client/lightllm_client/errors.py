@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors that a call can raise, and how they are told apart.
 
-An error on a gRPC stream carries no status, so the server begins each message with the name of its code. The message
-may come wrapped by Triton server, which puts its own words in front. A call that ends as a whole (no connection, a
-deadline) does have a gRPC status, and that one is believed first.
+An error on a gRPC stream carries no status, so the server begins each message with the name of its code. Triton server
+may put its own words in front of the message. A call that fails as a whole (no connection, a deadline) has a gRPC
+status, which decides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class LightLLMError(Exception):
-    """What went wrong with a call; the subclasses are the known codes, this class itself is any other error."""
+    """A call failed. Each subclass is a known code; this class itself is any other error."""
 
     code: ClassVar[str] = "UNKNOWN"
 
@@ -26,13 +26,13 @@ class LightLLMError(Exception):
 
 
 class InvalidArgument(LightLLMError):
-    """The request is not one that the server can serve; asking again will not help."""
+    """The server cannot serve this request; asking again will not help."""
 
     code = "INVALID_ARG"
 
 
 class Unavailable(LightLLMError):
-    """No server was reached, or it takes no more requests now; asking again later may help."""
+    """The client reached no server, or the server takes no more requests now; asking again later may help."""
 
     code = "UNAVAILABLE"
 
@@ -56,7 +56,7 @@ class Internal(LightLLMError):
 
 
 class DeadlineExceeded(LightLLMError):
-    """The caller's timeout passed first; the request was cancelled on the server."""
+    """The caller's timeout passed, and the client cancelled the request on the server."""
 
     code = "DEADLINE_EXCEEDED"
 
@@ -67,16 +67,16 @@ _BY_CODE: dict[str, type[LightLLMError]] = {
 _BY_STATUS: dict[str, type[LightLLMError]] = {**_BY_CODE, "INVALID_ARGUMENT": InvalidArgument}
 _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
-# Triton server refuses some requests before any of our models sees them; its words then have no code in front.
+# Triton server refuses some requests before any of our models sees them; its message then has no code in front.
 _SERVER_WORDS: tuple[tuple[re.Pattern[str], type[LightLLMError]], ...] = (
-    (re.compile("has no available versions|is not ready|at least one version"), Unavailable),
+    (re.compile("has no available versions|is not ready|is not healthy|at least one version"), Unavailable),
     (re.compile("unknown model"), NotFound),
     (re.compile("unexpected (shape|inference input|datatype)|inputs? but model|unable to load"), InvalidArgument),
 )
 
 
 def error_from_message(message: str) -> LightLLMError:
-    """The error that a stream's `error_message` stands for."""
+    """The error for a stream's `error_message`."""
     coded = _CODED.search(message)
     if coded:
         return _BY_CODE[coded[1]](message[coded.end() :])
@@ -87,7 +87,7 @@ def error_from_message(message: str) -> LightLLMError:
 
 
 def error_from_status(status: str, details: str) -> LightLLMError:
-    """The error that a gRPC status (by name) with its details stands for."""
+    """The error for a gRPC status (by name) with its details."""
     error = _BY_STATUS.get(status)
     if error is None:
         coded = error_from_message(details)

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: starts a server with the embedded model on free ports, streams the answer to one question to the terminal,
-prints the calls that do the same, and stops the server. `python -m client.demo`"""
+prints the calls that do the same, and stops the server. `./build.sh demo`"""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 
-from client.chat import ChatTemplate, default_model_dir
-from client.errors import LightLLMError
-from client.lightllm import LightLLMClient
+from lightllm_client import LightLLMClient, LightLLMError, Unavailable
+from lightllm_client.chat import ChatTemplate, default_model_dir
 
 QUESTION = "What is the capital of Japan?"
 MAX_TOKENS = 64
-SERVER_IS_READY = b"ready after"  # what the launch command says then
+POLL_SECONDS = 0.5
+CALL_SECONDS = 10.0
 STOP_SECONDS = 90.0
 
 PYTHON_CALL = f"""\
-from client import LightLLMClient
-from client.chat import ChatTemplate, default_model_dir
+from lightllm_client import LightLLMClient
+from lightllm_client.chat import ChatTemplate, default_model_dir
 
 prompt = ChatTemplate.load(default_model_dir()).render([{{"role": "user", "content": "{QUESTION}"}}])
 with LightLLMClient("127.0.0.1:8001") as client:
@@ -48,60 +48,63 @@ def start_server(ports: list[int]) -> subprocess.Popen[bytes]:
     http_port, grpc_port, metrics_port = map(str, ports)
     command = [sys.executable, "-m", "lightllm_backend.serve", "--model_dir", "", "--host", "127.0.0.1"]
     command += ["--http_port", http_port, "--grpc_port", grpc_port, "--metrics_port", metrics_port]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
+    return subprocess.Popen(command)
 
 
-def wait_until_ready(server: subprocess.Popen[bytes]) -> bool:
-    """Show what the server says until it is ready, and afterwards too; false if it ends instead."""
-    assert server.stderr is not None
-    descriptor = server.stderr.fileno()
-    said = b""
-    while data := os.read(descriptor, 65536):
-        write_error(data)
-        said = said[-len(SERVER_IS_READY) :] + data
-        if SERVER_IS_READY in said:
-            threading.Thread(target=show_rest, args=(descriptor,), daemon=True).start()
+def is_ready(http_port: int, client: LightLLMClient) -> bool:
+    """Whether Triton server has loaded all models, and the model `health` says that they work."""
+    connection = http.client.HTTPConnection("127.0.0.1", http_port, timeout=CALL_SECONDS)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        if connection.getresponse().status != http.client.OK:
+            return False
+        client.health()
+    except (OSError, http.client.HTTPException, Unavailable):
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], http_port: int, client: LightLLMClient) -> bool:
+    """Wait until the server is ready; false if it ends instead."""
+    while server.poll() is None:
+        ready = is_ready(http_port, client)
+        time.sleep(POLL_SECONDS)  # also at the end: the launch command, too, needs a moment to say what it has started
+        if ready:
             return True
     return False
 
 
-def show_rest(descriptor: int) -> None:
-    while data := os.read(descriptor, 65536):
-        write_error(data)
-
-
-def write_error(data: bytes) -> None:
-    sys.stderr.buffer.write(data)
-    sys.stderr.buffer.flush()
-
-
-def ask(grpc_port: int) -> str:
+def ask(client: LightLLMClient) -> str:
     """Stream the answer to the terminal; the prompt that was sent."""
     prompt = ChatTemplate.load(default_model_dir()).render([{"role": "user", "content": QUESTION}])
     print(f"\n> {QUESTION}", flush=True)
-    with LightLLMClient(f"127.0.0.1:{grpc_port}", timeout=120) as client:
-        for chunk in client.stream(prompt, max_tokens=MAX_TOKENS):
-            print(chunk.text, end="", flush=True)
+    for chunk in client.stream(prompt, max_tokens=MAX_TOKENS):
+        print(chunk.text, end="", flush=True)
     print("\n")
     return prompt
 
 
 def curl_call(prompt: str) -> str:
+    """The same request as a command for the terminal."""
     body = json.dumps({"text_input": prompt, "max_tokens": MAX_TOKENS, "stream": True})
     return f"curl -N 127.0.0.1:8000/v2/models/lightllm/generate_stream -d {shlex.quote(body)}"
 
 
 def main() -> int:
+    """Run the demo; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the server is stopped
     ports = free_ports(3)
     server = start_server(ports)
     try:
-        if not wait_until_ready(server):
-            return server.wait() or 1
-        prompt = ask(ports[1])
+        with LightLLMClient(f"127.0.0.1:{ports[1]}", timeout=120) as client:
+            if not wait_until_ready(server, ports[0], client):
+                return server.wait() or 1
+            prompt = ask(client)
         print("The same, from a server that `./build.sh serve` runs, with curl:\n")
         print(f"{curl_call(prompt)}\n")
-        print("and in Python, in this folder with .venv activated:\n")
+        print("and in Python, with .venv activated:\n")
         print(PYTHON_CALL, flush=True)
         return 0
     except LightLLMError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ensemble's tensors: options to input tensors, output tensors to chunks. The only file that knows their names."""
+"""The ensemble's tensors: options to input tensors, output tensors to chunks."""
 
 from __future__ import annotations
 
@@ -7,62 +7,16 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 
-from client.errors import Internal, InvalidArgument
+from lightllm_client.errors import Internal, InvalidArgument
+from lightllm_client.options import DATATYPES, LISTS, Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-class Options(TypedDict, total=False):
-    """What a request may ask for; what is left out is not sent, and the server's default holds."""
-
-    max_tokens: int
-    do_sample: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    seed: int
-    min_tokens: int
-    ignore_eos: bool
-    stop_words: str | Sequence[str]
-    stop_token_ids: int | Sequence[int]
-    exclude_input_in_output: bool
-    parse_special: bool
-    skip_special_tokens: bool
-    return_log_probs: bool
-
-
-DATATYPES: dict[str, str] = {
-    "max_tokens": "INT32",
-    "do_sample": "BOOL",
-    "temperature": "FP32",
-    "top_p": "FP32",
-    "top_k": "INT32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "repetition_penalty": "FP32",
-    "seed": "UINT64",
-    "min_tokens": "INT32",
-    "ignore_eos": "BOOL",
-    "stop_words": "BYTES",
-    "stop_token_ids": "INT32",
-    "exclude_input_in_output": "BOOL",
-    "parse_special": "BOOL",
-    "skip_special_tokens": "BOOL",
-    "return_log_probs": "BOOL",
-}
-
-
-# These take any number of values, one without a list around it too.
-LISTS = ("stop_words", "stop_token_ids")
 
 
 class _Scalar(NamedTuple):
@@ -81,7 +35,7 @@ _SCALARS: dict[str, _Scalar] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """One response of a streamed request: what is new since the one before."""
+    """One response of a streamed request: its text and tokens are those since the previous one."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -106,7 +60,7 @@ class Generation:
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
-        """The answer that these chunks of one request, at least one, make up."""
+        """The whole answer of one request's chunks, of which there is at least one."""
         parts = tuple(chunks)
         last = parts[-1]
         return cls(

@@ -2,7 +2,7 @@
 """Chat templates: messages to the prompt that a model was trained on, as transformers' `apply_chat_template` does it.
 
 The templates and their special tokens come from the model's directory, in the layout of Hugging Face. Templates are
-foreign code, hence the sandbox. This is the only part of the library that needs jinja2.
+foreign code, hence the sandbox. Only this module needs jinja2: `pip install "lightllm-client[chat]"`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# What a message's reasoning is called; templates read the first, those of gpt-oss the second.
+# The names of a message's reasoning; templates read the first, those of gpt-oss the second.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _END_OF_FINAL_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -29,13 +29,13 @@ class ChatTemplateError(ValueError):
 
 
 def default_model_dir() -> Path:
-    """Where the model that the server embeds is kept."""
+    """The directory of the server's embedded model, on the same machine and with the same LIGHTLLM_CACHE."""
     cache = os.environ.get("LIGHTLLM_CACHE") or "~/.cache/lightllm"
     return Path(cache).expanduser() / "SmolLM2-135M-Instruct"
 
 
 class ChatTemplate:
-    """A model's chat templates, by name, with the special tokens that they may name. One alone is the default."""
+    """A model's chat templates by name, and the special tokens that they may use; a single one is named `default`."""
 
     def __init__(
         self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str], tokenizer_adds_bos: bool = False
@@ -115,7 +115,7 @@ class ChatTemplate:
 
 
 def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's clients have null for what a message lacks, at which many templates fail."""
+    """The message without null values; OpenAI's clients send null for missing fields, and many templates fail at it."""
     return {key: value for key, value in message.items() if value is not None}
 
 
@@ -127,7 +127,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy in JSON's types; what JSON does not have is no more than its type's name."""
+    """A copy in JSON's types; a value of any other type becomes the name of its type."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):  # an enumeration's, as the value and not by its name
@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def _mark_end(chat: list[dict[str, Any]], field: str, source: str) -> str:
-    """Put a tag where the final message ends: after its text, or the last text among its parts, which is returned."""
+    """Append a tag to the final message's text, or to the last text among its parts; returns that text."""
     content = chat[-1].get(field) if chat else None
     if content is None:
         raise ChatTemplateError(f"continue_final_message is set, but there is no final message with {field!r}")
@@ -188,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The spelling of each special token that has a name: bos_token and its like, and a model's own."""
+    """The text of each named special token: bos_token and the like, and the model's own."""
     values = dict(config)
     if "added_tokens_decoder" not in config:  # as in transformers, the older file counts then
         values |= _read_json(directory / "special_tokens_map.json")
@@ -249,12 +249,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; jinja2's own filter escapes HTML."""
+    """Plain JSON; jinja2's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its content stands for itself."""
+    """`{% generation %}` marks the assistant's words for training; here it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a request. `python -m lightllm_backend.client_options` writes this file from the server's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Options(TypedDict, total=False):
+    """The options of a request. An option that is left out is not sent, and the server's default holds."""
+
+    max_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    min_tokens: int
+    ignore_eos: bool
+    stop_words: str | Sequence[str]
+    stop_token_ids: int | Sequence[int]
+    exclude_input_in_output: bool
+    parse_special: bool
+    skip_special_tokens: bool
+    return_log_probs: bool
+
+
+# The type of each option's input tensor.
+DATATYPES: dict[str, str] = {
+    "max_tokens": "INT32",
+    "do_sample": "BOOL",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "top_k": "INT32",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
+    "repetition_penalty": "FP32",
+    "seed": "UINT64",
+    "min_tokens": "INT32",
+    "ignore_eos": "BOOL",
+    "stop_words": "BYTES",
+    "stop_token_ids": "INT32",
+    "exclude_input_in_output": "BOOL",
+    "parse_special": "BOOL",
+    "skip_special_tokens": "BOOL",
+    "return_log_probs": "BOOL",
+}
+
+# These take any number of values; one value needs no list around it.
+LISTS = ("stop_words", "stop_token_ids")
+
+# What each option does, as the command line says it.
+HELP: dict[str, str] = {
+    "max_tokens": "Tokens to generate at most (server's default: 16).",
+    "do_sample": "Draw tokens instead of taking the likeliest (default: yes if temperature, top-p or top-k is given).",
+    "temperature": "Flattens (> 1) or sharpens (< 1) the distribution; 0 takes the likeliest token.",
+    "top_p": "Draw from the likeliest tokens that together have this probability.",
+    "top_k": "Draw from this many of the likeliest tokens; -1 is all.",
+    "presence_penalty": "Taken from the logit of each token generated before.",
+    "frequency_penalty": "Taken from the logit of a token for each time that it was generated.",
+    "repetition_penalty": "Divides the likelihood of tokens of the prompt and the answer; 1 is off.",
+    "seed": "The same seed gives the same draw.",
+    "min_tokens": "Ignore end of sequence and stop words until this many tokens.",
+    "ignore_eos": "Go on after the model's end of sequence.",
+    "stop_words": "End before this text; may be given several times.",
+    "stop_token_ids": "End with this token id, as with the model's end of sequence; may be given several times.",
+    "exclude_input_in_output": "Leave the prompt out of the answer (default: yes).",
+    "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
+    "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
+    "return_log_probs": "Ask for log probabilities; --verbose shows them.",
+}

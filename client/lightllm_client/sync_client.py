@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LightLLMClient: one connection, any number of requests on it at once, each a gRPC stream of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2_grpc
+
+from lightllm_client.endpoint import HEALTH_SECONDS, Endpoint, StreamState
+from lightllm_client.errors import LightLLMError
+from lightllm_client.options import Options
+from lightllm_client.tensors import Chunk, Generation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class ChunkStream(Iterator[Chunk]):
+    """The chunks of one request, as they are made.
+
+    Ending early cancels the request on the server: `close()` (from any thread), leaving a `with` block, or dropping the
+    last reference, as `break` in a loop over `client.stream(...)` does. A closed stream has no more chunks.
+    """
+
+    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None) -> None:
+        self._call = call
+        self._endpoint = endpoint
+        self._timeout = timeout
+        self._state = StreamState()
+
+    def __next__(self) -> Chunk:
+        while not self._state.closed:
+            message = self._next_message()
+            if message is None:
+                break
+            try:
+                chunk = self._state.take(message)
+            except LightLLMError:
+                self.close()
+                raise
+            if chunk is not None:
+                return chunk
+        raise StopIteration
+
+    def _next_message(self) -> Any | None:
+        """The server's next message; None when the request is over or was closed here."""
+        try:
+            return next(self._call)
+        except StopIteration:
+            self._state.end()
+            return None
+        except grpc.RpcError:
+            if self._state.closed:
+                return None
+            self.close()
+            raise self._endpoint.error(self._call, self._timeout) from None
+
+    def close(self) -> None:
+        """Cancel the request unless it is over.
+
+        A request that is over ends by itself: a cancellation that crosses the server's own end of the request leaves a
+        part of it behind in the server, and the server then waits for that part when it stops.
+        """
+        if self._state.finished and not self._state.closed:
+            with contextlib.suppress(grpc.RpcError):
+                for _ in self._call:
+                    pass
+        self._state.closed = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class LightLLMClient:
+    """Calls the ensemble `model` of the Triton server whose gRPC port is at `url`.
+
+    All methods may be called from several threads at once. `timeout` is in seconds and covers a whole request, to its
+    last token; each call may set its own. Errors are LightLLMError and its subclasses.
+    """
+
+    def __init__(
+        self, url: str = Endpoint.url, model: str = Endpoint.model, timeout: float | None = Endpoint.timeout
+    ) -> None:
+        self._endpoint = Endpoint(url, model, timeout)
+        self._channel = grpc.insecure_channel(url, options=self._endpoint.channel_options())
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> Generation:
+        """The whole answer to a prompt, which is text or token ids; `Options` lists the options."""
+        with self._start(prompt, False, timeout, options) as chunks:
+            return Generation.join(chunks)
+
+    def stream(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> ChunkStream:
+        """The answer to a prompt, chunk by chunk as it is made; the request is on its way when this returns."""
+        return self._start(prompt, True, timeout, options)
+
+    def health(self, timeout: float | None = HEALTH_SECONDS) -> float:
+        """How many seconds the server took to say that it works; raises Unavailable, with the reason, if it does not.
+
+        The answer does not wait behind other requests, so a busy server is healthy too.
+        """
+        started = time.monotonic()
+        try:
+            self._stub.ModelInfer(self._endpoint.health_request(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise self._endpoint.error(error, timeout) from None
+        return time.monotonic() - started
+
+    def close(self) -> None:
+        """Close the connection; requests that are under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, prompt: str | Sequence[int], stream: bool, timeout: float | None, options: Options) -> ChunkStream:
+        request = self._endpoint.infer_request(prompt, stream, options)
+        seconds = self._endpoint.seconds(timeout)
+        return ChunkStream(self._stub.ModelStreamInfer(iter([request]), timeout=seconds), self._endpoint, seconds)

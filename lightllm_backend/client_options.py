@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the client's options, client/lightllm_client/options.py, from the table of options.
+
+    python -m lightllm_backend.client_options
+
+The client has the options of the table that have a help text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightllm_backend.option_table import OPTIONS
+
+CLIENT_OPTIONS = Path(__file__).parents[1] / "client" / "lightllm_client" / "options.py"
+
+_PYTHON_TYPES = {"BOOL": "bool", "INT32": "int", "UINT64": "int", "FP32": "float", "STRING": "str"}
+_HEAD = '''\
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a request. `python -m lightllm_backend.client_options` writes this file from the server's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Options(TypedDict, total=False):
+    """The options of a request. An option that is left out is not sent, and the server's default holds."""
+
+'''
+
+
+def source() -> str:
+    """The text of the client's options.py."""
+    tensors = {name: option.tensor for name, option in OPTIONS.items() if option.help and option.tensor}
+    datatypes = {name: "BYTES" if datatype == "STRING" else datatype for name, (datatype, _) in tensors.items()}
+    lists = [name for name, (_, size) in tensors.items() if size == -1]
+    annotations = []
+    for name, (datatype, _) in tensors.items():
+        one = _PYTHON_TYPES[datatype]
+        annotations.append(f"    {name}: {f'{one} | Sequence[{one}]' if name in lists else one}\n")
+    return (
+        _HEAD
+        + "".join(annotations)
+        + "\n\n# The type of each option's input tensor.\n"
+        + _dictionary("DATATYPES", datatypes.items())
+        + "\n# These take any number of values; one value needs no list around it.\n"
+        + f"LISTS = ({', '.join(map(_quoted, lists))})\n"
+        + "\n# What each option does, as the command line says it.\n"
+        + _dictionary("HELP", ((name, OPTIONS[name].help) for name in tensors))
+    )
+
+
+def _dictionary(name: str, items: Iterable[tuple[str, str]]) -> str:
+    lines = "".join(f"    {_quoted(key)}: {_quoted(value)},\n" for key, value in items)
+    return f"{name}: dict[str, str] = {{\n{lines}}}\n"
+
+
+def _quoted(text: str) -> str:
+    if '"' in text or "\\" in text:
+        raise ValueError(f"{text!r} needs escapes, which the formatter may write otherwise")
+    return f'"{text}"'
+
+
+if __name__ == "__main__":
+    CLIENT_OPTIONS.write_text(source())
