@@ -18,7 +18,7 @@ class Admission:
     row: int
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    generated_ids: tuple[int, ...] = ()  # before it was paused; prefilled behind the prompt
+    generated_ids: tuple[int, ...] = ()  # before it was preempted; prefilled behind the prompt
     cached_slots: tuple[int, ...] = ()  # of the first tokens, which need not be computed
 
 

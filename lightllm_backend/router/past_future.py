@@ -4,7 +4,7 @@
 After the Past-Future scheduler of Gong et al., ASPLOS 2025, arXiv 2507.10150, which LightLLM has: the length of each
 answer is drawn from those of the recent past that are longer than what it has made so far, and the peak of the KV pool
 is foreseen with these lengths. That is done with several draws at once, the worst of which must fit, and some of the
-pool is kept in reserve. Where the future turns out longer than the past, sequences are paused (see router.py).
+pool is kept in reserve. Where the future turns out longer than the past, sequences are preempted (see router.py).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ planned, never at tokens. An EOS is then noticed one step late, and what its seq
 Token slots and rows that are given back may be in a batch that still runs, but the device runs steps in order, so they
 are reused at once.
 
-Where a policy has let in more than the pool can hold, those that came last are paused: they give back what they hold
+Where a policy has let in more than the pool can hold, those that came last are preempted: they give back what they hold
 and go to the front of the queue, so the queue stays in order of arrival and whoever came first always goes on. Later a
-paused sequence prefills its prompt and all that it has generated, and goes on from there.
+preempted sequence prefills its prompt and all that it has generated, and goes on from there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RouterStats:
     kv_tokens_used: int  # by running sequences
     kv_tokens_cached: int  # by the prefix cache alone
     kv_tokens_total: int
-    pauses_total: int
+    preemptions_total: int
     prompt_tokens_total: int  # planned for prefill so far
     generated_tokens_total: int  # given out in chunks so far
     device_seconds_total: float  # of all steps so far
@@ -79,7 +79,7 @@ class Router:
         self._pool = SlotPool(capacity, self._table, prefix_cache)
         self._live: dict[str, Sequence] = {}  # by uid, until they finish
         self._by_number: dict[int, Sequence] = {}  # the same
-        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival; first those that are paused
+        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival; first those that are preempted
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; nothing is admitted behind it
         self._in_flight: deque[PlannedStep] = deque()
         self._deadlines = Deadlines(self._live)
@@ -90,7 +90,7 @@ class Router:
         self._step = 0
         self._closed: RequestError | None = None  # what further requests are refused with
         self._refusal: Refusal | None = None  # of the first in the queue
-        self._pauses_total = 0
+        self._preemptions_total = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._device_seconds_total = 0.0
@@ -133,7 +133,7 @@ class Router:
         self._step += 1
         self._expire()
         self._release_planned_out()
-        self._pause_until_it_fits()
+        self._preempt_until_it_fits()
         decode_rows = self._table.decode_rows_longest_first()
         decode_slots = self._pool.allocate(len(decode_rows))
         decode_starts = self._table.append_decodes(decode_rows, decode_slots)
@@ -165,7 +165,7 @@ class Router:
             if sequence.request.sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
             token_ids = [int(tokens[index])]
-            if sequence.state is SequenceState.PAUSED:
+            if sequence.state is SequenceState.PREEMPTED:
                 sequence.known_ids = np.append(sequence.known_ids, tokens[index])
                 sequence.num_due -= 1
             if ends[index]:
@@ -238,7 +238,7 @@ class Router:
             kv_tokens_used=self._pool.capacity - self._pool.available,
             kv_tokens_cached=self._pool.num_evictable,
             kv_tokens_total=self._pool.capacity,
-            pauses_total=self._pauses_total,
+            preemptions_total=self._preemptions_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             device_seconds_total=self._device_seconds_total,
@@ -252,7 +252,7 @@ class Router:
         owners = [owner for owner in self._table.owners if owner is not None]
         assert all(self._live.get(owner.request.uid) is owner for owner in owners), "an ended sequence has a row"
         for sequence in self._live.values():
-            queued = sequence.state in (SequenceState.QUEUED, SequenceState.PAUSED)
+            queued = sequence.state in (SequenceState.QUEUED, SequenceState.PREEMPTED)
             assert queued == (sequence.request.uid in self._queue), "the queue and a state disagree"
             assert not queued or sequence.row is None, "a queued sequence has a row"
             prefilling = sequence.state is SequenceState.PREFILLING
@@ -260,7 +260,7 @@ class Router:
         numbers = [sequence.number for sequence in self._queue.values()]
         assert numbers == sorted(numbers), "the queue is not in order of arrival"
         if isinstance(self._policy, ExactAdmission):
-            assert self._pauses_total == 0, "nobody is ever in need"
+            assert self._preemptions_total == 0, "nobody is ever in need"
             peak = self._pool.peak(self._batch_max_tokens)
             assert peak <= self._pool.capacity, f"{peak} token slots will be asked for"
 
@@ -313,10 +313,10 @@ class Router:
             for step in self._in_flight:
                 step.holds_row[step.numbers == sequence.number] = False
 
-    def _pause_until_it_fits(self) -> None:
+    def _preempt_until_it_fits(self) -> None:
         """Makes sure of slots for a decode of each sequence, and for a chunk of the prompt that is cut."""
         while self._slots_needed() > self._pool.available:
-            self._pause(self._prefilling or self._table.newest())
+            self._preempt(self._prefilling or self._table.newest())
 
     def _slots_needed(self) -> int:
         needed = int(np.count_nonzero(self._table.decoding))
@@ -325,7 +325,7 @@ class Router:
             needed += min(left, self._batch_max_tokens)
         return needed
 
-    def _pause(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Takes back all that the sequence holds. It is the newest of those that run, so the queue stays in order."""
         row = sequence.row
         assert row is not None, "a sequence that runs has a row"
@@ -334,10 +334,10 @@ class Router:
         self._release(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
-        sequence.state = SequenceState.PAUSED
+        sequence.state = SequenceState.PREEMPTED
         self._queue[sequence.request.uid] = sequence
         self._queue.move_to_end(sequence.request.uid, last=False)
-        self._pauses_total += 1
+        self._preemptions_total += 1
 
     def _learn(self, sequence: Sequence, length: int) -> None:
         """An answer has ended by itself: its length is of use for the admission of others."""

@@ -15,11 +15,11 @@ from lightllm_backend.request import FinishReason, Request, RequestError, TokenC
 class SequenceState(Enum):
     """QUEUED → PREFILLING → RUNNING → FINISHED; FINISHED is reached from each of the others.
 
-    A sequence that runs may be PAUSED, and then prefills anew.
+    A sequence that runs may be PREEMPTED, and then prefills anew.
     """
 
     QUEUED = "queued"
-    PAUSED = "paused"  # in the queue again, since the pool could not hold it
+    PREEMPTED = "preempted"  # in the queue again, since the pool could not hold it
     PREFILLING = "prefilling"  # a part of what is known is still to be planned
     RUNNING = "running"  # all that is known is planned; tokens come
     FINISHED = "finished"
@@ -41,10 +41,10 @@ class Sequence:
     state: SequenceState = SequenceState.QUEUED
     row: int | None = None
     queue_seconds: float | None = None  # from its admission until its first chunk, which carries it
-    # [n] what it has to prefill: the prompt, and what it had generated when it was paused. While it runs, the request
-    # table knows what comes behind.
+    # [n] what it has to prefill: the prompt, and what it had generated when it was preempted. Of a sequence that runs,
+    # the request table has what follows.
     known_ids: NDArray[np.int32] = field(init=False)
-    num_due: int = 0  # tokens that it samples in steps which were in flight when it was paused
+    num_due: int = 0  # tokens that it samples in steps which were in flight when it was preempted
 
     def __post_init__(self) -> None:
         self.known_ids = np.array(self.request.prompt_ids, dtype=np.int32)

@@ -141,7 +141,7 @@ def engine_stats(router: Router) -> EngineStats:
         kv_tokens_total=stats.kv_tokens_total,
         prompt_tokens_total=stats.prompt_tokens_total,
         generated_tokens_total=stats.generated_tokens_total,
-        pauses_total=stats.pauses_total,
+        preemptions_total=stats.preemptions_total,
         device_seconds_total=stats.device_seconds_total,
     )
 

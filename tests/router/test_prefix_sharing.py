@@ -8,7 +8,7 @@ import pytest
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.router.router import Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 
 both_depths = pytest.mark.parametrize("depth", [0, 1])
 
@@ -155,12 +155,12 @@ def test_without_the_cache_nothing_is_kept() -> None:
 
 
 @both_depths
-def test_a_paused_sequence_finds_what_it_had(depth: int) -> None:
+def test_a_preempted_sequence_finds_what_it_had(depth: int) -> None:
     loop = make_loop(depth, capacity=20, policy=RecklessAdmission())
     first, second = make_request("a", 6, max_tokens=10), make_request("b", 6, max_tokens=10)
     loop.submit(first)
     loop.submit(second)
-    while not loop.router.stats().pauses_total:
+    while not loop.router.stats().preemptions_total:
         loop.step()
     loop.router.cancel("a")
     loop.run()

@@ -16,7 +16,7 @@ from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, F
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request, submit
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 
 EOS_IDS = frozenset({4, 9})
 

@@ -13,7 +13,7 @@ from lightllm_backend.request import FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
@@ -67,7 +67,7 @@ def test_a_pause_changes_nothing(engine, batch_max_tokens, overlap) -> None:
         120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission()
     )  # fmt: skip
     answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
-    assert router.stats().pauses_total > 5
+    assert router.stats().preemptions_total > 5
     for answer, expected in zip(answers, undisturbed, strict=True):
         assert (answer.tokens, answer.reason) == (expected.tokens, expected.reason)
         assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
