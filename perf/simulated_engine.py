@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightllm_backend.request import Request, SamplingParams
-from lightllm_backend.router.batch import Batch, StepOutput, StepResult
+from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
 from perf.lengths import Lengths
 
@@ -112,7 +112,7 @@ class SimulatedEngine:
             self._outcome.steps_with_queue = len(self._outcome.durations)
         return seconds
 
-    def _tell(self, output: StepOutput) -> None:
+    def _tell(self, output: RouterOutput) -> None:
         for chunk in output.chunks:
             if chunk.queue_seconds is not None:
                 number = int(chunk.uid)

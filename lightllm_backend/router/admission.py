@@ -27,12 +27,12 @@ class Demand(NamedTuple):
 
     held: NDArray[np.int64]  # [n] token slots now
     remaining: NDArray[np.int64]  # [n] slots that each will take at most, one a step
-    made: NDArray[np.int64]  # [n] tokens generated so far; all but one of `most` where no EOS can end it
-    most: NDArray[np.int64]  # [n] tokens that it may generate in all
-    luck: NDArray[np.float64]  # [n, draws] what the policy has drawn for it
+    num_generated: NDArray[np.int64]  # [n] tokens generated so far; all but one of `max_tokens` where no EOS can end it
+    max_tokens: NDArray[np.int64]  # [n] tokens that it may generate in all
+    quantiles: NDArray[np.float64]  # [n, draws] what the policy has drawn for it
 
 
-def newcomer_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
+def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
     """Of a sequence, once `planned` of the tokens are that it has to prefill; without the slots that others hold too.
 
     What is left of them takes k more steps of at least one token each. So it never holds more than a sequence that held
@@ -43,9 +43,9 @@ def newcomer_demand(sequence: Sequence, planned: int, num_shared: int, batch_max
     return Demand(
         held=np.array([sequence.known_length - num_shared - steps]),
         remaining=np.array([sampling.max_tokens - made - 1 + steps]),
-        made=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else made]),
-        most=np.array([sampling.max_tokens]),
-        luck=sequence.luck[np.newaxis],
+        num_generated=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else made]),
+        max_tokens=np.array([sampling.max_tokens]),
+        quantiles=sequence.quantiles[np.newaxis],
     )
 
 
@@ -56,8 +56,8 @@ class AdmissionPolicy(Protocol):
     def is_final(self) -> bool:
         """Whether the estimate for a sequence stays what it is, but for the steps that are done."""
 
-    def draw(self) -> NDArray[np.float64]:
-        """The luck of a new sequence, [draws]; it keeps it."""
+    def draw_quantiles(self) -> NDArray[np.float64]:
+        """The quantiles of a new sequence, [draws]; it keeps it."""
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
         """Estimates of the steps that each sequence has left, [draws, n]. All of them must fit."""
@@ -74,7 +74,7 @@ class ExactAdmission:
 
     is_final = True
 
-    def draw(self) -> NDArray[np.float64]:
+    def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
@@ -152,12 +152,12 @@ def _extended(values: NDArray[np.int64], place: int, value: int) -> NDArray[np.i
 class Refusal(NamedTuple):
     """That a sequence cannot join before some step, as long as nobody ends before its time."""
 
-    number: int
+    arrival_index: int
     before_step: int
     capacity: int
 
-    def holds(self, number: int, step: int, capacity: int) -> bool:
-        return number == self.number and step < self.before_step and capacity <= self.capacity
+    def holds(self, arrival_index: int, step: int, capacity: int) -> bool:
+        return arrival_index == self.arrival_index and step < self.before_step and capacity <= self.capacity
 
 
 class Gate:
@@ -168,11 +168,11 @@ class Gate:
         self._anybody = len(running.held) > 0
         self._forecasts = [Forecast(running.held, remaining) for remaining in policy.steps_left(running)]
 
-    def admits(self, newcomer: Demand, capacity: int) -> bool:
+    def admits(self, candidate: Demand, capacity: int) -> bool:
         """Whether there is room for it, in every estimate; it counts from then on. Alone, it always has room."""
         usable = self._policy.usable(capacity)
-        held = int(newcomer.held[0])
-        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
+        held = int(candidate.held[0])
+        remaining = self._policy.steps_left(candidate)[:, 0].tolist()
         pairs = list(zip(self._forecasts, remaining, strict=True))
         if self._anybody and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
             return False
@@ -181,10 +181,10 @@ class Gate:
         self._anybody = True
         return True
 
-    def wait(self, newcomer: Demand, capacity: int) -> int:
+    def wait(self, candidate: Demand, capacity: int) -> int:
         """How many steps it is of no use to ask again, as long as nobody ends before its time."""
         if not self._policy.is_final:
             return 1
-        usable, held = self._policy.usable(capacity), int(newcomer.held[0])
-        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
+        usable, held = self._policy.usable(capacity), int(candidate.held[0])
+        remaining = self._policy.steps_left(candidate)[:, 0].tolist()
         return max(one.wait(held, left, usable) for one, left in zip(self._forecasts, remaining, strict=True))

@@ -42,21 +42,21 @@ class Batch:
 class StepResult:
     """The tokens that a batch sampled, in the order of its rows that sample."""
 
-    tokens: NDArray[np.int32]  # [n_sampled]
+    token_ids: NDArray[np.int32]  # [n_sampled]
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
     seconds: float = 0.0  # that the device took
 
 
 @dataclass(frozen=True, eq=False)
-class StepOutput:
+class RouterOutput:
     """What clients get from a step. Most sequences get one more token and go on, and arrays say it; of the others there
     is more to say, in a chunk: first tokens, tokens with a log probability, ends.
     """
 
     handles: NDArray[np.int64]  # [n] what `submit` was told to call these sequences
-    tokens: NDArray[np.int32]  # [n]
+    token_ids: NDArray[np.int32]  # [n]
     chunks: list[TokenChunk]  # of other sequences
 
     @classmethod
-    def of_chunks(cls, chunks: list[TokenChunk]) -> StepOutput:
+    def of_chunks(cls, chunks: list[TokenChunk]) -> RouterOutput:
         return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), chunks)

@@ -33,20 +33,20 @@ class PastFutureAdmission:
     is_final = False
 
     def __init__(self) -> None:
-        self._chance = np.random.default_rng(0)
+        self._rng = np.random.default_rng(0)
         self._recent = deque([UNKNOWN] * WINDOW, maxlen=WINDOW)
         self._ascending: NDArray[np.int64] | None = None  # of `_recent` and an endless one; None: to be sorted anew
 
-    def draw(self) -> NDArray[np.float64]:
-        return self._chance.random(DRAWS)
+    def draw_quantiles(self) -> NDArray[np.float64]:
+        return self._rng.random(DRAWS)
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
         if self._ascending is None:
             self._ascending = np.append(np.sort(np.array(self._recent)), UNKNOWN)
-        shortest = np.searchsorted(self._ascending[:-1], demand.made, side="right")
-        chosen = shortest + (demand.luck.T * (WINDOW - shortest)).astype(np.int64)
-        lengths: NDArray[np.int64] = np.minimum(self._ascending[chosen], demand.most)
-        return demand.remaining - (demand.most - lengths)
+        shortest = np.searchsorted(self._ascending[:-1], demand.num_generated, side="right")
+        chosen = shortest + (demand.quantiles.T * (WINDOW - shortest)).astype(np.int64)
+        lengths: NDArray[np.int64] = np.minimum(self._ascending[chosen], demand.max_tokens)
+        return demand.remaining - (demand.max_tokens - lengths)
 
     def usable(self, capacity: int) -> int:
         return int(capacity * (1 - RESERVE))

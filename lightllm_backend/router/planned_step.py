@@ -35,7 +35,7 @@ class PlannedStep(NamedTuple):
 
     batch: Batch
     rows: NDArray[np.int64]  # [n_sampled] those that sample a token
-    numbers: NDArray[np.int64]  # [n_sampled]
+    arrival_indices: NDArray[np.int64]  # [n_sampled]
     positions: NDArray[np.int32]  # [n_sampled] where in its sequence the token is
     holds_row: NDArray[np.bool_]  # [n_sampled] false as soon as the sequence gives its row back
     is_plain: NDArray[np.bool_]  # [n_sampled] only the token is to be told of it, as long as it goes on
@@ -52,7 +52,7 @@ class PlannedStep(NamedTuple):
         return cls(
             batch=batch,
             rows=rows,
-            numbers=table.numbers[rows],
+            arrival_indices=table.arrival_indices[rows],
             positions=positions,
             holds_row=np.ones(len(rows), dtype=np.bool_),
             is_plain=is_plain,

@@ -21,7 +21,7 @@ Ids = NDArray[np.int32]
 
 @dataclass(eq=False, slots=True)
 class Node:
-    tokens: Ids  # [n] never empty but in the root
+    token_ids: Ids  # [n] never empty but in the root
     slots: Ids  # [n]
     parent: Node | None
     children: dict[int, Node] = field(default_factory=dict)  # by first token
@@ -37,7 +37,7 @@ class Node:
 
 
 _Leaf = tuple[int, int, Node]  # when it was last used, a number that no other has, and the node
-MOST_STALE = 1000
+MAX_STALE = 1000
 
 
 class PrefixCache:
@@ -51,7 +51,7 @@ class PrefixCache:
         self._leaves: list[_Leaf] = []  # a heap; some are out of date
         self._clock = itertools.count(1)
         self._entries = itertools.count()
-        self._most_leaves = MOST_STALE
+        self._max_leaves = MAX_STALE
         self.num_evictable = 0  # tokens that nobody holds
         self.num_shared = 0  # tokens that several rows hold
         self.shared = np.zeros(num_rows, dtype=np.int64)  # of them, those that a row holds
@@ -60,22 +60,22 @@ class PrefixCache:
     def root(self) -> Node:
         return self._root
 
-    def find(self, tokens: Ids) -> tuple[Node, int]:
+    def find(self, token_ids: Ids) -> tuple[Node, int]:
         """Where the longest beginning of these tokens that is in the tree ends, and its length."""
         node, length = self._root, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
+        while length < len(token_ids):
+            child = node.children.get(int(token_ids[length]))
             if child is None:
                 break
-            common = _common_length(child.tokens, tokens[length:])
-            node = child if common == len(child.tokens) else self._split(child, common)
+            common = _common_length(child.token_ids, token_ids[length:])
+            node = child if common == len(child.token_ids) else self._split(child, common)
             length += common
         return node, length
 
     def hold(self, end: Node, row: int) -> None:
         """The row uses the slots of this path from now on."""
         for node in end.path():
-            size, num_others = len(node.tokens), len(node.holders)
+            size, num_others = len(node.token_ids), len(node.holders)
             if num_others == 0:
                 self.num_evictable -= size
             elif num_others == 1:
@@ -88,7 +88,7 @@ class PrefixCache:
     def let_go(self, end: Node, row: int) -> None:
         now = next(self._clock)
         for node in end.path():
-            size = len(node.tokens)
+            size = len(node.token_ids)
             node.holders.remove(row)
             node.last_used = now
             if len(node.holders) == 0:
@@ -99,31 +99,31 @@ class PrefixCache:
                 self.num_shared -= size
         self.shared[row] = 0
 
-    def extend(self, end: Node, row: int, tokens: Ids, slots: Ids) -> Node:
+    def extend(self, end: Node, row: int, token_ids: Ids, slots: Ids) -> Node:
         """Takes what a row that goes on has behind the path that it holds; returns where its path ends then.
 
         Where the tree goes on alike from there, with slots of its own, it takes nothing.
         """
-        if len(tokens) == 0 or int(tokens[0]) in end.children:
+        if len(token_ids) == 0 or int(token_ids[0]) in end.children:
             return end
-        node = self._append(end, tokens, slots)
+        node = self._append(end, token_ids, slots)
         node.holders.add(row)
         return node
 
-    def give(self, end: Node, tokens: Ids, slots: Ids) -> Ids:
+    def give(self, end: Node, token_ids: Ids, slots: Ids) -> Ids:
         """Takes what a row that ends has behind its path. Returns the slots of tokens that the tree has already."""
         node, length = end, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
+        while length < len(token_ids):
+            child = node.children.get(int(token_ids[length]))
             if child is None:
-                leaf = self._append(node, tokens[length:], slots[length:])
+                leaf = self._append(node, token_ids[length:], slots[length:])
                 leaf.last_used = next(self._clock)
-                self.num_evictable += len(leaf.tokens)
+                self.num_evictable += len(leaf.token_ids)
                 self._note_leaf(leaf)
                 break
-            common = _common_length(child.tokens, tokens[length:])
+            common = _common_length(child.token_ids, token_ids[length:])
             length += common
-            node = child if common == len(child.tokens) or length == len(tokens) else self._split(child, common)
+            node = child if common == len(child.token_ids) or length == len(token_ids) else self._split(child, common)
         return slots[:length]
 
     def evict(self, count: int) -> Ids:
@@ -136,10 +136,10 @@ class PrefixCache:
             if not _is_up_to_date(self._leaves[0]):
                 heapq.heappop(self._leaves)
                 continue
-            kept = max(0, len(leaf.tokens) - missing)
+            kept = max(0, len(leaf.token_ids) - missing)
             evicted.append(leaf.slots[kept:])
-            missing -= len(leaf.tokens) - kept
-            leaf.tokens, leaf.slots, first = leaf.tokens[:kept], leaf.slots[:kept], int(leaf.tokens[0])
+            missing -= len(leaf.token_ids) - kept
+            leaf.token_ids, leaf.slots, first = leaf.token_ids[:kept], leaf.slots[:kept], int(leaf.token_ids[0])
             if kept == 0:
                 heapq.heappop(self._leaves)
                 parent, leaf.parent = leaf.parent, None
@@ -164,30 +164,30 @@ class PrefixCache:
         evictable = total_shared = 0
         for node in self.nodes():
             assert node.parent is not None, "a node in the tree has a parent"
-            assert len(node.tokens) == len(node.slots) > 0, "a node has a slot for each token"
-            assert node.parent.children[int(node.tokens[0])] is node, "a node is not where it is looked for"
+            assert len(node.token_ids) == len(node.slots) > 0, "a node has a slot for each token"
+            assert node.parent.children[int(node.token_ids[0])] is node, "a node is not where it is looked for"
             assert node.parent is self._root or node.holders <= node.parent.holders, "a path has a gap"
-            evictable += len(node.tokens) if not node.holders else 0
+            evictable += len(node.token_ids) if not node.holders else 0
             if len(node.holders) > 1:
-                total_shared += len(node.tokens)
-                shared[list(node.holders)] += len(node.tokens)
+                total_shared += len(node.token_ids)
+                shared[list(node.holders)] += len(node.token_ids)
         assert (evictable, total_shared) == (self.num_evictable, self.num_shared), "the tokens are miscounted"
         assert np.array_equal(shared, self.shared), "what rows share is miscounted"
 
-    def _append(self, parent: Node, tokens: Ids, slots: Ids) -> Node:
+    def _append(self, parent: Node, token_ids: Ids, slots: Ids) -> Node:
         # Copies, since the row's arrays serve another sequence next.
-        node = Node(tokens.copy(), slots.copy(), parent)
-        parent.children[int(tokens[0])] = node
+        node = Node(token_ids.copy(), slots.copy(), parent)
+        parent.children[int(token_ids[0])] = node
         return node
 
     def _split(self, node: Node, length: int) -> Node:
         """Cuts the node in two; returns the upper part. Whoever knows the node as an end knows the lower part now."""
         parent = node.parent
         assert parent is not None, "the root has no tokens"
-        upper = Node(node.tokens[:length], node.slots[:length], parent, {}, set(node.holders), node.last_used)
-        parent.children[int(node.tokens[0])] = upper
-        node.tokens, node.slots, node.parent = node.tokens[length:], node.slots[length:], upper
-        upper.children[int(node.tokens[0])] = node
+        upper = Node(node.token_ids[:length], node.slots[:length], parent, {}, set(node.holders), node.last_used)
+        parent.children[int(node.token_ids[0])] = upper
+        node.token_ids, node.slots, node.parent = node.token_ids[length:], node.slots[length:], upper
+        upper.children[int(node.token_ids[0])] = node
         return upper
 
     def _note_leaf(self, node: Node) -> None:
@@ -195,10 +195,10 @@ class PrefixCache:
         if node.children or node.holders or node.parent is None:
             return
         heapq.heappush(self._leaves, (node.last_used, next(self._entries), node))
-        if len(self._leaves) > self._most_leaves:
+        if len(self._leaves) > self._max_leaves:
             up_to_date = {entry[-1]: entry for entry in self._leaves if _is_up_to_date(entry)}
             self._leaves = sorted(up_to_date.values())
-            self._most_leaves = 2 * len(self._leaves) + MOST_STALE
+            self._max_leaves = 2 * len(self._leaves) + MAX_STALE
 
 
 def _is_up_to_date(leaf: _Leaf) -> bool:

@@ -25,12 +25,12 @@ class RequestTable:
     def __init__(self, num_rows: int, num_draws: int = 1, eos_ids: Sequential[int] = ()) -> None:
         self._eos_ids = tuple(eos_ids)
         self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # the Sequence; None: the row is free
-        self.handles = np.zeros(num_rows, dtype=np.int64)  # what the sequences are called in a StepOutput
+        self.handles = np.zeros(num_rows, dtype=np.int64)  # what the sequences are called in a RouterOutput
         self.with_log_probs = np.zeros(num_rows, dtype=np.bool_)
-        self.numbers = np.zeros(num_rows, dtype=np.int64)  # in order of arrival
-        self.luck = np.zeros((num_rows, num_draws))  # what the admission policy has drawn for them
+        self.arrival_indices = np.zeros(num_rows, dtype=np.int64)  # in order of arrival
+        self.quantiles = np.zeros((num_rows, num_draws))  # what the admission policy has drawn for them
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
-        self.most = np.zeros(num_rows, dtype=np.int64)  # max_tokens
+        self.max_tokens = np.zeros(num_rows, dtype=np.int64)  # max_tokens
         self.cached = np.zeros(num_rows, dtype=np.int32)  # tokens with a slot
         self.remaining = np.zeros(num_rows, dtype=np.int64)  # decode steps still to be planned
         self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all that was known is planned
@@ -40,10 +40,10 @@ class RequestTable:
         )  # tokens cached when an ending id first ends the sequence
         self.num_ending_ids = np.zeros(num_rows, dtype=np.int32)
         self.ending_ids = np.full((num_rows, len(self._eos_ids) + MAX_STOP_TOKEN_IDS), NO_TOKEN, dtype=np.int32)
-        self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_tokens`
+        self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_token_ids`
         # Wide enough for the longest sequence so far. What no token was written to costs no memory.
         self._slots: NDArray[np.int32] = np.empty((num_rows, 256), dtype=np.int32)
-        self._tokens = np.empty_like(self._slots)  # prompt and generated
+        self._token_ids = np.empty_like(self._slots)  # prompt and generated
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
@@ -58,10 +58,10 @@ class RequestTable:
         self.owners[row] = sequence
         self.handles[row] = sequence.handle
         self.with_log_probs[row] = sampling.return_log_probs
-        self.numbers[row] = sequence.number
-        self.luck[row] = sequence.luck
+        self.arrival_indices[row] = sequence.arrival_index
+        self.quantiles[row] = sequence.quantiles
         self.prompt_lengths[row] = sequence.prompt_length
-        self.most[row] = sampling.max_tokens
+        self.max_tokens[row] = sampling.max_tokens
         self.cached[row] = len(prefix_slots)
         self.remaining[row] = sampling.max_tokens - sequence.num_generated - 1
         self.decoding[row] = False
@@ -73,7 +73,7 @@ class RequestTable:
         self.ending_ids[row] = NO_TOKEN
         self.ending_ids[row, : len(ending_ids)] = ending_ids
         self.num_known[row] = sequence.known_length
-        self._tokens[row, : sequence.known_length] = sequence.known_ids
+        self._token_ids[row, : sequence.known_length] = sequence.known_ids
         self._slots[row, : len(prefix_slots)] = prefix_slots
         sequence.row = row
         return row
@@ -119,9 +119,9 @@ class RequestTable:
         self._slots[row, start : start + len(slots)] = slots
         self.cached[row] = start + len(slots)
 
-    def record(self, rows: NDArray[np.int64], positions: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+    def record(self, rows: NDArray[np.int64], positions: NDArray[np.int32], token_ids: NDArray[np.int32]) -> None:
         """These tokens are known now."""
-        self._tokens[rows, positions] = tokens
+        self._token_ids[rows, positions] = token_ids
         self.num_known[rows] = positions + 1
 
     def num_generated(self, row: int) -> int:
@@ -130,10 +130,10 @@ class RequestTable:
 
     def num_sampled(self, row: int) -> int:
         """Tokens that the sequence has generated once all planned steps are done."""
-        return int(self.most[row] - self.remaining[row]) if self.decoding[row] else self.num_generated(row)
+        return int(self.max_tokens[row] - self.remaining[row]) if self.decoding[row] else self.num_generated(row)
 
-    def known_tokens(self, row: int) -> NDArray[np.int32]:
-        return self._tokens[row, : self.num_known[row]]
+    def known_token_ids(self, row: int) -> NDArray[np.int32]:
+        return self._token_ids[row, : self.num_known[row]]
 
     def slots_of(self, row: int) -> NDArray[np.int32]:
         return self._slots[row, : self.cached[row]]
@@ -141,14 +141,14 @@ class RequestTable:
     def demand(self, shared: NDArray[np.int64]) -> Demand:
         """Of the sequences that decode; without the slots, by row, that others hold as well."""
         rows = self.decode_rows()
-        remaining, most = self.remaining[rows], self.most[rows]
-        made = np.where(self.ignores_eos[rows], most - 1, most - remaining)
-        return Demand(self.cached[rows] - shared[rows], remaining, made, most, self.luck[rows])
+        remaining, max_tokens = self.remaining[rows], self.max_tokens[rows]
+        num_generated = np.where(self.ignores_eos[rows], max_tokens - 1, max_tokens - remaining)
+        return Demand(self.cached[rows] - shared[rows], remaining, num_generated, max_tokens, self.quantiles[rows])
 
     def newest(self) -> Sequence:
         """Of the sequences that decode, the one that came last."""
         rows = self.decode_rows()
-        newest: Sequence = self.owners[rows[np.argmax(self.numbers[rows])]]
+        newest: Sequence = self.owners[rows[np.argmax(self.arrival_indices[rows])]]
         return newest
 
     def check(self) -> None:
@@ -169,7 +169,7 @@ class RequestTable:
         if width > old_width:
             new_width = max(width, 2 * old_width)
             self._slots = _widened(self._slots, self.cached, new_width)
-            self._tokens = _widened(self._tokens, self.num_known, new_width)
+            self._token_ids = _widened(self._token_ids, self.num_known, new_width)
 
 
 def _widened(narrow: NDArray[np.int32], lengths: NDArray[np.int32], width: int) -> NDArray[np.int32]:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
-from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, Refusal, newcomer_demand
-from lightllm_backend.router.batch import Admission, Batch, StepOutput, StepResult
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, Refusal, candidate_demand
+from lightllm_backend.router.batch import Admission, Batch, RouterOutput, StepResult
 from lightllm_backend.router.deadlines import Deadlines
 from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
 from lightllm_backend.router.request_table import RequestTable
@@ -75,18 +75,18 @@ class Router:
         self._clock = clock
         self._policy = policy or ExactAdmission()
 
-        self._table = RequestTable(max_running, len(self._policy.draw()), sorted(eos_ids))
+        self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids))
         self._pool = SlotPool(capacity, self._table, prefix_cache)
         self._live: dict[str, Sequence] = {}  # by uid, until they finish
-        self._by_number: dict[int, Sequence] = {}  # the same
+        self._by_arrival_index: dict[int, Sequence] = {}  # the same
         self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival; first those that are preempted
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; nothing is admitted behind it
         self._in_flight: deque[PlannedStep] = deque()
         self._deadlines = Deadlines(self._live)
         self._chunks: list[TokenChunk] = []  # not yet given out
 
-        self._numbers = itertools.count()
-        self._urgent_numbers = itertools.count(-1, -1)  # older than all others
+        self._arrival_indices = itertools.count()
+        self._urgent_indices = itertools.count(-1, -1)  # older than all others
         self._step = 0
         self._closed: RequestError | None = None  # what further requests are refused with
         self._refusal: Refusal | None = None  # of the first in the queue
@@ -100,14 +100,14 @@ class Router:
 
     def submit(self, request: Request, handle: int = 0) -> None:
         """Queues the request, or raises the RequestError that answers it. The handle is what outputs will call it."""
-        number = next(self._urgent_numbers if request.urgent else self._numbers)
-        sequence = Sequence(request, handle, number, self._clock(), self._policy.draw())
+        arrival_index = next(self._urgent_indices if request.urgent else self._arrival_indices)
+        sequence = Sequence(request, handle, arrival_index, self._clock(), self._policy.draw_quantiles())
         try:
             self._check_admissible(sequence)
         except RequestError:
             self._requests["rejected"] += 1
             raise
-        self._live[request.uid] = self._by_number[sequence.number] = self._queue[request.uid] = sequence
+        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = self._queue[request.uid] = sequence
         if request.urgent:
             self._queue.move_to_end(request.uid, last=False)
         if request.deadline is not None:
@@ -144,39 +144,39 @@ class Router:
         self._in_flight.append(PlannedStep.of(batch, self._table))
         return batch
 
-    def apply(self, batch: Batch, result: StepResult) -> StepOutput:
+    def apply(self, batch: Batch, result: StepResult) -> RouterOutput:
         """Takes the tokens of the oldest batch that was not applied yet. Its output includes `drain_finished()`."""
         step = self._in_flight.popleft()
-        tokens = result.tokens
+        token_ids = result.token_ids
         assert step.batch is batch, "batches are applied in the order in which they were made"
-        assert len(tokens) == len(step.rows), "one token for each sequence that samples"
+        assert len(token_ids) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
-        stops = step.may_end & (tokens[:, None] == step.ending_ids).any(axis=1)
+        stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
-        self._table.record(step.rows[known], step.positions[known], tokens[known])
+        self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
         for index in (~goes_on).nonzero()[0].tolist():
-            sequence = self._by_number.get(int(step.numbers[index]))
+            sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
                 continue  # it has ended in the meantime
             self._generated_tokens_total += 1
             log_probs = []
             if sequence.request.sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
-            token_ids = [int(tokens[index])]
+            sampled = [int(token_ids[index])]
             if sequence.state is SequenceState.PREEMPTED:
-                sequence.known_ids = np.append(sequence.known_ids, tokens[index])
+                sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
                 sequence.num_due -= 1
             if ends[index]:
                 self._learn(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
-                self.finish(sequence, reason, token_ids=token_ids, log_probs=log_probs)
+                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs)
             else:
-                self._chunks.append(sequence.make_chunk(token_ids, log_probs))
+                self._chunks.append(sequence.make_chunk(sampled, log_probs))
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
-        return StepOutput(handles, tokens[goes_on], self.drain_finished())
+        return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
 
     def drain_finished(self) -> list[TokenChunk]:
         """The chunks that were not given out yet: of sequences that ended without a step."""
@@ -194,7 +194,7 @@ class Router:
         """The only end of a sequence: gives back its slots and its row and makes its last chunk."""
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
         uid = sequence.request.uid
-        del self._live[uid], self._by_number[sequence.number]
+        del self._live[uid], self._by_arrival_index[sequence.arrival_index]
         self._queue.pop(uid, None)
         if sequence is self._prefilling:
             self._prefilling = None
@@ -257,8 +257,8 @@ class Router:
             assert not queued or sequence.row is None, "a queued sequence has a row"
             prefilling = sequence.state is SequenceState.PREFILLING
             assert prefilling == (sequence is self._prefilling), "a prompt is cut but not continued"
-        numbers = [sequence.number for sequence in self._queue.values()]
-        assert numbers == sorted(numbers), "the queue is not in order of arrival"
+        arrival_indices = [sequence.arrival_index for sequence in self._queue.values()]
+        assert arrival_indices == sorted(arrival_indices), "the queue is not in order of arrival"
         if isinstance(self._policy, ExactAdmission):
             assert self._preemptions_total == 0, "nobody is ever in need"
             peak = self._pool.peak(self._batch_max_tokens)
@@ -291,7 +291,7 @@ class Router:
         waiting = (sequence for sequence in self._queue.values() if sequence.state is SequenceState.QUEUED)
         latest = now - self._queue_timeout_s
         message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
-        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival <= latest, waiting)):
+        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival_time <= latest, waiting)):
             self.finish(sequence, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
 
     def _release_planned_out(self) -> None:
@@ -311,7 +311,7 @@ class Router:
             self._pool.release(sequence.row)
             self._table.release_row(sequence)
             for step in self._in_flight:
-                step.holds_row[step.numbers == sequence.number] = False
+                step.holds_row[step.arrival_indices == sequence.arrival_index] = False
 
     def _preempt_until_it_fits(self) -> None:
         """Makes sure of slots for a decode of each sequence, and for a chunk of the prompt that is cut."""
@@ -329,7 +329,7 @@ class Router:
         """Takes back all that the sequence holds. It is the newest of those that run, so the queue stays in order."""
         row = sequence.row
         assert row is not None, "a sequence that runs has a row"
-        sequence.known_ids = self._table.known_tokens(row).copy()
+        sequence.known_ids = self._table.known_token_ids(row).copy()
         sequence.num_due = self._table.num_sampled(row) - sequence.num_generated
         self._release(sequence)
         if sequence is self._prefilling:
@@ -345,7 +345,7 @@ class Router:
             self._policy.ended(length)
 
     def _plan_prefill(self) -> tuple[list[PromptChunk], list[Admission]]:
-        """Chunks of at most batch_max_tokens together: the prompt that was cut last time, then newcomers.
+        """Chunks of at most batch_max_tokens together: the prompt that was cut last time, then candidates.
 
         Only the last of them may exceed what is left, and then takes all of it: so at most one prompt is cut at a time.
         """
@@ -359,17 +359,19 @@ class Router:
         plannable = self._pool.plannable
         while budget > 0 and self._queue and self._table.num_free_rows > 0:
             sequence = next(iter(self._queue.values()))
-            refused = self._refusal and self._refusal.holds(sequence.number, self._step, self._pool.plannable)
+            refused = self._refusal and self._refusal.holds(sequence.arrival_index, self._step, self._pool.plannable)
             if sequence.num_due or refused:
                 break
             # The one whose prompt is cut has all of the budget, so whoever runs decodes.
             gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
             prefix = self._pool.find(sequence.known_ids)
             planned = min(sequence.known_length, prefix.length + budget)
-            demand = newcomer_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
+            demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
             if not gate.admits(demand, self._pool.plannable):
-                if self._pool.plannable == plannable:  # else the gate counts twice what newcomers have come to share
-                    self._refusal = Refusal(sequence.number, self._step + gate.wait(demand, plannable), plannable)
+                if self._pool.plannable == plannable:  # else the gate counts twice what candidates have come to share
+                    self._refusal = Refusal(
+                        sequence.arrival_index, self._step + gate.wait(demand, plannable), plannable
+                    )
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
@@ -382,7 +384,7 @@ class Router:
         request = sequence.request
         del self._queue[request.uid]
         if sequence.state is SequenceState.QUEUED:
-            sequence.queue_seconds = self._clock() - sequence.arrival
+            sequence.queue_seconds = self._clock() - sequence.arrival_time
         slots = prefix.slots()
         row = self._table.take_row(sequence, slots)
         self._pool.hold(row, prefix)

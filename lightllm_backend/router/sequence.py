@@ -35,9 +35,9 @@ class Sequence:
 
     request: Request
     handle: int  # what outputs call it
-    number: int  # in order of arrival
-    arrival: float
-    luck: NDArray[np.float64]  # what the admission policy has drawn for it
+    arrival_index: int  # in order of arrival
+    arrival_time: float
+    quantiles: NDArray[np.float64]  # what the admission policy has drawn for it
     state: SequenceState = SequenceState.QUEUED
     row: int | None = None
     queue_seconds: float | None = None  # from its admission until its first chunk, which carries it

@@ -15,7 +15,7 @@ from lightllm_backend.router.request_table import RequestTable
 
 
 class Prefix(NamedTuple):
-    """What the cache has of a newcomer's tokens."""
+    """What the cache has of a candidate's tokens."""
 
     end: Node
     length: int
@@ -72,12 +72,12 @@ class SlotPool:
             self._allocator.free(self._cache.evict(min(missing + in_advance, self._cache.num_evictable)))
         return self._allocator.allocate(count)
 
-    def find(self, tokens: NDArray[np.int32]) -> Prefix:
+    def find(self, token_ids: NDArray[np.int32]) -> Prefix:
         """The longest beginning of these tokens that need not be computed. At least the last must be."""
         if not self._with_cache:
             return Prefix(self._cache.root, 0, 0)
-        end, length = self._cache.find(tokens[:-1])
-        return Prefix(end, length, sum(len(node.tokens) for node in end.path() if len(node.holders) > 1))
+        end, length = self._cache.find(token_ids[:-1])
+        return Prefix(end, length, sum(len(node.token_ids) for node in end.path() if len(node.holders) > 1))
 
     def hold(self, row: int, prefix: Prefix) -> None:
         """The row starts with this prefix."""
@@ -89,8 +89,8 @@ class SlotPool:
         if self._with_cache:
             first = self._num_cached[row]
             slots = self._table.slots_of(row)[first:]
-            tokens = self._table.known_tokens(row)[first : first + len(slots)]
-            end = self._cache.extend(self._ends[row], row, tokens, slots)
+            token_ids = self._table.known_token_ids(row)[first : first + len(slots)]
+            end = self._cache.extend(self._ends[row], row, token_ids, slots)
             if end is not self._ends[row]:
                 self._ends[row], self._num_cached[row] = end, first + len(slots)
 
@@ -100,9 +100,9 @@ class SlotPool:
         slots = self._table.slots_of(row)[first:]
         if self._with_cache:
             # A token whose slot is planned may still be unknown where more than one step is in flight.
-            tokens = self._table.known_tokens(row)[first:][: len(slots)]
-            superfluous = self._cache.give(end, tokens, slots[: len(tokens)])
-            slots = np.concatenate([superfluous, slots[len(tokens) :]])
+            token_ids = self._table.known_token_ids(row)[first:][: len(slots)]
+            superfluous = self._cache.give(end, token_ids, slots[: len(token_ids)])
+            slots = np.concatenate([superfluous, slots[len(token_ids) :]])
         self._allocator.free(slots)
         self._cache.let_go(end, row)
         self._ends[row], self._num_cached[row] = self._cache.root, 0
@@ -127,7 +127,7 @@ class SlotPool:
                 remaining[row] += steps
         for node in self._cache.nodes():
             if node.holders:
-                held[max(node.holders, key=lambda row: remaining[row])] += len(node.tokens)
+                held[max(node.holders, key=lambda row: remaining[row])] += len(node.token_ids)
         return Forecast(held[rows], remaining[rows]).peak
 
     def check(self) -> None:

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightllm_backend.router.batch import Batch
-from lightllm_backend.runner.device_batch import Bucket
+from lightllm_backend.runner.step_arrays import Bucket
 
 # A fast GPU, and what it takes to launch a layer's kernels one by one (0.75 to 1.2 ms on a host of 2026).
 _FLOPS = 600e12
 _LAUNCH_SECONDS_PER_LAYER = 1e-3
-_LEAST_TOKENS, _MOST_TOKENS = 256, 2048
+_MIN_TOKENS, _MAX_TOKENS = 256, 2048
 
 # Of steps that prefill; beyond 512 as far apart as the tiles of matrix products, which compute whole ones.
-_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MOST_TOKENS + 1, 128))
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MAX_TOKENS + 1, 128))
 # Prompts beside each other in such a step.
-_MOST_PREFILLS = 32
+_MAX_PREFILLS = 32
 # Among how many sequences decode attention divides the GPU; where many may decode, one is not cut into parts.
 _DECODES = (0, 8, 32, 128)
 
@@ -40,14 +40,14 @@ def graph_tokens(num_layers: int, num_weights: int) -> int:
     num_weights: numbers in a rank's weights; each costs a multiplication and an addition a token.
     """
     tokens = num_layers * _LAUNCH_SECONDS_PER_LAYER * _FLOPS / (2 * num_weights)
-    return min(max(-(-int(tokens) // 128) * 128, _LEAST_TOKENS), _MOST_TOKENS)
+    return min(max(-(-int(tokens) // 128) * 128, _MIN_TOKENS), _MAX_TOKENS)
 
 
-def step_buckets(num_rows: int, batch_max_tokens: int, most_tokens: int) -> list[Bucket]:
-    """Decodes alone, up to `num_rows`, and with prompts among at most `most_tokens` tokens."""
+def step_buckets(num_rows: int, batch_max_tokens: int, max_graph_tokens: int) -> list[Bucket]:
+    """Decodes alone, up to `num_rows`, and with prompts among at most `max_graph_tokens` tokens."""
     mixed = [
-        Bucket(tokens, decodes, min(tokens, _MOST_PREFILLS, num_rows))
-        for tokens in _up_to(min(most_tokens, num_rows + batch_max_tokens), _TOKENS)
+        Bucket(tokens, decodes, min(tokens, _MAX_PREFILLS, num_rows))
+        for tokens in _up_to(min(max_graph_tokens, num_rows + batch_max_tokens), _TOKENS)
         for decodes in sorted({*_up_to(min(num_rows, tokens - 1), _DECODES), min(num_rows, tokens - 1)})
     ]
     return [Bucket(size, size) for size in batch_size_buckets(num_rows)] + mixed

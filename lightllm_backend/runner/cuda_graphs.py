@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.buckets import BucketChoice
-from lightllm_backend.runner.device_batch import EMPTY_BATCH, Bucket
-from lightllm_backend.runner.step import Step, StepOutput
+from lightllm_backend.runner.step import ForwardOutput, Step
+from lightllm_backend.runner.step_arrays import EMPTY_BATCH, Bucket
 
 
 @dataclass(frozen=True)
 class _Capture:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor  # bytes of the bucket's StepArrays, which a replay reads
-    output: StepOutput
+    output: ForwardOutput
 
 
 class CudaGraphs:
@@ -40,7 +40,7 @@ class CudaGraphs:
             for bucket in tqdm(largest_first, "Capturing CUDA graphs", unit="graph")
         }
 
-    def run(self, batch: Batch) -> StepOutput | None:
+    def run(self, batch: Batch) -> ForwardOutput | None:
         """The step's output, which is valid until the next; None if no bucket has room for the batch."""
         bucket = self._choose(batch)
         if bucket is None:
@@ -58,8 +58,8 @@ class CudaGraphs:
     def _capture(self, bucket: Bucket, inputs: Tensor, pool: Any) -> _Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, tokens, places = self._step.launch(inputs, bucket)
-        return _Capture(graph, inputs, StepOutput(_without_owner(logits), _without_owner(tokens), places))
+            logits, token_ids, places = self._step.launch(inputs, bucket)
+        return _Capture(graph, inputs, ForwardOutput(_without_owner(logits), _without_owner(token_ids), places))
 
 
 class _Memory:

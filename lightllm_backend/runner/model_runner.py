@@ -14,10 +14,11 @@ from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.layers import CausalLM, KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
-from lightllm_backend.runner.device_batch import EMPTY_BATCH, Bucket, RequestTables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.sampler import Sampler
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
+from lightllm_backend.runner.step_arrays import EMPTY_BATCH, Bucket
 
 # Steps whose results may be unread; more than the engine ever has in flight.
 _RESULTS_IN_FLIGHT = 4
@@ -27,7 +28,7 @@ class _ResultBuffer:
     """Of one step: its tokens and log probabilities in pinned memory, and when it began and they were there."""
 
     def __init__(self, num_rows: int) -> None:
-        self.tokens = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
+        self.token_ids = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
         self.log_probs = torch.empty(num_rows, dtype=torch.float32, pin_memory=True)
         self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.step: PendingStep | None = None  # whose result it is
@@ -37,16 +38,16 @@ class PendingStep:
     """A step that the device may still be computing, or has computed in `seconds` where that is the host."""
 
     def __init__(
-        self, tokens: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None, seconds: float = 0.0
+        self, token_ids: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None, seconds: float = 0.0
     ) -> None:
         self._buffer, self._seconds = buffer, seconds
         if buffer is not None:
             buffer.step = self
-            tokens = buffer.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+            token_ids = buffer.token_ids[: len(token_ids)].copy_(token_ids, non_blocking=True)
             if log_probs is not None:
                 log_probs = buffer.log_probs[: len(log_probs)].copy_(log_probs, non_blocking=True)
             buffer.done.record()
-        self._tokens, self._log_probs = tokens, log_probs
+        self._token_ids, self._log_probs = token_ids, log_probs
 
     def is_done(self) -> bool:
         """Whether result() would return at once."""
@@ -59,7 +60,7 @@ class PendingStep:
             self._buffer.done.synchronize()
             self._seconds = self._buffer.begun.elapsed_time(self._buffer.done) / 1e3
         log_probs = None if self._log_probs is None else self._log_probs.numpy().copy()
-        return StepResult(self._tokens.numpy().copy(), log_probs, self._seconds)
+        return StepResult(self._token_ids.numpy().copy(), log_probs, self._seconds)
 
 
 class ResultRing:
@@ -78,11 +79,11 @@ class ResultRing:
             self._buffers[self._turn].begun.record()
         self._begun = time.perf_counter()
 
-    def fetch(self, tokens: Tensor, log_probs: Tensor | None = None) -> PendingStep:
+    def fetch(self, token_ids: Tensor, log_probs: Tensor | None = None) -> PendingStep:
         """Starts the copy of its tokens [n] int32 and log probabilities [n] float32 to the host."""
         if not self._buffers:
-            return PendingStep(tokens, log_probs, seconds=time.perf_counter() - self._begun)
-        return PendingStep(tokens, log_probs, self._buffers[self._turn])
+            return PendingStep(token_ids, log_probs, seconds=time.perf_counter() - self._begun)
+        return PendingStep(token_ids, log_probs, self._buffers[self._turn])
 
 
 class ModelRunner:
@@ -98,7 +99,7 @@ class ModelRunner:
         self.overlap = 1 if device.type == "cuda" else 0
         self._staging = Staging(device)
         self._results = ResultRing(num_rows, device)
-        self._tables = RequestTables(num_rows, max_length, device)
+        self._tables = DeviceTables(num_rows, max_length, device)
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # without, all steps are launched kernel by kernel
@@ -107,7 +108,7 @@ class ModelRunner:
     @property
     def table_bytes(self) -> int:
         """Of the request tables on the device."""
-        return self._tables.tokens.nbytes + self._tables.slots.nbytes
+        return self._tables.token_ids.nbytes + self._tables.slots.nbytes
 
     @torch.inference_mode()
     def capture_graphs(self, buckets: Sequence[Bucket]) -> None:
@@ -127,12 +128,12 @@ class ModelRunner:
             self._tables.admit(batch.admitted, self._staging)
             self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
         output = self.graphs.run(batch) if self.graphs else None
-        logits, tokens, places = output or self._step.run(batch)
+        logits, token_ids, places = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
-        tokens = tokens[: len(rows)]
+        token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
-            return self._results.fetch(tokens)
+            return self._results.fetch(token_ids)
         lengths = (batch.starts + batch.lengths)[batch.samples]
-        tokens, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
-        self._tables.tokens.view(-1).index_copy_(0, places[: len(rows)], tokens)
-        return self._results.fetch(tokens, log_probs)
+        token_ids, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
+        self._tables.token_ids.view(-1).index_copy_(0, places[: len(rows)], token_ids)
+        return self._results.fetch(token_ids, log_probs)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
-from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
 
 _FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -60,7 +60,7 @@ class Sampler:
         logits: Tensor,
         rows: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        tables: RequestTables,
+        tables: DeviceTables,
         staging: Staging,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
@@ -82,15 +82,15 @@ class Sampler:
         if is_penalised:
             logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
-                logits, tables.tokens[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
+                logits, tables.token_ids[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens,
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if self._drawn[rows].any():
-            tokens = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
+            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
         else:
-            tokens = logits.argmax(-1).int()
+            token_ids = logits.argmax(-1).int()
         if not with_log_probs:
-            return tokens, None
-        chosen = original.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
-        return tokens, chosen - original.logsumexp(-1)
+            return token_ids, None
+        chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
+        return token_ids, chosen - original.logsumexp(-1)

@@ -12,16 +12,17 @@ from torch import Tensor
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
-from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
+from lightllm_backend.runner.step_arrays import Bucket, StepArrays, fill
 from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
-class StepOutput(NamedTuple):
+class ForwardOutput(NamedTuple):
     """Of n sequences, those that sample first. Whoever needs the logits may change them."""
 
     logits: Tensor  # [n, vocab]
-    tokens: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
+    token_ids: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
     places: Tensor  # [n] int64, where in the flattened table
 
 
@@ -29,7 +30,7 @@ class Step:
     """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
 
     def __init__(
-        self, model: CausalLM, kernels: ModuleType, tables: RequestTables, kv_layers: Sequence[KVLayer],
+        self, model: CausalLM, kernels: ModuleType, tables: DeviceTables, kv_layers: Sequence[KVLayer],
         staging: Staging,
     ) -> None:  # fmt: skip
         self._model = model
@@ -45,21 +46,21 @@ class Step:
         fill(StepArrays(*buffer.arrays(layout)), batch, bucket, self._tables)
         return buffer.send(layout.num_bytes, target)
 
-    def run(self, batch: Batch, bucket: Bucket | None = None) -> StepOutput:
+    def run(self, batch: Batch, bucket: Bucket | None = None) -> ForwardOutput:
         """Launch it kernel by kernel; with a bucket, padded to that."""
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
         return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
 
-    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> StepOutput:
+    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> ForwardOutput:
         """From what `upload` returns. Reads nothing back; is the same for all batches of a bucket but for `prompts`."""
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
-        all_tokens = tables.tokens.view(-1)
+        all_token_ids = tables.token_ids.view(-1)
         tables.slots.view(-1).index_copy_(0, arrays.token_places, arrays.slots)
         step = StepInput(
-            input_ids=all_tokens.index_select(0, arrays.token_places),
+            input_ids=all_token_ids.index_select(0, arrays.token_places),
             positions=arrays.positions,
             rotary_lengths=arrays.rotary_lengths,
             slots=arrays.slots,
@@ -68,7 +69,7 @@ class Step:
             query_starts=arrays.query_starts,
             num_decodes=bucket.decodes,
             # Use the table's width, not the batch's maximum, so that the choice of kernels is stable.
-            max_context_length=tables.tokens.shape[1],
+            max_context_length=tables.token_ids.shape[1],
             # Each sequence that decodes samples.
             last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
@@ -76,5 +77,5 @@ class Step:
             whole_prompts=prompts,
         )
         logits = self._model.forward(step)
-        tokens = self._kernels.choose_greedily(logits, arrays.sampled_places, all_tokens)
-        return StepOutput(logits, tokens, arrays.sampled_places)
+        token_ids = self._kernels.choose_greedily(logits, arrays.sampled_places, all_token_ids)
+        return ForwardOutput(logits, token_ids, arrays.sampled_places)

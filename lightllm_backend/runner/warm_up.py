@@ -13,8 +13,8 @@ import torch
 
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
-from lightllm_backend.runner.device_batch import Bucket
 from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.step_arrays import Bucket
 
 # Prompts in steps of which only the number of tokens counts: longer than any graph has room for, and no longer, since
 # the time of attention grows with their square.
@@ -114,9 +114,9 @@ def workspace_bytes(
     All graphs share the memory that the largest of `buckets` need. What the runner held is given back.
     """
     torch.cuda.reset_peak_memory_stats(device)
-    most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
-    most_logits = max(buckets, key=lambda bucket: bucket.samples)
-    runner_with_one_slot.capture_graphs(list({most_tokens, most_logits}))
+    with_most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
+    with_most_logits = max(buckets, key=lambda bucket: bucket.samples)
+    runner_with_one_slot.capture_graphs(list({with_most_tokens, with_most_logits}))
     for batch in batches:
         runner_with_one_slot.launch(batch).result()
     peak = torch.cuda.max_memory_reserved(device)

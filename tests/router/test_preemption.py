@@ -31,7 +31,7 @@ class RecklessAdmission:
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
-    def draw(self) -> NDArray[np.float64]:
+    def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:

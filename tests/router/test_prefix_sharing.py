@@ -118,7 +118,7 @@ def test_more_run_at_a_time_where_they_share() -> None:
     assert most[True] >= 8
 
 
-def test_what_a_newcomer_shares_is_counted_until_its_own_end() -> None:
+def test_what_a_candidate_shares_is_counted_until_its_own_end() -> None:
     loop = make_loop(depth=0, capacity=36)
     short, long = make_request("a", 10, max_tokens=2, family=1), make_request("b", 10, max_tokens=15, family=1)
     other = make_request("c", 5, max_tokens=15)

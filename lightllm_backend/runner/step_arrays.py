@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StepArrays: what a step reads beside the tables, and how a Batch is written into them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightllm_backend.router.batch import Batch
+from lightllm_backend.runner.device_tables import DeviceTables, packed_positions
+from lightllm_backend.runner.staging import Layout
+
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
+
+_NONE = np.empty(0, dtype=np.int32)
+EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_), 0, ())
+
+
+class Bucket(NamedTuple):
+    """The shape of a step: how many tokens it has at most, how many of them may decode, and of how many prompts the
+    others may be. What it costs goes by the tokens; room for more decodes and prompts than there are is nearly free.
+    """
+
+    tokens: int
+    decodes: int
+    prefills: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Bucket:
+        """The one that the batch fills."""
+        return cls(len(batch.slots), batch.num_decodes, len(batch.rows) - batch.num_decodes)
+
+    @property
+    def samples(self) -> int:
+        """How many sequences may sample a token."""
+        return min(self.decodes + self.prefills, self.tokens)
+
+    def layout(self) -> Layout:
+        """Of its StepArrays."""
+        t, n, m = self.tokens, self.decodes + self.prefills, self.samples
+        lengths = StepArrays(t, m, m, t, t, t, n, n, self.prefills + 1)
+        return Layout([(_INT64, length) for length in lengths[:3]] + [(_INT32, length) for length in lengths[3:]])
+
+
+class StepArrays(NamedTuple):
+    """All that a step of a bucket's shape reads, beside the tables: t tokens of n sequences, on the host or the device.
+
+    The tokens that decode come first, then those of the prompts, then padding: tokens of the tables' padding row
+    without a slot, which belong to no sequence. Of the sequences, those that prefill come behind the bucket's last
+    decode; padding in either part has no context and no queries. The logits of the sequences that sample come first and
+    without gaps; all others' are those of any token, and what is chosen from them goes to the padding row.
+    """
+
+    token_places: Any  # [t] int64, of each token in the flattened tables
+    last_tokens: Any  # [samples] int64, whose logits are wanted
+    sampled_places: Any  # [samples] int64, where in the flattened table of tokens each choice goes
+    positions: Any  # [t] int32
+    slots: Any  # [t] int32; -1 is padding
+    rotary_lengths: Any  # [t] int32, see models.layers.StepInput
+    rows: Any  # [n] int32
+    context_lengths: Any  # [n] int32
+    query_starts: Any  # [prefills + 1] int32, the first tokens of the prompts, and behind the last
+
+
+def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables) -> None:
+    """Write a batch that fits the bucket into its arrays on the host, with padding where it leaves room."""
+    tokens, decodes, prefills = Bucket.of(batch)
+    positions = packed_positions(batch.starts, batch.lengths)
+    context_lengths = batch.starts + batch.lengths
+    rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
+    token_places = tables.places(np.repeat(batch.rows, batch.lengths), positions)
+    for target, values, padding in (
+        (arrays.token_places, token_places, tables.padding_place),
+        (arrays.positions, positions, 0),
+        (arrays.slots, batch.slots, -1),
+        (arrays.rotary_lengths, rotary_lengths, 0),
+    ):
+        target[:tokens] = values
+        target[tokens:] = padding
+    for target, values, padding in (
+        (arrays.rows, batch.rows, tables.padding_row),
+        (arrays.context_lengths, context_lengths, 0),
+    ):
+        target[:decodes] = values[:decodes]
+        target[decodes : bucket.decodes] = padding
+        target[bucket.decodes : bucket.decodes + prefills] = values[decodes:]
+        target[bucket.decodes + prefills :] = padding
+
+    ends = np.cumsum(batch.lengths)
+    arrays.query_starts[0] = decodes
+    arrays.query_starts[1 : prefills + 1] = ends[decodes:]
+    arrays.query_starts[prefills + 1 :] = tokens
+    num_sampled = np.count_nonzero(batch.samples)
+    arrays.last_tokens[:num_sampled] = ends[batch.samples] - 1
+    arrays.last_tokens[num_sampled:] = 0
+    arrays.sampled_places[:num_sampled] = tables.places(batch.rows[batch.samples], context_lengths[batch.samples])
+    arrays.sampled_places[num_sampled:] = tables.padding_place
