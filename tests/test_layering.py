@@ -81,12 +81,13 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(source: str, package: str) -> Iterator[str]:
-    """The full name of every import but those for type checkers; of `from a import b` it is `a.b`."""
+def imports(source: str, package: str, for_type_checkers: bool = False) -> Iterator[str]:
+    """The full name of every import, by default but those for type checkers; of `from a import b` it is `a.b`."""
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        is_for_type_checkers = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if isinstance(node, ast.If) and is_for_type_checkers and not for_type_checkers:
             pending.extend(node.orelse)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -98,13 +99,15 @@ def imports(source: str, package: str) -> Iterator[str]:
             pending.extend(ast.iter_child_nodes(node))
 
 
-def modules() -> dict[str, list[str]]:
+def modules(for_type_checkers: bool = False) -> dict[str, list[str]]:
     """Every module of the package (its name without the package's) and what it imports."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         name = module_name(path, ROOT)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[name.removeprefix(PACKAGE).removeprefix(".")] = list(imports(path.read_text(), package))
+        found[name.removeprefix(PACKAGE).removeprefix(".")] = list(
+            imports(path.read_text(), package, for_type_checkers)
+        )
     return found
 
 
@@ -132,6 +135,35 @@ def package_violations(module: str, imported: list[str]) -> list[str]:
     return [name for name in imported if name.partition(".")[0] not in allowed]
 
 
+def circles(imported: dict[str, list[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or through others."""
+    graph = {
+        module: {
+            found
+            for name in names
+            if (found := layer_of(name.removeprefix(f"{PACKAGE}."), dict.fromkeys(imported, ()))) not in (None, module)
+        }
+        for module, names in imported.items()
+    }
+
+    def reachable(module: str) -> set[str]:
+        seen: set[str] = set()
+        pending = [*graph[module]]
+        while pending:
+            if (other := pending.pop()) not in seen:
+                seen.add(other)
+                pending.extend(graph[other])
+        return seen
+
+    everywhere = {module: reachable(module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in everywhere if other in seen and module in everywhere[other]))
+        for module, seen in everywhere.items()
+        if module in seen
+    }
+    return [list(group) for group in sorted(groups)]
+
+
 def test_the_reader_of_imports_sees_every_kind_but_those_for_type_checkers() -> None:
     source = """
 import os.path
@@ -146,6 +178,19 @@ else:
     import i
 """
     assert sorted(imports(source, "p.q")) == ["a.b.c", "i", "os.path", "p.f.g", "p.q.e", "torch"]
+    assert set(imports(source, "p.q", for_type_checkers=True)) - set(imports(source, "p.q")) == {"h"}
+
+
+def test_a_circle_is_found() -> None:
+    names = {"a": ["b.c.d"], "b.c": ["torch", "e"], "e": ["a.Name"], "f": ["a", "g"], "g": []}
+    assert circles({module: [f"{PACKAGE}.{name}" for name in imported] for module, imported in names.items()}) == [
+        ["a", "b.c", "e"]
+    ]
+
+
+def test_no_modules_import_each_other() -> None:
+    """Also not for type checkers alone."""
+    assert circles(modules(for_type_checkers=True)) == []
 
 
 def test_a_forbidden_import_is_found() -> None:

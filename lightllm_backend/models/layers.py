@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.weights import HasWeights, WeightSlot
+from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
 
@@ -52,27 +52,6 @@ class StepInput:
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
     whole_prompts: WholePrompts | None = None  # those without cached tokens, where the host knows them
-
-
-class CausalLM(HasWeights, Protocol):
-    """What the runner asks of a model, and what loading does."""
-
-    num_kv_heads: int  # on this rank
-    head_dim: int
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        kernels: ModuleType,
-        parallel: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_length: int,
-    ) -> None:
-        """Allocate the parameters; their values come with load_weights or dummy_weights."""
-
-    def forward(self, step: StepInput) -> Tensor:
-        """Write the new K and V into the pool, and return the logits [m, vocab] of `step.last_tokens`."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import CausalLM, KVLayer
+from lightllm_backend.models.causal_lm import CausalLM
+from lightllm_backend.models.layers import KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
 from lightllm_backend.runner.device_tables import DeviceTables

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightllm_backend.kernels.whole_prompts import WholePrompts
-from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
+from lightllm_backend.models.causal_lm import CausalLM
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging

@@ -19,9 +19,8 @@ from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.channel import EngineInfo
-from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.causal_lm import CausalLM, model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.buckets import graph_tokens, step_buckets

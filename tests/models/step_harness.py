@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
+from lightllm_backend.models.causal_lm import CausalLM, model_class
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
 
