@@ -22,6 +22,9 @@ from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
+# Cosines and sines [tokens, head_dim / 2] float32; [tokens, 0] in a model without rotary embeddings.
+Rotation = tuple[Tensor, Tensor]
+
 
 class KVLayer(NamedTuple):
     """One layer's part of the KV pool."""
@@ -195,8 +198,7 @@ class RotaryEmbedding:
             # Side by side, so that one gather has both.
             self.table = torch.stack((angles.cos(), angles.sin()), 1).to(device)
 
-    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [tokens, head_dim / 2]."""
+    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> Rotation:
         if not self.is_dynamic:
             cos, sin = self.table.index_select(0, positions).unbind(1)
             return cos, sin
@@ -252,12 +254,10 @@ class PoolAttention:
         self.scale = head_dim**-0.5
         self.bias = {"window": window, "alibi_slopes": alibi_slopes}
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
         decodes = step.num_decodes
-        new, pool = (q, k, v, cos, sin, step.slots), (kv.k, kv.v)
+        new, pool = (q, k, v, *rotation, step.slots), (kv.k, kv.v)
         options = self.bias | {"scales": kv.scales}
         out = q.new_empty(q.shape)
         if decodes > 0:
@@ -304,10 +304,10 @@ class Attention:
         inner = config.num_heads * config.head_dim
         self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, options.output_bias, place)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.output.unsummed(self.attend(q, k, v, cos, sin, kv, step))
+        return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.qkv.weight_map() | self.output.weight_map()

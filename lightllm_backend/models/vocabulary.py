@@ -32,11 +32,11 @@ class Embedding:
         return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
-def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
+def select_tokens(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of `x` and `residual` whose logits the step needs. `x` may be in parts, as for any norm."""
     if last_tokens is None:
         return x, residual
-    # First, for the norm reads it ahead: see kernels.dependent_launch.
+    # The residual first: the norm reads it before the kernel in front of it has ended (kernels.dependent_launch).
     residual = residual.index_select(0, last_tokens)
     return x.index_select(-2, last_tokens), residual
 
