@@ -13,18 +13,72 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PACKAGE = "lightllm_backend"
 
+# Whatever a model's own file is made of.
+BELOW_A_MODEL = (
+    "parallel",
+    "models.decoder",
+    "models.layers",
+    "models.model_config",
+    "models.vocabulary",
+    "models.weights",
+)
+
 # A layer, and the modules of the package that it may import besides itself. The longest matching layer decides.
 ALLOWED = {
     "request": (),
     "config": (),
     "kernels": (),
-    "models": ("kernels", "parallel"),
-    "runner": ("models", "kernels", "kv_pool.storage", "router.batch", "parallel", "request"),
-    "router": ("kv_pool.allocator", "request", "config"),
+    "parallel": ("kernels.mailboxes",),
+    "kv_pool": (),
     "kv_pool.allocator": (),
     "kv_pool.storage": (),
-    "parallel": ("kernels.mailboxes",),
-}
+    "models": (),
+    "models.errors": (),
+    "models.config_defaults": (),
+    "models.config_fields": ("models.errors",),
+    "models.registry": ("models.config_defaults", "models.errors"),
+    "models.unsupported": ("models.config_fields", "models.errors"),
+    "models.model_config": ("models.config_fields", "models.errors", "models.registry", "models.unsupported"),
+    "models.weight_files": ("models.errors", "models.unsupported"),
+    "models.weights": ("models.errors", "models.weight_files"),
+    "models.layers": ("kernels", "parallel", "models.errors", "models.model_config", "models.weights"),
+    "models.vocabulary": ("models.layers", "models.weights"),
+    "models.decoder": ("models.layers", "models.vocabulary", "models.weights"),
+    "models.bloom": BELOW_A_MODEL,
+    "models.llama": BELOW_A_MODEL,
+    "models.mistral": (*BELOW_A_MODEL, "models.llama"),
+    "models.qwen2": (*BELOW_A_MODEL, "models.llama"),
+    "models.causal_lm": ("parallel", "models.layers", "models.model_config", "models.registry", "models.weights"),
+    "router": (),
+    "router.sequence": ("request",),
+    "router.batch": ("request",),
+    "router.deadlines": ("router.sequence",),
+    "router.admission": ("router.sequence",),
+    "router.past_future": ("router.admission",),
+    "router.prefix_cache": (),
+    "router.request_table": ("request", "router.admission", "router.sequence"),
+    "router.planned_step": ("router.batch", "router.request_table"),
+    "router.slot_pool": ("kv_pool.allocator", "router.admission", "router.prefix_cache", "router.request_table"),
+    "router.router": ("request", "router"),
+    "runner": (),
+    "runner.compile_ahead": (),
+    "runner.staging": (),
+    "runner.device_tables": ("router.batch", "runner.staging"),
+    "runner.step_arrays": ("router.batch", "runner.device_tables", "runner.staging"),
+    "runner.buckets": ("router.batch", "runner.step_arrays"),
+    "runner.whole_prompts": ("kernels.whole_prompts", "router.batch", "runner.staging"),
+    "runner.sampler": ("request", "runner.device_tables", "runner.staging"),
+    "runner.step": (
+        "kernels.whole_prompts", "models.causal_lm", "models.layers", "router.batch",
+        "runner.device_tables", "runner.staging", "runner.step_arrays", "runner.whole_prompts",
+    ),
+    "runner.cuda_graphs": ("router.batch", "runner.buckets", "runner.step", "runner.step_arrays"),
+    "runner.model_runner": ("kv_pool.storage", "models.causal_lm", "models.layers", "router.batch", "runner"),
+    "runner.warm_up": ("request", "router.batch", "runner"),
+}  # fmt: skip
+
+# Folders whose modules each have a rule of their own.
+RULED = ("kv_pool", "models", "router", "runner")
 
 # A layer, and the packages that it may import besides the standard library.
 ALLOWED_PACKAGES = {
@@ -207,6 +261,11 @@ def test_every_layer_exists() -> None:
     present = modules()
     layers = {*ALLOWED, *ALLOWED_PACKAGES, *(allowed for values in ALLOWED.values() for allowed in values)}
     assert [layer for layer in sorted(layers) if not any(is_in(module, layer) for module in present)] == []
+
+
+def test_every_module_of_a_ruled_folder_has_its_own_rule() -> None:
+    ruled = {module for module in modules() if any(is_in(module, folder) for folder in RULED)}
+    assert sorted(ruled - set(ALLOWED)) == []
 
 
 def test_a_layer_imports_only_the_layers_below_it() -> None:
