@@ -52,10 +52,6 @@ def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_ma
 class AdmissionPolicy(Protocol):
     """Whose estimate of the steps to come counts."""
 
-    @property
-    def is_final(self) -> bool:
-        """Whether the estimate for a sequence stays what it is, but for the steps that are done."""
-
     def draw_quantiles(self) -> NDArray[np.float64]:
         """The quantiles of a new sequence, [draws]; it keeps it."""
 
@@ -71,8 +67,6 @@ class AdmissionPolicy(Protocol):
 
 class ExactAdmission:
     """Everybody may take all that it asks for, so that nobody is ever in need."""
-
-    is_final = True
 
     def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
@@ -115,16 +109,6 @@ class Forecast:
         own = remaining * (place + 1) + self._held_sums[place] + held
         return int(max(before, own, behind))
 
-    def wait(self, held: int, remaining: int, limit: int) -> int:
-        """The least number of steps until this sequence may join, as long as nobody ends before its time.
-
-        With each step that it comes later it holds a slot less when another takes its last, and that it has not to wait
-        for any more once the other has ended.
-        """
-        place = self._place(remaining)
-        excess = self._terms[place:] - self._negative[place:] + (held - limit)
-        return int(np.minimum(excess, 1 - self._negative[place:]).max(initial=1))
-
     def add(self, held: int, remaining: int) -> None:
         """It has joined."""
         place = self._place(remaining)
@@ -149,17 +133,6 @@ def _extended(values: NDArray[np.int64], place: int, value: int) -> NDArray[np.i
     return extended
 
 
-class Refusal(NamedTuple):
-    """That a sequence cannot join before some step, as long as nobody ends before its time."""
-
-    arrival_index: int
-    before_step: int
-    capacity: int
-
-    def holds(self, arrival_index: int, step: int, capacity: int) -> bool:
-        return arrival_index == self.arrival_index and step < self.before_step and capacity <= self.capacity
-
-
 class Gate:
     """Who may join the running sequences in one step."""
 
@@ -180,11 +153,3 @@ class Gate:
             forecast.add(held, left)
         self._anybody = True
         return True
-
-    def wait(self, candidate: Demand, capacity: int) -> int:
-        """How many steps it is of no use to ask again, as long as nobody ends before its time."""
-        if not self._policy.is_final:
-            return 1
-        usable, held = self._policy.usable(capacity), int(candidate.held[0])
-        remaining = self._policy.steps_left(candidate)[:, 0].tolist()
-        return max(one.wait(held, left, usable) for one, left in zip(self._forecasts, remaining, strict=True))

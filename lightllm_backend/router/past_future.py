@@ -30,8 +30,6 @@ class PastFutureAdmission:
     another chance at each step that it waits. As long as the window is not full, the missing lengths count as endless.
     """
 
-    is_final = False
-
     def __init__(self) -> None:
         self._rng = np.random.default_rng(0)
         self._recent = deque([UNKNOWN] * WINDOW, maxlen=WINDOW)

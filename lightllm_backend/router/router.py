@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
-from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, Refusal, candidate_demand
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, candidate_demand
 from lightllm_backend.router.batch import Admission, Batch, RouterOutput, StepResult
 from lightllm_backend.router.deadlines import Deadlines
 from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
@@ -87,9 +87,7 @@ class Router:
 
         self._arrival_indices = itertools.count()
         self._urgent_indices = itertools.count(-1, -1)  # older than all others
-        self._step = 0
         self._closed: RequestError | None = None  # what further requests are refused with
-        self._refusal: Refusal | None = None  # of the first in the queue
         self._preemptions_total = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
@@ -130,7 +128,6 @@ class Router:
 
     def next_batch(self) -> Batch | None:
         """Plans the next step; None when there is nothing to run."""
-        self._step += 1
         self._expire()
         self._release_planned_out()
         self._preempt_until_it_fits()
@@ -306,8 +303,6 @@ class Router:
     def _release(self, sequence: Sequence) -> None:
         """Takes the sequence's row and slots back."""
         if sequence.row is not None:
-            if self._table.remaining[sequence.row] > 0:
-                self._refusal = None
             self._pool.release(sequence.row)
             self._table.release_row(sequence)
             for step in self._in_flight:
@@ -356,11 +351,9 @@ class Router:
             budget -= len(chunks[0].slots)
         admitted: list[Admission] = []
         gate = None
-        plannable = self._pool.plannable
         while budget > 0 and self._queue and self._table.num_free_rows > 0:
             sequence = next(iter(self._queue.values()))
-            refused = self._refusal and self._refusal.holds(sequence.arrival_index, self._step, self._pool.plannable)
-            if sequence.num_due or refused:
+            if sequence.num_due:
                 break
             # The one whose prompt is cut has all of the budget, so whoever runs decodes.
             gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
@@ -368,10 +361,6 @@ class Router:
             planned = min(sequence.known_length, prefix.length + budget)
             demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
             if not gate.admits(demand, self._pool.plannable):
-                if self._pool.plannable == plannable:  # else the gate counts twice what candidates have come to share
-                    self._refusal = Refusal(
-                        sequence.arrival_index, self._step + gate.wait(demand, plannable), plannable
-                    )
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))

@@ -55,25 +55,6 @@ def test_candidates_join_one_by_one(running: list[tuple[int, int]], candidates: 
         assert with_candidates.peak == expected
 
 
-@given(mixes, sequences, st.integers(0, 400))
-def test_who_is_refused_need_not_ask_again_before_its_wait_is_over(
-    running: list[tuple[int, int]], candidate: tuple[int, int], capacity: int
-) -> None:
-    if simulated_peak([*running, candidate]) > capacity >= simulated_peak(running):
-        wait = forecast(running).wait(*candidate, capacity)
-        assert wait >= 1
-        for step in range(1, wait):
-            later = [(held + step, left - step) for held, left in running if left >= step]
-            assert simulated_peak([*later, candidate]) > capacity
-
-
-def test_the_wait_lasts_until_the_one_who_is_in_the_way_has_ended() -> None:
-    # One holds 7 of 20 slots and takes 5 more, one a step.
-    assert forecast([(7, 5)]).wait(8, 9, 20) == 5
-    assert forecast([(7, 5)]).wait(20, 9, 20) == 6
-    assert forecast([(7, 5)]).wait(4, 9, 20) == 1
-
-
 # A prompt of 10 tokens and 6 to generate take 15 slots in the end, however many of the 6 are known. What is not planned
 # at once takes steps of 3 tokens.
 @pytest.mark.parametrize(

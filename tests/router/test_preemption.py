@@ -26,8 +26,6 @@ both_depths = pytest.mark.parametrize("depth", [0, 1])
 class RecklessAdmission:
     """Expects everybody to end at once."""
 
-    is_final = False
-
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
