@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How full the KV pool will get, known or estimated before a sequence is let in.
+"""Admission: forecasts the peak of the KV pool, and lets a sequence in only if the pool can hold that peak.
 
-From step to step each sequence takes one more token slot until it ends and gives all of them back. Between two ends the
-demand only grows, so its peak lies at a step in which some sequence takes its last slot. With the sequences sorted by
-the steps that they have left, longest first, those still alive when sequence i ends are 1 … i, and each has by then
-taken as many more slots as i has steps left:
+Each sequence takes one more token slot in every step until it ends, and then returns all of them. Between two ends the
+demand only grows, so it peaks at a step in which some sequence takes its last slot. Sort the sequences by the steps
+they have left, longest first. When sequence i takes its last slot, sequences 1 … i are alive, and each has taken
+remaining_i more slots:
 
     peak = max over i of (remaining_i · i + held_1 + … + held_i)
 
-How many steps a sequence has left is a policy's matter: at most as many as it asks for (exact), or as many as the
-recent past makes likely (past_future.py).
+A policy estimates the steps that a sequence has left: all that it asks for (ExactAdmission), or what the recent past
+makes likely (past_future.py).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lightllm_backend.router.sequence import Sequence
 
 
 class Demand(NamedTuple):
-    """Of n sequences: an array a fact."""
+    """What n sequences hold and may still take: one array per fact."""
 
     held: NDArray[np.int64]  # [n] token slots now
-    remaining: NDArray[np.int64]  # [n] slots that each will take at most, one a step
-    num_generated: NDArray[np.int64]  # [n] tokens generated so far; all but one of `max_tokens` where no EOS can end it
-    max_tokens: NDArray[np.int64]  # [n] tokens that it may generate in all
-    quantiles: NDArray[np.float64]  # [n, draws] what the policy has drawn for it
+    remaining: NDArray[np.int64]  # [n] slots that each may still take, one per step
+    num_generated: NDArray[np.int64]  # [n] tokens generated so far; max_tokens - 1 if EOS cannot end the sequence
+    max_tokens: NDArray[np.int64]  # [n]
+    quantiles: NDArray[np.float64]  # [n, draws] of the distribution of lengths, drawn by the policy
 
 
 def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
-    """Of a sequence, once `planned` of the tokens are that it has to prefill; without the slots that others hold too.
+    """The demand of one sequence after `planned` of its known tokens, without the `num_shared` slots of other holders.
 
-    What is left of them takes k more steps of at least one token each. So it never holds more than a sequence that held
-    k slots less than all of them now and took one in each of them, and holds as many from then on.
+    The rest of the prefill takes k more steps. We model it as a sequence that starts k slots smaller and gains one slot
+    per step; this is an upper bound, since each of the k steps caches at least one token.
     """
     steps = -(-(sequence.known_length - planned) // batch_max_tokens)
     sampling, made = sequence.request.sampling, sequence.num_generated
@@ -50,23 +50,23 @@ def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_ma
 
 
 class AdmissionPolicy(Protocol):
-    """Whose estimate of the steps to come counts."""
+    """Estimates how many steps sequences have left."""
 
     def draw_quantiles(self) -> NDArray[np.float64]:
-        """The quantiles of a new sequence, [draws]; it keeps it."""
+        """Draw the quantiles of a new sequence, [draws]. The sequence keeps them."""
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
-        """Estimates of the steps that each sequence has left, [draws, n]. All of them must fit."""
+        """Estimate the steps that each sequence has left, [draws, n]. Every draw must fit the pool."""
 
     def usable(self, capacity: int) -> int:
-        """Of the pool's slots, those that may be planned for."""
+        """How many of `capacity` slots admission may plan with."""
 
     def ended(self, length: int) -> None:
-        """A sequence that was free to end has ended with this many tokens."""
+        """Record the length of an answer that EOS, a stop string or max_tokens has ended."""
 
 
 class ExactAdmission:
-    """Everybody may take all that it asks for, so that nobody is ever in need."""
+    """Keeps room for all the tokens that each sequence asks for, so that no sequence is ever preempted."""
 
     def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
@@ -82,14 +82,16 @@ class ExactAdmission:
 
 
 class Forecast:
-    """The most token slots that some sequences will hold at once, now or later, and with whom it would be how many."""
+    """The peak number of token slots that a set of sequences will hold, and how one more sequence would change it."""
 
     def __init__(self, held: NDArray[np.int64], remaining: NDArray[np.int64]) -> None:
-        """held [n]: token slots now; remaining [n]: slots that each will still take, one a step."""
+        """held [n]: token slots now. remaining [n]: slots that each sequence will still take, one per step."""
         negative = -remaining
         longest_first = np.argsort(negative)
-        self._negative = negative[longest_first]  # [n] remaining, with the sign that makes it ascend
-        self._held_sums = np.zeros(len(held) + 1, dtype=np.int64)  # of those before each place
+        self._negative = negative[longest_first]  # [n] ascending, for searchsorted
+        self._held_sums = np.zeros(
+            len(held) + 1, dtype=np.int64
+        )  # [n + 1] slots held by the sequences before each place
         np.cumsum(held[longest_first], out=self._held_sums[1:])
         self._terms = self._make_terms()
 
@@ -100,8 +102,8 @@ class Forecast:
     def peak_with(self, held: int, remaining: int) -> int:
         """The peak if this sequence joined.
 
-        The terms before its place stay as they are, since it has ended by then. To those behind it adds what it holds,
-        and a slot for each step.
+        Sequences before its place outlive it, so their terms stay the same. To each term behind its place, the sequence
+        adds the slots that it holds and one slot per step.
         """
         place = self._place(remaining)
         before = self._terms[:place].max(initial=0)
@@ -110,7 +112,7 @@ class Forecast:
         return int(max(before, own, behind))
 
     def add(self, held: int, remaining: int) -> None:
-        """It has joined."""
+        """Add a sequence to the forecast."""
         place = self._place(remaining)
         self._held_sums = _extended(self._held_sums, place, self._held_sums[place])
         self._held_sums[place + 1 :] += held
@@ -118,7 +120,7 @@ class Forecast:
         self._terms = self._make_terms()
 
     def _make_terms(self) -> NDArray[np.int64]:
-        """[n] the slots that are held when each sequence takes its last."""
+        """[n] the slots that all sequences hold when each takes its last one."""
         terms: NDArray[np.int64] = self._held_sums[1:] - self._negative * np.arange(1, len(self._negative) + 1)
         return terms
 
@@ -127,29 +129,29 @@ class Forecast:
 
 
 def _extended(values: NDArray[np.int64], place: int, value: int) -> NDArray[np.int64]:
-    """With one value more; several times as fast as np.insert."""
+    """`values` with `value` inserted at `place`; np.insert is several times as slow."""
     extended = np.empty(len(values) + 1, dtype=np.int64)
     extended[:place], extended[place], extended[place + 1 :] = values[:place], value, values[place:]
     return extended
 
 
 class Gate:
-    """Who may join the running sequences in one step."""
+    """Decides which candidates may join the running sequences in one step."""
 
     def __init__(self, policy: AdmissionPolicy, running: Demand) -> None:
         self._policy = policy
-        self._anybody = len(running.held) > 0
+        self._is_occupied = len(running.held) > 0
         self._forecasts = [Forecast(running.held, remaining) for remaining in policy.steps_left(running)]
 
     def admits(self, candidate: Demand, capacity: int) -> bool:
-        """Whether there is room for it, in every estimate; it counts from then on. Alone, it always has room."""
+        """Whether the candidate fits in every draw; if it does, it counts as running. A lone candidate always fits."""
         usable = self._policy.usable(capacity)
         held = int(candidate.held[0])
         remaining = self._policy.steps_left(candidate)[:, 0].tolist()
         pairs = list(zip(self._forecasts, remaining, strict=True))
-        if self._anybody and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
+        if self._is_occupied and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
             return False
         for forecast, left in pairs:
             forecast.add(held, left)
-        self._anybody = True
+        self._is_occupied = True
         return True
