@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeviceTables: the token ids and token slots of all running requests, on the device.
+"""DeviceTables: the token ids and token slots of all running sequences, on the device, indexed by row.
 
-The tables are indexed by request row, so a step needs nothing from the host that the host does not have when it plans:
-the token that step N samples is written to the table on the device, and step N+1 reads it there.
+Steps overlap because of them: step N writes its sampled tokens into the table on the device and step N + 1 reads them
+there, so the host can plan step N + 1 without knowing them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from lightllm_backend.router.batch import Admission
 from lightllm_backend.runner.staging import Staging
 
-# Entries of a row: 64 bytes.
+# Entries; 64 bytes.
 _ROW_ALIGNMENT = 16
-# Tokens of admissions.
+# Tokens per upload of admitted sequences, which bounds the size of the host buffers.
 _ADMITTED_AT_ONCE = 1 << 15
 
 
 class DeviceTables:
-    """`token_ids[row, position]`: prompt and generated ids. `slots[row, position]`: where K and V lie (req_to_token).
+    """Two tables: `token_ids[row, position]`, prompt and generated, and `slots[row, position]`, of K and V.
 
-    Any row has room for the longest sequence, since requests that share a beginning may be many and long at once.
+    Each row has room for the longest sequence: with a shared prefix, many long sequences can run at once.
     """
 
     def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
@@ -37,12 +37,12 @@ class DeviceTables:
 
     @staticmethod
     def shape(num_rows: int, max_length: int) -> tuple[int, int]:
-        """Of each table. Rows are aligned, so that whatever the length, kernels are compiled and read alike."""
+        """The shape of each table. Rows are aligned, so that kernels are compiled and read alike for every length."""
         return num_rows + 1, -(-max_length // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
     @classmethod
     def num_bytes(cls, num_rows: int, max_length: int) -> int:
-        """Of both tables on the device."""
+        """The bytes of both tables on the device."""
         return 2 * torch.int32.itemsize * math.prod(cls.shape(num_rows, max_length))
 
     def admit(self, admissions: Sequence[Admission], staging: Staging) -> None:
@@ -65,13 +65,13 @@ class DeviceTables:
     def _beginnings(
         self, rows: NDArray[np.int32], values: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Values with which rows begin, packed: their places in a flattened table, and the values."""
+        """The packed values at the beginning of rows: their places in a flattened table, and the values."""
         lengths = np.array([len(of_row) for of_row in values], dtype=np.int32)
         places = self.places(np.repeat(rows, lengths), packed_positions(np.zeros_like(rows), lengths))
         return places, np.concatenate([np.array(of_row, dtype=np.int32) for of_row in values])
 
     def places(self, rows: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Where the positions of these rows lie in a flattened table."""
+        """The indices of these positions in a flattened table."""
         return rows.astype(np.int64) * self.token_ids.shape[1] + positions
 
     @property
@@ -80,7 +80,7 @@ class DeviceTables:
 
 
 def packed_positions(starts: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    """start, start + 1, … of each sequence, packed."""
+    """start, start + 1, …, start + length - 1 of each sequence, packed."""
     first_index = np.cumsum(lengths) - lengths
     count = int(lengths.sum())
     return np.arange(count, dtype=np.int32) + np.repeat((starts - first_index).astype(np.int32), lengths)

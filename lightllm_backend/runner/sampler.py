@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batched sampler: penalties, then greedy choice or a draw, for all sequences of a step in a few launches."""
+"""Sampler: penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_TOKEN = -1
 
 
 class Sampler:
-    """Keeps the sampling parameters by request row, on the host; a step uploads those of its rows if it needs any."""
+    """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
     def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int]) -> None:
         self._kernels = kernels
@@ -33,14 +33,15 @@ class Sampler:
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
-        self._plain_greedy = np.ones(num_rows, dtype=bool)  # none of the three
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # neither drawn nor penalised, and without log probabilities
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Set the sampling parameters of the new owners of `rows`."""
         for row, sampling in zip(rows, params, strict=True):
             self._floats[:, row] = [getattr(sampling, name) for name in _FLOATS]
             self._integers[:, row] = [getattr(sampling, name) for name in _INTEGERS]
             if sampling.greedy:
-                self._floats[0, row] = 0.0  # temperature 0 is what the kernel knows as greedy
+                self._floats[0, row] = 0.0  # the kernel takes temperature 0 as greedy
             ending_ids = sampling.ending_ids(self._eos_ids)
             self._num_ending_ids[row] = len(ending_ids)
             self._ending_ids[row] = _NO_TOKEN
@@ -52,7 +53,7 @@ class Sampler:
             self._plain_greedy[row] = not (self._drawn[row] or self._penalised[row] or self._log_probs[row])
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
-        """Whether the likeliest token of the model's own distribution is all that these rows ask for."""
+        """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
         return bool(self._plain_greedy[rows].all())
 
     def sample(
@@ -63,11 +64,10 @@ class Sampler:
         tables: DeviceTables,
         staging: Staging,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
+        """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
 
-        logits: [m, vocab] of the sequences in these rows, which know so many tokens before the sampled one; they may
-        be changed. Log probabilities are those of the model's own distribution, before penalties and
-        temperature.
+        logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
+        one. The log probabilities are those of the model's distribution, before penalties and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]

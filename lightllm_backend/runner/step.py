@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of the model, from the tables and a StepArrays alone: launched as it is, or captured in a CUDA graph."""
+"""Step: one step of the model. It reads the tables and StepArrays alone, so that CUDA graphs can capture it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
 class ForwardOutput(NamedTuple):
-    """Of n sequences, those that sample first. Whoever needs the logits may change them."""
+    """The output for n sequences, sampling ones first. The logits may be modified in place."""
 
     logits: Tensor  # [n, vocab]
-    token_ids: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
-    places: Tensor  # [n] int64, where in the flattened table
+    token_ids: Tensor  # [n] int32, the greedy choices, already written to the table
+    places: Tensor  # [n] int64, indices of the choices in the flattened table
 
 
 class Step:
-    """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
+    """Writes the slots of the new tokens to the tables, runs the model, and writes the greedy choices to the tables."""
 
     def __init__(
         self, model: CausalLM, kernels: ModuleType, tables: DeviceTables, kv_layers: Sequence[KVLayer],
@@ -41,21 +41,24 @@ class Step:
         self._staging = staging
 
     def upload(self, batch: Batch, bucket: Bucket, target: Tensor | None = None) -> Tensor:
-        """The bytes of the batch's StepArrays on the device, in one asynchronous copy."""
+        """Copy the batch's StepArrays to the device, as bytes, in one asynchronous copy."""
         layout = bucket.layout()
         buffer = self._staging.buffer(layout.num_bytes)
         fill(StepArrays(*buffer.arrays(layout)), batch, bucket, self._tables)
         return buffer.send(layout.num_bytes, target)
 
     def run(self, batch: Batch, bucket: Bucket | None = None) -> ForwardOutput:
-        """Launch it kernel by kernel; with a bucket, padded to that."""
+        """Launch a batch kernel by kernel, padded to `bucket` if given."""
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
         return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
 
     def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> ForwardOutput:
-        """From what `upload` returns. Reads nothing back; is the same for all batches of a bucket but for `prompts`."""
+        """Launch the kernels of a step on uploaded `inputs`.
+
+        It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`.
+        """
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
         all_token_ids = tables.token_ids.view(-1)
@@ -69,9 +72,9 @@ class Step:
             context_lengths=arrays.context_lengths,
             query_starts=arrays.query_starts,
             num_decodes=bucket.decodes,
-            # Use the table's width, not the batch's maximum, so that the choice of kernels is stable.
+            # The table's width, not the batch's maximum, so that the choice of kernels is stable.
             max_context_length=tables.token_ids.shape[1],
-            # Each sequence that decodes samples.
+            # Without prefills, the step samples after every token.
             last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,

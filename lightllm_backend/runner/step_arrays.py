@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StepArrays: what a step reads beside the tables, and how a Batch is written into them."""
+"""StepArrays: the arrays that a step reads beside the tables. `fill` writes a Batch into them, padded to a Bucket."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_), 0, 
 
 
 class Bucket(NamedTuple):
-    """The shape of a step: how many tokens it has at most, how many of them may decode, and of how many prompts the
-    others may be. What it costs goes by the tokens; room for more decodes and prompts than there are is nearly free.
+    """The shape of a step: the most tokens, the most decodes among them, and the most prompts of the others.
+
+    Its cost depends on the tokens; unused room for decodes and prompts is nearly free.
     """
 
     tokens: int
@@ -28,43 +29,43 @@ class Bucket(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Bucket:
-        """The one that the batch fills."""
+        """The bucket that the batch fills exactly."""
         return cls(len(batch.slots), batch.num_decodes, len(batch.rows) - batch.num_decodes)
 
     @property
     def samples(self) -> int:
-        """How many sequences may sample a token."""
+        """The most sequences that can sample a token."""
         return min(self.decodes + self.prefills, self.tokens)
 
     def layout(self) -> Layout:
-        """Of its StepArrays."""
+        """The layout of its StepArrays in one buffer."""
         t, n, m = self.tokens, self.decodes + self.prefills, self.samples
         lengths = StepArrays(t, m, m, t, t, t, n, n, self.prefills + 1)
         return Layout([(_INT64, length) for length in lengths[:3]] + [(_INT32, length) for length in lengths[3:]])
 
 
 class StepArrays(NamedTuple):
-    """All that a step of a bucket's shape reads, beside the tables: t tokens of n sequences, on the host or the device.
+    """The arrays of a step of a bucket's shape, on the host or the device: t tokens of n sequences, padding included.
 
-    The tokens that decode come first, then those of the prompts, then padding: tokens of the tables' padding row
-    without a slot, which belong to no sequence. Of the sequences, those that prefill come behind the bucket's last
-    decode; padding in either part has no context and no queries. The logits of the sequences that sample come first and
-    without gaps; all others' are those of any token, and what is chosen from them goes to the padding row.
+    Tokens: first the decodes, then the prompts, then padding, which has no slot and reads the tables' padding row.
+    Sequences: first the decodes, padded to the bucket's count, then the prompts, padded too; padding has no context and
+    no queries. Samples: first those of the sampling sequences, without gaps; padding repeats the logits of token 0 and
+    writes its choice to the padding row.
     """
 
-    token_places: Any  # [t] int64, of each token in the flattened tables
-    last_tokens: Any  # [samples] int64, whose logits are wanted
-    sampled_places: Any  # [samples] int64, where in the flattened table of tokens each choice goes
+    token_places: Any  # [t] int64, index of each token in the flattened tables
+    last_tokens: Any  # [samples] int64, the tokens whose logits the step computes
+    sampled_places: Any  # [samples] int64, index of each sampled token in the flattened table of token ids
     positions: Any  # [t] int32
     slots: Any  # [t] int32; -1 is padding
     rotary_lengths: Any  # [t] int32, see models.layers.StepInput
     rows: Any  # [n] int32
     context_lengths: Any  # [n] int32
-    query_starts: Any  # [prefills + 1] int32, the first tokens of the prompts, and behind the last
+    query_starts: Any  # [prefills + 1] int32, the first token of each prompt, and the end of the last one
 
 
 def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables) -> None:
-    """Write a batch that fits the bucket into its arrays on the host, with padding where it leaves room."""
+    """Write a batch that fits the bucket into the bucket's arrays on the host, and pad them."""
     tokens, decodes, prefills = Bucket.of(batch)
     positions = packed_positions(batch.starts, batch.lengths)
     context_lengths = batch.starts + batch.lengths
