@@ -25,12 +25,12 @@ from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
-# The mask that the first conversions carry beside the weights.
+# A mask that the first converted checkpoints carry beside the weights.
 OLD_BUFFER = "scale_mask_softmax.causal_mask"
 
 
 class LayerNorm:
-    """Layer norm of `x`, or of `residual += x`, which is updated in place."""
+    """Layer norm of `x`, or of `residual += x`, which it updates in place."""
 
     def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class LayerNorm:
 
 
 class BloomAttention:
-    """Self-attention whose checkpoint keeps q, k and v of a head side by side: [heads, 3, head_dim]."""
+    """Self-attention. The checkpoint keeps q, k and v of each head side by side: [heads, 3, head_dim]."""
 
     def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
         self.head_dim = config.head_dim
@@ -71,7 +71,7 @@ class BloomAttention:
 
 
 class BloomMLP:
-    """down(gelu(up(x))); the intermediate features are split by rank."""
+    """down(gelu(up(x))), with the intermediate features split over the ranks."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         self.kernels = place.kernels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA and LLaMA-2 (and whatever else Hugging Face calls LlamaForCausalLM): RMSNorm, rotary embeddings, gated MLP."""
+"""LLaMA, and all models that Hugging Face calls LlamaForCausalLM: RMSNorm, rotary embeddings, gated MLP."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
-# What some checkpoints carry beside the weights: the tables of rotary embeddings, of which the first versions of
-# transformers saved one and ColossalAI saves all, and a version number that transformers' first LLaMA ignored as well.
+# Tensors that some checkpoints carry beside the weights: tables of rotary embeddings (the first versions of
+# transformers saved one, ColossalAI saves all) and a version number, which transformers' first LLaMA ignored too.
 OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "decoder.version")
 
 
 class RMSNorm:
-    """Root-mean-square norm of `x`, or of `residual +=` the sum of all ranks' `x`, which is updated in place."""
+    """RMS norm of `x`, or of `residual += x`, which it updates in place after summing `x` over the ranks."""
 
     def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class RMSNorm:
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)); the intermediate features are split by rank."""
+    """down(silu(gate(x)) * up(x)), with the intermediate features split over the ranks. Leaves the sum to the norm."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         features = config.intermediate_size

@@ -13,12 +13,12 @@ from lightllm_backend.models.errors import ModelError
 
 
 class Architecture(NamedTuple):
-    module: str  # of this folder; its name is config.json's `model_type`
-    defaults: config_defaults.Defaults  # of the keys of config.json
-    dialect: str = "llama"  # how its config.json is written: see model_config
+    module: str  # in this folder, named like config.json's `model_type`
+    defaults: config_defaults.Defaults  # of config.json's keys
+    dialect: str = "llama"  # the style of its config.json: see model_config
 
 
-# By the name in config.json's `architectures`, which is also the class's.
+# By the name in config.json's `architectures`, which is also the name of our class.
 ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
 }
 
-# Names that a class had before a release of transformers had it; checkpoints converted then still say them.
+# Names from before a class was in a release of transformers; checkpoints of that time still have them.
 FORMER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 
 # By config.json's `model_type`.
@@ -34,6 +34,6 @@ MODEL_TYPES = {entry.module: architecture for architecture, entry in ARCHITECTUR
 
 
 def check_architecture(architecture: str) -> None:
-    """Refuse an architecture that no model here computes; imports none of them, hence no torch."""
+    """Raise ModelError for an unknown architecture. Imports no model, hence no torch."""
     if architecture not in ARCHITECTURES:
         raise ModelError(f"the architecture {architecture!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}")
