@@ -61,7 +61,7 @@ class AdmissionPolicy(Protocol):
     def usable(self, capacity: int) -> int:
         """How many of `capacity` slots admission may plan with."""
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         """Record the length of an answer that EOS, a stop string or max_tokens has ended."""
 
 
@@ -77,7 +77,7 @@ class ExactAdmission:
     def usable(self, capacity: int) -> int:
         return capacity
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         pass
 
 

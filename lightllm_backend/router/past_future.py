@@ -50,6 +50,6 @@ class PastFutureAdmission:
     def usable(self, capacity: int) -> int:
         return int(capacity * (1 - RESERVE))
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         self._recent.append(length)
         self._ascending = None

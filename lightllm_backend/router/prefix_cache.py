@@ -89,7 +89,7 @@ class PrefixCache:
                 self.shared[row] += size
             node.holders.add(row)
 
-    def let_go(self, end: Node, row: int) -> None:
+    def release(self, end: Node, row: int) -> None:
         """Undo `hold`: the row is no longer a holder of the path."""
         now = next(self._clock)
         for node in end.path():
@@ -98,7 +98,7 @@ class PrefixCache:
             node.last_used = now
             if len(node.holders) == 0:
                 self.num_evictable += size
-                self._note_leaf(node)
+                self._push_leaf(node)
             elif len(node.holders) == 1:
                 self.shared[list(node.holders)] -= size
                 self.num_shared -= size
@@ -115,7 +115,7 @@ class PrefixCache:
         node.holders.add(row)
         return node
 
-    def give(self, end: Node, token_ids: Ids, slots: Ids) -> Ids:
+    def insert(self, end: Node, token_ids: Ids, slots: Ids) -> Ids:
         """Add the tokens after the path of a row that ends. Return the slots of tokens that the tree already has."""
         node, length = end, 0
         while length < len(token_ids):
@@ -124,7 +124,7 @@ class PrefixCache:
                 leaf = self._append(node, token_ids[length:], slots[length:])
                 leaf.last_used = next(self._clock)
                 self.num_evictable += len(leaf.token_ids)
-                self._note_leaf(leaf)
+                self._push_leaf(leaf)
                 break
             common = _common_length(child.token_ids, token_ids[length:])
             length += common
@@ -150,7 +150,7 @@ class PrefixCache:
                 parent, leaf.parent = leaf.parent, None
                 assert parent is not None, "an evictable node is in the tree"
                 del parent.children[first]
-                self._note_leaf(parent)
+                self._push_leaf(parent)
         slots: Ids = np.concatenate([np.empty(0, dtype=np.int32), *evicted])
         self.num_evictable -= len(slots)
         return slots
@@ -195,7 +195,7 @@ class PrefixCache:
         upper.children[int(node.token_ids[0])] = node
         return upper
 
-    def _note_leaf(self, node: Node) -> None:
+    def _push_leaf(self, node: Node) -> None:
         """Put the node on the heap if it may be evicted. Clear stale entries when there are too many."""
         if node.children or node.holders or node.parent is None:
             return

@@ -122,7 +122,7 @@ class Router:
         if uid in self._live:
             sequence = self._live[uid]
             if sequence.row is not None:
-                self._learn(sequence, self._table.num_generated(sequence.row))
+                self._record_length(sequence, self._table.num_generated(sequence.row))
             self.finish(sequence, FinishReason.STOP)
 
     # One step
@@ -167,7 +167,7 @@ class Router:
                 sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
                 sequence.num_due -= 1
             if ends[index]:
-                self._learn(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
+                self._record_length(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
                 self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs)
             else:
@@ -335,10 +335,10 @@ class Router:
         self._queue.move_to_end(sequence.request.uid, last=False)
         self._preemptions_total += 1
 
-    def _learn(self, sequence: Sequence, length: int) -> None:
+    def _record_length(self, sequence: Sequence, length: int) -> None:
         """Tell the policy the length of an answer that was free to end."""
         if not sequence.request.sampling.ignore_eos:
-            self._policy.ended(length)
+            self._policy.record_length(length)
 
     def _plan_prefill(self) -> tuple[list[PromptChunk], list[Admission]]:
         """Plan at most batch_max_tokens of prompts: the one that the last step cut, then those of admitted candidates.

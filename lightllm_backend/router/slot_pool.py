@@ -105,10 +105,10 @@ class SlotPool:
         if self._with_cache:
             # With steps in flight, a token may have a slot before its id is known; the cache cannot take it.
             token_ids = self._table.known_token_ids(row)[first:][: len(slots)]
-            superfluous = self._cache.give(end, token_ids, slots[: len(token_ids)])
-            slots = np.concatenate([superfluous, slots[len(token_ids) :]])
+            duplicates = self._cache.insert(end, token_ids, slots[: len(token_ids)])
+            slots = np.concatenate([duplicates, slots[len(token_ids) :]])
         self._allocator.free(slots)
-        self._cache.let_go(end, row)
+        self._cache.release(end, row)
         self._ends[row], self._num_cached[row] = self._cache.root, 0
 
     def clear_cache(self) -> None:

@@ -65,17 +65,17 @@ class DeviceTables:
     def _beginnings(
         self, rows: NDArray[np.int32], values: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """The packed values at the beginning of rows: their places in a flattened table, and the values."""
+        """The packed values at the beginning of rows: their indices in a flattened table, and the values."""
         lengths = np.array([len(of_row) for of_row in values], dtype=np.int32)
-        places = self.places(np.repeat(rows, lengths), packed_positions(np.zeros_like(rows), lengths))
-        return places, np.concatenate([np.array(of_row, dtype=np.int32) for of_row in values])
+        indices = self.flat_indices(np.repeat(rows, lengths), packed_positions(np.zeros_like(rows), lengths))
+        return indices, np.concatenate([np.array(of_row, dtype=np.int32) for of_row in values])
 
-    def places(self, rows: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
+    def flat_indices(self, rows: NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int64]:
         """The indices of these positions in a flattened table."""
         return rows.astype(np.int64) * self.token_ids.shape[1] + positions
 
     @property
-    def padding_place(self) -> int:
+    def padding_index(self) -> int:
         return self.padding_row * self.token_ids.shape[1]
 
 

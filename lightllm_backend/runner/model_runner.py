@@ -130,12 +130,12 @@ class ModelRunner:
             self._tables.admit(batch.admitted, self._staging)
             self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
         output = self.graphs.run(batch) if self.graphs else None
-        logits, token_ids, places = output or self._step.run(batch)
+        logits, token_ids, indices = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
         token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
             return self._results.fetch(token_ids)
         lengths = (batch.starts + batch.lengths)[batch.samples]
         token_ids, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
-        self._tables.token_ids.view(-1).index_copy_(0, places[: len(rows)], token_ids)
+        self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], token_ids)
         return self._results.fetch(token_ids, log_probs)

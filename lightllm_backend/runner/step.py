@@ -24,7 +24,7 @@ class ForwardOutput(NamedTuple):
 
     logits: Tensor  # [n, vocab]
     token_ids: Tensor  # [n] int32, the greedy choices, already written to the table
-    places: Tensor  # [n] int64, indices of the choices in the flattened table
+    indices: Tensor  # [n] int64, indices of the choices in the flattened table
 
 
 class Step:
@@ -62,9 +62,9 @@ class Step:
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
         all_token_ids = tables.token_ids.view(-1)
-        tables.slots.view(-1).index_copy_(0, arrays.token_places, arrays.slots)
+        tables.slots.view(-1).index_copy_(0, arrays.token_indices, arrays.slots)
         step = StepInput(
-            input_ids=all_token_ids.index_select(0, arrays.token_places),
+            input_ids=all_token_ids.index_select(0, arrays.token_indices),
             positions=arrays.positions,
             rotary_lengths=arrays.rotary_lengths,
             slots=arrays.slots,
@@ -81,5 +81,5 @@ class Step:
             whole_prompts=prompts,
         )
         logits = self._model.forward(step)
-        token_ids = self._kernels.choose_greedily(logits, arrays.sampled_places, all_token_ids)
-        return ForwardOutput(logits, token_ids, arrays.sampled_places)
+        token_ids = self._kernels.choose_greedily(logits, arrays.sampled_indices, all_token_ids)
+        return ForwardOutput(logits, token_ids, arrays.sampled_indices)

@@ -53,9 +53,9 @@ class StepArrays(NamedTuple):
     writes its choice to the padding row.
     """
 
-    token_places: Any  # [t] int64, index of each token in the flattened tables
+    token_indices: Any  # [t] int64, index of each token in the flattened tables
     last_tokens: Any  # [samples] int64, the tokens whose logits the step computes
-    sampled_places: Any  # [samples] int64, index of each sampled token in the flattened table of token ids
+    sampled_indices: Any  # [samples] int64, index of each sampled token in the flattened table of token ids
     positions: Any  # [t] int32
     slots: Any  # [t] int32; -1 is padding
     rotary_lengths: Any  # [t] int32, see models.layers.StepInput
@@ -70,9 +70,9 @@ def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables)
     positions = packed_positions(batch.starts, batch.lengths)
     context_lengths = batch.starts + batch.lengths
     rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
-    token_places = tables.places(np.repeat(batch.rows, batch.lengths), positions)
+    token_indices = tables.flat_indices(np.repeat(batch.rows, batch.lengths), positions)
     for target, values, padding in (
-        (arrays.token_places, token_places, tables.padding_place),
+        (arrays.token_indices, token_indices, tables.padding_index),
         (arrays.positions, positions, 0),
         (arrays.slots, batch.slots, -1),
         (arrays.rotary_lengths, rotary_lengths, 0),
@@ -95,5 +95,7 @@ def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables)
     num_sampled = np.count_nonzero(batch.samples)
     arrays.last_tokens[:num_sampled] = ends[batch.samples] - 1
     arrays.last_tokens[num_sampled:] = 0
-    arrays.sampled_places[:num_sampled] = tables.places(batch.rows[batch.samples], context_lengths[batch.samples])
-    arrays.sampled_places[num_sampled:] = tables.padding_place
+    arrays.sampled_indices[:num_sampled] = tables.flat_indices(
+        batch.rows[batch.samples], context_lengths[batch.samples]
+    )
+    arrays.sampled_indices[num_sampled:] = tables.padding_index

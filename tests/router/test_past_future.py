@@ -23,14 +23,14 @@ def demand(policy: PastFutureAdmission, made: list[int], most: list[int]) -> Dem
 def experienced(lengths: list[int]) -> PastFutureAdmission:
     policy = PastFutureAdmission()
     for index in range(WINDOW):
-        policy.ended(lengths[index % len(lengths)])
+        policy.record_length(lengths[index % len(lengths)])
     return policy
 
 
 def test_without_a_past_everybody_takes_all() -> None:
     policy = PastFutureAdmission()
     assert policy.steps_left(demand(policy, [0, 3], [100, 50])).tolist() == [[100, 47]] * DRAWS
-    policy.ended(5)  # one short answer is not yet a distribution
+    policy.record_length(5)  # one short answer is not yet a distribution
     likely = policy.steps_left(demand(policy, [0] * 200, [100] * 200))
     assert np.isin(likely, [5, 100]).all()
     assert (likely == 100).mean() > 0.95
@@ -51,7 +51,7 @@ def test_nobody_is_expected_to_take_more_than_it_asks_for() -> None:
 def test_the_past_is_forgotten() -> None:
     policy = experienced([500])
     for _ in range(WINDOW):
-        policy.ended(7)
+        policy.record_length(7)
     assert (policy.steps_left(demand(policy, [0], [900])) == 7).all()
 
 

@@ -38,7 +38,7 @@ class RecklessAdmission:
     def usable(self, capacity: int) -> int:
         return capacity
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         self.lengths.append(length)
 
 

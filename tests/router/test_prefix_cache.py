@@ -52,11 +52,11 @@ class Tree:
         whole = text + generated
         held = sum(len(node.token_ids) for node in end.path())
         slots = self.new_slots(whole, held)
-        superfluous = self.cache.give(end, ids(whole[held:]), slots)
-        assert set(superfluous.tolist()) <= set(slots.tolist())
-        for slot in superfluous.tolist():
+        duplicates = self.cache.insert(end, ids(whole[held:]), slots)
+        assert set(duplicates.tolist()) <= set(slots.tolist())
+        for slot in duplicates.tolist():
             del self.meaning[slot]
-        self.cache.let_go(end, row)
+        self.cache.release(end, row)
 
     def add(self, text: str) -> None:
         self.begin(0, text)

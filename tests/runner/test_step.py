@@ -136,9 +136,9 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
     arrays = StepArrays(*layout.arrays(np.full(layout.num_bytes, 77, np.uint8)))
     fill(arrays, batch, bucket, tables)
     expected = StepArrays(
-        token_places=[294, 0, 1, 2, 100, 101, 384, 384],
+        token_indices=[294, 0, 1, 2, 100, 101, 384, 384],
         last_tokens=[0, 3, 0, 0, 0, 0],
-        sampled_places=[295, 3, 384, 384, 384, 384],
+        sampled_indices=[295, 3, 384, 384, 384, 384],
         positions=[6, 0, 1, 2, 4, 5, 0, 0],
         slots=[50, 10, 11, 12, 30, 31, -1, -1],
         rotary_lengths=[7, 3, 3, 3, 9, 9, 0, 0],
@@ -162,7 +162,7 @@ def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
     fill(arrays, batch, bucket, tables)
     assert arrays.slots.tolist() == [5, 6]
     assert arrays.query_starts.tolist() == [0, 2]
-    assert arrays.sampled_places.tolist() == [32], "a chunk that is not the last samples nothing"
+    assert arrays.sampled_indices.tolist() == [32], "a chunk that is not the last samples nothing"
 
 
 def test_the_model_is_told_of_prompts_without_cached_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
