@@ -39,11 +39,11 @@ def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_ma
     per step; this is an upper bound, since each of the k steps caches at least one token.
     """
     steps = -(-(sequence.known_length - planned) // batch_max_tokens)
-    sampling, made = sequence.request.sampling, sequence.num_generated
+    sampling, num_generated = sequence.request.sampling, sequence.num_generated
     return Demand(
         held=np.array([sequence.known_length - num_shared - steps]),
-        remaining=np.array([sampling.max_tokens - made - 1 + steps]),
-        num_generated=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else made]),
+        remaining=np.array([sampling.max_tokens - num_generated - 1 + steps]),
+        num_generated=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else num_generated]),
         max_tokens=np.array([sampling.max_tokens]),
         quantiles=sequence.quantiles[np.newaxis],
     )
@@ -89,9 +89,8 @@ class Forecast:
         negative = -remaining
         longest_first = np.argsort(negative)
         self._negative = negative[longest_first]  # [n] ascending, for searchsorted
-        self._held_sums = np.zeros(
-            len(held) + 1, dtype=np.int64
-        )  # [n + 1] slots held by the sequences before each place
+        # [n + 1] slots that the sequences before each place hold
+        self._held_sums = np.zeros(len(held) + 1, dtype=np.int64)
         np.cumsum(held[longest_first], out=self._held_sums[1:])
         self._terms = self._make_terms()
 

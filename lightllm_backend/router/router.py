@@ -78,9 +78,8 @@ class Router:
         self._pool = SlotPool(capacity, self._table, prefix_cache)
         self._live: dict[str, Sequence] = {}  # by uid; the sequences that have not ended
         self._by_arrival_index: dict[int, Sequence] = {}  # the same sequences
-        self._queue: OrderedDict[str, Sequence] = (
-            OrderedDict()
-        )  # by uid, in order of arrival; preempted sequences first
+        # By uid, in order of arrival; preempted sequences come first.
+        self._queue: OrderedDict[str, Sequence] = OrderedDict()
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; admission waits for it
         self._in_flight: deque[PlannedStep] = deque()
         self._deadlines = Deadlines(self._live)

@@ -43,9 +43,8 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
 
     The runner is useless afterwards, since its kernels did not run.
     """
-    from lightllm_backend.runner.compile_ahead import (
-        compile_ahead,
-    )  # imports Triton-lang, which an engine on a CPU does without
+    # Not at the top: it imports Triton-lang, which an engine on a CPU does without.
+    from lightllm_backend.runner.compile_ahead import compile_ahead
 
     # Powers of two are enough: the choice of kernels depends on them. A launch that compiles is slow, so not all steps.
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
