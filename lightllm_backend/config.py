@@ -67,7 +67,7 @@ class EngineConfig:
         None, "most prompt and generated tokens a request (default: the model's limit, or what the KV pool holds)", 2
     )
     admission: str = _choice(
-        "exact", "exact: room for all that was asked for; past_future: by recent lengths, with pauses if need be",
+        "exact", "exact: room for all that was asked for; past_future: by recent lengths, with preemptions if need be",
         "exact", "past_future",
     )  # fmt: skip
     prefix_cache: bool = _setting(True, "keep K and V for later requests that begin alike", "true | false")

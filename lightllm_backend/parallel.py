@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorParallel: which part of the model this process holds, and how the parts are joined.
+"""TensorParallel: this process's rank, and the collective operations that join the parts of a model.
 
-One process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks: NCCL on
-GPUs, gloo on a CPU. On GPUs that can read each other's memory, the messages of a decode step are summed through
-symmetric memory instead, at half of NCCL's latency; where a norm follows, by the norm, through mailboxes.
+There is one process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks:
+NCCL on GPUs, gloo on a CPU. GPUs that can read each other's memory sum the messages of a decode step through symmetric
+memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them, through mailboxes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
 
-# Up to here each rank reads everything of the others; beyond, each sums a part and all read the sums.
+# Up to this size each rank reads the whole message of every other; beyond, each sums a part and all read the sums.
+# perf.all_reduce finds where the second way becomes faster.
 ONE_SHOT_BYTES = 256 << 10
-# The kernels read this much at a time, and cut a message into as many parts as there are ranks.
+# torch's kernels read vectors of this size and cut a message into one part per rank.
 VECTOR_BYTES = 16
-# The largest message that goes through mailboxes, which take 2 * ranks times its size.
+# The largest message that goes through mailboxes, which occupy 2 * ranks times its size: 256 MiB with 8 ranks.
 MAILED_BYTES = 16 << 20
 
-# Its new name, of torch 2.13, and its old one.
+# torch 2.13 has renamed all_gather_into_tensor.
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
     torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
 )
@@ -36,7 +37,7 @@ log = logging.getLogger("lightllm.parallel")
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's rank among `size`. With one rank every operation returns its argument."""
+    """This process's rank among `size`. With one rank, every operation returns its argument."""
 
     rank: int = 0
     size: int = 1
@@ -44,7 +45,7 @@ class TensorParallel:
 
     @classmethod
     def connect(cls, rank: int, size: int, device: torch.device, store: str) -> TensorParallel:
-        """Meet the other ranks through the file `store`, which no earlier group has used; waits for them."""
+        """Connect to the other ranks through the new file `store`. Waits for all of them."""
         if size > 1:
             is_cuda = device.type == "cuda"
             torch.distributed.init_process_group(
@@ -59,14 +60,14 @@ class TensorParallel:
     def with_symmetric_memory(
         self, rows: int, columns: int, dtype: torch.dtype, device: torch.device
     ) -> TensorParallel:
-        """The same, with memory for messages of up to [rows, columns], where the GPUs support it; for all ranks."""
+        """Add symmetric memory for messages of up to [rows, columns], if the GPUs support it. Collective."""
         if self.size == 1 or device.type != "cuda":
             return self
         reason = ""
         try:
             symmetric = SymmetricMemory(self.rank, self.size, rows, columns, dtype, device)
             symmetric.check(self.rank)
-        except Exception as error:  # noqa: BLE001 (whatever it is, NCCL does without)
+        except Exception as error:  # noqa: BLE001 (NCCL works without symmetric memory, whatever the error is)
             reason = f"{type(error).__name__}: {error}"
         if self.minimum(0 if reason else 1, device) == 0:
             log.warning("all-reduce is NCCL's; no symmetric memory: %s", reason or "another rank has none")
@@ -74,16 +75,16 @@ class TensorParallel:
         return replace(self, symmetric=symmetric)
 
     def product_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-        """Where to write a product [rows, columns] that goes to `all_reduce` next, to save a copy; None: anywhere."""
+        """A buffer for a product [rows, columns] that goes to `all_reduce` next, to save a copy, or None for any."""
         return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
 
     def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
-        """Through which a norm is to sum products [rows, columns] itself; None: `all_reduce` is."""
+        """Buffers for a fused all-reduce and norm of [rows, columns], or None to use `all_reduce`."""
         mailboxes = self.symmetric.mailboxes if self.symmetric else None
         return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, which may be overwritten with it."""
+        """The sum of all ranks' `x`. It may overwrite `x`."""
         if self.size == 1:
             return x
         buffer = self.symmetric.view(x.shape, x.dtype) if self.symmetric else None
@@ -95,7 +96,7 @@ class TensorParallel:
         return self.symmetric.all_reduce(buffer)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """All ranks' `x` [..., n], side by side in order of rank: [..., size * n]."""
+        """Concatenate all ranks' `x` [..., n] in order of rank: [..., size * n]."""
         if self.size == 1:
             return x
         parts = x.new_empty((self.size, *x.shape))
@@ -103,13 +104,13 @@ class TensorParallel:
         return parts.movedim(0, -2).flatten(-2)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """Rank `source`'s `x`, into every other rank's."""
+        """Copy rank `source`'s `x` into every other rank's."""
         if self.size > 1:
             torch.distributed.broadcast(x, src=source)
         return x
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The least of all ranks' values; waits for the device."""
+        """The minimum of all ranks' values. Waits for the device."""
         if self.size == 1:
             return value
         least = torch.tensor(value, dtype=torch.int64, device=device)
@@ -118,18 +119,18 @@ class TensorParallel:
 
 
 class SymmetricMemory:
-    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels; and mailboxes.
+    """One buffer per rank that all GPUs of the group map, with sums over the buffers by torch's kernels; and mailboxes.
 
-    The buffer and its addresses never change, so a CUDA graph may use them. The kernels begin and end with all ranks
-    waiting for each other: once a sum is there, everybody has read this rank's buffer, and the next may be written.
-    Sums are new tensors, which nothing overwrites, and the same to the last bit on every rank: all add in order of
-    rank. The kernels know float32 and bfloat16. The multicast (NVLS) ones are not used.
+    The buffer and its addresses never change, so CUDA graphs may use them. The kernels begin and end with a barrier of
+    all ranks: when a sum is there, every rank has read this rank's buffer, and the next message may overwrite it. Sums
+    are new tensors. All ranks add in order of rank, so their sums agree to the last bit. The kernels take float32 and
+    bfloat16. We do not use the multicast (NVLS) kernels.
     """
 
     mailboxes: Mailboxes | None
 
     def __init__(self, rank: int, size: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Collective. Raises whatever torch or the driver does where there is no such memory."""
+        """Collective. Raises the error of torch or of the driver if there is no symmetric memory."""
         from torch.distributed import _symmetric_memory
 
         for other in range(size):
@@ -137,7 +138,7 @@ class SymmetricMemory:
                 if not torch.cuda.can_device_access_peer(one, other):
                     raise RuntimeError(f"GPUs {one} and {other} cannot read each other's memory")
         self._granularity = VECTOR_BYTES * size // dtype.itemsize
-        # Older versions of torch lack it, and it is made for these numbers of ranks only.
+        # Older versions of torch lack this kernel, which takes these numbers of ranks only.
         self._two_shot_has_output = size in (2, 4, 8) and hasattr(torch.ops.symm_mem, "two_shot_all_reduce_out")
         num_elements = -(-rows * columns // self._granularity) * self._granularity
         group = torch.distributed.group.WORLD
@@ -145,7 +146,7 @@ class SymmetricMemory:
         self._group_name: str = group.group_name
         with torch.inference_mode(mode=False):
             self._buffer = _symmetric_memory.empty(num_elements, dtype=dtype, device=device)
-        # The kernels look the handle up by the buffer and the group; kept, so that it lives as long as they.
+        # Kept alive: the kernels look the handle up by the buffer and the group.
         self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
 
         bits = bits_of(dtype)
@@ -154,30 +155,32 @@ class SymmetricMemory:
             own = _symmetric_memory.empty(shape, dtype=bits, device=device)
         self._mailbox_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
         own.fill_(EMPTY)
-        handle.barrier()  # nobody writes before
+        handle.barrier()  # no rank may write before all are EMPTY
         offset = (own.data_ptr() - handle.buffer_ptrs[rank]) // bits.itemsize
         boxes = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
         self.mailboxes = Mailboxes.of(boxes, rank)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """The beginning of the buffer as [shape]; None if such a message does not fit there."""
+        """The beginning of the buffer as a tensor of this shape, or None if the kernels cannot take it there."""
         count = math.prod(shape)
         fits = dtype == self._buffer.dtype and 0 < count <= self._buffer.numel() and count % self._granularity == 0
         return self._buffer[:count].view(shape) if fits else None
 
     def all_reduce(self, view: Tensor) -> Tensor:
-        """The sum of what all ranks have written to this view, as a new tensor. The view's content is lost."""
+        """The sum of all ranks' views, as a new tensor. Destroys the views' content."""
         if view.numel() * view.itemsize <= ONE_SHOT_BYTES:
             return self.one_shot(view)
         return self.two_shot(view)
 
     def one_shot(self, view: Tensor) -> Tensor:
+        """The sum, for which each rank reads the whole view of every other."""
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_out(
             view, "sum", self._group_name, torch.empty_like(view)
         )
         return total
 
     def two_shot(self, view: Tensor) -> Tensor:
+        """The sum, of which each rank computes one part and reads the others."""
         if self._two_shot_has_output:
             total: Tensor = torch.ops.symm_mem.two_shot_all_reduce_out(
                 view, "sum", self._group_name, torch.empty_like(view)
@@ -186,12 +189,12 @@ class SymmetricMemory:
         return self.two_shot_in_place(view).clone()
 
     def two_shot_in_place(self, view: Tensor) -> Tensor:
-        """The sum in the buffer itself, where the next message overwrites it."""
+        """The two-shot sum in the buffer itself, where the next message overwrites it."""
         total: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(view, "sum", self._group_name)
         return total
 
     def check(self, rank: int) -> None:
-        """Sum the largest message, and one of the least size, in both ways; RuntimeError if a sum is wrong."""
+        """Sum the largest and the smallest message in both ways; RuntimeError if a sum is wrong."""
         ranks = torch.distributed.get_world_size()
         for count in (self._granularity, self._buffer.numel()):
             view = self._buffer[:count]

@@ -79,7 +79,7 @@ def service(capacity: int, policy: str, outcome: Outcome) -> dict[str, Any]:
         "ttft_p50": p50,
         "ttft_p90": p90,
         "ttft_p99": p99,
-        "pauses": outcome.pauses,
+        "preemptions": outcome.preemptions,
         "prompt_tokens": outcome.prompt_tokens,
     }
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightllm_backend import kernels
 from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from perf.kernels.measure import seconds_of

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 
 from lightllm_backend import kernels
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result

@@ -11,8 +11,8 @@ import torch
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.parallel import TensorParallel
 
 

@@ -194,7 +194,7 @@ def admission(result: dict[str, Any]) -> list[str]:
         [
             f"{row['pool_tokens']:,}", row["policy"], f"{row['share_by_time']:.0%}", f"{row['running']:,.0f}",
             f"{row['requests_per_second']:.1f}", f"{row['output_tokens_per_second']:,.0f}",
-            f"{row['ttft_p50']:.1f}", f"{row['ttft_p90']:.1f}", f"{row['pauses']:,}", f"{row['prompt_tokens']:,}",
+            f"{row['ttft_p50']:.1f}", f"{row['ttft_p90']:.1f}", f"{row['preemptions']:,}", f"{row['prompt_tokens']:,}",
         ]
         for row in result["served"]
     ]  # fmt: skip
@@ -209,7 +209,7 @@ def admission(result: dict[str, Any]) -> list[str]:
         *table(
             [
                 "token slots", "admission", "pool use", "running", "requests/s", "output tokens/s",
-                "TTFT p50, s", "p90", "pauses", "prompt tokens computed",
+                "TTFT p50, s", "p90", "preemptions", "prompt tokens computed",
             ],
             served,
         ),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightllm_backend.request import Request, SamplingParams
-from lightllm_backend.router.batch import Batch, StepOutput, StepResult
+from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
 from perf.lengths import Lengths
 
@@ -39,8 +39,8 @@ class Outcome:
     first_token_seconds: NDArray[np.float64]  # [requests] from a request's arrival
     seconds: float = 0.0
     output_tokens: int = 0
-    prompt_tokens: int = 0  # computed, so again after a pause
-    pauses: int = 0
+    prompt_tokens: int = 0  # computed, so again after a preemption
+    preemptions: int = 0
     durations: list[float] = field(default_factory=list)  # a value a step
     pool_shares: list[float] = field(default_factory=list)  # a value a step: of the slots, those with a live token
     running: list[int] = field(default_factory=list)  # a value a step
@@ -84,7 +84,7 @@ class SimulatedEngine:
                 self._now = self._arrivals[arrived]
         self._outcome.seconds = self._now
         stats = self._router.stats()
-        self._outcome.output_tokens, self._outcome.pauses = stats.generated_tokens_total, stats.pauses_total
+        self._outcome.output_tokens, self._outcome.preemptions = stats.generated_tokens_total, stats.preemptions_total
         self._outcome.prompt_tokens = stats.prompt_tokens_total
         assert self._outcome.output_tokens == sum(output for _, output in self._lengths), "a request has another length"
         return self._outcome
@@ -112,7 +112,7 @@ class SimulatedEngine:
             self._outcome.steps_with_queue = len(self._outcome.durations)
         return seconds
 
-    def _tell(self, output: StepOutput) -> None:
+    def _tell(self, output: RouterOutput) -> None:
         for chunk in output.chunks:
             if chunk.queue_seconds is not None:
                 number = int(chunk.uid)

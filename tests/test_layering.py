@@ -13,18 +13,72 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PACKAGE = "lightllm_backend"
 
+# Whatever a model's own file is made of.
+BELOW_A_MODEL = (
+    "parallel",
+    "models.decoder",
+    "models.layers",
+    "models.model_config",
+    "models.vocabulary",
+    "models.weights",
+)
+
 # A layer, and the modules of the package that it may import besides itself. The longest matching layer decides.
 ALLOWED = {
     "request": (),
     "config": (),
     "kernels": (),
-    "models": ("kernels", "parallel"),
-    "runner": ("models", "kernels", "kv_pool.storage", "router.batch", "parallel", "request"),
-    "router": ("kv_pool.allocator", "request", "config"),
+    "parallel": ("kernels.mailboxes",),
+    "kv_pool": (),
     "kv_pool.allocator": (),
     "kv_pool.storage": (),
-    "parallel": ("kernels.mailboxes",),
-}
+    "models": (),
+    "models.errors": (),
+    "models.config_defaults": (),
+    "models.config_fields": ("models.errors",),
+    "models.registry": ("models.config_defaults", "models.errors"),
+    "models.unsupported": ("models.config_fields", "models.errors"),
+    "models.model_config": ("models.config_fields", "models.errors", "models.registry", "models.unsupported"),
+    "models.weight_files": ("models.errors", "models.unsupported"),
+    "models.weights": ("models.errors", "models.weight_files"),
+    "models.layers": ("kernels", "parallel", "models.errors", "models.model_config", "models.weights"),
+    "models.vocabulary": ("models.layers", "models.weights"),
+    "models.decoder": ("models.layers", "models.vocabulary", "models.weights"),
+    "models.bloom": BELOW_A_MODEL,
+    "models.llama": BELOW_A_MODEL,
+    "models.mistral": (*BELOW_A_MODEL, "models.llama"),
+    "models.qwen2": (*BELOW_A_MODEL, "models.llama"),
+    "models.causal_lm": ("parallel", "models.layers", "models.model_config", "models.registry", "models.weights"),
+    "router": (),
+    "router.sequence": ("request",),
+    "router.batch": ("request",),
+    "router.deadlines": ("router.sequence",),
+    "router.admission": ("router.sequence",),
+    "router.past_future": ("router.admission",),
+    "router.prefix_cache": (),
+    "router.request_table": ("request", "router.admission", "router.sequence"),
+    "router.planned_step": ("router.batch", "router.request_table"),
+    "router.slot_pool": ("kv_pool.allocator", "router.admission", "router.prefix_cache", "router.request_table"),
+    "router.router": ("request", "router"),
+    "runner": (),
+    "runner.compile_ahead": (),
+    "runner.staging": (),
+    "runner.device_tables": ("router.batch", "runner.staging"),
+    "runner.step_arrays": ("router.batch", "runner.device_tables", "runner.staging"),
+    "runner.buckets": ("router.batch", "runner.step_arrays"),
+    "runner.whole_prompts": ("kernels.whole_prompts", "router.batch", "runner.staging"),
+    "runner.sampler": ("request", "runner.device_tables", "runner.staging"),
+    "runner.step": (
+        "kernels.whole_prompts", "models.causal_lm", "models.layers", "router.batch",
+        "runner.device_tables", "runner.staging", "runner.step_arrays", "runner.whole_prompts",
+    ),
+    "runner.cuda_graphs": ("router.batch", "runner.buckets", "runner.step", "runner.step_arrays"),
+    "runner.model_runner": ("kv_pool.storage", "models.causal_lm", "models.layers", "router.batch", "runner"),
+    "runner.warm_up": ("request", "router.batch", "runner"),
+}  # fmt: skip
+
+# Folders whose modules each have a rule of their own.
+RULED = ("kv_pool", "models", "router", "runner")
 
 # A layer, and the packages that it may import besides the standard library.
 ALLOWED_PACKAGES = {
@@ -87,12 +141,13 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(source: str, package: str) -> Iterator[str]:
-    """The full name of every import but those for type checkers; of `from a import b` it is `a.b`."""
+def imports(source: str, package: str, for_type_checkers: bool = False) -> Iterator[str]:
+    """The full name of every import, by default but those for type checkers; of `from a import b` it is `a.b`."""
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        is_for_type_checkers = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if isinstance(node, ast.If) and is_for_type_checkers and not for_type_checkers:
             pending.extend(node.orelse)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -104,13 +159,15 @@ def imports(source: str, package: str) -> Iterator[str]:
             pending.extend(ast.iter_child_nodes(node))
 
 
-def modules() -> dict[str, list[str]]:
+def modules(for_type_checkers: bool = False) -> dict[str, list[str]]:
     """Every module of the package (its name without the package's) and what it imports."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         name = module_name(path, ROOT)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[name.removeprefix(PACKAGE).removeprefix(".")] = list(imports(path.read_text(), package))
+        found[name.removeprefix(PACKAGE).removeprefix(".")] = list(
+            imports(path.read_text(), package, for_type_checkers)
+        )
     return found
 
 
@@ -138,6 +195,35 @@ def package_violations(module: str, imported: list[str]) -> list[str]:
     return [name for name in imported if name.partition(".")[0] not in allowed]
 
 
+def circles(imported: dict[str, list[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or through others."""
+    graph = {
+        module: {
+            found
+            for name in names
+            if (found := layer_of(name.removeprefix(f"{PACKAGE}."), dict.fromkeys(imported, ()))) not in (None, module)
+        }
+        for module, names in imported.items()
+    }
+
+    def reachable(module: str) -> set[str]:
+        seen: set[str] = set()
+        pending = [*graph[module]]
+        while pending:
+            if (other := pending.pop()) not in seen:
+                seen.add(other)
+                pending.extend(graph[other])
+        return seen
+
+    everywhere = {module: reachable(module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in everywhere if other in seen and module in everywhere[other]))
+        for module, seen in everywhere.items()
+        if module in seen
+    }
+    return [list(group) for group in sorted(groups)]
+
+
 def test_the_reader_of_imports_sees_every_kind_but_those_for_type_checkers() -> None:
     source = """
 import os.path
@@ -152,6 +238,19 @@ else:
     import i
 """
     assert sorted(imports(source, "p.q")) == ["a.b.c", "i", "os.path", "p.f.g", "p.q.e", "torch"]
+    assert set(imports(source, "p.q", for_type_checkers=True)) - set(imports(source, "p.q")) == {"h"}
+
+
+def test_a_circle_is_found() -> None:
+    names = {"a": ["b.c.d"], "b.c": ["torch", "e"], "e": ["a.Name"], "f": ["a", "g"], "g": []}
+    assert circles({module: [f"{PACKAGE}.{name}" for name in imported] for module, imported in names.items()}) == [
+        ["a", "b.c", "e"]
+    ]
+
+
+def test_no_modules_import_each_other() -> None:
+    """Also not for type checkers alone."""
+    assert circles(modules(for_type_checkers=True)) == []
 
 
 def test_a_forbidden_import_is_found() -> None:
@@ -168,6 +267,11 @@ def test_every_layer_exists() -> None:
     present = modules()
     layers = {*ALLOWED, *ALLOWED_PACKAGES, *(allowed for values in ALLOWED.values() for allowed in values)}
     assert [layer for layer in sorted(layers) if not any(is_in(module, layer) for module in present)] == []
+
+
+def test_every_module_of_a_ruled_folder_has_its_own_rule() -> None:
+    ruled = {module for module in modules() if any(is_in(module, folder) for folder in RULED)}
+    assert sorted(ruled - set(ALLOWED)) == []
 
 
 def test_a_layer_imports_only_the_layers_below_it() -> None:

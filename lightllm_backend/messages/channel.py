@@ -65,7 +65,7 @@ class EngineStats:
     kv_tokens_total: int = 0
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
-    pauses_total: int = 0
+    preemptions_total: int = 0
     device_seconds_total: float = 0.0
 
 

@@ -8,27 +8,29 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import (
     ColumnLinear,
     KVLayer,
     Part,
     Placement,
     PoolAttention,
+    Rotation,
     RowLinear,
     StepInput,
     alibi_slopes,
 )
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.vocabulary import Embedding, Head, wanted
-from lightllm_backend.models.weights import HEAD, WeightSlot
+from lightllm_backend.models.vocabulary import Embedding, Head
+from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
-# The mask that the first conversions carry beside the weights.
+# A mask that the first converted checkpoints carry beside the weights.
 OLD_BUFFER = "scale_mask_softmax.causal_mask"
 
 
 class LayerNorm:
-    """Layer norm of `x`, or of `residual += x`, which is updated in place."""
+    """Layer norm of `x`, or of `residual += x`, which it updates in place."""
 
     def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
@@ -49,7 +51,7 @@ class LayerNorm:
 
 
 class BloomAttention:
-    """Self-attention whose checkpoint keeps q, k and v of a head side by side: [heads, 3, head_dim]."""
+    """Self-attention. The checkpoint keeps q, k and v of each head side by side: [heads, 3, head_dim]."""
 
     def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
         self.head_dim = config.head_dim
@@ -60,17 +62,16 @@ class BloomAttention:
         self.qkv = ColumnLinear([part], config.hidden_size, True, place)
         self.output = RowLinear("self_attention.dense", config.hidden_size, config.hidden_size, True, place)
 
-    def __call__(self, x: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], self.num_heads, 3, self.head_dim).unbind(2)
-        unrotated = x.new_empty((x.shape[0], 0), dtype=torch.float32)
-        return self.output(self.attend(q, k, v, unrotated, unrotated, kv, step))
+        return self.output(self.attend(q, k, v, rotation, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.qkv.weight_map() | self.output.weight_map()
 
 
 class BloomMLP:
-    """down(gelu(up(x))); the intermediate features are split by rank."""
+    """down(gelu(up(x))), with the intermediate features split over the ranks."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         self.kernels = place.kernels
@@ -87,25 +88,13 @@ class BloomMLP:
         return self.up.weight_map() | self.down.weight_map()
 
 
-class BloomLayer:
-    """Attention and MLP, each after a norm that first adds what came before to the residual."""
-
-    def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
-        self.attention_norm = LayerNorm("input_layernorm", config, place)
-        self.attention = BloomAttention(config, slopes, place)
-        self.mlp_norm = LayerNorm("post_attention_layernorm", config, place)
-        self.mlp = BloomMLP(config, place)
-
-    def weight_map(self) -> dict[str, WeightSlot]:
-        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
-        return {name: slot for part in parts for name, slot in part.weight_map().items()}
-
-
-class BloomForCausalLM:
-    """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
+class BloomForCausalLM(Decoder):
+    """BLOOM, whose embeddings have a norm of their own."""
 
     prefix = "transformer."
     embedding_name = "transformer.word_embeddings.weight"
+    layers_name = "transformer.h"
+    old_buffers = (OLD_BUFFER,)
 
     def __init__(
         self,
@@ -123,25 +112,24 @@ class BloomForCausalLM:
         slopes = alibi_slopes(config.num_heads).to(device).chunk(parallel.size)[parallel.rank]
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.embedding_norm = LayerNorm("transformer.word_embeddings_layernorm", config, place)
-        self.layers = [BloomLayer(config, slopes, place) for _ in range(config.num_layers)]
+        self.layers = [
+            DecoderLayer(
+                LayerNorm("input_layernorm", config, place),
+                BloomAttention(config, slopes, place),
+                LayerNorm("post_attention_layernorm", config, place),
+                BloomMLP(config, place),
+            )
+            for _ in range(config.num_layers)
+        ]
         self.norm = LayerNorm("transformer.ln_f", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
 
-    def forward(self, step: StepInput) -> Tensor:
-        residual = self.embedding_norm(self.embedding(step.input_ids))
-        x, added = residual, None
-        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
-            x = layer.attention(layer.attention_norm(x, added), kv, step)
-            x = layer.mlp(layer.mlp_norm(x, residual))
-            added = residual
-        return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.embedding_norm(self.embedding(input_ids))
 
-    def weight_map(self) -> dict[str, WeightSlot]:
-        slots = self.embedding.weight_map(self.embedding_name)
-        slots |= self.embedding_norm.weight_map()
-        for index, layer in enumerate(self.layers):
-            slots |= {f"transformer.h.{index}.{name}": slot for name, slot in layer.weight_map().items()}
-        return slots | self.norm.weight_map() | self.head.weight_map()
+    def rotation(self, step: StepInput) -> Rotation:
+        unrotated = step.positions.new_empty((len(step.positions), 0), dtype=torch.float32)
+        return unrotated, unrotated
 
-    def ignores(self, name: str) -> bool:
-        return name.endswith(OLD_BUFFER) or (name == HEAD and self.head.tied)
+    def embedding_weight_map(self) -> dict[str, WeightSlot]:
+        return super().embedding_weight_map() | self.embedding_norm.weight_map()

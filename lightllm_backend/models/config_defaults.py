@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json means where it leaves a key out: the defaults of transformers' configuration classes, version 5.23.
+"""The defaults of keys that config.json leaves out: those of transformers' configuration classes, version 5.23.
 
-A key that is not in a class's table is one that the class does not have; None is a value that others decide.
+A class does not have the keys that are not in its table. A default of None depends on other keys.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ConfigFields: values of a JSON file, taken by kind; one that is missing or wrong is a ModelError that names it."""
+"""ConfigFields: typed access to the values of a JSON file. A ModelError names the key of a missing or wrong value."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class ConfigFields:
-    """One JSON object whose values are taken by kind.
+    """One JSON object, read by type.
 
-    An absent key has the value that `defaults` gives it. A null, from either, is an error unless the caller says what
-    null stands for.
+    An absent key takes its value from `defaults`. Null, from the file or from `defaults`, is an error unless the caller
+    says what it stands for.
     """
 
     path: Path
@@ -30,6 +30,7 @@ class ConfigFields:
 
     @classmethod
     def read(cls, path: Path) -> ConfigFields:
+        """Read the JSON object of a file."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -45,9 +46,11 @@ class ConfigFields:
         return cls(path, values)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> ConfigFields:
+        """The same values with other defaults."""
         return replace(self, defaults=defaults)
 
     def error(self, key: str, needed: str) -> ModelError:
+        """The error for a key's value: path, key, value and what is needed."""
         if key in self.values:
             value = "is null" if self.values[key] is None else f"is {self.values[key]!r}"
         else:
@@ -56,28 +59,30 @@ class ConfigFields:
         return ModelError(f"{self.path}: {self.prefix}{key} {value}; {needed}")
 
     def knows(self, key: str) -> bool:
-        """Whether the class that the file is for has this key."""
+        """Whether transformers' class has this key."""
         return key in self.defaults
 
     def get(self, key: str) -> Any:
+        """The value or its default, of any type."""
         return self.values.get(key, self.defaults.get(key))
 
     def has(self, key: str) -> bool:
+        """Whether the value or its default is not null."""
         return self.get(key) is not None
 
     def child(self, key: str) -> ConfigFields:
-        """The object under `key`; an empty one if it is absent or null."""
+        """The object under `key`, or an empty one if the key is absent or null."""
         value = self.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "an object is needed")
         return ConfigFields(self.path, value or {}, f"{self.prefix}{key}.")
 
     def either(self, *keys: str) -> str:
-        """The first of several names of one setting that is there; without any, the last."""
+        """The first of several names of one setting that has a value, or else the last."""
         return next((key for key in keys if self.has(key)), keys[-1])
 
     def count(self, key: str, null: object = _REQUIRED, least: int = 1) -> int:
-        """An integer; `null` where there is none."""
+        """An integer of at least `least`; null counts as `null`."""
         value = self.get(key)
         if value is None and null is not _REQUIRED:
             value = null
@@ -86,13 +91,14 @@ class ConfigFields:
         return value
 
     def positive(self, key: str) -> float:
+        """A number above 0."""
         value = self.get(key)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
             raise self.error(key, "a number above 0 is needed")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false of a key that the class does not know."""
+        """True or false; false for a key that the class does not have."""
         value = self.get(key) if self.knows(key) else False
         if not isinstance(value, bool):
             raise self.error(key, "true or false is needed")

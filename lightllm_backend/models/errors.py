@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception of this folder."""
+"""ModelError: the exception of this folder."""
 
 
 class ModelError(ValueError):
-    """A model directory that cannot be served; the message names the path, what is wrong there, and what is needed."""
+    """A model directory that cannot be served. The message names the path, the fault and what is needed."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models are made of: the input of a step, and the layers, each on this rank's part of the weights.
+"""The layers that models are made of, each with this rank's part of the weights, and StepInput, which they compute.
 
-A forward pass reads nothing back from the device and its shapes depend on shapes alone, so that a whole decode step
-can be captured in a CUDA graph. Tensors of tokens are packed without padding, [tokens, ...].
+A forward pass reads nothing back from the device, and its shapes depend on the shapes of its input alone, so that CUDA
+graphs can capture it. Tensors of tokens are packed without padding: [tokens, ...].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch import Tensor
 from lightllm_backend.kernels.whole_prompts import WholePrompts
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.weights import HasWeights, WeightSlot
+from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
+
+# Cosines and sines [tokens, head_dim / 2] float32; [tokens, 0] in a model without rotary embeddings.
+Rotation = tuple[Tensor, Tensor]
 
 
 class KVLayer(NamedTuple):
@@ -28,82 +31,61 @@ class KVLayer(NamedTuple):
 
     k: Tensor  # [slots, kv_heads, head_dim]
     v: Tensor
-    # Of an int8 pool: what the values of K and of V are multiples of, [slots, kv_heads, 2].
-    scales: Tensor | None = None
+    scales: Tensor | None = None  # of an int8 pool: the scales of K and V, [slots, kv_heads, 2] float16
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a model needs of one step: t tokens of n sequences. Those that decode come first, one token each.
+    """The input of one step: t tokens of n sequences. Sequences that decode come first, with one token each.
 
-    There may be fewer of either than there is room for: sequences without context are padding.
+    Sequences without context are padding, among decodes as among prefills.
     """
 
     input_ids: Tensor  # [t] int32
     positions: Tensor  # [t] int32
     rotary_lengths: Tensor  # [t] int32, max(prompt length, position + 1): what dynamic RoPE scales by
-    slots: Tensor  # [t] int32, where the pool takes each token's K and V; -1 is padding
+    slots: Tensor  # [t] int32, for each token's K and V; -1 is padding
     rows: Tensor  # [n] int32, of req_to_token
-    context_lengths: Tensor  # [n] int32, cached and new tokens
-    query_starts: Tensor  # [n_prefill + 1] int32, the first tokens of the prefill chunks, and behind the last
-    num_decodes: int  # with padding; the other sequences prefill
+    context_lengths: Tensor  # [n] int32, cached plus new tokens
+    query_starts: Tensor  # [n_prefill + 1] int32, the first token of each prompt chunk, and the end of the last
+    num_decodes: int  # padding included; the other sequences prefill
     max_context_length: int
-    last_tokens: Tensor | None  # [m] int64, the tokens whose logits are wanted; None: all, in their order
+    last_tokens: Tensor | None  # [m] int64, the tokens whose logits to compute; None: all, in order
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
-    whole_prompts: WholePrompts | None = None  # those without cached tokens, where the host knows them
-
-
-class CausalLM(HasWeights, Protocol):
-    """What the runner asks of a model, and what loading does."""
-
-    num_kv_heads: int  # on this rank
-    head_dim: int
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        kernels: ModuleType,
-        parallel: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_length: int,
-    ) -> None:
-        """Allocate the parameters; their values come with load_weights or dummy_weights."""
-
-    def forward(self, step: StepInput) -> Tensor:
-        """Write the new K and V into the pool, and return the logits [m, vocab] of `step.last_tokens`."""
+    whole_prompts: WholePrompts | None = None  # the prompts without cached tokens, if the host knows them
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a rank's tensors are made as, which part of the model they are, and what computes with them."""
+    """How a rank makes its tensors (dtype, device), which share of the model they hold, and its kernels."""
 
     parallel: TensorParallel
     dtype: torch.dtype
     device: torch.device
-    kernels: ModuleType  # what kernels.select() has chosen for the device
+    kernels: ModuleType  # kernels.select()'s choice for the device
 
     def empty(self, *shape: int) -> Tensor:
+        """An uninitialised parameter."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def share(self, what: str, count: int) -> int:
-        """This rank's share of `count` things, which must be the same on each rank."""
+        """This rank's share of `count` things; the number of ranks must divide it."""
         if count % self.parallel.size != 0:
             raise ModelError(f"{what} is {count}, which tp = {self.parallel.size} does not divide")
         return count // self.parallel.size
 
     def kv_share(self, count: int) -> tuple[int, int]:
-        """This rank's number of `count` KV heads and the first of them; ranks share one where there are too few."""
+        """This rank's number of `count` KV heads, and the first of them. Ranks share a head if there are too few."""
         rank, size = self.parallel.rank, self.parallel.size
         if count % size != 0 and size % count != 0:
             raise ModelError(f"num_key_value_heads is {count}, which must divide tp = {size} or be divided by it")
         return max(1, count // size), rank * count // size
 
     def vocabulary_share(self, vocab_size: int) -> tuple[int, int, int]:
-        """This rank's rows of a table padded for equal shares, the first of them, and how many of them are tokens.
+        """This rank's rows of the padded vocabulary: how many, the first, and how many are tokens.
 
-        Shares are multiples of 8 rows, since matrix products on GPUs are slow where rows of the result lie unaligned.
+        Shares are multiples of 8 rows, since GPUs are slow at matrix products whose result has unaligned rows.
         """
         if self.parallel.size == 1:
             return vocab_size, 0, vocab_size
@@ -114,7 +96,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint's matrix within a fused one: of its `full_rows` this rank holds `rows`, from `start` on."""
+    """A checkpoint's matrix within a fused one. This rank holds `rows` of its `full_rows`, from `start` on."""
 
     name: str
     full_rows: int
@@ -123,7 +105,7 @@ class Part:
 
 
 class ColumnLinear:
-    """One matrix product for several matrices of the checkpoint, each split over the ranks by its output features."""
+    """Several matrices of the checkpoint fused into one, each split over the ranks by its output features."""
 
     def __init__(self, parts: Sequence[Part], in_features: int, bias: bool, place: Placement) -> None:
         rows = sum(part.rows for part in parts)
@@ -137,7 +119,7 @@ class ColumnLinear:
         return product
 
     def gated(self, x: Tensor) -> Tensor:
-        """silu(x * first matrix) * (x * second matrix), for two of them alike."""
+        """silu(first(x)) * second(x), for two matrices of the same shape."""
         product: Tensor = self.kernels.gated_linear(x, self.weight, self.bias)
         return product
 
@@ -154,10 +136,10 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """A matrix split over the ranks by its input features; the ranks' products are summed, here or by whoever is next.
+    """A matrix split over the ranks by its input features.
 
-    The result goes to a norm, which takes it in parts as well: it may be [parts, tokens, out_features], see
-    kernels.linear_splits.
+    A call sums the ranks' products; `unsummed` leaves the sum to the norm that follows. The result may be [parts,
+    tokens, out_features], whose sum the norm takes (kernels.linear_splits).
     """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
@@ -172,7 +154,7 @@ class RowLinear:
         return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
 
     def unsummed(self, x: Tensor) -> Tensor:
-        """This rank's product alone, for a norm that has it summed; in parts where they go through mailboxes."""
+        """This rank's product, for a norm that sums it over the ranks. In parts if it goes through mailboxes."""
         mailboxes = self.parallel.mailboxes(x.shape[0], self.weight.shape[0])
         return self._parts(x) if self.parallel.size == 1 or mailboxes else self._whole(x)
 
@@ -187,7 +169,7 @@ class RowLinear:
 
     @property
     def _added_bias(self) -> Tensor | None:
-        """Each rank holds the bias, and one of them adds it."""
+        """The bias on rank 0, which alone adds it. All ranks hold it."""
         return self.bias if self.parallel.rank == 0 else None
 
     def weight_map(self) -> dict[str, WeightSlot]:
@@ -200,10 +182,10 @@ class RowLinear:
 
 
 class RotaryEmbedding:
-    """Cosines and sines of rotary position embeddings, float32, gathered once a step for all layers.
+    """Rotary position embeddings: cosines and sines in float32, computed once a step for all layers.
 
-    Dynamic scaling stretches the base by the length of the sequence, so there each token has its own frequencies: a
-    table has them for each length beyond the original one.
+    Dynamic scaling stretches the base by the length of the sequence, so each token has frequencies of its own; a table
+    has them for each length beyond the original one.
     """
 
     def __init__(self, config: ModelConfig, max_length: int, device: torch.device) -> None:
@@ -213,11 +195,10 @@ class RotaryEmbedding:
             self.frequencies = dynamic_frequencies(config, max_length).to(device)
         else:
             angles = torch.arange(max_length, dtype=torch.float32)[:, None] * rotary_frequencies(config)
-            # Side by side, so that one gather has both.
+            # Side by side, so that one gather reads both.
             self.table = torch.stack((angles.cos(), angles.sin()), 1).to(device)
 
-    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [tokens, head_dim / 2]."""
+    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> Rotation:
         if not self.is_dynamic:
             cos, sin = self.table.index_select(0, positions).unbind(1)
             return cos, sin
@@ -227,13 +208,13 @@ class RotaryEmbedding:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """The angle by which each pair of dimensions turns from one position to the next, [head_dim / 2] float32."""
+    """The angle by which each pair of dimensions turns per position, [head_dim / 2] float32."""
     scaling = config.rope_scaling
     frequencies = _inverse_frequencies(config.rope_theta, config.head_dim)
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling.rope_type == "llama3":
-        # Turns over the original context: few are slowed by the factor, many are kept, between them it is blended.
+        # Slow down frequencies with few turns over the original context, keep those with many, and blend the others.
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
@@ -241,7 +222,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def dynamic_frequencies(config: ModelConfig, max_length: int) -> Tensor:
-    """The same for each length from the original one to `max_length`, [lengths, head_dim / 2] float32."""
+    """The rotary frequencies for each length from the original one to `max_length`, [lengths, head_dim / 2] float32."""
     longest = max(max_length, config.max_positions)
     length = torch.arange(config.max_positions, longest + 1, dtype=torch.float64)
     factor, dim = config.rope_scaling.factor, config.head_dim
@@ -255,9 +236,10 @@ def _inverse_frequencies(base: float | Tensor, head_dim: int) -> Tensor:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """By how much each head favours a key for each position that it is later, [num_heads] float32.
+    """ALiBi slopes: the score penalty per position of distance, [num_heads] float32.
 
-    A geometric series for a power of two; heads beyond the last power of two take every other slope of the next one's.
+    For a power of two, the slopes are a geometric series. Heads beyond the last power of two take every other slope of
+    the next power's series.
     """
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
@@ -266,25 +248,23 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class PoolAttention:
-    """Attention of a step's tokens over the KV pool, into which their K and V go first; of this rank's heads."""
+    """Writes the K and V of a step's tokens into the KV pool, and attends over the pool. For this rank's heads."""
 
     def __init__(self, kernels: ModuleType, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
         self.kernels = kernels
         self.scale = head_dim**-0.5
         self.bias = {"window": window, "alibi_slopes": alibi_slopes}
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput
-    ) -> Tensor:
-        """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
+        """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
         decodes = step.num_decodes
-        new, pool = (q, k, v, cos, sin, step.slots), (kv.k, kv.v)
+        new, pool = (q, k, v, *rotation, step.slots), (kv.k, kv.v)
         options = self.bias | {"scales": kv.scales}
         out = q.new_empty(q.shape)
         if decodes > 0:
             rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
             table = (step.req_to_token, rows, contexts, step.max_context_length)
-            # The last of them may belong to a prompt, and are left alone then.
+            # The last of these tokens may belong to a prompt; the kernel leaves them alone.
             decoded = (tensor[:decodes] for tensor in new)
             self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options, out=out[:decodes])
         if len(step.query_starts) > 1:
@@ -297,15 +277,15 @@ class PoolAttention:
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """In what the attention of one architecture, or of one of its layers, differs from another's."""
+    """The differences between the attention of architectures and of their layers."""
 
     qkv_bias: bool = False
     output_bias: bool = False
-    window: int = 0  # how many positions a query sees, its own among them; 0: all
+    window: int = 0  # positions that a query sees, its own included; 0: all
 
 
 class Attention:
-    """Self-attention over the KV pool: fused q, k, v; rotary embedding; output projection. Heads are split by rank."""
+    """Self-attention over the KV pool: fused q, k, v, rotary embedding, output projection. Ranks split the heads."""
 
     def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
         self.head_dim = config.head_dim
@@ -325,10 +305,10 @@ class Attention:
         inner = config.num_heads * config.head_dim
         self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, options.output_bias, place)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.output.unsummed(self.attend(q, k, v, cos, sin, kv, step))
+        return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.qkv.weight_map() | self.output.weight_map()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA and LLaMA-2 (and whatever else Hugging Face calls LlamaForCausalLM): RMSNorm, rotary embeddings, gated MLP."""
+"""LLaMA, and all models that Hugging Face calls LlamaForCausalLM: RMSNorm, rotary embeddings, gated MLP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import (
     Attention,
     AttentionOptions,
@@ -15,21 +16,22 @@ from lightllm_backend.models.layers import (
     Part,
     Placement,
     RotaryEmbedding,
+    Rotation,
     RowLinear,
     StepInput,
 )
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.vocabulary import Embedding, Head, wanted
-from lightllm_backend.models.weights import HEAD, WeightSlot
+from lightllm_backend.models.vocabulary import Embedding, Head
+from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
-# What some checkpoints carry beside the weights: the tables of rotary embeddings, of which the first versions of
-# transformers saved one and ColossalAI saves all, and a version number that transformers' first LLaMA ignored as well.
+# Tensors that some checkpoints carry beside the weights: tables of rotary embeddings (the first versions of
+# transformers saved one, ColossalAI saves all) and a version number, which transformers' first LLaMA ignored too.
 OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "decoder.version")
 
 
 class RMSNorm:
-    """Root-mean-square norm of `x`, or of `residual +=` the sum of all ranks' `x`, which is updated in place."""
+    """RMS norm of `x`, or of `residual += x`, which it updates in place after summing `x` over the ranks."""
 
     def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
         self.name = name
@@ -53,7 +55,7 @@ class RMSNorm:
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)); the intermediate features are split by rank."""
+    """down(silu(gate(x)) * up(x)), with the intermediate features split over the ranks. Leaves the sum to the norm."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         features = config.intermediate_size
@@ -69,29 +71,17 @@ class GatedMLP:
         return self.gate_up.weight_map() | self.down.weight_map()
 
 
-class LlamaLayer:
-    """Attention and MLP, each after a norm that first adds what came before to the residual."""
-
-    def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
-        self.attention_norm = RMSNorm("input_layernorm", config, place)
-        self.attention = Attention(config, options, place)
-        self.mlp_norm = RMSNorm("post_attention_layernorm", config, place)
-        self.mlp = GatedMLP(config, place)
-
-    def weight_map(self) -> dict[str, WeightSlot]:
-        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
-        return {name: slot for part in parts for name, slot in part.weight_map().items()}
-
-
-class LlamaForCausalLM:
-    """One rank's part of the model. See layers.CausalLM for what each method owes its caller."""
+class LlamaForCausalLM(Decoder):
+    """LLaMA. Mistral and Qwen2 differ from it in `attention_options`."""
 
     prefix = "model."
     embedding_name = "model.embed_tokens.weight"
+    layers_name = "model.layers"
+    old_buffers = OLD_BUFFERS
 
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
-        """What those who follow LLaMA do otherwise."""
+        """The attention of one layer: a hook for models that follow LLaMA (biases, sliding window)."""
         return AttentionOptions(qkv_bias=config.attention_bias, output_bias=config.attention_bias)
 
     def __init__(
@@ -106,29 +96,19 @@ class LlamaForCausalLM:
         place = Placement(parallel, dtype, device, kernels)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.rotary = RotaryEmbedding(config, max_length, device)
-        options = [self.attention_options(config, layer) for layer in range(config.num_layers)]
-        self.layers = [LlamaLayer(config, layer_options, place) for layer_options in options]
+        self.layers = [
+            DecoderLayer(
+                RMSNorm("input_layernorm", config, place),
+                Attention(config, self.attention_options(config, layer), place),
+                RMSNorm("post_attention_layernorm", config, place),
+                GatedMLP(config, place),
+            )
+            for layer in range(config.num_layers)
+        ]
         self.norm = RMSNorm("model.norm", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
-        self.num_kv_heads = self.layers[0].attention.num_kv_heads
+        self.num_kv_heads, _ = place.kv_share(config.num_kv_heads)
         self.head_dim = config.head_dim
 
-    def forward(self, step: StepInput) -> Tensor:
-        cos, sin = self.rotary(step.positions, step.rotary_lengths)
-        residual = self.embedding(step.input_ids)
-        x, added = residual, None
-        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
-            x = layer.attention_norm(x, added)
-            x = layer.attention(x, cos, sin, kv, step)
-            x = layer.mlp(layer.mlp_norm(x, residual))
-            added = residual
-        return self.head(self.norm(*wanted(x, residual, step.last_tokens)))
-
-    def weight_map(self) -> dict[str, WeightSlot]:
-        slots = self.embedding.weight_map(self.embedding_name)
-        for index, layer in enumerate(self.layers):
-            slots |= {f"model.layers.{index}.{name}": slot for name, slot in layer.weight_map().items()}
-        return slots | self.norm.weight_map() | self.head.weight_map()
-
-    def ignores(self, name: str) -> bool:
-        return name.endswith(OLD_BUFFERS) or (name == HEAD and self.head.tied)
+    def rotation(self, step: StepInput) -> Rotation:
+        return self.rotary(step.positions, step.rotary_lengths)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral: LLaMA whose queries see only the last `sliding_window` positions, if there is one."""
+"""Mistral: LLaMA with an optional sliding window of attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from lightllm_backend.models.model_config import ModelConfig
 
 
 class MistralForCausalLM(LlamaForCausalLM):
+    """Mistral."""
+
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:
         return AttentionOptions(window=config.window(layer))

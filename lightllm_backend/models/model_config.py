@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelConfig: what config.json and generation_config.json of a Hugging Face directory say about a model.
+"""ModelConfig: the shape of a model, from the config.json and generation_config.json of a Hugging Face directory.
 
-Standard library only, so that settings can be checked where torch must not be imported. Every way in which a
-directory can be wrong is a ModelError.
+Standard library only, so that processes without torch can check settings. Every fault of a directory is a ModelError.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 
-# The words for a checkpoint's dtype, and what it is served in: no kernel knows float64.
+# A checkpoint's dtype, and the one it is served in: no kernel takes float64.
 DTYPES = {
     "bfloat16": "bfloat16",
     "float16": "float16",
@@ -37,17 +36,17 @@ DTYPES = {
     "double": "float32",
 }
 
-# Positions of a model that has no limit of its own; how many are served is for the settings to say.
+# Positions of a model without a limit of its own; settings may lower it.
 UNLIMITED_POSITIONS = 2**17
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary embeddings are stretched over more positions than the model was first trained on."""
+    """How rotary embeddings stretch over more positions than the model was first trained on."""
 
     rope_type: str = "default"
     factor: float = 1.0
-    # The rest belongs to llama3.
+    # For llama3 alone.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
@@ -55,7 +54,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model. Sizes are the whole model's, whatever part of it a rank holds."""
+    """The shape of a model. Sizes are those of the whole model, not of a rank."""
 
     architecture: str
     vocab_size: int
@@ -71,14 +70,14 @@ class ModelConfig:
     torch_dtype: str | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    # What a family has or has not. Which of it an architecture heeds is for its own file to say.
+    # Options of some families. Each architecture's own file decides which it uses.
     attention_bias: bool = False
     mlp_bias: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     sliding_window: int | None = None
-    sliding_layers: tuple[bool, ...] = ()  # which layers have that window
-    # What whoever starts the model should be told.
+    sliding_layers: tuple[bool, ...] = ()  # which layers have the window
+    # For the log when the model starts.
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
@@ -107,18 +106,18 @@ class ModelConfig:
 
     @property
     def max_sequence_length(self) -> int:
-        """How many positions the model serves with its RoPE scaling (llama3 configurations count them already)."""
+        """The positions that the model serves with its RoPE scaling (max_positions of llama3 includes the scaling)."""
         if self.rope_scaling.rope_type in ("linear", "dynamic"):
             return int(self.max_positions * self.rope_scaling.factor)
         return self.max_positions
 
     def window(self, layer: int) -> int:
-        """How many positions a query of this layer sees, its own among them; 0: all."""
+        """The positions that a query of this layer sees, its own included; 0: all."""
         return self.sliding_window if self.sliding_window is not None and self.sliding_layers[layer] else 0
 
 
 def _llama(config: ConfigFields) -> dict[str, Any]:
-    """What LLaMA's config.json says, and those of all the models that have followed it."""
+    """Read a config.json in the style of LLaMA, which most models follow."""
     if config.get("hidden_act") not in ("silu", "swish"):
         raise config.error("hidden_act", "'silu' is needed")
     if config.get("rope_interleaved"):
@@ -152,7 +151,7 @@ def _llama(config: ConfigFields) -> dict[str, Any]:
 
 
 def _bloom(config: ConfigFields) -> dict[str, Any]:
-    """What BLOOM's config.json says; it has gone by two names for most of it."""
+    """Read BLOOM's config.json, most of whose keys have two names."""
     if config.flag("apply_residual_connection_post_layernorm"):
         raise config.error("apply_residual_connection_post_layernorm", "false is needed")
     hidden_key, heads_key = config.either("n_embed", "hidden_size"), config.either("num_attention_heads", "n_head")
@@ -174,7 +173,7 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
     }
 
 
-# How the config.json of an architecture is written: by the registry's word for it.
+# Readers of config.json, by the registry's `dialect`.
 DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "bloom": _bloom}
 
 
@@ -186,7 +185,7 @@ def _left_out(config: ConfigFields) -> Iterator[str]:
 
 
 def _architecture(config: ConfigFields) -> str:
-    """The class of the model: the first of `architectures`, else the causal language model of `model_type`."""
+    """The name of the model's class: the first of `architectures`, else the one for `model_type`."""
     names, model_type = config.get("architectures"), config.get("model_type")
     if not isinstance(model_type, (str, type(None))):
         raise config.error("model_type", "the name of a type is needed")
@@ -207,7 +206,7 @@ def _architecture(config: ConfigFields) -> str:
 
 
 def _eos_ids(config: ConfigFields, generation_path: Path) -> tuple[int, ...]:
-    """The ids that end a text: those of both files, or the class's where neither names any."""
+    """The ids that end a text: those of both files, or the class's default if neither has any."""
     ids = config.token_ids("eos_token_id")
     if not generation_path.exists():
         return tuple(dict.fromkeys(ids))
@@ -218,7 +217,7 @@ def _eos_ids(config: ConfigFields, generation_path: Path) -> tuple[int, ...]:
 
 
 def _dtype(config: ConfigFields) -> str | None:
-    """The dtype to serve the checkpoint in; transformers 5 writes `dtype` for what was `torch_dtype`."""
+    """The dtype to serve the checkpoint in. transformers 5 writes `dtype`, older versions `torch_dtype`."""
     key = config.either("dtype", "torch_dtype")
     word = config.get(key)
     if word is None:
@@ -230,7 +229,7 @@ def _dtype(config: ConfigFields) -> str | None:
 
 
 def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
-    """The window, and which layers have it: as `layer_types` says, else all from `max_window_layers` on."""
+    """The sliding window and its layers: those of `layer_types`, else all from `max_window_layers` on."""
     is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
     if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
         return {}
@@ -244,10 +243,10 @@ def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
 
 
 def _rope(config: ConfigFields) -> dict[str, Any]:
-    """The base and the scaling: `rope_scaling` has them, else `rope_parameters`, transformers 5's name for both.
+    """The base and the scaling of RoPE, from `rope_scaling` or, as transformers 5 calls it, `rope_parameters`.
 
-    Where a file has both, transformers 5.23 reads `rope_scaling` alone, and so do we. A base that is in neither is
-    `rope_theta`, beside them.
+    If a file has both, transformers 5.23 reads `rope_scaling` alone, and so do we. If neither has the base, it is the
+    `rope_theta` beside them.
     """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     warnings = []

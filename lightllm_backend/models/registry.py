@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which class computes which architecture. A new model is one file, its weight map, its defaults, and one line here."""
+"""The registry of architectures, without their classes, which causal_lm imports by name.
+
+A new model is a file, its weight map, its defaults in config_defaults, and one line here.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lightllm_backend.models import config_defaults
 from lightllm_backend.models.errors import ModelError
 
-if TYPE_CHECKING:
-    from lightllm_backend.models.layers import CausalLM
-
 
 class Architecture(NamedTuple):
-    module: str  # of this folder; its name is config.json's `model_type`
-    defaults: config_defaults.Defaults  # of the keys of config.json
-    dialect: str = "llama"  # how its config.json is written: see model_config
+    module: str  # in this folder, named like config.json's `model_type`
+    defaults: config_defaults.Defaults  # of config.json's keys
+    dialect: str = "llama"  # the style of its config.json: see model_config
 
 
-# By the name in config.json's `architectures`, which is also the class's.
+# By the name in config.json's `architectures`, which is also the name of our class.
 ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
@@ -27,7 +26,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
 }
 
-# Names that a class had before a release of transformers had it; checkpoints converted then still say them.
+# Names from before a class was in a release of transformers; checkpoints of that time still have them.
 FORMER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 
 # By config.json's `model_type`.
@@ -35,14 +34,6 @@ MODEL_TYPES = {entry.module: architecture for architecture, entry in ARCHITECTUR
 
 
 def check_architecture(architecture: str) -> None:
-    """Refuse an architecture that no model here computes; imports none of them, hence no torch."""
+    """Raise ModelError for an unknown architecture. Imports no model, hence no torch."""
     if architecture not in ARCHITECTURES:
         raise ModelError(f"the architecture {architecture!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}")
-
-
-def model_class(architecture: str) -> type[CausalLM]:
-    """The class of the model, imported now."""
-    check_architecture(architecture)
-    module = importlib.import_module(f"lightllm_backend.models.{ARCHITECTURES[architecture].module}")
-    found: type[CausalLM] = getattr(module, architecture)
-    return found

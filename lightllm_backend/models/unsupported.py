@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people put where an unquantised Hugging Face model is needed: how it is recognised, and what its error says."""
+"""Recognises directories and files that are no unquantised Hugging Face model, and says in the error what they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
-# The last part of the names of tensors that only a quantised checkpoint has, by what has written it.
+# Last parts of tensor names that only quantised checkpoints have, by the tool that writes them.
 QUANTIZED_TENSORS = {
     "GPTQ or AWQ": ("qweight", "qzeros", "g_idx"),
     "bitsandbytes": ("absmax", "quant_map", "nested_absmax", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB"),
@@ -25,7 +25,7 @@ QUANTIZED_TENSORS = {
 
 
 def refuse_other_directories(directory: Path) -> None:
-    """Raise ModelError for a directory that says itself that it is something else."""
+    """Raise ModelError for a directory whose own files say that it is something else."""
     if not (directory / "config.json").exists():
         if (directory / ADAPTER_CONFIG).exists():
             raise adapter_error(directory)
@@ -43,7 +43,7 @@ def refuse_other_directories(directory: Path) -> None:
 
 
 def adapter_error(directory: Path) -> ModelError:
-    """The error for a PEFT adapter that has come without its base model."""
+    """The error for a PEFT adapter without its base model."""
     config = directory / ADAPTER_CONFIG
     base = ConfigFields.read(config).get("base_model_name_or_path") if config.exists() else None
     return ModelError(
@@ -53,7 +53,7 @@ def adapter_error(directory: Path) -> ModelError:
 
 
 def refuse_quantized(path: Path, names: Collection[str]) -> None:
-    """Raise ModelError if one of the names of a file's tensors is one that only quantised checkpoints have."""
+    """Raise ModelError if a tensor of the file has a name that only quantised checkpoints have."""
     for method, endings in QUANTIZED_TENSORS.items():
         if name := next((name for name in names if name.rpartition(".")[2] in endings), None):
             raise ModelError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ends of a model, where a token is a row of a table: the embeddings and the head."""
+"""Embedding and Head: the two ends of a model, where a token is a row of a matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightllm_backend.models.weights import HEAD, WeightSlot
 
 
 class Embedding:
-    """The table of token embeddings, its rows split over the ranks. Padding makes all shares the same size."""
+    """Token embeddings, with rows split over the ranks and padded to equal shares."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
         self.parallel = place.parallel
@@ -32,20 +32,20 @@ class Embedding:
         return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
 
 
-def wanted(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the last norm takes of the tokens whose logits are wanted; `x` may be in parts, as for any norm."""
+def select_tokens(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of `x` and `residual` whose logits the step needs. `x` may be in parts, as for any norm."""
     if last_tokens is None:
         return x, residual
-    # First, for the norm reads it ahead: see kernels.dependent_launch.
+    # The residual first: the norm reads it before the kernel in front of it has ended (kernels.dependent_launch).
     residual = residual.index_select(0, last_tokens)
     return x.index_select(-2, last_tokens), residual
 
 
 class Head:
-    """Logits over the vocabulary, whose rows are split over the ranks as those of the embeddings are.
+    """Logits over the vocabulary, split over the ranks like the embeddings.
 
-    All ranks gather all logits, to the same bits, so that they choose the same tokens. With tied embeddings the weight
-    is that of the embeddings, and no tensor of the checkpoint is its own.
+    Every rank gathers all logits, with the same bits, so that all choose the same tokens. If the head is tied, its
+    weight is the embeddings', and it has no tensor in the checkpoint.
     """
 
     def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
@@ -56,7 +56,7 @@ class Head:
         self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
 
     def untie(self) -> None:
-        """Take a weight of its own, which load_weights then fills."""
+        """Allocate a weight of its own, which load_weights then fills."""
         self.tied = False
         self.weight = self.place.empty(*self.weight.shape)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight files of a model directory: which of them hold the model, and what tensors each has.
+"""Weight files: finds those of a model directory and lists their tensors.
 
 Files are mapped into memory, so that a tensor costs nothing before it is read.
 """
@@ -27,21 +27,21 @@ from lightllm_backend.models.unsupported import adapter_error, refuse_quantized
 # The usual names, best first; each may be an index that names the files.
 USUAL = ("model.safetensors", "pytorch_model.bin")
 
-# What the names of other files begin with that lie in the directories of models and end in .safetensors or .bin: an
-# adapter, the weights in their authors' own format, and the state of a training.
+# Prefixes of other .safetensors and .bin files in model directories: adapters, weights in their authors' own format,
+# and training state.
 NOT_THE_MODEL = (
     "adapter_", "consolidated", "optimizer", "random_states", "rng_state", "sampler", "scaler", "scheduler",
     "training_args",
 )  # fmt: skip
 
-# The dtypes that weights are read from, and safetensors' words for them; others are quantised.
+# Dtypes of unquantised weights, and safetensors' names for them.
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _SAFETENSORS_FLOATS = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS, strict=True))
 
-# What a file holds that Git has left in place of a large one.
+# The beginning of the pointer that Git LFS leaves in place of a large file.
 _LFS_POINTER = b"version https://git-lfs"
 
-# What unpickling a file that is torn, or is something else, has been seen to raise, or may.
+# Errors of unpickling a torn file or one of another format.
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
@@ -59,7 +59,7 @@ log = logging.getLogger("lightllm.weights")
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a file, not read yet."""
+    """One tensor of a file. `read` loads a slice of it."""
 
     name: str
     path: Path
@@ -68,7 +68,7 @@ class Source:
     read: Callable[[tuple[slice, ...]], Tensor]
 
     def check_dtype(self) -> None:
-        """Refuse what is not a floating-point number as it stands: casting it would lose its scale."""
+        """Raise ModelError unless the dtype is floating point: a cast of quantised values would lose their scale."""
         if self.dtype not in FLOATS:
             raise ModelError(
                 f"{self.path}: {self.name} has the dtype {self.dtype}; one of {', '.join(FLOATS)} is needed: "
@@ -77,7 +77,7 @@ class Source:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model: those of a usual name, else all that may; .safetensors before .bin."""
+    """The files that hold the model: those with a usual name, else all candidates; .safetensors before .bin."""
     files = _model_files(folder)
     if adapters := [path.name for path in sorted(folder.glob("adapter_model.*"))]:
         log.warning("%s: %s beside the model is not used: merge it into the model to serve it", folder, adapters[0])
@@ -85,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def opened(path: Path) -> AbstractContextManager[dict[str, Source]]:
-    """The tensors of a weight file, by name, to be read as long as it is open."""
+    """The tensors of a weight file, by name. They can be read inside the context."""
     return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of a checkpoint, tensor by tensor, straight into a model's fused and sharded parameters.
+"""load_weights: loads a checkpoint, tensor by tensor, straight into a model's fused and sharded parameters.
 
-A model says with its weight map where each tensor of the checkpoint goes; the files say where they come from. Nothing
-but the parameters themselves is ever held.
+A model's weight map says where each tensor of the checkpoint goes. Loading holds no copy beside the parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from tqdm import tqdm
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.weight_files import Source, opened, weight_files
 
-# The head's tensor in a checkpoint, of whatever model.
+# The head's tensor in a checkpoint of any model.
 HEAD = "lm_head.weight"
 
-# How many tensors an error names before it only counts them.
+# Tensors that an error names; it only counts the others.
 _NAMED = 10
 
-# How many numbers of two tensors are compared at once.
+# Elements compared at once: 64 MiB of float32, instead of whole embeddings.
 _COMPARED = 1 << 24
 
 log = logging.getLogger("lightllm.weights")
@@ -35,20 +34,21 @@ log = logging.getLogger("lightllm.weights")
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """Where one tensor of a checkpoint goes.
+    """The destination of one tensor of a checkpoint.
 
-    `target` is a parameter, or those rows of a fused one that are this tensor's. It takes the checkpoint's tensor,
-    which has `full_shape`, or what this rank holds of it: along dimension `dim`, from `start` on.
+    `target` is a parameter, or this tensor's rows of a fused one. It takes this rank's part of the tensor, which has
+    `full_shape`: along dimension `dim`, from `start` on.
     """
 
     target: Tensor
     full_shape: tuple[int, ...]
     dim: int = 0
     start: int = 0
-    mean: float = 0.0  # what dummy weights are drawn around
+    mean: float = 0.0  # of dummy weights
 
     @classmethod
     def whole(cls, parameter: Tensor, mean: float = 0.0) -> WeightSlot:
+        """The slot of a tensor that every rank holds whole."""
         return cls(parameter, tuple(parameter.shape), mean=mean)
 
     def part(self) -> tuple[slice, ...]:
@@ -58,31 +58,31 @@ class WeightSlot:
 
 
 class TiableHead(Protocol):
-    """The part of a model's head that loading needs."""
+    """The interface of a model's head that loading needs."""
 
     @property
     def tied(self) -> bool:
-        """Whether the head's weight is that of the embeddings."""
+        """Whether the head shares the embeddings' weight."""
 
     def untie(self) -> None:
-        """Give the head a weight of its own; the weight map has it from then on."""
+        """Give the head a weight of its own, which the weight map then contains."""
 
 
 class HasWeights(Protocol):
-    """The part of a model that loading needs."""
+    """The interface of a model that loading needs."""
 
-    # What the names of all tensors but the head's begin with; files of the model without its head lack it.
+    # The prefix of all tensor names except the head's. Checkpoints of a model without a head lack it.
     prefix: str
-    embedding_name: str  # of the tensor of embeddings in a checkpoint
+    embedding_name: str  # of the embeddings' tensor in a checkpoint
 
     @property
     def head(self) -> TiableHead: ...
 
     def weight_map(self) -> Mapping[str, WeightSlot]:
-        """The checkpoint's names for all that the model needs, and where each goes."""
+        """The names of all tensors that the model needs from a checkpoint, and their destinations."""
 
     def ignores(self, name: str) -> bool:
-        """Whether a checkpoint may carry this tensor although the model has no use for it."""
+        """Whether a checkpoint may contain this tensor although the model does not need it."""
 
 
 def load_weights(model: HasWeights, directory: str | Path, progress: bool = True) -> None:
@@ -126,10 +126,10 @@ def _mismatch(missing: list[str], left_over: list[str]) -> str:
 
 
 def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
-    """Where the checkpoint's tensors go, once the files have settled a head that config.json ties to the embeddings.
+    """The destinations of the checkpoint's tensors, after a look at the head if config.json ties it to the embeddings.
 
-    As in transformers 5, a head that differs from the embeddings is used, and one without embeddings is both. Every
-    rank compares whole tensors, so that all decide alike.
+    As in transformers 5, a head that differs from the embeddings is loaded, and a head without embeddings serves as
+    both. Every rank compares whole tensors, so that all decide alike.
     """
     if not model.head.tied:
         return dict(model.weight_map())
@@ -157,7 +157,7 @@ def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
 
 
 def _are_equal(one: Source, other: Source, slot: WeightSlot) -> bool:
-    """Whether two tensors for the same slot are equal in its dtype; neither is held whole."""
+    """Whether two tensors for one slot are equal in its dtype. Neither is loaded whole."""
     if not one.shape == other.shape == slot.full_shape:
         return False
     rows, columns = slot.full_shape
@@ -168,14 +168,14 @@ def _are_equal(one: Source, other: Source, slot: WeightSlot) -> bool:
 
 
 def dummy_weights(model: HasWeights, seed: int = 0) -> None:
-    """Fill every parameter with normally distributed values: the same for the same seed and kind of device.
+    """Fill every parameter with normally distributed values, which depend on the seed and the kind of device alone.
 
-    What several ranks hold is the same on each, and what is split differs from one to the next.
+    Ranks have the same values of a tensor that each holds whole, and different ones of a tensor that they split.
     """
     slots = list(model.weight_map().values())
     generator = torch.Generator(slots[0].target.device)
-    for number, slot in enumerate(slots):
-        generator.manual_seed(hash((seed, number, slot.start)))
+    for index, slot in enumerate(slots):
+        generator.manual_seed(hash((seed, index, slot.start)))
         slot.target.normal_(slot.mean, 0.02, generator=generator)
 
 

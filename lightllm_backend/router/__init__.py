@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Router: which sequences run in the next step, which token slots they get, and when each of them ends."""
+"""The Router: schedules sequences, gives them token slots and decides when each of them ends."""

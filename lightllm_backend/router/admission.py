@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How full the KV pool will get, known or estimated before a sequence is let in.
+"""Admission: forecasts the peak of the KV pool, and lets a sequence in only if the pool can hold that peak.
 
-From step to step each sequence takes one more token slot until it ends and gives all of them back. Between two ends the
-demand only grows, so its peak lies at a step in which some sequence takes its last slot. With the sequences sorted by
-the steps that they have left, longest first, those still alive when sequence i ends are 1 … i, and each has by then
-taken as many more slots as i has steps left:
+Each sequence takes one more token slot in every step until it ends, and then returns all of them. Between two ends the
+demand only grows, so it peaks at a step in which some sequence takes its last slot. Sort the sequences by the steps
+they have left, longest first. When sequence i takes its last slot, sequences 1 … i are alive, and each has taken
+remaining_i more slots:
 
     peak = max over i of (remaining_i · i + held_1 + … + held_i)
 
-How many steps a sequence has left is a policy's matter: at most as many as it asks for (exact), or as many as the
-recent past makes likely (past_future.py).
+A policy estimates the steps that a sequence has left: all that it asks for (ExactAdmission), or what the recent past
+makes likely (past_future.py).
 """
 
 from __future__ import annotations
@@ -23,58 +23,52 @@ from lightllm_backend.router.sequence import Sequence
 
 
 class Demand(NamedTuple):
-    """Of n sequences: an array a fact."""
+    """What n sequences hold and may still take: one array per fact."""
 
     held: NDArray[np.int64]  # [n] token slots now
-    remaining: NDArray[np.int64]  # [n] slots that each will take at most, one a step
-    made: NDArray[np.int64]  # [n] tokens generated so far; all but one of `most` where no EOS can end it
-    most: NDArray[np.int64]  # [n] tokens that it may generate in all
-    luck: NDArray[np.float64]  # [n, draws] what the policy has drawn for it
+    remaining: NDArray[np.int64]  # [n] slots that each may still take, one per step
+    num_generated: NDArray[np.int64]  # [n] tokens generated so far; max_tokens - 1 if EOS cannot end the sequence
+    max_tokens: NDArray[np.int64]  # [n]
+    quantiles: NDArray[np.float64]  # [n, draws] of the distribution of lengths, drawn by the policy
 
 
-def newcomer_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
-    """Of a sequence, once `planned` of the tokens are that it has to prefill; without the slots that others hold too.
+def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_max_tokens: int) -> Demand:
+    """The demand of one sequence after `planned` of its known tokens, without the `num_shared` slots of other holders.
 
-    What is left of them takes k more steps of at least one token each. So it never holds more than a sequence that held
-    k slots less than all of them now and took one in each of them, and holds as many from then on.
+    The rest of the prefill takes k more steps. We model it as a sequence that starts k slots smaller and gains one slot
+    per step; this is an upper bound, since each of the k steps caches at least one token.
     """
     steps = -(-(sequence.known_length - planned) // batch_max_tokens)
-    sampling, made = sequence.request.sampling, sequence.num_generated
+    sampling, num_generated = sequence.request.sampling, sequence.num_generated
     return Demand(
         held=np.array([sequence.known_length - num_shared - steps]),
-        remaining=np.array([sampling.max_tokens - made - 1 + steps]),
-        made=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else made]),
-        most=np.array([sampling.max_tokens]),
-        luck=sequence.luck[np.newaxis],
+        remaining=np.array([sampling.max_tokens - num_generated - 1 + steps]),
+        num_generated=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else num_generated]),
+        max_tokens=np.array([sampling.max_tokens]),
+        quantiles=sequence.quantiles[np.newaxis],
     )
 
 
 class AdmissionPolicy(Protocol):
-    """Whose estimate of the steps to come counts."""
+    """Estimates how many steps sequences have left."""
 
-    @property
-    def is_final(self) -> bool:
-        """Whether the estimate for a sequence stays what it is, but for the steps that are done."""
-
-    def draw(self) -> NDArray[np.float64]:
-        """The luck of a new sequence, [draws]; it keeps it."""
+    def draw_quantiles(self) -> NDArray[np.float64]:
+        """Draw the quantiles of a new sequence, [draws]. The sequence keeps them."""
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
-        """Estimates of the steps that each sequence has left, [draws, n]. All of them must fit."""
+        """Estimate the steps that each sequence has left, [draws, n]. Every draw must fit the pool."""
 
     def usable(self, capacity: int) -> int:
-        """Of the pool's slots, those that may be planned for."""
+        """How many of `capacity` slots admission may plan with."""
 
-    def ended(self, length: int) -> None:
-        """A sequence that was free to end has ended with this many tokens."""
+    def record_length(self, length: int) -> None:
+        """Record the length of an answer that EOS, a stop string or max_tokens has ended."""
 
 
 class ExactAdmission:
-    """Everybody may take all that it asks for, so that nobody is ever in need."""
+    """Keeps room for all the tokens that each sequence asks for, so that no sequence is ever preempted."""
 
-    is_final = True
-
-    def draw(self) -> NDArray[np.float64]:
+    def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
@@ -83,19 +77,20 @@ class ExactAdmission:
     def usable(self, capacity: int) -> int:
         return capacity
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         pass
 
 
 class Forecast:
-    """The most token slots that some sequences will hold at once, now or later, and with whom it would be how many."""
+    """The peak number of token slots that a set of sequences will hold, and how one more sequence would change it."""
 
     def __init__(self, held: NDArray[np.int64], remaining: NDArray[np.int64]) -> None:
-        """held [n]: token slots now; remaining [n]: slots that each will still take, one a step."""
+        """held [n]: token slots now. remaining [n]: slots that each sequence will still take, one per step."""
         negative = -remaining
         longest_first = np.argsort(negative)
-        self._negative = negative[longest_first]  # [n] remaining, with the sign that makes it ascend
-        self._held_sums = np.zeros(len(held) + 1, dtype=np.int64)  # of those before each place
+        self._negative = negative[longest_first]  # [n] ascending, for searchsorted
+        # [n + 1] slots that the sequences before each place hold
+        self._held_sums = np.zeros(len(held) + 1, dtype=np.int64)
         np.cumsum(held[longest_first], out=self._held_sums[1:])
         self._terms = self._make_terms()
 
@@ -106,8 +101,8 @@ class Forecast:
     def peak_with(self, held: int, remaining: int) -> int:
         """The peak if this sequence joined.
 
-        The terms before its place stay as they are, since it has ended by then. To those behind it adds what it holds,
-        and a slot for each step.
+        Sequences before its place outlive it, so their terms stay the same. To each term behind its place, the sequence
+        adds the slots that it holds and one slot per step.
         """
         place = self._place(remaining)
         before = self._terms[:place].max(initial=0)
@@ -115,18 +110,8 @@ class Forecast:
         own = remaining * (place + 1) + self._held_sums[place] + held
         return int(max(before, own, behind))
 
-    def wait(self, held: int, remaining: int, limit: int) -> int:
-        """The least number of steps until this sequence may join, as long as nobody ends before its time.
-
-        With each step that it comes later it holds a slot less when another takes its last, and that it has not to wait
-        for any more once the other has ended.
-        """
-        place = self._place(remaining)
-        excess = self._terms[place:] - self._negative[place:] + (held - limit)
-        return int(np.minimum(excess, 1 - self._negative[place:]).max(initial=1))
-
     def add(self, held: int, remaining: int) -> None:
-        """It has joined."""
+        """Add a sequence to the forecast."""
         place = self._place(remaining)
         self._held_sums = _extended(self._held_sums, place, self._held_sums[place])
         self._held_sums[place + 1 :] += held
@@ -134,7 +119,7 @@ class Forecast:
         self._terms = self._make_terms()
 
     def _make_terms(self) -> NDArray[np.int64]:
-        """[n] the slots that are held when each sequence takes its last."""
+        """[n] the slots that all sequences hold when each takes its last one."""
         terms: NDArray[np.int64] = self._held_sums[1:] - self._negative * np.arange(1, len(self._negative) + 1)
         return terms
 
@@ -143,48 +128,29 @@ class Forecast:
 
 
 def _extended(values: NDArray[np.int64], place: int, value: int) -> NDArray[np.int64]:
-    """With one value more; several times as fast as np.insert."""
+    """`values` with `value` inserted at `place`; np.insert is several times as slow."""
     extended = np.empty(len(values) + 1, dtype=np.int64)
     extended[:place], extended[place], extended[place + 1 :] = values[:place], value, values[place:]
     return extended
 
 
-class Refusal(NamedTuple):
-    """That a sequence cannot join before some step, as long as nobody ends before its time."""
-
-    number: int
-    before_step: int
-    capacity: int
-
-    def holds(self, number: int, step: int, capacity: int) -> bool:
-        return number == self.number and step < self.before_step and capacity <= self.capacity
-
-
 class Gate:
-    """Who may join the running sequences in one step."""
+    """Decides which candidates may join the running sequences in one step."""
 
     def __init__(self, policy: AdmissionPolicy, running: Demand) -> None:
         self._policy = policy
-        self._anybody = len(running.held) > 0
+        self._is_occupied = len(running.held) > 0
         self._forecasts = [Forecast(running.held, remaining) for remaining in policy.steps_left(running)]
 
-    def admits(self, newcomer: Demand, capacity: int) -> bool:
-        """Whether there is room for it, in every estimate; it counts from then on. Alone, it always has room."""
+    def admits(self, candidate: Demand, capacity: int) -> bool:
+        """Whether the candidate fits in every draw; if it does, it counts as running. A lone candidate always fits."""
         usable = self._policy.usable(capacity)
-        held = int(newcomer.held[0])
-        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
+        held = int(candidate.held[0])
+        remaining = self._policy.steps_left(candidate)[:, 0].tolist()
         pairs = list(zip(self._forecasts, remaining, strict=True))
-        if self._anybody and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
+        if self._is_occupied and any(forecast.peak_with(held, left) > usable for forecast, left in pairs):
             return False
         for forecast, left in pairs:
             forecast.add(held, left)
-        self._anybody = True
+        self._is_occupied = True
         return True
-
-    def wait(self, newcomer: Demand, capacity: int) -> int:
-        """How many steps it is of no use to ask again, as long as nobody ends before its time."""
-        if not self._policy.is_final:
-            return 1
-        usable, held = self._policy.usable(capacity), int(newcomer.held[0])
-        remaining = self._policy.steps_left(newcomer)[:, 0].tolist()
-        return max(one.wait(held, left, usable) for one, left in zip(self._forecasts, remaining, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When requests must have ended."""
+"""Deadlines: finds the requests whose deadline has passed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightllm_backend.router.sequence import Sequence
 
 
 class Deadlines:
-    """A heap of deadlines; those of requests that have ended stay in it for a while."""
+    """A heap of deadlines. Ended requests stay in it until it holds too many of them."""
 
     def __init__(self, live: Mapping[str, Sequence]) -> None:
         self._live = live  # the Router's sequences that have not ended, by uid
@@ -26,7 +26,7 @@ class Deadlines:
         heapq.heappush(self._heap, (deadline, uid))
 
     def passed(self, now: float) -> Iterator[Sequence]:
-        """The sequences that live on past their deadlines."""
+        """Remove the deadlines up to `now` and yield their sequences that have not ended."""
         while self._heap and self._heap[0][0] <= now:
             deadline, uid = heapq.heappop(self._heap)
             sequence = self._live.get(uid)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of a step from when it is planned until its tokens are known."""
+"""PlannedStep: what the Router keeps of a step until the step's tokens arrive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightllm_backend.router.request_table import RequestTable
 
 
 class PromptChunk(NamedTuple):
-    """New tokens of one sequence that prefills."""
+    """The tokens that one sequence prefills in a step."""
 
     row: int
     start: int
@@ -23,36 +23,39 @@ class PromptChunk(NamedTuple):
 
 
 class Decodes(NamedTuple):
-    """One token each."""
+    """The sequences that decode one token each in a step."""
 
-    rows: NDArray[np.int64]  # [n]; numpy is slow to index with other integers
+    rows: NDArray[np.int64]  # [n] int64: numpy indexes more slowly by other integers
     starts: NDArray[np.int32]  # [n]
     slots: NDArray[np.int32]  # [n]
 
 
 class PlannedStep(NamedTuple):
-    """What `apply` needs of a batch. It names sequences by number, since a row may have changed hands by then."""
+    """What `Router.apply` needs about a batch.
+
+    It names sequences by arrival index, since a row may have another owner by the time the tokens arrive.
+    """
 
     batch: Batch
-    rows: NDArray[np.int64]  # [n_sampled] those that sample a token
-    numbers: NDArray[np.int64]  # [n_sampled]
-    positions: NDArray[np.int32]  # [n_sampled] where in its sequence the token is
-    holds_row: NDArray[np.bool_]  # [n_sampled] false as soon as the sequence gives its row back
-    is_plain: NDArray[np.bool_]  # [n_sampled] only the token is to be told of it, as long as it goes on
-    may_end: NDArray[np.bool_]  # [n_sampled] min_tokens is reached
-    ending_ids: NDArray[np.int32]  # [n_sampled, most of a sequence] this token ends the sequence if it is one of these
-    is_final: NDArray[np.bool_]  # [n_sampled] this token is the last of max_tokens
+    rows: NDArray[np.int64]  # [n_sampled] the rows that sample a token
+    arrival_indices: NDArray[np.int64]  # [n_sampled]
+    positions: NDArray[np.int32]  # [n_sampled] of the token in its sequence
+    holds_row: NDArray[np.bool_]  # [n_sampled] cleared when the sequence releases its row
+    is_plain: NDArray[np.bool_]  # [n_sampled] emit just the token id unless the sequence ends
+    may_end: NDArray[np.bool_]  # [n_sampled] an ending id may end the sequence: min_tokens is reached
+    ending_ids: NDArray[np.int32]  # [n_sampled, ids] EOS and stop ids, padded with NO_TOKEN
+    is_final: NDArray[np.bool_]  # [n_sampled] the token is the last of max_tokens
 
     @classmethod
     def of(cls, batch: Batch, table: RequestTable) -> PlannedStep:
         rows = batch.rows[batch.samples].astype(np.int64)
         positions = table.cached[rows]
         is_plain = ~table.with_log_probs[rows]
-        is_plain[batch.num_decodes :] = False  # a first token comes with how long its request has waited
+        is_plain[batch.num_decodes :] = False  # a first token carries its request's time in the queue
         return cls(
             batch=batch,
             rows=rows,
-            numbers=table.numbers[rows],
+            arrival_indices=table.arrival_indices[rows],
             positions=positions,
             holds_row=np.ones(len(rows), dtype=np.bool_),
             is_plain=is_plain,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prefix cache: a radix tree of token sequences whose K and V are in the pool, with the slots where they lie.
+"""PrefixCache: a radix tree of token sequences whose K and V are in the pool.
 
-Each node has a run of tokens, and the slots of these. A running sequence holds the nodes from the root to where its own
-tokens part from the tree, so nothing is taken from it. What nobody holds is evicted from the ends of the branches, the
-least recently used first, when slots are needed.
+Each node has a run of token ids and their slots. A running sequence holds the nodes from the root to the point where
+its own tokens leave the tree; a held node is never evicted. When the pool needs slots, the cache evicts nodes without a
+holder: leaves first, the least recently used before others.
 """
 
 from __future__ import annotations
@@ -21,61 +21,65 @@ Ids = NDArray[np.int32]
 
 @dataclass(eq=False, slots=True)
 class Node:
-    tokens: Ids  # [n] never empty but in the root
+    """A run of tokens in the tree."""
+
+    token_ids: Ids  # [n], n > 0 except in the root
     slots: Ids  # [n]
     parent: Node | None
-    children: dict[int, Node] = field(default_factory=dict)  # by first token
-    holders: set[int] = field(default_factory=set)  # request-table rows
+    children: dict[int, Node] = field(default_factory=dict)  # by their first token id
+    holders: set[int] = field(default_factory=set)  # rows of the request table
     last_used: int = 0
 
     def path(self) -> Iterator[Node]:
-        """From here up to below the root."""
+        """This node and its ancestors, without the root, upwards."""
         node = self
         while node.parent is not None:
             yield node
             node = node.parent
 
 
-_Leaf = tuple[int, int, Node]  # when it was last used, a number that no other has, and the node
-MOST_STALE = 1000
+# An entry of the heap of leaves: `last_used`, a unique number that breaks ties, and the node.
+_Leaf = tuple[int, int, Node]
+# The heap drops stale entries when it has twice its live entries and this many more: rare, so cheap per entry.
+MAX_STALE = 1000
 
 
 class PrefixCache:
-    """Owns the slots of all nodes. Counts them by who holds them, since that says what may be evicted.
+    """Owns the slots of all nodes and counts their holders.
 
-    A row must be told to `hold` what it found before anything else is asked for.
+    After `find`, call `hold` before any other method: others may evict what was found.
     """
 
     def __init__(self, num_rows: int) -> None:
         self._root = Node(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), None)
-        self._leaves: list[_Leaf] = []  # a heap; some are out of date
+        self._leaves: list[_Leaf] = []  # a heap; some entries are stale
         self._clock = itertools.count(1)
         self._entries = itertools.count()
-        self._most_leaves = MOST_STALE
-        self.num_evictable = 0  # tokens that nobody holds
-        self.num_shared = 0  # tokens that several rows hold
-        self.shared = np.zeros(num_rows, dtype=np.int64)  # of them, those that a row holds
+        self._max_leaves = MAX_STALE
+        self.num_evictable = 0  # tokens of nodes without a holder
+        self.num_shared = 0  # tokens of nodes with at least two holders
+        self.shared = np.zeros(num_rows, dtype=np.int64)  # [rows] how many of those tokens each row holds
 
     @property
     def root(self) -> Node:
         return self._root
 
-    def find(self, tokens: Ids) -> tuple[Node, int]:
-        """Where the longest beginning of these tokens that is in the tree ends, and its length."""
+    def find(self, token_ids: Ids) -> tuple[Node, int]:
+        """The node at which the longest cached beginning of these tokens ends, and the length of that beginning."""
         node, length = self._root, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
+        while length < len(token_ids):
+            child = node.children.get(int(token_ids[length]))
             if child is None:
                 break
-            common = _common_length(child.tokens, tokens[length:])
-            node = child if common == len(child.tokens) else self._split(child, common)
+            common = _common_length(child.token_ids, token_ids[length:])
+            node = child if common == len(child.token_ids) else self._split(child, common)
             length += common
         return node, length
 
     def hold(self, end: Node, row: int) -> None:
-        """The row uses the slots of this path from now on."""
+        """Make the row a holder of the path that ends at `end`."""
         for node in end.path():
-            size, num_others = len(node.tokens), len(node.holders)
+            size, num_others = len(node.token_ids), len(node.holders)
             if num_others == 0:
                 self.num_evictable -= size
             elif num_others == 1:
@@ -85,49 +89,50 @@ class PrefixCache:
                 self.shared[row] += size
             node.holders.add(row)
 
-    def let_go(self, end: Node, row: int) -> None:
+    def release(self, end: Node, row: int) -> None:
+        """Undo `hold`: the row is no longer a holder of the path."""
         now = next(self._clock)
         for node in end.path():
-            size = len(node.tokens)
+            size = len(node.token_ids)
             node.holders.remove(row)
             node.last_used = now
             if len(node.holders) == 0:
                 self.num_evictable += size
-                self._note_leaf(node)
+                self._push_leaf(node)
             elif len(node.holders) == 1:
                 self.shared[list(node.holders)] -= size
                 self.num_shared -= size
         self.shared[row] = 0
 
-    def extend(self, end: Node, row: int, tokens: Ids, slots: Ids) -> Node:
-        """Takes what a row that goes on has behind the path that it holds; returns where its path ends then.
+    def extend(self, end: Node, row: int, token_ids: Ids, slots: Ids) -> Node:
+        """Add a running row's tokens after its path, and return the new end of the path.
 
-        Where the tree goes on alike from there, with slots of its own, it takes nothing.
+        If the tree already continues with the same first token, with slots of its own, the row keeps its tokens.
         """
-        if len(tokens) == 0 or int(tokens[0]) in end.children:
+        if len(token_ids) == 0 or int(token_ids[0]) in end.children:
             return end
-        node = self._append(end, tokens, slots)
+        node = self._append(end, token_ids, slots)
         node.holders.add(row)
         return node
 
-    def give(self, end: Node, tokens: Ids, slots: Ids) -> Ids:
-        """Takes what a row that ends has behind its path. Returns the slots of tokens that the tree has already."""
+    def insert(self, end: Node, token_ids: Ids, slots: Ids) -> Ids:
+        """Add the tokens after the path of a row that ends. Return the slots of tokens that the tree already has."""
         node, length = end, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
+        while length < len(token_ids):
+            child = node.children.get(int(token_ids[length]))
             if child is None:
-                leaf = self._append(node, tokens[length:], slots[length:])
+                leaf = self._append(node, token_ids[length:], slots[length:])
                 leaf.last_used = next(self._clock)
-                self.num_evictable += len(leaf.tokens)
-                self._note_leaf(leaf)
+                self.num_evictable += len(leaf.token_ids)
+                self._push_leaf(leaf)
                 break
-            common = _common_length(child.tokens, tokens[length:])
+            common = _common_length(child.token_ids, token_ids[length:])
             length += common
-            node = child if common == len(child.tokens) or length == len(tokens) else self._split(child, common)
+            node = child if common == len(child.token_ids) or length == len(token_ids) else self._split(child, common)
         return slots[:length]
 
     def evict(self, count: int) -> Ids:
-        """At least `count` slots, of tokens that nobody holds."""
+        """Evict tokens without a holder and return their `count` slots."""
         assert count <= self.num_evictable, f"{count} slots are to be evicted, {self.num_evictable} may be"
         evicted: list[Ids] = []
         missing = count
@@ -136,22 +141,22 @@ class PrefixCache:
             if not _is_up_to_date(self._leaves[0]):
                 heapq.heappop(self._leaves)
                 continue
-            kept = max(0, len(leaf.tokens) - missing)
+            kept = max(0, len(leaf.token_ids) - missing)
             evicted.append(leaf.slots[kept:])
-            missing -= len(leaf.tokens) - kept
-            leaf.tokens, leaf.slots, first = leaf.tokens[:kept], leaf.slots[:kept], int(leaf.tokens[0])
+            missing -= len(leaf.token_ids) - kept
+            leaf.token_ids, leaf.slots, first = leaf.token_ids[:kept], leaf.slots[:kept], int(leaf.token_ids[0])
             if kept == 0:
                 heapq.heappop(self._leaves)
                 parent, leaf.parent = leaf.parent, None
                 assert parent is not None, "an evictable node is in the tree"
                 del parent.children[first]
-                self._note_leaf(parent)
+                self._push_leaf(parent)
         slots: Ids = np.concatenate([np.empty(0, dtype=np.int32), *evicted])
         self.num_evictable -= len(slots)
         return slots
 
     def nodes(self) -> Iterator[Node]:
-        """All but the root, each before its children."""
+        """All nodes except the root, parents before children."""
         waiting = list(self._root.children.values())
         while waiting:
             node = waiting.pop()
@@ -159,46 +164,46 @@ class PrefixCache:
             waiting.extend(node.children.values())
 
     def check(self) -> None:
-        """Asserts that the tree is one and the counts are right. For tests."""
+        """Assert that the tree is consistent and the counts are right. For tests."""
         shared = np.zeros_like(self.shared)
         evictable = total_shared = 0
         for node in self.nodes():
             assert node.parent is not None, "a node in the tree has a parent"
-            assert len(node.tokens) == len(node.slots) > 0, "a node has a slot for each token"
-            assert node.parent.children[int(node.tokens[0])] is node, "a node is not where it is looked for"
+            assert len(node.token_ids) == len(node.slots) > 0, "a node has a slot for each token"
+            assert node.parent.children[int(node.token_ids[0])] is node, "a node is not where it is looked for"
             assert node.parent is self._root or node.holders <= node.parent.holders, "a path has a gap"
-            evictable += len(node.tokens) if not node.holders else 0
+            evictable += len(node.token_ids) if not node.holders else 0
             if len(node.holders) > 1:
-                total_shared += len(node.tokens)
-                shared[list(node.holders)] += len(node.tokens)
+                total_shared += len(node.token_ids)
+                shared[list(node.holders)] += len(node.token_ids)
         assert (evictable, total_shared) == (self.num_evictable, self.num_shared), "the tokens are miscounted"
         assert np.array_equal(shared, self.shared), "what rows share is miscounted"
 
-    def _append(self, parent: Node, tokens: Ids, slots: Ids) -> Node:
-        # Copies, since the row's arrays serve another sequence next.
-        node = Node(tokens.copy(), slots.copy(), parent)
-        parent.children[int(tokens[0])] = node
+    def _append(self, parent: Node, token_ids: Ids, slots: Ids) -> Node:
+        # Copies, since the row's next owner overwrites its arrays.
+        node = Node(token_ids.copy(), slots.copy(), parent)
+        parent.children[int(token_ids[0])] = node
         return node
 
     def _split(self, node: Node, length: int) -> Node:
-        """Cuts the node in two; returns the upper part. Whoever knows the node as an end knows the lower part now."""
+        """Split the node and return the new upper half. Existing references to `node` now refer to the lower half."""
         parent = node.parent
         assert parent is not None, "the root has no tokens"
-        upper = Node(node.tokens[:length], node.slots[:length], parent, {}, set(node.holders), node.last_used)
-        parent.children[int(node.tokens[0])] = upper
-        node.tokens, node.slots, node.parent = node.tokens[length:], node.slots[length:], upper
-        upper.children[int(node.tokens[0])] = node
+        upper = Node(node.token_ids[:length], node.slots[:length], parent, {}, set(node.holders), node.last_used)
+        parent.children[int(node.token_ids[0])] = upper
+        node.token_ids, node.slots, node.parent = node.token_ids[length:], node.slots[length:], upper
+        upper.children[int(node.token_ids[0])] = node
         return upper
 
-    def _note_leaf(self, node: Node) -> None:
-        """It may be evicted now, if it is a leaf."""
+    def _push_leaf(self, node: Node) -> None:
+        """Put the node on the heap if it may be evicted. Clear stale entries when there are too many."""
         if node.children or node.holders or node.parent is None:
             return
         heapq.heappush(self._leaves, (node.last_used, next(self._entries), node))
-        if len(self._leaves) > self._most_leaves:
+        if len(self._leaves) > self._max_leaves:
             up_to_date = {entry[-1]: entry for entry in self._leaves if _is_up_to_date(entry)}
             self._leaves = sorted(up_to_date.values())
-            self._most_leaves = 2 * len(self._leaves) + MOST_STALE
+            self._max_leaves = 2 * len(self._leaves) + MAX_STALE
 
 
 def _is_up_to_date(leaf: _Leaf) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Router knows of the sequences that hold token slots: an array a fact, indexed by request-table row."""
+"""RequestTable: the Router's facts about sequences with token slots, one array per fact, indexed by row."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ NO_TOKEN = -1
 
 
 class RequestTable:
-    """The rows, who has them, and which token slots each sequence holds.
+    """Assigns rows to sequences and records the tokens and token slots of each.
 
-    Everything is as planned, not as known: a token counts as cached from when the batch that caches it is made.
+    The table shows what is planned, not what has run: a token counts as cached once a batch that caches it is made.
     """
 
     def __init__(self, num_rows: int, num_draws: int = 1, eos_ids: Sequential[int] = ()) -> None:
         self._eos_ids = tuple(eos_ids)
-        self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # the Sequence; None: the row is free
-        self.handles = np.zeros(num_rows, dtype=np.int64)  # what the sequences are called in a StepOutput
+        self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # a Sequence, or None if the row is free
+        self.handles = np.zeros(num_rows, dtype=np.int64)  # names of the sequences in a RouterOutput
         self.with_log_probs = np.zeros(num_rows, dtype=np.bool_)
-        self.numbers = np.zeros(num_rows, dtype=np.int64)  # in order of arrival
-        self.luck = np.zeros((num_rows, num_draws))  # what the admission policy has drawn for them
+        self.arrival_indices = np.zeros(num_rows, dtype=np.int64)
+        self.quantiles = np.zeros((num_rows, num_draws))  # drawn by the admission policy
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
-        self.most = np.zeros(num_rows, dtype=np.int64)  # max_tokens
+        self.max_tokens = np.zeros(num_rows, dtype=np.int64)
         self.cached = np.zeros(num_rows, dtype=np.int32)  # tokens with a slot
-        self.remaining = np.zeros(num_rows, dtype=np.int64)  # decode steps still to be planned
-        self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all that was known is planned
+        self.remaining = np.zeros(num_rows, dtype=np.int64)  # decode steps not planned yet
+        self.decoding = np.zeros(num_rows, dtype=np.bool_)  # all tokens that were known on admission are planned
         self.ignores_eos = np.zeros(num_rows, dtype=np.bool_)
-        self.may_end_from = np.zeros(
-            num_rows, dtype=np.int32
-        )  # tokens cached when an ending id first ends the sequence
+        # The number of cached tokens from which on an ending id ends the sequence.
+        self.may_end_from = np.zeros(num_rows, dtype=np.int32)
         self.num_ending_ids = np.zeros(num_rows, dtype=np.int32)
         self.ending_ids = np.full((num_rows, len(self._eos_ids) + MAX_STOP_TOKEN_IDS), NO_TOKEN, dtype=np.int32)
-        self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_tokens`
-        # Wide enough for the longest sequence so far. What no token was written to costs no memory.
+        self.num_known = np.zeros(num_rows, dtype=np.int32)  # tokens in `_token_ids`
+        # As wide as the longest sequence so far. Pages that nothing was written to take no memory.
         self._slots: NDArray[np.int32] = np.empty((num_rows, 256), dtype=np.int32)
-        self._tokens = np.empty_like(self._slots)  # prompt and generated
+        self._token_ids = np.empty_like(self._slots)  # prompt and generated
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
@@ -51,35 +50,35 @@ class RequestTable:
         return len(self._free_rows)
 
     def take_row(self, sequence: Sequence, prefix_slots: NDArray[np.int32]) -> int:
-        """Gives the sequence a row, and the slots of its first tokens, which are cached."""
+        """Give the sequence a row, with the slots of its cached prefix."""
         self._widen(sequence.max_slots + 1)
         row = self._free_rows.pop()
         sampling = sequence.request.sampling
         self.owners[row] = sequence
         self.handles[row] = sequence.handle
         self.with_log_probs[row] = sampling.return_log_probs
-        self.numbers[row] = sequence.number
-        self.luck[row] = sequence.luck
+        self.arrival_indices[row] = sequence.arrival_index
+        self.quantiles[row] = sequence.quantiles
         self.prompt_lengths[row] = sequence.prompt_length
-        self.most[row] = sampling.max_tokens
+        self.max_tokens[row] = sampling.max_tokens
         self.cached[row] = len(prefix_slots)
         self.remaining[row] = sampling.max_tokens - sequence.num_generated - 1
         self.decoding[row] = False
         self.ignores_eos[row] = sampling.ignore_eos
-        # An EOS may be generated token min_tokens + 1 at the earliest; prompt_length tokens are cached at token 1.
+        # EOS may end the sequence from generated token min_tokens + 1 on; at token 1, prompt_length tokens are cached.
         self.may_end_from[row] = sequence.prompt_length + sampling.min_tokens
         ending_ids = sampling.ending_ids(self._eos_ids)
         self.num_ending_ids[row] = len(ending_ids)
         self.ending_ids[row] = NO_TOKEN
         self.ending_ids[row, : len(ending_ids)] = ending_ids
         self.num_known[row] = sequence.known_length
-        self._tokens[row, : sequence.known_length] = sequence.known_ids
+        self._token_ids[row, : sequence.known_length] = sequence.known_ids
         self._slots[row, : len(prefix_slots)] = prefix_slots
         sequence.row = row
         return row
 
     def release_row(self, sequence: Sequence) -> None:
-        """Takes the sequence's row back."""
+        """Take the sequence's row back."""
         row = sequence.row
         assert row is not None, "the sequence holds no row"
         assert self.owners[row] is sequence, "the row is another sequence's"
@@ -89,13 +88,12 @@ class RequestTable:
         self._free_rows.append(row)
 
     def decode_rows(self) -> NDArray[np.int64]:
-        """The rows that can decode a token in this step, ascending."""
+        """The rows that decode a token in this step, ascending."""
         rows: NDArray[np.int64] = self.decoding.nonzero()[0]
         return rows
 
     def decode_rows_longest_first(self) -> NDArray[np.int64]:
-        """The same, in the order in which a GPU is best given them: when the last ones run, little is left to do, and
-        no long context keeps it waiting."""
+        """The same rows, longest context first: a long context that started last would keep the GPU waiting."""
         rows = self.decode_rows()
         ordered: NDArray[np.int64] = rows[np.argsort(-self.cached[rows])]
         return ordered
@@ -106,7 +104,7 @@ class RequestTable:
         return rows
 
     def append_decodes(self, rows: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Plans a decode step of each row: one slot each. Returns the tokens that were cached before."""
+        """Plan one decode of each row, with one slot each. Return the numbers of tokens cached before."""
         starts = self.cached[rows]
         self._slots[rows, starts] = slots
         self.cached[rows] = starts + 1
@@ -114,45 +112,45 @@ class RequestTable:
         return starts
 
     def append_chunk(self, row: int, slots: NDArray[np.int32]) -> None:
-        """Plans the next chunk of a prompt."""
+        """Plan the next chunk of a prompt."""
         start = self.cached[row]
         self._slots[row, start : start + len(slots)] = slots
         self.cached[row] = start + len(slots)
 
-    def record(self, rows: NDArray[np.int64], positions: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        """These tokens are known now."""
-        self._tokens[rows, positions] = tokens
+    def record(self, rows: NDArray[np.int64], positions: NDArray[np.int32], token_ids: NDArray[np.int32]) -> None:
+        """Store sampled token ids."""
+        self._token_ids[rows, positions] = token_ids
         self.num_known[rows] = positions + 1
 
     def num_generated(self, row: int) -> int:
-        """Tokens that are known of those that the sequence has generated."""
+        """Generated tokens whose ids are known."""
         return int(self.num_known[row] - self.prompt_lengths[row])
 
     def num_sampled(self, row: int) -> int:
-        """Tokens that the sequence has generated once all planned steps are done."""
-        return int(self.most[row] - self.remaining[row]) if self.decoding[row] else self.num_generated(row)
+        """Tokens that the sequence will have generated when all planned steps are done."""
+        return int(self.max_tokens[row] - self.remaining[row]) if self.decoding[row] else self.num_generated(row)
 
-    def known_tokens(self, row: int) -> NDArray[np.int32]:
-        return self._tokens[row, : self.num_known[row]]
+    def known_token_ids(self, row: int) -> NDArray[np.int32]:
+        return self._token_ids[row, : self.num_known[row]]
 
     def slots_of(self, row: int) -> NDArray[np.int32]:
         return self._slots[row, : self.cached[row]]
 
     def demand(self, shared: NDArray[np.int64]) -> Demand:
-        """Of the sequences that decode; without the slots, by row, that others hold as well."""
+        """The demand of the sequences that decode, without their `shared` slots [rows], which other rows hold too."""
         rows = self.decode_rows()
-        remaining, most = self.remaining[rows], self.most[rows]
-        made = np.where(self.ignores_eos[rows], most - 1, most - remaining)
-        return Demand(self.cached[rows] - shared[rows], remaining, made, most, self.luck[rows])
+        remaining, max_tokens = self.remaining[rows], self.max_tokens[rows]
+        num_generated = np.where(self.ignores_eos[rows], max_tokens - 1, max_tokens - remaining)
+        return Demand(self.cached[rows] - shared[rows], remaining, num_generated, max_tokens, self.quantiles[rows])
 
     def newest(self) -> Sequence:
-        """Of the sequences that decode, the one that came last."""
+        """The decoding sequence that arrived last."""
         rows = self.decode_rows()
-        newest: Sequence = self.owners[rows[np.argmax(self.numbers[rows])]]
+        newest: Sequence = self.owners[rows[np.argmax(self.arrival_indices[rows])]]
         return newest
 
     def check(self) -> None:
-        """Asserts that each row is either free or the row of exactly one sequence."""
+        """Assert that each row is free or has exactly one owner. For tests."""
         taken = [row for row, owner in enumerate(self.owners) if owner is not None]
         assert sorted(taken + self._free_rows) == list(range(len(self.owners))), "a row is lost or is there twice"
         for row in taken:
@@ -169,11 +167,11 @@ class RequestTable:
         if width > old_width:
             new_width = max(width, 2 * old_width)
             self._slots = _widened(self._slots, self.cached, new_width)
-            self._tokens = _widened(self._tokens, self.num_known, new_width)
+            self._token_ids = _widened(self._token_ids, self.num_known, new_width)
 
 
 def _widened(narrow: NDArray[np.int32], lengths: NDArray[np.int32], width: int) -> NDArray[np.int32]:
-    """A wider copy. Row by row, for to copy what is beyond a row's length would make all of the table take memory."""
+    """A wider copy. It copies only the used part of each row, so that the rest takes no memory."""
     wide = np.empty((len(narrow), width), dtype=np.int32)
     for row, length in enumerate(lengths.tolist()):
         wide[row, :length] = narrow[row, :length]

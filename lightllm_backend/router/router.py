@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Router decides which sequences run in the next step. It lives in rank 0's worker and knows no torch.
+"""Router: the scheduler. It runs in rank 0's worker and does not import torch.
 
-The life of a request: `submit` puts it in the queue. `next_batch` admits it in order of arrival, once the pool can hold
-it to its end beside all that run already (or is likely to, as the policy has it), gives it a row and plans its prompt
-chunk by chunk, at most batch_max_tokens new prompt tokens a step, beside one decode of each running sequence. `apply`
-takes the sampled tokens and finds out who has ended. `finish` is the only end, whatever the reason, and makes the one
-chunk with a finish_reason.
+The life of a request: `submit` queues it. `next_batch` admits queued requests in order of arrival, as soon as the KV
+pool can hold them to their end beside all running sequences (or probably can, if the policy estimates). It gives each a
+row and plans its prompt in chunks, at most batch_max_tokens new prompt tokens per step, beside one decode of each
+running sequence. `apply` takes the sampled tokens and ends sequences. `finish` is the only end, whatever the reason,
+and makes the one chunk with a finish_reason.
 
-Steps may overlap: `next_batch` for step N + 1 may be called before `apply` of step N, since it looks only at what is
-planned, never at tokens. An EOS is then noticed one step late, and what its sequence does in that step is ignored.
-Token slots and rows that are given back may be in a batch that still runs, but the device runs steps in order, so they
-are reused at once.
+Steps overlap: the worker may call `next_batch` for step N + 1 before `apply` of step N, since planning never looks at
+tokens. The Router then notices an EOS one step late, and ignores what the sequence does in that step. It reuses
+released rows and token slots at once, even if a running batch contains them: the device runs steps in order.
 
-Where a policy has let in more than the pool can hold, those that came last are paused: they give back what they hold
-and go to the front of the queue, so the queue stays in order of arrival and whoever came first always goes on. Later a
-paused sequence prefills its prompt and all that it has generated, and goes on from there.
+If a policy has admitted more than the pool can hold, the Router preempts the newest sequences: they release their slots
+and return to the front of the queue. The queue thus stays in order of arrival, and the oldest sequence always proceeds.
+A preempted sequence later prefills its prompt and its generated tokens, and continues from there.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
-from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, Refusal, newcomer_demand
-from lightllm_backend.router.batch import Admission, Batch, StepOutput, StepResult
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, candidate_demand
+from lightllm_backend.router.batch import Admission, Batch, RouterOutput, StepResult
 from lightllm_backend.router.deadlines import Deadlines
 from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
 from lightllm_backend.router.request_table import RequestTable
@@ -43,14 +42,14 @@ class RouterStats:
 
     queued: int
     running: int
-    kv_tokens_used: int  # by running sequences
-    kv_tokens_cached: int  # by the prefix cache alone
+    kv_tokens_used: int  # held by running sequences
+    kv_tokens_cached: int  # held by the prefix cache alone
     kv_tokens_total: int
-    pauses_total: int
-    prompt_tokens_total: int  # planned for prefill so far
-    generated_tokens_total: int  # given out in chunks so far
-    device_seconds_total: float  # of all steps so far
-    requests: dict[str, int]  # ended so far, by finish reason; "rejected": not taken by submit
+    preemptions_total: int
+    prompt_tokens_total: int  # planned for prefill
+    generated_tokens_total: int  # sent to clients
+    device_seconds_total: float  # of all steps
+    requests: dict[str, int]  # ended, by finish reason; "rejected": refused by submit
 
 
 class Router:
@@ -75,65 +74,63 @@ class Router:
         self._clock = clock
         self._policy = policy or ExactAdmission()
 
-        self._table = RequestTable(max_running, len(self._policy.draw()), sorted(eos_ids))
+        self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids))
         self._pool = SlotPool(capacity, self._table, prefix_cache)
-        self._live: dict[str, Sequence] = {}  # by uid, until they finish
-        self._by_number: dict[int, Sequence] = {}  # the same
-        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival; first those that are paused
-        self._prefilling: Sequence | None = None  # the one whose prompt is cut; nothing is admitted behind it
+        self._live: dict[str, Sequence] = {}  # by uid; the sequences that have not ended
+        self._by_arrival_index: dict[int, Sequence] = {}  # the same sequences
+        # By uid, in order of arrival; preempted sequences come first.
+        self._queue: OrderedDict[str, Sequence] = OrderedDict()
+        self._prefilling: Sequence | None = None  # the one whose prompt is cut; admission waits for it
         self._in_flight: deque[PlannedStep] = deque()
         self._deadlines = Deadlines(self._live)
-        self._chunks: list[TokenChunk] = []  # not yet given out
+        self._chunks: list[TokenChunk] = []  # not yet returned
 
-        self._numbers = itertools.count()
-        self._urgent_numbers = itertools.count(-1, -1)  # older than all others
-        self._step = 0
-        self._closed: RequestError | None = None  # what further requests are refused with
-        self._refusal: Refusal | None = None  # of the first in the queue
-        self._pauses_total = 0
+        self._arrival_indices = itertools.count()
+        self._urgent_indices = itertools.count(-1, -1)  # before all others
+        self._closed: RequestError | None = None  # the error that refuses further requests
+        self._preemptions_total = 0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._device_seconds_total = 0.0
         self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason} | {"rejected": 0})
 
-    # What clients ask for
+    # Requests of clients
 
     def submit(self, request: Request, handle: int = 0) -> None:
-        """Queues the request, or raises the RequestError that answers it. The handle is what outputs will call it."""
-        number = next(self._urgent_numbers if request.urgent else self._numbers)
-        sequence = Sequence(request, handle, number, self._clock(), self._policy.draw())
+        """Queue the request, or raise the RequestError that answers it. Outputs name it by `handle`."""
+        arrival_index = next(self._urgent_indices if request.urgent else self._arrival_indices)
+        sequence = Sequence(request, handle, arrival_index, self._clock(), self._policy.draw_quantiles())
         try:
             self._check_admissible(sequence)
         except RequestError:
             self._requests["rejected"] += 1
             raise
-        self._live[request.uid] = self._by_number[sequence.number] = self._queue[request.uid] = sequence
+        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = self._queue[request.uid] = sequence
         if request.urgent:
             self._queue.move_to_end(request.uid, last=False)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, request.uid)
 
     def cancel(self, uid: str) -> None:
-        """The client is gone. A uid that has ended in the meantime is no error."""
+        """End a request whose client has gone. It may have ended already."""
         if uid in self._live:
             self.finish(self._live[uid], FinishReason.CANCELLED)
 
     def stop(self, uid: str) -> None:
-        """A stop string was found in the text. A uid that has ended in the meantime is no error."""
+        """End a request whose text has a stop string. It may have ended already."""
         if uid in self._live:
             sequence = self._live[uid]
             if sequence.row is not None:
-                self._learn(sequence, self._table.num_generated(sequence.row))
+                self._record_length(sequence, self._table.num_generated(sequence.row))
             self.finish(sequence, FinishReason.STOP)
 
     # One step
 
     def next_batch(self) -> Batch | None:
-        """Plans the next step; None when there is nothing to run."""
-        self._step += 1
+        """Plan the next step; None if there is nothing to run."""
         self._expire()
         self._release_planned_out()
-        self._pause_until_it_fits()
+        self._preempt_until_it_fits()
         decode_rows = self._table.decode_rows_longest_first()
         decode_slots = self._pool.allocate(len(decode_rows))
         decode_starts = self._table.append_decodes(decode_rows, decode_slots)
@@ -144,42 +141,42 @@ class Router:
         self._in_flight.append(PlannedStep.of(batch, self._table))
         return batch
 
-    def apply(self, batch: Batch, result: StepResult) -> StepOutput:
-        """Takes the tokens of the oldest batch that was not applied yet. Its output includes `drain_finished()`."""
+    def apply(self, batch: Batch, result: StepResult) -> RouterOutput:
+        """Take the tokens of the oldest batch in flight. The output includes `drain_finished()`."""
         step = self._in_flight.popleft()
-        tokens = result.tokens
+        token_ids = result.token_ids
         assert step.batch is batch, "batches are applied in the order in which they were made"
-        assert len(tokens) == len(step.rows), "one token for each sequence that samples"
+        assert len(token_ids) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
-        stops = step.may_end & (tokens[:, None] == step.ending_ids).any(axis=1)
+        stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
-        self._table.record(step.rows[known], step.positions[known], tokens[known])
+        self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
         for index in (~goes_on).nonzero()[0].tolist():
-            sequence = self._by_number.get(int(step.numbers[index]))
+            sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
-                continue  # it has ended in the meantime
+                continue  # it has ended since
             self._generated_tokens_total += 1
             log_probs = []
             if sequence.request.sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
-            token_ids = [int(tokens[index])]
-            if sequence.state is SequenceState.PAUSED:
-                sequence.known_ids = np.append(sequence.known_ids, tokens[index])
+            sampled = [int(token_ids[index])]
+            if sequence.state is SequenceState.PREEMPTED:
+                sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
                 sequence.num_due -= 1
             if ends[index]:
-                self._learn(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
+                self._record_length(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
-                self.finish(sequence, reason, token_ids=token_ids, log_probs=log_probs)
+                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs)
             else:
-                self._chunks.append(sequence.make_chunk(token_ids, log_probs))
+                self._chunks.append(sequence.make_chunk(sampled, log_probs))
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
-        return StepOutput(handles, tokens[goes_on], self.drain_finished())
+        return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
 
     def drain_finished(self) -> list[TokenChunk]:
-        """The chunks that were not given out yet: of sequences that ended without a step."""
+        """Return the pending chunks: those of sequences that ended outside a step."""
         chunks, self._chunks = self._chunks, []
         return chunks
 
@@ -191,10 +188,10 @@ class Router:
         token_ids: list[int] | None = None,
         log_probs: list[float] | None = None,
     ) -> None:
-        """The only end of a sequence: gives back its slots and its row and makes its last chunk."""
+        """End a sequence: release its slots and its row, and make its last chunk. There is no other way to end."""
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
         uid = sequence.request.uid
-        del self._live[uid], self._by_number[sequence.number]
+        del self._live[uid], self._by_arrival_index[sequence.arrival_index]
         self._queue.pop(uid, None)
         if sequence is self._prefilling:
             self._prefilling = None
@@ -204,13 +201,13 @@ class Router:
         self._chunks.append(sequence.make_chunk(token_ids or [], log_probs or [], reason, error))
 
     def fail_all(self, error: RequestError) -> None:
-        """A step has failed: every sequence ends with the error, and the batches in flight are never applied."""
+        """End every sequence with the error after a failed step. The batches in flight are never applied."""
         self._in_flight.clear()
         self._end_all(error)
         self._pool.clear_cache()
 
     def close(self, error: RequestError) -> None:
-        """The server goes down: every sequence ends with the error, and further requests are refused with it."""
+        """End every sequence with the error and refuse further requests with it, when the server shuts down."""
         self._closed = error
         self._end_all(error)
 
@@ -218,7 +215,7 @@ class Router:
         for sequence in list(self._live.values()):
             self.finish(sequence, FinishReason.FAILED, error)
 
-    # What others may know
+    # Observation
 
     @property
     def has_work(self) -> bool:
@@ -231,14 +228,14 @@ class Router:
         return bool(self._queue)
 
     def stats(self) -> RouterStats:
-        """The counters as they are now."""
+        """A snapshot of the counters."""
         return RouterStats(
             queued=len(self._queue),
             running=len(self._live) - len(self._queue),
             kv_tokens_used=self._pool.capacity - self._pool.available,
             kv_tokens_cached=self._pool.num_evictable,
             kv_tokens_total=self._pool.capacity,
-            pauses_total=self._pauses_total,
+            preemptions_total=self._preemptions_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             device_seconds_total=self._device_seconds_total,
@@ -246,25 +243,25 @@ class Router:
         )
 
     def check_integrity(self) -> None:
-        """Asserts that no slot, row or sequence is lost or there twice, and that the pool will suffice. For tests."""
+        """Assert that no slot, row or sequence is lost or duplicated, and that the pool suffices. For tests."""
         self._pool.check()
         self._table.check()
         owners = [owner for owner in self._table.owners if owner is not None]
         assert all(self._live.get(owner.request.uid) is owner for owner in owners), "an ended sequence has a row"
         for sequence in self._live.values():
-            queued = sequence.state in (SequenceState.QUEUED, SequenceState.PAUSED)
+            queued = sequence.state in (SequenceState.QUEUED, SequenceState.PREEMPTED)
             assert queued == (sequence.request.uid in self._queue), "the queue and a state disagree"
             assert not queued or sequence.row is None, "a queued sequence has a row"
             prefilling = sequence.state is SequenceState.PREFILLING
             assert prefilling == (sequence is self._prefilling), "a prompt is cut but not continued"
-        numbers = [sequence.number for sequence in self._queue.values()]
-        assert numbers == sorted(numbers), "the queue is not in order of arrival"
+        arrival_indices = [sequence.arrival_index for sequence in self._queue.values()]
+        assert arrival_indices == sorted(arrival_indices), "the queue is not in order of arrival"
         if isinstance(self._policy, ExactAdmission):
-            assert self._pauses_total == 0, "nobody is ever in need"
+            assert self._preemptions_total == 0, "nobody is ever in need"
             peak = self._pool.peak(self._batch_max_tokens)
             assert peak <= self._pool.capacity, f"{peak} token slots will be asked for"
 
-    # How a step is planned
+    # Planning
 
     def _check_admissible(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -291,32 +288,30 @@ class Router:
         waiting = (sequence for sequence in self._queue.values() if sequence.state is SequenceState.QUEUED)
         latest = now - self._queue_timeout_s
         message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
-        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival <= latest, waiting)):
+        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival_time <= latest, waiting)):
             self.finish(sequence, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
 
     def _release_planned_out(self) -> None:
-        """Takes back what sequences hold whose last step is planned, though its token is not known yet.
+        """Release the sequences whose last step is planned, before its token is known.
 
-        They read their slots for the last time in a step that runs before any that could use the slots anew. So the
-        demand on the pool is the one that admission foresees, also when steps overlap.
+        The step that reads their slots for the last time runs before any step that reuses the slots. The demand on the
+        pool thus equals the forecast of admission, also when steps overlap.
         """
         for sequence in self._table.owners[self._table.planned_out_rows()]:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Takes the sequence's row and slots back."""
+        """Take the sequence's row and slots back."""
         if sequence.row is not None:
-            if self._table.remaining[sequence.row] > 0:
-                self._refusal = None
             self._pool.release(sequence.row)
             self._table.release_row(sequence)
             for step in self._in_flight:
-                step.holds_row[step.numbers == sequence.number] = False
+                step.holds_row[step.arrival_indices == sequence.arrival_index] = False
 
-    def _pause_until_it_fits(self) -> None:
-        """Makes sure of slots for a decode of each sequence, and for a chunk of the prompt that is cut."""
+    def _preempt_until_it_fits(self) -> None:
+        """Preempt sequences until the pool has a slot for each decode and for the next chunk of the cut prompt."""
         while self._slots_needed() > self._pool.available:
-            self._pause(self._prefilling or self._table.newest())
+            self._preempt(self._prefilling or self._table.newest())
 
     def _slots_needed(self) -> int:
         needed = int(np.count_nonzero(self._table.decoding))
@@ -325,29 +320,29 @@ class Router:
             needed += min(left, self._batch_max_tokens)
         return needed
 
-    def _pause(self, sequence: Sequence) -> None:
-        """Takes back all that the sequence holds. It is the newest of those that run, so the queue stays in order."""
+    def _preempt(self, sequence: Sequence) -> None:
+        """Preempt the newest running sequence: release all it holds and put it in front of the queue."""
         row = sequence.row
         assert row is not None, "a sequence that runs has a row"
-        sequence.known_ids = self._table.known_tokens(row).copy()
+        sequence.known_ids = self._table.known_token_ids(row).copy()
         sequence.num_due = self._table.num_sampled(row) - sequence.num_generated
         self._release(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
-        sequence.state = SequenceState.PAUSED
+        sequence.state = SequenceState.PREEMPTED
         self._queue[sequence.request.uid] = sequence
         self._queue.move_to_end(sequence.request.uid, last=False)
-        self._pauses_total += 1
+        self._preemptions_total += 1
 
-    def _learn(self, sequence: Sequence, length: int) -> None:
-        """An answer has ended by itself: its length is of use for the admission of others."""
+    def _record_length(self, sequence: Sequence, length: int) -> None:
+        """Tell the policy the length of an answer that was free to end."""
         if not sequence.request.sampling.ignore_eos:
-            self._policy.ended(length)
+            self._policy.record_length(length)
 
     def _plan_prefill(self) -> tuple[list[PromptChunk], list[Admission]]:
-        """Chunks of at most batch_max_tokens together: the prompt that was cut last time, then newcomers.
+        """Plan at most batch_max_tokens of prompts: the one that the last step cut, then those of admitted candidates.
 
-        Only the last of them may exceed what is left, and then takes all of it: so at most one prompt is cut at a time.
+        A prompt that exceeds the rest of the budget is cut and takes all of it, so at most one prompt is cut at a time.
         """
         budget = self._batch_max_tokens
         chunks: list[PromptChunk] = []
@@ -356,20 +351,16 @@ class Router:
             budget -= len(chunks[0].slots)
         admitted: list[Admission] = []
         gate = None
-        plannable = self._pool.plannable
         while budget > 0 and self._queue and self._table.num_free_rows > 0:
             sequence = next(iter(self._queue.values()))
-            refused = self._refusal and self._refusal.holds(sequence.number, self._step, self._pool.plannable)
-            if sequence.num_due or refused:
+            if sequence.num_due:
                 break
-            # The one whose prompt is cut has all of the budget, so whoever runs decodes.
+            # A cut prompt takes the whole budget, so here all running sequences decode.
             gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
             prefix = self._pool.find(sequence.known_ids)
             planned = min(sequence.known_length, prefix.length + budget)
-            demand = newcomer_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
+            demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
             if not gate.admits(demand, self._pool.plannable):
-                if self._pool.plannable == plannable:  # else the gate counts twice what newcomers have come to share
-                    self._refusal = Refusal(sequence.number, self._step + gate.wait(demand, plannable), plannable)
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
@@ -378,11 +369,11 @@ class Router:
         return chunks, admitted
 
     def _admit(self, sequence: Sequence, prefix: Prefix) -> Admission:
-        """Takes the sequence out of the queue and gives it a row."""
+        """Take the sequence out of the queue and give it a row."""
         request = sequence.request
         del self._queue[request.uid]
         if sequence.state is SequenceState.QUEUED:
-            sequence.queue_seconds = self._clock() - sequence.arrival
+            sequence.queue_seconds = self._clock() - sequence.arrival_time
         slots = prefix.slots()
         row = self._table.take_row(sequence, slots)
         self._pool.hold(row, prefix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's life in the Router."""
+"""Sequence: the state of one request in the Router."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from lightllm_backend.request import FinishReason, Request, RequestError, TokenC
 
 
 class SequenceState(Enum):
-    """QUEUED → PREFILLING → RUNNING → FINISHED; FINISHED is reached from each of the others.
+    """QUEUED → PREFILLING → RUNNING → FINISHED. Every state can go to FINISHED.
 
-    A sequence that runs may be PAUSED, and then prefills anew.
+    A PREFILLING or RUNNING sequence may become PREEMPTED; it prefills again later.
     """
 
     QUEUED = "queued"
-    PAUSED = "paused"  # in the queue again, since the pool could not hold it
-    PREFILLING = "prefilling"  # a part of what is known is still to be planned
-    RUNNING = "running"  # all that is known is planned; tokens come
+    PREEMPTED = "preempted"  # back in the queue, because the pool was full
+    PREFILLING = "prefilling"  # some of its known tokens are not planned yet
+    RUNNING = "running"  # all its known tokens are planned; it decodes
     FINISHED = "finished"
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request from submit to its last chunk. Only the Router changes it.
+    """One request, from `submit` to its last chunk. Only the Router changes it.
 
-    While it holds a row of the request table, what changes in every step (tokens cached, steps to come) is in that
-    table's arrays. A finished sequence may still be part of a batch that runs; its tokens are then ignored.
+    While it has a row of the request table, that table's arrays hold what changes in every step (cached tokens,
+    remaining steps). A finished sequence may still be part of a running batch; the Router then ignores its tokens.
     """
 
     request: Request
-    handle: int  # what outputs call it
-    number: int  # in order of arrival
-    arrival: float
-    luck: NDArray[np.float64]  # what the admission policy has drawn for it
+    handle: int  # its name in outputs, given to `submit`
+    arrival_index: int  # ascends in order of arrival; urgent requests count down from -1
+    arrival_time: float
+    quantiles: NDArray[np.float64]  # drawn by the admission policy
     state: SequenceState = SequenceState.QUEUED
     row: int | None = None
-    queue_seconds: float | None = None  # from its admission until its first chunk, which carries it
-    # [n] what it has to prefill: the prompt, and what it had generated when it was paused. While it runs, the request
-    # table knows what comes behind.
+    queue_seconds: float | None = None  # set at admission; the first chunk takes it
+    # [n] the token ids to prefill: the prompt, and the tokens generated before a preemption. The request table has the
+    # tokens that come later.
     known_ids: NDArray[np.int32] = field(init=False)
-    num_due: int = 0  # tokens that it samples in steps which were in flight when it was paused
+    num_due: int = 0  # tokens still to come from steps that were in flight when it was preempted
 
     def __post_init__(self) -> None:
         self.known_ids = np.array(self.request.prompt_ids, dtype=np.int32)
@@ -59,12 +59,12 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """Of the tokens to prefill, those behind the prompt."""
+        """How many of the known tokens are generated ones."""
         return len(self.known_ids) - self.prompt_length
 
     @property
     def max_slots(self) -> int:
-        """Token slots that it holds in the end. The last token that it generates is never fed back and needs none."""
+        """The most token slots it can hold. The last token of max_tokens is never fed back and needs no slot."""
         return self.prompt_length + self.request.sampling.max_tokens - 1
 
     def make_chunk(
@@ -74,7 +74,7 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         error: RequestError | None = None,
     ) -> TokenChunk:
-        """The next chunk of its answer."""
+        """Make the next chunk of the answer. The first chunk carries the time in the queue."""
         waited, self.queue_seconds = self.queue_seconds, None
         request = self.request
         return TokenChunk(request.uid, token_ids, log_probs, finish_reason, len(request.prompt_ids), waited, error)

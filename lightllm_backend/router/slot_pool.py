@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose the token slots are: free, a running sequence's own, or the prefix cache's."""
+"""SlotPool: tracks the owner of each token slot: free, a running sequence, or the prefix cache."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightllm_backend.router.request_table import RequestTable
 
 
 class Prefix(NamedTuple):
-    """What the cache has of a newcomer's tokens."""
+    """The beginning of a candidate's tokens that the prefix cache holds."""
 
     end: Node
     length: int
-    num_shared: int  # tokens that several sequences hold already
+    num_shared: int  # tokens that at least two sequences already hold
 
     def slots(self) -> NDArray[np.int32]:
         return np.concatenate([np.empty(0, dtype=np.int32), *[node.slots for node in self.end.path()][::-1]])
 
 
 class SlotPool:
-    """Hands out slots, and takes back what rows of the request table hold.
+    """Allocates token slots to rows of the request table and takes them back.
 
-    The first slots of a row are the cache's, which others may use at the same time; the rest are its own. What a row
-    gives back goes to the cache, which gives it up when slots are needed.
+    The prefix cache owns the first slots of a row, which other rows may share; the row owns the rest. The slots that a
+    row releases go to the prefix cache, which evicts them when the pool needs slots.
     """
 
     def __init__(self, capacity: int, table: RequestTable, with_cache: bool) -> None:
@@ -39,8 +39,8 @@ class SlotPool:
         self._allocator = TokenSlotAllocator(capacity)
         num_rows = len(table.owners)
         self._cache = PrefixCache(num_rows)
-        self._ends = [self._cache.root] * num_rows  # by row: the last node that it holds
-        self._num_cached = np.zeros(num_rows, dtype=np.int64)  # by row: slots that are the cache's
+        self._ends = [self._cache.root] * num_rows  # [rows] the last node that the row holds
+        self._num_cached = np.zeros(num_rows, dtype=np.int64)  # [rows] slots of the row that the cache owns
 
     @property
     def available(self) -> int:
@@ -54,67 +54,71 @@ class SlotPool:
 
     @property
     def plannable(self) -> int:
-        """The slots that admission may plan with, which are those that no two sequences hold at a time.
+        """The slots that admission may plan with: all but those that at least two sequences hold.
 
-        The others count as held for ever, since nobody knows who of their holders will be the last.
+        Shared slots count as held for good, since we cannot know which of their holders will end last.
         """
         return self.capacity - self._cache.num_shared
 
     @property
     def shared(self) -> NDArray[np.int64]:
-        """By row, the slots that it holds and others as well."""
+        """[rows] how many of each row's slots other rows hold too."""
         return self._cache.shared
 
     def allocate(self, count: int) -> NDArray[np.int32]:
         missing = count - self._allocator.available
         if missing > 0:
-            in_advance = self.capacity // 1000  # so that not each chunk of a step has to
+            # Evict 0.1 % of the pool in advance, so that one eviction serves all the chunks of a step.
+            in_advance = self.capacity // 1000
             self._allocator.free(self._cache.evict(min(missing + in_advance, self._cache.num_evictable)))
         return self._allocator.allocate(count)
 
-    def find(self, tokens: NDArray[np.int32]) -> Prefix:
-        """The longest beginning of these tokens that need not be computed. At least the last must be."""
+    def find(self, token_ids: NDArray[np.int32]) -> Prefix:
+        """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute."""
         if not self._with_cache:
             return Prefix(self._cache.root, 0, 0)
-        end, length = self._cache.find(tokens[:-1])
-        return Prefix(end, length, sum(len(node.tokens) for node in end.path() if len(node.holders) > 1))
+        end, length = self._cache.find(token_ids[:-1])
+        return Prefix(end, length, sum(len(node.token_ids) for node in end.path() if len(node.holders) > 1))
 
     def hold(self, row: int, prefix: Prefix) -> None:
-        """The row starts with this prefix."""
+        """Let the row begin with this prefix."""
         self._cache.hold(prefix.end, row)
         self._ends[row], self._num_cached[row] = prefix.end, prefix.length
 
     def publish(self, row: int) -> None:
-        """Others may use what the row has planned so far: later steps may, and this one, which writes K and V first."""
+        """Share the row's planned tokens through the cache.
+
+        Later steps may use them, and so may the current one: it writes all new K and V before it reads any.
+        """
         if self._with_cache:
             first = self._num_cached[row]
             slots = self._table.slots_of(row)[first:]
-            tokens = self._table.known_tokens(row)[first : first + len(slots)]
-            end = self._cache.extend(self._ends[row], row, tokens, slots)
+            token_ids = self._table.known_token_ids(row)[first : first + len(slots)]
+            end = self._cache.extend(self._ends[row], row, token_ids, slots)
             if end is not self._ends[row]:
                 self._ends[row], self._num_cached[row] = end, first + len(slots)
 
     def release(self, row: int) -> None:
-        """Takes back what the row holds."""
+        """Take back all slots of the row."""
         end, first = self._ends[row], self._num_cached[row]
         slots = self._table.slots_of(row)[first:]
         if self._with_cache:
-            # A token whose slot is planned may still be unknown where more than one step is in flight.
-            tokens = self._table.known_tokens(row)[first:][: len(slots)]
-            superfluous = self._cache.give(end, tokens, slots[: len(tokens)])
-            slots = np.concatenate([superfluous, slots[len(tokens) :]])
+            # With steps in flight, a token may have a slot before its id is known; the cache cannot take it.
+            token_ids = self._table.known_token_ids(row)[first:][: len(slots)]
+            duplicates = self._cache.insert(end, token_ids, slots[: len(token_ids)])
+            slots = np.concatenate([duplicates, slots[len(token_ids) :]])
         self._allocator.free(slots)
-        self._cache.let_go(end, row)
+        self._cache.release(end, row)
         self._ends[row], self._num_cached[row] = self._cache.root, 0
 
     def clear_cache(self) -> None:
-        """Gives up all that no running sequence holds."""
+        """Evict all that no running sequence holds."""
         self._allocator.free(self._cache.evict(self._cache.num_evictable))
 
     def peak(self, batch_max_tokens: int) -> int:
-        """The most slots that the sequences with a row will hold at once if each takes all that it asks for. For tests.
+        """The peak of the pool if each sequence with a row takes all that it asks for. For tests.
 
-        A slot that several hold is held until the last of them ends.
+        The holder that ends last is charged for a shared slot.
         """
         remaining = self._table.remaining.copy()
         held = self._table.cached - self._num_cached
@@ -127,11 +131,11 @@ class SlotPool:
                 remaining[row] += steps
         for node in self._cache.nodes():
             if node.holders:
-                held[max(node.holders, key=lambda row: remaining[row])] += len(node.tokens)
+                held[max(node.holders, key=lambda row: remaining[row])] += len(node.token_ids)
         return Forecast(held[rows], remaining[rows]).peak
 
     def check(self) -> None:
-        """Asserts that each slot is free, a row's own or the cache's, and exactly one of them. For tests."""
+        """Assert that each slot has exactly one owner. For tests."""
         rows = [row for row, owner in enumerate(self._table.owners) if owner is not None]
         own = [self._table.slots_of(row)[self._num_cached[row] :] for row in rows]
         cached = [node.slots for node in self._cache.nodes()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which shapes of steps are captured as CUDA graphs, and which of them a batch takes."""
+"""Buckets: the step shapes captured as CUDA graphs, and the choice of one for a batch."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightllm_backend.router.batch import Batch
-from lightllm_backend.runner.device_batch import Bucket
+from lightllm_backend.runner.step_arrays import Bucket
 
-# A fast GPU, and what it takes to launch a layer's kernels one by one (0.75 to 1.2 ms on a host of 2026).
+# bf16 operations per second of a fast GPU, rounded down; perf.hardware_limits measures them.
 _FLOPS = 600e12
+# The host's time to launch the kernels of a layer one by one: 0.75 to 1.2 ms, measured on hosts of 2026.
 _LAUNCH_SECONDS_PER_LAYER = 1e-3
-_LEAST_TOKENS, _MOST_TOKENS = 256, 2048
+# Limits of `graph_tokens`: each graph takes start-up time, and small models would capture without end.
+_MIN_TOKENS, _MAX_TOKENS = 256, 2048
 
-# Of steps that prefill; beyond 512 as far apart as the tiles of matrix products, which compute whole ones.
-_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MOST_TOKENS + 1, 128))
-# Prompts beside each other in such a step.
-_MOST_PREFILLS = 32
-# Among how many sequences decode attention divides the GPU; where many may decode, one is not cut into parts.
+# Token counts captured with prefills. From 512 on, they are one tile of a matrix product (128 tokens) apart.
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MAX_TOKENS + 1, 128))
+# Prompts in a captured step. Unused ones are nearly free, so one count is captured, not several.
+_MAX_PREFILLS = 32
+# Decode counts captured with prefills. Attention splits contexts by the count that a graph has room for, so a graph
+# with room for many decodes would not split the contexts of a few.
 _DECODES = (0, 8, 32, 128)
 
 
 def batch_size_buckets(largest: int) -> list[int]:
-    """The batch sizes that are captured: close together where steps are short, then an eighth apart, then 64.
+    """The captured decode counts: close together where steps are short, then an eighth apart, then 64 apart.
 
-    All multiples of 128 are among them: products compute tiles of 64 or 128 tokens, so one token more costs much.
+    They contain all multiples of 128: products compute tiles of 64 or 128 tokens, so one more token can cost a tile.
     """
     sizes = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64]
     while sizes[-1] < largest:
@@ -35,28 +38,28 @@ def batch_size_buckets(largest: int) -> list[int]:
 
 
 def graph_tokens(num_layers: int, num_weights: int) -> int:
-    """Up to how many tokens a step that prefills is captured: beyond, to compute takes longer than to launch.
+    """The most tokens for which a step with prefills is captured: a larger step computes longer than it launches.
 
-    num_weights: numbers in a rank's weights; each costs a multiplication and an addition a token.
+    num_weights: elements of a rank's weights; each costs a multiplication and an addition per token.
     """
     tokens = num_layers * _LAUNCH_SECONDS_PER_LAYER * _FLOPS / (2 * num_weights)
-    return min(max(-(-int(tokens) // 128) * 128, _LEAST_TOKENS), _MOST_TOKENS)
+    return min(max(-(-int(tokens) // 128) * 128, _MIN_TOKENS), _MAX_TOKENS)
 
 
-def step_buckets(num_rows: int, batch_max_tokens: int, most_tokens: int) -> list[Bucket]:
-    """Decodes alone, up to `num_rows`, and with prompts among at most `most_tokens` tokens."""
+def step_buckets(num_rows: int, batch_max_tokens: int, max_graph_tokens: int) -> list[Bucket]:
+    """All buckets: decodes alone, up to `num_rows`, and mixed with prompts, up to `max_graph_tokens` tokens."""
     mixed = [
-        Bucket(tokens, decodes, min(tokens, _MOST_PREFILLS, num_rows))
-        for tokens in _up_to(min(most_tokens, num_rows + batch_max_tokens), _TOKENS)
+        Bucket(tokens, decodes, min(tokens, _MAX_PREFILLS, num_rows))
+        for tokens in _up_to(min(max_graph_tokens, num_rows + batch_max_tokens), _TOKENS)
         for decodes in sorted({*_up_to(min(num_rows, tokens - 1), _DECODES), min(num_rows, tokens - 1)})
     ]
     return [Bucket(size, size) for size in batch_size_buckets(num_rows)] + mixed
 
 
 class BucketChoice:
-    """Finds the bucket with the fewest tokens that a batch fits, which is the same on every rank.
+    """Finds the smallest bucket that a batch fits: the same one on every rank.
 
-    Buckets with room for prompts are for batches that have some: they launch more kernels.
+    A batch without prompts takes no bucket with room for prompts, which launches more kernels.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -64,7 +67,7 @@ class BucketChoice:
         self._sizes = np.array(self.buckets)
 
     def __call__(self, batch: Batch) -> Bucket | None:
-        """None: there is none."""
+        """The bucket, or None if the batch fits none."""
         needed = Bucket.of(batch)
         fits = (self._sizes >= needed).all(1) & ((self._sizes[:, 2] > 0) == (needed.prefills > 0))
         index = int(fits.argmax())
@@ -72,6 +75,6 @@ class BucketChoice:
 
 
 def _up_to(largest: int, sizes: Sequence[int]) -> list[int]:
-    """The sizes below the largest, and the largest itself where there would be a greater one."""
+    """The sizes below `largest`, and `largest` itself if any size reaches it."""
     below = [size for size in sizes if size < largest]
     return [*below, largest] if len(below) < len(sizes) else below

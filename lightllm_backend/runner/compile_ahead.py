@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles kernels on all cores at once, ahead of their first launch."""
+"""compile_ahead: compiles kernels on all cores, before their first launch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from triton.runtime.jit import JITFunction
 
 
 class _Threads(ThreadPoolExecutor):
-    """Compile a kernel and its launcher, for which some versions of Triton-lang call a C compiler."""
+    """Threads that compile a kernel and its launcher, for which some versions of Triton-lang call a C compiler."""
 
     def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
         def compile_both() -> Any:
             kernel = compile_kernel()
-            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # it is kept on disk
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # cached on disk
             return kernel
 
         return super().submit(compile_both)
 
 
 def compile_ahead(launch: Callable[[], Any]) -> None:
-    """Compile what `launch` launches. Its kernels do not run, so what they would write is not written.
+    """Compile the kernels that `launch` launches, without running them: their outputs stay unwritten.
 
-    Otherwise Triton-lang compiles one kernel after the other, each when it is launched first. Does nothing where its
-    version has no other way.
+    Triton-lang otherwise compiles each kernel at its first launch, one after the other. Versions without
+    AsyncCompileMode offer nothing else; there this function does nothing.
     """
     if not hasattr(triton, "AsyncCompileMode"):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole steps as CUDA graphs, one for each bucket: to launch their kernels one by one takes longer than they run."""
+"""CudaGraphs: whole steps as CUDA graphs, one per bucket. Small steps take longer to launch than to run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tqdm import tqdm
 
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.buckets import BucketChoice
-from lightllm_backend.runner.device_batch import EMPTY_BATCH, Bucket
-from lightllm_backend.runner.step import Step, StepOutput
+from lightllm_backend.runner.step import ForwardOutput, Step
+from lightllm_backend.runner.step_arrays import EMPTY_BATCH, Bucket
 
 
 @dataclass(frozen=True)
 class _Capture:
     graph: torch.cuda.CUDAGraph
-    inputs: Tensor  # bytes of the bucket's StepArrays, which a replay reads
-    output: StepOutput
+    inputs: Tensor  # the bytes of the bucket's StepArrays, which a replay reads
+    output: ForwardOutput
 
 
 class CudaGraphs:
-    """Owns the graphs. All of them use the same memory, since only one runs at a time."""
+    """Owns the graphs. They share one memory pool, since only one runs at a time."""
 
     def __init__(self, step: Step, buckets: Sequence[Bucket]) -> None:
         self._step = step
         self._choose = BucketChoice(buckets)
-        # The largest first: the others find all the memory that they need.
+        # The largest first: the smaller ones then fit into its memory.
         largest_first = self._choose.buckets[::-1]
-        # Loads what a bucket needs, and compiles it if nobody has, which a capture may not.
+        # Compiles and loads each bucket's kernels, which is not allowed during a capture.
         inputs = {bucket: self._warm_up(bucket) for bucket in tqdm(largest_first, "Warming up", unit="step")}
         pool = torch.cuda.graph_pool_handle()
         self._captures = {
@@ -40,8 +40,8 @@ class CudaGraphs:
             for bucket in tqdm(largest_first, "Capturing CUDA graphs", unit="graph")
         }
 
-    def run(self, batch: Batch) -> StepOutput | None:
-        """The step's output, which is valid until the next; None if no bucket has room for the batch."""
+    def run(self, batch: Batch) -> ForwardOutput | None:
+        """Run the batch and return the output, which is valid until the next run; None if no bucket fits the batch."""
         bucket = self._choose(batch)
         if bucket is None:
             return None
@@ -58,15 +58,15 @@ class CudaGraphs:
     def _capture(self, bucket: Bucket, inputs: Tensor, pool: Any) -> _Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, tokens, places = self._step.launch(inputs, bucket)
-        return _Capture(graph, inputs, StepOutput(_without_owner(logits), _without_owner(tokens), places))
+            logits, token_ids, indices = self._step.launch(inputs, bucket)
+        return _Capture(graph, inputs, ForwardOutput(_without_owner(logits), _without_owner(token_ids), indices))
 
 
 class _Memory:
-    """What `torch.as_tensor` makes a tensor of that does not keep the memory from the next graphs."""
+    """A view of a tensor's memory, by address, that does not keep the memory allocated."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # As integers: the interface does not know bfloat16.
+        # As integers, since the interface does not know bfloat16.
         size = tensor.element_size()
         self.__cuda_array_interface__ = {
             "version": 3,
@@ -78,6 +78,8 @@ class _Memory:
 
 
 def _without_owner(tensor: Tensor) -> Tensor:
-    """The same tensor, in memory that the graphs' pool may use for others: else each graph's logits would
-    take memory of their own."""
+    """The same tensor without ownership: the graphs' pool may reuse its memory.
+
+    Otherwise each graph's logits would occupy memory of their own.
+    """
     return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batched sampler: penalties, then greedy choice or a draw, for all sequences of a step in a few launches."""
+"""Sampler: penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
-from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
 
 _FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -20,7 +20,7 @@ _NO_TOKEN = -1
 
 
 class Sampler:
-    """Keeps the sampling parameters by request row, on the host; a step uploads those of its rows if it needs any."""
+    """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
     def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int]) -> None:
         self._kernels = kernels
@@ -33,14 +33,15 @@ class Sampler:
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
-        self._plain_greedy = np.ones(num_rows, dtype=bool)  # none of the three
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # neither drawn nor penalised, and without log probabilities
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Set the sampling parameters of the new owners of `rows`."""
         for row, sampling in zip(rows, params, strict=True):
             self._floats[:, row] = [getattr(sampling, name) for name in _FLOATS]
             self._integers[:, row] = [getattr(sampling, name) for name in _INTEGERS]
             if sampling.greedy:
-                self._floats[0, row] = 0.0  # temperature 0 is what the kernel knows as greedy
+                self._floats[0, row] = 0.0  # the kernel takes temperature 0 as greedy
             ending_ids = sampling.ending_ids(self._eos_ids)
             self._num_ending_ids[row] = len(ending_ids)
             self._ending_ids[row] = _NO_TOKEN
@@ -52,7 +53,7 @@ class Sampler:
             self._plain_greedy[row] = not (self._drawn[row] or self._penalised[row] or self._log_probs[row])
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
-        """Whether the likeliest token of the model's own distribution is all that these rows ask for."""
+        """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
         return bool(self._plain_greedy[rows].all())
 
     def sample(
@@ -60,14 +61,13 @@ class Sampler:
         logits: Tensor,
         rows: NDArray[np.int32],
         lengths: NDArray[np.int32],
-        tables: RequestTables,
+        tables: DeviceTables,
         staging: Staging,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Token ids [m] int32, and log probabilities [m] float32 where any sequence asks for them.
+        """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
 
-        logits: [m, vocab] of the sequences in these rows, which know so many tokens before the sampled one; they may
-        be changed. Log probabilities are those of the model's own distribution, before penalties and
-        temperature.
+        logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
+        one. The log probabilities are those of the model's distribution, before penalties and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
@@ -82,15 +82,15 @@ class Sampler:
         if is_penalised:
             logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
-                logits, tables.tokens[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
+                logits, tables.token_ids[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens,
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if self._drawn[rows].any():
-            tokens = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
+            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
         else:
-            tokens = logits.argmax(-1).int()
+            token_ids = logits.argmax(-1).int()
         if not with_log_probs:
-            return tokens, None
-        chosen = original.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
-        return tokens, chosen - original.logsumexp(-1)
+            return token_ids, None
+        chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
+        return token_ids, chosen - original.logsumexp(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that a GPU copies from on its own, so that nobody waits for the copy: pinned once, then used in turn."""
+"""Staging: a ring of pinned host buffers for asynchronous copies to the GPU."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Where each array of a packed buffer begins. Kernels are compiled anew for pointers that are aligned otherwise.
+# Bytes. Triton-lang specialises kernels on pointers aligned to 16 bytes; others would be compiled separately.
 _ALIGNMENT = 16
 
-# Copies that may be on their way before one is waited for: a few for each step in flight.
+# Buffers, hence copies in flight: a few per step, and two steps are in flight.
 _UPLOADS_IN_FLIGHT = 8
-# Of each buffer; enough for thousands of tokens a step. It grows when a step needs more.
+# Bytes of each buffer at first: enough for thousands of tokens per step. Larger steps enlarge the buffers.
 _FIRST_BYTES = 1 << 18
 
 _TORCH_TYPES = {np.dtype(name): getattr(torch, name) for name in ("int32", "int64", "float32")}
 
 
 class Layout:
-    """Where the arrays of some types and lengths lie in one buffer of bytes."""
+    """The places of several arrays, of given types and lengths, in one buffer of bytes."""
 
     def __init__(self, parts: Sequence[tuple[np.dtype[Any], int]]) -> None:
         self._slices: list[tuple[slice, np.dtype[Any], torch.dtype]] = []
@@ -35,14 +35,16 @@ class Layout:
         self.num_bytes = start
 
     def arrays(self, buffer: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        """The arrays, as views of a buffer on the host."""
         return [buffer[part].view(dtype) for part, dtype, _ in self._slices]
 
     def tensors(self, buffer: Tensor) -> list[Tensor]:
+        """The arrays, as views of a buffer on the device."""
         return [buffer[part].view(dtype) for part, _, dtype in self._slices]
 
 
 class HostBuffer:
-    """Memory to write arrays into, and to copy to the device then. Where the CPU computes, it is the tensor itself."""
+    """A buffer to write arrays into and then to send to the device. On a CPU, the buffer itself is what is sent."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device = device
@@ -56,11 +58,11 @@ class HostBuffer:
         return len(self._array)
 
     def arrays(self, layout: Layout) -> list[NDArray[Any]]:
-        """Its parts, to be written."""
+        """Views of the buffer to write the arrays into."""
         return layout.arrays(self._array)
 
     def send(self, num_bytes: int, target: Tensor | None = None) -> Tensor:
-        """The first bytes on the device, in `target` if that is given; the copy may still be on its way."""
+        """Copy the first bytes to the device, into `target` if given. The copy may still be in progress."""
         source = self._memory[:num_bytes]
         if target is None:
             if not self._is_pinned:
@@ -72,13 +74,13 @@ class HostBuffer:
         return target
 
     def wait(self) -> None:
-        """Until it may be written again."""
+        """Wait until the last copy is done and the buffer may be overwritten."""
         if self._copied:
             self._copied.synchronize()
 
 
 class Staging:
-    """Owns the buffers through which a runner's arrays reach the device, and uses them in turn."""
+    """Owns the buffers and hands them out in turn."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -88,7 +90,7 @@ class Staging:
             self._make_buffers(_FIRST_BYTES)
 
     def upload(self, *arrays: NDArray[Any]) -> list[Tensor]:
-        """The arrays on the device, in one asynchronous copy."""
+        """Copy the arrays to the device, in one asynchronous copy."""
         layout = Layout([(array.dtype, len(array)) for array in arrays])
         buffer = self.buffer(layout.num_bytes)
         for target, array in zip(buffer.arrays(layout), arrays, strict=True):
@@ -96,7 +98,7 @@ class Staging:
         return layout.tensors(buffer.send(layout.num_bytes))
 
     def buffer(self, num_bytes: int) -> HostBuffer:
-        """Memory of at least so many bytes; to be filled and sent before a few more are asked for."""
+        """The next buffer, with at least `num_bytes` bytes. Fill and send it before the ring comes round."""
         if not self._buffers:
             return HostBuffer(num_bytes, self._device)
         if self._buffers[0].num_bytes < num_bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of the model, from the tables and a StepArrays alone: launched as it is, or captured in a CUDA graph."""
+"""Step: one step of the model. It reads the tables and StepArrays alone, so that CUDA graphs can capture it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightllm_backend.kernels.whole_prompts import WholePrompts
-from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
+from lightllm_backend.models.causal_lm import CausalLM
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
-from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
+from lightllm_backend.runner.step_arrays import Bucket, StepArrays, fill
 from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
-class StepOutput(NamedTuple):
-    """Of n sequences, those that sample first. Whoever needs the logits may change them."""
+class ForwardOutput(NamedTuple):
+    """The output for n sequences, sampling ones first. The logits may be modified in place."""
 
     logits: Tensor  # [n, vocab]
-    tokens: Tensor  # [n] int32, the greedy choice, which is in the table of tokens already
-    places: Tensor  # [n] int64, where in the flattened table
+    token_ids: Tensor  # [n] int32, the greedy choices, already written to the table
+    indices: Tensor  # [n] int64, indices of the choices in the flattened table
 
 
 class Step:
-    """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
+    """Writes the slots of the new tokens to the tables, runs the model, and writes the greedy choices to the tables."""
 
     def __init__(
-        self, model: CausalLM, kernels: ModuleType, tables: RequestTables, kv_layers: Sequence[KVLayer],
+        self, model: CausalLM, kernels: ModuleType, tables: DeviceTables, kv_layers: Sequence[KVLayer],
         staging: Staging,
     ) -> None:  # fmt: skip
         self._model = model
@@ -39,27 +41,30 @@ class Step:
         self._staging = staging
 
     def upload(self, batch: Batch, bucket: Bucket, target: Tensor | None = None) -> Tensor:
-        """The bytes of the batch's StepArrays on the device, in one asynchronous copy."""
+        """Copy the batch's StepArrays to the device, as bytes, in one asynchronous copy."""
         layout = bucket.layout()
         buffer = self._staging.buffer(layout.num_bytes)
         fill(StepArrays(*buffer.arrays(layout)), batch, bucket, self._tables)
         return buffer.send(layout.num_bytes, target)
 
-    def run(self, batch: Batch, bucket: Bucket | None = None) -> StepOutput:
-        """Launch it kernel by kernel; with a bucket, padded to that."""
+    def run(self, batch: Batch, bucket: Bucket | None = None) -> ForwardOutput:
+        """Launch a batch kernel by kernel, padded to `bucket` if given."""
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
         return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
 
-    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> StepOutput:
-        """From what `upload` returns. Reads nothing back; is the same for all batches of a bucket but for `prompts`."""
+    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> ForwardOutput:
+        """Launch the kernels of a step on uploaded `inputs`.
+
+        It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`.
+        """
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
-        all_tokens = tables.tokens.view(-1)
-        tables.slots.view(-1).index_copy_(0, arrays.token_places, arrays.slots)
+        all_token_ids = tables.token_ids.view(-1)
+        tables.slots.view(-1).index_copy_(0, arrays.token_indices, arrays.slots)
         step = StepInput(
-            input_ids=all_tokens.index_select(0, arrays.token_places),
+            input_ids=all_token_ids.index_select(0, arrays.token_indices),
             positions=arrays.positions,
             rotary_lengths=arrays.rotary_lengths,
             slots=arrays.slots,
@@ -67,14 +72,14 @@ class Step:
             context_lengths=arrays.context_lengths,
             query_starts=arrays.query_starts,
             num_decodes=bucket.decodes,
-            # Use the table's width, not the batch's maximum, so that the choice of kernels is stable.
-            max_context_length=tables.tokens.shape[1],
-            # Each sequence that decodes samples.
+            # The table's width, not the batch's maximum, so that the choice of kernels is stable.
+            max_context_length=tables.token_ids.shape[1],
+            # Without prefills, the step samples after every token.
             last_tokens=arrays.last_tokens if bucket.prefills else None,
             req_to_token=tables.slots,
             kv_layers=self._kv_layers,
             whole_prompts=prompts,
         )
         logits = self._model.forward(step)
-        tokens = self._kernels.choose_greedily(logits, arrays.sampled_places, all_tokens)
-        return StepOutput(logits, tokens, arrays.sampled_places)
+        token_ids = self._kernels.choose_greedily(logits, arrays.sampled_indices, all_token_ids)
+        return ForwardOutput(logits, token_ids, arrays.sampled_indices)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that are run before any request: the worst there can be, to find the workspace, and some of each kind."""
+"""Warm-up: runs steps before any request, to compile and load all kernels and to measure the workspace."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
-from lightllm_backend.runner.device_batch import Bucket
 from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.step_arrays import Bucket
 
-# Prompts in steps of which only the number of tokens counts: longer than any graph has room for, and no longer, since
-# the time of attention grows with their square.
+# The prompt length of steps in which only the number of tokens matters: just too long for any graph, since the time of
+# attention grows with its square.
 _PROMPT_TOKENS = 2048
 
 _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
 _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
 _WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
-# Every part of the sampler takes part.
+# Uses every part of the sampler.
 _EVERYTHING = SamplingParams(
     do_sample=True, temperature=0.7, top_p=0.9, top_k=50, presence_penalty=0.1, frequency_penalty=0.1,
     repetition_penalty=1.1, min_tokens=1, return_log_probs=True,
@@ -32,22 +32,23 @@ _EVERYTHING = SamplingParams(
 
 
 def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[Batch]:
-    """The most decodes with the most prompt tokens beside them; greedy, and with everything."""
+    """The batches that need the most workspace: the most decodes beside the most prompt tokens."""
     num_prefills = min(max(1, batch_max_tokens // max_input), num_rows)
     prompts = [min(max_input, batch_max_tokens)] * num_prefills
     return [example_batch(num_rows - num_prefills, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
 
 
 def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, buckets: Sequence[Bucket]) -> None:
-    """Have the kernels of all steps compiled, many at once; what this misses is compiled when it is launched first.
+    """Compile the kernels of all steps in parallel. A kernel that this misses is compiled at its first launch.
 
-    The runner is of no use afterwards, since its kernels did not run.
+    The runner is useless afterwards, since its kernels did not run.
     """
-    from lightllm_backend.runner.compile_ahead import compile_ahead  # needs Triton-lang, which a CPU engine does not
+    # Not at the top: it imports Triton-lang, which an engine on a CPU does without.
+    from lightllm_backend.runner.compile_ahead import compile_ahead
 
-    # Powers of two decide which kernels a step takes. Not all steps, since here a launch takes longer than otherwise.
+    # Powers of two are enough: the choice of kernels depends on them. A launch that compiles is slow, so not all steps.
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
-    # Log probabilities would be looked up by tokens that nobody has chosen.
+    # Without log probabilities, which would be looked up by token ids that no kernel has written.
     sampled = replace(_EVERYTHING, return_log_probs=False)
 
     def launch() -> None:
@@ -62,10 +63,10 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
 
 
 def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens: int) -> None:
-    """Run what serving launches beside the graphs, so that no request is the first to compile or to load a kernel.
+    """Run all that serving launches beside the graphs, so that no request waits for a kernel to compile or to load.
 
-    The project's own kernels are compiled for few kinds of steps. Which of cuBLAS's and PyTorch's are used goes by
-    sizes, and the driver loads each at its first use, so sizes from the smallest to the largest are run.
+    The project's own kernels have few variants. cuBLAS and PyTorch choose theirs by size, and the driver loads each at
+    its first use, so we run sizes from the smallest to the largest.
     """
     batch_sizes = _sizes(num_rows, 2.0)
     for size in batch_sizes:
@@ -83,7 +84,7 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
 
 
 def _attention_batches(longest: int) -> list[Batch]:
-    """Prompts for which attention has different kernels: by their lengths, and by whether a part of them is cached."""
+    """Prompts for all kernels of attention, which differ by the prompt's length and by whether a part is cached."""
     lengths = (1, min(512, longest), longest)
     return [example_batch(0, [max(length, cached + 1)], _GREEDY, cached) for length in lengths for cached in (0, 1)]
 
@@ -96,8 +97,10 @@ def _sizes(largest: int, ratio: float) -> list[int]:
 
 
 def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams, cached: int = 0) -> Batch:
-    """All sequences begin, with so many tokens of the prompts `cached`, and all tokens use slot 0 of the pool, whatever
-    lies there: only shapes count."""
+    """A batch of new sequences, with the first `cached` tokens of each prompt cached.
+
+    All tokens use slot 0 of the pool, whatever it holds: only shapes matter.
+    """
     lengths = np.array([1] * decodes + [length - cached for length in prompts], np.int32)
     rows = np.arange(len(lengths), dtype=np.int32)
     starts = np.array([0] * decodes + [cached] * len(prompts), np.int32)
@@ -109,14 +112,15 @@ def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams
 def workspace_bytes(
     runner_with_one_slot: ModelRunner, batches: list[Batch], buckets: list[Bucket], device: torch.device
 ) -> int:
-    """Peak of the GPU memory that PyTorch holds, weights included: CUDA graphs, and the batches launched beside them.
+    """The peak of PyTorch's GPU memory, weights included, with CUDA graphs and `batches` launched beside them.
 
-    All graphs share the memory that the largest of `buckets` need. What the runner held is given back.
+    The graphs share the memory that the largest of `buckets` need, so we capture only these. The runner's memory is
+    released.
     """
     torch.cuda.reset_peak_memory_stats(device)
-    most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
-    most_logits = max(buckets, key=lambda bucket: bucket.samples)
-    runner_with_one_slot.capture_graphs(list({most_tokens, most_logits}))
+    with_most_tokens = max(buckets, key=lambda bucket: bucket.tokens)
+    with_most_logits = max(buckets, key=lambda bucket: bucket.samples)
+    runner_with_one_slot.capture_graphs(list({with_most_tokens, with_most_logits}))
     for batch in batches:
         runner_with_one_slot.launch(batch).result()
     peak = torch.cuda.max_memory_reserved(device)
@@ -127,7 +131,7 @@ def workspace_bytes(
 
 
 def bytes_left(mem_fraction: float, peak_bytes: int, device: torch.device, log: Callable[[str], None]) -> int:
-    """The rest of `mem_fraction` of the GPU, beside the peak and what others hold."""
+    """The bytes left of `mem_fraction` of the GPU after the peak and the memory of other processes."""
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
     room = int(total * mem_fraction) - others - peak_bytes
@@ -140,9 +144,9 @@ def bytes_left(mem_fraction: float, peak_bytes: int, device: torch.device, log: 
 
 
 def tokens_that_fit(room: int, slot_bytes: int, table_bytes: Callable[[int], int], max_length: int) -> int:
-    """The most token slots that fit `room` bytes with request tables for the longest sequence that these hold.
+    """The most token slots that fit into `room` bytes beside the tables for the longest sequence of so many slots.
 
-    No sequence is longer than `max_length`, and one of n tokens needs n - 1 slots. Below 1: not even one fits.
+    No sequence is longer than `max_length`, and one of n tokens needs n - 1 slots. A result below 1: none fits.
     """
 
     def needed(slots: int) -> int:

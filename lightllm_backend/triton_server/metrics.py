@@ -40,7 +40,7 @@ COUNTERS = {
     "prompt_tokens_total": "Prompt tokens computed",
     "generated_tokens_total": "Tokens generated",
     "device_seconds_total": "Seconds that the device has computed",
-    "pauses_total": "Times a running request gave its token slots to older ones (admission past_future)",
+    "preemptions_total": "Times a running request gave its token slots to older ones (admission past_future)",
     "engine_restarts_total": "Times the engine was started again after it failed",
 }
 HISTOGRAMS = {

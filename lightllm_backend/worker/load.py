@@ -19,14 +19,14 @@ from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.channel import EngineInfo
-from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.causal_lm import CausalLM, model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights, load_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.buckets import graph_tokens, step_buckets
-from lightllm_backend.runner.device_batch import Bucket, RequestTables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.model_runner import ModelRunner
+from lightllm_backend.runner.step_arrays import Bucket
 from lightllm_backend.runner.warm_up import (
     bytes_left,
     compile_kernels,
@@ -91,8 +91,8 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if on_gpu:
         num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
-        most_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
-        buckets = step_buckets(config.running_max_req_size, batch_max_tokens, most_tokens)
+        max_graph_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
+        buckets = step_buckets(config.running_max_req_size, batch_max_tokens, max_graph_tokens)
         peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)
         memory["workspace"] = peak - memory["weights"]
     limits = LengthLimits.of(config, shape.max_sequence_length, pool_tokens)
@@ -156,9 +156,9 @@ def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, bu
     log.info("kernels compiled in %.1f s", time.monotonic() - started)
     batches = worst_batches(num_rows, limits.max_input, parts.batch_max_tokens)
     peak = workspace_bytes(parts.runner_with(1, max_length)[0], batches, buckets, parts.device)
-    peak -= RequestTables.num_bytes(num_rows, max_length)
+    peak -= DeviceTables.num_bytes(num_rows, max_length)
     room = bytes_left(config.mem_fraction, peak, parts.device, log.info)
-    table_bytes = partial(RequestTables.num_bytes, num_rows)
+    table_bytes = partial(DeviceTables.num_bytes, num_rows)
     fitting = tokens_that_fit(room, parts.slot_bytes, table_bytes, limits.max_total)
     return peak, _pool_tokens(config, parallel.minimum(fitting, parts.device))
 

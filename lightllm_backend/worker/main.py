@@ -37,7 +37,7 @@ from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.admission import ExactAdmission
-from lightllm_backend.router.batch import Batch, StepOutput
+from lightllm_backend.router.batch import Batch, RouterOutput
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
@@ -89,14 +89,14 @@ def run(
                 vitals.took()
                 pace.finished()
                 hub.send(router.apply(done, result))
-            hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
+            hub.send(RouterOutput.of_chunks(refused + router.drain_finished()))
             stats = engine_stats(router)
             hub.tell(stats)
             statistics.tell(stats)
     except Exception as error:
         failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
         router.fail_all(failure)
-        hub.send(StepOutput.of_chunks(router.drain_finished()))
+        hub.send(RouterOutput.of_chunks(router.drain_finished()))
         raise
 
 
@@ -141,7 +141,7 @@ def engine_stats(router: Router) -> EngineStats:
         kv_tokens_total=stats.kv_tokens_total,
         prompt_tokens_total=stats.prompt_tokens_total,
         generated_tokens_total=stats.generated_tokens_total,
-        pauses_total=stats.pauses_total,
+        preemptions_total=stats.preemptions_total,
         device_seconds_total=stats.device_seconds_total,
     )
 

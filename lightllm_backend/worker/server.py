@@ -23,7 +23,7 @@ from lightllm_backend.messages.channel import (
     listen,
     pack_chunk,
 )
-from lightllm_backend.router.batch import StepOutput
+from lightllm_backend.router.batch import RouterOutput
 
 STATS_SECONDS = 0.1
 
@@ -65,7 +65,7 @@ class Hub:
             else:
                 self._accept()
 
-    def send(self, output: StepOutput) -> None:
+    def send(self, output: RouterOutput) -> None:
         """One message to each client that is concerned."""
         chunks: dict[int, list[Any]] = {index: [] for index in self._clients.values()}
         for chunk in output.chunks:
@@ -79,7 +79,7 @@ class Hub:
         for client, index in self._clients.items():
             mine = indices == index
             if chunks[index] or mine.any():
-                _send(client, TOKENS, numbers[mine].tobytes(), output.tokens[mine].tobytes(), chunks[index])
+                _send(client, TOKENS, numbers[mine].tobytes(), output.token_ids[mine].tobytes(), chunks[index])
 
     def tell(self, stats: EngineStats) -> None:
         """Statistics to all clients, when they are new and it is time."""

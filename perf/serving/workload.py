@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked and when: lengths from a table, a dataset or chance, prompts of exactly those lengths, arrival times.
+"""A workload: lengths from a table, a dataset or a random generator, prompts of these lengths, arrival times.
 
 Everything is drawn from one seed, so that two runs with the same options ask the same.
 """
@@ -101,10 +101,10 @@ def items_from_dataset(path: Path, tokenizer: Tokenizer, count: int, seed: int, 
 def id_prompts(lengths: Sequence[Length], vocab_size: int, seed: int, shared_prefix: int = 0) -> list[WorkItem]:
     """Random token ids; the first `shared_prefix` of them, beside the length, are the same in all prompts."""
     ids = range(FIRST_ORDINARY_ID, vocab_size)
-    chance = random.Random(seed)
-    prefix = tuple(chance.choices(ids, k=shared_prefix))
+    rng = random.Random(seed)
+    prefix = tuple(rng.choices(ids, k=shared_prefix))
     return [
-        WorkItem(prefix + tuple(chance.choices(ids, k=length.prompt)), _longer(length, shared_prefix))
+        WorkItem(prefix + tuple(rng.choices(ids, k=length.prompt)), _longer(length, shared_prefix))
         for length in lengths
     ]
 
@@ -112,21 +112,21 @@ def id_prompts(lengths: Sequence[Length], vocab_size: int, seed: int, shared_pre
 def text_prompts(lengths: Sequence[Length], tokenizer: Tokenizer, seed: int, shared_prefix: int = 0) -> list[WorkItem]:
     """Random words that are exactly so many tokens, what the tokenizer puts in front included."""
     words = _one_token_words(tokenizer)
-    chance = random.Random(seed)
-    prefix = chance.choices(words, k=shared_prefix)
+    rng = random.Random(seed)
+    prefix = rng.choices(words, k=shared_prefix)
     return [
-        WorkItem(_text(tokenizer, words, chance, prefix, length.prompt + shared_prefix), _longer(length, shared_prefix))
+        WorkItem(_text(tokenizer, words, rng, prefix, length.prompt + shared_prefix), _longer(length, shared_prefix))
         for length in lengths
     ]
 
 
 def arrival_times(count: int, rate: float, seed: int) -> list[float]:
     """Seconds after the start: a Poisson process of `rate` a second that begins with an arrival; all at once if inf."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     now, times = 0.0, []
     for _ in range(count):
         times.append(now)
-        now += 0.0 if math.isinf(rate) else chance.expovariate(rate)
+        now += 0.0 if math.isinf(rate) else rng.expovariate(rate)
     return times
 
 
@@ -148,8 +148,8 @@ def _one_token_words(tokenizer: Tokenizer) -> list[str]:
     return words
 
 
-def _text(tokenizer: Tokenizer, words: list[str], chance: random.Random, prefix: list[str], tokens: int) -> str:
-    chosen = [*prefix, *chance.choices(words, k=tokens - len(prefix))]
+def _text(tokenizer: Tokenizer, words: list[str], rng: random.Random, prefix: list[str], tokens: int) -> str:
+    chosen = [*prefix, *rng.choices(words, k=tokens - len(prefix))]
     for _ in range(tokens):
         excess = len(tokenizer.encode(" ".join(chosen))) - tokens
         if excess == 0:
@@ -157,5 +157,5 @@ def _text(tokenizer: Tokenizer, words: list[str], chance: random.Random, prefix:
         if excess > 0:
             del chosen[max(len(chosen) - excess, 1) :]
         else:
-            chosen += chance.choices(words, k=-excess)
+            chosen += rng.choices(words, k=-excess)
     raise WorkloadError(f"no text of exactly {tokens} tokens was found; give --prompts ids")

@@ -16,7 +16,7 @@ from lightllm_backend.models.layers import RotaryEmbedding
 from lightllm_backend.models.model_config import ROPE_TYPES, UNLIMITED_POSITIONS, ModelConfig
 from lightllm_backend.options import check_lengths
 from lightllm_backend.request import RequestError, SamplingParams
-from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.worker.load import CPU_POOL_TOKENS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
@@ -99,7 +99,7 @@ def test_memory_is_as_the_table_says(tmp_path: Path) -> None:
     assert config.head_dim == head_dim
     dynamic = replace(config, rope_scaling=replace(config.rope_scaling, rope_type="dynamic", factor=32.0))
     formulas = [
-        ("2 × 4 × (`running_max_req_size` + 1) × length", RequestTables.num_bytes(1000, length)),
+        ("2 × 4 × (`running_max_req_size` + 1) × length", DeviceTables.num_bytes(1000, length)),
         ("4 × `head_dim` × length", RotaryEmbedding(config, length, torch.device("cpu")).table.nbytes),
         ("2 × `head_dim` × (length − original + 1)",
          RotaryEmbedding(dynamic, length, torch.device("cpu")).frequencies.nbytes),

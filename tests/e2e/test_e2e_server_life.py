@@ -29,7 +29,7 @@ GAUGES = ("queued_requests", "running_requests", "kv_tokens_used", "kv_tokens_ca
 COUNTERS = (
     "prompt_tokens_total",
     "generated_tokens_total",
-    "pauses_total",
+    "preemptions_total",
     "device_seconds_total",
     "engine_restarts_total",
 )

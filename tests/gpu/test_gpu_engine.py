@@ -47,7 +47,7 @@ def test_greedy_tokens_are_those_of_transformers_in_float32(
         engine.runner.graphs = None
     arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, overlap=overlap)
-    assert [answer.tokens for answer in answers] == expected
+    assert [answer.token_ids for answer in answers] == expected
 
 
 @pytest.mark.parametrize("batch_max_tokens", [8192, 24])
@@ -73,7 +73,7 @@ def test_short_prompts_that_arrive_while_others_decode(directory, batch_max_toke
     assert all(is_graph for _, _, is_graph in taken)
     engine.runner.graphs = None
     without = run(engine, prompts, sampling, arrivals, batch_max_tokens)
-    assert [answer.tokens for answer in with_graphs] == [answer.tokens for answer in without]
+    assert [answer.token_ids for answer in with_graphs] == [answer.token_ids for answer in without]
     for one, other in zip(with_graphs, without, strict=True):
         assert one.log_probs == pytest.approx(other.log_probs, abs=1e-3)
 
@@ -83,11 +83,11 @@ def test_half_precision_agrees_where_the_choice_is_clear(directory, dtype, toler
     engine = load(directory, dtype=dtype, max_total_token_num=4096)
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
-        logits = transformers_logits(directory, prompt, answer.tokens, "cuda")
-        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        logits = transformers_logits(directory, prompt, answer.token_ids, "cuda")
+        chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         spread = float(logits.std())
         assert float((logits.max(-1).values - chosen).max()) < 2 * tolerance * spread
-        truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < 2 * tolerance * spread
 
 
@@ -102,7 +102,7 @@ def test_sampling_is_the_same_as_on_a_cpu(directory) -> None:
     ]
     on_gpu = run(load(directory, max_total_token_num=4096), PROMPTS[2:6], sampling)
     on_cpu = run(load(directory, max_total_token_num=4096, device="cpu"), PROMPTS[2:6], sampling)
-    assert [answer.tokens for answer in on_gpu] == [answer.tokens for answer in on_cpu]
+    assert [answer.token_ids for answer in on_gpu] == [answer.token_ids for answer in on_cpu]
 
 
 def test_the_pool_leaves_room_for_the_worst_step(directory) -> None:
@@ -114,6 +114,6 @@ def test_the_pool_leaves_room_for_the_worst_step(directory) -> None:
         max_tokens=4, do_sample=True, top_p=0.9, top_k=20, presence_penalty=0.5, return_log_probs=True, ignore_eos=True
     )
     longest = [[5] * (engine.info.lengths.max_total - 4)] * 16
-    assert all(len(answer.tokens) == 4 for answer in run(engine, longest, sampling))
+    assert all(len(answer.token_ids) == 4 for answer in run(engine, longest, sampling))
     free, _ = torch.cuda.mem_get_info()
     assert (total - free) / total < fraction + 0.01

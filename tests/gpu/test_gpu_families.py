@@ -24,7 +24,7 @@ MAX_TOKENS = 24
 def test_greedy_tokens_are_those_of_transformers(tmp_path, family) -> None:
     save_random_model(family, tmp_path)
     answers = run(load(tmp_path), PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), batch_max_tokens=60)
-    assert [answer.tokens for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS, "cuda")
+    assert [answer.token_ids for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS, "cuda")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +33,6 @@ def test_int8_keys_and_values_choose_the_same_where_the_choice_is_clear(tmp_path
     engine = load(tmp_path, kv_dtype="int8")
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
-        logits = transformers_logits(tmp_path, prompt, answer.tokens, "cuda")
-        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        logits = transformers_logits(tmp_path, prompt, answer.token_ids, "cuda")
+        chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert float((logits.max(-1).values - chosen).max()) < 0.1 * float(logits.std())

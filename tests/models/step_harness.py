@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
+from lightllm_backend.models.causal_lm import CausalLM, model_class
+from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
 
@@ -36,7 +36,7 @@ class HandSequence:
     """All tokens it will ever have are known beforehand; `cached` of them have their K and V in the pool."""
 
     row: int
-    tokens: list[int]
+    token_ids: list[int]
     prompt_length: int
     cached: int = 0
 
@@ -73,7 +73,7 @@ class StepHarness:
         ids, positions, lengths, slots, starts = [], [], [], [], [sum(decoding)]
         for sequence, count in work:
             for position in range(sequence.cached, sequence.cached + count):
-                ids.append(sequence.tokens[position])
+                ids.append(sequence.token_ids[position])
                 positions.append(position)
                 lengths.append(max(sequence.prompt_length, position + 1))
                 slots.append(int(self.req_to_token[sequence.row, position]))
@@ -110,7 +110,7 @@ def expected_logits(transformer: transformers.PreTrainedModel, sequence: HandSeq
         # Made anew, for transformers' dynamic scaling remembers the longest sequence that it has seen.
         transformer.model.rotary_emb = LlamaRotaryEmbedding(transformer.config)
     cache = transformers.DynamicCache(config=transformer.config)
-    tokens = torch.tensor([sequence.tokens])
+    tokens = torch.tensor([sequence.token_ids])
     pieces = [tokens[:, : sequence.prompt_length]]
     pieces += [tokens[:, position : position + 1] for position in range(sequence.prompt_length, total)]
     with torch.no_grad():

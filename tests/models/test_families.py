@@ -42,7 +42,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
     engine = load(tmp_path)
     arrivals = [random.Random(7).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens=9)
-    assert [answer.tokens for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+    assert [answer.token_ids for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,8 +90,8 @@ def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(t
     assert engine.info.memory["KV pool"] < 0.4 * plain.info.memory["KV pool"]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
-        logits = transformers_logits(tmp_path, prompt, answer.tokens)
-        chosen = logits.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        logits = transformers_logits(tmp_path, prompt, answer.token_ids)
+        chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert float((logits.max(-1).values - chosen).max()) < 0.2
 
 

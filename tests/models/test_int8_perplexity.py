@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightllm_backend.launch.embedded_model import embedded_model_directory
-from lightllm_backend.models.layers import CausalLM
+from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.text.text_stream import Tokenizer
 from tests.models.step_harness import HandSequence, StepHarness, load_model

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.registry import ARCHITECTURES, model_class
+from lightllm_backend.models.registry import ARCHITECTURES
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -43,7 +43,7 @@ def test_recent_lengths_admit_more_than_what_is_asked_for() -> None:
         service(60_000, policy, simulate(60_000, lengths, policy=policy))
         for policy in ("exact", "past_future", "lengths known")
     )
-    assert exact["pauses"] == known["pauses"] == 0
+    assert exact["preemptions"] == known["preemptions"] == 0
     assert exact["share_by_step"] + 0.1 < estimated["share_by_step"] < known["share_by_step"]
     assert exact["output_tokens_per_second"] < estimated["output_tokens_per_second"]
     assert estimated["ttft_p50"] < exact["ttft_p50"]

@@ -27,7 +27,7 @@ def test_a_step_begins_when_the_one_before_has_ended():
     results = [step.result() for step in steps]
     assert time.monotonic() - began >= 2 * step_seconds(decodes(3), 3)
     assert all(step.is_done() for step in steps)
-    assert [len(result.tokens) for result in results] == [3, 5]
+    assert [len(result.token_ids) for result in results] == [3, 5]
 
 
 def test_it_serves_as_a_worker_whose_tokens_take_their_time(tmp_path):

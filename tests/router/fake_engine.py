@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from lightllm_backend.request import FinishReason, Request, SamplingParams, TokenChunk
-from lightllm_backend.router.batch import Batch, StepOutput, StepResult
+from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
 
 VOCABULARY = 11
@@ -55,14 +55,14 @@ class FakeRunner:
             offset += length
             self.slot_of[row, start : start + length] = slots
             self.pool[slots] = self.token_of[row, start : start + length]
-        tokens = []
+        token_ids = []
         for (row, start, length), samples in zip(spans, batch.samples.tolist(), strict=True):
             if samples:
                 context = self.pool[self.slot_of[row, : start + length]]
-                tokens.append(next_token(context.tolist()))
-                self.token_of[row, start + length] = tokens[-1]
-        log_probs = np.array([-token - 0.5 for token in tokens], dtype=np.float32)
-        return StepResult(np.array(tokens, dtype=np.int32), log_probs)
+                token_ids.append(next_token(context.tolist()))
+                self.token_of[row, start + length] = token_ids[-1]
+        log_probs = np.array([-token - 0.5 for token in token_ids], dtype=np.float32)
+        return StepResult(np.array(token_ids, dtype=np.int32), log_probs)
 
 
 def check_shape(batch: Batch) -> None:
@@ -132,9 +132,9 @@ def submit(router: Router, request: Request) -> None:
     router.submit(request, int.from_bytes(request.uid.encode(), "big"))
 
 
-def as_chunks(output: StepOutput) -> list[TokenChunk]:
+def as_chunks(output: RouterOutput) -> list[TokenChunk]:
     """All that a step gives to clients, whichever way."""
-    pairs = zip(output.handles.tolist(), output.tokens.tolist(), strict=True)
+    pairs = zip(output.handles.tolist(), output.token_ids.tolist(), strict=True)
     uids_and_tokens = [(handle.to_bytes(8, "big").lstrip(b"\0").decode(), token) for handle, token in pairs]
     assert not {uid for uid, _ in uids_and_tokens} & {chunk.uid for chunk in output.chunks}
     return [TokenChunk(uid, [token], []) for uid, token in uids_and_tokens] + output.chunks

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightllm_backend.router.admission import Forecast, newcomer_demand
+from lightllm_backend.router.admission import Forecast, candidate_demand
 from lightllm_backend.router.sequence import Sequence
 from tests.router.fake_engine import make_request
 
@@ -46,32 +46,13 @@ def test_the_peak_is_reached_and_never_exceeded(mix: list[tuple[int, int]]) -> N
 
 
 @given(mixes, mixes)
-def test_newcomers_join_one_by_one(running: list[tuple[int, int]], newcomers: list[tuple[int, int]]) -> None:
-    with_newcomers = forecast(running)
-    for number, newcomer in enumerate(newcomers):
-        expected = simulated_peak([*running, *newcomers[: number + 1]])
-        assert with_newcomers.peak_with(*newcomer) == expected
-        with_newcomers.add(*newcomer)
-        assert with_newcomers.peak == expected
-
-
-@given(mixes, sequences, st.integers(0, 400))
-def test_who_is_refused_need_not_ask_again_before_its_wait_is_over(
-    running: list[tuple[int, int]], newcomer: tuple[int, int], capacity: int
-) -> None:
-    if simulated_peak([*running, newcomer]) > capacity >= simulated_peak(running):
-        wait = forecast(running).wait(*newcomer, capacity)
-        assert wait >= 1
-        for step in range(1, wait):
-            later = [(held + step, left - step) for held, left in running if left >= step]
-            assert simulated_peak([*later, newcomer]) > capacity
-
-
-def test_the_wait_lasts_until_the_one_who_is_in_the_way_has_ended() -> None:
-    # One holds 7 of 20 slots and takes 5 more, one a step.
-    assert forecast([(7, 5)]).wait(8, 9, 20) == 5
-    assert forecast([(7, 5)]).wait(20, 9, 20) == 6
-    assert forecast([(7, 5)]).wait(4, 9, 20) == 1
+def test_candidates_join_one_by_one(running: list[tuple[int, int]], candidates: list[tuple[int, int]]) -> None:
+    with_candidates = forecast(running)
+    for number, candidate in enumerate(candidates):
+        expected = simulated_peak([*running, *candidates[: number + 1]])
+        assert with_candidates.peak_with(*candidate) == expected
+        with_candidates.add(*candidate)
+        assert with_candidates.peak == expected
 
 
 # A prompt of 10 tokens and 6 to generate take 15 slots in the end, however many of the 6 are known. What is not planned
@@ -79,11 +60,11 @@ def test_the_wait_lasts_until_the_one_who_is_in_the_way_has_ended() -> None:
 @pytest.mark.parametrize(
     ("generated", "planned", "held"), [(0, 10, 10), (4, 14, 14), (0, 9, 9), (0, 4, 8), (0, 3, 7), (4, 4, 10)]
 )
-def test_what_a_newcomer_takes(generated: int, planned: int, held: int) -> None:
+def test_what_a_candidate_takes(generated: int, planned: int, held: int) -> None:
     for ignore_eos in (False, True):
         request = make_request("a", 10, max_tokens=6, ignore_eos=ignore_eos)
-        sequence = Sequence(request, handle=0, number=0, arrival=0.0, luck=np.zeros(1))
+        sequence = Sequence(request, handle=0, arrival_index=0, arrival_time=0.0, quantiles=np.zeros(1))
         sequence.known_ids = np.arange(10 + generated)
-        demand = newcomer_demand(sequence, planned, num_shared=2, batch_max_tokens=3)
+        demand = candidate_demand(sequence, planned, num_shared=2, batch_max_tokens=3)
         assert (demand.held.item(), demand.remaining.item()) == (held - 2, 15 - held)
-        assert (demand.made.item(), demand.most.item()) == (5 if ignore_eos else generated, 6)
+        assert (demand.num_generated.item(), demand.max_tokens.item()) == (5 if ignore_eos else generated, 6)

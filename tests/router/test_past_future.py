@@ -15,20 +15,22 @@ from tests.router.fake_engine import make_request, submit
 def demand(policy: PastFutureAdmission, made: list[int], most: list[int]) -> Demand:
     """Of sequences that hold 10 slots and have made so many tokens of so many."""
     made_, most_ = np.array(made), np.array(most)
-    return Demand(np.full(len(made), 10), most_ - made_, made_, most_, np.array([policy.draw() for _ in made]))
+    return Demand(
+        np.full(len(made), 10), most_ - made_, made_, most_, np.array([policy.draw_quantiles() for _ in made])
+    )
 
 
 def experienced(lengths: list[int]) -> PastFutureAdmission:
     policy = PastFutureAdmission()
     for index in range(WINDOW):
-        policy.ended(lengths[index % len(lengths)])
+        policy.record_length(lengths[index % len(lengths)])
     return policy
 
 
 def test_without_a_past_everybody_takes_all() -> None:
     policy = PastFutureAdmission()
     assert policy.steps_left(demand(policy, [0, 3], [100, 50])).tolist() == [[100, 47]] * DRAWS
-    policy.ended(5)  # one short answer is not yet a distribution
+    policy.record_length(5)  # one short answer is not yet a distribution
     likely = policy.steps_left(demand(policy, [0] * 200, [100] * 200))
     assert np.isin(likely, [5, 100]).all()
     assert (likely == 100).mean() > 0.95
@@ -49,7 +51,7 @@ def test_nobody_is_expected_to_take_more_than_it_asks_for() -> None:
 def test_the_past_is_forgotten() -> None:
     policy = experienced([500])
     for _ in range(WINDOW):
-        policy.ended(7)
+        policy.record_length(7)
     assert (policy.steps_left(demand(policy, [0], [900])) == 7).all()
 
 
@@ -65,24 +67,24 @@ def test_draws_are_spread_like_the_past_and_alike_in_every_process() -> None:
 
 def test_the_worst_draw_must_fit_and_a_part_stays_in_reserve() -> None:
     policy = experienced([10])
-    nobody = demand(policy, [], [])._replace(luck=np.empty((0, DRAWS)))
+    nobody = demand(policy, [], [])._replace(quantiles=np.empty((0, DRAWS)))
     # Each holds 10 slots and takes 10 more at the same time.
     gate = Gate(policy, nobody)
-    newcomers = sum(gate.admits(demand(policy, [0], [900]), 1000) for _ in range(100))
-    assert newcomers == int(1000 * (1 - RESERVE)) // 20
+    candidates = sum(gate.admits(demand(policy, [0], [900]), 1000) for _ in range(100))
+    assert candidates == int(1000 * (1 - RESERVE)) // 20
     undecided = experienced([10, 900])
     gate = Gate(undecided, nobody)
-    lucky, unlucky = np.full((1, DRAWS), 0.0), np.full((1, DRAWS), 0.0)
-    unlucky[0, -1] = 0.99
-    assert gate.admits(demand(undecided, [0], [900])._replace(luck=unlucky), 2000)
-    assert gate.admits(demand(undecided, [0], [900])._replace(luck=unlucky), 2000)
-    assert not gate.admits(demand(undecided, [0], [900])._replace(luck=unlucky), 2000)
-    assert gate.admits(demand(undecided, [0], [900])._replace(luck=lucky), 2000)
+    low, high = np.full((1, DRAWS), 0.0), np.full((1, DRAWS), 0.0)
+    high[0, -1] = 0.99
+    assert gate.admits(demand(undecided, [0], [900])._replace(quantiles=high), 2000)
+    assert gate.admits(demand(undecided, [0], [900])._replace(quantiles=high), 2000)
+    assert not gate.admits(demand(undecided, [0], [900])._replace(quantiles=high), 2000)
+    assert gate.admits(demand(undecided, [0], [900])._replace(quantiles=low), 2000)
 
 
 def test_alone_everybody_has_room() -> None:
     policy = PastFutureAdmission()
-    gate = Gate(policy, demand(policy, [], [])._replace(luck=np.empty((0, DRAWS))))
+    gate = Gate(policy, demand(policy, [], [])._replace(quantiles=np.empty((0, DRAWS))))
     assert gate.admits(demand(policy, [0], [90]), 100)  # 100 slots, and 5 % of them are in reserve
     assert not gate.admits(demand(policy, [0], [1]), 100)
 

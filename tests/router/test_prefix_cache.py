@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lightllm_backend.router.prefix_cache import MOST_STALE, Node, PrefixCache
+from lightllm_backend.router.prefix_cache import MAX_STALE, Node, PrefixCache
 
 NUM_ROWS = 4
 
@@ -50,13 +50,13 @@ class Tree:
     def finish(self, row: int, generated: str = "") -> None:
         end, text = self.ends.pop(row)
         whole = text + generated
-        held = sum(len(node.tokens) for node in end.path())
+        held = sum(len(node.token_ids) for node in end.path())
         slots = self.new_slots(whole, held)
-        superfluous = self.cache.give(end, ids(whole[held:]), slots)
-        assert set(superfluous.tolist()) <= set(slots.tolist())
-        for slot in superfluous.tolist():
+        duplicates = self.cache.insert(end, ids(whole[held:]), slots)
+        assert set(duplicates.tolist()) <= set(slots.tolist())
+        for slot in duplicates.tolist():
             del self.meaning[slot]
-        self.cache.let_go(end, row)
+        self.cache.release(end, row)
 
     def add(self, text: str) -> None:
         self.begin(0, text)
@@ -141,9 +141,9 @@ def test_two_that_compute_the_same_at_a_time_leave_it_once() -> None:
 
 def test_uses_without_end_do_not_pile_up() -> None:
     tree = Tree()
-    for number in range(5 * MOST_STALE):
+    for number in range(5 * MAX_STALE):
         tree.add("abcdef" if number % 2 else "abcxyz")
-    assert len(tree.cache._leaves) <= MOST_STALE + 3
+    assert len(tree.cache._leaves) <= MAX_STALE + 3
     assert len(tree.evict(9)) == 9
 
 

@@ -8,7 +8,7 @@ import pytest
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.router.router import Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 
 both_depths = pytest.mark.parametrize("depth", [0, 1])
 
@@ -118,7 +118,7 @@ def test_more_run_at_a_time_where_they_share() -> None:
     assert most[True] >= 8
 
 
-def test_what_a_newcomer_shares_is_counted_until_its_own_end() -> None:
+def test_what_a_candidate_shares_is_counted_until_its_own_end() -> None:
     loop = make_loop(depth=0, capacity=36)
     short, long = make_request("a", 10, max_tokens=2, family=1), make_request("b", 10, max_tokens=15, family=1)
     other = make_request("c", 5, max_tokens=15)
@@ -155,12 +155,12 @@ def test_without_the_cache_nothing_is_kept() -> None:
 
 
 @both_depths
-def test_a_paused_sequence_finds_what_it_had(depth: int) -> None:
+def test_a_preempted_sequence_finds_what_it_had(depth: int) -> None:
     loop = make_loop(depth, capacity=20, policy=RecklessAdmission())
     first, second = make_request("a", 6, max_tokens=10), make_request("b", 6, max_tokens=10)
     loop.submit(first)
     loop.submit(second)
-    while not loop.router.stats().pauses_total:
+    while not loop.router.stats().preemptions_total:
         loop.step()
     loop.router.cancel("a")
     loop.run()

@@ -11,7 +11,7 @@ from lightllm_backend.router.sequence import Sequence
 
 def sequence(prompt_length: int, max_tokens: int) -> Sequence:
     request = Request("uid", tuple(range(prompt_length)), SamplingParams(max_tokens=max_tokens))
-    return Sequence(request, handle=0, number=0, arrival=0.0, luck=np.zeros(1))
+    return Sequence(request, handle=0, arrival_index=0, arrival_time=0.0, quantiles=np.zeros(1))
 
 
 def test_what_is_known_stays_when_the_table_grows() -> None:
@@ -25,7 +25,7 @@ def test_what_is_known_stays_when_the_table_grows() -> None:
         table.append_chunk(row, chunk)
         expected[row] = (length, np.concatenate([slots, chunk]))
     for row, (length, slots) in expected.items():
-        assert table.known_tokens(row).tolist() == list(range(length))
+        assert table.known_token_ids(row).tolist() == list(range(length))
         assert table.slots_of(row).tolist() == slots.tolist()
 
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm_backend.request import FinishReason, Request
-from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Forecast, Refusal
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Forecast
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request, submit
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 
 EOS_IDS = frozenset({4, 9})
 
@@ -96,34 +95,6 @@ def test_random_lives(
     stats = router.stats()
     assert (stats.queued, stats.running, stats.kv_tokens_used) == (0, 0, 0)
     assert sum(stats.requests.values()) == len(life)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    life=st.lists(arrivals, min_size=2, max_size=12),
-    capacity=st.integers(36, 90),
-    depth=st.integers(0, 1),
-    prefix_cache=st.booleans(),
-)
-def test_not_to_ask_again_delays_nobody(life: list[Arrival], capacity: int, depth: int, prefix_cache: bool) -> None:
-    def admissions() -> list[list[int]]:
-        """By step, the rows that are given out."""
-        router = Router(capacity, 6, 100, max_queue_size=100, eos_ids=EOS_IDS, prefix_cache=prefix_cache)
-        loop = EngineLoop(router, FakeRunner(capacity, 6), depth)
-        for step in range(60):
-            for index, arrival in enumerate(life):
-                if arrival.step == step:
-                    loop.submit(arrival.request(f"r{index}"))
-                if arrival.cancelled_after is not None and arrival.step + arrival.cancelled_after == step:
-                    router.cancel(f"r{index}")
-            loop.step()
-        loop.run()
-        return [[admission.row for admission in batch.admitted] for batch in loop.batches]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Refusal, "holds", lambda *arguments: False)
-        always_asked = admissions()
-    assert admissions() == always_asked
 
 
 @settings(deadline=None, max_examples=60)

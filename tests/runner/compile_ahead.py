@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.runner.buckets import step_buckets

@@ -21,7 +21,7 @@ from lightllm_backend.worker.main import build_router
 
 @dataclass
 class Answer:
-    tokens: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     reason: FinishReason | None = None
 
@@ -84,11 +84,11 @@ def run(
             done, pending = in_flight.popleft()
             output = router.apply(done, pending.result())
             chunks += output.chunks
-            for number, token in zip(output.handles.tolist(), output.tokens.tolist(), strict=True):
-                answers[number].tokens.append(token)
+            for number, token in zip(output.handles.tolist(), output.token_ids.tolist(), strict=True):
+                answers[number].token_ids.append(token)
         for chunk in chunks:
             answer = answers[int(chunk.uid)]
-            answer.tokens += chunk.token_ids
+            answer.token_ids += chunk.token_ids
             answer.log_probs += chunk.log_probs
             assert answer.reason is None, "nothing comes after the end"
             answer.reason = chunk.finish_reason

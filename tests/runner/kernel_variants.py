@@ -23,22 +23,22 @@ from triton.runtime.jit import JITFunction
 
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kv_pool.storage import KVStorage
+from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.models.registry import model_class
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.router.router import Router
 from lightllm_backend.runner.buckets import BucketChoice, step_buckets
-from lightllm_backend.runner.device_batch import EMPTY_BATCH
 from lightllm_backend.runner.model_runner import ModelRunner
-from lightllm_backend.runner.step import Step, StepOutput
+from lightllm_backend.runner.step import ForwardOutput, Step
+from lightllm_backend.runner.step_arrays import EMPTY_BATCH
 from lightllm_backend.runner.warm_up import warm_up
 
 CPU = torch.device("cpu")
 NUM_ROWS, MAX_INPUT, BATCH_MAX_TOKENS = 70, 300, 450
-MOST_GRAPH_TOKENS = 256
+MAX_GRAPH_TOKENS = 256
 VOCAB = 192
 
 VARIANTS: set[tuple[str, ...]] = set()
@@ -71,11 +71,11 @@ class Graphs:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._choose = BucketChoice(step_buckets(NUM_ROWS, BATCH_MAX_TOKENS, MOST_GRAPH_TOKENS))
+        self._choose = BucketChoice(step_buckets(NUM_ROWS, BATCH_MAX_TOKENS, MAX_GRAPH_TOKENS))
         for bucket in self._choose.buckets:
             step.launch(step.upload(EMPTY_BATCH, bucket), bucket)
 
-    def run(self, batch: Batch) -> StepOutput | None:
+    def run(self, batch: Batch) -> ForwardOutput | None:
         bucket = self._choose(batch)
         return self._step.launch(self._step.upload(batch, bucket), bucket) if bucket else None
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.buckets import BucketChoice, batch_size_buckets, graph_tokens, step_buckets
-from lightllm_backend.runner.device_batch import Bucket
+from lightllm_backend.runner.step_arrays import Bucket
 
 
 def batch_of(decodes: int, prompts: list[int]) -> Batch:
@@ -30,14 +30,14 @@ def test_every_size_has_a_bucket_that_is_not_much_larger(largest: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 200, 512, 1000])
 @pytest.mark.parametrize("budget", [10, 60, 512, 8192])
-@pytest.mark.parametrize("most_tokens", [256, 512, 2048])
-def test_buckets_keep_within_the_limits(rows: int, budget: int, most_tokens: int) -> None:
-    buckets = step_buckets(rows, budget, most_tokens)
+@pytest.mark.parametrize("max_graph_tokens", [256, 512, 2048])
+def test_buckets_keep_within_the_limits(rows: int, budget: int, max_graph_tokens: int) -> None:
+    buckets = step_buckets(rows, budget, max_graph_tokens)
     assert len(set(buckets)) == len(buckets) < 220
     for bucket in buckets:
         assert bucket.decodes <= rows
         assert bucket.prefills <= min(bucket.tokens, rows)
-        assert bucket.tokens <= (min(most_tokens, rows + budget) if bucket.prefills else rows)
+        assert bucket.tokens <= (min(max_graph_tokens, rows + budget) if bucket.prefills else rows)
         assert bucket.decodes < bucket.tokens if bucket.prefills else bucket.decodes == bucket.tokens
     choose = BucketChoice(buckets)
     for decodes in range(1, rows + 1, 7):

@@ -13,7 +13,7 @@ from lightllm_backend.request import FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
-from tests.router.test_pauses import RecklessAdmission
+from tests.router.test_preemption import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
@@ -41,21 +41,21 @@ def expected(directory: Path) -> list[list[int]]:
 def test_greedy_tokens_are_those_of_transformers(engine, expected, batch_max_tokens, overlap) -> None:
     arrivals = [random.Random(overlap).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens, overlap)
-    assert [answer.tokens for answer in answers] == expected
+    assert [answer.token_ids for answer in answers] == expected
     for answer in answers:
-        stopped = answer.tokens[-1] == 2
+        stopped = answer.token_ids[-1] == 2
         assert answer.reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
 
 
 def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expected) -> None:
     small = load(directory, max_total_token_num=80)
     answers = run(small, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
-    assert [answer.tokens for answer in answers] == expected
+    assert [answer.token_ids for answer in answers] == expected
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("batch_max_tokens", [64, 7])
-def test_a_pause_changes_nothing(engine, batch_max_tokens, overlap) -> None:
+def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None:
     everything = SamplingParams(
         max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
@@ -67,9 +67,9 @@ def test_a_pause_changes_nothing(engine, batch_max_tokens, overlap) -> None:
         120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission()
     )  # fmt: skip
     answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
-    assert router.stats().pauses_total > 5
+    assert router.stats().preemptions_total > 5
     for answer, expected in zip(answers, undisturbed, strict=True):
-        assert (answer.tokens, answer.reason) == (expected.tokens, expected.reason)
+        assert (answer.token_ids, answer.reason) == (expected.token_ids, expected.reason)
         assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
 
 
@@ -86,8 +86,8 @@ def test_log_probs_are_the_models_own(engine, directory) -> None:
     silent = replace(sampling, return_log_probs=False)
     answers = run(engine, PROMPTS[:4], [sampling, silent, sampling, silent])
     for prompt, answer in zip(PROMPTS[:4:2], answers[::2], strict=True):
-        truth = transformers_logits(directory, prompt, answer.tokens).log_softmax(-1)
-        chosen = truth.gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
+        truth = transformers_logits(directory, prompt, answer.token_ids).log_softmax(-1)
+        chosen = truth.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert torch.allclose(torch.tensor(answer.log_probs), chosen, atol=1e-4)
     assert answers[1].log_probs == answers[3].log_probs == []
 
@@ -98,14 +98,14 @@ def test_a_seeded_request_does_not_depend_on_its_neighbours(engine) -> None:
     crowd = [replace(sampling, seed=index) for index in range(len(PROMPTS))]
     crowd[5] = sampling
     among = run(engine, PROMPTS, crowd, arrivals=[index % 3 for index in range(len(PROMPTS))], batch_max_tokens=9)
-    assert among[5].tokens == alone.tokens
-    assert run(engine, PROMPTS[5:6], replace(sampling, seed=1))[0].tokens != alone.tokens
+    assert among[5].token_ids == alone.token_ids
+    assert run(engine, PROMPTS[5:6], replace(sampling, seed=1))[0].token_ids != alone.token_ids
 
 
 def test_draws_follow_the_distribution(engine, directory) -> None:
     prompt, count = PROMPTS[3], 400
     sampling = [SamplingParams(max_tokens=1, do_sample=True, temperature=2.0, seed=seed) for seed in range(count)]
-    drawn = torch.tensor([answer.tokens[0] for answer in run(engine, [prompt] * count, sampling)])
+    drawn = torch.tensor([answer.token_ids[0] for answer in run(engine, [prompt] * count, sampling)])
     probabilities = (transformers_logits(directory, prompt, [0])[0] / 2.0).softmax(-1)
     top = int(probabilities.argmax())
     deviation = (probabilities[top] * (1 - probabilities[top]) / count).sqrt()
@@ -117,23 +117,23 @@ def test_min_tokens_waits_with_eos(directory) -> None:
     every_token_ends = load(directory, eos_id=tuple(range(0, 199, 2)))
     sampling = SamplingParams(max_tokens=12, min_tokens=5)
     for answer in run(every_token_ends, PROMPTS, sampling):
-        assert all(token % 2 == 1 for token in answer.tokens[:5])
-        assert len(answer.tokens) > 5
-        assert answer.reason is FinishReason.LENGTH or answer.tokens[-1] % 2 == 0
+        assert all(token % 2 == 1 for token in answer.token_ids[:5])
+        assert len(answer.token_ids) > 5
+        assert answer.reason is FinishReason.LENGTH or answer.token_ids[-1] % 2 == 0
     ignoring = run(every_token_ends, PROMPTS[:3], replace(sampling, ignore_eos=True))
-    assert all(len(answer.tokens) == 12 and answer.reason is FinishReason.LENGTH for answer in ignoring)
+    assert all(len(answer.token_ids) == 12 and answer.reason is FinishReason.LENGTH for answer in ignoring)
 
 
 def test_stop_token_ids_end_and_wait_for_min_tokens(engine) -> None:
-    free = [answer.tokens for answer in run(engine, PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))]
+    free = [answer.token_ids for answer in run(engine, PROMPTS, SamplingParams(max_tokens=12, ignore_eos=True))]
     stops = [SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(tokens[3], 198)) for tokens in free]
     for answer, tokens in zip(run(engine, PROMPTS, stops), free, strict=True):
         first = min(index for index, token in enumerate(tokens) if token in (tokens[3], 198))
-        assert (answer.tokens, answer.reason) == (tokens[: first + 1], FinishReason.STOP)
+        assert (answer.token_ids, answer.reason) == (tokens[: first + 1], FinishReason.STOP)
     waiting = [replace(sampling, min_tokens=5) for sampling in stops]
     for answer, sampling in zip(run(engine, PROMPTS, waiting), waiting, strict=True):
-        assert not set(answer.tokens[:5]) & set(sampling.stop_token_ids)
-        assert len(answer.tokens) > 5
+        assert not set(answer.token_ids[:5]) & set(sampling.stop_token_ids)
+        assert len(answer.token_ids) > 5
 
 
 def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
@@ -141,8 +141,8 @@ def test_penalties_change_the_logits_as_defined(engine, directory) -> None:
     sampling = SamplingParams(
         max_tokens=10, presence_penalty=0.7, frequency_penalty=0.9, repetition_penalty=1.3, ignore_eos=True
     )
-    tokens = run(engine, [prompt], sampling)[0].tokens
-    assert tokens != run(engine, [prompt], SamplingParams(max_tokens=10, ignore_eos=True))[0].tokens
+    tokens = run(engine, [prompt], sampling)[0].token_ids
+    assert tokens != run(engine, [prompt], SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids
     all_logits = transformers_logits(directory, prompt, tokens)
     for index, (token, logits) in enumerate(zip(tokens, all_logits, strict=True)):
         seen = torch.tensor(sorted({*prompt, *tokens[:index]}))
@@ -166,7 +166,7 @@ def test_prompts_that_begin_alike_get_the_same_tokens_as_alone(directory, kv_dty
     for batch_max_tokens, arrivals in [(4096, [0] * 6), (4096, [0, 2, 2, 15, 16, 40]), (16, [0, 0, 3, 3, 9, 9])]:
         router = Router(2048, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}))
         answers = run(engine, ALIKE, sampling, arrivals, overlap=overlap, router=router)
-        assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
         # The shared beginning of 70 tokens, and what each has of its own.
         assert router.stats().prompt_tokens_total <= 70 + sum(map(len, PROMPTS[:6])) + len(ALIKE)
 

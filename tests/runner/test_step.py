@@ -16,9 +16,10 @@ from lightllm_backend.models.layers import StepInput
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.buckets import BucketChoice, step_buckets
-from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.model_runner import ModelRunner
-from lightllm_backend.runner.step import Step, StepOutput
+from lightllm_backend.runner.step import ForwardOutput, Step
+from lightllm_backend.runner.step_arrays import Bucket, StepArrays, fill
 from lightllm_backend.runner.warm_up import example_batch
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
@@ -35,11 +36,11 @@ class PaddedSteps:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        buckets = step_buckets(NUM_ROWS, batch_max_tokens=64, most_tokens=96)
+        buckets = step_buckets(NUM_ROWS, batch_max_tokens=64, max_graph_tokens=96)
         self._choose = BucketChoice([bucket for bucket in buckets if bucket.prefills or bucket.decodes % 4 == 0])
         self.padded: set[Bucket] = set()
 
-    def run(self, batch: Batch) -> StepOutput:
+    def run(self, batch: Batch) -> ForwardOutput:
         bucket = self._choose(batch)
         assert bucket is not None
         if bucket != Bucket.of(batch):
@@ -79,15 +80,18 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
         if batch is None:
             continue
         expected, result = plain.launch(batch).result(), padded.launch(batch).result()
-        chosen, other = chosen + len(expected.tokens), other + np.count_nonzero(result.tokens != expected.tokens)
+        chosen, other = (
+            chosen + len(expected.token_ids),
+            other + np.count_nonzero(result.token_ids != expected.token_ids),
+        )
         if is_quantized:
-            padded._tables.tokens.copy_(plain._tables.tokens)
+            padded._tables.token_ids.copy_(plain._tables.token_ids)
         assert (result.log_probs is None) == (expected.log_probs is None)
         if expected.log_probs is not None:
-            same = result.tokens == expected.tokens
+            same = result.token_ids == expected.token_ids
             tolerance = 0.05 if is_quantized else 1e-4
             np.testing.assert_allclose(result.log_probs[same], expected.log_probs[same], atol=tolerance)
-        assert torch.equal(padded._tables.tokens[:-1], plain._tables.tokens[:-1])
+        assert torch.equal(padded._tables.token_ids[:-1], plain._tables.token_ids[:-1])
         assert torch.equal(padded._tables.slots[:-1], plain._tables.slots[:-1])
         for ours, theirs in zip(pool(padded), pool(plain), strict=True):
             tolerance = 4 if ours.dtype == torch.int8 else 1e-3  # scales are float16
@@ -119,7 +123,7 @@ def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> 
 
 
 def test_arrays_of_a_padded_step_by_hand() -> None:
-    tables = RequestTables(num_rows=4, max_length=90, device=CPU)  # rows of 96
+    tables = DeviceTables(num_rows=4, max_length=90, device=CPU)  # rows of 96
     tables.prompt_lengths[:] = [3, 9, 8, 2]
     # Row 3 decodes; row 0 prefills all of its prompt; row 1 tokens 4 and 5 of a prompt of 9.
     batch = Batch(
@@ -132,9 +136,9 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
     arrays = StepArrays(*layout.arrays(np.full(layout.num_bytes, 77, np.uint8)))
     fill(arrays, batch, bucket, tables)
     expected = StepArrays(
-        token_places=[294, 0, 1, 2, 100, 101, 384, 384],
+        token_indices=[294, 0, 1, 2, 100, 101, 384, 384],
         last_tokens=[0, 3, 0, 0, 0, 0],
-        sampled_places=[295, 3, 384, 384, 384, 384],
+        sampled_indices=[295, 3, 384, 384, 384, 384],
         positions=[6, 0, 1, 2, 4, 5, 0, 0],
         slots=[50, 10, 11, 12, 30, 31, -1, -1],
         rotary_lengths=[7, 3, 3, 3, 9, 9, 0, 0],
@@ -147,7 +151,7 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
 
 
 def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
-    tables = RequestTables(num_rows=2, max_length=10, device=CPU)  # rows of 16
+    tables = DeviceTables(num_rows=2, max_length=10, device=CPU)  # rows of 16
     batch = Batch(
         rows=np.array([1], np.int32), starts=np.array([2], np.int32), lengths=np.array([2], np.int32),
         slots=np.array([5, 6], np.int32), samples=np.array([False]), num_decodes=0, admitted=(),
@@ -158,7 +162,7 @@ def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
     fill(arrays, batch, bucket, tables)
     assert arrays.slots.tolist() == [5, 6]
     assert arrays.query_starts.tolist() == [0, 2]
-    assert arrays.sampled_places.tolist() == [32], "a chunk that is not the last samples nothing"
+    assert arrays.sampled_indices.tolist() == [32], "a chunk that is not the last samples nothing"
 
 
 def test_the_model_is_told_of_prompts_without_cached_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

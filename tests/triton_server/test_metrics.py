@@ -91,7 +91,7 @@ DOCUMENTED = {
     "lightllm_requests_total": "counter", "lightllm_queued_requests": "gauge", "lightllm_running_requests": "gauge",
     "lightllm_kv_tokens_used": "gauge", "lightllm_kv_tokens_cached": "gauge", "lightllm_kv_tokens_total": "gauge",
     "lightllm_prompt_tokens_total": "counter", "lightllm_generated_tokens_total": "counter",
-    "lightllm_pauses_total": "counter", "lightllm_device_seconds_total": "counter",
+    "lightllm_preemptions_total": "counter", "lightllm_device_seconds_total": "counter",
     "lightllm_engine_up": "gauge", "lightllm_engine_restarts_total": "counter", "lightllm_queue_seconds": "histogram",
     "lightllm_time_to_first_token_seconds": "histogram", "lightllm_inter_token_seconds": "histogram",
     "lightllm_request_seconds": "histogram",

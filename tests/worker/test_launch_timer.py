@@ -15,7 +15,7 @@ import pytest
 
 from lightllm_backend.messages.channel import SUBMIT, pack_request
 from lightllm_backend.request import Request, SamplingParams
-from lightllm_backend.router.batch import Batch, StepOutput, StepResult
+from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker import launch_timer as pace_module
 from lightllm_backend.worker.batch_channel import BatchSender
@@ -73,7 +73,7 @@ class Simulation:
             sampling = SamplingParams(max_tokens=arrival.output, ignore_eos=True, seed=number)
             yield SUBMIT, (pack_request(Request(str(number), (number,) * arrival.prompt, sampling)), number)
 
-    def send(self, output: StepOutput) -> None:
+    def send(self, output: RouterOutput) -> None:
         self._left -= sum(chunk.finish_reason is not None for chunk in output.chunks)
 
     def tell(self, stats: object) -> None: ...
@@ -103,9 +103,9 @@ def as_usual(_begin: float, batch: Batch) -> float:
 
 
 def poisson(rate: float, count: int, prompt: int = 160) -> list[Arrival]:
-    chance, now, arrivals = random.Random(1), 0.0, []
+    rng, now, arrivals = random.Random(1), 0.0, []
     for _ in range(count):
-        now += chance.expovariate(rate)
+        now += rng.expovariate(rate)
         arrivals.append(Arrival(now, prompt))
     return arrivals
 
@@ -121,7 +121,7 @@ def simulate(
     return at_once, Simulation(arrivals, step_seconds, rows)
 
 
-def test_newcomers_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, late = simulate(monkeypatch, poisson(4, 200))
     assert np.median(at_once.waits) > 1.4 * STEP
     assert np.median(late.waits) < 0.75 * STEP
@@ -151,9 +151,9 @@ def test_a_step_that_ends_sooner_than_foreseen_is_noticed(monkeypatch: pytest.Mo
 
 
 def test_steps_that_take_long_for_once_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(2)
+    rng = random.Random(2)
     _, late = simulate(
-        monkeypatch, poisson(4, 100), lambda begin, batch: as_usual(begin, batch) * (5 if chance.random() < 0.02 else 1)
+        monkeypatch, poisson(4, 100), lambda begin, batch: as_usual(begin, batch) * (5 if rng.random() < 0.02 else 1)
     )
     assert np.median(late.waits) < STEP
     assert max(late.idle) < 1.2e-3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables on the device: how much memory they take beside the KV pool, and how newcomers get into them."""
+"""The tables on the device: how much memory they take beside the KV pool, and how admissions get into them."""
 
 import random
 from dataclasses import replace
@@ -16,8 +16,8 @@ from lightllm_backend.models.layers import RotaryEmbedding
 from lightllm_backend.models.model_config import ModelConfig, RopeScaling
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission
-from lightllm_backend.runner import device_batch
-from lightllm_backend.runner.device_batch import RequestTables
+from lightllm_backend.runner import device_tables
+from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.sampler import Sampler
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.warm_up import tokens_that_fit
@@ -36,9 +36,9 @@ SLOT_BYTES = KVStorage.slot_bytes(32, 8, 128, torch.bfloat16)
 
 @pytest.mark.parametrize(("num_rows", "max_length"), [(1, 2), (7, 16), (7, 17), (1000, 131072)])
 def test_the_bytes_of_the_tables_are_told_before_they_are_made(num_rows, max_length) -> None:
-    tables = RequestTables(num_rows, max_length, META)
-    assert tables.tokens.nbytes + tables.slots.nbytes == RequestTables.num_bytes(num_rows, max_length)
-    for table in (tables.tokens, tables.slots):
+    tables = DeviceTables(num_rows, max_length, META)
+    assert tables.token_ids.nbytes + tables.slots.nbytes == DeviceTables.num_bytes(num_rows, max_length)
+    for table in (tables.token_ids, tables.slots):
         assert table.shape[1] >= max_length
         assert table.stride(0) * table.element_size() % 64 == 0, "kernels are compiled for aligned rows"
 
@@ -53,12 +53,12 @@ def test_a_model_of_131072_positions_needs_about_a_gibibyte_of_tables(original, 
     positions = rotary.frequencies if rotary.is_dynamic else rotary.table
     assert positions.dtype == torch.float32
     assert positions.nbytes <= most
-    tables = RequestTables.num_bytes(1000, 131072)
+    tables = DeviceTables.num_bytes(1000, 131072)
     assert tables == 2 * 1001 * 131072 * 4
     assert tables + positions.nbytes < 1.05 * GIB
     # 126 GiB are 90 % of an H200's, 15 of them weights and 2 workspace.
     room = int((126 - 15 - 2) * GIB)
-    pool = tokens_that_fit(room, SLOT_BYTES, partial(RequestTables.num_bytes, 1000), 131072)
+    pool = tokens_that_fit(room, SLOT_BYTES, partial(DeviceTables.num_bytes, 1000), 131072)
     assert pool > 0.99 * room / SLOT_BYTES
 
 
@@ -68,7 +68,7 @@ def test_the_pool_and_its_tables_fill_what_is_left_and_no_more() -> None:
     for _ in range(300):
         num_rows, max_length = source.randint(1, 4000), int(2 ** source.uniform(1, 20))
         slot_bytes, room = int(2 ** source.uniform(6, 20)), int(2 ** source.uniform(20, 37))
-        table_bytes = partial(RequestTables.num_bytes, num_rows)
+        table_bytes = partial(DeviceTables.num_bytes, num_rows)
 
         def needed(slots: int) -> int:
             return slots * slot_bytes + table_bytes(min(max_length, slots + 1))  # noqa: B023
@@ -78,28 +78,28 @@ def test_the_pool_and_its_tables_fill_what_is_left_and_no_more() -> None:
         assert slots < 0 or needed(slots) <= room
         bounded += slots + 1 < max_length
     assert 30 < bounded < 270
-    assert tokens_that_fit(-5, 10, partial(RequestTables.num_bytes, 1), 100) < 1
+    assert tokens_that_fit(-5, 10, partial(DeviceTables.num_bytes, 1), 100) < 1
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 15])
-def test_newcomers_are_written_whatever_the_size_of_a_copy(monkeypatch, at_once) -> None:
-    monkeypatch.setattr(device_batch, "_ADMITTED_AT_ONCE", at_once)
-    tables = RequestTables(num_rows=4, max_length=32, device=CPU)
-    tables.tokens.fill_(-1)
+def test_admissions_are_written_whatever_the_size_of_a_copy(monkeypatch, at_once) -> None:
+    monkeypatch.setattr(device_tables, "_ADMITTED_AT_ONCE", at_once)
+    tables = DeviceTables(num_rows=4, max_length=32, device=CPU)
+    tables.token_ids.fill_(-1)
     tables.slots.fill_(-1)
     sampling = SamplingParams()
-    newcomers = [
+    admissions = [
         Admission(2, tuple(range(10, 19)), sampling, (90, 91), (70, 71, 72)),
         Admission(0, (5,), sampling),
         Admission(3, tuple(range(20, 32)), sampling, (), tuple(range(40, 51))),
     ]
-    tables.admit(newcomers, Staging(CPU))
+    tables.admit(admissions, Staging(CPU))
     expected_tokens, expected_slots = np.full((5, 32), -1), np.full((5, 32), -1)
-    for one in newcomers:
+    for one in admissions:
         known = one.prompt_ids + one.generated_ids
         expected_tokens[one.row, : len(known)] = known
         expected_slots[one.row, : len(one.cached_slots)] = one.cached_slots
-    assert (tables.tokens.numpy() == expected_tokens).all()
+    assert (tables.token_ids.numpy() == expected_tokens).all()
     assert (tables.slots.numpy() == expected_slots).all()
     assert tables.prompt_lengths.tolist() == [1, 0, 9, 12]
 
@@ -114,8 +114,8 @@ def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> No
 
     sampler = Sampler(SimpleNamespace(apply_penalties=apply_penalties), 3, [2])
     sampler.admit([0, 1], [SamplingParams(repetition_penalty=2.0)] * 2)
-    tables = RequestTables(num_rows=3, max_length=131072, device=CPU)
-    tables.tokens[:2, :9] = 4
+    tables = DeviceTables(num_rows=3, max_length=131072, device=CPU)
+    tables.token_ids[:2, :9] = 4
     logits = torch.tensor([[1.0, 1, 1, 1.5, 2, 1]] * 2)
     rows, lengths = np.array([0, 1], np.int32), np.array([5, 9], np.int32)
     tokens, _ = sampler.sample(logits, rows, lengths, tables, Staging(CPU))

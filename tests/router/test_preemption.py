@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences that are paused because the pool is too small for what was let in."""
+"""Sequences that are preempted because the pool is too small for what was let in."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ both_depths = pytest.mark.parametrize("depth", [0, 1])
 class RecklessAdmission:
     """Expects everybody to end at once."""
 
-    is_final = False
-
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
-    def draw(self) -> NDArray[np.float64]:
+    def draw_quantiles(self) -> NDArray[np.float64]:
         return np.zeros(1)
 
     def steps_left(self, demand: Demand) -> NDArray[np.int64]:
@@ -40,7 +38,7 @@ class RecklessAdmission:
     def usable(self, capacity: int) -> int:
         return capacity
 
-    def ended(self, length: int) -> None:
+    def record_length(self, length: int) -> None:
         self.lengths.append(length)
 
 
@@ -59,7 +57,7 @@ def test_the_newest_gives_way_and_goes_on_where_it_was(depth: int) -> None:
     loop.submit(second)
     loop.run()
     # 12 slots, then two a step: full after four steps, so "b" gives its 10 back. "a" ends with 15.
-    assert loop.router.stats().pauses_total == 1
+    assert loop.router.stats().preemptions_total == 1
     resumed = next(batch for batch in loop.batches[1:] if batch.admitted)
     tokens, _ = expected_answer(second, frozenset())
     assert resumed.admitted[0].prompt_ids == second.prompt_ids
@@ -78,18 +76,18 @@ def test_a_prompt_that_is_cut_gives_way_first(depth: int) -> None:
     requests = [make_request("a", 4, max_tokens=20), make_request("b", 4, max_tokens=20), make_request("c", 18)]
     for request in requests:
         loop.submit(request)
-    paused_at = None
+    preempted_at = None
     for step in range(200):
         loop.step()
-        if loop.router.stats().pauses_total and paused_at is None:
-            paused_at = step
+        if loop.router.stats().preemptions_total and preempted_at is None:
+            preempted_at = step
             assert loop.router.stats().running == 2
-    assert paused_at is not None
+    assert preempted_at is not None
     for request in requests:
         assert loop.answer(request.uid) == expected_answer(request, frozenset())
 
 
-def test_a_paused_sequence_is_in_front_of_those_that_wait() -> None:
+def test_a_preempted_sequence_is_in_front_of_those_that_wait() -> None:
     loop = make_loop(depth=0, capacity=20, max_running=2)
     for uid in ("a", "b", "c"):
         loop.submit(make_request(uid, 6, max_tokens=10))
@@ -100,13 +98,13 @@ def test_a_paused_sequence_is_in_front_of_those_that_wait() -> None:
 
 @both_depths
 @pytest.mark.parametrize("end", ["cancel", "stop", "deadline"])
-def test_a_paused_sequence_may_end(depth: int, end: str) -> None:
+def test_a_preempted_sequence_may_end(depth: int, end: str) -> None:
     now = [100.0]
     loop = make_loop(depth, capacity=20, clock=lambda: now[0], queue_timeout_s=3)
     first, second = make_request("a", 6, max_tokens=10), make_request("b", 6, max_tokens=10, deadline=150.0)
     loop.submit(first)
     loop.submit(second)
-    while not loop.router.stats().pauses_total:
+    while not loop.router.stats().preemptions_total:
         loop.step()
     now[0] += 10.0  # the queue's timeout is for those that have not begun
     loop.step()
@@ -124,7 +122,7 @@ def test_a_paused_sequence_may_end(depth: int, end: str) -> None:
     assert loop.router.stats().kv_tokens_used == 0
 
 
-def test_an_eos_of_a_step_in_flight_ends_a_paused_sequence() -> None:
+def test_an_eos_of_a_step_in_flight_ends_a_preempted_sequence() -> None:
     first, second = make_request("a", 6, max_tokens=10), make_request("b", 6, max_tokens=10)
     tokens, _ = expected_answer(second, frozenset())
     eos = tokens[4]
@@ -133,7 +131,7 @@ def test_an_eos_of_a_step_in_flight_ends_a_paused_sequence() -> None:
     loop.submit(make_request("a", 6, max_tokens=10, ignore_eos=True))
     loop.submit(second)
     loop.run()
-    assert loop.router.stats().pauses_total == 1
+    assert loop.router.stats().preemptions_total == 1
     assert loop.answer("b") == (tokens[:5], FinishReason.STOP)
     assert sum(len(batch.admitted) for batch in loop.batches) == 2, "it does not come back"
     assert loop.answer("a") == expected_answer(first, frozenset())
@@ -145,7 +143,7 @@ def test_tokens_that_are_late_are_waited_for() -> None:
     for uid in ("a", "b"):
         submit(router, make_request(uid, 5, max_tokens=9))
     planned = []
-    while not router.stats().pauses_total:
+    while not router.stats().preemptions_total:
         batch = router.next_batch()
         assert batch is not None
         planned.append((batch, runner.step(batch)))
@@ -167,7 +165,7 @@ def test_what_can_never_fit_alone_is_refused_all_the_same() -> None:
     loop.submit(request)
     loop.run()
     assert loop.answer("alone") == expected_answer(request, frozenset())
-    assert loop.router.stats().pauses_total == 0
+    assert loop.router.stats().preemptions_total == 0
 
 
 @both_depths

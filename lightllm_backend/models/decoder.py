@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder: the forward pass that LLaMA, BLOOM and their like share: embeddings, decoder layers, head.
+
+A model derives from it and makes the parts in its `__init__`: norms, attention and MLPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from lightllm_backend.models.layers import KVLayer, Rotation, StepInput
+from lightllm_backend.models.vocabulary import Embedding, Head, select_tokens
+from lightllm_backend.models.weights import HEAD, WeightSlot
+
+
+class Norm(Protocol):
+    """A norm of `x`, or of `residual += x`, which it updates in place."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+    def weight_map(self) -> dict[str, WeightSlot]: ...
+
+
+class SelfAttention(Protocol):
+    """Attention of a step's tokens, with its projections. A norm takes its output."""
+
+    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor: ...
+
+    def weight_map(self) -> dict[str, WeightSlot]: ...
+
+
+class MLP(Protocol):
+    """The feed-forward part of a layer. A norm takes its output."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def weight_map(self) -> dict[str, WeightSlot]: ...
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Attention and MLP, each behind a norm that first adds the previous output to the residual."""
+
+    attention_norm: Norm
+    attention: SelfAttention
+    mlp_norm: Norm
+    mlp: MLP
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
+        return {name: slot for part in parts for name, slot in part.weight_map().items()}
+
+
+class Decoder:
+    """One rank's part of a decoder-only model. causal_lm.CausalLM describes its methods."""
+
+    # Names in a checkpoint, which each model sets.
+    prefix: str
+    embedding_name: str
+    layers_name: str
+    old_buffers: tuple[str, ...]  # endings of tensors that old checkpoints carry beside the weights
+
+    # Parts, which each model makes.
+    embedding: Embedding
+    layers: list[DecoderLayer]
+    norm: Norm
+    head: Head
+    num_kv_heads: int
+    head_dim: int
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The hidden states [tokens, hidden_size] that enter the first layer."""
+        return self.embedding(input_ids)
+
+    def rotation(self, step: StepInput) -> Rotation:
+        """The rotary embeddings of the step's tokens."""
+        raise NotImplementedError
+
+    def forward(self, step: StepInput) -> Tensor:
+        rotation = self.rotation(step)
+        residual = self.embed(step.input_ids)
+        x, added = residual, None
+        # Written out here: a call of a layer would keep its input alive, as the caller's variable, to its end.
+        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
+            x = layer.attention_norm(x, added)
+            x = layer.attention(x, rotation, kv, step)
+            x = layer.mlp(layer.mlp_norm(x, residual))
+            added = residual
+        return self.head(self.norm(*select_tokens(x, residual, step.last_tokens)))
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        slots = self.embedding_weight_map()
+        for index, layer in enumerate(self.layers):
+            slots |= {f"{self.layers_name}.{index}.{name}": slot for name, slot in layer.weight_map().items()}
+        return slots | self.norm.weight_map() | self.head.weight_map()
+
+    def embedding_weight_map(self) -> dict[str, WeightSlot]:
+        """The weight map of all that comes before the first layer."""
+        return self.embedding.weight_map(self.embedding_name)
+
+    def ignores(self, name: str) -> bool:
+        return name.endswith(self.old_buffers) or (name == HEAD and self.head.tied)
