@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, Mailboxes, bits_of
 
 # Up to here each rank reads everything of the others; beyond, each sums a part and all read the sums.
 ONE_SHOT_BYTES = 256 << 10

@@ -33,7 +33,7 @@ from torch import Tensor
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.worker_group import worker_environment
 from lightllm_backend.kernels import launchers
-from lightllm_backend.kernels.mailboxes import Mailboxes
+from lightllm_backend.kernels.collective.mailboxes import Mailboxes
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result
 

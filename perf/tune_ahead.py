@@ -7,7 +7,7 @@
 What is timed is a whole decode step of a model of random weights in a CUDA graph, for what this kernel gains lies
 between products: by its own time it would be chosen too often. Product after product, all blocks that fit the shared
 memory are tried, and the best is kept where the step becomes quicker by it. What is found goes to
-lightllm_backend/kernels/linear_ahead.json; what other runs have found for other products and tokens stays there.
+lightllm_backend/kernels/linear/linear_ahead.json; what other runs have found for other products and tokens stays there.
 Products that models share are tuned with the first of them.
 """
 
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_ahead import registers_of
-from lightllm_backend.kernels.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
-from lightllm_backend.kernels.linear_splits import launch
+from lightllm_backend.kernels.linear.gated_linear import launch_gated
+from lightllm_backend.kernels.linear.linear_ahead import registers_of
+from lightllm_backend.kernels.linear.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
+from lightllm_backend.kernels.linear.linear_splits import launch
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
 from perf.shapes import SHAPES

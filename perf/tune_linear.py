@@ -6,8 +6,8 @@
 
 All blocks that fit the shared memory, and of linear_tiles the few in TILES, are timed in a CUDA graph, a norm behind
 each product as in a model, on weights that together are too large for the L2 cache. cuBLAS is timed beside them, and
-keeps the products at which it is as quick. What is found goes to lightllm_backend/kernels/linear_blocks.json; what
-other runs have found for other GPUs, products and numbers of tokens stays there.
+keeps the products at which it is as quick. What is found goes to lightllm_backend/kernels/linear/linear_blocks.json;
+what other runs have found for other GPUs, products and numbers of tokens stays there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_blocks import (
+from lightllm_backend.kernels.linear.gated_linear import launch_gated
+from lightllm_backend.kernels.linear.linear_blocks import (
     FEW_TOKENS,
     MORE_TOKENS,
     STORED,
@@ -34,9 +34,9 @@ from lightllm_backend.kernels.linear_blocks import (
     product_name,
     stored_blocks,
 )
-from lightllm_backend.kernels.linear_splits import launch
-from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
-from lightllm_backend.kernels.rms_norm import rms_norm
+from lightllm_backend.kernels.linear.linear_splits import launch
+from lightllm_backend.kernels.linear.linear_tiles import BLOCK_TOKENS
+from lightllm_backend.kernels.norm.rms_norm import rms_norm
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE
 from perf.kernels.measure import seconds_of

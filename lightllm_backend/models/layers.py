@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import HasWeights, WeightSlot

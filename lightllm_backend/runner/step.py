@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill

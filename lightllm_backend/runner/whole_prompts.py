@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllm_backend.kernels.whole_prompts import TILE_TOKENS, WholePrompts
+from lightllm_backend.kernels.attention.whole_prompts import TILE_TOKENS, WholePrompts
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.staging import Staging
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, Mailboxes, bits_of
 from perf.kernels.measure import Arguments, Case, Place
 
 SIZES = [(tokens, dim) for dim in (4096, 8192) for tokens in (1, 32, 256)]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from perf.kernels.measure import Arguments, Case, Place
 from perf.kernels.pool import pool_arguments, pool_bytes

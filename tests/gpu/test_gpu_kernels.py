@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.kernels.hardware import GLUON_TRIED
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
@@ -174,7 +174,7 @@ def test_products_whose_weights_are_copied_ahead(
     dtype: torch.dtype,
 ) -> None:
     """Behind the kernel that writes what they read, twice; sizes that fill no tile, and of fewer steps than stages."""
-    from lightllm_backend.kernels.linear_ahead import launch_ahead
+    from lightllm_backend.kernels.linear.linear_ahead import launch_ahead
 
     rows = features * (2 if is_gated else 1)
     weight = (torch.randn(rows, in_features, device=DEVICE) / in_features**0.5).to(dtype)

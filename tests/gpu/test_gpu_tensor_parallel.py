@@ -84,7 +84,8 @@ for rows in (1, 5, 64, 100):  # one shot, two shots, and more than the buffer ho
 
 MAILING_RANK = """
 import random, sys, time, torch
-from lightllm_backend.kernels import launchers, mailboxes
+from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.collective import mailboxes
 from lightllm_backend.parallel import TensorParallel
 mailboxes.TWO_SHOTS_SAVE = 128 << 10
 rank, size, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])

@@ -17,10 +17,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightllm_backend.kernels import gated_linear, launchers, linear_blocks, linear_splits, prefill_attention_hopper
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
-from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.attention import prefill_attention_hopper
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.collective.mailboxes import Mailboxes, bits_of
+from lightllm_backend.kernels.linear import gated_linear, linear_blocks, linear_splits
+from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
 from tests.kernels.pretended_gpu import pretend_gpu
 
 POINTERS = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels import launchers, mailboxes, reference
-from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.collective import mailboxes
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes, bits_of
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import gated_tiles, launchers, reference
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.linear import gated_tiles
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # see test_linear

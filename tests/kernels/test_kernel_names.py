@@ -12,17 +12,11 @@ import pytest
 from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers, reference
 
-NOT_KERNELS = {
-    "__init__",
-    "dependent_launch",
-    "gluon",
-    "hardware",
-    "kv_scales",
-    "launchers",
-    "linear_blocks",
-    "mailboxes",
-}
-NOT_KERNELS |= {"reference", "whole_prompts"}
+FOLDER = Path(kernels.__file__).parent
+
+# What the kernels share, and the references.
+NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "launchers", "reference"}
+NOT_KERNELS |= {"kv_scales", "linear_blocks", "mailboxes", "whole_prompts"}
 # Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
 
@@ -36,8 +30,17 @@ def _functions(module):
 
 
 def test_launchers_and_references_have_the_same_names():
-    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")} - NOT_KERNELS
-    assert set(_functions(launchers)) == set(_functions(reference)) == set(launchers.__all__) == files
+    files = sorted(path.stem for path in FOLDER.rglob("*.py") if path.stem not in NOT_KERNELS)
+    assert files == sorted(launchers.__all__) == sorted(reference.__all__)
+    assert set(_functions(launchers)) == set(_functions(reference)) == set(files)
+
+
+@pytest.mark.parametrize("name", launchers.__all__)
+def test_a_kernel_and_its_reference_are_in_one_folder(name):
+    launcher, plain = (_functions(module)[name].__module__ for module in (launchers, reference))
+    assert launcher.rpartition(".")[0] == plain.rpartition(".")[0]
+    assert launcher.endswith(f".{name}")
+    assert plain.endswith(".reference")
 
 
 @pytest.mark.parametrize("name", launchers.__all__)
@@ -57,5 +60,5 @@ def test_select():
 
 def test_a_cpu_engine_needs_no_triton_lang():
     code = "import sys; from lightllm_backend.kernels import select; select('cpu'); assert 'triton' not in sys.modules"
-    root = Path(kernels.__file__).parents[2]
+    root = FOLDER.parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, linear_blocks, reference
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.linear import linear_blocks
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # the interpreter's matrix products are wrong in bfloat16, which the GPU tests have

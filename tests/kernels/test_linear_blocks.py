@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightllm_backend.kernels import gated_linear, linear_blocks, linear_splits
+from lightllm_backend.kernels.linear import gated_linear, linear_blocks, linear_splits
 
 CHOICES = [(12288, 4096, False), (64, 128, False), (576, 1536, False), (2048, 2048, False), (1024, 640, True)]
 
@@ -59,7 +59,7 @@ def test_where_it_is(monkeypatch):
 def test_others_launch_it(is_gated, monkeypatch):
     launched = []
     module = SimpleNamespace(launch_ahead=lambda *arguments, **keywords: launched.append((arguments, keywords)))
-    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.linear_ahead", module)
+    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.linear.linear_ahead", module)
     x, weight, blocks = torch.empty(8, 64), torch.empty(64, 64), linear_blocks.LinearBlocks(64, 64, 3, 4, 1, 2)
     launch = gated_linear.launch_gated if is_gated else linear_splits.launch
     out = torch.empty(8, 32) if is_gated else torch.empty(1, 8, 64)

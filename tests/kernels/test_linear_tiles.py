@@ -4,10 +4,11 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, linear_blocks, reference
+from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.hardware import has_descriptors
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
-from lightllm_backend.kernels.linear_tiles import launch_tiles
+from lightllm_backend.kernels.linear import linear_blocks
+from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks
+from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # see test_linear

@@ -4,7 +4,9 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import hardware, launchers, prefill_attention, reference
+from lightllm_backend.kernels import hardware, launchers, reference
+from lightllm_backend.kernels.attention import prefill_attention
+from lightllm_backend.kernels.attention import reference as attention
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
@@ -96,7 +98,7 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
     options = Variant(alibi=True).options(pool, 3)
     expected = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     monkeypatch.setattr(reference, "_BIAS_ELEMENTS", 2 * 3 * 64)
-    assert list(reference._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
+    assert list(attention._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
     out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     assert relative_error(out, expected) < 1e-6
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, prefill_attention, reference
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.attention import prefill_attention
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import TOLERANCE, make_pool, relative_error, split_new, starts_of
 

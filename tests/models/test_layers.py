@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, Mailboxes
 from lightllm_backend.models.layers import Placement, RowLinear
 from lightllm_backend.models.llama import RMSNorm
 from lightllm_backend.models.vocabulary import Embedding, Head

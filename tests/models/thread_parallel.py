@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, Mailboxes
 from lightllm_backend.parallel import TensorParallel
 
 

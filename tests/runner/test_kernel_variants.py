@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightllm_backend.kernels.merge_splits import split_count
-from lightllm_backend.kernels.prefill_attention import choose_blocks
+from lightllm_backend.kernels.attention.merge_splits import split_count
+from lightllm_backend.kernels.attention.prefill_attention import choose_blocks
 from lightllm_backend.runner.warm_up import _attention_batches
 from lightllm_backend.worker.load import _MEASURED_LENGTH
 

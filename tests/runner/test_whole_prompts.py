@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lightllm_backend.kernels.whole_prompts import TILE_TOKENS
+from lightllm_backend.kernels.attention.whole_prompts import TILE_TOKENS
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 
 

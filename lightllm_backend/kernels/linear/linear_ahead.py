@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
-from lightllm_backend.kernels.linear_blocks import LinearBlocks, block_of
+from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks, block_of
 
 # Registers: of a multiprocessor; of the producer's threads; and of others', which need no more.
 _MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MOST_REGISTERS = 65536, 24, 168

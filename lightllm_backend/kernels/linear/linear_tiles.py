@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
+from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks
 
 BLOCK_TOKENS = 128
 

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels import gated_tiles
+from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.linear import linear
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
-from lightllm_backend.kernels.linear_tiles import launch_tiles
-from lightllm_backend.kernels.silu_and_mul import silu_and_mul
+from lightllm_backend.kernels.linear import gated_tiles
+from lightllm_backend.kernels.linear.linear import linear
+from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -73,7 +73,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
     tokens, in_features = x.shape
     features = out.shape[1]
     if blocks.side_by_side:
-        from lightllm_backend.kernels.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
+        from lightllm_backend.kernels.linear.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
 
         launch_ahead(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
         return

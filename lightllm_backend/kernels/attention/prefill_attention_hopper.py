@@ -20,10 +20,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from lightllm_backend.kernels.attention.merge_splits import LOG2_E
+from lightllm_backend.kernels.attention.whole_prompts import TILE_TOKENS
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
-from lightllm_backend.kernels.merge_splits import LOG2_E
-from lightllm_backend.kernels.whole_prompts import TILE_TOKENS
 
 # Tiles of queries, and of keys and values, that are in shared memory at once: all that there is room for.
 _QUERY_STAGES, _STAGES = 2, 2

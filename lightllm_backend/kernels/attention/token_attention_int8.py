@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, has_ptx, multiprocessor_count
-from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
-from lightllm_backend.kernels.merge_splits import (
+from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
+from lightllm_backend.kernels.attention.merge_splits import (
     LOG2_E,
     NO_WINDOW,
     TokenBlocks,
@@ -25,7 +23,9 @@ from lightllm_backend.kernels.merge_splits import (
     split_count,
     split_range,
 )
-from lightllm_backend.kernels.rotary_kv_write import quantize, rotated, scale_of
+from lightllm_backend.kernels.attention.rotary_kv_write import quantize, rotated, scale_of
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
-from lightllm_backend.kernels.linear_tiles import launch_tiles
+from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -72,7 +72,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
     tokens, in_features = x.shape
     out_features = weight.shape[0]
     if blocks.side_by_side:
-        from lightllm_backend.kernels.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
+        from lightllm_backend.kernels.linear.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
 
         launch_ahead(x, weight, bias, out, blocks, is_gated=False)
         return

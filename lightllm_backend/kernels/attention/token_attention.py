@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
-from lightllm_backend.kernels.merge_splits import (
+from lightllm_backend.kernels.attention.merge_splits import (
     LOG2_E,
     NO_WINDOW,
     TokenBlocks,
@@ -27,8 +25,10 @@ from lightllm_backend.kernels.merge_splits import (
     split_count,
     split_range,
 )
-from lightllm_backend.kernels.rotary_kv_write import rotated
-from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
+from lightllm_backend.kernels.attention.rotary_kv_write import rotated
+from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
 
 
 def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.reference import IN_PROMPT
+from lightllm_backend.kernels.sampling.reference import IN_PROMPT
 
 _BLOCK = 1024
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 
 # Elements of a program's tile: some heads of one token.
 _TILE = 2048

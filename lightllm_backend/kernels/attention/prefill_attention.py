@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.kv_scales import scale_pairs
+from lightllm_backend.kernels.attention.merge_splits import LOG2_E
+from lightllm_backend.kernels.attention.token_attention_int8 import unpack_scales
+from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capability, has_descriptors
-from lightllm_backend.kernels.kv_scales import scale_pairs
-from lightllm_backend.kernels.merge_splits import LOG2_E
-from lightllm_backend.kernels.token_attention_int8 import unpack_scales
-from lightllm_backend.kernels.whole_prompts import WholePrompts
 
 try:
-    from lightllm_backend.kernels import prefill_attention_hopper as hopper
+    from lightllm_backend.kernels.attention import prefill_attention_hopper as hopper
 except (ImportError, AttributeError):  # Triton-lang has no Gluon, or another one
     hopper = None  # type: ignore[assignment]
 

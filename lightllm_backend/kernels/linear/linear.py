@@ -4,9 +4,9 @@
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.linear_blocks import blocks_for
-from lightllm_backend.kernels.linear_splits import launch
-from lightllm_backend.kernels.sum_splits import sum_splits
+from lightllm_backend.kernels.linear.linear_blocks import blocks_for
+from lightllm_backend.kernels.linear.linear_splits import launch
+from lightllm_backend.kernels.linear.sum_splits import sum_splits
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch of the sum over ranks with its norm."""
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels.collective.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
+from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
+
+
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, mailboxes: Mailboxes) -> Tensor:
+    """rms_norm of `residual +=` the sum of all ranks' `x`, each rounded to the residual's type before it is sent.
+
+    All ranks call it alike, and get the same bits. `x` may be the parts of this rank's product, as for rms_norm.
+    """
+    tokens, rank = x.shape[-2], mailboxes.rank
+    own, ranks = mailboxes.boxes[rank], len(mailboxes.boxes)
+    token, turn = torch.arange(tokens, device=x.device), mailboxes.turns[:tokens].long()
+    product = sum_of_parts(x).to(residual.dtype).contiguous().view(own.dtype)
+
+    def send(receiver: int, rows: Tensor, bits: Tensor) -> None:
+        bits = bits.masked_fill(bits == EMPTY, SENT_FOR_EMPTY)
+        mailboxes.boxes[receiver][turn[rows], rank, token[rows]] = bits
+
+    def receive(senders: Tensor, rows: Tensor) -> Tensor:
+        place = (turn[rows], senders, token[rows])
+        while bool(((arrived := own[place]) == EMPTY).any()):
+            pass
+        own[place] = EMPTY
+        return arrived.view(residual.dtype)
+
+    in_two_shots = mailboxes.take_two_shots(tokens)
+    # Who adds up a row.
+    adders = [token % ranks == other if in_two_shots else token >= 0 for other in range(ranks)]
+    for other in range(ranks):
+        send(other, adders[other], product[adders[other]])
+    mine, theirs = adders[rank], ~adders[rank]
+    arrived = [receive(torch.full_like(token[mine], sender), mine) for sender in range(ranks)]
+    residual[mine] = (residual[mine].float() + torch.stack(arrived).float().sum(0)).to(residual.dtype)
+    if in_two_shots:
+        for other in range(ranks):
+            if other != rank:
+                send(other, mine, residual[mine].view(own.dtype))
+        residual[theirs] = receive(token[theirs] % ranks, theirs)
+    mailboxes.turns[:tokens] = 1 - turn
+    return rms_norm(residual, weight, eps)
