@@ -3,7 +3,7 @@
 
 One process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks: NCCL on
 GPUs, gloo on a CPU. On GPUs that can read each other's memory, the messages of a decode step are summed through
-symmetric memory instead, at half of NCCL's latency; where a norm follows, by the norm, through mailboxes.
+symmetric memory instead, at half of NCCL's latency; where a norm follows, by the norm, through Lamport buffers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lightllm_backend.kernels.collective.mailboxes import EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers, bits_type_of
 
 # Up to here each rank reads everything of the others; beyond, each sums a part and all read the sums.
 ONE_SHOT_BYTES = 256 << 10
 # The kernels read this much at a time, and cut a message into as many parts as there are ranks.
 VECTOR_BYTES = 16
-# The largest message that goes through mailboxes, which take 2 * ranks times its size.
+# The largest message that goes through Lamport buffers, which take 2 * ranks times its size.
 MAILED_BYTES = 16 << 20
 
 # Its new name, of torch 2.13, and its old one.
@@ -77,10 +77,10 @@ class TensorParallel:
         """Where to write a product [rows, columns] that goes to `all_reduce` next, to save a copy; None: anywhere."""
         return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
 
-    def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
+    def lamport_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
         """Through which a norm is to sum products [rows, columns] itself; None: `all_reduce` is."""
-        mailboxes = self.symmetric.mailboxes if self.symmetric else None
-        return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
+        buffers = self.symmetric.lamport_buffers if self.symmetric else None
+        return buffers if buffers is not None and buffers.fit(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten with it."""
@@ -118,7 +118,7 @@ class TensorParallel:
 
 
 class SymmetricMemory:
-    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels; and mailboxes.
+    """One buffer a rank that all GPUs of the group map, and sums over them by torch's own kernels; and Lamport buffers.
 
     The buffer and its addresses never change, so a CUDA graph may use them. The kernels begin and end with all ranks
     waiting for each other: once a sum is there, everybody has read this rank's buffer, and the next may be written.
@@ -126,7 +126,7 @@ class SymmetricMemory:
     rank. The kernels know float32 and bfloat16. The multicast (NVLS) ones are not used.
     """
 
-    mailboxes: Mailboxes | None
+    lamport_buffers: LamportBuffers | None
 
     def __init__(self, rank: int, size: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         """Collective. Raises whatever torch or the driver does where there is no such memory."""
@@ -148,16 +148,16 @@ class SymmetricMemory:
         # The kernels look the handle up by the buffer and the group; kept, so that it lives as long as they.
         self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
 
-        bits = bits_of(dtype)
+        bits = bits_type_of(dtype)
         shape = (2, size, max(1, MAILED_BYTES // (columns * bits.itemsize)), columns)
         with torch.inference_mode(mode=False):
             own = _symmetric_memory.empty(shape, dtype=bits, device=device)
-        self._mailbox_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
+        self._lamport_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
         own.fill_(EMPTY)
         handle.barrier()  # nobody writes before
         offset = (own.data_ptr() - handle.buffer_ptrs[rank]) // bits.itemsize
-        boxes = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
-        self.mailboxes = Mailboxes.of(boxes, rank)
+        by_rank = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
+        self.lamport_buffers = LamportBuffers.of(by_rank, rank)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The beginning of the buffer as [shape]; None if such a message does not fit there."""

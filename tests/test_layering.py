@@ -23,7 +23,7 @@ ALLOWED = {
     "router": ("kv_pool.allocator", "request", "config"),
     "kv_pool.allocator": (),
     "kv_pool.storage": (),
-    "parallel": ("kernels.collective.mailboxes",),
+    "parallel": ("kernels.collective.lamport_buffers",),
 }
 
 # A layer, and the packages that it may import besides the standard library.

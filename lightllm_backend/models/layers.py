@@ -172,9 +172,9 @@ class RowLinear:
         return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
 
     def unsummed(self, x: Tensor) -> Tensor:
-        """This rank's product alone, for a norm that has it summed; in parts where they go through mailboxes."""
-        mailboxes = self.parallel.mailboxes(x.shape[0], self.weight.shape[0])
-        return self._parts(x) if self.parallel.size == 1 or mailboxes else self._whole(x)
+        """This rank's product alone, for a norm that has it summed; in parts where they go through Lamport buffers."""
+        buffers = self.parallel.lamport_buffers(x.shape[0], self.weight.shape[0])
+        return self._parts(x) if self.parallel.size == 1 or buffers else self._whole(x)
 
     def _parts(self, x: Tensor) -> Tensor:
         parts: Tensor = self.kernels.linear_splits(x, self.weight, self._added_bias)

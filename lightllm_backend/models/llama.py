@@ -41,8 +41,8 @@ class RMSNorm:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         normalized: Tensor
         if residual is not None:
-            if mailboxes := self.parallel.mailboxes(*x.shape[-2:]):
-                normalized = self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, mailboxes)
+            if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
+                normalized = self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers)
                 return normalized
             x = self.parallel.all_reduce(x)
         normalized = self.kernels.rms_norm(x, self.weight, self.eps, residual)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kernels.attention import prefill_attention_hopper
 from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
-from lightllm_backend.kernels.collective.mailboxes import Mailboxes, bits_of
+from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
 from lightllm_backend.kernels.linear import gated_linear, linear_blocks, linear_splits
 from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -76,9 +76,11 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     logits = torch.zeros(4, vocab_size)
     weight = torch.empty(heads * head_dim, dtype=dtype)
     launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
-    boxes = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_of(dtype))] * 4
+    buffers = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_type_of(dtype))] * 4
     for rows in (1, len(q)):  # in one shot, in two
-        launchers.all_reduce_rms_norm(q[:rows].flatten(1), weight, 1e-5, q.flatten(1), Mailboxes.of(boxes, rank=2))
+        launchers.all_reduce_rms_norm(
+            q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2)
+        )
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The sum of all ranks' products, its addition to the residual, and the root-mean-square norm of that, in one kernel.
+"""All-reduce of a product, addition to the residual, and root-mean-square norm, in one kernel.
 
-Each program sends its row to the other ranks and waits for theirs (see mailboxes.py), not for other programs of its own
-rank. A GPU starts programs in order: of the rows that are not done, the first is under way on all ranks, or will be, so
-that there is always one that gets on, however few have room at once.
+Each program handles one row: it sends the row to the other ranks and waits for theirs (see lamport_buffers.py), never
+for other programs of its own rank. GPUs start programs in order, so the first unfinished row is running, or will run,
+on all ranks: there is always progress, however few programs fit at once.
 
-In one shot every rank sends its row to all others, and all add. In two, a row has an owner, who alone receives the
-others', adds them and the residual, and sends the sum back: two ways instead of one for 2 / ranks of the bytes.
+One shot: every rank sends its row to all others, and all of them add. Two shots: each row has an owner, which alone
+receives the others' rows, adds them and the residual, and sends the sum back: two trips instead of one, for 2 / ranks
+of the bytes.
 """
 
 import torch
@@ -15,33 +16,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.collective.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 
 @triton.jit
-def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, box_type: tl.constexpr):
-    bits = row.to(box_type, bitcast=True)
-    return tl.where(bits == empty, sent_for_empty, bits).to(box_type)
+def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, bits_type: tl.constexpr):
+    bits = row.to(bits_type, bitcast=True)
+    return tl.where(bits == empty, sent_for_empty, bits).to(bits_type)
 
 
 @triton.jit
-def _send(boxes, receiver, own_box, offset, bits, live):
-    box = tl.multiple_of(tl.load(boxes + receiver).to(own_box.dtype), 16)
-    # Written through to the other GPU's memory at once.
-    tl.store(box + offset, bits, mask=live, cache_modifier=".wt")
+def _send(buffers, receiver, own_buffer, offset, bits, live):
+    buffer = tl.multiple_of(tl.load(buffers + receiver).to(own_buffer.dtype), 16)
+    # Write through to the other GPU's memory at once.
+    tl.store(buffer + offset, bits, mask=live, cache_modifier=".wt")
 
 
 @triton.jit
-def _send_to_others(boxes, own_box, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr):
-    # Not all to the same rank at first.
+def _send_to_others(
+    buffers, own_buffer, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr
+):
+    # Start with different receivers.
     for distance in tl.static_range(1, ranks):
-        _send(boxes, (rank + distance) % ranks, own_box, first + rank * sender_stride + column, bits, live)
+        _send(buffers, (rank + distance) % ranks, own_buffer, first + rank * sender_stride + column, bits, live)
 
 
 @triton.jit
 def _receive(place, live, row_type: tl.constexpr, empty: tl.constexpr):
-    """One rank's row, as soon as all of it is there."""
+    """Poll for one rank's row until all of it has arrived, then clear its place."""
     bits = tl.load(place, mask=live, other=0, volatile=True)
     while tl.max((bits == empty).to(tl.int32), 0) > 0:
         bits = tl.load(place, mask=live, other=0, volatile=True)
@@ -61,7 +64,7 @@ def _receive_sum(
     ranks: tl.constexpr,
     empty: tl.constexpr,
 ):
-    """Of all ranks' rows, float32, in order of rank, so that whoever adds comes to the same bits."""
+    """Sum all ranks' rows in float32, in order of rank, so that every rank gets the same bits."""
     total = tl.zeros(own_bits.shape, dtype=tl.float32)
     missing = 1
     while missing > 0:
@@ -88,14 +91,14 @@ def all_reduce_rms_norm_kernel(
     weight,
     residual,
     out,
-    own_box,
-    boxes,
+    own_buffer,
+    buffers,
     turns,
     x_stride,
     residual_stride,
     tokens,
     dim,
-    mailbox_rows,
+    buffer_rows,
     eps,
     rank: tl.constexpr,
     parts: tl.constexpr,
@@ -107,7 +110,7 @@ def all_reduce_rms_norm_kernel(
     block: tl.constexpr,
 ):
     row_type: tl.constexpr = residual.dtype.element_ty
-    box_type: tl.constexpr = own_box.dtype.element_ty
+    bits_type: tl.constexpr = own_buffer.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
@@ -116,25 +119,25 @@ def all_reduce_rms_norm_kernel(
     residual_row = residual + token * residual_stride + column
     before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     turn = tl.load(turns + token)
-    sender_stride = mailbox_rows * dim
-    first = (turn * ranks * mailbox_rows + token) * dim
-    place = own_box + (first + column)
+    sender_stride = buffer_rows * dim
+    first = (turn * ranks * buffer_rows + token) * dim
+    place = own_buffer + (first + column)
     own = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    own_bits = _bits(own.to(row_type), empty, sent_for_empty, box_type)
+    own_bits = _bits(own.to(row_type), empty, sent_for_empty, bits_type)
     if in_two_shots:
         owner = token % ranks
         if owner == rank:
             total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
             total = (before + total).to(row_type)
-            bits = _bits(total, empty, sent_for_empty, box_type)
-            _send_to_others(boxes, own_box, first, bits, live, sender_stride, column, rank, ranks)
+            bits = _bits(total, empty, sent_for_empty, bits_type)
+            _send_to_others(buffers, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
         else:
-            _send(boxes, owner, own_box, first + rank * sender_stride + column, own_bits, live)
+            _send(buffers, owner, own_buffer, first + rank * sender_stride + column, own_bits, live)
             total = _receive(place + owner * sender_stride, live, row_type, empty)
     else:
-        _send_to_others(boxes, own_box, first, own_bits, live, sender_stride, column, rank, ranks)
+        _send_to_others(buffers, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
         total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
         total = (before + total).to(row_type)
     tl.store(turns + token, 1 - turn)
@@ -146,11 +149,11 @@ def all_reduce_rms_norm_kernel(
     tl.store(out + token * dim + column, (normalized * scale).to(out.dtype.element_ty), mask=live)
 
 
-def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, mailboxes: Mailboxes) -> Tensor:
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
-    own = mailboxes.boxes[mailboxes.rank]
-    assert mailboxes.take(tokens, dim)
+    own = buffers.by_rank[buffers.rank]
+    assert buffers.fit(tokens, dim)
     assert own.itemsize == residual.itemsize
     assert x.stride(-1) == residual.stride(-1) == 1
     assert parts == 1 or x.stride(0) == tokens * x.stride(1)
@@ -165,18 +168,18 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         residual,
         out,
         own,
-        mailboxes.addresses,
-        mailboxes.turns,
+        buffers.addresses,
+        buffers.turns,
         x.stride(-2),
         residual.stride(0),
         tokens,
         dim,
         own.shape[2],
         eps,
-        rank=mailboxes.rank,
+        rank=buffers.rank,
         parts=parts,
         ranks=own.shape[1],
-        in_two_shots=mailboxes.take_two_shots(tokens),
+        in_two_shots=buffers.use_two_shots(tokens),
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,

@@ -4,23 +4,23 @@
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.collective.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
 
 
-def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, mailboxes: Mailboxes) -> Tensor:
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
     """rms_norm of `residual +=` the sum of all ranks' `x`, each rounded to the residual's type before it is sent.
 
     All ranks call it alike, and get the same bits. `x` may be the parts of this rank's product, as for rms_norm.
     """
-    tokens, rank = x.shape[-2], mailboxes.rank
-    own, ranks = mailboxes.boxes[rank], len(mailboxes.boxes)
-    token, turn = torch.arange(tokens, device=x.device), mailboxes.turns[:tokens].long()
+    tokens, rank = x.shape[-2], buffers.rank
+    own, ranks = buffers.by_rank[rank], len(buffers.by_rank)
+    token, turn = torch.arange(tokens, device=x.device), buffers.turns[:tokens].long()
     product = sum_of_parts(x).to(residual.dtype).contiguous().view(own.dtype)
 
     def send(receiver: int, rows: Tensor, bits: Tensor) -> None:
         bits = bits.masked_fill(bits == EMPTY, SENT_FOR_EMPTY)
-        mailboxes.boxes[receiver][turn[rows], rank, token[rows]] = bits
+        buffers.by_rank[receiver][turn[rows], rank, token[rows]] = bits
 
     def receive(senders: Tensor, rows: Tensor) -> Tensor:
         place = (turn[rows], senders, token[rows])
@@ -29,7 +29,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         own[place] = EMPTY
         return arrived.view(residual.dtype)
 
-    in_two_shots = mailboxes.take_two_shots(tokens)
+    in_two_shots = buffers.use_two_shots(tokens)
     # Who adds up a row.
     adders = [token % ranks == other if in_two_shots else token >= 0 for other in range(ranks)]
     for other in range(ranks):
@@ -42,5 +42,5 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
             if other != rank:
                 send(other, mine, residual[mine].view(own.dtype))
         residual[theirs] = receive(token[theirs] % ranks, theirs)
-    mailboxes.turns[:tokens] = 1 - turn
+    buffers.turns[:tokens] = 1 - turn
     return rms_norm(residual, weight, eps)
