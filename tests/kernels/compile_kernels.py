@@ -22,7 +22,13 @@ from lightllm_backend.kernels.attention import prefill_attention_hopper
 from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
 from lightllm_backend.kernels.linear import gated_linear, linear_blocks, linear_splits
-from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
+from lightllm_backend.kernels.linear.linear_blocks import (
+    FEW_TOKENS,
+    STORED,
+    STORED_PREFETCH,
+    LinearBlocks,
+    stored_blocks,
+)
 from tests.kernels.pretended_gpu import pretend_gpu
 
 POINTERS = {
@@ -122,7 +128,7 @@ def launch_stored(capability: str) -> None:
     """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
     chosen = {
         (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
-        for stored in (STORED, STORED_AHEAD)
+        for stored in (STORED, STORED_PREFETCH)
         for name, by_tokens in stored_blocks(stored).get(capability, {}).items()
         for tokens, blocks in by_tokens.items()
         if blocks is not None

@@ -18,7 +18,7 @@ FOLDER = Path(kernels.__file__).parent
 NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "launchers", "reference"}
 NOT_KERNELS |= {"kv_scales", "linear_blocks", "lamport_buffers", "whole_prompts"}
 # Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
-NOT_KERNELS |= {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
+NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 
 
 def _functions(module):

@@ -37,10 +37,12 @@ def test_what_is_chosen():
 
 def test_what_copies_ahead_is_preferred():
     product = (22016, 4096, True, (9, 0), 132)
-    assert linear_blocks.choose_blocks(33, *product, has_ahead=True).side_by_side > 0
-    assert linear_blocks.choose_blocks(33, *product).side_by_side == 0
-    assert linear_blocks.choose_blocks(1, 250880, 4096, False, (9, 0), 132, has_ahead=True).side_by_side == 0, "unknown"
-    assert linear_blocks.choose_blocks(33, 22016, 4096, True, (10, 0), 148, has_ahead=True).side_by_side == 0
+    assert linear_blocks.choose_blocks(33, *product, can_prefetch=True).programs_per_sm > 0
+    assert linear_blocks.choose_blocks(33, *product).programs_per_sm == 0
+    assert linear_blocks.choose_blocks(1, 250880, 4096, False, (9, 0), 132, can_prefetch=True).programs_per_sm == 0, (
+        "unknown"
+    )
+    assert linear_blocks.choose_blocks(33, 22016, 4096, True, (10, 0), 148, can_prefetch=True).programs_per_sm == 0
 
 
 def test_where_it_is(monkeypatch):
@@ -51,15 +53,15 @@ def test_where_it_is(monkeypatch):
     for tried, described in ((True, True), (True, False), (False, True)):
         monkeypatch.setattr(linear_blocks, "GLUON_TRIED", tried)
         monkeypatch.setattr(linear_blocks, "has_descriptors", lambda *tensors, described=described: described)
-        assert bool(linear_blocks.blocks_for(x, weight, is_gated=True).side_by_side) == (tried and described)
+        assert bool(linear_blocks.blocks_for(x, weight, is_gated=True).programs_per_sm) == (tried and described)
     assert linear_blocks.blocks_for(x.float(), weight.float(), is_gated=True) is None
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_others_launch_it(is_gated, monkeypatch):
     launched = []
-    module = SimpleNamespace(launch_ahead=lambda *arguments, **keywords: launched.append((arguments, keywords)))
-    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.linear.linear_ahead", module)
+    module = SimpleNamespace(launch_prefetch=lambda *arguments, **keywords: launched.append((arguments, keywords)))
+    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.linear.linear_prefetch", module)
     x, weight, blocks = torch.empty(8, 64), torch.empty(64, 64), linear_blocks.LinearBlocks(64, 64, 3, 4, 1, 2)
     launch = gated_linear.launch_gated if is_gated else linear_splits.launch
     out = torch.empty(8, 32) if is_gated else torch.empty(1, 8, 64)
@@ -76,7 +78,7 @@ def test_others_launch_it(is_gated, monkeypatch):
     assert parts.data_ptr() == out.data_ptr()
 
 
-@pytest.mark.parametrize("path", [linear_blocks.STORED, linear_blocks.STORED_AHEAD])
+@pytest.mark.parametrize("path", [linear_blocks.STORED, linear_blocks.STORED_PREFETCH])
 def test_stored_blocks_divide_their_weights(path):
     tables = linear_blocks.stored_blocks(path)
     assert "9.0" in tables
@@ -90,4 +92,4 @@ def test_stored_blocks_divide_their_weights(path):
                 assert blocks is None or out_features % blocks.out == 0
                 assert blocks is None or in_features % (blocks.inner * blocks.splits) == 0 or int(tokens) > 64
                 assert blocks is None or blocks.splits == 1 or not name.endswith("gated")
-                assert blocks is None or (blocks.side_by_side > 0) == (path == linear_blocks.STORED_AHEAD)
+                assert blocks is None or (blocks.programs_per_sm > 0) == (path == linear_blocks.STORED_PREFETCH)

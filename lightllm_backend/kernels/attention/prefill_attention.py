@@ -32,7 +32,7 @@ class PrefillBlocks(NamedTuple):
     tokens: int
     num_warps: int
     num_stages: int
-    most_registers: int | None = None  # a thread, so that more programs fit a multiprocessor
+    max_registers: int | None = None  # a thread, so that more programs fit a multiprocessor
 
 
 def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int], mean_length: float) -> PrefillBlocks:
@@ -222,7 +222,7 @@ def _attend_new(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["sequences", "least_cached"], do_not_specialize_on_alignment=["rows", "context_lengths"])
+@triton.jit(do_not_specialize=["sequences", "min_cached"], do_not_specialize_on_alignment=["rows", "context_lengths"])
 def prefill_attention_kernel(
     q,
     k,
@@ -253,7 +253,7 @@ def prefill_attention_kernel(
     table_stride,
     scale_stride,
     sequences,
-    least_cached,
+    min_cached,
     scale_log2,
     window,
     has_alibi: tl.constexpr,
@@ -278,7 +278,7 @@ def prefill_attention_kernel(
     cached = tl.load(context_lengths + sequence) - query_length
     row = tl.load(rows + sequence).to(tl.int64)
     wait_for_previous(is_dependent)
-    if (block * block_queries < query_length) & (cached >= least_cached):
+    if (block * block_queries < query_length) & (cached >= min_cached):
         slope_log2 = 0.0
         if has_alibi:
             slope_log2 = tl.load(alibi_slopes + head) * LOG2_E
@@ -390,13 +390,13 @@ def prefill_attention(
     assert out.stride(2) == 1
     if sequences == 0 or tokens == 0:
         return out
-    least_cached = 0
+    min_cached = 0
     is_plain = alibi_slopes is None and window == 0
     if whole_prompts is not None and is_plain and hopper is not None and hopper.is_made_for(q, k, v):
         hopper.prefill_attention_hopper(q, k, v, whole_prompts.tiles, scale, out)
         if whole_prompts.are_all:
             return out
-        least_cached = 1
+        min_cached = 1
     pairs, is_quantized = scale_pairs(k_pool, scales)
     blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device), tokens / sequences)
     k_tiles, v_tiles = tiles(k, blocks.tokens), tiles(v, blocks.tokens)
@@ -433,7 +433,7 @@ def prefill_attention(
         req_to_token.stride(0),
         pairs.stride(0),
         sequences,
-        least_cached,
+        min_cached,
         scale * LOG2_E.value,
         window,
         has_alibi=alibi_slopes is not None,
@@ -447,7 +447,7 @@ def prefill_attention(
         block_dim=max(16, triton.next_power_of_2(head_dim)),
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
-        maxnreg=blocks.most_registers,
+        maxnreg=blocks.max_registers,
         **dependent_launch(q.device),
     )
     return out

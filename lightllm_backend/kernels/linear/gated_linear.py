@@ -72,10 +72,10 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, bl
     """Write the result to `out` [tokens, features]."""
     tokens, in_features = x.shape
     features = out.shape[1]
-    if blocks.side_by_side:
-        from lightllm_backend.kernels.linear.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
+    if blocks.programs_per_sm:
+        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
 
-        launch_ahead(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
+        launch_prefetch(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
         return
     if tokens > FEW_TOKENS[-1]:
         launch_tiles(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)

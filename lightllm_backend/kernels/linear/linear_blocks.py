@@ -20,7 +20,7 @@ FEW_TOKENS = (16, 32, 64)
 MORE_TOKENS = (128, 256)
 
 STORED = Path(__file__).with_name("linear_blocks.json")
-STORED_AHEAD = STORED.with_name("linear_ahead.json")
+STORED_PREFETCH = STORED.with_name("linear_prefetch.json")
 
 
 class LinearBlocks(NamedTuple):
@@ -31,15 +31,15 @@ class LinearBlocks(NamedTuple):
     num_stages: int
     num_warps: int
     splits: int
-    # How many programs a multiprocessor is to run at once of linear_ahead, which is launched then; 0: another kernel.
-    side_by_side: int = 0
+    # Of linear_prefetch: how many programs are to share a multiprocessor. 0: the blocks are for another kernel.
+    programs_per_sm: int = 0
 
 
 @lru_cache
 def stored_blocks(path: Path = STORED) -> dict[str, dict[str, dict[str, list[int] | None]]]:
     """By compute capability and product, see `product_name`, and block of tokens; null: cuBLAS is quicker.
 
-    Written by perf/tune_linear.py and, where linear_ahead is quicker than what that has found, by perf/tune_ahead.py.
+    Written by perf/tune_linear.py and, where linear_prefetch is quicker, by perf/tune_prefetch.py.
     """
     stored: dict[str, dict[str, dict[str, list[int] | None]]] = json.loads(path.read_text())["blocks"]
     return stored
@@ -56,14 +56,14 @@ def choose_blocks(
     is_gated: bool,
     capability: tuple[int, int],
     multiprocessors: int,
-    has_ahead: bool = False,
+    can_prefetch: bool = False,
 ) -> LinearBlocks | None:
     """As stored. Few tokens of other products by a rule: the inner dimension is split until most multiprocessors have a
     program, and the fewer each has, the more reads it keeps in flight. None where the product is left to cuBLAS."""
     if not 0 < tokens <= MORE_TOKENS[-1] or capability < (8, 0):
         return None
     block_tokens = block_of(tokens)
-    for stored_in in (STORED_AHEAD, STORED) if has_ahead else (STORED,):
+    for stored_in in (STORED_PREFETCH, STORED) if can_prefetch else (STORED,):
         known = stored_blocks(stored_in).get("{}.{}".format(*capability), {})
         found = known.get(product_name(out_features, in_features, is_gated), {})
         if str(block_tokens) in found:
@@ -90,8 +90,8 @@ def blocks_for(x: Tensor, weight: Tensor, is_gated: bool = False) -> LinearBlock
         return None
     out_features, in_features = weight.shape
     capability, multiprocessors = compute_capability(x.device), multiprocessor_count(x.device)
-    has_ahead = are_described and GLUON_TRIED
-    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors, has_ahead)
+    can_prefetch = are_described and GLUON_TRIED
+    return choose_blocks(x.shape[0], out_features, in_features, is_gated, capability, multiprocessors, can_prefetch)
 
 
 def block_of(tokens: int) -> int:

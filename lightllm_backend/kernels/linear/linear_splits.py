@@ -71,10 +71,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: 
     """Write the parts to `out` [splits, tokens, out_features]."""
     tokens, in_features = x.shape
     out_features = weight.shape[0]
-    if blocks.side_by_side:
-        from lightllm_backend.kernels.linear.linear_ahead import launch_ahead  # not each Triton-lang has Gluon
+    if blocks.programs_per_sm:
+        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
 
-        launch_ahead(x, weight, bias, out, blocks, is_gated=False)
+        launch_prefetch(x, weight, bias, out, blocks, is_gated=False)
         return
     if tokens > FEW_TOKENS[-1]:
         launch_tiles(x, weight, bias, out, blocks, is_gated=False)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Products of few tokens on Hopper, whose weights are on their way before the kernel before has ended; in Gluon.
+"""Small-batch products for Hopper, in Gluon, that prefetch weights while the previous kernel drains.
 
-Weights depend on no kernel. So a program's producer, a single warp, fills shared memory with their first columns, waits
-for the kernel before only then, and goes on with the tokens that it has written; what lies between two products, a norm
-or the merging of attention's parts, is a time in which memory is read. Consumers of four warps or eight multiply.
-linear_splits and gated_linear launch it where it is stored that steps become quicker (see linear_blocks): that is most
-at 17 to 64 tokens. At more the tokens, which each program reads again, are as many bytes as the weights.
+Weights depend on no kernel. So the producer of a program, a single warp, first fills shared memory with the first
+columns of its weights, only then waits for the previous kernel, and goes on with the tokens that it wrote. Thus memory
+stays busy between two products, while a norm runs or the parts of attention are merged. Four or eight consumer warps
+multiply.
+
+Used for the shapes of linear_prefetch.json, mainly at 17 to 64 tokens. With more tokens, x, which each program reads
+again, is as many bytes as the weights.
 """
 
 from torch import Tensor
@@ -19,8 +21,8 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks, block_of
 
-# Registers: of a multiprocessor; of the producer's threads; and of others', which need no more.
-_MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MOST_REGISTERS = 65536, 24, 168
+# Registers of a multiprocessor, of each producer thread, and at most of each other thread.
+_MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MAX_REGISTERS = 65536, 24, 168
 
 
 @gluon.jit
@@ -97,14 +99,14 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["tokens", "steps"])
-def linear_ahead_kernel(
+def linear_prefetch_kernel(
     x_tiles, weight_tiles, bias, out, tokens, features, steps,
     has_bias: gl.constexpr, is_gated: gl.constexpr, is_dependent: gl.constexpr, block_tokens: gl.constexpr,
     block_out: gl.constexpr, block_inner: gl.constexpr, stages: gl.constexpr, consumer_warps: gl.constexpr,
     producer_registers: gl.constexpr,
 ):  # fmt: skip
-    """A block of features of all tokens, over one split of the inner dimension. As in linear_splits, the weight is the
-    left operand; if gated, half of its rows are of the gate's, half of the other's."""
+    """Computes a block of features for all tokens, over one split of the inner dimension. As in linear_splits, the
+    weight is the left operand; if gated, half of its rows belong to the gate, half to the up projection."""
     dtype: gl.constexpr = weight_tiles.dtype
     w_shared = gl.allocate_shared_memory(dtype, [stages, block_out, block_inner], weight_tiles.layout)
     x_shared = gl.allocate_shared_memory(dtype, [stages, block_tokens, block_inner], x_tiles.layout)
@@ -130,10 +132,13 @@ def linear_ahead_kernel(
     )
 
 
-def launch_ahead(
+def launch_prefetch(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks, is_gated: bool
 ) -> None:
-    """Write the parts to `out` [splits, tokens, features]; if gated, the one that there is."""
+    """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
+
+    `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
+    """
     tokens, in_features = x.shape
     features = out.shape[-1]
     block_tokens = block_of(tokens)
@@ -143,7 +148,7 @@ def launch_ahead(
     assert weight.shape == (features * (2 if is_gated else 1), in_features)
     assert in_features % (blocks.splits * blocks.inner) == 0
     assert blocks.splits == 1 or not is_gated
-    linear_ahead_kernel[(-(-features // rows), blocks.splits)](
+    linear_prefetch_kernel[(-(-features // rows), blocks.splits)](
         tile_descriptor(x, x.shape, (block_tokens, blocks.inner)),
         tile_descriptor(weight, weight.shape, (rows, blocks.inner)),
         x if bias is None else bias,
@@ -166,6 +171,6 @@ def launch_ahead(
 
 
 def registers_of(blocks: LinearBlocks) -> int:
-    """Of a thread, so that as many programs as planned run on a multiprocessor; the producer's warp counts as four."""
-    threads = 32 * (blocks.num_warps + 4) * blocks.side_by_side
-    return min(_MOST_REGISTERS, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)
+    """Registers per thread that let the planned programs share a multiprocessor; the producer's warp counts as four."""
+    threads = 32 * (blocks.num_warps + 4) * blocks.programs_per_sm
+    return min(_MAX_REGISTERS, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the products of few tokens at which linear_ahead is quicker, and how it cuts them best, and stores both.
+"""Finds the small-batch products that linear_prefetch makes quicker, and its best tiles for them, and stores both.
 
-    python -m perf.tune_ahead
-    python -m perf.tune_ahead --tokens 32,64 llama-7b
+    python -m perf.tune_prefetch
+    python -m perf.tune_prefetch --tokens 32,64 llama-7b
 
-What is timed is a whole decode step of a model of random weights in a CUDA graph, for what this kernel gains lies
-between products: by its own time it would be chosen too often. Product after product, all blocks that fit the shared
-memory are tried, and the best is kept where the step becomes quicker by it. What is found goes to
-lightllm_backend/kernels/linear/linear_ahead.json; what other runs have found for other products and tokens stays there.
-Products that models share are tuned with the first of them.
+It times whole decode steps of a model of random weights in a CUDA graph, since the kernel's gain lies between products:
+timed alone, it would be chosen too often. Product after product, it tries all blocks that fit the shared memory, and
+keeps the best if it makes the step quicker. The result goes to lightllm_backend/kernels/linear/linear_prefetch.json,
+where other products and token counts keep what earlier runs found. Products that models share are tuned with the first
+of these models.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from triton.runtime.errors import OutOfResources
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.linear.gated_linear import launch_gated
-from lightllm_backend.kernels.linear.linear_ahead import registers_of
-from lightllm_backend.kernels.linear.linear_blocks import STORED_AHEAD, LinearBlocks, product_name, stored_blocks
+from lightllm_backend.kernels.linear.linear_blocks import STORED_PREFETCH, LinearBlocks, product_name, stored_blocks
+from lightllm_backend.kernels.linear.linear_prefetch import registers_of
 from lightllm_backend.kernels.linear.linear_splits import launch
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
@@ -125,7 +125,7 @@ def _milliseconds(seconds: list[float]) -> str:
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tokens", default=",".join(map(str, BATCHES)), show_default=True, help="blocks of tokens")
 def main(models: tuple[str, ...], tokens: str) -> None:
-    table = stored_blocks(STORED_AHEAD).setdefault(capability(), {})
+    table = stored_blocks(STORED_PREFETCH).setdefault(capability(), {})
     done: set[Product] = set()
     for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
         step = DecodeStep(name, max(itertools.chain(*BATCHES.values())))
@@ -135,7 +135,7 @@ def main(models: tuple[str, ...], tokens: str) -> None:
         done.update(new)
         del step
         torch.cuda.empty_cache()
-    store(STORED_AHEAD, table, tokens)
+    store(STORED_PREFETCH, table, tokens)
 
 
 if __name__ == "__main__":
