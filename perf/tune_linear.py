@@ -25,16 +25,18 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lightllm_backend.kernels.linear.gated_linear import launch_gated
-from lightllm_backend.kernels.linear.linear_blocks import (
+from lightllm_backend.kernels.linear.choice import (
+    BLOCKS,
     FEW_TOKENS,
     MORE_TOKENS,
-    STORED,
+    Choice,
     LinearBlocks,
+    ProductKernel,
     product_name,
     stored_blocks,
 )
-from lightllm_backend.kernels.linear.linear_splits import launch
+from lightllm_backend.kernels.linear.gated_linear import launch_gated
+from lightllm_backend.kernels.linear.linear_splits import launch_product
 from lightllm_backend.kernels.linear.linear_tiles import BLOCK_TOKENS
 from lightllm_backend.kernels.norm.rms_norm import rms_norm
 from lightllm_backend.runner.compile_ahead import compile_ahead
@@ -121,12 +123,15 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     cublas = seconds_between_norms(lambda weight: functional.linear(x, weight), weights)
     times: dict[LinearBlocks | None, float] = {None: (1 - MARGIN) * (cublas + ACTIVATION_SECONDS * product.is_gated)}
 
+    kernel = ProductKernel.TILES if tokens in MORE_TOKENS else ProductKernel.SPLITS
+
     def run(weight: Tensor, blocks: LinearBlocks) -> None:
+        choice = Choice(kernel, blocks)
         if product.is_gated:
-            launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), blocks)
+            launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), choice)
         else:
             dtype = DTYPE if blocks.splits == 1 else torch.float32
-            launch(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), blocks)
+            launch_product(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), choice)
 
     tried = list(candidates(product, tokens))
     compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
@@ -143,12 +148,12 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
 def main(models: tuple[str, ...], tp: str, tokens: str) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
     found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
-    table = stored_blocks().setdefault(capability(), {})
+    table = stored_blocks(BLOCKS).setdefault(capability(), {})
     for product in tqdm(sorted(found), unit="product"):
         row = table.setdefault(product_name(*product[:3]), {})
         row.update({count: best_blocks(product, int(count)) for count in tokens.split(",")})
         torch.cuda.empty_cache()
-    store(STORED, table, tokens)
+    store(BLOCKS, table, tokens)
 
 
 def capability() -> str:

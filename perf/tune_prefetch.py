@@ -24,10 +24,17 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
 from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.linear.choice import (
+    PREFETCH_BLOCKS,
+    Choice,
+    LinearBlocks,
+    ProductKernel,
+    product_name,
+    stored_blocks,
+)
 from lightllm_backend.kernels.linear.gated_linear import launch_gated
-from lightllm_backend.kernels.linear.linear_blocks import STORED_PREFETCH, LinearBlocks, product_name, stored_blocks
 from lightllm_backend.kernels.linear.linear_prefetch import registers_of
-from lightllm_backend.kernels.linear.linear_splits import launch
+from lightllm_backend.kernels.linear.linear_splits import launch_product
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
 from perf.shapes import SHAPES
@@ -71,13 +78,14 @@ def compiled(product: Product, tokens: int) -> list[LinearBlocks]:
     expected = (reference.gated_linear if product.is_gated else reference.linear)(x, weight).float()
 
     def run(blocks: LinearBlocks) -> Tensor | None:
+        choice = Choice(ProductKernel.PREFETCH, blocks)
         try:
             if product.is_gated:
                 result = torch.empty_like(expected, dtype=DTYPE)
-                launch_gated(x, weight, None, result, blocks)
+                launch_gated(x, weight, None, result, choice)
                 return result
             parts = x.new_empty(blocks.splits, *expected.shape, dtype=DTYPE if blocks.splits == 1 else torch.float32)
-            launch(x, weight, None, parts, blocks)
+            launch_product(x, weight, None, parts, choice)
         except OutOfResources:
             return None
         return parts.float().sum(0)
@@ -125,7 +133,7 @@ def _milliseconds(seconds: list[float]) -> str:
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tokens", default=",".join(map(str, BATCHES)), show_default=True, help="blocks of tokens")
 def main(models: tuple[str, ...], tokens: str) -> None:
-    table = stored_blocks(STORED_PREFETCH).setdefault(capability(), {})
+    table = stored_blocks(PREFETCH_BLOCKS).setdefault(capability(), {})
     done: set[Product] = set()
     for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
         step = DecodeStep(name, max(itertools.chain(*BATCHES.values())))
@@ -135,7 +143,7 @@ def main(models: tuple[str, ...], tokens: str) -> None:
         done.update(new)
         del step
         torch.cuda.empty_cache()
-    store(STORED_PREFETCH, table, tokens)
+    store(PREFETCH_BLOCKS, table, tokens)
 
 
 if __name__ == "__main__":

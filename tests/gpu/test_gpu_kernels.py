@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.kernels.hardware import GLUON_TRIED
-from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks
+from lightllm_backend.kernels.linear.choice import LinearBlocks
 from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,

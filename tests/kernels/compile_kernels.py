@@ -21,12 +21,15 @@ from lightllm_backend.kernels import launchers
 from lightllm_backend.kernels.attention import prefill_attention_hopper
 from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
-from lightllm_backend.kernels.linear import gated_linear, linear_blocks, linear_splits
-from lightllm_backend.kernels.linear.linear_blocks import (
+from lightllm_backend.kernels.linear import choice as linear_choice
+from lightllm_backend.kernels.linear import gated_linear, linear_splits
+from lightllm_backend.kernels.linear.choice import (
+    BLOCKS,
     FEW_TOKENS,
-    STORED,
-    STORED_PREFETCH,
+    PREFETCH_BLOCKS,
+    Choice,
     LinearBlocks,
+    ProductKernel,
     stored_blocks,
 )
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -128,17 +131,19 @@ def launch_stored(capability: str) -> None:
     """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
     chosen = {
         (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
-        for stored in (STORED, STORED_PREFETCH)
-        for name, by_tokens in stored_blocks(stored).get(capability, {}).items()
+        for path in (BLOCKS, PREFETCH_BLOCKS)
+        for name, by_tokens in stored_blocks(path).get(capability, {}).items()
         for tokens, blocks in by_tokens.items()
         if blocks is not None
     }
     for tokens, is_gated, blocks in sorted(chosen):
         x, weight = (torch.empty(rows, 1024, dtype=torch.bfloat16) for rows in (tokens, 1024))
+        other = ProductKernel.TILES if tokens > FEW_TOKENS[-1] else ProductKernel.SPLITS
+        choice = Choice(ProductKernel.PREFETCH if blocks.programs_per_sm else other, blocks)
         if is_gated:
-            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), blocks)
+            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), choice)
         else:
-            linear_splits.launch(x, weight, None, x.new_empty(1, tokens, 1024), blocks)
+            linear_splits.launch_product(x, weight, None, x.new_empty(1, tokens, 1024), choice)
 
 
 def launch_variants(
@@ -162,7 +167,7 @@ def main() -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
     # They are to compile, whether or not this Triton-lang was tried on a GPU.
-    prefill_attention_hopper.GLUON_TRIED = linear_blocks.GLUON_TRIED = True
+    prefill_attention_hopper.GLUON_TRIED = linear_choice.GLUON_TRIED = True
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x).
+"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x), by the kernel that choice.py names.
 
-Of few tokens in one pass over both weights; of some more by linear_tiles, of many by gated_tiles, and where neither is
-of use by cuBLAS with the activation behind it.
+The kernel of this file is for up to 64 tokens: it reads both weights in one pass.
 """
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import gated_tiles
+from lightllm_backend.kernels.linear.choice import Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
-from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 
 
@@ -35,7 +34,7 @@ def gated_linear_kernel(
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """A block of features of all tokens: half of its tile's rows are of the gate's weight, half of the other's."""
+    """Computes a block of features for all tokens. Half of the tile's rows belong to the gate, half to `up`."""
     half: tl.constexpr = block_out // 2
     block = tl.program_id(0).to(tl.int64) * half
     row = tl.arange(0, block_out)
@@ -58,26 +57,28 @@ def gated_linear_kernel(
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tokens, features = x.shape[0], weight.shape[0] // 2
-    blocks = blocks_for(x, weight, is_gated=True)
-    if blocks is None:
-        if bias is None and gated_tiles.is_quicker(x, weight):
-            return gated_tiles.gated_tiles(x, weight)
+    choice = choice_for(x, weight, bias, is_gated=True)
+    if choice.kernel is ProductKernel.GATED_TILES:
+        return gated_tiles.gated_tiles(x, weight)
+    if choice.kernel is ProductKernel.UNFUSED:
         return silu_and_mul(linear(x, weight, bias))
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
-    launch_gated(x, weight, bias, out, blocks)
+    launch_gated(x, weight, bias, out, choice)
     return out
 
 
-def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks) -> None:
-    """Write the result to `out` [tokens, features]."""
+def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, choice: Choice) -> None:
+    """Write the result to `out` [tokens, features]; `weight` is [2 * features, in_features]."""
+    blocks = choice.blocks
+    assert blocks is not None
     tokens, in_features = x.shape
     features = out.shape[1]
-    if blocks.programs_per_sm:
+    if choice.kernel is ProductKernel.PREFETCH:
         from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
 
         launch_prefetch(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
         return
-    if tokens > FEW_TOKENS[-1]:
+    if choice.kernel is ProductKernel.TILES:
         launch_tiles(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
         return
     assert x.stride(1) == 1

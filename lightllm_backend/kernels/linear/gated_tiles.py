@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""What gated_linear launches for so many tokens that arithmetic takes all the time: both products and the activation.
+"""Both products of a gated feed-forward layer and the activation, for so many tokens that arithmetic bounds the time.
 
-cuBLAS multiplies as fast, but then the products are written, and read again by the activation. Here each multiprocessor
-has one program, which takes tile after tile. Triton-lang makes one loop of that and the inner one, so operands of the
-next tile are on their way while the result of one is computed and written.
+cuBLAS multiplies as fast, but writes the products, which the activation must read again. Here each multiprocessor runs
+one program, which computes tile after tile. Triton-lang flattens the loops over tiles and over the inner dimension into
+one, so operands of the next tile are copied while the result of one is computed and written.
 """
 
 import triton
@@ -12,15 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import (
-    TensorDescriptor,
-    compute_capability,
-    has_descriptors,
-    multiprocessor_count,
-)
+from lightllm_backend.kernels.hardware import TensorDescriptor, multiprocessor_count
 
-# Up to as many cuBLAS and silu_and_mul are as quick (measured on an H100 at its power limit).
-_TOO_FEW_TOKENS = 1024
 # A tile: tokens, features of the result, columns of the weight. Shared memory of Hopper has room for the operands of
 # four steps and one result.
 _TOKENS, _FEATURES, _INNER, _STAGES, _WARPS = 128, 128, 64, 4, 8
@@ -30,7 +23,7 @@ _GROUP = 16
 
 @triton.jit
 def _place(index, token_tiles, feature_tiles, group: tl.constexpr):
-    """Tile number `index`: within a group of tiles of tokens, those come first."""
+    """The row and column of tile `index`: within a group of token tiles, the token tiles come first."""
     of_group = group * feature_tiles
     first = index // of_group * group
     size = tl.minimum(token_tiles - first, group)
@@ -53,7 +46,7 @@ def gated_tiles_kernel(
     group: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One tile after the other; of the weight's rows in it half are the gate's, half the other's."""
+    """Computes one tile after the other; half of its weight rows belong to the gate, half to `up`."""
     tl.assume(steps > 0)  # see linear_tiles
     wait_for_previous(is_dependent)
     done = tl.program_id(0)
@@ -68,21 +61,10 @@ def gated_tiles_kernel(
             total = tl.dot(x_tiles.load([token_tile * block_tokens, step * block_inner]), weight.T, total)
         gate, up = tl.split(total.reshape(block_tokens, 2, block_features).permute(0, 2, 1))
         result = gate * tl.sigmoid(gate) * up
-        # Where it goes is counted again, so that the loop need not remember it.
+        # Compute the place again, so that the loop need not keep it in registers.
         token_tile, feature_tile = _place(done, token_tiles, feature_tiles, group)
         done += tl.num_programs(0)
         out_tiles.store([token_tile * block_tokens, feature_tile * block_features], result.to(out_tiles.dtype))
-
-
-def is_quicker(x: Tensor, weight: Tensor) -> bool:
-    """Than the product by cuBLAS with the activation behind it."""
-    return (
-        x.shape[0] > _TOO_FEW_TOKENS
-        and x.element_size() == 2
-        and compute_capability(x.device) == (9, 0)
-        and has_descriptors(x, weight)
-        and weight.shape[0] % 16 == 0  # so has the result
-    )
 
 
 def gated_tiles(x: Tensor, weight: Tensor) -> Tensor:

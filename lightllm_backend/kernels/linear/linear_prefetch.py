@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
-from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks, block_of
+from lightllm_backend.kernels.linear.choice import LinearBlocks, padded_tokens
 
 # Registers of a multiprocessor, of each producer thread, and at most of each other thread.
 _MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MAX_REGISTERS = 65536, 24, 168
@@ -106,7 +106,7 @@ def linear_prefetch_kernel(
     producer_registers: gl.constexpr,
 ):  # fmt: skip
     """Computes a block of features for all tokens, over one split of the inner dimension. As in linear_splits, the
-    weight is the left operand; if gated, half of its rows belong to the gate, half to the up projection."""
+    weight is the left operand; if gated, half of its rows belong to the gate, half to `up`."""
     dtype: gl.constexpr = weight_tiles.dtype
     w_shared = gl.allocate_shared_memory(dtype, [stages, block_out, block_inner], weight_tiles.layout)
     x_shared = gl.allocate_shared_memory(dtype, [stages, block_tokens, block_inner], x_tiles.layout)
@@ -141,7 +141,7 @@ def launch_prefetch(
     """
     tokens, in_features = x.shape
     features = out.shape[-1]
-    block_tokens = block_of(tokens)
+    block_tokens = padded_tokens(tokens)
     rows = blocks.out // 2 if is_gated else blocks.out
     assert weight.is_contiguous()
     assert out.is_contiguous()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Products of a few tokens with a weight, which take as long as it takes to be read. More go to linear_tiles or cuBLAS.
+"""Products of up to 64 tokens with a weight, bounded by the time to read the weight.
 
-Where the output features are too few to occupy the GPU, the inner dimension is split, and the parts are left to whoever
-reads them next to be added up: a norm does that on its way. How a product is cut best, see linear_blocks.
+Where the output features alone are too few to occupy the GPU, the inner dimension is split too. The next kernel adds
+the parts as it reads them: a norm does so at no extra cost. choice.py picks the blocks.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.linear.linear_blocks import FEW_TOKENS, LinearBlocks, blocks_for
+from lightllm_backend.kernels.linear.choice import Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 
 
@@ -34,8 +34,8 @@ def linear_splits_kernel(
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """A block of output features of all tokens, over one split of the inner dimension. The weight is the left operand:
-    its rows fill a tensor core's 64, which the few tokens could not."""
+    """Computes a block of output features for all tokens, over one split of the inner dimension. The weight is the left
+    operand: its rows fill the 64 of a tensor core, which so few tokens could not."""
     block = tl.program_id(0).to(tl.int64) * block_out
     split = tl.program_id(1)
     row = tl.arange(0, block_out)
@@ -58,25 +58,28 @@ def linear_splits_kernel(
 
 
 def linear_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    blocks = blocks_for(x, weight)
-    if blocks is None:
+    choice = choice_for(x, weight, bias)
+    if choice.blocks is None:
         return functional.linear(x, weight, bias).unsqueeze(0)
-    dtype = x.dtype if blocks.splits == 1 else torch.float32
-    out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
-    launch(x, weight, bias, out, blocks)
+    splits = choice.blocks.splits
+    dtype = x.dtype if splits == 1 else torch.float32
+    out = torch.empty((splits, x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+    launch_product(x, weight, bias, out, choice)
     return out
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks) -> None:
-    """Write the parts to `out` [splits, tokens, out_features]."""
+def launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, choice: Choice) -> None:
+    """Write the parts to `out` [splits, tokens, out_features]: float32, or of x's type if there is one split."""
+    blocks = choice.blocks
+    assert blocks is not None
     tokens, in_features = x.shape
     out_features = weight.shape[0]
-    if blocks.programs_per_sm:
+    if choice.kernel is ProductKernel.PREFETCH:
         from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
 
         launch_prefetch(x, weight, bias, out, blocks, is_gated=False)
         return
-    if tokens > FEW_TOKENS[-1]:
+    if choice.kernel is ProductKernel.TILES:
         launch_tiles(x, weight, bias, out, blocks, is_gated=False)
         return
     assert x.stride(1) == 1

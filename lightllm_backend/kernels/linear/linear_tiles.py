@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Products of more tokens than linear_splits and gated_linear have kernels for, which launch this one then.
+"""Products of 65 to 256 tokens on Hopper, where reading the weight and multiplying by it take about as long.
 
-To read the weight and to multiply by it take about as long here. Both operands come by descriptors, as Hopper can: so
-copies take no threads' time, and a tile of tokens by features is large enough for tensor cores at their full rate.
+TMA descriptors copy both operands, so copies take no threads' time, and a tile of tokens by features is large enough to
+run tensor cores at their full rate. linear_splits and gated_linear launch this kernel.
 """
 
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor
-from lightllm_backend.kernels.linear.linear_blocks import LinearBlocks
+from lightllm_backend.kernels.linear.choice import LinearBlocks
 
 BLOCK_TOKENS = 128
 
@@ -33,16 +33,16 @@ def linear_tiles_kernel(
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
 ):
-    """A tile of tokens by rows of the weight, over one split of the inner dimension. If gated, half of the rows are of
-    the gate's weight, half of the other's."""
+    """Computes a tile of tokens by rows of the weight, over one split of the inner dimension. If gated, half of the
+    rows belong to the gate, half to `up`."""
     half: tl.constexpr = block_out // 2 if is_gated else block_out
     token = tl.program_id(0) * block_tokens
     feature = tl.program_id(1) * half
     split = tl.program_id(2)
     first = split * steps // tl.num_programs(2)
     last = (split + 1) * steps // tl.num_programs(2)
-    # There is no way around the loop, on which the products would be no results of tensor cores; for the sake of that
-    # way ptxas would wait for each product.
+    # The loop runs at least once. If it could be skipped, `total` would have a second source, and ptxas would wait for
+    # each product.
     tl.assume(first < last)
     wait_for_previous(is_dependent)
     total = tl.zeros([block_tokens, block_out], dtype=tl.float32)
@@ -68,7 +68,10 @@ def linear_tiles_kernel(
 def launch_tiles(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks, is_gated: bool
 ) -> None:
-    """Write the parts to `out` [splits, tokens, features]; if gated, the one that there is."""
+    """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
+
+    `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
+    """
     tokens, in_features = x.shape
     features, matrices = out.shape[-1], 2 if is_gated else 1
     assert weight.shape == (matrices * features, in_features)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Adds up the parts of a product whose inner dimension was split."""
+"""Sums the parts of a product whose inner dimension was split."""
 
 import triton
 import triton.language as tl
