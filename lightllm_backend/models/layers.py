@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import HasWeights, WeightSlot
@@ -51,7 +51,7 @@ class StepInput:
     last_tokens: Tensor | None  # [m] int64, the tokens whose logits are wanted; None: all, in their order
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
-    whole_prompts: WholePrompts | None = None  # those without cached tokens, where the host knows them
+    whole_prompts: WholePromptTiles | None = None  # those without cached tokens, where the host knows them
 
 
 class CausalLM(HasWeights, Protocol):

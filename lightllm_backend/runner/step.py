@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
+from lightllm_backend.runner.prompt_tiling import tile_whole_prompts
 from lightllm_backend.runner.staging import Staging
-from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
 class StepOutput(NamedTuple):
@@ -50,9 +50,9 @@ class Step:
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
-        return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
+        return self.launch(self.upload(batch, bucket), bucket, tile_whole_prompts(batch, self._staging))
 
-    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> StepOutput:
+    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePromptTiles | None = None) -> StepOutput:
         """From what `upload` returns. Reads nothing back; is the same for all batches of a bucket but for `prompts`."""
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables

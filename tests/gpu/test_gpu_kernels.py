@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.hardware import GLUON_TRIED
 from lightllm_backend.kernels.linear.choice import LinearBlocks
-from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
+from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     Pool,
@@ -311,8 +311,8 @@ def test_prefill_attention_of_whole_prompts(
         q[live].float(), q, q, *_wide(pool), *rest, query_starts, pool.context_lengths, head_dim**-0.5
     )
     lengths = np.array([1] * decodes + queries, np.int32)
-    tiles = whole_prompt_tiles(np.concatenate([np.full(decodes, 9, np.int32), starts]), lengths, decodes)
-    whole = WholePrompts(torch.from_numpy(tiles).to(DEVICE), are_all=not starts.any()) if len(tiles) else None
+    tiles = order_tiles(np.concatenate([np.full(decodes, 9, np.int32), starts]), lengths, decodes)
+    whole = WholePromptTiles(torch.from_numpy(tiles).to(DEVICE), are_all=not starts.any()) if len(tiles) else None
     for _ in range(2):
         out = torch.full_like(q, 7.0).contiguous()
         launchers.prefill_attention(

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kernels.attention import prefill_attention_hopper
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
 from lightllm_backend.kernels.linear import choice as linear_choice
 from lightllm_backend.kernels.linear import gated_linear, linear_splits
@@ -102,7 +102,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     slots = torch.zeros(len(q), dtype=torch.int32)
     launchers.rotary_kv_write(q, k, k, cos, cos, slots, k, k)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1)
-    whole = WholePrompts(torch.zeros(5, 3, dtype=torch.int32), are_all=True)
+    whole = WholePromptTiles(torch.zeros(5, 3, dtype=torch.int32), are_all=True)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1, whole_prompts=whole)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
         new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)

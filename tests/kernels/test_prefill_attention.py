@@ -163,7 +163,7 @@ def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
     expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)
     first_seen = 195 - 30 + 1
-    block = prefill_attention.choose_blocks(16, 4, (9, 0), 5).tokens
+    block = prefill_attention.choose_prefill_blocks(16, 4, (9, 0), 5).tokens
     unseen = pool.req_to_token[int(pool.rows[0]), : first_seen // block * block].long()
     assert len(unseen) > 100
     pool.k[unseen], pool.v[unseen] = torch.nan, torch.nan

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.kv_scales import scale_pairs
 from lightllm_backend.kernels.attention.merge_splits import LOG2_E
 from lightllm_backend.kernels.attention.token_attention_int8 import unpack_scales
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capability, has_descriptors
 
@@ -35,7 +35,9 @@ class PrefillBlocks(NamedTuple):
     max_registers: int | None = None  # a thread, so that more programs fit a multiprocessor
 
 
-def choose_blocks(head_dim: int, element_size: int, capability: tuple[int, int], mean_length: float) -> PrefillBlocks:
+def choose_prefill_blocks(
+    head_dim: int, element_size: int, capability: tuple[int, int], mean_length: float
+) -> PrefillBlocks:
     """Tiles that fit the shared memory: `num_stages` of K and V, and the queries where they are an operand in it.
 
     Hopper has much to gain from many small programs where prompts are short, and from large ones where they are long
@@ -377,7 +379,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
-    whole_prompts: WholePrompts | None = None,
+    whole_prompts: WholePromptTiles | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
@@ -398,7 +400,7 @@ def prefill_attention(
             return out
         min_cached = 1
     pairs, is_quantized = scale_pairs(k_pool, scales)
-    blocks = choose_blocks(head_dim, q.element_size(), compute_capability(q.device), tokens / sequences)
+    blocks = choose_prefill_blocks(head_dim, q.element_size(), compute_capability(q.device), tokens / sequences)
     k_tiles, v_tiles = tiles(k, blocks.tokens), tiles(v, blocks.tokens)
     has_tiles = k_tiles is not None and v_tiles is not None
     # See _find_tile.

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from lightllm_backend.kernels.attention.merge_splits import LOG2_E
-from lightllm_backend.kernels.attention.whole_prompts import TILE_TOKENS
+from lightllm_backend.kernels.attention.whole_prompt_tiles import TILE_QUERIES
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
 
@@ -285,14 +285,14 @@ def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def prefill_attention_hopper(q: Tensor, k: Tensor, v: Tensor, work: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Of the tiles in `work` [m, 3] int32, see WholePrompts; what `out` holds of others is left as it is."""
+    """Of the tiles in `work` [m, 3] int32, see WholePromptTiles; what `out` holds of others is left as it is."""
     _, heads, head_dim = q.shape
     assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in (q, k, v, out))
     total = len(work) * heads
     prefill_attention_hopper_kernel[(min(multiprocessor_count(q.device), total),)](
-        _tiles(q, TILE_TOKENS // 2),
-        _tiles(k, TILE_TOKENS),
-        _tiles(v, TILE_TOKENS),
+        _tiles(q, TILE_QUERIES // 2),
+        _tiles(k, TILE_QUERIES),
+        _tiles(v, TILE_QUERIES),
         out,
         work,
         _counter(q.device),
@@ -302,7 +302,7 @@ def prefill_attention_hopper(q: Tensor, k: Tensor, v: Tensor, work: Tensor, scal
         heads // k.shape[1],
         scale * LOG2_E.value,
         head_dim=head_dim,
-        block=TILE_TOKENS,
+        block=TILE_QUERIES,
         query_stages=_QUERY_STAGES,
         stages=_STAGES,
         consumer_registers=_CONSUMER_REGISTERS,

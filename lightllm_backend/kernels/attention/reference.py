@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 
 # The elements of an attention bias that are built at a time.
 _BIAS_ELEMENTS = 1 << 24
@@ -102,7 +102,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     scales: Tensor | None = None,
-    whole_prompts: WholePrompts | None = None,  # noqa: ARG001 - says nothing new
+    whole_prompts: WholePromptTiles | None = None,  # noqa: ARG001 - says nothing new
     out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.

@@ -31,7 +31,7 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
+def choose_decode_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
     """For so many KV heads of all sequences. Many: small tiles of a single warp, 8 KiB of K, so that many programs fit
     a multiprocessor, and while some begin, others read. Fewer: larger ones, of which all multiprocessors have some; and
     they do not start early where all of them would find room on a few (measured in whole decode steps on an H200, of
@@ -222,7 +222,7 @@ def token_attention(
     longest = min(max_context_length, window) if window else max_context_length
     block_dim = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q.device)
-    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
+    blocks = choose_decode_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device), blocks.num_warps)
     partial, log_sums = split_buffers(out, splits)
     token_attention_kernel[(kv_heads, sequences, splits)](

@@ -279,7 +279,9 @@ def token_attention_int8_kernel(
         tl.store(address, result.to(out.dtype.element_ty), mask=written)
 
 
-def choose_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
+def choose_int8_decode_blocks(
+    block_dim: int, element_size: int, capability: tuple[int, int], heads: int
+) -> TokenBlocks:
     """For so many KV heads of all sequences, measured as token_attention's."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
@@ -328,7 +330,7 @@ def token_attention_int8(
     is_half = q.element_size() == 2
     dtype = tl.float16 if is_half else tl.float32
     capability = compute_capability(q.device)
-    blocks = choose_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
+    blocks = choose_int8_decode_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device), blocks.num_warps)
     partial, log_sums = split_buffers(out, splits)
     token_attention_int8_kernel[(kv_heads, sequences, splits)](

@@ -7,8 +7,8 @@ import torch
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.attention import prefill_attention
-from lightllm_backend.kernels.attention.whole_prompts import WholePrompts
-from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import TOLERANCE, make_pool, relative_error, split_new, starts_of
 
 
@@ -40,10 +40,10 @@ def test_the_general_kernel_computes_the_others(contexts, device, monkeypatch):
     rest = (pool.req_to_token, pool.rows, starts_of(queries, device), pool.context_lengths, 0.125)
     expected = reference.prefill_attention(q, k, v, pool.k, pool.v, *rest)
     starts = np.array(contexts, np.int32) - np.array(queries, np.int32)
-    tiles = whole_prompt_tiles(starts, np.array(queries, np.int32), 0)
+    tiles = order_tiles(starts, np.array(queries, np.int32), 0)
     hopper = _Hopper(pool, queries)
     monkeypatch.setattr(prefill_attention, "hopper", hopper)
-    whole = WholePrompts(torch.from_numpy(tiles).to(device), are_all=not starts.any())
+    whole = WholePromptTiles(torch.from_numpy(tiles).to(device), are_all=not starts.any())
     out = torch.full_like(q, torch.nan)
     # The pool holds no new tokens for it, so what it computes itself it cannot have from there.
     launchers.prefill_attention(q, k, v, cached.k, cached.v, *rest, whole_prompts=whole, out=out)
