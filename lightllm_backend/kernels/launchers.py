@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel's launcher, by the name of its reference."""
+"""The launcher of every Triton-lang kernel; interface.py says what each computes."""
 
 from lightllm_backend.kernels.activation.gelu_tanh import gelu_tanh
 from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain PyTorch reference of every kernel: what the launchers are tested against, and what a CPU engine runs."""
+"""The plain PyTorch reference of every kernel: launchers are tested against it, and a CPU engine runs it."""
 
 from lightllm_backend.kernels.activation.reference import gelu_tanh, silu_and_mul
 from lightllm_backend.kernels.attention.reference import (

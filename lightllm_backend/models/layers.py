@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import HasWeights, WeightSlot
@@ -63,7 +63,7 @@ class CausalLM(HasWeights, Protocol):
     def __init__(
         self,
         config: ModelConfig,
-        kernels: ModuleType,
+        kernels: Kernels,
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,
@@ -82,7 +82,7 @@ class Placement:
     parallel: TensorParallel
     dtype: torch.dtype
     device: torch.device
-    kernels: ModuleType  # what kernels.select() has chosen for the device
+    kernels: Kernels  # as kernels.select() chooses for the device
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -133,13 +133,11 @@ class ColumnLinear:
         self.kernels = place.kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        product: Tensor = self.kernels.linear(x, self.weight, self.bias)
-        return product
+        return self.kernels.linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(x * first matrix) * (x * second matrix), for two of them alike."""
-        product: Tensor = self.kernels.gated_linear(x, self.weight, self.bias)
-        return product
+        return self.kernels.gated_linear(x, self.weight, self.bias)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots, first = {}, 0
@@ -157,7 +155,7 @@ class RowLinear:
     """A matrix split over the ranks by its input features; the ranks' products are summed, here or by whoever is next.
 
     The result goes to a norm, which takes it in parts as well: it may be [parts, tokens, out_features], see
-    kernels.linear_splits.
+    Kernels.linear_splits.
     """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
@@ -177,13 +175,11 @@ class RowLinear:
         return self._parts(x) if self.parallel.size == 1 or buffers else self._whole(x)
 
     def _parts(self, x: Tensor) -> Tensor:
-        parts: Tensor = self.kernels.linear_splits(x, self.weight, self._added_bias)
-        return parts
+        return self.kernels.linear_splits(x, self.weight, self._added_bias)
 
     def _whole(self, x: Tensor) -> Tensor:
         buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
-        product: Tensor = self.kernels.linear(x, self.weight, self._added_bias, buffer)
-        return product
+        return self.kernels.linear(x, self.weight, self._added_bias, buffer)
 
     @property
     def _added_bias(self) -> Tensor | None:
@@ -268,30 +264,32 @@ def alibi_slopes(num_heads: int) -> Tensor:
 class PoolAttention:
     """Attention of a step's tokens over the KV pool, into which their K and V go first; of this rank's heads."""
 
-    def __init__(self, kernels: ModuleType, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
+    def __init__(self, kernels: Kernels, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
         self.kernels = kernels
         self.scale = head_dim**-0.5
-        self.bias = {"window": window, "alibi_slopes": alibi_slopes}
+        self.window = window
+        self.alibi_slopes = alibi_slopes
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, step: StepInput
     ) -> Tensor:
         """`q`, `k` and `v` are [tokens, heads, head_dim]; the output is [tokens, heads * head_dim]."""
         decodes = step.num_decodes
-        new, pool = (q, k, v, cos, sin, step.slots), (kv.k, kv.v)
-        options = self.bias | {"scales": kv.scales}
         out = q.new_empty(q.shape)
         if decodes > 0:
-            rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
-            table = (step.req_to_token, rows, contexts, step.max_context_length)
             # The last of them may belong to a prompt, and are left alone then.
-            decoded = (tensor[:decodes] for tensor in new)
-            self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options, out=out[:decodes])
+            self.kernels.token_attention(
+                q[:decodes], k[:decodes], v[:decodes], cos[:decodes], sin[:decodes], step.slots[:decodes], kv.k, kv.v,
+                step.req_to_token, step.rows[:decodes], step.context_lengths[:decodes], step.max_context_length,
+                self.scale, self.alibi_slopes, self.window, kv.scales, out[:decodes],
+            )  # fmt: skip
         if len(step.query_starts) > 1:
-            self.kernels.rotary_kv_write(*new, *pool, kv.scales, step.query_starts)
-            chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
-            prompts = {"whole_prompts": step.whole_prompts, "out": out}
-            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, **prompts)
+            self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts)
+            self.kernels.prefill_attention(
+                q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
+                step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
+                step.whole_prompts, out,
+            )  # fmt: skip
         return out.flatten(1)
 
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.layers import CausalLM, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_batch import Bucket, RequestTables, StepArrays, fill
@@ -29,7 +29,7 @@ class Step:
     """Writes the slots of new tokens into their table, runs the model, and writes the greedy choice into the other."""
 
     def __init__(
-        self, model: CausalLM, kernels: ModuleType, tables: RequestTables, kv_layers: Sequence[KVLayer],
+        self, model: CausalLM, kernels: Kernels, tables: RequestTables, kv_layers: Sequence[KVLayer],
         staging: Staging,
     ) -> None:  # fmt: skip
         self._model = model

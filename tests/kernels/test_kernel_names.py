@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every launcher has a reference of the same name and signature, every kernel file a launcher, and `select` picks."""
+"""Launchers and references have the interface's names and signatures, and every kernel file has a launcher."""
 
 import inspect
 import os
@@ -11,11 +11,12 @@ import pytest
 
 from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.interface import Kernels
 
 FOLDER = Path(kernels.__file__).parent
 
 # What the kernels share, and the references.
-NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "launchers", "reference"}
+NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
 NOT_KERNELS |= {"kv_scales", "choice", "lamport_buffers", "whole_prompt_tiles"}
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
@@ -44,8 +45,16 @@ def test_a_kernel_and_its_reference_are_in_one_folder(name):
 
 
 @pytest.mark.parametrize("name", launchers.__all__)
-def test_same_signature(name):
-    assert inspect.signature(_functions(launchers)[name]) == inspect.signature(_functions(reference)[name])
+def test_signatures_are_those_of_the_interface(name):
+    declared = inspect.signature(_functions(Kernels)[name])
+    expected = declared.replace(parameters=list(declared.parameters.values())[1:])  # without self
+    assert inspect.signature(_functions(launchers)[name]) == expected
+    assert inspect.signature(_functions(reference)[name]) == expected
+
+
+def test_the_interface_describes_each():
+    described = {name for name, function in _functions(Kernels).items() if function.__doc__}
+    assert described == set(_functions(Kernels)) == set(launchers.__all__)
 
 
 def test_each_is_tested():

@@ -97,7 +97,7 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
     q, pool, rest = _step(queries, queries, (3, 1, 16), torch.float32, torch.device("cpu"))
     options = Variant(alibi=True).options(pool, 3)
     expected = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
-    monkeypatch.setattr(reference, "_BIAS_ELEMENTS", 2 * 3 * 64)
+    monkeypatch.setattr(attention, "_BIAS_ELEMENTS", 2 * 3 * 64)
     assert list(attention._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
     out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     assert relative_error(out, expected) < 1e-6

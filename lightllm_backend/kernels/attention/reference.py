@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain PyTorch of the attention kernels.
-
-Tokens are packed `[tokens, heads, head_dim]` without padding. K and V of one layer live in a pool
-`[slots, kv_heads, head_dim]`, and `req_to_token[row, position]` names the slot of a sequence's position. Pools of int8
-come with scales `[slots, kv_heads, 2]` float16, by which the values of K and of V are multiplied.
-"""
+"""Plain PyTorch of the attention kernels; kernels/interface.py says what each function computes."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -33,15 +28,6 @@ def rotary_kv_write(
     scales: Tensor | None = None,
     query_starts: Tensor | None = None,
 ) -> None:
-    """Rotates `q` [tokens, heads, head_dim] in place, and writes rotated `k` and `v` at their slots of the pool.
-
-    `cos` and `sin` are [tokens, rotary_dim / 2]; dimension i is paired with i + rotary_dim / 2, and dimensions from
-    rotary_dim on pass through. A token whose slot is -1 is padding and writes nothing. With scales, K and V are
-    written as int8, each head of a token divided by the scale that makes its greatest magnitude 127.
-
-    `k` and `v` become what was written, in place: prefill_attention reads them there. With `query_starts`, tokens
-    before query_starts[0] are left alone: they decode.
-    """
     if query_starts is not None:
         q, k, v, cos, sin, slots = (tensor[int(query_starts[0]) :] for tensor in (q, k, v, cos, sin, slots))
     q.copy_(_rotate(q, cos, sin))
@@ -105,15 +91,6 @@ def prefill_attention(
     whole_prompts: WholePromptTiles | None = None,  # noqa: ARG001 - says nothing new
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens [tokens, heads, head_dim] over their sequence's cached and new ones.
-
-    The queries of sequence s are `query_starts[s]:query_starts[s + 1]` and stand at the end of its context. K and V of
-    the new tokens are `k` and `v` [tokens, kv_heads, head_dim], as rotary_kv_write has left them there and written them
-    to the pool, which has those of the cached tokens. Tokens of no sequence are left as they are in `out`.
-    `alibi_slopes` [heads] float32 lowers a score by slope times distance; with a window, a query sees itself and the
-    `window - 1` tokens before it. `whole_prompts` are those without cached tokens, if the host knows them. With `out`,
-    which has q's shape, the result is written there.
-    """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
@@ -187,12 +164,6 @@ def token_attention(
     scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one new token of each sequence, `q` [sequences, heads, head_dim], over its whole context or window.
-
-    `q` and `k` are rotated, and `k` and `v` written to the pools, as by rotary_kv_write; the new token is the last of
-    the context. With `out`, contiguous and of q's shape, the result is written there. A context length of 0 marks a
-    padding row: it reads and writes nothing, and its part of `out` stays as it is (zeros without `out`).
-    """
     out = torch.zeros_like(q) if out is None else out
     q = _rotate(q, cos, sin).to(q.dtype)
     _write(_rotate(k, cos, sin), v, slots.masked_fill(context_lengths == 0, -1), k_pool, v_pool, scales)
@@ -256,7 +227,6 @@ def token_attention_int8(
     window: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """token_attention over pools of int8."""
     table = (req_to_token, rows, context_lengths, max_context_length)
     new = (q, k, v, cos, sin, slots)
     return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out)
@@ -282,13 +252,6 @@ def _gather(pool: Tensor, scales: Tensor | None, index: int, slots: Tensor, dtyp
 def merge_splits(
     partial: Tensor, log_sums: Tensor, context_lengths: Tensor, window: int, block_tokens: int, out: Tensor
 ) -> Tensor:
-    """Joins attention over parts of a context, `partial` [sequences, heads, splits, head_dim], into that over it all,
-    `out` [sequences, heads, head_dim], contiguous.
-
-    `log_sums` [sequences, heads, splits] are the logarithms to base 2 of each part's softmax denominator. Each part but
-    the last has as many tokens, whole blocks of `block_tokens` of what the window shows of the context; what is said of
-    the empty ones behind them is not read. Where `context_lengths` [sequences] is 0, `out` stays as it is.
-    """
     splits = partial.shape[2]
     seen = context_lengths.clamp_max(window) if window else context_lengths
     blocks = (seen + block_tokens - 1) // block_tokens

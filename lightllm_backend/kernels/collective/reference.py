@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain PyTorch of the sum over ranks with its norm."""
+"""Plain PyTorch of the all-reduce with its norm; kernels/interface.py says what each function computes."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,6 @@ from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
 
 
 def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
-    """rms_norm of `residual +=` the sum of all ranks' `x`, each rounded to the residual's type before it is sent.
-
-    All ranks call it alike, and get the same bits. `x` may be the parts of this rank's product, as for rms_norm.
-    """
     tokens, rank = x.shape[-2], buffers.rank
     own, ranks = buffers.by_rank[rank], len(buffers.by_rank)
     token, turn = torch.arange(tokens, device=x.device), buffers.turns[:tokens].long()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain PyTorch of the norms."""
+"""Plain PyTorch of the norms; kernels/interface.py says what each function computes."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,6 @@ from torch.nn import functional
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Root-mean-square norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
-
-    `x` may be the parts [splits, tokens, dim] of a product, see linear_splits; their sum is meant. The result is of the
-    weight's type. The residual must not come from the kernel launched right before: on a GPU it is read ahead, see
-    kernels.dependent_launch.
-    """
     x = sum_of_parts(x)
     if residual is not None:
         residual += x
@@ -25,10 +19,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Layer norm of `x` [tokens, dim]; with a residual, that of `residual += x`, changed in place.
-
-    `x` may be the parts [splits, tokens, dim] of a product, and the residual is read ahead, as for rms_norm.
-    """
     x = sum_of_parts(x)
     if residual is not None:
         residual += x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain PyTorch of sampling."""
+"""Plain PyTorch of sampling; kernels/interface.py says what each function computes."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,6 @@ _TOP_P_CANDIDATES = 1024
 
 
 def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
-    """How often each sequence has generated each token, [sequences, vocab_size] int32.
-
-    A token of the sequence's prompt has the bit IN_PROMPT.
-    """
     count = torch.zeros((rows.shape[0], vocab_size), dtype=torch.int32, device=tokens.device)
     longest = int(lengths.max()) if lengths.numel() else 0
     position = torch.arange(longest, device=tokens.device)
@@ -41,11 +37,6 @@ def apply_penalties(
     min_tokens: Tensor,
     ending_ids: Tensor,
 ) -> None:
-    """Penalises in `logits` [sequences, vocab], in place, the tokens of `tokens[rows[i], :lengths[i]]`.
-
-    Repetition covers the prompt and what was generated; frequency and presence only what was generated. While fewer
-    than `min_tokens` are generated, a sequence's `ending_ids` [sequences, k], filled up with -1, are ruled out.
-    """
     penalised = ((presence != 0) | (frequency != 0) | (repetition != 1)).nonzero().squeeze(1)
     if penalised.numel():
         seen = count_tokens(tokens, rows[penalised], prompt_lengths[penalised], lengths[penalised], logits.shape[1])
@@ -61,20 +52,12 @@ def apply_penalties(
 
 
 def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
-    """The first of the greatest logits of each row [sequences, vocab], int32, also written to these places of the
-    table, which is flat."""
     tokens = logits.argmax(-1).int()
     table.index_copy_(0, places, tokens)
     return tokens
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Draws a token of each row of `logits` [sequences, vocab]; int32.
-
-    Temperature 0 takes the greatest logit, the first of equals. Otherwise one uniform number, which depends on the
-    sequence's seed and position alone, picks from the distribution in the vocabulary's order. Top-k keeps the k
-    greatest, then top-p the fewest that hold the share p of what is left; equals of the last one kept are kept.
-    """
     tokens = logits.argmax(-1)
     is_drawn = temperature > 0
     if is_drawn.any():
