@@ -40,13 +40,13 @@ from perf.decode_step import DEVICE, DTYPE, DecodeStep
 from perf.shapes import SHAPES
 from perf.tune_linear import Product, capability, products, store
 
-# Batches whose steps are timed for each block of tokens; no one may become slower.
+# The batches whose steps are timed for each token count; none may become slower.
 BATCHES = {16: (1, 8), 32: (32,), 64: (64,), 128: (128,)}
-# By which a step must be quicker, for it is measured to so much.
+# A step must become faster by this share, the precision of the measurement.
 MARGIN = 0.002
-# By which results may differ from PyTorch's.
+# How far results may differ from PyTorch's.
 TOLERANCE = 0.01
-# Of a multiprocessor, less what barriers and the system take.
+# Shared memory of a multiprocessor, less what barriers and the system take.
 SHARED_BYTES = 222_000
 
 
@@ -55,7 +55,7 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
         ((64, 4), (128, 4), (128, 8), (256, 8)), (64, 128), (1, 2, 3), (1, 2, 4)
     ):
         programs = product.out_features // rows * splits
-        # Results change places in shared memory too.
+        # The result is rearranged in shared memory too.
         free = SHARED_BYTES // beside - 8_000 - 5 * rows * tokens // 2
         stages = min(16, free // (2 * inner * (rows + tokens)))
         if (
@@ -65,13 +65,13 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
             and (splits == 1 or (programs <= 270 and not product.is_gated))
         ):
             blocks = LinearBlocks(rows, inner, stages, warps, splits, beside)
-            # Of results, and of what else a thread needs.
+            # Registers for the result, and 40 for the rest.
             if rows * tokens // (32 * warps) + 40 <= registers_of(blocks):
                 yield blocks
 
 
 def compiled(product: Product, tokens: int) -> list[LinearBlocks]:
-    """Those of the candidates that the GPU has room for; their results are right."""
+    """The candidates that the GPU has room for, after checking their results."""
     x = torch.randn(tokens, product.in_features, device=DEVICE, dtype=DTYPE)
     weight = torch.randn(product.out_features, product.in_features, device=DEVICE, dtype=DTYPE)
     weight /= product.in_features**0.5
@@ -100,12 +100,12 @@ def compiled(product: Product, tokens: int) -> list[LinearBlocks]:
 
 
 def tune(step: DecodeStep, of_model: list[Product], tokens: int, table: dict[str, Any]) -> None:
-    """Change the table, which the launchers read, in place."""
+    """Tune one token count; changes `table`, which the launchers read, in place."""
     rows = {product: table.setdefault(product_name(*product[:3]), {}) for product in of_model}
     for row in rows.values():
         row.pop(str(tokens), None)
     before = best = step.seconds(BATCHES[tokens])
-    # Those without success are tried again: what follows a product may make a difference to it.
+    # Two passes: a product left unchanged in the first may gain once those after it have changed.
     for _ in range(2):
         for product, row in rows.items():
             if str(tokens) in row:

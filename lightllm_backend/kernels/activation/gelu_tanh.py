@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The activation of BLOOM's feed-forward layer: GELU in its approximation by tanh."""
+"""GELU approximated by tanh, the activation of BLOOM's feed-forward layer."""
 
 import torch
 import triton

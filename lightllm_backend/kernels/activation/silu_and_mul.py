@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The activation of a gated feed-forward layer."""
+"""SiLU and product, the activation of a gated feed-forward layer."""
 
 import torch
 import triton

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scales of an int8 pool may be, and how launchers take them.
+"""Scales of an int8 pool: their range, and the form in which launchers pass them.
 
-They are float16, [slots, kv_heads, 2]: K's and V's side by side, so that kernels read both as one 32-bit number.
+They are float16 [slots, kv_heads, 2], K's and V's adjacent, so that kernels read both as one 32-bit number.
 """
 
 import torch
@@ -12,7 +12,7 @@ MIN_KV_SCALE, MAX_KV_SCALE = 2.0**-14, 65504.0
 
 
 def scale_pairs(k_pool: Tensor, scales: Tensor | None) -> tuple[Tensor, bool]:
-    """The pairs [slots, kv_heads] int32, and whether the pool is int8; where it is not, any tensor stands for them."""
+    """The scales as pairs [slots, kv_heads] int32, and whether the pool is int8; if not, any tensor in their place."""
     if scales is None:
         assert k_pool.dtype != torch.int8
         return k_pool, False

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Into which parts decode attention cuts a context, and how they are joined again."""
+"""How decode attention splits a context into parts, and the kernel that merges them (split-KV)."""
 
 import math
 from typing import NamedTuple
@@ -18,33 +18,33 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # Longer than any context.
 NO_WINDOW = 2**31 - 1
 
-# A split shorter than this costs more in merging than it gains.
+# Shorter splits cost more in merging than they gain.
 _MIN_SPLIT_TOKENS = 64
 _MAX_SPLITS = 64
-# What keeps one multiprocessor's loads in flight (measured on an H100 and an H200).
+# Enough to keep a multiprocessor's loads in flight (measured on an H100 and an H200).
 _WARPS_PER_MULTIPROCESSOR = 8
-# Parts that a program reads before it waits for any of them.
+# The parts that a program loads before it waits for any of them.
 _MERGED_AT_ONCE = 32
 
 
 class TokenBlocks(NamedTuple):
-    """How a program of decode attention goes through its part."""
+    """The tile in which a program of decode attention reads its part of the context."""
 
     tokens: int
     num_warps: int
     num_stages: int
-    starts_early: bool = True  # see dependent_launch
+    starts_early: bool = True  # by dependent launch
 
 
 def split_count(programs: int, max_context_length: int, multiprocessors: int, num_warps: int) -> int:
-    """How many parts each context is cut into, so that `programs` times as many occupy the GPU with their warps."""
+    """The number of parts per context with which `programs` (sequences times KV heads) fill the GPU with warps."""
     wanted = _WARPS_PER_MULTIPROCESSOR * multiprocessors // (max(1, programs) * num_warps)
     longest = -(-max_context_length // _MIN_SPLIT_TOKENS)
     return max(1, min(wanted, longest, _MAX_SPLITS))
 
 
 def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-    """Where the parts of `out` [sequences, heads, head_dim] go; with one split any tensor does."""
+    """Buffers for `partial` and `log_sums` of merge_splits; with one split, which writes `out` itself, any tensor."""
     if splits == 1:
         return out, out
     sequences, heads, head_dim = out.shape
@@ -54,14 +54,14 @@ def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _part_length(seen, splits, block_tokens: tl.constexpr):
-    """Tokens of a part: whole blocks, as many in each but the last."""
+    """The tokens of each part but the last: whole blocks."""
     return tl.cdiv(tl.cdiv(seen, block_tokens), splits) * block_tokens
 
 
 @triton.jit
 def split_range(context, window, split, splits, block_tokens: tl.constexpr):
-    """The tokens of one part, from the first to behind the last, counted from what the window shows. The last parts may
-    be empty."""
+    """The first token of a part, and the one behind its last; parts divide what the window shows. The last parts may be
+    empty."""
     seen = tl.minimum(context, window)
     length = _part_length(seen, splits, block_tokens)
     start = context - seen + split * length
@@ -82,11 +82,11 @@ def merge_splits_kernel(
     block_splits: tl.constexpr,
     block_dim: tl.constexpr,
 ):
-    """One head of one sequence."""
+    """Merges one head of one sequence."""
     sequence = tl.program_id(1)
     row = sequence.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     column = tl.arange(0, block_dim)
-    # What is known of the sequences came from the host, before the step's first kernel.
+    # Lengths came from the host before the step's first kernel, so they may be read before the wait.
     seen = tl.minimum(tl.load(context_lengths + sequence), window)
     used = tl.cdiv(seen, tl.maximum(_part_length(seen, splits, block_tokens), 1))
     wait_for_previous(is_dependent)

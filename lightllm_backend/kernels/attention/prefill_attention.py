@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Causal flash attention of packed new tokens: over what the pool holds of their sequences, then over each other.
+"""Causal flash attention of new tokens: first over their sequences' cached tokens, then over each other.
 
-What is new is read where it was computed: it lies in order there, while the pool's slots must be looked up. Hopper
-copies it by descriptors, a whole tile at a time, and has a kernel of its own for prompts of which nothing is cached,
+New K and V are read where they were computed, contiguous, rather than through the pool's slots. Hopper copies them by
+TMA descriptors, a tile at a time. Prompts without cached tokens have a kernel of their own on Hopper,
 prefill_attention_hopper.
 """
 
@@ -32,19 +32,18 @@ class PrefillBlocks(NamedTuple):
     tokens: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # a thread, so that more programs fit a multiprocessor
+    max_registers: int | None = None  # per thread, so that more programs fit a multiprocessor
 
 
 def choose_prefill_blocks(
     head_dim: int, element_size: int, capability: tuple[int, int], mean_length: float
 ) -> PrefillBlocks:
-    """Tiles that fit the shared memory: `num_stages` of K and V, and the queries where they are an operand in it.
+    """Tiles that fit the shared memory, which holds `num_stages` of K and V, and the queries if they are an operand.
 
-    Hopper has much to gain from many small programs where prompts are short, and from large ones where they are long
-    (measured on an H200).
+    On Hopper, short prompts run faster in many small programs, long prompts in large ones (measured on an H200).
     """
     if element_size == 4:
-        # Without tensor cores the tiles live in registers.
+        # Without tensor cores, tiles live in registers.
         return PrefillBlocks(32, 32, 4, 1)
     if capability < (8, 0):
         return PrefillBlocks(64, 32, 4, 1) if head_dim <= 128 else PrefillBlocks(32, 16, 4, 1)
@@ -59,14 +58,14 @@ def choose_prefill_blocks(
 
 @triton.jit
 def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
-    """The sequence that a tile of the grid belongs to, and which of its own it is.
+    """The sequence of a tile of the grid, the tile's number within it, and the sequence's first token.
 
-    Sequence s has the tiles from (query_starts[s] - query_starts[0]) // block_queries + s on: as many as it needs, or
-    one more.
+    The tiles of sequence s start at (query_starts[s] - query_starts[0]) // block_queries + s, which leaves it as many
+    as it needs, or one more.
     """
     origin = tl.load(query_starts)
-    # Loads that do not wait for each other, and one sum. By 8 warps, a sum of more than `block` numbers makes ptxas
-    # 12.8 serialize all matrix products of the kernel.
+    # Independent loads and a single sum. With 8 warps, a sum of more than `block` numbers makes ptxas 12.8 serialize
+    # all matrix products of the kernel.
     block: tl.constexpr = 128
     rounds: tl.constexpr = 4
     begins = tl.zeros([block], dtype=tl.int32)
@@ -82,9 +81,9 @@ def _find_tile(tile, query_starts, sequences, block_queries: tl.constexpr):
 
 @triton.jit
 def _online_softmax(accumulator, maximum, total, score, factor, value, inverse_scale, is_scaled: tl.constexpr):
-    """Takes one block of scores and its V into what has been summed up so far.
+    """Adds a block of scores and its V to the running softmax.
 
-    Scores times the factor, which is positive, are powers of two: multiplied in the same instruction that subtracts.
+    Scores times `factor`, which is positive, are exponents of 2: one instruction multiplies and subtracts the maximum.
     """
     new_maximum = tl.maximum(maximum, tl.max(score, 1) * factor)
     weight = tl.exp2(score * factor - new_maximum[:, None])
@@ -126,7 +125,7 @@ def _attend_cached(
     is_quantized: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Over the pool's tokens from `start` to `end`, all of them older than any query."""
+    """Attends over cached tokens `start` to `end`, all of them older than any query."""
     column = tl.arange(0, block_dim)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
@@ -139,9 +138,9 @@ def _attend_cached(
         inverse_scale = maximum
         factor = 1.0
         if is_quantized:
-            # Both are 1.0 where there is no token.
+            # Both default to 1.0.
             k_scale, v_scale = unpack_scales(tl.load(scale_head + slot * scale_stride, mask=live, other=0x3C003C00))
-            # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
+            # V's scale is part of the weights, whose maximum is thus 1, so float16 can hold them.
             score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
             inverse_scale = 1.0 / v_scale
         elif has_alibi:
@@ -191,10 +190,10 @@ def _attend_new(
     has_tiles: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Over the sequence's new tokens from `start` to `end`; all of them are seen by all queries unless it is masked.
+    """Attends over the sequence's new tokens `start` to `end`; every query sees them all unless `is_masked`.
 
-    With tiles, those of the sequence's first token and this head lie at `tile_row` and `tile_column`. A tile that is
-    not whole ends in what is another sequence's, or nobody's: NaN perhaps, which would not vanish with a weight of 0.
+    With tiles, the sequence's first token and this head lie at `tile_row` and `tile_column`. A tile that is not whole
+    extends into memory of another sequence or of none, perhaps NaN, which a weight of 0 would not remove.
     """
     column = tl.arange(0, block_dim)
     for first in tl.range(start, end, block_tokens, num_stages=stages):
@@ -270,11 +269,11 @@ def prefill_attention_kernel(
     block_dim: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One block of a sequence's queries, one head. Sequences with fewer cached tokens than the least are left out."""
+    """One block of a sequence's queries, one head; skips sequences with fewer cached tokens than `min_cached`."""
     head = tl.program_id(0)
-    # The last blocks of a prompt have the most to do and are started first.
+    # The last blocks of a prompt see the most keys and start first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    # What is known of the sequences came from the host, before the step's first kernel.
+    # What the step knows of its sequences came from the host before its first kernel.
     sequence, block, query_start = _find_tile(tile, query_starts, sequences, block_queries)
     query_length = tl.load(query_starts + sequence + 1) - query_start
     cached = tl.load(context_lengths + sequence) - query_length
@@ -285,7 +284,7 @@ def prefill_attention_kernel(
         if has_alibi:
             slope_log2 = tl.load(alibi_slopes + head) * LOG2_E
 
-        # Of the new tokens, counted from the first of them.
+        # Indices of new tokens, from the sequence's first.
         origin = block * block_queries
         index = origin + tl.arange(0, block_queries)
         column = tl.arange(0, block_dim)
@@ -297,7 +296,7 @@ def prefill_attention_kernel(
             other=0.0,
         )
         accumulator = tl.zeros([block_queries, block_dim], dtype=tl.float32)
-        # Finite, because the first blocks may show a query nothing.
+        # Finite, since a query may see nothing in the first blocks.
         maximum = tl.full([block_queries], -3.0e38, dtype=tl.float32)
         total = tl.zeros([block_queries], dtype=tl.float32)
 
@@ -314,7 +313,7 @@ def prefill_attention_kernel(
                 cached + origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, is_quantized, stages,
             )  # fmt: skip
 
-        # Whole blocks of tokens that every query sees lie between those that hold the window's edges and the diagonal.
+        # Between the blocks with the window's edges and those with the diagonal lie blocks that every query sees whole.
         k_head = k + query_start.to(tl.int64) * k_stride + (head // group) * k_head_stride
         v_head = v + query_start.to(tl.int64) * v_stride + (head // group) * v_head_stride
         inner = 0
@@ -340,13 +339,13 @@ def prefill_attention_kernel(
             query_start, tile_column, diagonal, whole, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
             block_dim, has_alibi, has_window, True, True, has_tiles, stages,
         )  # fmt: skip
-        # One block at most, the sequence's last.
+        # At most one block, the sequence's last.
         accumulator, maximum, total = _attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
             query_start, tile_column, whole, end, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
             block_dim, has_alibi, has_window, True, False, has_tiles, 1,
         )  # fmt: skip
-        # Rows behind the last query may have seen nothing.
+        # Rows behind the last query may see nothing.
         norm = 1.0 / tl.where(total > 0, total, 1.0)
         tl.store(
             out + token[:, None] * out_stride + head * out_head_stride + column[None, :],
@@ -356,8 +355,7 @@ def prefill_attention_kernel(
 
 
 def tiles(x: Tensor, block_tokens: int) -> Any:
-    """A descriptor by which a kernel copies tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]; None where
-    there can be none."""
+    """A TMA descriptor for tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]; None if unsupported."""
     tokens, heads, head_dim = x.shape
     is_tile = head_dim in (64, 128) and x.stride(1) == head_dim and x.element_size() == 2
     if not (is_tile and has_descriptors(x)):

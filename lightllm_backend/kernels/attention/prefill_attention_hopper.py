@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Causal attention of prompts of which nothing is cached, on Hopper, in Gluon. prefill_attention launches it, and is
-what computes all other cases.
+"""Causal attention of whole prompts (those without cached tokens) on Hopper, in Gluon; launched by prefill_attention.
 
-A tile is 128 queries of one head. Each multiprocessor has one program, whose producer, a single warp, takes tiles from
-a counter and copies their queries, keys and values to shared memory; it runs ahead, beyond the end of a tile. Two
-consumers of four warps compute 64 queries each: scores of the next keys while the last ones' weights are multiplied
-with their values (as FlashAttention-3, arXiv 2407.08608, does within a warpgroup). Keys are read backwards, so that the
-first ones are those on the diagonal: only they are masked, and only they may lie behind the end of the prompt.
+A tile is 128 queries of one head. Each multiprocessor runs one program. Its producer, a single warp, takes tiles from a
+global counter and copies their queries, keys and values to shared memory, running ahead into the next tile. Two
+consumers of four warps compute 64 queries each: they compute scores of the next keys while they multiply the previous
+weights by values (as FlashAttention-3, arXiv 2407.08608, does within a warpgroup). Keys are read backwards, so the
+first block is the one on the diagonal: only that block is masked, and only that block may extend beyond the prompt.
 """
 
 from functools import lru_cache
@@ -25,18 +24,18 @@ from lightllm_backend.kernels.attention.whole_prompt_tiles import TILE_QUERIES
 from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.hardware import GLUON_TRIED, compute_capability, has_descriptors, multiprocessor_count
 
-# Tiles of queries, and of keys and values, that are in shared memory at once: all that there is room for.
+# How many tiles of queries, and of keys and values, shared memory holds: all that fit.
 _QUERY_STAGES, _STAGES = 2, 2
-# Of a thread: what the kernel starts with, and what consumers and the producer go on with.
+# Registers per thread: at the start, then of consumers, and of the producer.
 _REGISTERS, _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 168, 240, 24
 
 
 @gluon.jit
 def _take(counter, work, total, heads):
-    """The next tile's number, which is `total` or more at the end, and its entry of the work."""
+    """The next tile's number, `total` or more at the end, and its row of the work list."""
     index = gl.atomic_add(counter, 1, sem="relaxed")
     if index == total + gl.num_programs(0) - 1:
-        gl.store(counter, 0)  # nobody will ask any more
+        gl.store(counter, 0)  # the last program to ask
     entry = work + gl.minimum(index, total - 1) // heads * 3
     return index, gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
 
@@ -110,7 +109,7 @@ def _produce(
 
 @gluon.jit
 def _zero_from(value, live):
-    """Rows from `live` on become 0: they are another prompt's, or nobody's, NaN perhaps. Both consumers write it."""
+    """Zeroes rows from `live` on, which belong to another prompt or to none, perhaps NaN. Both consumers do so."""
     rows: gl.constexpr = value.shape[0]
     columns: gl.constexpr = value.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
@@ -126,7 +125,7 @@ def _zero_from(value, live):
 
 @gluon.jit
 def _leave(barrier):
-    """A consumer does not need any more what this barrier guards."""
+    """Tells the producer that this consumer is done with what the barrier guards."""
     synchronize()
     mbarrier.arrive(barrier, count=1)
 
@@ -145,7 +144,7 @@ def _consume(half, out, out_stride, scale_log2, shared, query_stages: gl.constex
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    # Eight elements side by side for each thread, from threads of the same warp.
+    # Eight adjacent elements per thread, from threads of the same warp.
     registers: gl.constexpr = (
         [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]] if head_dim == 128 else
         [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]]
@@ -201,7 +200,7 @@ def _consume(half, out, out_stride, scale_log2, shared, query_stages: gl.constex
             correction = gl.exp2(maximum - new_maximum)
             total = total * correction + gl.sum(weight, 1)
             maximum = new_maximum
-            # Needed in the next turn only, but without a branch here ptxas would wait for the product before.
+            # Needed in the next turn only, but without this branch ptxas would wait for the previous product.
             mbarrier.wait(v_full.index(next_stage), next_phase)
             accumulator = hopper.warpgroup_mma_wait(0, deps=(pending,))
             _leave(v_empty.index(stage))
@@ -237,7 +236,7 @@ def prefill_attention_hopper_kernel(
     head_dim: gl.constexpr, block: gl.constexpr, query_stages: gl.constexpr, stages: gl.constexpr,
     consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
 ):  # fmt: skip
-    """What full and empty barriers count: the producer's one arrival, and one of each consumer."""
+    """Full barriers count one arrival, the producer's; empty barriers count two, one per consumer."""
     dtype: gl.constexpr = q_tiles.dtype
     q_shared = gl.allocate_shared_memory(dtype, [2 * query_stages, block // 2, head_dim], q_tiles.layout)
     k_shared = gl.allocate_shared_memory(dtype, [stages, block, head_dim], k_tiles.layout)
@@ -263,17 +262,18 @@ def prefill_attention_hopper_kernel(
 
 @lru_cache
 def _counter(device: torch.device) -> Tensor:
-    """Of tiles taken; 0 between launches, of which there is one at a time."""
+    """Counts the tiles taken; 0 between launches, which must not overlap."""
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _tiles(x: Tensor, block_tokens: int) -> Any:
-    """Of one head each."""
+    """A TMA descriptor for tiles [block_tokens, head_dim] of `x` [tokens, heads, head_dim]."""
     tokens, heads, head_dim = x.shape
     return tile_descriptor(x, (tokens, heads * head_dim), (block_tokens, head_dim))
 
 
 def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel can compute attention of these tensors on their GPU."""
     return (
         GLUON_TRIED
         and compute_capability(q.device) == (9, 0)
@@ -285,7 +285,10 @@ def is_made_for(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def prefill_attention_hopper(q: Tensor, k: Tensor, v: Tensor, work: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Of the tiles in `work` [m, 3] int32, see WholePromptTiles; what `out` holds of others is left as it is."""
+    """Write attention of the tiles in `work` [m, 3] (see WholePromptTiles) to `out` [tokens, heads, head_dim].
+
+    `q` is [tokens, heads, head_dim], `k` and `v` are [tokens, kv_heads, head_dim]. Other rows of `out` are not written.
+    """
     _, heads, head_dim = q.shape
     assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in (q, k, v, out))
     total = len(work) * heads

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Rotary position embedding of a prompt's queries and keys, with the writing of K and V to the pool, as int8 if asked.
+"""Rotary position embedding of prompts' queries and keys, and the writing of K and V to the pool, as int8 if asked.
 
-Tokens that decode are rotated and written by token_attention.
+token_attention does both for tokens that decode.
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
-# Elements of a program's tile: some heads of one token.
+# The elements of a program's tile, which is some heads of one token.
 _TILE = 2048
 
 
 @triton.jit
 def _load(source, offset, head_live, column, width: tl.constexpr):
-    """The first `width` columns of some heads, in fp32; `offset` points at each head's start."""
+    """Loads the first `width` columns of some heads as float32; `offset` [heads] is where each head starts."""
     live = head_live[:, None] & (column < width)[None, :]
     return tl.load(source + offset[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
 
@@ -32,7 +32,7 @@ def _store(target, offset, value, head_live, column, width: tl.constexpr):
 
 @triton.jit
 def _rotate(source, offset, head_live, cos, sin, pair, half: tl.constexpr):
-    """Both halves of some heads' rotary dimensions, rotated."""
+    """Rotates some heads; returns both halves of their rotary dimensions."""
     first = _load(source, offset, head_live, pair, half)
     second = _load(source + half, offset, head_live, pair, half)
     return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
@@ -40,15 +40,15 @@ def _rotate(source, offset, head_live, cos, sin, pair, half: tl.constexpr):
 
 @triton.jit
 def scale_of(largest, min_scale: tl.constexpr, max_scale: tl.constexpr, dtype: tl.constexpr):
-    """The scales of heads by their greatest magnitudes, float32 with the values that `dtype` has."""
+    """The scales for heads of these largest magnitudes: float32, rounded to `dtype`."""
     scale = tl.minimum(tl.maximum(largest * (1 / 127), min_scale), max_scale)
     return tl.where(largest == 0, 1.0, scale).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def quantize(value, scale):
-    """Rounded half to even: next to 1.5 * 2**23 a float32 has no room for a fraction. The product is rounded by itself
-    too: the limits stand between it and the sum, else a GPU would make one operation of both."""
+    """Rounds half to even: near 1.5 * 2**23 a float32 has no fraction bits. The limits stand between the product and
+    the sum, so that a GPU cannot fuse them and the product is rounded first."""
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)  # one division for all: a dozen instructions
     quotient = tl.minimum(tl.maximum(value * inverse, -127.0), 127.0)
     return (quotient + 12582912.0) - 12582912.0
@@ -56,8 +56,10 @@ def quantize(value, scale):
 
 @triton.jit
 def rotated(row, column, live, cos, sin, half: tl.constexpr):
-    """The given columns of a vector at `row`, or of each of several [n, 1], turned by the angles at `cos` and `sin`,
-    float32. Column i is paired with i + half, and columns from 2 * half on pass through."""
+    """Columns of a vector at `row`, or of several at [n, 1], rotated by the angles at `cos` and `sin`: float32.
+
+    Column i is paired with i + half; columns from 2 * half on pass through.
+    """
     value = tl.load(row + column, mask=live, other=0.0).to(tl.float32)
     if half == 0:
         return value
@@ -108,7 +110,7 @@ def rotary_kv_write_kernel(
     block_pairs: tl.constexpr,
     block_dim: tl.constexpr,
 ):
-    """One token and some of its heads: the first programs of a token rotate queries, the others write K and V."""
+    """Handles some heads of one token: the first programs of a token rotate queries, the others write K and V."""
     token = tl.program_id(0).to(tl.int64)
     query_blocks = tl.cdiv(heads, block_heads)
     block = tl.program_id(1)

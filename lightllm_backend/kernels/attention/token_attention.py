@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention: one new token of each sequence over its whole context, in parts that run side by side.
+"""Decode attention: one new token per sequence over its whole context, in parts that run in parallel (split-KV).
 
-The new token's query and key are rotated here, and its K and V written to the pool, by the part that ends with it.
-There they are not read again, since others' writes are not seen within a launch.
+Every part rotates the new token's query. The part that ends with the new token also rotates its key, and writes its K
+and V to the pool. No part reads them back, since writes of other programs are not visible within a launch.
 
-K, and V transposed, are the left operands of the two products, since they fill a tensor core's rows. The query heads
-that share them, or the only one that has them, are columns, eight at least: as few as a tensor core takes, so that
-little is computed in vain. K and V arrive in shared memory ahead of their use.
-An int8 pool has a kernel of its own, token_attention_int8.
+K and transposed V are the left operands of the two products, since they fill a tensor core's rows. The query heads that
+share a KV head are the columns, padded to 8, the fewest that a tensor core takes. K and V are prefetched into shared
+memory. An int8 pool has its own kernel, token_attention_int8.
 """
 
 import torch
@@ -28,14 +27,17 @@ from lightllm_backend.kernels.attention.merge_splits import (
 from lightllm_backend.kernels.attention.rotary_kv_write import rotated
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, multiprocessor_count
+from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
 
 
 def choose_decode_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
-    """For so many KV heads of all sequences. Many: small tiles of a single warp, 8 KiB of K, so that many programs fit
-    a multiprocessor, and while some begin, others read. Fewer: larger ones, of which all multiprocessors have some; and
-    they do not start early where all of them would find room on a few (measured in whole decode steps on an H200, of
-    192 and 4,096 tokens of context)."""
+    """The tile for `heads` KV heads of all sequences together (measured in whole decode steps on an H200, at 192 and
+    4,096 tokens of context).
+
+    With many heads: small tiles of a single warp, 8 KiB of K, so that many programs share a multiprocessor and some
+    read while others start. With fewer heads: larger tiles, and no dependent launch if the grid fits on a few
+    multiprocessors.
+    """
     if element_size == 4:
         return TokenBlocks(max(16, 4096 // block_dim), 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
@@ -94,16 +96,16 @@ def token_attention_kernel(
     block_dim: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One split of a sequence's context, one KV head and the `group` query heads that share it."""
+    """Attends over one split of a context, for one KV head and the `group` query heads that share it."""
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    # What is known of the sequences came from the host, before the step's first kernel.
+    # What the step knows of its sequences came from the host before its first kernel.
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
     wait_for_previous(is_dependent)
-    # All that a part begins with is asked for before any of it is needed.
+    # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
     column_live = column < head_dim
     member = tl.arange(0, block_group)
@@ -133,7 +135,7 @@ def token_attention_kernel(
     tl.store(v_head + new_slot * v_slot_stride, new_value, mask=written)
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale_log2
     maximum = tl.where(has_new, new_score, float("-inf"))
-    # Of the weights, token by token of a block, and added up at the end.
+    # The sum of weights, kept per token of a block until the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
     total = tl.zeros([block_tokens, block_group], dtype=tl.float32)
     total += tl.where(is_first, tl.where(has_new, 1.0, 0.0), 0.0)
@@ -148,7 +150,7 @@ def token_attention_kernel(
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
-        # Few instructions: behind the end the last token is read again, and a place is one unsigned product, in bytes.
+        # To save instructions, the last token is read again behind the end, and an address is one unsigned product.
         slot = tl.load(slot_row + tl.minimum(token, end - 1)).to(tl.uint32).to(tl.uint64)
         key_rows = (k_bytes + (slot * k_slot_bytes)[:, None]).to(tl.pointer_type(element)) + column[None, :]
         value_columns = (v_bytes + (slot * v_slot_bytes)[None, :]).to(tl.pointer_type(element)) + column[:, None]
@@ -168,7 +170,7 @@ def token_attention_kernel(
         accumulator = tl.dot(value, weight.to(value.dtype), accumulator * correction, input_precision="ieee")
         maximum = new_maximum
 
-    # What an empty part has seen is not read. A padding row is left as it is.
+    # The results of an empty part are not read. A padding row of `out` is not written.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     result = tl.trans(accumulator * (1.0 / divisor)[None, :])
@@ -265,7 +267,7 @@ def token_attention(
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],
-        block_group=max(SMALLEST_COLUMNS, triton.next_power_of_2(group)),
+        block_group=max(MIN_COLUMNS, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         stages=blocks.num_stages,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Decode attention over a pool of int8 with a scale for each token and head; see token_attention.
+"""Decode attention over an int8 pool with a scale per token and head; the structure is token_attention's.
 
-Keys go to the tensor cores as they are: a query is two int8 a dimension, in columns that would be idle else. Values are
-summed as float16. Two of them side by side are read as one 16-bit number, and only in registers become two tiles, the
-even dimensions and the odd ones. A byte turns into a float16 without a conversion: behind the high byte of 1024 it is
-the lowest bits of the fraction. That makes each value too large by the same number, which is subtracted in the end.
+Keys enter the tensor cores as int8. A query is two int8 per dimension, in columns that would be idle otherwise. Values
+are summed as float16: two adjacent ones are loaded as one 16-bit number, which splits into a tile of even dimensions
+and one of odd dimensions in registers. A byte becomes a float16 without a conversion: placed under the high byte of
+1024, it is the low bits of the fraction. Each value is then too large by the same constant, subtracted at the end.
 """
 
 import torch
@@ -25,12 +25,12 @@ from lightllm_backend.kernels.attention.merge_splits import (
 )
 from lightllm_backend.kernels.attention.rotary_kv_write import quantize, rotated, scale_of
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import SMALLEST_COLUMNS, compute_capability, has_ptx, multiprocessor_count
+from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 
 
 @triton.jit
 def _unpack(pair, dtype: tl.constexpr, offset: tl.constexpr, is_ptx: tl.constexpr):
-    """The low and the high byte of 16-bit numbers, as numbers of `dtype`, all of them `offset` too large."""
+    """The low and the high byte of 16-bit numbers as `dtype`, all of them too large by `offset`."""
     if is_ptx:
         tl.static_assert(offset == 1152)  # 1024, and 128 to make the byte unsigned
         return tl.inline_asm_elementwise(
@@ -61,7 +61,7 @@ def unpack_scales(pair):
 
 @triton.jit
 def _log2(value, is_ptx: tl.constexpr):
-    """Of numbers that are not denormal. Triton-lang's own counts with others, in two dozen instructions."""
+    """log2 of normal numbers; Triton-lang's own handles denormals, in two dozen instructions."""
     if is_ptx:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1
@@ -71,15 +71,15 @@ def _log2(value, is_ptx: tl.constexpr):
 
 @triton.jit
 def _round(value):
-    """To the nearest whole number, half to even: next to 1.5 * 2**23 a float32 has no room for a fraction."""
+    """Rounds half to even: near 1.5 * 2**23 a float32 has no fraction bits."""
     return (value + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _split_query(query, rows: tl.constexpr, dtype: tl.constexpr):
-    """Queries [n, dim] as pairs of rows [2 n, dim], and their units [n]. A single one stands for all of `rows`.
+    """Queries [n, dim] as pairs of rows [2 n, dim], and the units [n] they are multiples of; one query is broadcast.
 
-    Of int8, row 2 i holds 128ths and row 2 i + 1 the rest: together 15 bits, which lose less than bfloat16 does.
+    As int8, row 2 i holds multiples of 128 and row 2 i + 1 the rest: 15 bits together, more than bfloat16 has.
     """
     if dtype == tl.int8:
         largest = tl.max(tl.abs(query), 1)
@@ -90,7 +90,7 @@ def _split_query(query, rows: tl.constexpr, dtype: tl.constexpr):
     else:
         unit = tl.full([query.shape[0]], 1.0, tl.float32)
         high, low = query, tl.zeros_like(query)
-    # Not tl.join: dots whose operands come by one are laid out for narrower numbers, and read slowly.
+    # Not tl.join, whose result gets a layout for narrower numbers, which dots read slowly.
     parts = tl.where(tl.arange(0, 2)[None, :, None] == 0, high[:, None, :], low[:, None, :]).to(dtype)
     parts = tl.broadcast_to(parts, (rows, 2, query.shape[1])).reshape(2 * rows, query.shape[1])
     return parts, tl.broadcast_to(unit, (rows,))
@@ -98,7 +98,7 @@ def _split_query(query, rows: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _scores(key, query, dtype: tl.constexpr):
-    """The products of keys [tokens, dim] with what `_split_query` makes of queries, [tokens, n]."""
+    """The products [tokens, n] of keys [tokens, dim] with the rows that `_split_query` returns."""
     tokens: tl.constexpr = key.shape[0]
     columns: tl.constexpr = query.shape[1]
     if dtype == tl.int8:
@@ -163,17 +163,17 @@ def token_attention_int8_kernel(
     block_dim: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """One split of a sequence's context, one KV head and the `group` query heads that share it."""
+    """Attends over one split of a context, for one KV head and the `group` query heads that share it."""
     offset: tl.constexpr = 1152 if dtype == tl.float16 else 0
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    # What is known of the sequences came from the host, before the step's first kernel.
+    # What the step knows of its sequences came from the host before its first kernel.
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
     wait_for_previous(is_dependent)
-    # All that a part begins with is asked for before any of it is needed.
+    # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
     column_live = column < head_dim
     pair = tl.arange(0, block_dim // 2)
@@ -214,7 +214,7 @@ def token_attention_int8_kernel(
     tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
     new_score = tl.sum(query * new_key[None, :], 1) * k_scale + _log2(v_scale, is_ptx)
     maximum = tl.where(has_new, tl.broadcast_to(new_score, (block_group,)), float("-inf"))
-    # Of the weights, token by token of a block, and added up at the end.
+    # The sum of weights, kept per token of a block until the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
     total = tl.zeros([block_tokens, block_group], dtype=tl.float32)
     total += tl.where(is_first, tl.where(has_new, 1.0 / v_scale, 0.0), 0.0)
@@ -229,7 +229,7 @@ def token_attention_int8_kernel(
     for first in tl.range(start, end, block_tokens, num_stages=stages):
         token = first + tl.arange(0, block_tokens)
         token_live = token < end
-        # Few instructions: see token_attention.
+        # Saves instructions as in token_attention.
         slot = tl.load(slot_row + tl.minimum(token, end - 1)).to(tl.uint32).to(tl.uint64)
         key_rows = k_head[None, :] + (slot * k_slot_stride)[:, None]
         value_columns = (v_bytes + (slot * v_slot_stride)[None, :]).to(tl.pointer_type(tl.int16)) + pair[:, None]
@@ -240,7 +240,7 @@ def token_attention_int8_kernel(
             key = tl.load(key_rows, mask=column_live[None, :], other=0)
             value = tl.load(value_columns, mask=pair_live[:, None], other=0)
         k_scales, v_scales = unpack_scales(scale_pair)
-        # V's scale is part of the weights, and the greatest is 1 with it: float16 could not hold them otherwise.
+        # V's scale is part of the weights, whose maximum is thus 1, so float16 can hold them.
         log_scales = _log2(v_scales, is_ptx)
         score = _scores(key, tl.trans(parts), key_dtype) * unit[None, :] * k_scales[:, None] + log_scales[:, None]
         if has_alibi:
@@ -260,7 +260,7 @@ def token_attention_int8_kernel(
         odd_accumulator = tl.dot(v_odds, weights, odd_accumulator * corrections, input_precision="ieee")
         maximum = new_maximum
 
-    # What an empty part has seen is not read. A padding row is left as it is.
+    # The results of an empty part are not read. A padding row of `out` is not written.
     total = tl.sum(total, 0)
     divisor = tl.where(total > 0, total, 1.0)
     factor = 1.0 / divisor
@@ -282,7 +282,7 @@ def token_attention_int8_kernel(
 def choose_int8_decode_blocks(
     block_dim: int, element_size: int, capability: tuple[int, int], heads: int
 ) -> TokenBlocks:
-    """For so many KV heads of all sequences, measured as token_attention's."""
+    """The tile for `heads` KV heads of all sequences together, measured as token_attention's."""
     if element_size == 4:
         return TokenBlocks(16, 4, 1)
     tokens = min(128, max(16, 4096 // block_dim))
@@ -380,7 +380,7 @@ def token_attention_int8(
         half=cos.shape[1],
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
-        block_group=max(SMALLEST_COLUMNS // 2, triton.next_power_of_2(group)),
+        block_group=max(MIN_COLUMNS // 2, triton.next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         stages=blocks.num_stages,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Layer norm, with the addition to the residual in the same pass."""
+"""Layer norm, fused with the addition to the residual."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def layer_norm_kernel(
     shift = tl.load(bias + column, mask=live, other=0.0).to(tl.float32)
     if has_residual:
         residual_row = residual + token * residual_stride + column
-        # Ahead of the wait: the kernel right before has not written it.
+        # Before the wait: the previous kernel must not write the residual.
         before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
     value = tl.zeros([block], dtype=tl.float32)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Root-mean-square norm, with the addition to the residual in the same pass."""
+"""Root-mean-square norm, fused with the addition to the residual."""
 
 import torch
 import triton
@@ -33,7 +33,7 @@ def rms_norm_kernel(
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
     if has_residual:
         residual_row = residual + token * residual_stride + column
-        # Ahead of the wait: the kernel right before has not written it.
+        # Before the wait: the previous kernel must not write the residual.
         before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
     value = tl.zeros([block], dtype=tl.float32)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Repetition, frequency and presence penalties, and the ruling out of an early end."""
+"""Applies repetition, frequency and presence penalties, and rules out ending tokens before `min_tokens`."""
 
 import triton
 import triton.language as tl
@@ -29,7 +29,7 @@ def apply_penalties_kernel(
     in_prompt: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One block of a sequence's logits."""
+    """Handles one block of a sequence's logits."""
     sequence = tl.program_id(0).to(tl.int64)
     presence_penalty = tl.load(presence + sequence)
     frequency_penalty = tl.load(frequency + sequence)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The greedy choice of each sequence's next token, which goes to the table where the next step reads it."""
+"""Greedy choice of each sequence's next token, also written to the table from which the next step reads it."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def choose_greedily_kernel(
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One sequence. The vocabulary is a constant so that all of the row is asked for before any of it is needed."""
+    """Handles one sequence. `vocab_size` is a constant so that all loads of the row are issued before any is used."""
     sequence = tl.program_id(0).to(tl.int64)
     row = logits + sequence * logits_stride
     place = tl.load(places + sequence)
@@ -36,7 +36,7 @@ def choose_greedily_kernel(
         token = tl.where(logit > greatest, column, token)
         greatest = tl.maximum(greatest, logit)
     chosen = tl.min(tl.where(greatest == tl.max(greatest, 0), token, vocab_size), 0)
-    # A row of NaN has no greatest.
+    # A row of NaN has no maximum.
     chosen = tl.where(chosen < vocab_size, chosen, 0)
     tl.store(tokens + sequence, chosen)
     tl.store(table + place, chosen)

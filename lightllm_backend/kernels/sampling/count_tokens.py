@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""How often each token occurs in a sequence."""
+"""Counts how often each token occurs in a sequence."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def count_tokens_kernel(
     in_prompt: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One block of a sequence's tokens."""
+    """Handles one block of a sequence's tokens."""
     sequence = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * block
     length = tl.load(lengths + sequence)

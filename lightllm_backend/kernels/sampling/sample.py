@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Drawing the next token: temperature, top-k and top-p without sorting, and a counter-based random number."""
+"""Draws the next token: temperature, top-k and top-p without sorting, and a counter-based random number (Philox)."""
 
 import torch
 import triton
@@ -12,14 +12,14 @@ _BLOCK = 8192
 
 @triton.jit
 def _order(value):
-    """Integers that are ordered like the floats; 0.0 and -0.0 are equal."""
+    """Maps floats to integers in the same order; 0.0 and -0.0 become equal."""
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _greatest(row, vocab_size, block: tl.constexpr):
-    """The greatest logit and its first place."""
+    """The greatest logit and the first column that holds it."""
     value = tl.full([block], float("-inf"), dtype=tl.float32)
     place = tl.zeros([block], dtype=tl.int32)
     for start in range(0, vocab_size, block):
@@ -29,7 +29,7 @@ def _greatest(row, vocab_size, block: tl.constexpr):
         value = tl.maximum(value, new)
     maximum = tl.max(value, 0)
     first = tl.min(tl.where(value == maximum, place, vocab_size), 0)
-    # A row of NaN has no greatest.
+    # A row of NaN has no maximum.
     return maximum, tl.where(first < vocab_size, first, 0)
 
 
@@ -111,7 +111,7 @@ def sample_kernel(
     vocab_size,
     block: tl.constexpr,
 ):
-    """One sequence."""
+    """Handles one sequence."""
     sequence = tl.program_id(0).to(tl.int64)
     row = logits + sequence * logits_stride
     maximum, token = _greatest(row, vocab_size, block)
