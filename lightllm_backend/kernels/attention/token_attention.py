@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Decode attention: one new token per sequence over its whole context, in parts that run in parallel (split-KV).
 
-Every part rotates the new token's query. The part that ends with the new token also rotates its key, and writes its K
-and V to the pool. No part reads them back, since writes of other programs are not visible within a launch.
+Every part rotates the new token's query and key; the part that ends with the new token writes its K and V to the pool.
+No part reads them back, since writes of other programs are not visible within a launch.
 
 K and transposed V are the left operands of the two products, since they fill a tensor core's rows. The query heads that
 share a KV head are the columns, padded to 8, the fewest that a tensor core takes. K and V are prefetched into shared
