@@ -3,7 +3,8 @@
 
 There is one process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks:
 NCCL on GPUs, gloo on a CPU. GPUs that can read each other's memory sum the messages of a decode step through symmetric
-memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them, through mailboxes.
+memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them, through Lamport
+buffers.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers, bits_type_of
 
 # Up to this size each rank reads the whole message of every other; beyond, each sums a part and all read the sums.
 # perf.all_reduce finds where the second way becomes faster.
 ONE_SHOT_BYTES = 256 << 10
 # torch's kernels read vectors of this size and cut a message into one part per rank.
 VECTOR_BYTES = 16
-# The largest message that goes through mailboxes, which occupy 2 * ranks times its size: 256 MiB with 8 ranks.
+# The largest message that goes through Lamport buffers, which take 2 * ranks times its size: 256 MiB with 8 ranks.
 MAILED_BYTES = 16 << 20
 
 # torch 2.13 has renamed all_gather_into_tensor.
@@ -78,10 +79,10 @@ class TensorParallel:
         """A buffer for a product [rows, columns] that goes to `all_reduce` next, to save a copy, or None for any."""
         return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
 
-    def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
+    def lamport_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
         """Buffers for a fused all-reduce and norm of [rows, columns], or None to use `all_reduce`."""
-        mailboxes = self.symmetric.mailboxes if self.symmetric else None
-        return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
+        buffers = self.symmetric.lamport_buffers if self.symmetric else None
+        return buffers if buffers is not None and buffers.fit(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`. It may overwrite `x`."""
@@ -119,7 +120,7 @@ class TensorParallel:
 
 
 class SymmetricMemory:
-    """One buffer per rank that all GPUs of the group map, with sums over the buffers by torch's kernels; and mailboxes.
+    """One buffer per rank that all GPUs of the group map, with sums over them by torch's kernels; and Lamport buffers.
 
     The buffer and its addresses never change, so CUDA graphs may use them. The kernels begin and end with a barrier of
     all ranks: when a sum is there, every rank has read this rank's buffer, and the next message may overwrite it. Sums
@@ -127,7 +128,7 @@ class SymmetricMemory:
     bfloat16. We do not use the multicast (NVLS) kernels.
     """
 
-    mailboxes: Mailboxes | None
+    lamport_buffers: LamportBuffers | None
 
     def __init__(self, rank: int, size: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         """Collective. Raises the error of torch or of the driver if there is no symmetric memory."""
@@ -149,16 +150,16 @@ class SymmetricMemory:
         # Kept alive: the kernels look the handle up by the buffer and the group.
         self._handle = _symmetric_memory.rendezvous(self._buffer, self._group_name)
 
-        bits = bits_of(dtype)
+        bits = bits_type_of(dtype)
         shape = (2, size, max(1, MAILED_BYTES // (columns * bits.itemsize)), columns)
         with torch.inference_mode(mode=False):
             own = _symmetric_memory.empty(shape, dtype=bits, device=device)
-        self._mailbox_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
+        self._lamport_handle = handle = _symmetric_memory.rendezvous(own, self._group_name)
         own.fill_(EMPTY)
         handle.barrier()  # no rank may write before all are EMPTY
         offset = (own.data_ptr() - handle.buffer_ptrs[rank]) // bits.itemsize
-        boxes = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
-        self.mailboxes = Mailboxes.of(boxes, rank)
+        by_rank = [own if other == rank else handle.get_buffer(other, shape, bits, offset) for other in range(size)]
+        self.lamport_buffers = LamportBuffers.of(by_rank, rank)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The beginning of the buffer as a tensor of this shape, or None if the kernels cannot take it there."""

@@ -7,8 +7,8 @@ Starts one process a rank. Each way of summing is captured in a CUDA graph, seve
 its result is checked. A column is microseconds for one sum: the median over replays of the slowest rank's time.
 `one_shot` and `two_shot` make new tensors; `two_shot_in_place` leaves the sum where the next message overwrites it;
 `engine` is TensorParallel.all_reduce as the engine calls it, on a product that is in the buffer already. `norm_after`
-is that and the norm that follows; `norm_one_shot` and `norm_two_shots` are norms that sum through mailboxes, one of
-which the engine takes as `norm_engine`.
+is that and the norm that follows; `norm_one_shot` and `norm_two_shots` are norms that sum through Lamport buffers;
+`norm_engine` is the one of both that the engine takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.worker_group import worker_environment
 from lightllm_backend.kernels import launchers
-from lightllm_backend.kernels.mailboxes import Mailboxes
+from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
 from lightllm_backend.parallel import TensorParallel
 from perf.record import RESULTS, ROOT, circumstances, write_result
 
@@ -64,25 +64,25 @@ def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[],
 
 
 def norms_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The same with the addition to a residual and its norm; only where there are mailboxes."""
+    """The same with the addition to a residual and its norm; only where there are Lamport buffers."""
     weight, residual = torch.ones_like(message[0]), torch.zeros_like(message)
     view = parallel.product_buffer(*message.shape, message.dtype)
-    boxes = parallel.mailboxes(*message.shape)
-    if view is None or boxes is None:
+    buffers = parallel.lamport_buffers(*message.shape)
+    if view is None or buffers is None:
         return {}
 
     def after() -> Tensor:
         return launchers.rms_norm(parallel.all_reduce(view), weight, 1e-5, residual)
 
-    def mailed(in_two_shots: bool) -> Callable[[], Tensor]:
+    def fused(in_two_shots: bool) -> Callable[[], Tensor]:
         def sum_and_norm() -> Tensor:
-            with patch.object(Mailboxes, "take_two_shots", lambda *_: in_two_shots):
-                return launchers.all_reduce_rms_norm(message, weight, 1e-5, residual, boxes)
+            with patch.object(LamportBuffers, "use_two_shots", lambda *_: in_two_shots):
+                return launchers.all_reduce_rms_norm(message, weight, 1e-5, residual, buffers)
 
         return sum_and_norm
 
-    ways = {"norm_after": after, "norm_one_shot": mailed(False), "norm_two_shots": mailed(True)}
-    return ways | {"norm_engine": mailed(boxes.take_two_shots(len(message)))}
+    ways = {"norm_after": after, "norm_one_shot": fused(False), "norm_two_shots": fused(True)}
+    return ways | {"norm_engine": fused(buffers.use_two_shots(len(message)))}
 
 
 def is_right(way: Callable[[], Tensor], parallel: TensorParallel, targets: list[Tensor]) -> bool:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds how the products of few tokens are cut best on this GPU, and stores it with the kernels.
+"""Finds the best blocks for products of up to 256 tokens on this GPU, and stores them with the kernels.
 
     python -m perf.tune_linear
     python -m perf.tune_linear --tp 1 --tokens 128,256 llama-7b
 
-All blocks that fit the shared memory, and of linear_tiles the few in TILES, are timed in a CUDA graph, a norm behind
-each product as in a model, on weights that together are too large for the L2 cache. cuBLAS is timed beside them, and
-keeps the products at which it is as quick. What is found goes to lightllm_backend/kernels/linear_blocks.json; what
-other runs have found for other GPUs, products and numbers of tokens stays there.
+It times all blocks that fit the shared memory, and for linear_tiles the few in TILES, in a CUDA graph: each product is
+followed by a norm, as in a model, and the weights together exceed the L2 cache. cuBLAS is timed beside them and keeps
+the products at which it is as quick. The result goes to lightllm_backend/kernels/linear/linear_blocks.json, where other
+GPUs, products and token counts keep what earlier runs found.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lightllm_backend.kernels.gated_linear import launch_gated
-from lightllm_backend.kernels.linear_blocks import (
+from lightllm_backend.kernels.linear.choice import (
+    BLOCKS,
     FEW_TOKENS,
     MORE_TOKENS,
-    STORED,
+    Choice,
     LinearBlocks,
+    ProductKernel,
     product_name,
     stored_blocks,
 )
-from lightllm_backend.kernels.linear_splits import launch
-from lightllm_backend.kernels.linear_tiles import BLOCK_TOKENS
-from lightllm_backend.kernels.rms_norm import rms_norm
+from lightllm_backend.kernels.linear.gated_linear import launch_gated
+from lightllm_backend.kernels.linear.linear_splits import launch_product
+from lightllm_backend.kernels.linear.linear_tiles import BLOCK_TOKENS
+from lightllm_backend.kernels.norm.rms_norm import rms_norm
 from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE
 from perf.kernels.measure import seconds_of
@@ -44,11 +46,11 @@ from perf.record import circumstances
 from perf.shapes import SHAPES
 
 WEIGHT_BYTES = 600 << 20
-# A sum of parts that no norm makes on its way, and an activation behind cuBLAS.
+# Added to the time of split products that no norm sums, and of gated products by cuBLAS.
 SUM_SECONDS, ACTIVATION_SECONDS = 1.5e-6, 2e-6
-# By which our kernels must be quicker than cuBLAS, whose choice for the tokens between those that are timed is its own.
+# Our kernels must beat cuBLAS by this share, since cuBLAS may choose better between the token counts that are timed.
 MARGIN = 0.02
-# What linear_tiles may be launched with: rows and columns of a tile, stages, warps.
+# Candidates for linear_tiles: rows and columns of a tile, stages, warps.
 TILES = [(64, 64, 8, 4), (64, 64, 4, 4), (128, 64, 3, 4), (128, 64, 3, 8), (128, 64, 6, 8), (256, 64, 4, 8)]
 
 
@@ -56,11 +58,11 @@ class Product(NamedTuple):
     out_features: int
     in_features: int
     is_gated: bool
-    is_summed_for_nothing: bool  # a norm follows at once
+    norm_sums_parts: bool  # a norm follows at once
 
 
 def products(config: dict[str, Any], tp: int) -> list[Product]:
-    """Of one rank of a LLaMA or a BLOOM."""
+    """The products of one rank of a LLaMA or a BLOOM."""
     hidden, heads = config["hidden_size"], config.get("num_attention_heads") or config["n_head"]
     head_dim = hidden // heads
     kv_heads = max(config.get("num_key_value_heads", heads), tp)
@@ -102,7 +104,7 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
 
 
 def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
-    """Of one product, without the norm's own time."""
+    """The time of one product between norms, without the norm's own."""
     x, ones = torch.randn(16, 4096, device=DEVICE, dtype=DTYPE), torch.ones(4096, device=DEVICE, dtype=DTYPE)
 
     def call(weight: Tensor) -> Callable[[], Any]:
@@ -113,7 +115,7 @@ def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor
 
 
 def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
-    """None: cuBLAS is quicker."""
+    """The fastest blocks, or None if cuBLAS is quicker."""
     shape = (product.out_features, product.in_features)
     count = max(3, WEIGHT_BYTES // (2 * shape[0] * shape[1]))
     weights = [torch.randn(*shape, device=DEVICE, dtype=DTYPE) / shape[1] ** 0.5 for _ in range(count)]
@@ -121,17 +123,20 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     cublas = seconds_between_norms(lambda weight: functional.linear(x, weight), weights)
     times: dict[LinearBlocks | None, float] = {None: (1 - MARGIN) * (cublas + ACTIVATION_SECONDS * product.is_gated)}
 
+    kernel = ProductKernel.TILES if tokens in MORE_TOKENS else ProductKernel.SPLITS
+
     def run(weight: Tensor, blocks: LinearBlocks) -> None:
+        choice = Choice(kernel, blocks)
         if product.is_gated:
-            launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), blocks)
+            launch_gated(x, weight, None, x.new_empty(tokens, shape[0] // 2), choice)
         else:
             dtype = DTYPE if blocks.splits == 1 else torch.float32
-            launch(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), blocks)
+            launch_product(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), choice)
 
     tried = list(candidates(product, tokens))
     compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
     for blocks in tried:
-        extra = SUM_SECONDS if blocks.splits > 1 and not product.is_summed_for_nothing else 0.0
+        extra = SUM_SECONDS if blocks.splits > 1 and not product.norm_sums_parts else 0.0
         times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
     return min(times, key=lambda blocks: times[blocks])
 
@@ -143,12 +148,12 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
 def main(models: tuple[str, ...], tp: str, tokens: str) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
     found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
-    table = stored_blocks().setdefault(capability(), {})
+    table = stored_blocks(BLOCKS).setdefault(capability(), {})
     for product in tqdm(sorted(found), unit="product"):
         row = table.setdefault(product_name(*product[:3]), {})
         row.update({count: best_blocks(product, int(count)) for count in tokens.split(",")})
         torch.cuda.empty_cache()
-    store(STORED, table, tokens)
+    store(BLOCKS, table, tokens)
 
 
 def capability() -> str:
@@ -156,7 +161,7 @@ def capability() -> str:
 
 
 def store(path: Path, table: dict[str, dict[str, list[int] | None]], tokens: str) -> None:
-    """This GPU's table, and where its blocks for so many tokens come from; other GPUs' are kept."""
+    """Store this GPU's table and the origin of its blocks for these token counts; keep those of other GPUs."""
     stored = json.loads(path.read_text())
     ran = circumstances(torch.cuda.get_device_name())
     versions = ran["versions"]
@@ -168,7 +173,7 @@ def store(path: Path, table: dict[str, dict[str, list[int] | None]], tokens: str
 
 
 def format_table(stored: dict[str, Any]) -> str:
-    """A line for each product."""
+    """The JSON text, one line per product."""
     text = json.dumps({**stored, "blocks": "TABLES"}, indent=2)
     tables = []
     for capability, table in stored["blocks"].items():

@@ -15,6 +15,7 @@ PACKAGE = "lightllm_backend"
 
 # Whatever a model's own file is made of.
 BELOW_A_MODEL = (
+    "kernels.interface",
     "parallel",
     "models.decoder",
     "models.layers",
@@ -28,7 +29,7 @@ ALLOWED = {
     "request": (),
     "config": (),
     "kernels": (),
-    "parallel": ("kernels.mailboxes",),
+    "parallel": ("kernels.collective.lamport_buffers",),
     "kv_pool": (),
     "kv_pool.allocator": (),
     "kv_pool.storage": (),
@@ -48,7 +49,9 @@ ALLOWED = {
     "models.llama": BELOW_A_MODEL,
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),
     "models.qwen2": (*BELOW_A_MODEL, "models.llama"),
-    "models.causal_lm": ("parallel", "models.layers", "models.model_config", "models.registry", "models.weights"),
+    "models.causal_lm": (
+        "kernels.interface", "parallel", "models.layers", "models.model_config", "models.registry", "models.weights",
+    ),
     "router": (),
     "router.sequence": ("request",),
     "router.batch": ("request",),
@@ -66,14 +69,16 @@ ALLOWED = {
     "runner.device_tables": ("router.batch", "runner.staging"),
     "runner.step_arrays": ("router.batch", "runner.device_tables", "runner.staging"),
     "runner.buckets": ("router.batch", "runner.step_arrays"),
-    "runner.whole_prompts": ("kernels.whole_prompts", "router.batch", "runner.staging"),
-    "runner.sampler": ("request", "runner.device_tables", "runner.staging"),
+    "runner.prompt_tiling": ("kernels.attention.whole_prompt_tiles", "router.batch", "runner.staging"),
+    "runner.sampler": ("kernels.interface", "request", "runner.device_tables", "runner.staging"),
     "runner.step": (
-        "kernels.whole_prompts", "models.causal_lm", "models.layers", "router.batch",
-        "runner.device_tables", "runner.staging", "runner.step_arrays", "runner.whole_prompts",
+        "kernels", "models.causal_lm", "models.layers", "router.batch",
+        "runner.device_tables", "runner.prompt_tiling", "runner.staging", "runner.step_arrays",
     ),
     "runner.cuda_graphs": ("router.batch", "runner.buckets", "runner.step", "runner.step_arrays"),
-    "runner.model_runner": ("kv_pool.storage", "models.causal_lm", "models.layers", "router.batch", "runner"),
+    "runner.model_runner": (
+        "kernels.interface", "kv_pool.storage", "models.causal_lm", "models.layers", "router.batch", "runner",
+    ),
     "runner.warm_up": ("request", "router.batch", "runner"),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class PrivateMemory(SymmetricMemory):
     def __init__(self, num_elements: int, dtype: torch.dtype) -> None:
         self._granularity = 8
         self._buffer = torch.zeros(num_elements, dtype=dtype)
-        self.mailboxes = None
+        self.lamport_buffers = None
         self.sums: list[str] = []
 
     def one_shot(self, view: torch.Tensor) -> torch.Tensor:

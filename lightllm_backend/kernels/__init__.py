@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's kernels: Triton-lang launchers, and of each a plain PyTorch reference with its name and signature."""
-
-from types import ModuleType
+"""The engine's kernels: Triton-lang launchers, and a plain PyTorch reference of each, both behind interface.py."""
 
 import torch
 
+from lightllm_backend.kernels.interface import Kernels
 
-def select(device: torch.device | str) -> ModuleType:
-    """The module whose functions compute on `device`: the launchers on a GPU, the references elsewhere.
+
+def select(device: torch.device | str) -> Kernels:
+    """The kernels that compute on `device`: the launchers on a GPU, the references elsewhere.
 
     The launchers are imported only here, so that a CPU engine runs without Triton-lang.
     """

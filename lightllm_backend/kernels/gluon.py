@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels in Gluon share: the part of Triton-lang that leaves to a kernel which warps do what.
+"""Shared by the kernels in Gluon, the part of Triton-lang in which a kernel assigns work to warps itself.
 
-Gluon is experimental, and other versions of it name things otherwise; hardware.GLUON_TRIED tells which are used.
+Gluon is experimental and renames things between versions; hardware.GLUON_TRIED guards its use.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Of the warps of a partition; and a copy by TMA. Renamed in 3.7, and in 3.9.
+# A barrier of one partition's warps, renamed in 3.7, and a TMA copy, renamed in 3.9.
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 def tile_descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
-    """By which a kernel copies tiles of `x`, seen as a matrix of this shape whose rows are those of `x`."""
+    """A TMA descriptor for tiles of `x`, seen as a matrix of `shape` with the row stride of `x`."""
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
     return TensorDescriptor(x, list(shape), [x.stride(0), 1], list(block), layout)

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel's launcher, by the name of its reference."""
+"""The launcher of every Triton-lang kernel; interface.py says what each computes."""
 
-from lightllm_backend.kernels.all_reduce_rms_norm import all_reduce_rms_norm
-from lightllm_backend.kernels.apply_penalties import apply_penalties
-from lightllm_backend.kernels.choose_greedily import choose_greedily
-from lightllm_backend.kernels.count_tokens import count_tokens
-from lightllm_backend.kernels.gated_linear import gated_linear
-from lightllm_backend.kernels.gelu_tanh import gelu_tanh
-from lightllm_backend.kernels.layer_norm import layer_norm
-from lightllm_backend.kernels.linear import linear
-from lightllm_backend.kernels.linear_splits import linear_splits
-from lightllm_backend.kernels.merge_splits import merge_splits
-from lightllm_backend.kernels.prefill_attention import prefill_attention
-from lightllm_backend.kernels.rms_norm import rms_norm
-from lightllm_backend.kernels.rotary_kv_write import rotary_kv_write
-from lightllm_backend.kernels.sample import sample
-from lightllm_backend.kernels.silu_and_mul import silu_and_mul
-from lightllm_backend.kernels.sum_splits import sum_splits
-from lightllm_backend.kernels.token_attention import token_attention
-from lightllm_backend.kernels.token_attention_int8 import token_attention_int8
+from lightllm_backend.kernels.activation.gelu_tanh import gelu_tanh
+from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
+from lightllm_backend.kernels.attention.merge_splits import merge_splits
+from lightllm_backend.kernels.attention.prefill_attention import prefill_attention
+from lightllm_backend.kernels.attention.rotary_kv_write import rotary_kv_write
+from lightllm_backend.kernels.attention.token_attention import token_attention
+from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
+from lightllm_backend.kernels.collective.all_reduce_rms_norm import all_reduce_rms_norm
+from lightllm_backend.kernels.linear.gated_linear import gated_linear
+from lightllm_backend.kernels.linear.linear import linear
+from lightllm_backend.kernels.linear.linear_splits import linear_splits
+from lightllm_backend.kernels.linear.sum_splits import sum_splits
+from lightllm_backend.kernels.norm.layer_norm import layer_norm
+from lightllm_backend.kernels.norm.rms_norm import rms_norm
+from lightllm_backend.kernels.sampling.apply_penalties import apply_penalties
+from lightllm_backend.kernels.sampling.choose_greedily import choose_greedily
+from lightllm_backend.kernels.sampling.count_tokens import count_tokens
+from lightllm_backend.kernels.sampling.sample import sample
 
 __all__ = [
     "all_reduce_rms_norm",

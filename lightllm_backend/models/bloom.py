@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import (
     ColumnLinear,
@@ -40,8 +39,7 @@ class LayerNorm:
         self.bias = place.empty(config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        normalized: Tensor = self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
-        return normalized
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return {
@@ -99,7 +97,7 @@ class BloomForCausalLM(Decoder):
     def __init__(
         self,
         config: ModelConfig,
-        kernels: ModuleType,
+        kernels: Kernels,
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,

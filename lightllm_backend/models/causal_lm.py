@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.layers import StepInput
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import ARCHITECTURES, check_architecture
@@ -26,7 +26,7 @@ class CausalLM(HasWeights, Protocol):
     def __init__(
         self,
         config: ModelConfig,
-        kernels: ModuleType,
+        kernels: Kernels,
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,

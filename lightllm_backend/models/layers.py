@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import WeightSlot
@@ -53,7 +53,7 @@ class StepInput:
     last_tokens: Tensor | None  # [m] int64, the tokens whose logits to compute; None: all, in order
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
-    whole_prompts: WholePrompts | None = None  # the prompts without cached tokens, if the host knows them
+    whole_prompts: WholePromptTiles | None = None  # the prompts without cached tokens, if the host knows them
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Placement:
     parallel: TensorParallel
     dtype: torch.dtype
     device: torch.device
-    kernels: ModuleType  # kernels.select()'s choice for the device
+    kernels: Kernels  # kernels.select()'s choice for the device
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised parameter."""
@@ -115,13 +115,11 @@ class ColumnLinear:
         self.kernels = place.kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        product: Tensor = self.kernels.linear(x, self.weight, self.bias)
-        return product
+        return self.kernels.linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(first(x)) * second(x), for two matrices of the same shape."""
-        product: Tensor = self.kernels.gated_linear(x, self.weight, self.bias)
-        return product
+        return self.kernels.gated_linear(x, self.weight, self.bias)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots, first = {}, 0
@@ -139,7 +137,7 @@ class RowLinear:
     """A matrix split over the ranks by its input features.
 
     A call sums the ranks' products; `unsummed` leaves the sum to the norm that follows. The result may be [parts,
-    tokens, out_features], whose sum the norm takes (kernels.linear_splits).
+    tokens, out_features], whose sum the norm takes (see Kernels.linear_splits).
     """
 
     def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
@@ -154,18 +152,16 @@ class RowLinear:
         return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
 
     def unsummed(self, x: Tensor) -> Tensor:
-        """This rank's product, for a norm that sums it over the ranks. In parts if it goes through mailboxes."""
-        mailboxes = self.parallel.mailboxes(x.shape[0], self.weight.shape[0])
-        return self._parts(x) if self.parallel.size == 1 or mailboxes else self._whole(x)
+        """This rank's product, for a norm that sums it over the ranks; in parts if it goes through Lamport buffers."""
+        buffers = self.parallel.lamport_buffers(x.shape[0], self.weight.shape[0])
+        return self._parts(x) if self.parallel.size == 1 or buffers else self._whole(x)
 
     def _parts(self, x: Tensor) -> Tensor:
-        parts: Tensor = self.kernels.linear_splits(x, self.weight, self._added_bias)
-        return parts
+        return self.kernels.linear_splits(x, self.weight, self._added_bias)
 
     def _whole(self, x: Tensor) -> Tensor:
         buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
-        product: Tensor = self.kernels.linear(x, self.weight, self._added_bias, buffer)
-        return product
+        return self.kernels.linear(x, self.weight, self._added_bias, buffer)
 
     @property
     def _added_bias(self) -> Tensor | None:
@@ -250,28 +246,31 @@ def alibi_slopes(num_heads: int) -> Tensor:
 class PoolAttention:
     """Writes the K and V of a step's tokens into the KV pool, and attends over the pool. For this rank's heads."""
 
-    def __init__(self, kernels: ModuleType, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
+    def __init__(self, kernels: Kernels, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
         self.kernels = kernels
         self.scale = head_dim**-0.5
-        self.bias = {"window": window, "alibi_slopes": alibi_slopes}
+        self.window = window
+        self.alibi_slopes = alibi_slopes
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
         decodes = step.num_decodes
-        new, pool = (q, k, v, *rotation, step.slots), (kv.k, kv.v)
-        options = self.bias | {"scales": kv.scales}
+        cos, sin = rotation
         out = q.new_empty(q.shape)
         if decodes > 0:
-            rows, contexts = step.rows[:decodes], step.context_lengths[:decodes]
-            table = (step.req_to_token, rows, contexts, step.max_context_length)
             # The last of these tokens may belong to a prompt; the kernel leaves them alone.
-            decoded = (tensor[:decodes] for tensor in new)
-            self.kernels.token_attention(*decoded, *pool, *table, self.scale, **options, out=out[:decodes])
+            self.kernels.token_attention(
+                q[:decodes], k[:decodes], v[:decodes], cos[:decodes], sin[:decodes], step.slots[:decodes], kv.k, kv.v,
+                step.req_to_token, step.rows[:decodes], step.context_lengths[:decodes], step.max_context_length,
+                self.scale, self.alibi_slopes, self.window, kv.scales, out[:decodes],
+            )  # fmt: skip
         if len(step.query_starts) > 1:
-            self.kernels.rotary_kv_write(*new, *pool, kv.scales, step.query_starts)
-            chunks = (step.req_to_token, step.rows[decodes:], step.query_starts, step.context_lengths[decodes:])
-            prompts = {"whole_prompts": step.whole_prompts, "out": out}
-            self.kernels.prefill_attention(q, k, v, *pool, *chunks, self.scale, **options, **prompts)
+            self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts)
+            self.kernels.prefill_attention(
+                q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
+                step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
+                step.whole_prompts, out,
+            )  # fmt: skip
         return out.flatten(1)
 
 

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import (
     Attention,
@@ -41,14 +40,11 @@ class RMSNorm:
         self.weight = place.empty(config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        normalized: Tensor
         if residual is not None:
-            if mailboxes := self.parallel.mailboxes(*x.shape[-2:]):
-                normalized = self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, mailboxes)
-                return normalized
+            if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
+                return self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers)
             x = self.parallel.all_reduce(x)
-        normalized = self.kernels.rms_norm(x, self.weight, self.eps, residual)
-        return normalized
+        return self.kernels.rms_norm(x, self.weight, self.eps, residual)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return {f"{self.name}.weight": WeightSlot.whole(self.weight, mean=1.0)}
@@ -87,7 +83,7 @@ class LlamaForCausalLM(Decoder):
     def __init__(
         self,
         config: ModelConfig,
-        kernels: ModuleType,
+        kernels: Kernels,
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,

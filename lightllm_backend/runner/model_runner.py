@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer
@@ -94,7 +94,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: CausalLM, storage: KVStorage, kernels: ModuleType, num_rows: int, max_length: int,
+        self, model: CausalLM, storage: KVStorage, kernels: Kernels, num_rows: int, max_length: int,
         eos_ids: Sequence[int], device: torch.device,
     ) -> None:  # fmt: skip
         self.overlap = 1 if device.type == "cuda" else 0

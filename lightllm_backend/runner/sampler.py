@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
@@ -22,7 +22,7 @@ _NO_TOKEN = -1
 class Sampler:
     """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
-    def __init__(self, kernels: ModuleType, num_rows: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, kernels: Kernels, num_rows: int, eos_ids: Sequence[int]) -> None:
         self._kernels = kernels
         self._eos_ids = tuple(eos_ids)
         self._floats = np.zeros((len(_FLOATS), num_rows), dtype=np.float32)

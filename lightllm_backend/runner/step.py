@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.prompt_tiling import tile_whole_prompts
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step_arrays import Bucket, StepArrays, fill
-from lightllm_backend.runner.whole_prompts import whole_prompts
 
 
 class ForwardOutput(NamedTuple):
@@ -31,7 +31,7 @@ class Step:
     """Writes the slots of the new tokens to the tables, runs the model, and writes the greedy choices to the tables."""
 
     def __init__(
-        self, model: CausalLM, kernels: ModuleType, tables: DeviceTables, kv_layers: Sequence[KVLayer],
+        self, model: CausalLM, kernels: Kernels, tables: DeviceTables, kv_layers: Sequence[KVLayer],
         staging: Staging,
     ) -> None:  # fmt: skip
         self._model = model
@@ -52,9 +52,9 @@ class Step:
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
-        return self.launch(self.upload(batch, bucket), bucket, whole_prompts(batch, self._staging))
+        return self.launch(self.upload(batch, bucket), bucket, tile_whole_prompts(batch, self._staging))
 
-    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePrompts | None = None) -> ForwardOutput:
+    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePromptTiles | None = None) -> ForwardOutput:
         """Launch the kernels of a step on uploaded `inputs`.
 
         It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`.

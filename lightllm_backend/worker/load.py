@@ -9,12 +9,12 @@ import os
 import time
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 
 from lightllm_backend import kernels
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
@@ -122,7 +122,7 @@ class _Parts:
     config: EngineConfig
     shape: ModelConfig
     model: CausalLM
-    kernels: ModuleType
+    kernels: Kernels
     kv_dtype: torch.dtype
     eos_ids: tuple[int, ...]
     batch_max_tokens: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers, bits_type_of
 from perf.kernels.measure import Arguments, Case, Place
 
 SIZES = [(tokens, dim) for dim in (4096, 8192) for tokens in (1, 32, 256)]
@@ -17,10 +17,10 @@ TINY = [(2, 96), (3, 128)]
 
 def case(place: Place, tokens: int, dim: int) -> Case:
     def make() -> Arguments:
-        box = torch.full((2, 1, tokens, dim), EMPTY, dtype=bits_of(place.dtype), device=place.device)
+        buffer = torch.full((2, 1, tokens, dim), EMPTY, dtype=bits_type_of(place.dtype), device=place.device)
         x, residual = place.randn(tokens, dim), place.randn(tokens, dim)
-        mailboxes = Mailboxes.of([box], rank=0)
-        return {"x": x, "weight": place.randn(dim), "eps": 1e-5, "residual": residual, "mailboxes": mailboxes}
+        buffers = LamportBuffers.of([buffer], rank=0)
+        return {"x": x, "weight": place.randn(dim), "eps": 1e-5, "residual": residual, "buffers": buffers}
 
     return Case(
         label=f"{tokens} x {dim}",

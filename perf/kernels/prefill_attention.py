@@ -11,8 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightllm_backend.kernels.whole_prompts import WholePrompts
-from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.runner.prompt_tiling import order_tiles
 from perf.kernels.measure import Arguments, Case, Place
 from perf.kernels.pool import pool_arguments, pool_bytes
 
@@ -49,8 +49,8 @@ def case(
             scales = rest["scales"]
             values.copy_(new if scales is None else new * scales[places, :, "kv".index(name)].unsqueeze(-1))
         lengths = np.full(sequences, queries, np.int32)
-        tiles = torch.from_numpy(whole_prompt_tiles(np.full(sequences, cached, np.int32), lengths, 0)).to(place.device)
-        whole = WholePrompts(tiles, are_all=True) if len(tiles) else None
+        tiles = torch.from_numpy(order_tiles(np.full(sequences, cached, np.int32), lengths, 0)).to(place.device)
+        whole = WholePromptTiles(tiles, are_all=True) if len(tiles) else None
         return {"q": q, "k": k, "v": v, "query_starts": starts, "whole_prompts": whole, **rest}
 
     def packed(backend: SDPBackend) -> Callable[[Arguments], Callable[[], Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightllm_backend.kernels.linear_blocks import choose_blocks
+from lightllm_backend.kernels.linear.choice import Gpu, ProductKernel, choose_kernel
 from lightllm_backend.router.admission import Forecast
 
 ROOT = Path(__file__).parents[2]
@@ -103,14 +103,15 @@ def test_the_example_of_the_router_s_rule() -> None:
 def test_the_kernels_for_40_tokens() -> None:
     layer = [(12288, 4096, False), (4096, 4096, False), (22016, 4096, True), (4096, 11008, False)]
     head = (32000, 4096, False)
-    on_h200 = [choose_blocks(40, *product, (9, 0), 132, has_ahead=True) for product in layer]
-    assert all(blocks is not None and blocks.side_by_side for blocks in on_h200)
-    on_a100 = [choose_blocks(40, *product, (8, 0), 108) for product in (*layer, head)]
-    assert all(blocks is not None and not blocks.side_by_side for blocks in on_a100)
-    blocks = choose_blocks(40, *head, (9, 0), 132, has_ahead=True)
-    assert blocks is not None
-    assert not blocks.side_by_side
-    assert choose_blocks(40, *head, (7, 0), 80) is None
+    h200, a100, v100 = Gpu((9, 0), 132, has_descriptors=True, has_gluon=True), Gpu((8, 0), 108), Gpu((7, 0), 80)
+
+    def kernels(products: list[tuple[int, int, bool]], gpu: Gpu) -> set[ProductKernel]:
+        return {choose_kernel(40, *product, has_bias=False, gpu=gpu).kernel for product in products}
+
+    assert kernels(layer, h200) == {ProductKernel.PREFETCH}
+    assert kernels([head], h200) == {ProductKernel.SPLITS}
+    assert kernels([*layer, head], a100) == {ProductKernel.SPLITS}
+    assert kernels([head], v100) == {ProductKernel.CUBLAS}
 
 
 def test_the_glossary_has_25_words_in_order() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.hardware import GLUON_TRIED
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
-from lightllm_backend.kernels.whole_prompts import WholePrompts
-from lightllm_backend.runner.whole_prompts import whole_prompt_tiles
+from lightllm_backend.kernels.linear.choice import LinearBlocks
+from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     Pool,
@@ -174,20 +174,20 @@ def test_products_whose_weights_are_copied_ahead(
     dtype: torch.dtype,
 ) -> None:
     """Behind the kernel that writes what they read, twice; sizes that fill no tile, and of fewer steps than stages."""
-    from lightllm_backend.kernels.linear_ahead import launch_ahead
+    from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch
 
     rows = features * (2 if is_gated else 1)
     weight = (torch.randn(rows, in_features, device=DEVICE) / in_features**0.5).to(dtype)
     bias = torch.randn(rows, device=DEVICE).to(dtype) if with_bias else None
     scale = torch.ones(in_features, device=DEVICE, dtype=dtype)
-    *cut, side_by_side = blocks
+    *cut, programs_per_sm = blocks
     for _ in range(2):
         inputs = torch.randn(tokens, in_features, device=DEVICE).to(dtype)
         out = torch.full((splits * tokens * features + 1024,), 7.0, device=DEVICE, dtype=torch.float32)
         out = out if splits > 1 else out.to(dtype)
         x = launchers.rms_norm(inputs, scale, 1e-5)
         parts = out[:-1024].view(splits, tokens, features)
-        launch_ahead(x, weight, bias, parts, LinearBlocks(*cut, splits, side_by_side), is_gated)
+        launch_prefetch(x, weight, bias, parts, LinearBlocks(*cut, splits, programs_per_sm), is_gated)
         product = reference.gated_linear if is_gated else reference.linear
         expected = product(x.float(), weight.float(), None if bias is None else bias.float())
         assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
@@ -311,8 +311,8 @@ def test_prefill_attention_of_whole_prompts(
         q[live].float(), q, q, *_wide(pool), *rest, query_starts, pool.context_lengths, head_dim**-0.5
     )
     lengths = np.array([1] * decodes + queries, np.int32)
-    tiles = whole_prompt_tiles(np.concatenate([np.full(decodes, 9, np.int32), starts]), lengths, decodes)
-    whole = WholePrompts(torch.from_numpy(tiles).to(DEVICE), are_all=not starts.any()) if len(tiles) else None
+    tiles = order_tiles(np.concatenate([np.full(decodes, 9, np.int32), starts]), lengths, decodes)
+    whole = WholePromptTiles(torch.from_numpy(tiles).to(DEVICE), are_all=not starts.any()) if len(tiles) else None
     for _ in range(2):
         out = torch.full_like(q, 7.0).contiguous()
         launchers.prefill_attention(

@@ -84,9 +84,10 @@ for rows in (1, 5, 64, 100):  # one shot, two shots, and more than the buffer ho
 
 MAILING_RANK = """
 import random, sys, time, torch
-from lightllm_backend.kernels import launchers, mailboxes
+from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.collective import lamport_buffers
 from lightllm_backend.parallel import TensorParallel
-mailboxes.TWO_SHOTS_SAVE = 128 << 10
+lamport_buffers.MIN_BYTES_SAVED_BY_TWO_SHOTS = 128 << 10
 rank, size, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
@@ -110,9 +111,9 @@ class Layers:
             self.captured = self.launch()
 
     def launch(self):
-        boxes = parallel.mailboxes(self.rows, 4096)
-        assert boxes is not None
-        return [launchers.all_reduce_rms_norm(x, weight, 1e-5, self.residual, boxes) for x in self.x]
+        buffers = parallel.lamport_buffers(self.rows, 4096)
+        assert buffers is not None
+        return [launchers.all_reduce_rms_norm(x, weight, 1e-5, self.residual, buffers) for x in self.x]
 
     def run(self, seed, captured):
         generator = torch.Generator(device).manual_seed(seed)
@@ -178,7 +179,7 @@ def test_sums_in_graphs_are_right(tmp_path, tp, dtype) -> None:
 
 @pytest.mark.parametrize("tp", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_norms_that_sum_through_mailboxes_are_right(tmp_path, tp, dtype) -> None:
+def test_norms_that_sum_through_lamport_buffers_are_right(tmp_path, tp, dtype) -> None:
     """In graphs and without, shapes in turns, in one shot and, of four ranks, in two; now and then a rank is late."""
     check_ranks(MAILING_RANK, str(tp), dtype, str(tmp_path / "meeting"))
 

@@ -57,7 +57,8 @@ def test_nothing_is_compiled_while_serving(tmp_path, monkeypatch, kv_heads, kv_d
 
 
 def _compiles_something_new(compiled: list[str]) -> bool:
-    from lightllm_backend.kernels import launchers, silu_and_mul
+    from lightllm_backend.kernels import launchers
+    from lightllm_backend.kernels.activation import silu_and_mul
 
     silu_and_mul.silu_and_mul_kernel.device_caches.clear()
     launchers.silu_and_mul(torch.zeros(3, 2 * 77, device="cuda", dtype=torch.float16))

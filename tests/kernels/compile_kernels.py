@@ -17,10 +17,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightllm_backend.kernels import gated_linear, launchers, linear_blocks, linear_splits, prefill_attention_hopper
-from lightllm_backend.kernels.linear_blocks import FEW_TOKENS, STORED, STORED_AHEAD, LinearBlocks, stored_blocks
-from lightllm_backend.kernels.mailboxes import Mailboxes, bits_of
-from lightllm_backend.kernels.whole_prompts import WholePrompts
+from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.attention import prefill_attention_hopper
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
+from lightllm_backend.kernels.linear import choice as linear_choice
+from lightllm_backend.kernels.linear import gated_linear, linear_splits
+from lightllm_backend.kernels.linear.choice import (
+    BLOCKS,
+    FEW_TOKENS,
+    PREFETCH_BLOCKS,
+    Choice,
+    LinearBlocks,
+    ProductKernel,
+    stored_blocks,
+)
 from tests.kernels.pretended_gpu import pretend_gpu
 
 POINTERS = {
@@ -74,9 +85,11 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     logits = torch.zeros(4, vocab_size)
     weight = torch.empty(heads * head_dim, dtype=dtype)
     launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
-    boxes = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_of(dtype))] * 4
+    buffers = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_type_of(dtype))] * 4
     for rows in (1, len(q)):  # in one shot, in two
-        launchers.all_reduce_rms_norm(q[:rows].flatten(1), weight, 1e-5, q.flatten(1), Mailboxes.of(boxes, rank=2))
+        launchers.all_reduce_rms_norm(
+            q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2)
+        )
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1))
     if dtype != torch.float32:
@@ -89,7 +102,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     slots = torch.zeros(len(q), dtype=torch.int32)
     launchers.rotary_kv_write(q, k, k, cos, cos, slots, k, k)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1)
-    whole = WholePrompts(torch.zeros(5, 3, dtype=torch.int32), are_all=True)
+    whole = WholePromptTiles(torch.zeros(5, 3, dtype=torch.int32), are_all=True)
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1, whole_prompts=whole)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
         new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)
@@ -118,17 +131,19 @@ def launch_stored(capability: str) -> None:
     """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
     chosen = {
         (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
-        for stored in (STORED, STORED_AHEAD)
-        for name, by_tokens in stored_blocks(stored).get(capability, {}).items()
+        for path in (BLOCKS, PREFETCH_BLOCKS)
+        for name, by_tokens in stored_blocks(path).get(capability, {}).items()
         for tokens, blocks in by_tokens.items()
         if blocks is not None
     }
     for tokens, is_gated, blocks in sorted(chosen):
         x, weight = (torch.empty(rows, 1024, dtype=torch.bfloat16) for rows in (tokens, 1024))
+        other = ProductKernel.TILES if tokens > FEW_TOKENS[-1] else ProductKernel.SPLITS
+        choice = Choice(ProductKernel.PREFETCH if blocks.programs_per_sm else other, blocks)
         if is_gated:
-            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), blocks)
+            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), choice)
         else:
-            linear_splits.launch(x, weight, None, x.new_empty(1, tokens, 1024), blocks)
+            linear_splits.launch_product(x, weight, None, x.new_empty(1, tokens, 1024), choice)
 
 
 def launch_variants(
@@ -152,7 +167,7 @@ def main() -> None:
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
     # They are to compile, whether or not this Triton-lang was tried on a GPU.
-    prefill_attention_hopper.GLUON_TRIED = linear_blocks.GLUON_TRIED = True
+    prefill_attention_hopper.GLUON_TRIED = linear_choice.GLUON_TRIED = True
     shared: dict[str, int] = {}
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

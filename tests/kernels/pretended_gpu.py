@@ -16,7 +16,7 @@ def pretend_gpu(capability: tuple[int, int]) -> None:
     told: dict[str, Any] = {
         "compute_capability": capability, "multiprocessor_count": MULTIPROCESSORS, "has_ptx": True
     }  # fmt: skip
-    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         for name, value in told.items():
             if hasattr(importlib.import_module(module.name), name):
                 setattr(importlib.import_module(module.name), name, lambda _, value=value: value)

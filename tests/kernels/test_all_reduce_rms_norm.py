@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""all_reduce_rms_norm: one rank whose mailbox the others have filled, against the formula; and ranks that wait."""
+"""all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait."""
 
 import subprocess
 import sys
@@ -10,21 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels import launchers, mailboxes, reference
-from lightllm_backend.kernels.mailboxes import EMPTY, SENT_FOR_EMPTY, Mailboxes, bits_of
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.collective import lamport_buffers
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers, bits_type_of
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 
 
-def empty_boxes(ranks: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [torch.full((2, ranks, rows, dim), EMPTY, dtype=bits_of(dtype), device=device) for _ in range(ranks)]
+def empty_buffers(ranks: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.full((2, ranks, rows, dim), EMPTY, dtype=bits_type_of(dtype), device=device) for _ in range(ranks)]
 
 
-def is_empty_but_for(box: Tensor, rank: int) -> bool:
-    """Whether others have nothing left there; nobody reads what a rank has in its own box for itself."""
-    return bool((torch.cat((box[:, :rank], box[:, rank + 1 :]), 1) == EMPTY).all())
+def is_empty_but_for(buffer: Tensor, rank: int) -> bool:
+    """Whether others have nothing left there; nobody reads what a rank has in its own buffer for itself."""
+    return bool((torch.cat((buffer[:, :rank], buffer[:, rank + 1 :]), 1) == EMPTY).all())
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
@@ -34,8 +35,8 @@ def is_empty_but_for(box: Tensor, rank: int) -> bool:
 def test_what_others_sent_is_added_in_each_turn(
     implementation: ModuleType, dtype, ranks, rank, parts, tokens, dim, device
 ):
-    boxes = empty_boxes(ranks, 5, dim, dtype, device)
-    own = Mailboxes.of(boxes, rank)
+    buffers = empty_buffers(ranks, 5, dim, dtype, device)
+    own = LamportBuffers.of(buffers, rank)
     weight = torch.randn(dim, device=device).to(dtype)
     others = [other for other in range(ranks) if other != rank]
     for turn in (0, 1, 0):
@@ -43,7 +44,7 @@ def test_what_others_sent_is_added_in_each_turn(
         x = torch.randn(*shape, device=device).to(dtype if parts is None else torch.float32)
         sent = torch.randn(ranks, tokens, dim, device=device).to(dtype)
         for other in others:
-            boxes[rank][turn, other, :tokens] = sent[other].view(bits_of(dtype))
+            buffers[rank][turn, other, :tokens] = sent[other].view(bits_type_of(dtype))
         residual = torch.randn(tokens, dim, device=device).to(dtype)
         sent[rank] = x if parts is None else x.sum(0).to(dtype)
         expected_residual = residual.double() + sent.double().sum(0)
@@ -55,65 +56,65 @@ def test_what_others_sent_is_added_in_each_turn(
         assert relative_error(residual, expected_residual) < tolerance
         assert relative_error(out, expected) < 2 * tolerance
         assert own.turns.tolist() == [1 - turn] * tokens + [0] * (5 - tokens)
-        assert is_empty_but_for(boxes[rank], rank), "what was read is empty again"
+        assert is_empty_but_for(buffers[rank], rank), "what was read is empty again"
         for other in others:
-            there = boxes[other][turn, rank, :tokens]
+            there = buffers[other][turn, rank, :tokens]
             assert relative_error(there.view(dtype), sent[rank]) < tolerance
             there.fill_(EMPTY)
-            assert is_empty_but_for(boxes[other], other), "nothing else is written"
+            assert is_empty_but_for(buffers[other], other), "nothing else is written"
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_that_looks_like_no_message_is_sent_as_another(implementation, dtype, device):
-    boxes = empty_boxes(2, 1, 8, dtype, device)
-    boxes[1][0, 0] = torch.zeros(1, 8, dtype=dtype).view(bits_of(dtype))
-    x = torch.full((1, 8), EMPTY, dtype=bits_of(dtype), device=device).view(dtype)
+    buffers = empty_buffers(2, 1, 8, dtype, device)
+    buffers[1][0, 0] = torch.zeros(1, 8, dtype=dtype).view(bits_type_of(dtype))
+    x = torch.full((1, 8), EMPTY, dtype=bits_type_of(dtype), device=device).view(dtype)
     residual = torch.ones(1, 8, dtype=dtype, device=device)
     weight = torch.ones(8, dtype=dtype, device=device)
-    out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, Mailboxes.of(boxes, 1))
+    out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, LamportBuffers.of(buffers, 1))
     assert out.isnan().all()
-    assert (boxes[0][0, 1] != EMPTY).all()
-    assert boxes[0][0, 1].view(dtype).isnan().all()
+    assert (buffers[0][0, 1] != EMPTY).all()
+    assert buffers[0][0, 1].view(dtype).isnan().all()
 
 
 def test_both_stand_ins_are_nan():
     for dtype in DTYPES:
-        bits = torch.tensor([EMPTY, SENT_FOR_EMPTY], dtype=bits_of(dtype))
+        bits = torch.tensor([EMPTY, SENT_FOR_EMPTY], dtype=bits_type_of(dtype))
         assert bits.view(dtype).isnan().all()
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 def test_no_tokens(implementation, device):
-    own = Mailboxes.of(empty_boxes(2, 1, 8, torch.float32, device), 0)
+    own = LamportBuffers.of(empty_buffers(2, 1, 8, torch.float32, device), 0)
     empty = torch.empty(0, 8, device=device)
     out = implementation.all_reduce_rms_norm(empty, torch.ones(8, device=device), EPS, empty.clone(), own)
     assert out.shape == (0, 8)
 
 
 def test_messages_that_do_not_fit():
-    own = Mailboxes.of(empty_boxes(2, 3, 8, torch.float32, torch.device("cpu")), 0)
-    assert own.take(3, 8)
-    assert not own.take(4, 8)
-    assert not own.take(3, 4), "a row would lie elsewhere"
+    own = LamportBuffers.of(empty_buffers(2, 3, 8, torch.float32, torch.device("cpu")), 0)
+    assert own.fit(3, 8)
+    assert not own.fit(4, 8)
+    assert not own.fit(3, 4), "a row would lie elsewhere"
 
 
 @pytest.mark.parametrize(
     ("ranks", "rows", "in_two_shots"), [(2, 10**6, False), (4, 53, False), (4, 54, True), (8, 15, False), (8, 16, True)]
 )
 def test_large_messages_of_many_ranks_take_two_shots(ranks, rows, in_two_shots):
-    boxes = [torch.empty(2, ranks, rows, 4096, dtype=torch.int16, device="meta")] * ranks
-    assert Mailboxes(boxes, torch.empty(0), torch.empty(0), 0).take_two_shots(rows) == in_two_shots
+    buffers = [torch.empty(2, ranks, rows, 4096, dtype=torch.int16, device="meta")] * ranks
+    assert LamportBuffers(buffers, torch.empty(0), torch.empty(0), 0).use_two_shots(rows) == in_two_shots
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("parts", "tokens", "dim"), [(None, 7, 96), (3, 5, 1000)])
 def test_in_two_shots_the_owner_of_a_row_adds(monkeypatch, implementation, dtype, parts, tokens, dim, device):
-    monkeypatch.setattr(mailboxes, "TWO_SHOTS_SAVE", 0)
+    monkeypatch.setattr(lamport_buffers, "MIN_BYTES_SAVED_BY_TWO_SHOTS", 0)
     ranks, rank = 4, 2
-    boxes = empty_boxes(ranks, tokens, dim, dtype, device)
-    own, box = Mailboxes.of(boxes, rank), boxes[rank]
+    buffers = empty_buffers(ranks, tokens, dim, dtype, device)
+    own, buffer = LamportBuffers.of(buffers, rank), buffers[rank]
     owners = torch.arange(tokens) % ranks
     mine = owners == rank
     weight = torch.randn(dim, device=device).to(dtype)
@@ -121,11 +122,11 @@ def test_in_two_shots_the_owner_of_a_row_adds(monkeypatch, implementation, dtype
         shape = (tokens, dim) if parts is None else (parts, tokens, dim)
         x = torch.randn(*shape, device=device).to(dtype if parts is None else torch.float32)
         sent = torch.randn(ranks, tokens, dim, device=device).to(dtype)
-        bits = sent.view(bits_of(dtype))
+        bits = sent.view(bits_type_of(dtype))
         for other in range(ranks):
             if other != rank:
-                box[turn, other, mine] = bits[other, mine]  # addends
-                box[turn, other, owners == other] = bits[other, owners == other]  # sums
+                buffer[turn, other, mine] = bits[other, mine]  # addends
+                buffer[turn, other, owners == other] = bits[other, owners == other]  # sums
         residual = torch.randn(tokens, dim, device=device).to(dtype)
         sent[rank] = x if parts is None else x.sum(0).to(dtype)
         expected_residual = sent[owners, torch.arange(tokens)].double()
@@ -136,27 +137,27 @@ def test_in_two_shots_the_owner_of_a_row_adds(monkeypatch, implementation, dtype
         assert relative_error(residual, expected_residual) < tolerance
         assert relative_error(out, expected) < 2 * tolerance
         assert own.turns.tolist() == [1 - turn] * tokens
-        assert is_empty_but_for(box, rank), "what was read is empty again"
+        assert is_empty_but_for(buffer, rank), "what was read is empty again"
         for other in range(ranks):
             if other != rank:
-                there = boxes[other][turn, rank]
+                there = buffers[other][turn, rank]
                 assert relative_error(there[mine].view(dtype), expected_residual[mine]) < tolerance
                 assert relative_error(there[owners == other].view(dtype), sent[rank, owners == other]) < tolerance
                 there[mine | (owners == other)] = EMPTY
-                assert is_empty_but_for(boxes[other], other), "nothing else is written"
+                assert is_empty_but_for(buffers[other], other), "nothing else is written"
 
 
 def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
     """Sums of many shapes in a row with ranks that are other processes, now and then late."""
-    mailboxes.TWO_SHOTS_SAVE = 100  # of three ranks, two rows and more are summed in two shots
+    lamport_buffers.MIN_BYTES_SAVED_BY_TWO_SHOTS = 100  # of three ranks, two rows and more are summed in two shots
     import random
     import time
 
     rows, dim = 3, 32
     size = 2 * ranks * rows * dim
     files = [str(directory / f"{other}") for other in range(ranks)]
-    boxes = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
-    own = Mailboxes.of([box.view(2, ranks, rows, dim) for box in boxes], rank)
+    buffers = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
+    own = LamportBuffers.of([buffer.view(2, ranks, rows, dim) for buffer in buffers], rank)
     implementation = launchers if is_kernel else reference
     weight = torch.ones(dim)
     for number in range(30):
@@ -177,10 +178,10 @@ def run_rank(rank: int, ranks: int, directory: Path, is_kernel: bool) -> None:
 def test_ranks_wait_for_each_other(tmp_path, is_kernel, ranks, device):
     """On a CPU: between GPUs, see tests/gpu."""
     if device.type == "cuda":
-        pytest.skip("other processes' mailboxes are not on this GPU")
+        pytest.skip("other processes' buffers are not on this GPU")
     for rank in range(ranks):
-        box = torch.from_file(str(tmp_path / f"{rank}"), shared=True, size=2 * ranks * 3 * 32, dtype=torch.int32)
-        box.fill_(EMPTY)
+        buffer = torch.from_file(str(tmp_path / f"{rank}"), shared=True, size=2 * ranks * 3 * 32, dtype=torch.int32)
+        buffer.fill_(EMPTY)
     code = (
         "import sys; import tests.conftest; from pathlib import Path; from tests.kernels.test_all_reduce_rms_norm "
         f"import run_rank; run_rank(int(sys.argv[1]), {ranks}, Path({str(tmp_path)!r}), {is_kernel})"

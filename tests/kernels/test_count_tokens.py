@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.sampling.reference import IN_PROMPT
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
@@ -22,7 +23,7 @@ def test_counts(implementation, device):
         for token, count in Counter(tokens[row, prompt:length].tolist()).items():
             expected[index, token] = count
         for token in set(tokens[row, :prompt].tolist()):
-            expected[index, token] += reference.IN_PROMPT
+            expected[index, token] += IN_PROMPT
     arrays = [torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, prompt_lengths, lengths)]
     out = implementation.count_tokens(tokens.to(device, torch.int32), *arrays, vocab_size)
     assert torch.equal(out.cpu(), expected)

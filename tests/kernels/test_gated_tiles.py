@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import gated_tiles, launchers, reference
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.linear import choice, gated_tiles
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # see test_linear
@@ -28,8 +29,8 @@ def test_matches_the_reference(tokens, features, in_features, device):
 
 def test_many_tokens_of_hopper_go_there(monkeypatch, device):
     if device.type == "cpu":
-        monkeypatch.setattr(gated_tiles, "compute_capability", lambda device: (9, 0))
-        monkeypatch.setattr(gated_tiles, "has_descriptors", lambda *tensors: True)
+        monkeypatch.setattr(choice, "compute_capability", lambda device: (9, 0))
+        monkeypatch.setattr(choice, "has_descriptors", lambda *tensors: True)
     launched = []
     monkeypatch.setattr(gated_tiles, "gated_tiles", lambda *arguments: launched.append(arguments))
     x, weight = torch.randn(1025, 64, device=device).to(DTYPE), torch.randn(64, 64, device=device).to(DTYPE)

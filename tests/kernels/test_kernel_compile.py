@@ -35,7 +35,7 @@ def test_every_kernel_compiles_and_fits(capability, shared_kib, models):
     assert result.returncode == 0, result.stderr
     shared = json.loads(result.stdout.splitlines()[-1])
     left_to_cublas = {"linear_splits", "gated_linear", "sum_splits"} if float(capability) < 8 else set()
-    of_hopper = {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
+    of_hopper = {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
     expected = set(launchers.__all__) - {"linear"} - left_to_cublas | (of_hopper if capability == "9.0" else set())
     assert set(shared) == {f"{name}_kernel" for name in expected}
     too_much = {name: size for name, size in shared.items() if size > shared_kib * 1024}

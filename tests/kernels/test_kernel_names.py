@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every launcher has a reference of the same name and signature, every kernel file a launcher, and `select` picks."""
+"""Launchers and references have the interface's names and signatures, and every kernel file has a launcher."""
 
 import inspect
 import os
@@ -11,20 +11,15 @@ import pytest
 
 from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.interface import Kernels
 
-NOT_KERNELS = {
-    "__init__",
-    "dependent_launch",
-    "gluon",
-    "hardware",
-    "kv_scales",
-    "launchers",
-    "linear_blocks",
-    "mailboxes",
-}
-NOT_KERNELS |= {"reference", "whole_prompts"}
-# Launched by linear_splits and gated_linear, by the latter, and by prefill_attention.
-NOT_KERNELS |= {"linear_tiles", "linear_ahead", "gated_tiles", "prefill_attention_hopper"}
+FOLDER = Path(kernels.__file__).parent
+
+# What the kernels share, and the references.
+NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
+NOT_KERNELS |= {"kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
+# Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
+NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 
 
 def _functions(module):
@@ -36,13 +31,30 @@ def _functions(module):
 
 
 def test_launchers_and_references_have_the_same_names():
-    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")} - NOT_KERNELS
-    assert set(_functions(launchers)) == set(_functions(reference)) == set(launchers.__all__) == files
+    files = sorted(path.stem for path in FOLDER.rglob("*.py") if path.stem not in NOT_KERNELS)
+    assert files == sorted(launchers.__all__) == sorted(reference.__all__)
+    assert set(_functions(launchers)) == set(_functions(reference)) == set(files)
 
 
 @pytest.mark.parametrize("name", launchers.__all__)
-def test_same_signature(name):
-    assert inspect.signature(_functions(launchers)[name]) == inspect.signature(_functions(reference)[name])
+def test_a_kernel_and_its_reference_are_in_one_folder(name):
+    launcher, plain = (_functions(module)[name].__module__ for module in (launchers, reference))
+    assert launcher.rpartition(".")[0] == plain.rpartition(".")[0]
+    assert launcher.endswith(f".{name}")
+    assert plain.endswith(".reference")
+
+
+@pytest.mark.parametrize("name", launchers.__all__)
+def test_signatures_are_those_of_the_interface(name):
+    declared = inspect.signature(_functions(Kernels)[name])
+    expected = declared.replace(parameters=list(declared.parameters.values())[1:])  # without self
+    assert inspect.signature(_functions(launchers)[name]) == expected
+    assert inspect.signature(_functions(reference)[name]) == expected
+
+
+def test_the_interface_describes_each():
+    described = {name for name, function in _functions(Kernels).items() if function.__doc__}
+    assert described == set(_functions(Kernels)) == set(launchers.__all__)
 
 
 def test_each_is_tested():
@@ -57,5 +69,5 @@ def test_select():
 
 def test_a_cpu_engine_needs_no_triton_lang():
     code = "import sys; from lightllm_backend.kernels import select; select('cpu'); assert 'triton' not in sys.modules"
-    root = Path(kernels.__file__).parents[2]
+    root = FOLDER.parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})

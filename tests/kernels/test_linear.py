@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, linear_blocks, reference
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.linear import choice
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # the interpreter's matrix products are wrong in bfloat16, which the GPU tests have
@@ -21,7 +22,9 @@ def test_reference_is_the_formula():
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 128), (192, 512), (1024, 128)])
 def test_kernel_matches_the_reference(tokens, out_features, in_features, with_out, with_bias, device):
-    assert linear_blocks.choose_blocks(tokens, out_features, in_features, False, (8, 0), 8) is not None
+    gpu = choice.Gpu((8, 0), multiprocessors=8)
+    chosen = choice.choose_kernel(tokens, out_features, in_features, False, with_bias, gpu)
+    assert chosen.kernel is choice.ProductKernel.SPLITS
     x = torch.randn(tokens, in_features + 8, device=device).to(DTYPE)[:, :in_features]
     weight = torch.randn(out_features, in_features, device=device).to(DTYPE)
     bias = torch.randn(out_features, device=device).to(DTYPE) if with_bias else None

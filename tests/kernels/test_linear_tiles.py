@@ -4,10 +4,11 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, linear_blocks, reference
+from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.hardware import has_descriptors
-from lightllm_backend.kernels.linear_blocks import LinearBlocks
-from lightllm_backend.kernels.linear_tiles import launch_tiles
+from lightllm_backend.kernels.linear import choice
+from lightllm_backend.kernels.linear.choice import LinearBlocks
+from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 
 DTYPE = torch.float16  # see test_linear
@@ -41,11 +42,11 @@ def test_matches_the_reference(tokens, features, in_features, splits, is_gated, 
 def test_others_launch_it(monkeypatch, device):
     """By what is stored for this GPU, whose name in the table is changed for the interpreter's."""
     if device.type == "cpu":
-        monkeypatch.setattr(linear_blocks, "has_descriptors", lambda *tensors: True)
+        monkeypatch.setattr(choice, "has_descriptors", lambda *tensors: True)
     blocks = [64, 64, 3, 4, 2]
     table = {"64 x 256": {"128": blocks}, "64 x 256, gated": {"128": [*blocks[:4], 1]}}
-    capability = "{}.{}".format(*linear_blocks.compute_capability(device))
-    monkeypatch.setattr(linear_blocks, "stored_blocks", lambda path: {capability: table})
+    capability = "{}.{}".format(*choice.compute_capability(device))
+    monkeypatch.setattr(choice, "stored_blocks", lambda path: {capability: table})
     x, weight = (torch.randn(rows, 256, device=device).to(DTYPE) for rows in (70, 64))
     parts = launchers.linear_splits(x, weight)
     assert (parts.shape, parts.dtype) == ((2, 70, 64), torch.float32)

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, merge_splits, reference
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.attention import merge_splits
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

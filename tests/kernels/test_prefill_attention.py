@@ -4,7 +4,9 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import hardware, launchers, prefill_attention, reference
+from lightllm_backend.kernels import hardware, launchers, reference
+from lightllm_backend.kernels.attention import prefill_attention
+from lightllm_backend.kernels.attention import reference as attention
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
@@ -95,8 +97,8 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
     q, pool, rest = _step(queries, queries, (3, 1, 16), torch.float32, torch.device("cpu"))
     options = Variant(alibi=True).options(pool, 3)
     expected = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
-    monkeypatch.setattr(reference, "_BIAS_ELEMENTS", 2 * 3 * 64)
-    assert list(reference._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(attention, "_BIAS_ELEMENTS", 2 * 3 * 64)
+    assert list(attention._groups(queries, queries, 3)) == [[0, 1], [2, 3], [4]]
     out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **options)
     assert relative_error(out, expected) < 1e-6
 
@@ -161,7 +163,7 @@ def test_blocks_before_the_window_are_not_read(implementation, device):
     q, pool, rest = _step([5], [200], (4, 2, 16), torch.float32, device)
     expected = naive_attention(q[:5], pool, [5], rest[-1], window=30)
     first_seen = 195 - 30 + 1
-    block = prefill_attention.choose_blocks(16, 4, (9, 0), 5).tokens
+    block = prefill_attention.choose_prefill_blocks(16, 4, (9, 0), 5).tokens
     unseen = pool.req_to_token[int(pool.rows[0]), : first_seen // block * block].long()
     assert len(unseen) > 100
     pool.k[unseen], pool.v[unseen] = torch.nan, torch.nan

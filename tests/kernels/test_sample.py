@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.sampling import reference as sampling
 
 BOTH = pytest.mark.parametrize("implementation", [reference, launchers])
 
@@ -38,19 +39,19 @@ def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0
 def test_philox_known_answers(counter, key, result):
     counter_words = tuple(torch.tensor([int(word, 16)]) for word in counter.split())
     key_words = tuple(torch.tensor([int(word, 16)]) for word in key.split())
-    words = reference._philox(counter_words, key_words)
+    words = sampling._philox(counter_words, key_words)
     assert [f"{int(word):08x}" for word in words] == result.split()
 
 
 def test_uniform_is_philox_keyed_by_seed_and_counted_by_position():
     seed = torch.tensor([0, -1, 0x299F31D0A4093822])
     position = torch.tensor([0, 0, 7], dtype=torch.int32)
-    uniform = reference._uniform(seed, position)
+    uniform = sampling._uniform(seed, position)
     assert uniform[0] == (0x6627E8D5 >> 8) / 2**24
     assert uniform[0] != uniform[1]
-    again = reference._uniform(seed[2:], position[2:])
+    again = sampling._uniform(seed[2:], position[2:])
     assert again == uniform[2]
-    many = reference._uniform(torch.zeros(4096, dtype=torch.int64), torch.arange(4096, dtype=torch.int32))
+    many = sampling._uniform(torch.zeros(4096, dtype=torch.int64), torch.arange(4096, dtype=torch.int32))
     assert 0 <= float(many.min()) < float(many.max()) < 1
     assert abs(float(many.mean()) - 0.5) < 0.02
 
@@ -61,7 +62,7 @@ def test_kernels_uniform_is_the_references(implementation, device):
     seeds = [0, 1, -1, 2**62 + 5, -(2**63), 123456789]
     positions = [0, 1, 2, 1000, 2**31 - 1, 77]
     out = _sample(implementation, torch.zeros(6, 4096, device=device), seed=seeds, position=positions)
-    uniform = reference._uniform(torch.tensor(seeds), torch.tensor(positions, dtype=torch.int32))
+    uniform = sampling._uniform(torch.tensor(seeds), torch.tensor(positions, dtype=torch.int32))
     assert out.tolist() == (uniform * 4096).int().tolist()
 
 

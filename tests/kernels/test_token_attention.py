@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels import launchers, reference, token_attention, token_attention_int8
+from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.attention import token_attention, token_attention_int8
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,

@@ -52,7 +52,7 @@ def test_ranks_together_compute_the_same_logits(tmp_path, family):
 
 
 @pytest.mark.parametrize(("family", "size"), [("mistral", 2), ("qwen2_window", 4), ("bloom_12_heads", 2)])
-def test_ranks_together_through_mailboxes(tmp_path, family, size):
+def test_ranks_together_through_lamport_buffers(tmp_path, family, size):
     """With room for 3 rows: what the last norm takes of each step, and some whole steps."""
     save_random_model(family, tmp_path)
     transformer = random_model(family)

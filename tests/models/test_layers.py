@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers
 from lightllm_backend.models.layers import Placement, RowLinear
 from lightllm_backend.models.llama import RMSNorm
 from lightllm_backend.models.vocabulary import Embedding, Head
@@ -81,11 +81,11 @@ def test_a_row_linear_writes_its_product_where_the_others_read_it(rank, bias):
 
 
 @pytest.mark.parametrize("tokens", [2, 4])
-def test_a_norm_sums_products_that_fit_through_mailboxes(tokens):
+def test_a_norm_sums_products_that_fit_through_lamport_buffers(tokens):
     """Those of 2 tokens; those of 4 are too many."""
     memory = PrivateMemory(64, torch.float32)
-    boxes = [torch.full((2, 2, 3, 8), EMPTY, dtype=torch.int32) for _ in range(2)]
-    memory.mailboxes = Mailboxes.of(boxes, 1)
+    buffers = [torch.full((2, 2, 3, 8), EMPTY, dtype=torch.int32) for _ in range(2)]
+    memory.lamport_buffers = LamportBuffers.of(buffers, 1)
     here = Placement(TensorParallel(1, 2, symmetric=memory), torch.float32, CPU, reference)
     linear = RowLinear("down", 6, 8, False, here)
     linear.weight.normal_()
@@ -94,7 +94,7 @@ def test_a_norm_sums_products_that_fit_through_mailboxes(tokens):
     x, residual = torch.randn(tokens, 3), torch.randn(tokens, 8)
     product = x @ linear.weight.t()
     # What the other rank sends is what PrivateMemory adds.
-    boxes[1][0, 0, :tokens] = product[:3].view(torch.int32)
+    buffers[1][0, 0, :tokens] = product[:3].view(torch.int32)
     expected = reference.rms_norm(residual + 2 * product, norm.weight, norm.eps)
     with torch.inference_mode():
         torch.testing.assert_close(norm(linear.unsummed(x), residual), expected)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.mailboxes import EMPTY, Mailboxes
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers
 from lightllm_backend.parallel import TensorParallel
 
 
@@ -21,11 +21,11 @@ class ThreadParallel(TensorParallel):
 
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     shared: list[Tensor | None] = field(default_factory=list)
-    mailboxes_of_all: Mailboxes | None = field(default=None, compare=False)
+    lamport_buffers_of_all: LamportBuffers | None = field(default=None, compare=False)
 
-    def mailboxes(self, rows: int, columns: int) -> Mailboxes | None:
-        mailboxes = self.mailboxes_of_all
-        return mailboxes if mailboxes is not None and mailboxes.take(rows, columns) else None
+    def lamport_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
+        buffers = self.lamport_buffers_of_all
+        return buffers if buffers is not None and buffers.fit(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
@@ -41,21 +41,19 @@ class ThreadParallel(TensorParallel):
         return everyone
 
 
-def run_ranks(
-    size: int, run: Callable[[TensorParallel], None], mailbox_rows: int = 0, mailbox_columns: int = 0
-) -> None:
+def run_ranks(size: int, run: Callable[[TensorParallel], None], buffer_rows: int = 0, buffer_columns: int = 0) -> None:
     """`run` on each rank, at the same time; the first error of any ends them all.
 
-    Products of up to so many rows, if any, are float32 and go through mailboxes into a norm that takes them.
+    Products of up to so many rows, if any, are float32 and go through Lamport buffers into a norm that takes them.
     """
     barrier, shared = threading.Barrier(size), [None] * size
-    shape = (2, size, mailbox_rows, mailbox_columns)
-    boxes = [torch.full(shape, EMPTY, dtype=torch.int32) for _ in range(size)]
+    shape = (2, size, buffer_rows, buffer_columns)
+    by_rank = [torch.full(shape, EMPTY, dtype=torch.int32) for _ in range(size)]
 
     def run_rank(rank: int) -> None:
-        mailboxes = Mailboxes.of(boxes, rank) if mailbox_rows else None
+        buffers = LamportBuffers.of(by_rank, rank) if buffer_rows else None
         try:
-            run(ThreadParallel(rank, size, barrier, shared, mailboxes))
+            run(ThreadParallel(rank, size, barrier, shared, buffers))
         except BaseException:
             barrier.abort()
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 import random
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import torch
 import transformers
 from triton.runtime.jit import JITFunction
 
+from lightllm_backend import kernels
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import model_class
@@ -117,8 +119,8 @@ def serve(runner: ModelRunner, num_requests: int) -> None:
 
 
 def main() -> None:
-    for path in Path(launchers.__file__).parent.glob("*.py"):
-        module = importlib.import_module(f"lightllm_backend.kernels.{path.stem}")
+    for found in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(found.name)
         # As many multiprocessors as an H100's, so that contexts are split.
         if hasattr(module, "multiprocessor_count"):
             module.multiprocessor_count = lambda _: 132

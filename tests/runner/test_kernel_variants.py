@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightllm_backend.kernels.merge_splits import split_count
-from lightllm_backend.kernels.prefill_attention import choose_blocks
+from lightllm_backend.kernels.attention.merge_splits import split_count
+from lightllm_backend.kernels.attention.prefill_attention import choose_prefill_blocks
 from lightllm_backend.runner.warm_up import _attention_batches
 from lightllm_backend.worker.load import _MEASURED_LENGTH
 
@@ -48,5 +48,5 @@ def test_as_many_splits_from_the_length_on_that_the_workspace_is_measured_with()
 
 @pytest.mark.parametrize("longest", [300, 2048, 8192])
 def test_prompts_of_each_tile_size_are_run_at_start(longest: int) -> None:
-    run = {choose_blocks(128, 2, (9, 0), batch.lengths.mean()) for batch in _attention_batches(longest)}
-    assert run == {choose_blocks(128, 2, (9, 0), mean) for mean in range(1, longest + 1)}
+    run = {choose_prefill_blocks(128, 2, (9, 0), batch.lengths.mean()) for batch in _attention_batches(longest)}
+    assert run == {choose_prefill_blocks(128, 2, (9, 0), mean) for mean in range(1, longest + 1)}

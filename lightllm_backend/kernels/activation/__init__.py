@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element-wise activations of feed-forward layers."""

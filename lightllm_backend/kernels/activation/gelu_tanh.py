@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""GELU approximated by tanh, the activation of BLOOM's feed-forward layer."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit
+def gelu_tanh_kernel(x, out, x_stride, out_stride, features, block: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    live = column < features
+    value = tl.load(x + token * x_stride + column, mask=live, other=0.0).to(tl.float32)
+    # (1 + tanh(y)) / 2 is sigmoid(2 y), with y = sqrt(2 / pi) * (x + 0.044715 x^3).
+    doubled = 1.5957691216057308 * value * (1.0 + 0.044715 * value * value)
+    tl.store(out + token * out_stride + column, (value * tl.sigmoid(doubled)).to(out.dtype.element_ty), mask=live)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    tokens, features = x.shape
+    assert x.stride(1) == 1
+    out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
+    if tokens == 0:
+        return out
+    grid = (tokens, triton.cdiv(features, _BLOCK))
+    gelu_tanh_kernel[grid](x, out, x.stride(0), out.stride(0), features, block=_BLOCK, num_warps=4)
+    return out

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch of the activations; kernels/interface.py says what each function computes."""
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums over tensor-parallel ranks, fused with the norm that follows."""

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""All-reduce of a product, addition to the residual, and root-mean-square norm, in one kernel.
+
+Each program handles one row: it sends the row to the other ranks and waits for theirs (see lamport_buffers.py), never
+for other programs of its own rank. GPUs start programs in order, so the first unfinished row is running, or will run,
+on all ranks: there is always progress, however few programs fit at once.
+
+One shot: every rank sends its row to all others, and all of them add. Two shots: each row has an owner, which alone
+receives the others' rows, adds them and the residual, and sends the sum back: two trips instead of one, for 2 / ranks
+of the bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+
+
+@triton.jit
+def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, bits_type: tl.constexpr):
+    bits = row.to(bits_type, bitcast=True)
+    return tl.where(bits == empty, sent_for_empty, bits).to(bits_type)
+
+
+@triton.jit
+def _send(buffers, receiver, own_buffer, offset, bits, live):
+    buffer = tl.multiple_of(tl.load(buffers + receiver).to(own_buffer.dtype), 16)
+    # Write through to the other GPU's memory at once.
+    tl.store(buffer + offset, bits, mask=live, cache_modifier=".wt")
+
+
+@triton.jit
+def _send_to_others(
+    buffers, own_buffer, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr
+):
+    # Start with different receivers.
+    for distance in tl.static_range(1, ranks):
+        _send(buffers, (rank + distance) % ranks, own_buffer, first + rank * sender_stride + column, bits, live)
+
+
+@triton.jit
+def _receive(place, live, row_type: tl.constexpr, empty: tl.constexpr):
+    """Poll for one rank's row until all of it has arrived, then clear its place."""
+    bits = tl.load(place, mask=live, other=0, volatile=True)
+    while tl.max((bits == empty).to(tl.int32), 0) > 0:
+        bits = tl.load(place, mask=live, other=0, volatile=True)
+    # The reduction is over, so every thread has read.
+    tl.store(place, tl.full(bits.shape, empty, dtype=bits.dtype), mask=live)
+    return bits.to(row_type, bitcast=True)
+
+
+@triton.jit
+def _receive_sum(
+    place,
+    own_bits,
+    live,
+    sender_stride,
+    row_type: tl.constexpr,
+    rank: tl.constexpr,
+    ranks: tl.constexpr,
+    empty: tl.constexpr,
+):
+    """Sum all ranks' rows in float32, in order of rank, so that every rank gets the same bits."""
+    total = tl.zeros(own_bits.shape, dtype=tl.float32)
+    missing = 1
+    while missing > 0:
+        total = tl.zeros(own_bits.shape, dtype=tl.float32)
+        is_missing = tl.zeros(own_bits.shape, dtype=tl.int32)
+        for sender in tl.static_range(ranks):
+            arrived = own_bits
+            if sender != rank:
+                arrived = tl.load(place + sender * sender_stride, mask=live, other=0, volatile=True)
+            is_missing |= (arrived == empty).to(tl.int32)
+            total += arrived.to(row_type, bitcast=True).to(tl.float32)
+        missing = tl.max(is_missing, 0)
+    # The reduction is over, so every thread has read.
+    nothing = tl.full(own_bits.shape, empty, dtype=own_bits.dtype)
+    for sender in tl.static_range(ranks):
+        if sender != rank:
+            tl.store(place + sender * sender_stride, nothing, mask=live)
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def all_reduce_rms_norm_kernel(
+    x,
+    weight,
+    residual,
+    out,
+    own_buffer,
+    buffers,
+    turns,
+    x_stride,
+    residual_stride,
+    tokens,
+    dim,
+    buffer_rows,
+    eps,
+    rank: tl.constexpr,
+    parts: tl.constexpr,
+    ranks: tl.constexpr,
+    in_two_shots: tl.constexpr,
+    empty: tl.constexpr,
+    sent_for_empty: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block: tl.constexpr,
+):
+    row_type: tl.constexpr = residual.dtype.element_ty
+    bits_type: tl.constexpr = own_buffer.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    live = column < dim
+    scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    wait_for_previous(is_dependent)
+    residual_row = residual + token * residual_stride + column
+    before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
+    turn = tl.load(turns + token)
+    sender_stride = buffer_rows * dim
+    first = (turn * ranks * buffer_rows + token) * dim
+    place = own_buffer + (first + column)
+    own = tl.zeros([block], dtype=tl.float32)
+    for part in tl.static_range(parts):
+        own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
+    own_bits = _bits(own.to(row_type), empty, sent_for_empty, bits_type)
+    if in_two_shots:
+        owner = token % ranks
+        if owner == rank:
+            total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+            total = (before + total).to(row_type)
+            bits = _bits(total, empty, sent_for_empty, bits_type)
+            _send_to_others(buffers, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
+        else:
+            _send(buffers, owner, own_buffer, first + rank * sender_stride + column, own_bits, live)
+            total = _receive(place + owner * sender_stride, live, row_type, empty)
+    else:
+        _send_to_others(buffers, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
+        total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+        total = (before + total).to(row_type)
+    tl.store(turns + token, 1 - turn)
+    tl.store(residual_row, total, mask=live)
+    value = total.to(tl.float32)
+    normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
+    # Rounded before the product with the weight, as the models were trained.
+    normalized = normalized.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + token * dim + column, (normalized * scale).to(out.dtype.element_ty), mask=live)
+
+
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
+    tokens, dim = x.shape[-2:]
+    parts = x.shape[0] if x.dim() == 3 else 1
+    own = buffers.by_rank[buffers.rank]
+    assert buffers.fit(tokens, dim)
+    assert own.itemsize == residual.itemsize
+    assert x.stride(-1) == residual.stride(-1) == 1
+    assert parts == 1 or x.stride(0) == tokens * x.stride(1)
+    assert weight.is_contiguous()
+    out = torch.empty((tokens, dim), dtype=weight.dtype, device=x.device)
+    if tokens == 0:
+        return out
+    block = triton.next_power_of_2(dim)
+    all_reduce_rms_norm_kernel[(tokens,)](
+        x,
+        weight,
+        residual,
+        out,
+        own,
+        buffers.addresses,
+        buffers.turns,
+        x.stride(-2),
+        residual.stride(0),
+        tokens,
+        dim,
+        own.shape[2],
+        eps,
+        rank=buffers.rank,
+        parts=parts,
+        ranks=own.shape[1],
+        in_two_shots=buffers.use_two_shots(tokens),
+        empty=EMPTY,
+        sent_for_empty=SENT_FOR_EMPTY,
+        block=block,
+        num_warps=min(16, max(1, block // 512)),
+        **dependent_launch(x.device),
+    )
+    return out

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' interface: signature, shapes, dtypes, and what is written in place.
+
+Shapes are in brackets. New tokens are packed [tokens, ...], without padding. K and V of a layer live in a pool:
+`k_pool` and `v_pool` [slots, kv_heads, head_dim] of the model's dtype, or int8 with `scales` [slots, kv_heads, 2]
+float16, the factors of K and of V. `req_to_token` [table rows, max length] int32 holds the slot of each position of a
+sequence; `rows` [sequences] int32 names the sequences' rows of it; `context_lengths` [sequences] int32 counts cached
+and new tokens. Unless said otherwise, floating-point arguments share one dtype, and the last dimension is contiguous.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
+
+
+class Kernels(Protocol):
+    """What models and the runner compute with; `kernels.select` returns the implementation for a device."""
+
+    # Norms. `x` may also be the parts [splits, tokens, dim] of a product (see linear_splits), which are summed first.
+    # On a GPU the residual is read before the previous kernel has ended: that kernel must not write it (see
+    # dependent_launch.py).
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        """Root-mean-square norm of `x` [tokens, dim] times `weight` [dim], in the weight's dtype.
+
+        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed.
+        """
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+        """Layer norm of `x` [tokens, dim] with `weight` and `bias` [dim], in the weight's dtype.
+
+        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed.
+        """
+
+    def all_reduce_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers
+    ) -> Tensor:
+        """rms_norm, with a residual, of the sum of all ranks' `x`; each is rounded to the residual's dtype first.
+
+        All ranks of the group must call it with the same shapes, and get the same bits. The message must fit `buffers`.
+        """
+
+    # Products with a weight [out_features, in_features].
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """`x` [tokens, in_features] times the transposed `weight`, plus `bias` [out_features].
+
+        With `out` [tokens, out_features], contiguous, the result is written there.
+        """
+
+    def linear_splits(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product of `linear` as parts [splits, tokens, out_features] that add up to it.
+
+        The parts are float32; a single part may have the dtype of `x`. A norm adds them up.
+        """
+
+    def sum_splits(self, parts: Tensor, out: Tensor) -> Tensor:
+        """Writes the sum of `parts` [splits, tokens, features] float32 to `out` [tokens, features], and returns it.
+
+        Both are contiguous; `out` has any floating-point dtype.
+        """
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu_and_mul of `linear`, [tokens, features]: `weight` [2 * features, in_features] is the gate's, then the
+        up projection's; `bias` is [2 * features]."""
+
+    # Activations.
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """SiLU of the first half of `gate_up` [tokens, 2 * features] times the second half, [tokens, features]."""
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """GELU of `x` [tokens, features], approximated by tanh as in BLOOM."""
+
+    # Attention.
+
+    def rotary_kv_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scales: Tensor | None = None,
+        query_starts: Tensor | None = None,
+    ) -> None:
+        """Rotates `q` and `k` in place, and writes `k` and `v` to their slots of the pool.
+
+        `q` is [tokens, heads, head_dim], `k` and `v` are [tokens, kv_heads, head_dim], `cos` and `sin` are [tokens,
+        rotary_dim / 2] float32. Dimension i is paired with i + rotary_dim / 2; dimensions from rotary_dim on pass
+        through. `slots` [tokens] int32 is -1 for padding, which writes nothing to the pool.
+
+        With `scales`, K and V are written as int8: each head of a token is divided by the scale that makes its largest
+        magnitude 127. `k` and `v` then become, in place, the values that the pool represents; prefill_attention reads
+        them there. With `query_starts`, the tokens before query_starts[0], which decode, are left alone.
+        """
+
+    def prefill_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        req_to_token: Tensor,
+        rows: Tensor,
+        query_starts: Tensor,
+        context_lengths: Tensor,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        window: int = 0,
+        scales: Tensor | None = None,
+        whole_prompts: WholePromptTiles | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of new tokens `q` [tokens, heads, head_dim] over their sequences' cached and new tokens.
+
+        Sequence s has the queries `query_starts[s]:query_starts[s + 1]` (int32), which stand at the end of its context.
+        `k` and `v` [tokens, kv_heads, head_dim] are the new tokens, as rotary_kv_write leaves them; the pool is read
+        for cached tokens only. `alibi_slopes` [heads] float32 lowers a score by slope times distance. With a `window`,
+        a query sees itself and the `window - 1` tokens before it; 0: all. `whole_prompts` lists the prompts without
+        cached tokens, if the host knows them.
+
+        The result goes to `out` [tokens, heads, head_dim], or to a new tensor; rows of no sequence are not written.
+        """
+
+    def token_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        req_to_token: Tensor,
+        rows: Tensor,
+        context_lengths: Tensor,
+        max_context_length: int,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        window: int = 0,
+        scales: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Decode attention: one new token per sequence, `q` [sequences, heads, head_dim], over its context or window.
+
+        The new token is the last of its context. Its query and key are rotated, and K and V written to the pool, as by
+        rotary_kv_write; `q`, `k` and `v` stay as they are. No context is longer than `max_context_length`, by which the
+        launcher sizes its grid. `alibi_slopes` and `window` are as for prefill_attention.
+
+        The result goes to `out` [sequences, heads, head_dim], contiguous, or to a new tensor. A context length of 0
+        marks padding: it reads and writes nothing, so its row of `out` stays as it is (0 in a new tensor).
+        """
+
+    def token_attention_int8(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scales: Tensor,
+        req_to_token: Tensor,
+        rows: Tensor,
+        context_lengths: Tensor,
+        max_context_length: int,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        window: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """token_attention over an int8 pool; token_attention calls it for one."""
+
+    def merge_splits(
+        self, partial: Tensor, log_sums: Tensor, context_lengths: Tensor, window: int, block_tokens: int, out: Tensor
+    ) -> Tensor:
+        """Merges attention over parts of each context into `out` [sequences, heads, head_dim], and returns it.
+
+        `partial` [sequences, heads, splits, head_dim] float32 is the attention over each part; `log_sums` [sequences,
+        heads, splits] float32 is the logarithm to base 2 of its softmax denominator. All three are contiguous. Each
+        part but the last spans the same number of whole blocks of `block_tokens` tokens within the window; empty parts
+        behind it are not read. Where the context length is 0, `out` is not written.
+        """
+
+    # Sampling.
+
+    def count_tokens(
+        self, tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor, vocab_size: int
+    ) -> Tensor:
+        """How often each sequence has generated each token: [sequences, vocab_size] int32.
+
+        Sequence i is `tokens[rows[i], :lengths[i]]` (int32) and begins with a prompt of `prompt_lengths[i]` tokens.
+        A token that occurs in the prompt has the bit IN_PROMPT.
+        """
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        prompt_lengths: Tensor,
+        lengths: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+        repetition: Tensor,
+        min_tokens: Tensor,
+        ending_ids: Tensor,
+    ) -> None:
+        """Penalizes tokens in `logits` [sequences, vocab] float32, in place; sequences are as for count_tokens.
+
+        `repetition` [sequences] float32 applies to tokens of the prompt and generated ones, `frequency` and `presence`
+        to generated ones only. While fewer than `min_tokens` [sequences] int32 are generated, `ending_ids`
+        [sequences, k] int32, padded with -1, become -inf.
+        """
+
+    def choose_greedily(self, logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
+        """The first greatest logit of each row of `logits` [sequences, vocab]: [sequences] int32.
+
+        Also written to `table`, a flat int32 tensor, at `places` [sequences] int64.
+        """
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+    ) -> Tensor:
+        """Draws a token from each row of `logits` [sequences, vocab] float32: [sequences] int32.
+
+        `temperature` and `top_p` are [sequences] float32, `top_k` and `position` int32, `seed` int64. Temperature 0
+        takes the first greatest logit. Otherwise one uniform number, a function of seed and position alone, picks from
+        the distribution in vocabulary order. Top-k (0: off) keeps the k greatest logits, then top-p the fewest whose
+        share of the rest is p; equals of the last one kept are kept.
+        """

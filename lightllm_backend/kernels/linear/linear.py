@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole product with a weight, by the kernel that choice.py names."""
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels.linear.choice import choice_for
+from lightllm_backend.kernels.linear.linear_splits import launch_product
+from lightllm_backend.kernels.linear.sum_splits import sum_splits
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    tokens, out_features = x.shape[0], weight.shape[0]
+    if out is None:
+        out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
+    choice = choice_for(x, weight, bias)
+    if choice.blocks is None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    if choice.blocks.splits == 1:
+        launch_product(x, weight, bias, out.unsqueeze(0), choice)
+        return out
+    parts = torch.empty((choice.blocks.splits, tokens, out_features), dtype=torch.float32, device=x.device)
+    launch_product(x, weight, bias, parts, choice)
+    return sum_splits(parts, out)

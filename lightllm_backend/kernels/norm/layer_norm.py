@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Layer norm, fused with the addition to the residual."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def layer_norm_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    x_stride,
+    residual_stride,
+    out_stride,
+    tokens,
+    dim,
+    eps,
+    parts: tl.constexpr,
+    has_residual: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    live = column < dim
+    scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=live, other=0.0).to(tl.float32)
+    if has_residual:
+        residual_row = residual + token * residual_stride + column
+        # Before the wait: the previous kernel must not write the residual.
+        before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
+    wait_for_previous(is_dependent)
+    value = tl.zeros([block], dtype=tl.float32)
+    for part in tl.static_range(parts):
+        address = x + (part * tokens + token) * x_stride + column
+        value += tl.load(address, mask=live, other=0.0).to(tl.float32)
+    if has_residual:
+        total = (before + value).to(residual.dtype.element_ty)
+        tl.store(residual_row, total, mask=live)
+        value = total.to(tl.float32)
+    centred = tl.where(live, value - tl.sum(value, 0) / dim, 0.0)
+    normalized = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps)
+    tl.store(out + token * out_stride + column, (normalized * scale + shift).to(out.dtype.element_ty), mask=live)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    tokens, dim = x.shape[-2:]
+    parts = x.shape[0] if x.dim() == 3 else 1
+    assert x.stride(-1) == 1
+    assert parts == 1 or x.stride(0) == tokens * x.stride(1)
+    assert weight.is_contiguous()
+    assert bias.is_contiguous()
+    added = x if residual is None else residual
+    assert added.stride(-1) == 1
+    out = torch.empty((tokens, dim), dtype=weight.dtype, device=x.device)
+    if tokens == 0:
+        return out
+    block = triton.next_power_of_2(dim)
+    layer_norm_kernel[(tokens,)](
+        x,
+        weight,
+        bias,
+        added,
+        out,
+        x.stride(-2),
+        added.stride(-2),
+        out.stride(0),
+        tokens,
+        dim,
+        eps,
+        parts=parts,
+        has_residual=residual is not None,
+        block=block,
+        num_warps=min(16, max(1, block // 256)),
+        **dependent_launch(x.device),
+    )
+    return out

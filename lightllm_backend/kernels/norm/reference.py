@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch of the norms; kernels/interface.py says what each function computes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    x = sum_of_parts(x)
+    if residual is not None:
+        residual += x
+        x_float = residual.float()
+    else:
+        x_float = x.float()
+    normalized = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    # Rounded before the product with the weight, as the models were trained.
+    return weight * normalized.to(weight.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    x = sum_of_parts(x)
+    if residual is not None:
+        residual += x
+        x = residual
+    x = x.to(weight.dtype)
+    return functional.layer_norm(x, (x.shape[1],), weight, bias, eps)
+
+
+def sum_of_parts(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    return x[0] if len(x) == 1 else x.float().sum(0)
