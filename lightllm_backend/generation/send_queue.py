@@ -18,7 +18,7 @@ from collections import deque
 from typing import Protocol
 
 # Enough to keep the server and the detokenizers busy.
-MOST_IN_FLIGHT = 48
+MAX_IN_FLIGHT = 48
 # The server takes several chunks at once; not where an engine on the CPU would be short of cores.
 NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
@@ -34,7 +34,7 @@ class Sender(Protocol):
         """Send what there is; True if word will come that it has been delivered."""
 
 
-class Outbox:
+class SendQueue:
     """Owns the lines in which streams wait to send, the threads that send, and the fact who has a chunk in flight."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
@@ -44,7 +44,7 @@ class Outbox:
         self._in_flight: set[Sender] = set()
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._send_for_ever, name=f"outbox-{number}", daemon=True)
+            threading.Thread(target=self._send_for_ever, name=f"send-queue-{number}", daemon=True)
             for number in range(num_threads)
         ]
         for thread in self._threads:
@@ -56,12 +56,12 @@ class Outbox:
             (self._urgent if urgent else self._ready).append(stream)
             self._wake_one()
 
-    def departed(self, stream: Sender) -> None:
+    def mark_in_flight(self, stream: Sender) -> None:
         """It has sent something by itself."""
         with self._changed:
             self._in_flight.add(stream)
 
-    def landed(self, stream: Sender) -> None:
+    def acknowledged(self, stream: Sender) -> None:
         """Nothing of it is in flight any more."""
         with self._changed:
             self._in_flight.discard(stream)
@@ -98,24 +98,24 @@ class Outbox:
                 rests_until = ended + (ended - began)
 
     def _send(self, stream: Sender) -> None:
-        word_will_come = False
+        awaits_acknowledgement = False
         try:
-            word_will_come = stream.send_pending()
+            awaits_acknowledgement = stream.send_pending()
         except Exception:
             log.exception("a chunk could not be sent")
-        if not word_will_come:
-            self.landed(stream)
+        if not awaits_acknowledgement:
+            self.acknowledged(stream)
 
     def _wake_one(self) -> None:
         """If there is something to send now; to wake up for nothing costs the others time."""
-        if self._urgent or (self._ready and len(self._in_flight) < MOST_IN_FLIGHT):
+        if self._urgent or (self._ready and len(self._in_flight) < MAX_IN_FLIGHT):
             self._changed.notify()
 
     def _next(self, rest: float = 0.0) -> Sender | None:
         """Who sends next; while there is a `rest`, only who is urgent."""
         if self._urgent:
             stream = self._urgent.popleft()
-        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT and (not rest or self._closed):
+        elif self._ready and len(self._in_flight) < MAX_IN_FLIGHT and (not rest or self._closed):
             stream = self._ready.popleft()
         else:
             return None

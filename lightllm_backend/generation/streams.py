@@ -3,15 +3,15 @@
 
 A Stream is one request on its way. It turns what the engine makes, a chunk a step, into what its client can take:
 
-    on_chunk (engine's reader thread) ──> pending ──> outbox, when the stream has credit
-    send_pending (outbox's threads)   ──> the response sender
-    delivered (return channel)        ──> credit comes back, what is pending goes to the outbox
+    on_chunk (engine's reader thread) ──> pending ──> send queue, when the stream has credit
+    send_pending (send queue's threads)   ──> the response sender
+    delivered (return channel)        ──> credit comes back, what is pending goes to the send_queue
     gone (return channel, or the server's is_cancelled) ──> the engine is told to cancel
 
 A request that came through the ensemble has credit for one chunk in flight, without exception: several instances of
 the detokenizer take chunks as they come, so it is this that keeps those of a request in order; and each chunk takes
 along the state that decoding the one before has come to, which comes back with its credit. Tokens that are made
-meanwhile are coalesced into the next chunk; so are those that come while the stream waits in the outbox. Called
+meanwhile are coalesced into the next chunk; so are those that come while the stream waits in the send queue. Called
 directly, there is nobody to give credit back, and none is needed. A request that does not stream keeps everything until
 the end. The first chunk and the last go before others.
 """
@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from lightllm_backend.generation.engine_client import EngineClient
-from lightllm_backend.generation.send_queue import Outbox
+from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.messages.channel import DELIVERED, FAILED, Channel, ChannelClosed, listen
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
@@ -79,22 +79,22 @@ class Stream:
         flow_control: bool,
         stop_text: TextStream | None,
         observer: Observer,
-        outbox: Outbox,
+        send_queue: SendQueue,
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.ended = False
-        self.coalesces = False  # see outbox.Sender
+        self.coalesces = False  # see send_queue.Sender
         self.last_asked = time.monotonic()  # whether the client has gone
         self._responder = responder
         self._streaming = streaming
         self._flow_control = flow_control
         self._stop_text = stop_text
         self._observer = observer
-        self._outbox = outbox
+        self._send_queue = send_queue
         self._on_end = on_end  # called when the last chunk has been sent
         self._lock = threading.Lock()
         self._pending: TokenChunk | None = None
-        self._waits = self._waits_urgently = False  # in the outbox
+        self._waits = self._waits_urgently = False  # in the send_queue
         self._in_flight = False
         self._last_sent = 0.0  # when
         self._ask = False  # with the next chunk
@@ -152,12 +152,12 @@ class Stream:
                 return False
             self.last_asked = self._last_sent = now
             self._in_flight = True
-            self._outbox.departed(self)
+            self._send_queue.mark_in_flight(self)
             self._responder.probe()
         return False
 
     def send_pending(self) -> bool:
-        """Called by the outbox. True if a chunk has left of which the return channel will tell."""
+        """Called by the send queue. True if a chunk has left of which the return channel will tell."""
         with self._lock:
             self._waits = self._waits_urgently = False
             chunk = self._pending
@@ -173,7 +173,7 @@ class Stream:
                     chunk = error
             self.ended = chunk.finish_reason is not None
             self.coalesces = len(chunk.token_ids) > 1
-            word_will_come = self._flow_control and not self.ended
+            awaits_acknowledgement = self._flow_control and not self.ended
             self._in_flight = self._sent_any = True
             self._last_sent = time.monotonic()
             ask, self._ask = self._ask, False
@@ -187,9 +187,9 @@ class Stream:
         finally:
             if self.ended:
                 self._on_end()
-            if not word_will_come:
+            if not awaits_acknowledgement:
                 self.delivered()
-        return word_will_come
+        return awaits_acknowledgement
 
     @property
     def _has_last(self) -> bool:
@@ -206,17 +206,17 @@ class Stream:
 
     def _land(self) -> None:
         self._in_flight = False
-        self._outbox.landed(self)
+        self._send_queue.acknowledged(self)
         self._offer_pending()
 
     def _offer_pending(self) -> None:
-        """Wait in the outbox for what is pending to be sent; the first chunk and the last among the urgent ones."""
+        """Wait in the send queue for what is pending to be sent; the first chunk and the last among the urgent ones."""
         if self._pending is None or not self._may_send:
             return
         urgent = self._has_last or not self._flow_control or not self._sent_any
         if not self._waits or (urgent and not self._waits_urgently):
             self._waits, self._waits_urgently = True, urgent
-            self._outbox.put(self, urgent)
+            self._send_queue.put(self, urgent)
 
     def _cut_at_stop(self, chunk: TokenChunk) -> TokenChunk | None:
         """The chunk up to the token that completes a stop string, as the last one; None if there is none."""
@@ -256,7 +256,7 @@ class Streams:
         self.return_address = address or ""
         self._engine = engine
         self._observer = observer
-        self._outbox = Outbox()
+        self._send_queue = SendQueue()
         self._streams: dict[str, Stream] = {}
         self._closing = threading.Event()
         self._listener = listen(address) if address else None
@@ -276,7 +276,7 @@ class Streams:
         stop_text = text if sampling.stop_words else None
         uid = self._engine.new_uid()
         stream = Stream(
-            responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._outbox,
+            responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._send_queue,
             on_end=lambda: self._streams.pop(uid, None),
         )  # fmt: skip
 
@@ -301,7 +301,7 @@ class Streams:
         self._closing.set()
         for stream in list(self._streams.values()):
             stream.lost()  # nobody will hear the word of what is in flight
-        self._outbox.close()
+        self._send_queue.close()
         if self._listener:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there; closing does not
             self._listener.close()

@@ -2,7 +2,7 @@
 """WorkerGroup: the worker processes of one start of the engine, one for each tensor-parallel rank. No torch.
 
 A worker's standard output tells its state, a line each: `ready`, or `error: …` before it gives up. Its standard input
-is a leash: when the process that has started it ends, however it ends, the worker reads end-of-file and exits.
+is the parent pipe: when the process that started it ends, however it ends, the worker reads end-of-file and exits.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ MARGIN_SECONDS = 0.15e-3
 REMEMBERED = 8
 
 
-class Pace:
+class LaunchTimer:
     """Foresees when the oldest step in flight ends, and rather too early than too late.
 
     A step takes no less than the shortest of the last steps that only decoded, and no more sequences than it has. Where

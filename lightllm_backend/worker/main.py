@@ -41,15 +41,15 @@ from lightllm_backend.router.batch import Batch, StepOutput
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
-from lightllm_backend.worker.launch_timer import Pace
-from lightllm_backend.worker.server import STATS_SECONDS, Hub
+from lightllm_backend.worker.launch_timer import LaunchTimer
+from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
 
 if TYPE_CHECKING:
     from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
     from lightllm_backend.worker.load import LoadedEngine
 
 # How long a worker whose supervisor is gone may take to end by itself.
-LEASH_SECONDS = 5.0
+ORPHAN_SECONDS = 5.0
 # How often the loop looks whether the device is done already, while it waits for newcomers.
 LOOK_SECONDS = 0.5e-3
 # How long one turn of the loop may take before the worker counts as stuck; on a CPU a step may well take minutes.
@@ -59,44 +59,44 @@ log = logging.getLogger("lightllm.worker")
 
 
 def run(
-    hub: Hub, router: Router, followers: BatchSender, runner: ModelRunner, log_stats_interval: float, vitals: Vitals,
-    clock: Callable[[], float] = time.monotonic,
+    server: EngineServer, router: Router, followers: BatchSender, runner: ModelRunner,
+    log_stats_interval: float, vitals: Vitals, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
-    """THE loop: receive, schedule, run, apply, emit; until the hub's owner is gone.
+    """THE loop: receive, schedule, run, apply, emit; until the server's owner is gone.
 
     Up to `runner.overlap` steps are in flight while the next is planned, which waits for newcomers as long as the
     device does not wait for it. If a step fails, each request ends with an error and the failure is raised: the process
     is not to be trusted any more, its supervisor starts another.
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
-    statistics, pace = StatisticsLog(log_stats_interval), Pace(clock)
+    statistics, timer = StatisticsLog(log_stats_interval), LaunchTimer(clock)
     try:
-        while hub.open:
+        while server.open:
             idle = not router.has_work and not in_flight
-            refused = receive(hub, router, timeout=STATS_SECONDS if idle else 0.0)
-            while (spare := pace.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(hub, router, timeout=min(spare, LOOK_SECONDS))
-            pace.planning()
+            refused = receive(server, router, timeout=STATS_SECONDS if idle else 0.0)
+            while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
+                refused += receive(server, router, timeout=min(spare, LOOK_SECONDS))
+            timer.planning()
             batch = router.next_batch()
             vitals.turn(busy=batch is not None or bool(in_flight))
             if batch is not None:
                 followers.send(batch)
                 in_flight.append((batch, runner.launch(batch)))
-                pace.launched(batch, all_admitted=not router.has_queue)
+                timer.launched(batch, all_admitted=not router.has_queue)
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 done, step = in_flight.popleft()
                 result = step.result()
                 vitals.took()
-                pace.finished()
-                hub.send(router.apply(done, result))
-            hub.send(StepOutput.of_chunks(refused + router.drain_finished()))
+                timer.finished()
+                server.send(router.apply(done, result))
+            server.send(StepOutput.of_chunks(refused + router.drain_finished()))
             stats = engine_stats(router)
-            hub.tell(stats)
+            server.tell(stats)
             statistics.tell(stats)
     except Exception as error:
         failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
         router.fail_all(failure)
-        hub.send(StepOutput.of_chunks(router.drain_finished()))
+        server.send(StepOutput.of_chunks(router.drain_finished()))
         raise
 
 
@@ -111,10 +111,10 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
         pass
 
 
-def receive(hub: Hub, router: Router, timeout: float) -> list[TokenChunk]:
+def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenChunk]:
     """Hand all messages that have come to the router; the chunks are those of requests that it refuses."""
     refused = []
-    for kind, body in hub.receive(timeout):
+    for kind, body in server.receive(timeout):
         if kind == SUBMIT:
             packed, handle = body
             request = unpack_request(packed)
@@ -188,22 +188,22 @@ def build_router(
 class Leader:
     """Rank 0."""
 
-    def __init__(self, config: EngineConfig, address: str, leash: int) -> None:
+    def __init__(self, config: EngineConfig, address: str, parent_pipe: int) -> None:
         self._config = config
         # Listening before it meets the others, it is there when they connect.
         self._followers = BatchSender(_batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
         self._vitals = _vitals(address, 0, self._engine.info)
-        self._hub = Hub(address, self._engine.info, leash)
+        self._server = EngineServer(address, self._engine.info, parent_pipe)
         self._followers.accept()
 
     def run(self) -> None:
         engine = self._engine
         router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
         try:
-            run(self._hub, router, self._followers, engine.runner, self._config.log_stats_interval, self._vitals)
+            run(self._server, router, self._followers, engine.runner, self._config.log_stats_interval, self._vitals)
         finally:
-            self._hub.close()
+            self._server.close()
             self._followers.close()
             self._vitals.close()
 
@@ -238,23 +238,23 @@ def _batches_address(address: str) -> str:
     return f"{address}.batches"
 
 
-def watch_leash(leash: int) -> None:
+def watch_parent(parent_pipe: int) -> None:
     """End this process soon after its supervisor, also where a collective waits for a rank that is no more."""
-    os.read(leash, 1)  # returns at end-of-file: nothing is ever written
-    time.sleep(LEASH_SECONDS)
+    os.read(parent_pipe, 1)  # returns at end-of-file: nothing is ever written
+    time.sleep(ORPHAN_SECONDS)
     os._exit(1)
 
 
 def main() -> None:
     address, rank = sys.argv[1], int(sys.argv[2])
-    status, leash = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
+    status, parent_pipe = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
     threading.excepthook = leave_with_thread
-    threading.Thread(target=watch_leash, args=(leash,), name="leash", daemon=True).start()
+    threading.Thread(target=watch_parent, args=(parent_pipe,), name="parent-pipe", daemon=True).start()
     try:
         config = EngineConfig.build({}, os.environ)
-        worker = Leader(config, address, leash) if rank == 0 else Follower(config, address, rank)
+        worker = Leader(config, address, parent_pipe) if rank == 0 else Follower(config, address, rank)
     except Exception as error:
         known = isinstance(error, (ConfigError, ModelError))
         log.error("cannot start: %s", error, exc_info=not known)

@@ -32,17 +32,17 @@ NUMBER_BITS = 40
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
 
 
-class Hub:
+class EngineServer:
     """Owns the listener, the clients' channels, and the fact which client a request belongs to.
 
-    A client that goes away has its requests cancelled. The `leash` is a file descriptor: when it reads end-of-file, the
-    process that owns this worker is gone, and `open` becomes false.
+    The requests of a client that goes away are cancelled. `parent_pipe` is a file descriptor that reads end-of-file
+    once the process that owns this worker is gone; then `open` becomes false.
     """
 
-    def __init__(self, address: str, info: EngineInfo, leash: int) -> None:
+    def __init__(self, address: str, info: EngineInfo, parent_pipe: int) -> None:
         self.open = True
         self._info = asdict(info)
-        self._leash = leash
+        self._parent_pipe = parent_pipe
         self._listener = listen(address)
         self._clients: dict[Channel, int] = {}  # with an index that none had before
         self._indices = itertools.count()
@@ -55,10 +55,10 @@ class Hub:
 
         Waits for the first of them for `timeout` seconds.
         """
-        sources: list[Any] = [self._leash, self._listener, *self._clients]
+        sources: list[Any] = [self._parent_pipe, self._listener, *self._clients]
         # The other ways to wait count whole milliseconds.
         for source in select.select(sources, [], [], timeout)[0]:
-            if source == self._leash:
+            if source == self._parent_pipe:
                 self.open = False
             elif isinstance(source, Channel):
                 yield from self._read(source)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightllm_backend.generation import send_queue as outbox_module
+from lightllm_backend.generation import send_queue as send_queue_module
 from lightllm_backend.generation import streams as streams_module
-from lightllm_backend.generation.send_queue import Outbox
+from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.streams import Stream, Streams
 from lightllm_backend.messages.channel import DELIVERED, FAILED, GONE, Channel
 from lightllm_backend.messages.return_channel import ReturnChannel
@@ -111,8 +111,8 @@ class PromptStream(Stream):
     """Sends at once what it may."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.outbox = Outbox(num_threads=0)
-        super().__init__(*arguments, self.outbox)
+        self.send_queue = SendQueue(num_threads=0)
+        super().__init__(*arguments, self.send_queue)
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
         stop = super().on_chunk(chunk)
@@ -128,7 +128,7 @@ class PromptStream(Stream):
         self.send_all()
 
     def send_all(self) -> None:
-        while self.outbox.send_next():
+        while self.send_queue.send_next():
             pass
 
 
@@ -214,31 +214,31 @@ def test_without_streaming_there_is_one_chunk(flow_control: bool) -> None:
     assert responder.sent == [chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25)]
 
 
-def test_tokens_that_come_while_the_stream_waits_in_the_outbox_go_along() -> None:
-    outbox, responder = Outbox(num_threads=0), FakeResponder()
-    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+def test_tokens_that_come_while_the_stream_waits_in_the_send_queue_go_along() -> None:
+    send_queue, responder = SendQueue(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), send_queue)
     for token in (1, 2, 3):
         stream.on_chunk(chunk([token]))
     assert responder.sent == []
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert responder.ids == [[1, 2, 3]]
-    assert not outbox.send_next()
+    assert not send_queue.send_next()
 
 
 def test_the_last_chunk_overtakes_the_stream_that_waits() -> None:
-    outbox, responders = Outbox(num_threads=0), [FakeResponder(), FakeResponder()]
-    streams = [Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders]
+    send_queue, responders = SendQueue(num_threads=0), [FakeResponder(), FakeResponder()]
+    streams = [Stream(responder, True, True, None, FakeObserver(), send_queue) for responder in responders]
     for stream in streams:
         stream.on_chunk(chunk([1]))
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     for stream in streams:
         stream.delivered()
         stream.on_chunk(chunk([2]))
     streams[1].on_chunk(chunk([3], FinishReason.STOP))
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert [responder.ids for responder in responders] == [[[1]], [[1], [2, 3]]]
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     assert [responder.ids for responder in responders] == [[[1], [2]], [[1], [2, 3]]]
 
@@ -367,13 +367,13 @@ def test_in_the_ensemble_a_probe_takes_the_credit(monkeypatch: pytest.MonkeyPatc
     assert responder.probes == 1
 
 
-def test_a_stream_that_waits_in_the_outbox_is_not_probed_and_keeps_its_place() -> None:
-    outbox, responder = Outbox(num_threads=0), FakeResponder()
-    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+def test_a_stream_that_waits_in_the_send_queue_is_not_probed_and_keeps_its_place() -> None:
+    send_queue, responder = SendQueue(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), send_queue)
     stream.on_chunk(chunk([1]))
     stream.check_client()
     assert responder.probes == 0
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert responder.ids == [[1]]
 
 
@@ -604,8 +604,8 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             self.busy.release()
             assert self.may_return.acquire(timeout=10)
 
-    responder, outbox = SlowResponder(), Outbox(num_threads=3)
-    stream = Stream(responder, True, flow_control, None, FakeObserver(), outbox)
+    responder, send_queue = SlowResponder(), SendQueue(num_threads=3)
+    stream = Stream(responder, True, flow_control, None, FakeObserver(), send_queue)
     stream.on_chunk(TokenChunk("a", [1], []))
     for expected in ([1], [2, 3], [4, 5]):
         assert responder.busy.acquire(timeout=10)
@@ -620,23 +620,23 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             stream.delivered()
     assert responder.busy.acquire(timeout=10)
     responder.may_return.release()
-    outbox.close()
+    send_queue.close()
     assert responder.ids == [[1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_stream_that_waited_twice_keeps_no_place_when_it_has_ended(monkeypatch) -> None:
     """Its last chunk overtakes in the urgent line, and its turn in the other one comes when there is nothing left."""
-    monkeypatch.setattr(outbox_module, "MOST_IN_FLIGHT", 1)
-    outbox = Outbox(num_threads=0)
+    monkeypatch.setattr(send_queue_module, "MAX_IN_FLIGHT", 1)
+    send_queue = SendQueue(num_threads=0)
     responders = [FakeResponder(), FakeResponder()]
-    one, other = (Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders)
+    one, other = (Stream(responder, True, True, None, FakeObserver(), send_queue) for responder in responders)
     for stream in (one, other):
         stream.on_chunk(TokenChunk("a", [1], []))
-        assert outbox.send_next()
+        assert send_queue.send_next()
         stream.delivered()
     one.on_chunk(TokenChunk("a", [2], []))
     one.on_chunk(TokenChunk("a", [3], [], FinishReason.LENGTH))
     other.on_chunk(TokenChunk("b", [4], []))
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     assert [responder.ids for responder in responders] == [[[1], [2, 3]], [[1], [4]]]

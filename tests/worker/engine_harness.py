@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that counts: the real loop, Router and hub on a real socket, with a runner without a model."""
+"""An engine that counts: the real loop, Router and server on a real socket, with a runner without a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.worker.batch_channel import BatchSender
 from lightllm_backend.worker.main import build_router, run
-from lightllm_backend.worker.server import Hub
+from lightllm_backend.worker.server import EngineServer
 
 VOCAB_SIZE = 1000
 EOS_ID = 999
@@ -74,26 +74,26 @@ class CountingEngine:
         self.runner = CountingRunner(overlap)
         self.router = build_router(EngineConfig(max_req_input_len=50, **settings), INFO, batch_max_tokens=64)
         self.error: Exception | None = None
-        self.hub: Hub
-        read_end, self._leash = os.pipe()
-        self.hub = Hub(address, INFO, read_end)
+        self.server: EngineServer
+        read_end, self._parent_pipe = os.pipe()
+        self.server = EngineServer(address, INFO, read_end)
         self.vitals = Vitals(Path(address).parent, "worker-0")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            run(self.hub, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
+            run(self.server, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:
-            self.hub.close()
+            self.server.close()
             self.vitals.close()
 
     def stop(self) -> None:
         self.runner.gate.set()
         with contextlib.suppress(OSError):
-            os.close(self._leash)
+            os.close(self._parent_pipe)
         self._thread.join(10)
         assert not self._thread.is_alive()
 

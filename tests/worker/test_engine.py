@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineClient, hub, loop and Router together, over a real socket: each request ends exactly once, whatever happens."""
+"""EngineClient, EngineServer, loop and Router together, over a socket: each request ends exactly once."""
 
 import logging
 import threading
@@ -187,7 +187,7 @@ def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: 
     answers = [Answer(client, [1], max_tokens=5) for _ in range(3)]
     wait_for(lambda: first.router.stats().running + first.router.stats().queued > 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first.hub, "send", lambda output: None)  # a dead worker says nothing
+        patch.setattr(first.server, "send", lambda output: None)  # a dead worker says nothing
         first.stop()
     for answer in answers:
         error = answer.wait().last.error
@@ -211,7 +211,7 @@ def test_a_message_that_cannot_be_read_ends_the_requests_and_the_client_connects
         engine.runner.gate.clear()
         answer = Answer(client, [1], max_tokens=5)
         wait_for(lambda: engine.router.stats().running == 1)
-        [channel] = engine.hub._clients
+        [channel] = engine.server._clients
         channel.send(TOKENS, "no array")
         assert "the engine stopped while the request was running" in str(answer.wait().last.error)
         assert "the engine's messages cannot be read" in caplog.text

@@ -17,9 +17,9 @@ from lightllm_backend.messages.channel import SUBMIT, pack_request
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch, StepOutput, StepResult
 from lightllm_backend.router.router import Router
-from lightllm_backend.worker import launch_timer as pace_module
+from lightllm_backend.worker import launch_timer
 from lightllm_backend.worker.batch_channel import BatchSender
-from lightllm_backend.worker.launch_timer import Pace
+from lightllm_backend.worker.launch_timer import LaunchTimer
 from lightllm_backend.worker.main import run
 
 STEP, PROMPT_TOKEN = 4e-3, 0.02e-3  # of the device
@@ -35,7 +35,7 @@ class Arrival:
 
 
 class Simulation:
-    """Hub, runner and clock for `run`, all in simulated time."""
+    """EngineServer, runner and clock for `run`, all in simulated time."""
 
     overlap = 1
 
@@ -55,7 +55,7 @@ class Simulation:
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
         run(self, router, BatchSender("", 0), self, 0, vitals, clock=lambda: self.now)  # type: ignore[arg-type]
 
-    # As a hub
+    # As an EngineServer
 
     @property
     def open(self) -> bool:
@@ -116,7 +116,7 @@ def simulate(
 ) -> tuple[Simulation, Simulation]:  # fmt: skip
     """With a loop that plans at once, and as it is."""
     with monkeypatch.context() as patch:
-        patch.setattr(pace_module, "MARGIN_SECONDS", 10.0)
+        patch.setattr(launch_timer, "MARGIN_SECONDS", 10.0)
         at_once = Simulation(arrivals, step_seconds, rows)
     return at_once, Simulation(arrivals, step_seconds, rows)
 
@@ -174,17 +174,17 @@ def batch_of(decodes: int, prompts: int = 0) -> Any:
     return SimpleNamespace(num_decodes=decodes, rows=[0] * (decodes + prompts))
 
 
-def run_steps(pace: Pace, clock: Clock, *seconds: float, decodes: int = 4, prompts: int = 0) -> None:
+def run_steps(timer: LaunchTimer, clock: Clock, *seconds: float, decodes: int = 4, prompts: int = 0) -> None:
     """Steps that are alike and overlap: the next is launched as one begins, and the last is still in flight."""
-    if not pace._in_flight:
-        pace.planning()
-        pace.launched(batch_of(decodes, prompts), all_admitted=True)
+    if not timer._in_flight:
+        timer.planning()
+        timer.launched(batch_of(decodes, prompts), all_admitted=True)
     for duration in seconds:
-        pace.planning()
+        timer.planning()
         clock.now += 0.001
-        pace.launched(batch_of(decodes, prompts), all_admitted=True)
+        timer.launched(batch_of(decodes, prompts), all_admitted=True)
         clock.now += duration - 0.001
-        pace.finished()
+        timer.finished()
 
 
 @pytest.fixture
@@ -193,51 +193,51 @@ def clock() -> Clock:
 
 
 def test_it_waits_until_the_plan_must_begin(clock: Clock) -> None:
-    pace = Pace(clock)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.010, 0.010, 0.012)
+    timer = LaunchTimer(clock)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.010, 0.010, 0.012)
     # The shortest step, 10 ms, less 1 ms of planning and the margin.
-    assert pace.spare_seconds() == pytest.approx(0.009 - pace_module.MARGIN_SECONDS)
+    assert timer.spare_seconds() == pytest.approx(0.009 - launch_timer.MARGIN_SECONDS)
     clock.now += 0.004
-    assert pace.spare_seconds() == pytest.approx(0.005 - pace_module.MARGIN_SECONDS)
+    assert timer.spare_seconds() == pytest.approx(0.005 - launch_timer.MARGIN_SECONDS)
     clock.now += 0.1
-    assert pace.spare_seconds() == 0.0
+    assert timer.spare_seconds() == 0.0
 
 
 def test_only_decodes_of_no_more_sequences_tell_anything(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.2, 0.2, 0.2, decodes=4, prompts=1)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.2, 0.01, 0.01, decodes=4)
-    known = pace.spare_seconds()
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.2, 0.2, 0.2, decodes=4, prompts=1)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.2, 0.01, 0.01, decodes=4)
+    known = timer.spare_seconds()
     assert known > 0.008
-    pace._in_flight[0] = batch_of(4, prompts=9)
-    assert pace.spare_seconds() == known
-    pace._in_flight[0] = batch_of(5)
-    assert pace.spare_seconds() == known
-    pace._in_flight[0] = batch_of(3)
-    assert pace.spare_seconds() == 0.0
+    timer._in_flight[0] = batch_of(4, prompts=9)
+    assert timer.spare_seconds() == known
+    timer._in_flight[0] = batch_of(5)
+    assert timer.spare_seconds() == known
+    timer._in_flight[0] = batch_of(3)
+    assert timer.spare_seconds() == 0.0
 
 
 def test_a_launch_that_was_too_late_makes_it_forget(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01, 0.01, 0.01)
-    pace.planning()
-    pace.launched(batch_of(4), all_admitted=True)
-    pace.finished()
-    assert pace.spare_seconds() == 0.0
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01, 0.01, 0.01)
+    timer.planning()
+    timer.launched(batch_of(4), all_admitted=True)
+    timer.finished()
+    assert timer.spare_seconds() == 0.0
 
 
 def test_one_step_is_no_measure(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.01)
-    assert pace.spare_seconds() > 0.008
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.01)
+    assert timer.spare_seconds() > 0.008
 
 
 def test_it_does_not_wait_where_others_wait_for_admission(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01, 0.01, 0.01)
-    pace._may_wait = False
-    assert pace.spare_seconds() == 0.0
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01, 0.01, 0.01)
+    timer._may_wait = False
+    assert timer.spare_seconds() == 0.0
