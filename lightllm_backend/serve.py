@@ -36,7 +36,8 @@ from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.launch import health
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.health import Health, http_call
-from lightllm_backend.messages.channel import EngineInfo, run_directory_of
+from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import run_directory_of
 from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError

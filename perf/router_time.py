@@ -27,7 +27,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import SUBMIT, Channel, ChannelClosed, EngineInfo, pack_request
+from lightllm_backend.messages.channel import Channel, ChannelClosed
+from lightllm_backend.messages.engine_messages import EngineInfo, Submit
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission
 from lightllm_backend.router.batch import StepResult
@@ -84,7 +85,7 @@ class Load:
 
     @property
     def running(self) -> int:
-        return self._router.stats().running
+        return self._router.stats().running_requests
 
     def step(self) -> tuple[float, float]:
         """Seconds of the Router and the EngineServer in one step, planned before the last step's tokens are applied."""
@@ -129,7 +130,7 @@ def measure(
 def drain(address: str) -> None:
     """The client: reads until the server is gone."""
     channel = Channel.connect(address)
-    channel.send(SUBMIT, pack_request(Request("first", (1,), SamplingParams())), 0)
+    channel.send(Submit(Request("first", (1,), SamplingParams()), 0))
     try:
         while True:
             channel.receive()

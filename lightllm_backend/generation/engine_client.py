@@ -8,27 +8,22 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from lightllm_backend.messages.channel import (
-    CANCEL,
-    CLOSE,
-    READY,
-    STATS,
-    STOP,
-    SUBMIT,
-    TOKENS,
-    Channel,
-    ChannelClosed,
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
+from lightllm_backend.messages.engine_messages import (
+    Cancel,
+    CloseEngine,
     EngineInfo,
-    EngineStats,
-    pack_request,
-    unpack_chunk,
+    Ready,
+    Stats,
+    Stop,
+    Submit,
+    Tokens,
 )
 from lightllm_backend.options import check_lengths, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
+from lightllm_backend.router.statistics import EngineStats
 
 RECONNECT_SECONDS = 0.05
 
@@ -103,7 +98,7 @@ class EngineClient:
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again")
             self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
         try:
-            channel.send(SUBMIT, pack_request(request), number)
+            channel.send(Submit(request, number))
         except ChannelClosed:
             with self._lock:
                 known = self._outstanding.pop(number, None)
@@ -112,15 +107,15 @@ class EngineClient:
 
     def cancel(self, uid: str) -> None:
         """The client of this request is gone. Its last chunk comes all the same."""
-        self._send(CANCEL, uid)
+        self._send(Cancel(uid))
 
     def stop(self, uid: str) -> None:
         """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
-        self._send(STOP, uid)
+        self._send(Stop(uid))
 
     def close_engine(self, reason: str) -> None:
         """End the requests of all clients with UNAVAILABLE and this reason, and have further ones refused with it."""
-        self._send(CLOSE, reason)
+        self._send(CloseEngine(reason))
 
     def close(self) -> None:
         with self._lock:
@@ -130,11 +125,11 @@ class EngineClient:
             channel.close()
         self._reader.join()
 
-    def _send(self, kind: int, body: str) -> None:
+    def _send(self, message: Message) -> None:
         channel = self._channel
         if channel:
             try:
-                channel.send(kind, body)
+                channel.send(message)
             except ChannelClosed:
                 pass  # the reader ends everything that is outstanding
 
@@ -152,41 +147,38 @@ class EngineClient:
 
     def _read(self, channel: Channel) -> None:
         try:
-            kind, info = channel.receive()
-            assert kind == READY, kind
+            ready = channel.receive()
+            assert isinstance(ready, Ready), ready
             with self._lock:
                 if self._closed:
                     return
-                self._channel, self._info = channel, EngineInfo.unpack(info)
+                self._channel, self._info = channel, ready.info
             self._ready.set()
             self._on_up(True)
             while True:
-                kind, *body = channel.receive()
-                if kind == TOKENS:
-                    self._deliver(*body)
-                elif kind == STATS:
-                    self._on_stats(EngineStats(**body[0]))
+                message = channel.receive()
+                if isinstance(message, Tokens):
+                    self._deliver(message)
+                elif isinstance(message, Stats):
+                    self._on_stats(message.stats)
         finally:
             channel.close()
 
-    def _deliver(self, packed_numbers: bytes, packed_tokens: bytes, packed_chunks: list[tuple[int, list[Any]]]) -> None:
-        """What one step has made. A request is in it at most once."""
-        numbers = np.frombuffer(packed_numbers, dtype=np.int64).tolist()
-        tokens = np.frombuffer(packed_tokens, dtype=np.int32).tolist()
-        chunks = [(number, unpack_chunk(packed)) for number, packed in packed_chunks]
+    def _deliver(self, tokens: Tokens) -> None:
+        """Hand the tokens of one step to their requests."""
         with self._lock:
-            going_on = [self._outstanding.get(number) for number in numbers]
+            going_on = [self._outstanding.get(number) for number in tokens.numbers.tolist()]
             others = [
                 self._outstanding.get(number) if chunk.finish_reason is None else self._outstanding.pop(number, None)
-                for number, chunk in chunks
+                for number, chunk in tokens.chunks
             ]
-        # First tokens are among these, and are waited for most.
-        for other, (_, chunk) in zip(others, chunks, strict=True):
+        # Chunks go before the packed tokens: first tokens, which users wait for most, are among them.
+        for other, (_, chunk) in zip(others, tokens.chunks, strict=True):
             if other:
                 other.on_chunk(chunk)
-        for request, token in zip(going_on, tokens, strict=True):
+        for request, token_id in zip(going_on, tokens.token_ids.tolist(), strict=True):
             if request:
-                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
+                request.on_chunk(TokenChunk(request.uid, [token_id], [], None, request.num_prompt_tokens))
 
     def _lose_worker(self) -> None:
         if self._ready.is_set():

@@ -28,7 +28,8 @@ from typing import Any, Protocol
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.send_queue import SendQueue
-from lightllm_backend.messages.channel import DELIVERED, FAILED, Channel, ChannelClosed, listen
+from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 
@@ -334,16 +335,19 @@ class Streams:
     def _read_returns(self, channel: Channel) -> None:
         try:
             while True:
-                kind, uid, *details = channel.receive()
-                stream = self._streams.get(uid)
-                if kind == FAILED:
-                    log.error("the detokenizer failed on request %s: %s", uid, *details)
-                if stream and kind == DELIVERED:
-                    stream.delivered(*details)
-                elif stream:
-                    if kind == FAILED:
-                        stream.lost()
-                    self._engine.cancel(uid)
+                message = channel.receive()
+                assert isinstance(message, Delivered | ClientGone | DecodingFailed), message
+                stream = self._streams.get(message.uid)
+                if isinstance(message, DecodingFailed):
+                    log.error("the detokenizer failed on request %s: %s", message.uid, message.reason)
+                if stream is None:
+                    continue
+                if isinstance(message, Delivered):
+                    stream.delivered(message.state)
+                    continue
+                if isinstance(message, DecodingFailed):
+                    stream.lost()
+                self._engine.cancel(message.uid)
         except Exception as error:
             channel.close()  # the detokenizer connects anew
             if not isinstance(error, ChannelClosed):

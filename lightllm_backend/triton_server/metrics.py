@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from lightllm_backend.messages.channel import EngineStats
+from lightllm_backend.router.statistics import EngineStats
 
 FLUSH_SECONDS = 0.1
 ANSWER_SECONDS = 30  # within which a server answers if there still is one

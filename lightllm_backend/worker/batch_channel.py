@@ -11,15 +11,39 @@ sent while the step before it is computed.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message, frame_of, listen
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
 
 CONNECT_PAUSE_SECONDS = 0.02
+
+
+@dataclass(eq=False)
+class RunBatch(Message):
+    """The next batch that a follower runs; arrays travel as raw bytes."""
+
+    batch: Batch
+
+    def pack(self) -> tuple[Any, ...]:
+        batch = self.batch
+        arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
+        admitted = [_pack_admission(admission) for admission in batch.admitted]
+        return *(array.tobytes() for array in arrays), batch.num_decodes, admitted
+
+    @classmethod
+    def unpack(cls, *packed: Any) -> RunBatch:
+        *integers, samples, num_decodes, admitted = packed
+        rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
+        batch = Batch(
+            rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
+            tuple(_unpack_admission(*admission) for admission in admitted),
+        )  # fmt: skip
+        return cls(batch)
 
 
 class BatchSender:
@@ -38,9 +62,9 @@ class BatchSender:
     def send(self, batch: Batch) -> None:
         """Raises ChannelClosed if a follower is gone."""
         if self._followers:
-            packed = pack_batch(batch)
+            frame = frame_of(RunBatch(batch))
             for follower in self._followers:
-                follower.send(*packed)
+                follower.send_frame(frame)
 
     def close(self) -> None:
         """The followers exit when they notice."""
@@ -64,25 +88,12 @@ class BatchReceiver:
 
     def receive(self) -> Batch:
         """The next batch; blocks. Raises ChannelClosed once rank 0 is gone."""
-        return unpack_batch(self._channel.receive())
+        message = self._channel.receive()
+        assert isinstance(message, RunBatch), message
+        return message.batch
 
     def close(self) -> None:
         self._channel.close()
-
-
-def pack_batch(batch: Batch) -> list[Any]:
-    arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
-    admitted = [_pack_admission(admission) for admission in batch.admitted]
-    return [*(array.tobytes() for array in arrays), batch.num_decodes, admitted]
-
-
-def unpack_batch(packed: list[Any]) -> Batch:
-    *integers, samples, num_decodes, admitted = packed
-    rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
-    return Batch(
-        rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
-        tuple(_unpack_admission(*admission) for admission in admitted),
-    )  # fmt: skip
 
 
 def _pack_admission(admission: Admission) -> list[Any]:

@@ -18,7 +18,7 @@ from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.models.layers import CausalLM
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import model_class

@@ -16,158 +16,31 @@ import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.generation.worker_group import rendezvous_file
-from lightllm_backend.messages.channel import (
-    CANCEL,
-    CLOSE,
-    STOP,
-    SUBMIT,
-    ChannelClosed,
-    EngineInfo,
-    EngineStats,
-    unpack_request,
-)
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.admission import ExactAdmission
-from lightllm_backend.router.batch import Batch, StepOutput
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
-from lightllm_backend.worker.launch_timer import LaunchTimer
-from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
+from lightllm_backend.worker.loop import follow, run
+from lightllm_backend.worker.server import EngineServer
+from lightllm_backend.worker.statistics_log import StatisticsLog
 
 if TYPE_CHECKING:
-    from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
     from lightllm_backend.worker.load import LoadedEngine
 
 # How long a worker whose supervisor is gone may take to end by itself.
 ORPHAN_SECONDS = 5.0
-# How often the loop looks whether the device is done already, while it waits for newcomers.
-LOOK_SECONDS = 0.5e-3
 # How long one turn of the loop may take before the worker counts as stuck; on a CPU a step may well take minutes.
 GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 30.0, 600.0
 
 log = logging.getLogger("lightllm.worker")
-
-
-def run(
-    server: EngineServer, router: Router, followers: BatchSender, runner: ModelRunner,
-    log_stats_interval: float, vitals: Vitals, clock: Callable[[], float] = time.monotonic,
-) -> None:  # fmt: skip
-    """THE loop: receive, schedule, run, apply, emit; until the server's owner is gone.
-
-    Up to `runner.overlap` steps are in flight while the next is planned, which waits for newcomers as long as the
-    device does not wait for it. If a step fails, each request ends with an error and the failure is raised: the process
-    is not to be trusted any more, its supervisor starts another.
-    """
-    in_flight: deque[tuple[Batch, PendingStep]] = deque()
-    statistics, timer = StatisticsLog(log_stats_interval), LaunchTimer(clock)
-    try:
-        while server.open:
-            idle = not router.has_work and not in_flight
-            refused = receive(server, router, timeout=STATS_SECONDS if idle else 0.0)
-            while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(server, router, timeout=min(spare, LOOK_SECONDS))
-            timer.planning()
-            batch = router.next_batch()
-            vitals.turn(busy=batch is not None or bool(in_flight))
-            if batch is not None:
-                followers.send(batch)
-                in_flight.append((batch, runner.launch(batch)))
-                timer.launched(batch, all_admitted=not router.has_queue)
-            while in_flight and (len(in_flight) > runner.overlap or batch is None):
-                done, step = in_flight.popleft()
-                result = step.result()
-                vitals.took()
-                timer.finished()
-                server.send(router.apply(done, result))
-            server.send(StepOutput.of_chunks(refused + router.drain_finished()))
-            stats = engine_stats(router)
-            server.tell(stats)
-            statistics.tell(stats)
-    except Exception as error:
-        failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
-        router.fail_all(failure)
-        server.send(StepOutput.of_chunks(router.drain_finished()))
-        raise
-
-
-def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
-    """The loop of the other ranks, until rank 0 is gone. It does not wait for the device: rank 0 does, before it plans
-    further steps.
-    """
-    try:
-        while True:
-            runner.launch(batches.receive())
-    except ChannelClosed:
-        pass
-
-
-def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenChunk]:
-    """Hand all messages that have come to the router; the chunks are those of requests that it refuses."""
-    refused = []
-    for kind, body in server.receive(timeout):
-        if kind == SUBMIT:
-            packed, handle = body
-            request = unpack_request(packed)
-            try:
-                router.submit(request, handle)
-            except RequestError as error:
-                refused.append(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=error))
-        elif kind == CANCEL:
-            router.cancel(body)
-        elif kind == STOP:
-            router.stop(body)
-        elif kind == CLOSE:
-            router.close(RequestError("UNAVAILABLE", body))
-    return refused
-
-
-def engine_stats(router: Router) -> EngineStats:
-    stats = router.stats()
-    return EngineStats(
-        queued_requests=stats.queued,
-        running_requests=stats.running,
-        kv_tokens_used=stats.kv_tokens_used,
-        kv_tokens_cached=stats.kv_tokens_cached,
-        kv_tokens_total=stats.kv_tokens_total,
-        prompt_tokens_total=stats.prompt_tokens_total,
-        generated_tokens_total=stats.generated_tokens_total,
-        pauses_total=stats.pauses_total,
-        device_seconds_total=stats.device_seconds_total,
-    )
-
-
-class StatisticsLog:
-    """A line of statistics every so many seconds, while there is something to tell: a token a second at least, so not
-    the supervisor's probes."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._told, self._since = EngineStats(), time.monotonic()
-
-    def tell(self, stats: EngineStats) -> None:
-        now = time.monotonic()
-        seconds = now - self._since
-        if self._interval == 0 or seconds < self._interval:
-            return
-        prompt_tokens = (stats.prompt_tokens_total - self._told.prompt_tokens_total) / seconds
-        generated_tokens = (stats.generated_tokens_total - self._told.generated_tokens_total) / seconds
-        if max(prompt_tokens, generated_tokens, stats.running_requests, stats.queued_requests) >= 1:
-            log.info(
-                "%d running, %d queued, %d of %d KV tokens used (%.0f %%), %.0f prompt and %.0f generated tokens/s",
-                stats.running_requests, stats.queued_requests, stats.kv_tokens_used, stats.kv_tokens_total,
-                100 * stats.kv_tokens_used / stats.kv_tokens_total, prompt_tokens, generated_tokens,
-            )  # fmt: skip
-        self._told, self._since = stats, now
 
 
 def build_router(
@@ -201,7 +74,8 @@ class Leader:
         engine = self._engine
         router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
         try:
-            run(self._server, router, self._followers, engine.runner, self._config.log_stats_interval, self._vitals)
+            statistics = StatisticsLog(self._config.log_stats_interval)
+            run(self._server, router, self._followers, engine.runner, statistics, self._vitals)
         finally:
             self._server.close()
             self._followers.close()

@@ -14,8 +14,9 @@ from lightllm_backend.generation import send_queue as send_queue_module
 from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.streams import Stream, Streams
-from lightllm_backend.messages.channel import DELIVERED, FAILED, GONE, Channel
+from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.return_channel import ReturnChannel
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.text_stream import TextStream, Tokenizer
 from tests.worker.engine_harness import wait_for
@@ -482,7 +483,7 @@ def test_a_detokenizer_may_connect_after_one_could_not(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.delivered("u0", ["state"])
+    returns.send(Delivered("u0", ["state"]))
     wait_for(lambda: responder.ids == [[1], [2]])
     waiting.close()
     refused.close()
@@ -492,17 +493,17 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     returns = ReturnChannel()
-    returns.delivered("nobody is connected", None)
+    returns.send(Delivered("nobody is connected", None))
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.delivered("u0", ["state"])
+    returns.send(Delivered("u0", ["state"]))
     wait_for(lambda: responder.ids == [[1], [2]])
     assert responder.states == [None, ["state"]]
-    returns.delivered("unknown", None)
-    returns.gone("u0")
+    returns.send(Delivered("unknown", None))
+    returns.send(ClientGone("u0"))
     wait_for(lambda: engine.cancelled == ["u0"])
 
 
@@ -513,7 +514,7 @@ def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     channel = Channel.connect(streams.return_address)
-    channel.send(FAILED, "u0", "KeyError: 7")
+    channel.send(DecodingFailed("u0", "KeyError: 7"))
     wait_for(lambda: engine.cancelled == ["u0"])
     assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
     channel.close()
@@ -554,7 +555,7 @@ def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, 
     for number, channel in enumerate(channels):
         engine.make("u0", [number])
         wait_for(lambda number=number: len(responder.sent) == number + 1)
-        channel.send(DELIVERED, "u0", [number])
+        channel.send(Delivered("u0", [number]))
     engine.make("u0", [], FinishReason.STOP)
     wait_for(lambda: responder.ids == [[0], [1], [2], []])
     assert responder.states == [None, [0], [1], [2]]
@@ -570,9 +571,9 @@ def test_another_detokenizer_may_connect_after_the_first(
     channel = Channel.connect(streams.return_address)
     wait_for(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
     engine.make("u0", [1])
-    channel.send(DELIVERED, "u0", None)
+    channel.send(Delivered("u0", None))
     wait_for(lambda: responder.ids == [[1]])
-    channel.send(GONE, "u0")
+    channel.send(ClientGone("u0"))
     wait_for(lambda: engine.cancelled == ["u0"])
     channel.close()
 

@@ -33,7 +33,8 @@ FAKE_TRITONSERVER = """
 import os, signal, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from lightllm_backend.messages.channel import EngineInfo, run_directory_of
+from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import run_directory_of
 from lightllm_backend.worker.server import EngineServer
 from lightllm_backend.lengths import LengthLimits
 

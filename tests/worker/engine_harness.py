@@ -18,13 +18,15 @@ import numpy as np
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.worker.batch_channel import BatchSender
-from lightllm_backend.worker.main import build_router, run
+from lightllm_backend.worker.loop import run
+from lightllm_backend.worker.main import build_router
 from lightllm_backend.worker.server import EngineServer
+from lightllm_backend.worker.statistics_log import StatisticsLog
 
 VOCAB_SIZE = 1000
 EOS_ID = 999
@@ -83,7 +85,8 @@ class CountingEngine:
 
     def _run(self) -> None:
         try:
-            run(self.server, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
+            statistics, followers = StatisticsLog(0), BatchSender("", 0)
+            run(self.server, self.router, followers, self.runner, statistics, self.vitals)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:

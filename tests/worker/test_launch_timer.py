@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightllm_backend.messages.channel import SUBMIT, pack_request
+from lightllm_backend.messages.engine_messages import Submit
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch, StepOutput, StepResult
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker import launch_timer
 from lightllm_backend.worker.batch_channel import BatchSender
 from lightllm_backend.worker.launch_timer import LaunchTimer
-from lightllm_backend.worker.main import run
+from lightllm_backend.worker.loop import run
+from lightllm_backend.worker.statistics_log import StatisticsLog
 
 STEP, PROMPT_TOKEN = 4e-3, 0.02e-3  # of the device
 PLANNING, PLANNING_PROMPT = 0.4e-3, 0.2e-3  # of the host
@@ -53,7 +54,7 @@ class Simulation:
         self._steps_in_flight = 0
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
-        run(self, router, BatchSender("", 0), self, 0, vitals, clock=lambda: self.now)  # type: ignore[arg-type]
+        run(self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, clock=lambda: self.now)  # type: ignore[arg-type]
 
     # As an EngineServer
 
@@ -61,7 +62,7 @@ class Simulation:
     def open(self) -> bool:
         return self._left > 0
 
-    def receive(self, timeout: float) -> Iterator[tuple[int, Any]]:
+    def receive(self, timeout: float) -> Iterator[Submit]:
         self.receives += 1
         next_arrival = self._arrivals[0][1].at if self._arrivals else np.inf
         if next_arrival > self.now:
@@ -71,12 +72,12 @@ class Simulation:
         while self._arrivals and self._arrivals[0][1].at <= self.now:
             number, arrival = self._arrivals.popleft()
             sampling = SamplingParams(max_tokens=arrival.output, ignore_eos=True, seed=number)
-            yield SUBMIT, (pack_request(Request(str(number), (number,) * arrival.prompt, sampling)), number)
+            yield Submit(Request(str(number), (number,) * arrival.prompt, sampling), number)
 
     def send(self, output: StepOutput) -> None:
         self._left -= sum(chunk.finish_reason is not None for chunk in output.chunks)
 
-    def tell(self, stats: object) -> None: ...
+    def publish(self, stats: object) -> None: ...
 
     # As a runner
 

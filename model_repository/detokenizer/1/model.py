@@ -6,8 +6,9 @@ was delivered, before which generation sends no other one of that request. So an
 chunks of a request stay in order.
 """
 
-from lightllm_backend.messages.channel import leave_run_directory, run_directory
 from lightllm_backend.messages.return_channel import ReturnChannel
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
+from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
@@ -32,17 +33,17 @@ class TritonPythonModel:
         try:
             self.respond(sender, chunk, details)
         except Exception as error:
-            self.returns.failed(details["uid"], repr(error))
+            self.returns.send(DecodingFailed(details["uid"], repr(error)))
             failure = RequestError("INTERNAL", f"the text could not be decoded: {error}")
             sender.send(triton_io.error_response(failure), final=True)
 
     def respond(self, sender, chunk, details):
         uid = details["uid"]
         if details["ask"] and sender.is_cancelled():
-            self.returns.gone(uid)
+            self.returns.send(ClientGone(uid))
         if chunk is None:
             sender.send(None, final=True)
-            self.returns.delivered(uid, None)
+            self.returns.send(Delivered(uid, None))
             return
         decoder = ResponseDecoder(self.tokenizer, DecodeState(*details["state"]))
         if chunk.error is not None:
@@ -54,7 +55,7 @@ class TritonPythonModel:
         response = decoder.decode(chunk)
         sender.send(response and triton_io.client_response(response, self.tokenizer), final=True)
         if chunk.finish_reason is None:  # after the last one, nobody waits for word
-            self.returns.delivered(uid, decoder.state().pack())
+            self.returns.send(Delivered(uid, decoder.state().pack()))
 
     def finalize(self):
         self.vitals.close()

@@ -4,7 +4,7 @@
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
-from lightllm_backend.messages.channel import leave_run_directory, remove_stale_run_directories, run_directory
+from lightllm_backend.messages.run_directory import leave_run_directory, remove_stale_run_directories, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream

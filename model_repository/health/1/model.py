@@ -2,7 +2,7 @@
 """Health: answers "ready", or UNAVAILABLE with what is wrong. It looks at the other processes and asks none of them."""
 
 from lightllm_backend.launch.health import why_unready
-from lightllm_backend.messages.channel import run_directory
+from lightllm_backend.messages.run_directory import run_directory
 from lightllm_backend.request import RequestError
 from lightllm_backend.triton_server import triton_io
 

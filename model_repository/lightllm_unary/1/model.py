@@ -3,7 +3,7 @@
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
-from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.text.response import DecodeState, ResponseDecoder

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer step: text and parameters in, token ids and checked parameters out."""
 
-from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.triton_server import triton_io

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: the private directory in which the processes of one Triton server find each other. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import psutil
+
+
+def run_directory() -> Path:
+    """The private directory in which the models of one Triton server find each other, made if it is missing.
+
+    Derived from the server that the calling stub belongs to (its parent process), so two servers on one machine do not
+    meet.
+    """
+    return run_directory_of(os.getppid())
+
+
+def run_directory_of(server_pid: int) -> Path:
+    """The run directory of the Triton server with this pid. `LIGHTLLM_RUN_DIR` overrides it."""
+    if override := os.environ.get("LIGHTLLM_RUN_DIR"):
+        directory = Path(override)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return directory
+    server = psutil.Process(server_pid)
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lightllm-{os.getuid()}"
+    base.mkdir(exist_ok=True, mode=0o700)
+    status = base.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
+        raise PermissionError(f"{base} is not a directory that only this user may use")
+    directory = base / f"{server.pid}-{int(server.create_time())}"
+    directory.mkdir(exist_ok=True, mode=0o700)
+    return directory
+
+
+def leave_run_directory() -> None:
+    """Remove this server's run directory if nothing is left in it: the last of the models to go does."""
+    if os.environ.get("LIGHTLLM_RUN_DIR"):
+        return
+    with contextlib.suppress(OSError):
+        run_directory().rmdir()
+
+
+def remove_stale_run_directories() -> None:
+    """Remove what servers that are no more have left beside this one's run directory."""
+    if os.environ.get("LIGHTLLM_RUN_DIR"):
+        return
+    for directory in run_directory().parent.iterdir():
+        pid, _, created = directory.name.partition("-")
+        with contextlib.suppress(OSError, ValueError, psutil.AccessDenied):
+            try:
+                alive = int(psutil.Process(int(pid)).create_time()) == int(created)
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
