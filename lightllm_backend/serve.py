@@ -45,7 +45,7 @@ from lightllm_backend.text.model_tokenizer import load_tokenizer
 from lightllm_backend.text.text_stream import TokenizerError
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import TritonServerError
-from lightllm_backend.triton_server.triton_io import repository_parameters
+from lightllm_backend.triton_server.setup import repository_parameters
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROGRESS_SECONDS = 10.0

@@ -72,7 +72,10 @@ WITHOUT_TORCH = (
     "text.text_stream",
     "text.incremental_decoding",
     "text.tokenizer",
-    "triton_server.triton_io",
+    "triton_server.setup",
+    "triton_server.requests",
+    "triton_server.responses",
+    "messages.ensemble_messages",
     "triton_server.executable",
 )
 

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.send_queue import SendQueue
@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 class Responder(Protocol):
     """Where a stream's chunks go: the server's response sender behind a thin adapter."""
 
-    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+    def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
         """Send new tokens; the one with a finish reason is the last call.
 
-        state: in which decoding is before them; None before the first.
+        state: a DecodeState as JSON, where decoding has come to; None before the first chunk was delivered.
         ask: have the detokenizer look whether the client has gone.
         """
 
@@ -99,7 +99,7 @@ class Stream:
         self._in_flight = False
         self._last_sent = 0.0  # when
         self._ask = False  # with the next chunk
-        self._state: list[Any] | None = None  # of decoding, after what was delivered; the detokenizer's own affair
+        self._state: str | None = None  # of decoding, after what was delivered; only the detokenizer reads it
         self._sent_any = False
         self._num_tokens = 0
         self._started = self._last_token = time.monotonic()
@@ -125,7 +125,7 @@ class Stream:
                 self._pending = _join(self._pending, last)
                 self._offer_pending()
 
-    def delivered(self, state: list[Any] | None = None) -> None:
+    def delivered(self, state: str | None = None) -> None:
         """The chunk in flight has reached the detokenizer's client. A probe leaves no state."""
         with self._lock:
             self._state = self._state if state is None else state

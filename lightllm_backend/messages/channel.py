@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Channels: typed messages between processes of one machine, over Unix sockets. No torch.
 
-A frame is a msgpack list of two: the name of the message's class, and what the message packs itself into. Only plain data
-travels, nothing is pickled: a stub and a worker may run different versions of Python and numpy.
+A frame is a msgpack list of two: the name of the message's class, and what the message packs itself into. Only plain
+data travels, nothing is pickled: a stub and a worker may run different versions of Python and numpy.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lightllm_backend.messages.channel import Message
 
@@ -13,11 +12,11 @@ from lightllm_backend.messages.channel import Message
 class Delivered(Message):
     """The request's chunk in flight was sent to the client, or had nothing to show. The next one may come.
 
-    state: what decoding the next chunk needs to know; None if it has not changed.
+    state: a DecodeState as JSON, which goes along with the next chunk unread; None if it has not changed.
     """
 
     uid: str
-    state: list[Any] | None
+    state: str | None
 
 
 @dataclass

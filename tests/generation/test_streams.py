@@ -25,13 +25,13 @@ from tests.worker.engine_harness import wait_for
 class FakeResponder:
     def __init__(self) -> None:
         self.sent: list[TokenChunk] = []
-        self.states: list[list[Any] | None] = []  # of decoding, which went along
+        self.states: list[str | None] = []  # of decoding, which went along
         self.asked: list[bool] = []
         self.probes = 0
         self.cancelled = False
         self.questions = 0
 
-    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+    def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
         self.sent.append(chunk)
         self.states.append(state)
@@ -120,7 +120,7 @@ class PromptStream(Stream):
         self.send_all()
         return stop
 
-    def delivered(self, state: list[Any] | None = None) -> None:
+    def delivered(self, state: str | None = None) -> None:
         super().delivered(state)
         self.send_all()
 
@@ -185,16 +185,16 @@ def test_each_chunk_has_the_state_in_which_the_one_before_it_has_left_decoding(
     stream, responder, _ = stream_of()
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([2]))
-    stream.delivered(["one"])
-    stream.delivered(["two"])
+    stream.delivered("one")
+    stream.delivered("two")
     stream.check_client()
     assert responder.probes == 1
     stream.on_chunk(chunk([3]))
     stream.delivered()  # a probe has no state
     stream.on_chunk(chunk([4], FinishReason.STOP))
-    stream.delivered(["three"])
+    stream.delivered("three")
     assert responder.ids == [[1], [2], [3], [4]]
-    assert responder.states == [None, ["one"], ["two"], ["three"]]
+    assert responder.states == [None, "one", "two", "three"]
 
 
 def test_a_direct_call_needs_no_credit() -> None:
@@ -483,7 +483,7 @@ def test_a_detokenizer_may_connect_after_one_could_not(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.send(Delivered("u0", ["state"]))
+    returns.send(Delivered("u0", "state"))
     wait_for(lambda: responder.ids == [[1], [2]])
     waiting.close()
     refused.close()
@@ -499,9 +499,9 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.send(Delivered("u0", ["state"]))
+    returns.send(Delivered("u0", "state"))
     wait_for(lambda: responder.ids == [[1], [2]])
-    assert responder.states == [None, ["state"]]
+    assert responder.states == [None, "state"]
     returns.send(Delivered("unknown", None))
     returns.send(ClientGone("u0"))
     wait_for(lambda: engine.cancelled == ["u0"])
@@ -555,10 +555,10 @@ def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, 
     for number, channel in enumerate(channels):
         engine.make("u0", [number])
         wait_for(lambda number=number: len(responder.sent) == number + 1)
-        channel.send(Delivered("u0", [number]))
+        channel.send(Delivered("u0", str(number)))
     engine.make("u0", [], FinishReason.STOP)
     wait_for(lambda: responder.ids == [[0], [1], [2], []])
-    assert responder.states == [None, [0], [1], [2]]
+    assert responder.states == [None, "0", "1", "2"]
     for channel in channels:
         channel.close()
 
@@ -599,7 +599,7 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             super().__init__()
             self.busy, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
 
-        def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+        def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
             assert self.busy._value == 0, "one at a time"
             super().send(chunk, state, ask)
             self.busy.release()

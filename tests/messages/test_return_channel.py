@@ -12,12 +12,12 @@ def test_messages_arrive_in_order(tmp_path: Path) -> None:
     listener = listen(str(tmp_path / "returns"))
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "returns"))
-    returns.send(Delivered("a", ["state"]))
+    returns.send(Delivered("a", "state"))
     returns.send(ClientGone("b"))
     returns.send(DecodingFailed("c", "why"))
     channel = Channel.accept(listener)
     assert [channel.receive() for _ in range(3)] == [
-        Delivered("a", ["state"]),
+        Delivered("a", "state"),
         ClientGone("b"),
         DecodingFailed("c", "why"),
     ]
@@ -29,7 +29,7 @@ def test_a_listener_that_came_anew_gets_the_next_message(tmp_path: Path) -> None
     first = listen(address)
     returns = ReturnChannel()
     returns.connect(address)
-    returns.send(Delivered("a", ["state"]))
+    returns.send(Delivered("a", "state"))
     old = Channel.accept(first)
     old.receive()
     old.close()
@@ -44,4 +44,4 @@ def test_a_listener_that_came_anew_gets_the_next_message(tmp_path: Path) -> None
 def test_nobody_at_the_address_is_no_error(tmp_path: Path) -> None:
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "nobody"))
-    returns.send(Delivered("a", ["state"]))
+    returns.send(Delivered("a", "state"))

@@ -8,21 +8,23 @@ from lightllm_backend.messages.run_directory import leave_run_directory, remove_
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
-from lightllm_backend.triton_server import triton_io
+from lightllm_backend.triton_server.requests import is_probe, read_deadline, read_generation_request
+from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
+from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
 CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        with triton_io.starting():
-            self.start(triton_io.engine_config(args))
+        with starting():
+            self.start(engine_config(args))
 
     def start(self, config):
         remove_stale_run_directories()
         self.run_directory = run_directory()
-        self.tokenizer = triton_io.load_tokenizer(config)
-        self.metrics = triton_io.metrics(with_engine=True)
+        self.tokenizer = load_tokenizer(config)
+        self.metrics = make_metrics(with_engine=True)
         address = str(self.run_directory / "engine")
         self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
         self.supervisor.wait_ready()
@@ -41,23 +43,22 @@ class TritonPythonModel:
             self.submit(request)
         except Exception as error:
             self.metrics.rejected()
-            triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+            ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
-        parsed, ensemble = triton_io.read_generation_request(request)
-        deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
-        prompt_text = ensemble["prompt_text"] if ensemble else ""
+        parsed, context = read_generation_request(request)
+        in_ensemble = context is not None
+        deadline = context.deadline if in_ensemble else read_deadline(request)
+        prompt_text = context.prompt_text if in_ensemble else ""
         text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
         state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text, text)
 
         def responder(uid):
-            return triton_io.GenerationResponder(
-                request, uid, state, self.streams.return_address, in_ensemble=ensemble is not None
-            )
+            return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
         self.streams.submit(
-            parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
-            text=text, urgent=triton_io.is_probe(request),
+            parsed.token_ids, parsed.options, deadline, responder, flow_control=in_ensemble,
+            text=text, urgent=is_probe(request),
         )  # fmt: skip
 
     def finalize(self):

@@ -4,12 +4,13 @@
 from lightllm_backend.launch.health import why_unready
 from lightllm_backend.messages.run_directory import run_directory
 from lightllm_backend.request import RequestError
-from lightllm_backend.triton_server import triton_io
+from lightllm_backend.triton_server.responses import error_response, health_response
+from lightllm_backend.triton_server.setup import starting
 
 
 class TritonPythonModel:
     def initialize(self, args):  # noqa: ARG002, as Triton server calls it
-        with triton_io.starting():
+        with starting():
             self.run_directory = run_directory()
 
     def execute(self, requests):
@@ -18,5 +19,5 @@ class TritonPythonModel:
     def report(self):
         reason = why_unready(self.run_directory)
         if reason:
-            return triton_io.error_response(RequestError("UNAVAILABLE", reason))
-        return triton_io.health_response("ready")
+            return error_response(RequestError("UNAVAILABLE", reason))
+        return health_response("ready")
