@@ -35,7 +35,7 @@ class ChunkDetails:
     error: str = ""
     state: str = ""  # a DecodeState as JSON: where decoding the chunk before it has come to
     return_address: str = ""  # where the return channel leads to
-    ask: bool = False  # look whether the client has gone
+    check_client: bool = False  # look whether the client has gone
     probe: bool = False  # nothing but a question: there is no chunk
 
     def to_json(self) -> str:

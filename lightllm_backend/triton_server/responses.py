@@ -129,7 +129,7 @@ class GenerationResponder:
         self._return_address = return_address
         self._in_ensemble = in_ensemble
 
-    def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
         final = chunk.finish_reason is not None
         if chunk.error is not None and not self._in_ensemble:
             self._sender.send(error_response(chunk.error), final)
@@ -141,12 +141,12 @@ class GenerationResponder:
             error=str(chunk.error) if chunk.error else "",
             state=(self._first_state if state is None else state) if self._in_ensemble else "",
             return_address=self._return_address if self._in_ensemble else "",
-            ask=ask and self._in_ensemble,
+            check_client=check_client and self._in_ensemble,
         )
         self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
 
     def probe(self) -> None:
-        details = ChunkDetails(self._uid, return_address=self._return_address, ask=True, probe=True)
+        details = ChunkDetails(self._uid, return_address=self._return_address, check_client=True, probe=True)
         self._sender.send(self._chunk([], [], details), final=False)
 
     def is_cancelled(self) -> bool:
@@ -166,7 +166,7 @@ class UnaryResponder:
         self._decode = decode
         self._tokenizer = tokenizer
 
-    def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:  # noqa: ARG002, as a Responder's
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
         if chunk.error is not None:
             self._sender.send(error_response(chunk.error), final=True)
             return

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from lightllm_backend.generation import send_queue as send_queue_module
+from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.send_queue import SendQueue
-from lightllm_backend.generation.streams import Stream, Streams
+from lightllm_backend.generation.stream import Stream
+from lightllm_backend.generation.streams import Streams
 from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
@@ -26,16 +28,16 @@ class FakeResponder:
     def __init__(self) -> None:
         self.sent: list[TokenChunk] = []
         self.states: list[str | None] = []  # of decoding, which went along
-        self.asked: list[bool] = []
+        self.checks: list[bool] = []
         self.probes = 0
         self.cancelled = False
         self.questions = 0
 
-    def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
         self.sent.append(chunk)
         self.states.append(state)
-        self.asked.append(ask)
+        self.checks.append(check_client)
 
     def probe(self) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
@@ -181,7 +183,7 @@ def test_the_last_chunk_waits_for_the_one_before_it_and_takes_all_along() -> Non
 def test_each_chunk_has_the_state_in_which_the_one_before_it_has_left_decoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "CHECK_SECONDS", 0.0)
     stream, responder, _ = stream_of()
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([2]))
@@ -348,11 +350,11 @@ def test_in_the_ensemble_the_next_chunk_asks_if_chunks_are_coming() -> None:
     for token in (2, 3):
         stream.on_chunk(chunk([token]))
         stream.delivered()
-    assert responder.asked == [False, True, False]
+    assert responder.checks == [False, True, False]
 
 
 def test_in_the_ensemble_a_probe_takes_the_credit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "CHECK_SECONDS", 0.0)
     stream, responder, _ = stream_of()
     assert not stream.check_client()
     assert not stream.check_client()
@@ -388,7 +390,8 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.02)
+    for module in (stream_module, streams_module):
+        monkeypatch.setattr(module, "CHECK_SECONDS", 0.02)
     made = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
     yield made
     made.close()
@@ -531,7 +534,7 @@ def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     assert engine.cancelled == []
-    monkeypatch.setattr(streams_module, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "ACKNOWLEDGEMENT_SECONDS", 0.0)
     wait_for(lambda: "u0" in engine.cancelled)
     engine.make("u0", [], FinishReason.CANCELLED)
     wait_for(lambda: responder.ids == [[1], []])
@@ -599,9 +602,9 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             super().__init__()
             self.busy, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
 
-        def send(self, chunk: TokenChunk, state: str | None, ask: bool) -> None:
+        def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
             assert self.busy._value == 0, "one at a time"
-            super().send(chunk, state, ask)
+            super().send(chunk, state, check_client)
             self.busy.release()
             assert self.may_return.acquire(timeout=10)
 

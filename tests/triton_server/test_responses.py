@@ -53,12 +53,12 @@ def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
     responder = responses.GenerationResponder(request, "u", first, "/returns", in_ensemble=True)
     begun = TokenChunk("u", [7], [-1.0], num_prompt_tokens=3)
     ended = TokenChunk("u", [], [], FinishReason.FAILED, 3, error=RequestError("INTERNAL", "broken"))
-    responder.send(begun, None, ask=False)
-    responder.send(ended, "[[1]]", ask=True)
+    responder.send(begun, None, check_client=False)
+    responder.send(ended, "[[1]]", check_client=True)
     responder.probe()
     read = [read_chunk(response) for response in sent]
     assert [chunk and chunk.token_ids for chunk, _ in read] == [[7], [], None]
-    assert [details.ask for _, details in read] == [False, True, True]
+    assert [details.check_client for _, details in read] == [False, True, True]
     assert {(details.uid, details.return_address) for _, details in read} == {("u", "/returns")}
     assert read[0][0] == begun
     assert DecodeState.from_json(read[0][1].state) == DecodeState(stop_words=["x"], eos_ids=[], prefix="Q: ")
@@ -74,7 +74,7 @@ def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
         get_response_sender=lambda: SimpleNamespace(send=lambda response, flags: sent.append(response))
     )
     responder = responses.GenerationResponder(request, "u", DecodeState(), "", in_ensemble=False)
-    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), "[]", ask=True)
+    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), "[]", check_client=True)
     [tensor] = [one for one in sent[0].inputs() if one.name() == "chunk"]
     assert json.loads(tensor.as_numpy()[0]) == {"uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""}
 

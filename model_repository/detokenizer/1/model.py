@@ -41,7 +41,7 @@ class TritonPythonModel:
 
     def respond(self, sender, chunk, details):
         uid = details.uid
-        if details.ask and sender.is_cancelled():
+        if details.check_client and sender.is_cancelled():
             self.returns.send(ClientGone(uid))
         if chunk is None:
             sender.send(None, final=True)
