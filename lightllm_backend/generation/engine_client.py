@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineClient: a handle on the engine for a process that does I/O only. No torch."""
+"""EngineClient: how a process that does only I/O uses the engine. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightllm_backend.options import check_lengths, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
-RECONNECT_SECONDS = 0.05
+RECONNECT_SECONDS = 0.05  # a worker takes seconds to start; a client should not add to that
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ class _Outstanding(NamedTuple):
 
 
 class EngineClient:
-    """Submits requests to the worker at `address` and hands each its chunks; several clients may share one worker.
+    """Submits requests to the worker at `address` and hands each request its chunks. Several clients share one worker.
 
-    Owns the fact which requests are outstanding: each submitted request ends in exactly one chunk with a finish reason,
-    also if the worker dies, and a chunk of a request that has ended is dropped. Connects by itself, again and again.
-    `on_chunk` and `on_stats` are called on the client's reader thread and must not block.
+    Owns the table of outstanding requests: each submitted request gets exactly one chunk with a finish reason, even if
+    the worker dies, and chunks of requests that have ended are dropped. It connects and reconnects by itself. It calls
+    `on_chunk`, `on_stats` and `on_up` on its reader thread, so they must not block.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EngineClient:
         self._lock = threading.Lock()  # guards the four below
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
-        self._outstanding: dict[int, _Outstanding] = {}  # by the number that the messages call it
+        self._outstanding: dict[int, _Outstanding] = {}  # by the request's number in the messages
         self._closed = False
         self._ready = threading.Event()
         self._uids = itertools.count()
@@ -70,6 +70,7 @@ class EngineClient:
 
     @property
     def up(self) -> bool:
+        """Whether a worker is connected."""
         return self._ready.is_set()
 
     def wait_ready(self, timeout: float | None = None) -> EngineInfo:
@@ -79,7 +80,7 @@ class EngineClient:
         return self._info
 
     def new_uid(self) -> str:
-        """A uid that no other request of this engine has, whichever client it comes from."""
+        """A uid that no other request of this engine has, of any client."""
         return f"{os.getpid()}-{id(self):x}-{next(self._uids)}"
 
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
@@ -102,22 +103,23 @@ class EngineClient:
         except ChannelClosed:
             with self._lock:
                 known = self._outstanding.pop(number, None)
-            if known:  # else the reader has already told it
+            if known:  # else the reader has already ended it
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
 
     def cancel(self, uid: str) -> None:
-        """The client of this request is gone. Its last chunk comes all the same."""
+        """Cancel a request whose client is gone. Its last chunk still comes."""
         self._send(Cancel(uid))
 
     def stop(self, uid: str) -> None:
-        """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
+        """Stop a request in which a stop string was found. Its last chunk still comes."""
         self._send(Stop(uid))
 
     def close_engine(self, reason: str) -> None:
-        """End the requests of all clients with UNAVAILABLE and this reason, and have further ones refused with it."""
+        """End the requests of all clients with UNAVAILABLE and this reason, and refuse later ones with it."""
         self._send(CloseEngine(reason))
 
     def close(self) -> None:
+        """Disconnect; every outstanding request ends with UNAVAILABLE."""
         with self._lock:
             self._closed = True
             channel = self._channel
@@ -141,7 +143,7 @@ class EngineClient:
             except Exception as error:  # without this thread every request would wait for ever
                 expected = isinstance(error, ChannelClosed)
                 if not expected:
-                    log.exception("the engine's messages cannot be read; its requests end, and it is connected anew")
+                    log.exception("the engine's messages cannot be read; its requests end, and the client reconnects")
                 self._lose_worker()
                 pause.wait(RECONNECT_SECONDS if expected else 20 * RECONNECT_SECONDS)
 

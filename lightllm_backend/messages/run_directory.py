@@ -13,16 +13,15 @@ import psutil
 
 
 def run_directory() -> Path:
-    """The private directory in which the models of one Triton server find each other, made if it is missing.
-
-    Derived from the server that the calling stub belongs to (its parent process), so two servers on one machine do not
-    meet.
-    """
+    """The run directory of the server that this stub belongs to: its parent process. It is made if it is missing."""
     return run_directory_of(os.getppid())
 
 
 def run_directory_of(server_pid: int) -> Path:
-    """The run directory of the Triton server with this pid. `LIGHTLLM_RUN_DIR` overrides it."""
+    """The run directory of the Triton server with this pid; `LIGHTLLM_RUN_DIR` overrides it.
+
+    The name has the server's pid and start time, so that two servers on one machine never share one.
+    """
     if override := os.environ.get("LIGHTLLM_RUN_DIR"):
         directory = Path(override)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -39,7 +38,7 @@ def run_directory_of(server_pid: int) -> Path:
 
 
 def leave_run_directory() -> None:
-    """Remove this server's run directory if nothing is left in it: the last of the models to go does."""
+    """Remove this server's run directory if it is empty, which it is for the last model that leaves."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
     with contextlib.suppress(OSError):
@@ -47,7 +46,7 @@ def leave_run_directory() -> None:
 
 
 def remove_stale_run_directories() -> None:
-    """Remove what servers that are no more have left beside this one's run directory."""
+    """Remove the run directories of servers that are gone."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
     for directory in run_directory().parent.iterdir():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a server's requests to plain values. No torch."""
+"""Reads the requests that Triton server hands to the models. No torch."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _SIZES = {
 
 
 def read_request(request: Any) -> ParsedRequest:
-    """A client's request, from all its sources. RequestError INVALID_ARG if it cannot be read."""
+    """A client's request, from all its sources. Raises RequestError INVALID_ARG if it cannot be read."""
     inputs = _inputs(request)
     return parse_request(inputs, inputs.pop(SAMPLING_PARAMETERS, None), _parameters(request))
 
 
 def read_deadline(request: Any) -> float | None:
-    """When the request must have ended, in time.monotonic() seconds: its `timeout`, in microseconds, from now.
+    """The request's deadline in time.monotonic() seconds: its `timeout`, in microseconds, from now. None: no deadline.
 
-    The generate endpoints have no field for it, so there it is a parameter.
+    The generate endpoints have no field for a timeout; their requests carry it as a parameter.
     """
     timeout = request.timeout() or _parameters(request).get("timeout", 0)
     try:
@@ -51,7 +51,7 @@ def read_deadline(request: Any) -> float | None:
 
 
 def is_probe(request: Any) -> bool:
-    """Whether this is the launch command's probe, which knows the key that the server was started with."""
+    """Whether this is the launch command's probe, which knows the key with which it started the server."""
     key = os.environ.get(PROBE_KEY_VARIABLE, "")
     return bool(key) and "probe_key" in request.parameters() and _parameters(request).get("probe_key") == key
 
@@ -84,12 +84,12 @@ def read_chunk(request: Any) -> tuple[TokenChunk | None, ChunkDetails]:
 
 
 def _inputs(request: Any) -> dict[str, Any]:
-    """What was sent, by name."""
+    """The values of the request's tensors, by name."""
     return {tensor.name(): _value(tensor) for tensor in request.inputs()}
 
 
 def _value(tensor: Any) -> Any:
-    """A tensor as a plain value: one item of those of size 1, a list of the others."""
+    """A tensor as a plain value: an item if its size is 1, else a list."""
     name = tensor.name()
     items = tensor.as_numpy().reshape(-1).tolist()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Responses, and how they reach the server: the response sender and the responders of streams. No torch."""
+"""Makes and sends the responses of the models: to the next step, or to a client. No torch."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ log = logging.getLogger("lightllm")
 
 
 def tokens_response(token_ids: list[int], options_json: str, context: EnsembleContext) -> Any:
-    """What the tokenizer sends to generation."""
+    """The tokenizer's response, which generation reads."""
     values = {"input_ids": token_ids, SAMPLING_PARAMETERS: [options_json], ENSEMBLE: [context.to_json()]}
     return _response(GENERATION_INPUTS, values)
 
 
 def client_response(response: Response, tokenizer: Tokenizer) -> Any:
-    """What a client reads."""
+    """The response that a client reads."""
     values = {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
@@ -59,14 +59,14 @@ def client_response(response: Response, tokenizer: Tokenizer) -> Any:
 
 
 def health_response(report: str) -> Any:
-    """What the `health` model answers if all is well."""
+    """The answer of the `health` model if all is well."""
     return _response(HEALTH_OUTPUTS, {"report": [report]})
 
 
 def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
-    """The log probabilities as vllm_backend's output `logprobs` has them: an object a token, by token id; else null.
+    """The log probabilities in the format of vllm_backend's output `logprobs`: an object a token, by token id; or null.
 
-    vLLM's rank of the token in the distribution is not known here.
+    The rank, which vLLM also gives, is not known here.
     """
     if not response.output_log_probs:
         return "null"
@@ -79,9 +79,9 @@ def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
 
 
 def error_response(error: Exception) -> Any:
-    """The error with its status code, which unary calls see, and in its text, which the others see.
+    """The error with its code, which also begins the text: only unary calls see the status code.
 
-    What is not a RequestError is a fault of ours: it goes to the log, and its request alone ends with INTERNAL.
+    An error that is not a RequestError is a bug of ours: it is logged, and its request alone ends with INTERNAL.
     """
     if not isinstance(error, RequestError):
         log.error("a request could not be handled", exc_info=error)
@@ -99,13 +99,13 @@ def _response(names: Tensors, values: dict[str, Any]) -> Any:
 
 
 class ServerSender:
-    """A response sender whose client may have gone: sending never fails. Nothing may be asked after the last one."""
+    """A response sender that never fails, since its client may be gone. No call may follow the last response."""
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
 
     def send(self, response: Any | None, final: bool) -> None:
-        """Send a response; with `final`, or only the flag where there is no response, as the last."""
+        """Send a response, or none; `final` says that no more will come."""
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         try:
             if response is None:
@@ -116,11 +116,12 @@ class ServerSender:
             log.exception("a response could not be sent")
 
     def is_cancelled(self) -> bool:
+        """Whether the client has cancelled the request. After the last response this crashes the server."""
         return bool(self._sender.is_cancelled())
 
 
 class GenerationResponder:
-    """A Stream's way into the ensemble (or to a direct caller of generation, who gets errors as errors)."""
+    """The Responder of generation: sends chunks to the detokenizer or to a direct caller, who gets errors as errors."""
 
     def __init__(self, request: Any, uid: str, state: DecodeState, return_address: str, in_ensemble: bool) -> None:
         self._sender = ServerSender(request)
@@ -159,7 +160,7 @@ class GenerationResponder:
 
 
 class UnaryResponder:
-    """A Stream's way to a unary caller: one response, made by `decode`."""
+    """The Responder of lightllm_unary: sends one response, which `decode` makes."""
 
     def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None], tokenizer: Tokenizer) -> None:
         self._sender = ServerSender(request)

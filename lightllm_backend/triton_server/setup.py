@@ -28,20 +28,20 @@ log = logging.getLogger("lightllm")
 
 
 def engine_config(arguments: dict[str, str]) -> EngineConfig:
-    """The settings, for any of the models: the generation model's config.pbtxt, this model's own, the environment.
+    """The settings of any of the models: from the generation model's config.pbtxt, its own, and the environment.
 
-    arguments: what Triton server gives to `initialize`.
+    arguments: those that Triton server gives to `initialize`.
     """
     parameters = repository_parameters(_model_directory(arguments).parent)
     own = json.loads(arguments["model_config"]).get("parameters", {})
     parameters.update({key: value["string_value"] for key, value in own.items()})
-    # Inside a stub the encoding of paths is ASCII: what is not is spelled there as os.environ spells it.
+    # A stub's file system encoding is ASCII: other characters are spelled there as os.environ spells them.
     parameters = {key: os.fsdecode(value.encode()) for key, value in parameters.items()}
     return EngineConfig.build(parameters, os.environ)
 
 
 def repository_parameters(repository: Path) -> dict[str, str]:
-    """The settings that stand in the generation model's config.pbtxt. ConfigError if it cannot be read."""
+    """The settings in the generation model's config.pbtxt. Raises ConfigError if it cannot be read."""
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -56,17 +56,20 @@ def repository_parameters(repository: Path) -> dict[str, str]:
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of the model that the settings name."""
     directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
     return model_tokenizer.load_tokenizer(directory, config)
 
 
 def warn_of_tokens_past_model(tokenizer: Tokenizer) -> None:
+    """Log a warning if the tokenizer has tokens that the model has not."""
     warning = model_tokenizer.warning_of_tokens_past_model(tokenizer)
     if warning:
         log.warning(warning)
 
 
 def make_metrics(with_engine: bool) -> Metrics:
+    """This process's metrics. with_engine: whether it reports the engine's state."""
     import triton_python_backend_utils as pb_utils  # only a stub has it
 
     return Metrics(pb_utils, with_engine)
@@ -74,9 +77,9 @@ def make_metrics(with_engine: bool) -> Metrics:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Surrounds a model's start: sets up the log, and hands what goes wrong to the server as one readable line.
+    """Surrounds a model's start: sets up the log, and gives the server an error as one readable line.
 
-    Python's log goes to the server's standard error, beside the server's own lines.
+    Python's log goes to the server's standard error, among the server's own lines.
     """
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
@@ -87,12 +90,12 @@ def starting() -> Iterator[None]:
         known = isinstance(error, _START_ERRORS)
         if not known:
             log.exception("the model cannot be loaded")
-        # The stub cannot hand on a text that is not UTF-8.
+        # The stub cannot pass on a text that is not UTF-8.
         raise RuntimeError(readable(str(error) if known else f"{type(error).__name__}: {error}")) from None
 
 
 def readable(text: str) -> str:
-    """The text as UTF-8 can spell it, which paths inside a stub are not (see `engine_config`)."""
+    """The text in characters that UTF-8 can spell, which paths inside a stub are not (see `engine_config`)."""
     try:
         return text.encode(errors="surrogateescape").decode(errors="replace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte
@@ -100,6 +103,6 @@ def readable(text: str) -> str:
 
 
 def _model_directory(arguments: dict[str, str]) -> Path:
-    """Triton server names the model's directory or, in some modes, its config file or version folder."""
+    """The model's directory. In some modes Triton server names a file or folder in it instead."""
     path = Path(arguments["model_repository"])
     return path if (path / "config.pbtxt").exists() else path.parent

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker: the process that holds a GPU, or a share of the CPU's cores; one for each tensor-parallel rank.
+"""A worker: the process that holds a GPU, or a share of the CPU's cores. There is one for each tensor-parallel rank.
 
-Rank 0's has the Router and the step loop, which meet nowhere else. The others, the followers, run the batches that it
-sends them (see batch_channel.py); all sample the same tokens.
+Rank 0 has the Router and runs THE loop (loop.py). The other ranks, the followers, run the batches that rank 0 sends
+them (batch_channel.py); all ranks sample the same tokens.
 
-Run by the EngineSupervisor as `python -m lightllm_backend.worker.main SOCKET RANK`. Its settings come from the
-environment, its standard output tells the supervisor how it is (see supervisor.py), its log goes to standard error.
+The EngineSupervisor starts a worker as `python -m lightllm_backend.worker.main SOCKET RANK`. The settings come from the
+environment, the state goes to standard output (see worker_group.py), the log to standard error.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from lightllm_backend.worker.statistics_log import StatisticsLog
 if TYPE_CHECKING:
     from lightllm_backend.worker.load import LoadedEngine
 
-# How long a worker whose supervisor is gone may take to end by itself.
+# How long a worker whose supervisor is gone may take to end by itself: the loop ends after the step that runs.
 ORPHAN_SECONDS = 5.0
-# How long one turn of the loop may take before the worker counts as stuck; on a CPU a step may well take minutes.
+# How long one turn of the loop may take before the worker counts as stuck. The longest step of a GPU takes
+# seconds; on a CPU a step may take minutes.
 GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 30.0, 600.0
 
 log = logging.getLogger("lightllm.worker")
@@ -46,6 +47,7 @@ log = logging.getLogger("lightllm.worker")
 def build_router(
     config: EngineConfig, info: EngineInfo, batch_max_tokens: int, prefixes_are_alike: bool = True
 ) -> Router:
+    """The Router of an engine with these settings."""
     return Router(
         capacity=info.pool_tokens,
         max_running=config.running_max_req_size,
@@ -59,11 +61,11 @@ def build_router(
 
 
 class Leader:
-    """Rank 0."""
+    """Rank 0: the Router, the EngineServer and the loop."""
 
     def __init__(self, config: EngineConfig, address: str, parent_pipe: int) -> None:
         self._config = config
-        # Listening before it meets the others, it is there when they connect.
+        # Opens the listener before _load() waits for the other ranks, so that they find it.
         self._followers = BatchSender(_batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
         self._vitals = _vitals(address, 0, self._engine.info)
@@ -83,7 +85,7 @@ class Leader:
 
 
 class Follower:
-    """Any other rank."""
+    """Any other rank: runs the batches of rank 0."""
 
     def __init__(self, config: EngineConfig, address: str, rank: int) -> None:
         self._engine = _load(config, rank, address)
@@ -98,7 +100,8 @@ class Follower:
 
 
 def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
-    from lightllm_backend.worker.load import load_engine  # torch only now: a wrong setting is told at once
+    # This imports torch, which takes seconds; a wrong setting has been reported before.
+    from lightllm_backend.worker.load import load_engine
 
     return load_engine(config, rank, rendezvous_file(address))
 
@@ -113,7 +116,7 @@ def _batches_address(address: str) -> str:
 
 
 def watch_parent(parent_pipe: int) -> None:
-    """End this process soon after its supervisor, also where a collective waits for a rank that is no more."""
+    """End this process soon after its supervisor, even if a collective waits for a rank that is gone."""
     os.read(parent_pipe, 1)  # returns at end-of-file: nothing is ever written
     time.sleep(ORPHAN_SECONDS)
     os._exit(1)
@@ -122,7 +125,7 @@ def watch_parent(parent_pipe: int) -> None:
 def main() -> None:
     address, rank = sys.argv[1], int(sys.argv[2])
     status, parent_pipe = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints belongs to the log
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
     threading.excepthook = leave_with_thread
     threading.Thread(target=watch_parent, args=(parent_pipe,), name="parent-pipe", daemon=True).start()
@@ -136,7 +139,7 @@ def main() -> None:
         os.write(status, f"error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
         leave(1)
     gc.collect()
-    gc.freeze()  # what is loaded stays; the collector need not walk it between steps
+    gc.freeze()  # the collector need not walk what was loaded, which stays, between steps
     os.write(status, b"ready\n")
     try:
         worker.run()
@@ -147,13 +150,13 @@ def main() -> None:
 
 
 def leave_with_thread(failure: threading.ExceptHookArgs) -> None:
-    """A worker without one of its threads is not to be trusted; the supervisor starts another."""
+    """End this process: without one of its threads it is broken, and its supervisor starts another."""
     log.error("thread %s failed", failure.thread and failure.thread.name, exc_info=failure.exc_value)
     leave(1)
 
 
 def leave(code: int) -> NoReturn:
-    """End without tearing down what torch has built: that waits for steps in flight, which may wait for other ranks."""
+    """Exit without torch's teardown, which waits for steps in flight, which may wait for other ranks."""
     logging.shutdown()
     os._exit(code)
 

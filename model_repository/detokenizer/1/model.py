@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detokenizer step: chunks of token ids in, text out, and word back to generation of what became of each chunk.
+"""The detokenizer step: turns chunks of token ids into text and tells generation what became of each chunk.
 
-It keeps nothing of a request: what decoding must know comes with each chunk and goes back with the word that the chunk
-was delivered, before which generation sends no other one of that request. So any instance may take any chunk, and the
-chunks of a request stay in order.
+It keeps no state of a request: the decoding state comes with each chunk and goes back with the message that the chunk
+was delivered. Generation sends a request's next chunk only after that message. So any instance may take any chunk, and
+the chunks of a request stay in order.
 """
 
 from lightllm_backend.messages.return_channel import ReturnChannel
@@ -56,7 +56,7 @@ class TritonPythonModel:
             return
         response = decoder.decode(chunk)
         sender.send(response and client_response(response, self.tokenizer), final=True)
-        if chunk.finish_reason is None:  # after the last one, nobody waits for word
+        if chunk.finish_reason is None:  # nobody waits for an acknowledgement of the last one
             self.returns.send(Delivered(uid, decoder.state().to_json()))
 
     def finalize(self):

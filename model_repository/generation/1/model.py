@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
+"""The generation step: token ids in, chunks of token ids out. It does only I/O: the engine is another process."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
@@ -12,7 +12,7 @@ from lightllm_backend.triton_server.requests import is_probe, read_deadline, rea
 from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
-CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
+CONNECT_SECONDS = 60.0  # generous: the supervisor has said that the engine is ready
 
 
 class TritonPythonModel:

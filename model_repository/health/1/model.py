@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health: answers "ready", or UNAVAILABLE with what is wrong. It looks at the other processes and asks none of them."""
+"""Health: answers "ready", or UNAVAILABLE with what is wrong. It reads what the other processes publish."""
 
 from lightllm_backend.launch.health import why_unready
 from lightllm_backend.messages.run_directory import run_directory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
+"""The model for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
