@@ -37,7 +37,7 @@ from lightllm_backend.launch import health
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.health import Health, http_call
 from lightllm_backend.messages.engine_messages import EngineInfo
-from lightllm_backend.messages.run_directory import run_directory_of
+from lightllm_backend.messages.run_directory import engine_address, run_directory_of
 from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
@@ -230,7 +230,7 @@ def serve(launch: Launch, console: Console) -> int:
         return server.exit_code() or int(not server.stopping)
 
     directory = run_directory_of(server.pid)
-    engine = EngineClient(str(directory / "engine"))
+    engine = EngineClient(engine_address(directory))
     watch = Health(address, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])
     try:
         console.print(summary(launch, engine.wait_ready(health.PROBE_SECONDS)))

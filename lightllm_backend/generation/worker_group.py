@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.messages.run_directory import rendezvous_file
 from lightllm_backend.triton_server.executable import original_environment
 
 STOP_SECONDS = 10.0  # a worker ends a step of seconds first; Triton server itself allows 30
@@ -109,11 +110,6 @@ class WorkerGroup:
 
     def _end_of(self, rank: int) -> str:
         return f"the worker ended with exit code {self._workers[rank].wait()}"
-
-
-def rendezvous_file(address: str) -> str:
-    """The file through which the ranks of the engine at `address` meet; each group makes it anew."""
-    return f"{address}.ranks"
 
 
 def worker_environment(config: EngineConfig) -> dict[str, str]:

@@ -103,7 +103,7 @@ class Tokens(Message):
     chunks: list[tuple[int, TokenChunk]]  # with the numbers of their requests
 
     def pack(self) -> tuple[Any, ...]:
-        chunks = [(number, *_pack_chunk(chunk)) for number, chunk in self.chunks]
+        chunks = [(number, _pack_chunk(chunk)) for number, chunk in self.chunks]
         return self.numbers.tobytes(), self.token_ids.tobytes(), chunks
 
     @classmethod
@@ -112,7 +112,7 @@ class Tokens(Message):
         return cls(
             np.frombuffer(numbers, dtype=np.int64),
             np.frombuffer(token_ids, dtype=np.int32),
-            [(number, _unpack_chunk(*fields)) for number, *fields in chunks],
+            [(number, _unpack_chunk(*fields)) for number, fields in chunks],
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: the private directory in which the processes of one Triton server find each other. No torch."""
+"""The run directory: the private directory in which the processes of one server find each other. No torch."""
 
 from __future__ import annotations
 
@@ -58,6 +58,33 @@ def remove_stale_run_directories() -> None:
                 alive = False
             if not alive:
                 _remove(directory)
+
+
+def engine_address(directory: Path) -> str:
+    """Where rank 0's worker listens for EngineClients."""
+    return str(directory / "engine")
+
+
+def return_address(directory: Path) -> str:
+    """Where the generation step listens for the detokenizer's return channel."""
+    return str(directory / "returns")
+
+
+def batches_address(engine: str) -> str:
+    """Where rank 0 of the engine at this address listens for the other ranks."""
+    return f"{engine}.batches"
+
+
+def rendezvous_file(engine: str) -> str:
+    """The file through which the ranks of the engine at this address find each other; each start makes it anew."""
+    return f"{engine}.ranks"
+
+
+def remove_addresses(directory: Path) -> None:
+    """Remove the sockets and files of an engine and its generation step that have ended."""
+    engine = engine_address(directory)
+    for path in (engine, batches_address(engine), rendezvous_file(engine), return_address(directory)):
+        Path(path).unlink(missing_ok=True)
 
 
 def _remove(directory: Path) -> None:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from lightllm_backend.router.statistics import EngineStats
@@ -165,7 +164,7 @@ class Metrics:
         with self._lock:
             ended, self._ended = self._ended, Counter()
             observed, self._observed = self._observed, {name: [] for name in HISTOGRAMS}
-            now = asdict(self._engine) if self._engine else {}
+            now = dict(vars(self._engine)) if self._engine else {}
             now |= {"engine_up": self._engine_up, "engine_restarts_total": self._restarts}
             increments = {name: now[name] - self._reported[name] for name in self._counters if name in now}
             self._reported.update(increments)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.generation.worker_group import rendezvous_file
 from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import batches_address, rendezvous_file
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.router.admission import ExactAdmission
@@ -66,7 +66,7 @@ class Leader:
     def __init__(self, config: EngineConfig, address: str, parent_pipe: int) -> None:
         self._config = config
         # Opens the listener before _load() waits for the other ranks, so that they find it.
-        self._followers = BatchSender(_batches_address(address), config.tp - 1)
+        self._followers = BatchSender(batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
         self._vitals = _vitals(address, 0, self._engine.info)
         self._server = EngineServer(address, self._engine.info, parent_pipe)
@@ -90,7 +90,7 @@ class Follower:
     def __init__(self, config: EngineConfig, address: str, rank: int) -> None:
         self._engine = _load(config, rank, address)
         self._vitals = _vitals(address, rank, self._engine.info)
-        self._batches = BatchReceiver(_batches_address(address))
+        self._batches = BatchReceiver(batches_address(address))
 
     def run(self) -> None:
         try:
@@ -109,10 +109,6 @@ def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
 def _vitals(address: str, rank: int, info: EngineInfo) -> Vitals:
     patience = CPU_PATIENCE_SECONDS if info.device == "cpu" else GPU_PATIENCE_SECONDS
     return Vitals(Path(address).parent, f"worker-{rank}", patience)
-
-
-def _batches_address(address: str) -> str:
-    return f"{address}.batches"
 
 
 def watch_parent(parent_pipe: int) -> None:

@@ -9,8 +9,13 @@ import pytest
 
 from lightllm_backend.messages import run_directory as run_directory_module
 from lightllm_backend.messages.run_directory import (
+    batches_address,
+    engine_address,
     leave_run_directory,
+    remove_addresses,
     remove_stale_run_directories,
+    rendezvous_file,
+    return_address,
     run_directory,
     run_directory_of,
 )
@@ -83,3 +88,14 @@ def test_what_dead_servers_left_is_removed_and_nothing_else(base: Path) -> None:
     foreign.mkdir()
     remove_stale_run_directories()
     assert {path.name for path in base.iterdir()} == {own.name, other.name, foreign.name}
+
+
+def test_all_addresses_are_removed(tmp_path: Path) -> None:
+    engine = engine_address(tmp_path)
+    addresses = {engine, batches_address(engine), rendezvous_file(engine), return_address(tmp_path)}
+    for address in addresses:
+        Path(address).touch()
+    assert len(list(tmp_path.iterdir())) == len(addresses) == 4, "each in the run directory, under its own name"
+    remove_addresses(tmp_path)
+    remove_addresses(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,7 @@ class Simulation:
         self.waits: list[float] = []  # of each request, from its arrival until the device begins with its prompt
         self.idle: list[float] = []  # of the device before each step, where there was something to do
         self.receives = 0
-        self._chance = random.Random(0)
+        self._rng = random.Random(0)
         self._arrivals = deque(enumerate(arrivals))
         self._at = [arrival.at for arrival in arrivals]
         self._step_seconds = step_seconds
@@ -68,7 +68,7 @@ class Simulation:
         if next_arrival > self.now:
             self.now = min(self.now + timeout, next_arrival)
             if timeout > 0:
-                self.now += self._chance.uniform(0, LATE)
+                self.now += self._rng.uniform(0, LATE)
         while self._arrivals and self._arrivals[0][1].at <= self.now:
             number, arrival = self._arrivals.popleft()
             sampling = SamplingParams(max_tokens=arrival.output, ignore_eos=True, seed=number)
@@ -82,7 +82,7 @@ class Simulation:
     # As a runner
 
     def launch(self, batch: Batch) -> Any:
-        self.now += PLANNING * self._chance.uniform(0.8, 1) + PLANNING_PROMPT * len(batch.admitted)
+        self.now += PLANNING * self._rng.uniform(0.8, 1) + PLANNING_PROMPT * len(batch.admitted)
         begin = max(self.now, self._device_free)
         if self._steps_in_flight:
             self.idle.append(begin - self._device_free)
@@ -93,7 +93,7 @@ class Simulation:
 
     def _result(self, end: float, batch: Batch) -> StepResult:
         if end > self.now:
-            self.now = end + self._chance.uniform(0, LATE)
+            self.now = end + self._rng.uniform(0, LATE)
         self._steps_in_flight -= 1
         return StepResult(np.full(int(batch.samples.sum()), 5, np.int32))
 
@@ -104,9 +104,9 @@ def as_usual(_begin: float, batch: Batch) -> float:
 
 
 def poisson(rate: float, count: int, prompt: int = 160) -> list[Arrival]:
-    chance, now, arrivals = random.Random(1), 0.0, []
+    rng, now, arrivals = random.Random(1), 0.0, []
     for _ in range(count):
-        now += chance.expovariate(rate)
+        now += rng.expovariate(rate)
         arrivals.append(Arrival(now, prompt))
     return arrivals
 
@@ -122,7 +122,7 @@ def simulate(
     return at_once, Simulation(arrivals, step_seconds, rows)
 
 
-def test_newcomers_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_requests_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, late = simulate(monkeypatch, poisson(4, 200))
     assert np.median(at_once.waits) > 1.4 * STEP
     assert np.median(late.waits) < 0.75 * STEP
@@ -152,9 +152,9 @@ def test_a_step_that_ends_sooner_than_foreseen_is_noticed(monkeypatch: pytest.Mo
 
 
 def test_steps_that_take_long_for_once_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(2)
+    rng = random.Random(2)
     _, late = simulate(
-        monkeypatch, poisson(4, 100), lambda begin, batch: as_usual(begin, batch) * (5 if chance.random() < 0.02 else 1)
+        monkeypatch, poisson(4, 100), lambda begin, batch: as_usual(begin, batch) * (5 if rng.random() < 0.02 else 1)
     )
     assert np.median(late.waits) < STEP
     assert max(late.idle) < 1.2e-3

@@ -4,7 +4,14 @@
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
-from lightllm_backend.messages.run_directory import leave_run_directory, remove_stale_run_directories, run_directory
+from lightllm_backend.messages.run_directory import (
+    engine_address,
+    leave_run_directory,
+    remove_addresses,
+    remove_stale_run_directories,
+    return_address,
+    run_directory,
+)
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
@@ -25,12 +32,12 @@ class TritonPythonModel:
         self.run_directory = run_directory()
         self.tokenizer = load_tokenizer(config)
         self.metrics = make_metrics(with_engine=True)
-        address = str(self.run_directory / "engine")
+        address = engine_address(self.run_directory)
         self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
         self.supervisor.wait_ready()
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
-        self.streams = Streams(self.engine, self.metrics, str(self.run_directory / "returns"))
+        self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
         self.vitals = Vitals(self.run_directory, "generation")
 
     def execute(self, requests):
@@ -67,6 +74,5 @@ class TritonPythonModel:
         self.supervisor.stop()
         self.metrics.close()
         self.vitals.close()
-        for name in ("engine", "engine.ranks", "engine.batches", "returns"):
-            (self.run_directory / name).unlink(missing_ok=True)
+        remove_addresses(self.run_directory)
         leave_run_directory()

@@ -3,7 +3,7 @@
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
-from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import engine_address, leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
@@ -19,7 +19,7 @@ class TritonPythonModel:
             self.config = engine_config(args)
             self.tokenizer = load_tokenizer(self.config)
             self.metrics = make_metrics(with_engine=False)
-            self.engine = EngineClient(str(run_directory() / "engine"))
+            self.engine = EngineClient(engine_address(run_directory()))
             self.streams = Streams(self.engine, self.metrics)
             self.vitals = Vitals(run_directory(), "lightllm_unary")
 
