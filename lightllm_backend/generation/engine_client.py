@@ -26,6 +26,8 @@ from lightllm_backend.request import FinishReason, Request, RequestError, TokenC
 from lightllm_backend.router.statistics import EngineStats
 
 RECONNECT_SECONDS = 0.05  # a worker takes seconds to start; a client should not add to that
+# After messages that make no sense: the next ones hardly will, and each attempt fills the log.
+FAILURE_PAUSE_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ class EngineClient:
                 if not expected:
                     log.exception("the engine's messages cannot be read; its requests end, and the client reconnects")
                 self._lose_worker()
-                pause.wait(RECONNECT_SECONDS if expected else 20 * RECONNECT_SECONDS)
+                pause.wait(RECONNECT_SECONDS if expected else FAILURE_PAUSE_SECONDS)
 
     def _read(self, channel: Channel) -> None:
         try:

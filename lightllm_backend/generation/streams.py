@@ -20,7 +20,7 @@ from lightllm_backend.text.text_stream import TextStream
 
 # Limit on checks of all clients together: one takes the detokenizer nearly as long as a response.
 MAX_CHECKS_PER_SECOND = 1000.0
-ACCEPT_PAUSE_SECONDS = 0.1
+ACCEPT_PAUSE_SECONDS = 0.1  # keeps a failure that lasts from filling the log
 
 log = logging.getLogger(__name__)
 

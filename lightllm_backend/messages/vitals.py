@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 1.0  # a tenth of LATE_BEAT_SECONDS (launch/health.py)
 SUFFIX = ".vitals"
 # The fields of a file: double beat, int64 taken, double busy_since, double patience.
 _BEAT, _TAKEN, _BUSY_SINCE, _PATIENCE = range(0, 32, 8)

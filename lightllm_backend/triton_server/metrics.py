@@ -18,7 +18,7 @@ from typing import Any
 
 from lightllm_backend.router.statistics import EngineStats
 
-FLUSH_SECONDS = 0.1
+FLUSH_SECONDS = 0.1  # far below the interval at which anybody scrapes metrics
 ANSWER_SECONDS = 30  # a server that takes longer to answer a call is gone
 # Limit on the values of one histogram in a flush; of more, every second or third … is taken. With 10 flushes a second,
 # up to 500 values a second are complete: all requests, and the tokens of a few dozen streams.
@@ -99,35 +99,41 @@ class Metrics:
     # From streams
 
     def first_token(self, seconds: float, queue_seconds: float) -> None:
+        """A request got its first token, so long after its submission."""
         with self._lock:
             self._observed["time_to_first_token_seconds"].append(seconds)
             self._observed["queue_seconds"].append(queue_seconds)
 
     def next_token(self, seconds: float) -> None:
+        """A request got another token, so long after the one before it."""
         with self._lock:
             self._observed["inter_token_seconds"].append(seconds)
 
     def finished(self, status: str, seconds: float) -> None:
+        """A request has ended, so long after its submission."""
         with self._lock:
             self._ended[status] += 1
             self._observed["request_seconds"].append(seconds)
 
     def rejected(self) -> None:
+        """A request was refused."""
         with self._lock:
             self._ended["rejected"] += 1
 
     # From the engine
 
     def engine_stats(self, stats: EngineStats) -> None:
+        """Take the engine's newest counters."""
         with self._lock:
             self._engine = stats
 
     def engine_up(self, up: bool) -> None:
+        """The engine takes requests from now on, or no more."""
         with self._lock:
             self._engine_up = float(up)
 
     def engine_restarted(self) -> None:
-        """A new worker counts its totals from zero."""
+        """A new worker was started, which counts its totals from zero."""
         with self._lock:
             self._restarts += 1
             self._engine = None

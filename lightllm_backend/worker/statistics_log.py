@@ -22,6 +22,7 @@ class StatisticsLog:
         self._last, self._since = EngineStats(), time.monotonic()
 
     def update(self, stats: EngineStats) -> None:
+        """Take the newest counters, and log a line if it is time."""
         now = time.monotonic()
         seconds = now - self._since
         if self._interval == 0 or seconds < self._interval:
