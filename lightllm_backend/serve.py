@@ -36,7 +36,8 @@ from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.launch import health
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.health import Health, http_call
-from lightllm_backend.messages.channel import EngineInfo, run_directory_of
+from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import engine_address, run_directory_of
 from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
@@ -44,7 +45,7 @@ from lightllm_backend.text.model_tokenizer import load_tokenizer
 from lightllm_backend.text.text_stream import TokenizerError
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import TritonServerError
-from lightllm_backend.triton_server.triton_io import repository_parameters
+from lightllm_backend.triton_server.setup import repository_parameters
 
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROGRESS_SECONDS = 10.0
@@ -229,7 +230,7 @@ def serve(launch: Launch, console: Console) -> int:
         return server.exit_code() or int(not server.stopping)
 
     directory = run_directory_of(server.pid)
-    engine = EngineClient(str(directory / "engine"))
+    engine = EngineClient(engine_address(directory))
     watch = Health(address, server.pid, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])
     try:
         console.print(summary(launch, engine.wait_ready(health.PROBE_SECONDS)))

@@ -17,8 +17,9 @@ from pathlib import Path
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.supervisor import EngineSupervisor
-from lightllm_backend.messages.channel import EngineInfo, EngineStats
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
+from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.worker.server import STATS_SECONDS
 
 

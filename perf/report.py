@@ -173,12 +173,12 @@ def cpu_speed(result: dict[str, Any]) -> list[str]:
 
 
 def router_time(result: dict[str, Any]) -> list[str]:
-    times = ("router_ms_p50", "router_ms_p99", "hub_ms_p50", "hub_ms_p99")
+    times = ("router_ms_p50", "router_ms_p99", "server_ms_p50", "server_ms_p99")
     rows = [
         [row["admission"], f"{row['running']:,.0f}", f"{row['queued']:,}", *(f"{row[name]:.3f}" for name in times)]
         for row in result["rows"]
     ]
-    headings = ["admission", "running", "queued", "Router, ms, p50", "p99", "hub, ms, p50", "p99"]
+    headings = ["admission", "running", "queued", "Router, ms, p50", "p99", "EngineServer, ms, p50", "p99"]
     return [f"**Host time a step** ({origin(result)}):", "", *table(headings, rows)]
 
 

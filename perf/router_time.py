@@ -5,7 +5,7 @@
 
 The Router has a KV pool that about so many sequences of ShareGPT's lengths fill, so it looks at each step whether the
 first in the queue fits; each that ends is replaced by a new one. Its time is that of submitting, planning and applying.
-The hub sends each step's output to one client in another process, which reads and forgets it.
+The EngineServer sends each step's output to one client in another process, which reads and forgets it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import SUBMIT, Channel, ChannelClosed, EngineInfo, pack_request
+from lightllm_backend.messages.channel import Channel, ChannelClosed
+from lightllm_backend.messages.engine_messages import EngineInfo, Submit
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission
 from lightllm_backend.router.batch import StepResult
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
-from lightllm_backend.worker.server import Hub
+from lightllm_backend.worker.server import EngineServer
 from perf.lengths import DATA, Lengths, conversation_lengths
 from perf.record import RESULTS, circumstances, write_result
 
@@ -69,14 +70,14 @@ def tokens_held() -> float:
 
 
 class Load:
-    """A Router, a hub and its client under a steady load."""
+    """A Router, an EngineServer and its client under a steady load."""
 
-    def __init__(self, hub: Hub, running: int, queued: int, admission: str = "exact") -> None:
+    def __init__(self, server: EngineServer, running: int, queued: int, admission: str = "exact") -> None:
         held = int(running * tokens_held())
         rows = 2 * running if queued else running
         capacity, policy = held if queued else 2 * held, POLICIES[admission]()
         self._router = Router(capacity, rows, BATCH_MAX_TOKENS, 1 << 20, frozenset({EOS_ID}), policy=policy)
-        self._hub = hub
+        self._server = server
         self._requests = conversations()
         self._handles = itertools.count()
         self._to_submit = running + queued
@@ -84,10 +85,10 @@ class Load:
 
     @property
     def running(self) -> int:
-        return self._router.stats().running
+        return self._router.stats().running_requests
 
     def step(self) -> tuple[float, float]:
-        """Seconds of the Router and of the hub in one step; it is planned before the last one's tokens are applied."""
+        """Seconds of the Router and the EngineServer in one step, planned before the last step's tokens are applied."""
         new = [next(self._requests) for _ in range(self._to_submit)]
         result = self._batch and StepResult(np.full(int(self._batch.samples.sum()), 7, dtype=np.int32))
         started = time.perf_counter()
@@ -97,15 +98,17 @@ class Load:
         output = self._router.apply(self._batch, result) if self._batch else None
         applied = time.perf_counter()
         if output:
-            self._hub.send(output)
+            self._server.send(output)
         sent = time.perf_counter()
         self._batch = batch
         self._to_submit = sum(chunk.finish_reason is not None for chunk in output.chunks) if output else 0
         return applied - started, sent - applied
 
 
-def measure(hub: Hub, running: int, queued: int, admission: str, steps: int, warm_up: int) -> dict[str, Any]:
-    load = Load(hub, running, queued, admission)
+def measure(
+    server: EngineServer, running: int, queued: int, admission: str, steps: int, warm_up: int
+) -> dict[str, Any]:
+    load = Load(server, running, queued, admission)
     for _ in range(warm_up):
         load.step()
     gc.collect()
@@ -116,7 +119,7 @@ def measure(hub: Hub, running: int, queued: int, admission: str, steps: int, war
         counts.append(load.running)
     router, sending = 1e3 * np.array(times).T
     row: dict[str, Any] = {"admission": admission, "running": float(np.mean(counts)), "queued": queued}
-    for name, milliseconds in (("router", router), ("hub", sending)):
+    for name, milliseconds in (("router", router), ("server", sending)):
         row |= {
             f"{name}_ms_p50": float(np.median(milliseconds)),
             f"{name}_ms_p99": float(np.quantile(milliseconds, 0.99)),
@@ -125,9 +128,9 @@ def measure(hub: Hub, running: int, queued: int, admission: str, steps: int, war
 
 
 def drain(address: str) -> None:
-    """The client: reads until the hub is gone."""
+    """The client: reads until the server is gone."""
     channel = Channel.connect(address)
-    channel.send(SUBMIT, pack_request(Request("first", (1,), SamplingParams())), 0)
+    channel.send(Submit(Request("first", (1,), SamplingParams()), 0))
     try:
         while True:
             channel.receive()
@@ -142,14 +145,14 @@ def drain(address: str) -> None:
 def main(steps: int, warm_up: int, out: Path) -> None:
     info = EngineInfo("", "", "", 32000, (EOS_ID,), LengthLimits(4095, "", 4096, ""), 1, {})
     with tempfile.TemporaryDirectory() as directory:
-        address = str(Path(directory, "hub"))
-        hub = Hub(address, info, os.pipe()[0])
+        address = str(Path(directory, "server"))
+        server = EngineServer(address, info, os.pipe()[0])
         client = multiprocessing.get_context("spawn").Process(target=drain, args=(address,), daemon=True)
         client.start()
-        while not any(hub.receive(timeout=1.0)):
+        while not any(server.receive(timeout=1.0)):
             pass
-        rows = [measure(hub, *case, steps, warm_up) for case in tqdm(CASES, unit="case")]
-        hub.close()
+        rows = [measure(server, *case, steps, warm_up) for case in tqdm(CASES, unit="case")]
+        server.close()
         client.join()
     table = Table(title="Host time a step, ms")
     for heading in rows[0]:

@@ -107,8 +107,8 @@ class SimulatedEngine:
         seconds = step_seconds(batch, stats.kv_tokens_used)
         self._outcome.durations.append(seconds)
         self._outcome.pool_shares.append(stats.kv_tokens_used / stats.kv_tokens_total)
-        self._outcome.running.append(stats.running)
-        if stats.queued:
+        self._outcome.running.append(stats.running_requests)
+        if stats.queued_requests:
             self._outcome.steps_with_queue = len(self._outcome.durations)
         return seconds
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.worker import main as worker
 from perf.simulated_engine import step_seconds

@@ -95,7 +95,9 @@ class StepLoop:
     def all_run(self) -> bool:
         """Whether every prompt has been planned to its end, and no request has ended."""
         stats = self._router.stats()
-        return stats.running == self._case.batch and stats.prompt_tokens_total == sum(self._case.prompt_lengths)
+        return stats.running_requests == self._case.batch and stats.prompt_tokens_total == sum(
+            self._case.prompt_lengths
+        )
 
     def prefill(self) -> list[HostTimes]:
         times = [self.turn()]

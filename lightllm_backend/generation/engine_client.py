@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineClient: a handle on the engine for a process that does I/O only. No torch."""
+"""EngineClient: how a process that does only I/O uses the engine. No torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from lightllm_backend.messages.channel import (
-    CANCEL,
-    CLOSE,
-    READY,
-    STATS,
-    STOP,
-    SUBMIT,
-    TOKENS,
-    Channel,
-    ChannelClosed,
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
+from lightllm_backend.messages.engine_messages import (
+    Cancel,
+    CloseEngine,
     EngineInfo,
-    EngineStats,
-    pack_request,
-    unpack_chunk,
+    Ready,
+    Stats,
+    Stop,
+    Submit,
+    Tokens,
 )
 from lightllm_backend.options import check_lengths, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
+from lightllm_backend.router.statistics import EngineStats
 
-RECONNECT_SECONDS = 0.05
+RECONNECT_SECONDS = 0.05  # a worker takes seconds to start; a client should not add to that
+# After messages that make no sense: the next ones hardly will, and each attempt fills the log.
+FAILURE_PAUSE_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +43,11 @@ class _Outstanding(NamedTuple):
 
 
 class EngineClient:
-    """Submits requests to the worker at `address` and hands each its chunks; several clients may share one worker.
+    """Submits requests to the worker at `address` and hands each request its chunks. Several clients share one worker.
 
-    Owns the fact which requests are outstanding: each submitted request ends in exactly one chunk with a finish reason,
-    also if the worker dies, and a chunk of a request that has ended is dropped. Connects by itself, again and again.
-    `on_chunk` and `on_stats` are called on the client's reader thread and must not block.
+    Owns the table of outstanding requests: each submitted request gets exactly one chunk with a finish reason, even if
+    the worker dies, and chunks of requests that have ended are dropped. It connects and reconnects by itself. It calls
+    `on_chunk`, `on_stats` and `on_up` on its reader thread, so they must not block.
     """
 
     def __init__(
@@ -65,7 +62,7 @@ class EngineClient:
         self._lock = threading.Lock()  # guards the four below
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
-        self._outstanding: dict[int, _Outstanding] = {}  # by the number that the messages call it
+        self._outstanding: dict[int, _Outstanding] = {}  # by the request's number in the messages
         self._closed = False
         self._ready = threading.Event()
         self._uids = itertools.count()
@@ -75,6 +72,7 @@ class EngineClient:
 
     @property
     def up(self) -> bool:
+        """Whether a worker is connected."""
         return self._ready.is_set()
 
     def wait_ready(self, timeout: float | None = None) -> EngineInfo:
@@ -84,7 +82,7 @@ class EngineClient:
         return self._info
 
     def new_uid(self) -> str:
-        """A uid that no other request of this engine has, whichever client it comes from."""
+        """A uid that no other request of this engine has, of any client."""
         return f"{os.getpid()}-{id(self):x}-{next(self._uids)}"
 
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
@@ -103,26 +101,27 @@ class EngineClient:
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again")
             self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
         try:
-            channel.send(SUBMIT, pack_request(request), number)
+            channel.send(Submit(request, number))
         except ChannelClosed:
             with self._lock:
                 known = self._outstanding.pop(number, None)
-            if known:  # else the reader has already told it
+            if known:  # else the reader has already ended it
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
 
     def cancel(self, uid: str) -> None:
-        """The client of this request is gone. Its last chunk comes all the same."""
-        self._send(CANCEL, uid)
+        """Cancel a request whose client is gone. Its last chunk still comes."""
+        self._send(Cancel(uid))
 
     def stop(self, uid: str) -> None:
-        """A stop string has been found: no more tokens are wanted. The last chunk comes all the same."""
-        self._send(STOP, uid)
+        """Stop a request in which a stop string was found. Its last chunk still comes."""
+        self._send(Stop(uid))
 
     def close_engine(self, reason: str) -> None:
-        """End the requests of all clients with UNAVAILABLE and this reason, and have further ones refused with it."""
-        self._send(CLOSE, reason)
+        """End the requests of all clients with UNAVAILABLE and this reason, and refuse later ones with it."""
+        self._send(CloseEngine(reason))
 
     def close(self) -> None:
+        """Disconnect; every outstanding request ends with UNAVAILABLE."""
         with self._lock:
             self._closed = True
             channel = self._channel
@@ -130,11 +129,11 @@ class EngineClient:
             channel.close()
         self._reader.join()
 
-    def _send(self, kind: int, body: str) -> None:
+    def _send(self, message: Message) -> None:
         channel = self._channel
         if channel:
             try:
-                channel.send(kind, body)
+                channel.send(message)
             except ChannelClosed:
                 pass  # the reader ends everything that is outstanding
 
@@ -146,47 +145,44 @@ class EngineClient:
             except Exception as error:  # without this thread every request would wait for ever
                 expected = isinstance(error, ChannelClosed)
                 if not expected:
-                    log.exception("the engine's messages cannot be read; its requests end, and it is connected anew")
+                    log.exception("the engine's messages cannot be read; its requests end, and the client reconnects")
                 self._lose_worker()
-                pause.wait(RECONNECT_SECONDS if expected else 20 * RECONNECT_SECONDS)
+                pause.wait(RECONNECT_SECONDS if expected else FAILURE_PAUSE_SECONDS)
 
     def _read(self, channel: Channel) -> None:
         try:
-            kind, info = channel.receive()
-            assert kind == READY, kind
+            ready = channel.receive()
+            assert isinstance(ready, Ready), ready
             with self._lock:
                 if self._closed:
                     return
-                self._channel, self._info = channel, EngineInfo.unpack(info)
+                self._channel, self._info = channel, ready.info
             self._ready.set()
             self._on_up(True)
             while True:
-                kind, *body = channel.receive()
-                if kind == TOKENS:
-                    self._deliver(*body)
-                elif kind == STATS:
-                    self._on_stats(EngineStats(**body[0]))
+                message = channel.receive()
+                if isinstance(message, Tokens):
+                    self._deliver(message)
+                elif isinstance(message, Stats):
+                    self._on_stats(message.stats)
         finally:
             channel.close()
 
-    def _deliver(self, packed_numbers: bytes, packed_tokens: bytes, packed_chunks: list[tuple[int, list[Any]]]) -> None:
-        """What one step has made. A request is in it at most once."""
-        numbers = np.frombuffer(packed_numbers, dtype=np.int64).tolist()
-        tokens = np.frombuffer(packed_tokens, dtype=np.int32).tolist()
-        chunks = [(number, unpack_chunk(packed)) for number, packed in packed_chunks]
+    def _deliver(self, tokens: Tokens) -> None:
+        """Hand the tokens of one step to their requests."""
         with self._lock:
-            going_on = [self._outstanding.get(number) for number in numbers]
+            going_on = [self._outstanding.get(number) for number in tokens.numbers.tolist()]
             others = [
                 self._outstanding.get(number) if chunk.finish_reason is None else self._outstanding.pop(number, None)
-                for number, chunk in chunks
+                for number, chunk in tokens.chunks
             ]
-        # First tokens are among these, and are waited for most.
-        for other, (_, chunk) in zip(others, chunks, strict=True):
+        # Chunks go before the packed tokens: first tokens, which users wait for most, are among them.
+        for other, (_, chunk) in zip(others, tokens.chunks, strict=True):
             if other:
                 other.on_chunk(chunk)
-        for request, token in zip(going_on, tokens, strict=True):
+        for request, token_id in zip(going_on, tokens.token_ids.tolist(), strict=True):
             if request:
-                request.on_chunk(TokenChunk(request.uid, [token], [], None, request.num_prompt_tokens))
+                request.on_chunk(TokenChunk(request.uid, [token_id], [], None, request.num_prompt_tokens))
 
     def _lose_worker(self) -> None:
         if self._ready.is_set():

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stream sends next: in order of readiness, with few chunks on their way at once.
+"""SendQueue: decides which stream sends next, in the order in which they become ready. No torch.
 
-To hand a chunk to the server takes its time, and so does its way through the detokenizer. Where more streams have
-something to send than the server can carry, they wait here, where tokens that come meanwhile join the chunk, and not in
-the server's queues, where they would grow old. Where chunks hold the tokens of several steps already, a thread rests
-after each as long as it has taken, so that what else this process has to do, new requests and the engine's tokens
-before all, gets as much of the interpreter's time.
+Few chunks are in flight at once. When streams have more to send than the server can carry, they wait here, where new
+tokens join the pending chunk, and not in the server's queues, where a chunk would only grow old. Once chunks coalesce,
+a sender sleeps as long as it just worked, to yield the GIL to the threads that take new requests and the engine's
+tokens.
 """
 
 from __future__ import annotations
@@ -17,25 +16,26 @@ import time
 from collections import deque
 from typing import Protocol
 
-# Enough to keep the server and the detokenizers busy.
-MOST_IN_FLIGHT = 48
-# The server takes several chunks at once; not where an engine on the CPU would be short of cores.
+# Keeps the server and both detokenizers busy: each of them works on one chunk at a time, the others wait between them.
+# More would only move the waiting into the server's queues.
+MAX_IN_FLIGHT = 48
+# The server takes several chunks at once. A quarter of the cores at most, which an engine on the CPU needs more.
 NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 log = logging.getLogger(__name__)
 
 
 class Sender(Protocol):
-    """A stream, as far as it matters here."""
+    """What the queue knows of a stream."""
 
     coalesces: bool  # its last chunk held the tokens of several steps
 
     def send_pending(self) -> bool:
-        """Send what there is; True if word will come that it has been delivered."""
+        """Send the pending chunk. Returns True if an acknowledgement will come."""
 
 
-class Outbox:
-    """Owns the lines in which streams wait to send, the threads that send, and the fact who has a chunk in flight."""
+class SendQueue:
+    """Owns the two lines of streams that wait to send, the threads that send, and the set of streams in flight."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._changed = threading.Condition()  # guards the four below
@@ -44,31 +44,31 @@ class Outbox:
         self._in_flight: set[Sender] = set()
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._send_for_ever, name=f"outbox-{number}", daemon=True)
+            threading.Thread(target=self._send_for_ever, name=f"send-queue-{number}", daemon=True)
             for number in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
 
     def put(self, stream: Sender, urgent: bool) -> None:
-        """It has something to send. What is urgent waits for nobody's delivery."""
+        """Add a stream that has something to send. An urgent one does not wait until fewer are in flight."""
         with self._changed:
             (self._urgent if urgent else self._ready).append(stream)
             self._wake_one()
 
-    def departed(self, stream: Sender) -> None:
-        """It has sent something by itself."""
+    def mark_in_flight(self, stream: Sender) -> None:
+        """Count a stream that has sent something without the queue: a probe."""
         with self._changed:
             self._in_flight.add(stream)
 
-    def landed(self, stream: Sender) -> None:
-        """Nothing of it is in flight any more."""
+    def acknowledged(self, stream: Sender) -> None:
+        """Take note that the stream has nothing in flight any more."""
         with self._changed:
             self._in_flight.discard(stream)
             self._wake_one()
 
     def send_next(self) -> bool:
-        """Lets the next stream send; False if there is none. For tests, which have no threads."""
+        """Let the next stream send; False if there is none. For tests, which have no threads."""
         with self._changed:
             stream = self._next()
         if stream is not None:
@@ -76,7 +76,7 @@ class Outbox:
         return stream is not None
 
     def close(self) -> None:
-        """What may be sent now still is."""
+        """Stop the threads after they have sent what may be sent now."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -84,10 +84,10 @@ class Outbox:
             thread.join()
 
     def _send_for_ever(self) -> None:
-        rests_until = 0.0
+        resting_until = 0.0
         while True:
             with self._changed:
-                while (stream := self._next(rest := max(0.0, rests_until - time.monotonic()))) is None:
+                while (stream := self._next(rest := max(0.0, resting_until - time.monotonic()))) is None:
                     if self._closed:
                         return
                     self._changed.wait(rest or None)
@@ -95,27 +95,27 @@ class Outbox:
             self._send(stream)
             if stream.coalesces:
                 ended = time.monotonic()
-                rests_until = ended + (ended - began)
+                resting_until = ended + (ended - began)
 
     def _send(self, stream: Sender) -> None:
-        word_will_come = False
+        awaits_acknowledgement = False
         try:
-            word_will_come = stream.send_pending()
+            awaits_acknowledgement = stream.send_pending()
         except Exception:
             log.exception("a chunk could not be sent")
-        if not word_will_come:
-            self.landed(stream)
+        if not awaits_acknowledgement:
+            self.acknowledged(stream)
 
     def _wake_one(self) -> None:
-        """If there is something to send now; to wake up for nothing costs the others time."""
-        if self._urgent or (self._ready and len(self._in_flight) < MOST_IN_FLIGHT):
+        """Wake a thread if there is something to send now: a thread that wakes for nothing costs the others time."""
+        if self._urgent or (self._ready and len(self._in_flight) < MAX_IN_FLIGHT):
             self._changed.notify()
 
     def _next(self, rest: float = 0.0) -> Sender | None:
-        """Who sends next; while there is a `rest`, only who is urgent."""
+        """The stream that sends next; during a `rest` only an urgent one."""
         if self._urgent:
             stream = self._urgent.popleft()
-        elif self._ready and len(self._in_flight) < MOST_IN_FLIGHT and (not rest or self._closed):
+        elif self._ready and len(self._in_flight) < MAX_IN_FLIGHT and (not rest or self._closed):
             stream = self._ready.popleft()
         else:
             return None

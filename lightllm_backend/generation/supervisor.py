@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineSupervisor: starts the workers, keeps them up, and stops them. Lives in the generation step. No torch."""
+"""EngineSupervisor: starts, restarts and stops the workers. It runs in the generation step. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Callable
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.worker_group import EngineStartError, WorkerGroup
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+# Between a failure and the next start: short after a single failure; a worker that always fails costs little.
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
 
 log = logging.getLogger(__name__)
 
 
 class EngineSupervisor:
-    """Owns the workers: if one dies after all were ready, all are started again, with growing pauses."""
+    """Owns the workers. If one dies after all were ready, it starts all of them again, after growing pauses."""
 
     def __init__(self, config: EngineConfig, address: str, on_restart: Callable[[], None] = lambda: None) -> None:
         self._config = config
@@ -28,16 +29,17 @@ class EngineSupervisor:
         self._watcher = threading.Thread(target=self._watch, name="engine-supervisor", daemon=True)
 
     def wait_ready(self) -> None:
-        """Block until the workers are ready; EngineStartError with a worker's error if it gives up."""
+        """Block until the workers are ready. Raises EngineStartError with a worker's own error if that gives up."""
         self._group.wait_ready()
         self._watcher.start()
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers, in order of rank."""
+        """The workers' process ids, in order of rank."""
         return self._group.pids
 
     def stop(self) -> None:
+        """End the workers for good; blocks."""
         with self._lock:
             self._stopping.set()
         self._group.stop()
@@ -64,8 +66,8 @@ class EngineSupervisor:
                 self._start().wait_ready()
                 pause = FIRST_PAUSE_SECONDS
                 failure = self._group.wait_end()
-            except Exception as error:  # without this thread nobody would start the engine again
+            except Exception as error:  # only this thread restarts the engine
                 if not isinstance(error, EngineStartError):
                     log.exception("the supervisor failed")
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
                 failure = f"the engine could not be started again: {error}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """WorkerGroup: the worker processes of one start of the engine, one for each tensor-parallel rank. No torch.
 
-A worker's standard output tells its state, a line each: `ready`, or `error: …` before it gives up. Its standard input
-is a leash: when the process that has started it ends, however it ends, the worker reads end-of-file and exits.
+A worker reports its state on standard output, one line each: `ready`, or `error: …` before it gives up. Its standard
+input is the parent pipe: when the process that started it ends, for any reason, the worker reads end-of-file and exits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.messages.run_directory import rendezvous_file
 from lightllm_backend.triton_server.executable import original_environment
 
-STOP_SECONDS = 10.0
+STOP_SECONDS = 10.0  # a worker ends a step of seconds first; Triton server itself allows 30
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class EngineStartError(RuntimeError):
 
 
 class WorkerGroup:
-    """Owns the processes. They live and die together: without one rank the others wait for it for ever."""
+    """Owns the processes, which live and die together: without one rank, the others would wait for it for ever."""
 
     def __init__(self, config: EngineConfig, address: str) -> None:
         Path(rendezvous_file(address)).unlink(missing_ok=True)
@@ -54,10 +55,11 @@ class WorkerGroup:
 
     @property
     def pids(self) -> list[int]:
+        """The process ids, in order of rank."""
         return [worker.pid for worker in self._workers]
 
     def wait_ready(self) -> None:
-        """Block until all are ready. If one gives up, all are ended and EngineStartError has its error."""
+        """Block until all are ready. If one gives up, end all and raise EngineStartError with its error."""
         waiting = set(range(len(self._workers)))
         while waiting:
             rank, line = self._told.get()
@@ -70,14 +72,14 @@ class WorkerGroup:
                 raise EngineStartError(prefix + reason.removeprefix("error: "))
 
     def wait_end(self) -> str:
-        """Block until one has ended; says which, and how."""
+        """Block until one has ended. Returns which one, and how it ended, in words."""
         while True:
             rank, line = self._told.get()
             if line is None:
                 return (f"rank {rank}: " if len(self._workers) > 1 else "") + self._end_of(rank)
 
     def stop(self) -> None:
-        """End all, in order if they can; blocks."""
+        """Let all end by themselves, and kill those that do not; blocks."""
         for worker in self._workers:
             assert worker.stdin is not None
             worker.stdin.close()
@@ -89,7 +91,7 @@ class WorkerGroup:
                 self.kill()
 
     def kill(self) -> None:
-        """End all at once."""
+        """Kill all."""
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
@@ -103,27 +105,22 @@ class WorkerGroup:
         except Exception:
             log.exception("the status of rank %d cannot be read; it is ended", rank)
             worker.kill()
-        finally:  # whoever waits for this rank must hear of it, whatever happens here
+        finally:  # or wait_ready() and wait_end() would block for ever
             self._told.put((rank, None))
 
     def _end_of(self, rank: int) -> str:
         return f"the worker ended with exit code {self._workers[rank].wait()}"
 
 
-def rendezvous_file(address: str) -> str:
-    """Where the ranks of the engine at `address` meet: a file that is new for each group."""
-    return f"{address}.ranks"
-
-
 def worker_environment(config: EngineConfig) -> dict[str, str]:
-    """The environment as it was before the server's own libraries were put in front, with all settings."""
+    """The environment of a worker: without the server's own libraries, with all settings."""
     environment = original_environment(os.environ)
     package_parent = str(Path(__file__).resolve().parents[2])
     paths = [package_parent, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    # Threads that spin at OpenMP's barriers, its default, cost a CPU engine a factor of ten where cores are shared with
-    # the server: they take the core that the awaited thread needs.
+    # By default threads spin at OpenMP's barriers. On cores that the server shares, a spinning thread takes the core
+    # that the awaited thread needs, which made a CPU engine ten times slower.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
-    # The ranks are processes of one machine, whatever its name resolves to.
+    # All ranks are on this machine, whatever its host name resolves to.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
     environment["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vitals: what each process of one server publishes about itself for whoever watches the server. Standard library only.
+"""Vitals: each process of a server publishes that it lives and works, for the health checks. No torch.
 
 Each process owns one small file in the server's run directory and maps it into memory: the time of its last beat, how
-many things it has taken, and since when it has worked on the same one. Writing never blocks and needs no space on the
-disk; reading never waits for the process, so one that is stopped is noticed as well as one that is dead.
+many pieces of work it has taken, and when it began with the current one. Writing never blocks and needs no disk space.
+Reading never waits for the process, so a stopped process is noticed as well as a dead one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 1.0  # a tenth of LATE_BEAT_SECONDS (launch/health.py)
 SUFFIX = ".vitals"
 # The fields of a file: double beat, int64 taken, double busy_since, double patience.
 _BEAT, _TAKEN, _BUSY_SINCE, _PATIENCE = range(0, 32, 8)
@@ -28,7 +28,7 @@ _FILE_SIZE = 32
 
 
 class Vitals:
-    """This process's own file, from construction to `close`. `turn` and `working` are for one thread alone.
+    """This process's own file, from construction to `close`. Only one thread may call `turn` and `working`.
 
     role: what the process is, for example "tokenizer". patience: how many seconds one piece of work may take.
     """
@@ -47,7 +47,7 @@ class Vitals:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Surrounds the work on one thing that was taken."""
+        """Surrounds one piece of work."""
         self.took()
         self.turn(busy=True)
         try:
@@ -56,16 +56,16 @@ class Vitals:
             self.turn(busy=False)
 
     def took(self) -> None:
-        """Count one more thing that was taken."""
+        """Count one more piece of work."""
         self._taken += 1
         struct.pack_into("q", self._fields, _TAKEN, self._taken)
 
     def turn(self, busy: bool) -> None:
-        """Begin a new piece of work, or, if not `busy`, wait for one."""
+        """Begin a piece of work or, if not `busy`, begin to wait for one."""
         struct.pack_into("d", self._fields, _BUSY_SINCE, time.monotonic() if busy else 0.0)
 
     def close(self) -> None:
-        """The process leaves the server in order."""
+        """Remove the file: the process leaves the server in order."""
         self._closing.set()
         self._beater.join()
         self._path.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ class Vitals:
 
 @dataclass(frozen=True)
 class Reading:
-    """The vitals of one process at a moment. Times are time.monotonic() seconds, which a machine's processes share."""
+    """The vitals of one process at one moment. Times are time.monotonic() seconds, which all processes share."""
 
     role: str
     pid: int
@@ -104,7 +104,7 @@ def read_vitals(directory: Path) -> list[Reading]:
 
 
 def _forget_dead(directory: Path, role: str) -> None:
-    """Remove what earlier processes of this role have left behind."""
+    """Remove the files that dead processes of this role have left."""
     for reading in read_vitals(directory):
         if reading.role == role and not reading.alive:
             (directory / f"{role}-{reading.pid}{SUFFIX}").unlink(missing_ok=True)

@@ -22,7 +22,6 @@ import itertools
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,22 +33,7 @@ from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChu
 from lightllm_backend.router.request_table import RequestTable
 from lightllm_backend.router.sequence import Sequence, SequenceState
 from lightllm_backend.router.slot_pool import Prefix, SlotPool
-
-
-@dataclass(frozen=True)
-class RouterStats:
-    """A snapshot for metrics and logs."""
-
-    queued: int
-    running: int
-    kv_tokens_used: int  # held by running sequences
-    kv_tokens_cached: int  # held by the prefix cache alone
-    kv_tokens_total: int
-    preemptions_total: int
-    prompt_tokens_total: int  # planned for prefill
-    generated_tokens_total: int  # sent to clients
-    device_seconds_total: float  # of all steps
-    requests: dict[str, int]  # ended, by finish reason; "rejected": refused by submit
+from lightllm_backend.router.statistics import EngineStats
 
 
 class Router:
@@ -227,11 +211,11 @@ class Router:
         """Whether any request waits for admission."""
         return bool(self._queue)
 
-    def stats(self) -> RouterStats:
+    def stats(self) -> EngineStats:
         """A snapshot of the counters."""
-        return RouterStats(
-            queued=len(self._queue),
-            running=len(self._live) - len(self._queue),
+        return EngineStats(
+            queued_requests=len(self._queue),
+            running_requests=len(self._live) - len(self._queue),
             kv_tokens_used=self._pool.capacity - self._pool.available,
             kv_tokens_cached=self._pool.num_evictable,
             kv_tokens_total=self._pool.capacity,
@@ -239,8 +223,12 @@ class Router:
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             device_seconds_total=self._device_seconds_total,
-            requests=dict(self._requests),
         )
+
+    @property
+    def ended_requests(self) -> dict[str, int]:
+        """How many requests have ended, by finish reason; "rejected" are those that submit did not take."""
+        return dict(self._requests)
 
     def check_integrity(self) -> None:
         """Assert that no slot, row or sequence is lost or duplicated, and that the pool suffices. For tests."""

@@ -7,9 +7,9 @@ agree. `Tokenizer` is here as well for those who need both; nothing here imports
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightllm_backend.request import RequestOptions
@@ -22,6 +22,20 @@ __all__ = ["TOKENIZER_MODES", "TextStream", "Tokenizer", "TokenizerError"]
 # Characters that no decoded text has. One stands for a special token where stop strings are looked for.
 _FIRST_MARK, _NUM_MARKS = 0xD800, 0x800
 _ANY_MARK = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass
+class TextState:
+    """Where a TextStream has come to."""
+
+    decoder: list[Any]  # the IncrementalDecoder's own state
+    num_tokens: int
+    stopped: bool
+    held: str  # may hold marks, which are lone surrogates: JSON can spell them, UTF-8 cannot
+
+    def pack(self) -> list[Any]:
+        """Plain data, as JSON has it, from which TextState(*packed) makes the state again."""
+        return [self.decoder, self.num_tokens, self.stopped, self.held]
 
 
 class TextStream:
@@ -38,8 +52,7 @@ class TextStream:
     A stop string that spells special tokens is found also where these are no text: where special tokens are skipped,
     and where one is the EOS that ends the sequence, which goes to `push_eos`.
 
-    `state` is plain data, as JSON has it; a new TextStream with the same arguments, with or without `prompt_ids`, goes
-    on from there after `restore`.
+    A new TextStream with the same arguments, with or without `prompt_ids`, goes on from a `state` after `restore`.
     """
 
     def __init__(
@@ -98,15 +111,12 @@ class TextStream:
         held, self._held = self._held, ""
         return released + self._unmarked(held)
 
-    def state(self) -> list[Any]:
-        # Marks cannot be written as UTF-8; in JSON they can.
-        held = json.dumps(self._held) if self._marks else self._held
-        return [self._decoder.state(), self.num_tokens, self.stopped, held]
+    def state(self) -> TextState:
+        return TextState(self._decoder.state(), self.num_tokens, self.stopped, self._held)
 
-    def restore(self, state: list[Any]) -> None:
-        decoder, self.num_tokens, self.stopped, held = state
-        self._held = json.loads(held) if self._marks else held
-        self._decoder.restore(decoder)
+    def restore(self, state: TextState) -> None:
+        self.num_tokens, self.stopped, self._held = state.num_tokens, state.stopped, state.held
+        self._decoder.restore(state.decoder)
 
     def _mark(self, pieces: Iterable[str | int]) -> str:
         """A stop string with marks for its special tokens."""

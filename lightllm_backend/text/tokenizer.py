@@ -169,7 +169,7 @@ class _JsonTokenizer(Tokenizer):
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         try:
-            # The library is given the content: it takes no path that is spelled as inside a stub (see triton_io).
+            # The library is given the content: it takes no path that is spelled as inside a stub (see engine_config).
             self._inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path} cannot be read: {error}") from error

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tritonserver to run, and the environment that its Python backend needs.
+"""Finds the tritonserver to run, and makes the environment that its Python backend needs.
 
-Three kinds of machine: an environment variable names the command line; NVIDIA's container carries a complete server,
-which is run as it is; elsewhere the server is the one inside the package nvidia-pytriton. That one has a backend
-directory without a stub, a stub that looks for libpython and for the `python3` that is first on PATH, and a stub built
-for numpy 1. `command` puts that right. `python -m lightllm_backend.triton_server.executable ARGUMENTS` runs the
-server, and `write_wrapper` makes that the virtual environment's `tritonserver`.
+The server is the command line that an environment variable names, else the complete server of NVIDIA's container, else
+the one inside the package nvidia-pytriton. In the package, the backend directory has no stub, the stub looks for
+libpython and for the first `python3` on PATH, and is built for numpy 1; `command` corrects all that.
+`python -m lightllm_backend.triton_server.executable ARGUMENTS` runs the server, and `write_wrapper` makes that the
+virtual environment's `tritonserver`.
 """
 
 import importlib.metadata
@@ -44,7 +44,7 @@ def command(arguments: Sequence[str], environment: Mapping[str, str] | None = No
 
 
 def original_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment as it was before `command` put the server's libraries in front; for the engine's workers."""
+    """The environment without the server's libraries that `command` put in front; for the engine's workers."""
     restored = dict(environment)
     library_path = restored.pop(ORIGINAL_LIBRARY_PATH, None)
     if library_path:
@@ -55,7 +55,7 @@ def original_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_wrapper() -> Path:
-    """Make `tritonserver` in this virtual environment a script that runs this module."""
+    """Write a script `tritonserver` into this virtual environment that runs this module."""
     wrapper = Path(sys.executable).parent / "tritonserver"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {MODULE} "$@"\n')
     wrapper.chmod(0o755)
@@ -63,7 +63,7 @@ def write_wrapper() -> Path:
 
 
 def _installed_server(search_path: str) -> Path | None:
-    """A tritonserver that is neither our wrapper nor part of nvidia-pytriton, as NVIDIA's container has."""
+    """A tritonserver that is neither our wrapper nor part of nvidia-pytriton, such as that of NVIDIA's container."""
     for directory in [*search_path.split(os.pathsep), CONTAINER_BINARIES]:
         candidate = Path(directory or ".", "tritonserver")
         if candidate.is_file() and os.access(candidate, os.X_OK) and not _is_wrapper(candidate):
@@ -106,7 +106,7 @@ def _put_in_front(environment: dict[str, str], variable: str, directories: Seque
 
 
 def libpython_directory() -> Path:
-    """Where the shared library of this interpreter is, which the stub is linked to."""
+    """The directory of this interpreter's shared library, to which the stub is linked."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     for directory in _library_directories():
         if (directory / name).exists():
@@ -128,7 +128,7 @@ def _library_directories() -> Iterator[Path]:
 def _backend_directory(server: Path) -> Path:
     """The Python backend with the stub of this interpreter's version, as links into the package.
 
-    It is renewed at every start, link by link: so an upgraded package is followed, and two servers may start at once.
+    Every start renews it, link by link, so that it follows an upgraded package and two servers may start at once.
     """
     stub = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / STUB
     if not stub.exists():

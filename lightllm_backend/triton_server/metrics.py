@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics on Triton server's metrics endpoint. No torch.
+"""Metrics: the values on Triton server's metrics endpoint. No torch.
 
-Each call of the server's metrics interface crosses to the server's process, so nothing on a request's way makes one:
-observations are collected and carried over by one thread, a few times a second.
+Each call of the server's metrics interface is a round trip to the server's process, so no thread that handles requests
+makes one: one thread carries over the collected observations, a few times a second.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
-from lightllm_backend.messages.channel import EngineStats
+from lightllm_backend.router.statistics import EngineStats
 
-FLUSH_SECONDS = 0.1
-ANSWER_SECONDS = 30  # within which a server answers if there still is one
-# Most values of one histogram that are carried over in a flush; of more, an even choice. At 10 flushes a second that is
-# complete up to 500 a second: all requests, and the tokens of a few dozen streams.
+FLUSH_SECONDS = 0.1  # far below the interval at which anybody scrapes metrics
+ANSWER_SECONDS = 30  # a server that takes longer to answer a call is gone
+# Limit on the values of one histogram in a flush; of more, every second or third … is taken. With 10 flushes a second,
+# up to 500 values a second are complete: all requests, and the tokens of a few dozen streams.
 MAX_OBSERVATIONS = 50
-# After each call: it holds the interpreter's lock, which those who send tokens wait for.
+# Pause after each call, which holds the GIL: the threads that send tokens get it in between.
 PAUSE_SECONDS = 0.2e-3
 SECONDS_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 
@@ -57,8 +56,8 @@ STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
 class Metrics:
     """All metrics of this process; `backend` is the module triton_python_backend_utils, or a stand-in in tests.
 
-    with_engine: whether this is the process that reports the engine's state (generation). Requests are counted by each
-    process that submits any; the server adds them up, since they share names and labels.
+    with_engine: whether this process reports the engine's state; only generation does. Each process that submits
+    requests counts its own, and the server adds them up, since they share names and labels.
     """
 
     def __init__(self, backend: Any, with_engine: bool) -> None:
@@ -68,7 +67,7 @@ class Metrics:
         self._engine: EngineStats | None = None
         self._engine_up = 0.0
         self._restarts = 0
-        self._told: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
 
         def metric(name: str, description: str, kind: Any, **options: Any) -> Any:
             family = backend.MetricFamily(name=f"lightllm_{name}", description=description, kind=kind)
@@ -97,51 +96,60 @@ class Metrics:
         self._flusher = threading.Thread(target=self._flush_for_ever, name="metrics", daemon=True)
         self._flusher.start()
 
-    # What streams observe
+    # From streams
 
     def first_token(self, seconds: float, queue_seconds: float) -> None:
+        """A request got its first token, so long after its submission."""
         with self._lock:
             self._observed["time_to_first_token_seconds"].append(seconds)
             self._observed["queue_seconds"].append(queue_seconds)
 
     def next_token(self, seconds: float) -> None:
+        """A request got another token, so long after the one before it."""
         with self._lock:
             self._observed["inter_token_seconds"].append(seconds)
 
     def finished(self, status: str, seconds: float) -> None:
+        """A request has ended, so long after its submission."""
         with self._lock:
             self._ended[status] += 1
             self._observed["request_seconds"].append(seconds)
 
     def rejected(self) -> None:
+        """A request was refused."""
         with self._lock:
             self._ended["rejected"] += 1
 
-    # What the engine tells
+    # From the engine
 
     def engine_stats(self, stats: EngineStats) -> None:
+        """Take the engine's newest counters."""
         with self._lock:
             self._engine = stats
 
     def engine_up(self, up: bool) -> None:
+        """The engine takes requests from now on, or no more."""
         with self._lock:
             self._engine_up = float(up)
 
     def engine_restarted(self) -> None:
-        """A new worker counts its totals from zero."""
+        """A new worker was started, which counts its totals from zero."""
         with self._lock:
             self._restarts += 1
             self._engine = None
             for name in COUNTERS.keys() - {"engine_restarts_total"}:
-                self._told[name] = 0
+                self._reported[name] = 0
 
     def close(self) -> None:
+        """Stop the thread."""
         self._closing.set()
         self._flusher.join()
 
     def _flush_for_ever(self) -> None:
-        """Until the server is gone. A call that it does not answer any more never returns and, since it holds the
-        interpreter's lock, stops the whole process; so the kernel is asked to end it then.
+        """Flush until the server is gone.
+
+        A call that a dead server does not answer never returns and, since it holds the GIL, blocks the whole process.
+        So an alarm ends the process then.
         """
         server = os.getppid()
         while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
@@ -158,14 +166,14 @@ class Metrics:
             time.sleep(PAUSE_SECONDS)
 
     def _calls(self) -> Iterator[tuple[Callable[[float], None], float]]:
-        """What is to be carried over now."""
+        """The calls that carry over what has changed."""
         with self._lock:
             ended, self._ended = self._ended, Counter()
             observed, self._observed = self._observed, {name: [] for name in HISTOGRAMS}
-            now = asdict(self._engine) if self._engine else {}
+            now = dict(vars(self._engine)) if self._engine else {}
             now |= {"engine_up": self._engine_up, "engine_restarts_total": self._restarts}
-            increments = {name: now[name] - self._told[name] for name in self._counters if name in now}
-            self._told.update(increments)
+            increments = {name: now[name] - self._reported[name] for name in self._counters if name in now}
+            self._reported.update(increments)
         for status, count in ended.items():
             yield self._requests[status].increment, count
         for name, values in observed.items():
@@ -175,6 +183,6 @@ class Metrics:
             if increment:
                 yield self._counters[name].increment, increment
         for name, gauge in self._gauges.items():
-            if name in now and now[name] != self._told[name]:
+            if name in now and now[name] != self._reported[name]:
                 yield gauge.set, now[name]
-                self._told[name] = now[name]
+                self._reported[name] = now[name]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the inputs, the outputs and the wiring of every config.pbtxt in model_repository from the table of tensors.
+"""Writes the inputs, outputs and wiring of every config.pbtxt in model_repository from the table of tensors.
 
     python -m lightllm_backend.triton_server.model_configs
 
-What else stands in a config.pbtxt is written by hand and kept.
+The rest of a config.pbtxt is written by hand and kept.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lightllm_backend.triton_server.tensors import (
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 
-# What the tensors between the steps of an ensemble are called in it, where their own names are clients' names.
+# Names in an ensemble of the tensors between its steps whose own names are those of the client's tensors.
 _BETWEEN = {"tokenizer": {"input_ids": "prompt_ids", "sampling_parameters": "checked_parameters"}}
 _BETWEEN["generation"] = {name: f"new_{name}" for name in MODEL_TENSORS["generation"][1]}
 
 
 def updated(model: str, text: str) -> str:
-    """The text of the model's config.pbtxt with what follows from the table made anew."""
+    """The text of the model's config.pbtxt with the generated blocks made anew."""
     inputs, outputs = MODEL_TENSORS[model]
     optional = set(inputs) - REQUIRED_INPUTS.get(model, set())
     blocks = {"output [": _tensors("output", model, outputs)}

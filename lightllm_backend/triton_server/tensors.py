@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of every model in model_repository: names, types, sizes. config.pbtxt are made from here (model_configs).
+"""The tensors of every model in model_repository: names, types, sizes. model_configs writes config.pbtxt from here.
 
-A tensor is name: (type, size); a size of -1 is any.
+A tensor is name: (type, size); a size of -1 is any size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PUBLIC_OUTPUTS: Tensors = {
     "cumulative_logprob": ("FP32", 1),
     "logprobs": ("STRING", 1),
 }
-# tokenizer ──> generation. ENSEMBLE is a JSON object; that it is there says that a detokenizer follows.
+# tokenizer ──> generation. ENSEMBLE is an EnsembleContext; its presence says that a detokenizer follows.
 ENSEMBLE = "ensemble"
 GENERATION_INPUTS: Tensors = {"input_ids": ("INT32", -1), SAMPLING_PARAMETERS: ("STRING", 1), ENSEMBLE: ("STRING", 1)}
-# generation ──> detokenizer. CHUNK is a JSON object: everything about a chunk but its tokens.
+# generation ──> detokenizer. CHUNK is a ChunkDetails: everything about a chunk but its tokens.
 CHUNK = "chunk"
 GENERATION_OUTPUTS: Tensors = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
 HEALTH_OUTPUTS: Tensors = {"report": ("STRING", 1)}
@@ -38,12 +38,12 @@ MODEL_TENSORS: dict[str, tuple[Tensors, Tensors]] = {
     "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
     "health": ({}, HEALTH_OUTPUTS),
 }
-# The ensemble for clients of tensorrtllm_backend: what they send is [1, size], and one output has their name.
+# The ensemble for clients of tensorrtllm_backend, who send [1, size] tensors and know one output by another name.
 BATCHED_ENSEMBLE = "ensemble"
 BATCHED_OUTPUT_NAMES = {"cumulative_logprob": "cum_log_probs"}
 MODEL_TENSORS[BATCHED_ENSEMBLE] = (
     PUBLIC_INPUTS,
     {BATCHED_OUTPUT_NAMES.get(name, name): tensor for name, tensor in PUBLIC_OUTPUTS.items()},
 )
-# Of the others all inputs may be left out.
+# Inputs of all other models are optional.
 REQUIRED_INPUTS = {"generation": {"input_ids"}, "detokenizer": set(GENERATION_OUTPUTS)}

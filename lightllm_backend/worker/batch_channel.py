@@ -1,29 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the followers, ranks 1 and up, learn of each step: rank 0 sends them its Batch before it launches it. No torch.
+"""The batch channel: rank 0 sends each Batch to the followers, ranks 1 and up, before it launches it. No torch.
 
-A Unix socket, arrays as raw bytes. From the start of `send` to arrays in a follower that blocks in `receive`, medians
-on two shared CPU cores: 65 µs for 8 sequences, 75 for 1,000. Shared memory, with a pipe to wake the follower, takes
-53 and 60. With a follower that spins it takes 19 and 25, but that costs a core a rank, also while there is nothing to
-do, and p99 rises to milliseconds where cores are scarce. Nothing waits for these microseconds on a GPU: the batch is
-sent while the step before it is computed.
+It is a Unix socket. Median time from `send` to the arrays in a follower that blocks in `receive`, on two shared CPU
+cores: 65 µs for 8 sequences, 75 µs for 1,000. Shared memory with a pipe to wake the follower takes 53 and 60 µs. A
+follower that spins gets them in 19 and 25 µs, but costs a core a rank even when idle, and p99 rises to milliseconds
+where cores are scarce. A GPU waits for none of this: the batch is sent while the step before it runs.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message, frame_of, listen
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
 
-CONNECT_PAUSE_SECONDS = 0.02
+CONNECT_PAUSE_SECONDS = 0.02  # rank 0 listens before it loads the model, so hardly anybody waits
+
+
+@dataclass(eq=False)
+class RunBatch(Message):
+    """The next batch that a follower runs; arrays travel as raw bytes."""
+
+    batch: Batch
+
+    def pack(self) -> tuple[Any, ...]:
+        batch = self.batch
+        arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
+        admitted = [_pack_admission(admission) for admission in batch.admitted]
+        return *(array.tobytes() for array in arrays), batch.num_decodes, admitted
+
+    @classmethod
+    def unpack(cls, *packed: Any) -> RunBatch:
+        *integers, samples, num_decodes, admitted = packed
+        rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
+        batch = Batch(
+            rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
+            tuple(_unpack_admission(*admission) for admission in admitted),
+        )  # fmt: skip
+        return cls(batch)
 
 
 class BatchSender:
-    """Rank 0's end. Owns the listener, which is there from the start, and a channel to each follower."""
+    """Rank 0's end: owns the listener, open from construction, and a channel to each follower."""
 
     def __init__(self, address: str, num_followers: int) -> None:
         self._num_followers = num_followers
@@ -36,14 +59,14 @@ class BatchSender:
             self._followers.append(Channel.accept(self._listener))
 
     def send(self, batch: Batch) -> None:
-        """Raises ChannelClosed if a follower is gone."""
+        """Send the batch to all followers. Raises ChannelClosed if one is gone."""
         if self._followers:
-            packed = pack_batch(batch)
+            frame = frame_of(RunBatch(batch))
             for follower in self._followers:
-                follower.send(*packed)
+                follower.send_frame(frame)
 
     def close(self) -> None:
-        """The followers exit when they notice."""
+        """Close all channels; the followers exit when they notice."""
         if self._listener:
             self._listener.close()
         for follower in self._followers:
@@ -64,25 +87,12 @@ class BatchReceiver:
 
     def receive(self) -> Batch:
         """The next batch; blocks. Raises ChannelClosed once rank 0 is gone."""
-        return unpack_batch(self._channel.receive())
+        message = self._channel.receive()
+        assert isinstance(message, RunBatch), message
+        return message.batch
 
     def close(self) -> None:
         self._channel.close()
-
-
-def pack_batch(batch: Batch) -> list[Any]:
-    arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
-    admitted = [_pack_admission(admission) for admission in batch.admitted]
-    return [*(array.tobytes() for array in arrays), batch.num_decodes, admitted]
-
-
-def unpack_batch(packed: list[Any]) -> Batch:
-    *integers, samples, num_decodes, admitted = packed
-    rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
-    return Batch(
-        rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
-        tuple(_unpack_admission(*admission) for admission in admitted),
-    )  # fmt: skip
 
 
 def _pack_admission(admission: Admission) -> list[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From settings to a ModelRunner that is ready: device, dtype, model, weights, warm-up, KV pool."""
+"""load_engine: makes a ModelRunner from the settings: device, dtype, model, weights, warm-up, KV pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.models.causal_lm import CausalLM, model_class
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import dummy_weights, load_weights
@@ -40,7 +40,7 @@ CPU_POOL_TOKENS = 16384
 CPU_BATCH_MAX_TOKENS = 512
 GPU_BATCH_MAX_TOKENS = 8192
 
-# Of the request tables by which the workspace is measured: from this length on decode attention has as many splits.
+# Width of the request tables with which the workspace is measured: longer ones get no more splits in decode attention.
 _MEASURED_LENGTH = 4096
 
 log = logging.getLogger("lightllm.load")
@@ -48,16 +48,18 @@ log = logging.getLogger("lightllm.load")
 
 @dataclass(frozen=True)
 class LoadedEngine:
+    """One rank's part of the engine, ready to run."""
+
     runner: ModelRunner
     info: EngineInfo
     batch_max_tokens: int
-    prefixes_are_alike: bool  # K and V of a beginning do not depend on what follows it
+    prefixes_are_alike: bool  # K and V of a prefix do not depend on what follows it
 
 
 def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
-    """This rank's part of the engine; the ranks meet through the file `store`.
+    """Load this rank's part of the engine; the ranks meet through the file `store`.
 
-    Raises ConfigError or ModelError for what cannot be served, with the reason.
+    Raises ConfigError or ModelError, with the reason, for what cannot be served.
     """
     device = choose_device(config, rank)
     on_gpu = device.type == "cuda"
@@ -117,7 +119,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the runners of a start are made of: the one that serves, and on a GPU those before it that only measure."""
+    """The parts of every runner of a start: the one that serves and, on a GPU, those before it that only measure."""
 
     config: EngineConfig
     shape: ModelConfig
@@ -144,10 +146,10 @@ class _Parts:
 
 
 def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, buckets: list[Bucket]) -> tuple[int, int]:
-    """Compiles the kernels and measures the GPU memory of weights and workspace; that, and the pool's token slots.
+    """Compile the kernels and measure the workspace. Returns the bytes of weights and workspace, and the pool's slots.
 
-    `limits` know nothing of the pool yet. The request tables, which are as wide as the longest sequence that the pool
-    holds, share with the pool what is left.
+    `limits` does not depend on the pool yet. The pool shares the memory that is left with the request tables, which are
+    as wide as the longest sequence that the pool holds.
     """
     config, num_rows = parts.config, parts.config.running_max_req_size
     max_length = min(limits.max_total, max(_MEASURED_LENGTH, parts.batch_max_tokens + 1))
@@ -164,7 +166,7 @@ def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, bu
 
 
 def choose_device(config: EngineConfig, rank: int) -> torch.device:
-    """The rank's GPU, which becomes the current one, or the CPU, of which each rank uses its share of the cores."""
+    """The rank's GPU, which becomes the current one, or the CPU, on which each rank gets its share of the cores."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no GPU; allowed here: auto | cpu")
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -180,7 +182,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 def choose_dtype(
     config: EngineConfig, shape: ModelConfig, device: torch.device, parallel: TensorParallel
 ) -> torch.dtype:
-    """The setting; else the model's own on a GPU (float16 where there is no bfloat16), and on a CPU the fastest."""
+    """The setting; by default the model's own on a GPU (float16 if that has no bfloat16), on a CPU the fastest."""
     if config.dtype != "auto":
         chosen: torch.dtype = getattr(torch, config.dtype)
         return chosen
@@ -195,7 +197,7 @@ def choose_dtype(
 
 @torch.inference_mode()
 def _fastest_cpu_dtype(rows: int, columns: int, parallel: TensorParallel) -> torch.dtype:
-    """Which of float32 and bfloat16 multiplies matrices of the model's size sooner on rank 0."""
+    """Whichever of float32 and bfloat16 multiplies matrices of the model's size faster on rank 0."""
     dtypes = (torch.float32, torch.bfloat16)
     seconds = []
     for dtype in dtypes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side of its clients' channels. No torch, no decisions: messages in, tokens out."""
+"""EngineServer: the worker's end of its clients' channels. It passes messages on and decides nothing. No torch."""
 
 from __future__ import annotations
 
@@ -7,58 +7,49 @@ import itertools
 import select
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
-from lightllm_backend.messages.channel import (
-    CANCEL,
-    READY,
-    STATS,
-    SUBMIT,
-    TOKENS,
-    Channel,
-    ChannelClosed,
-    EngineInfo,
-    EngineStats,
-    listen,
-    pack_chunk,
-)
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message, listen
+from lightllm_backend.messages.engine_messages import Cancel, EngineInfo, Ready, Stats, Submit, Tokens
+from lightllm_backend.request import TokenChunk
 from lightllm_backend.router.batch import RouterOutput
+from lightllm_backend.router.statistics import EngineStats
 
+# How often clients get statistics; the metrics are carried over as often (FLUSH_SECONDS in metrics.py).
 STATS_SECONDS = 0.1
 
-# A handle is the client's index above these bits, and the number that the client gave the request in them.
-NUMBER_BITS = 40
+# The Router's handle of a request: its client's index, above the number that the client gave the request.
+NUMBER_BITS = 40  # 2 ** 40 requests of one client, at 10,000 a second, take three years
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
 
 
-class Hub:
+class EngineServer:
     """Owns the listener, the clients' channels, and the fact which client a request belongs to.
 
-    A client that goes away has its requests cancelled. The `leash` is a file descriptor: when it reads end-of-file, the
-    process that owns this worker is gone, and `open` becomes false.
+    The requests of a client that goes away are cancelled. `parent_pipe` is a file descriptor that reads end-of-file
+    once the process that owns this worker is gone; then `open` becomes false.
     """
 
-    def __init__(self, address: str, info: EngineInfo, leash: int) -> None:
+    def __init__(self, address: str, info: EngineInfo, parent_pipe: int) -> None:
         self.open = True
-        self._info = asdict(info)
-        self._leash = leash
+        self._ready = Ready(info)
+        self._parent_pipe = parent_pipe
         self._listener = listen(address)
-        self._clients: dict[Channel, int] = {}  # with an index that none had before
+        self._clients: dict[Channel, int] = {}  # with indices, which are never used again
         self._indices = itertools.count()
-        self._handles: dict[str, int] = {}  # of the requests that have not ended, by uid
-        self._stats_sent = 0.0
+        self._handles: dict[str, int] = {}  # by uid, of the requests that have not ended
+        self._stats_sent_at = 0.0
         self._last_stats = EngineStats()
 
-    def receive(self, timeout: float | None) -> Iterator[tuple[int, Any]]:
-        """Messages that have come, as (kind, body); the body of SUBMIT is (request, handle), of the others a uid.
+    def receive(self, timeout: float | None) -> Iterator[Message]:
+        """The messages that have come; waits up to `timeout` seconds for the first. The number of a Submit is a handle.
 
-        Waits for the first of them for `timeout` seconds.
+        A handle differs from those of all other clients' requests.
         """
-        sources: list[Any] = [self._leash, self._listener, *self._clients]
-        # The other ways to wait count whole milliseconds.
+        sources: list[Any] = [self._parent_pipe, self._listener, *self._clients]
+        # poll() and epoll would round the timeout to whole milliseconds.
         for source in select.select(sources, [], [], timeout)[0]:
-            if source == self._leash:
+            if source == self._parent_pipe:
                 self.open = False
             elif isinstance(source, Channel):
                 yield from self._read(source)
@@ -66,30 +57,31 @@ class Hub:
                 self._accept()
 
     def send(self, output: RouterOutput) -> None:
-        """One message to each client that is concerned."""
-        chunks: dict[int, list[Any]] = {index: [] for index in self._clients.values()}
+        """Send each client what the step has made for it, in one message."""
+        chunks: dict[int, list[tuple[int, TokenChunk]]] = {index: [] for index in self._clients.values()}
         for chunk in output.chunks:
             handle = self._handles.get(chunk.uid)
             if handle is None:
                 continue  # its client is gone
-            chunks[handle >> NUMBER_BITS].append((handle & NUMBER_MASK, pack_chunk(chunk)))
+            chunks[handle >> NUMBER_BITS].append((handle & NUMBER_MASK, chunk))
             if chunk.finish_reason is not None:
                 del self._handles[chunk.uid]
         indices, numbers = output.handles >> NUMBER_BITS, output.handles & NUMBER_MASK
         for client, index in self._clients.items():
             mine = indices == index
             if chunks[index] or mine.any():
-                _send(client, TOKENS, numbers[mine].tobytes(), output.token_ids[mine].tobytes(), chunks[index])
+                _send(client, Tokens(numbers[mine], output.token_ids[mine], chunks[index]))
 
-    def tell(self, stats: EngineStats) -> None:
-        """Statistics to all clients, when they are new and it is time."""
+    def publish(self, stats: EngineStats) -> None:
+        """Send the statistics to all clients if they have changed, every STATS_SECONDS at most."""
         now = time.monotonic()
-        if stats != self._last_stats and now >= self._stats_sent + STATS_SECONDS:
-            self._stats_sent, self._last_stats = now, stats
+        if stats != self._last_stats and now >= self._stats_sent_at + STATS_SECONDS:
+            self._stats_sent_at, self._last_stats = now, stats
             for client in self._clients:
-                _send(client, STATS, asdict(stats))
+                _send(client, Stats(stats))
 
     def close(self) -> None:
+        """Close the listener and all channels."""
         self._listener.close()
         for client in self._clients:
             client.close()
@@ -97,31 +89,31 @@ class Hub:
     def _accept(self) -> None:
         client = Channel.accept(self._listener)
         try:
-            client.send(READY, self._info)
+            client.send(self._ready)
         except ChannelClosed:
             return
         self._clients[client] = next(self._indices)
 
-    def _read(self, client: Channel) -> Iterator[tuple[int, Any]]:
+    def _read(self, client: Channel) -> Iterator[Message]:
         """All messages of a client that are there."""
         try:
             while client.has_message():
-                kind, body, *number = client.receive()
-                if kind == SUBMIT:
-                    handle = self._clients[client] << NUMBER_BITS | number[0]
-                    self._handles[body[0]] = handle
-                    body = body, handle
-                yield kind, body
+                message = client.receive()
+                if isinstance(message, Submit):
+                    handle = self._clients[client] << NUMBER_BITS | message.number
+                    self._handles[message.request.uid] = handle
+                    message = Submit(message.request, handle)
+                yield message
         except ChannelClosed:
             index = self._clients.pop(client)
             client.close()
             for uid in [uid for uid, handle in self._handles.items() if handle >> NUMBER_BITS == index]:
                 del self._handles[uid]
-                yield CANCEL, uid
+                yield Cancel(uid)
 
 
-def _send(client: Channel, *message: Any) -> None:
+def _send(client: Channel, message: Message) -> None:
     try:
-        client.send(*message)
+        client.send(message)
     except ChannelClosed:
-        pass  # its end is read by the next receive(), which cancels its requests
+        pass  # the next receive() reads the end of this channel and cancels its requests

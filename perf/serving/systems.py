@@ -21,8 +21,8 @@ import numpy as np
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
-from lightllm_backend.messages.channel import EngineStats
 from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
+from lightllm_backend.router.statistics import EngineStats
 from perf.engine_under_test import engine_client
 from perf.serving.calls import Target
 from perf.serving.load import START_SECONDS, Planned, run_load

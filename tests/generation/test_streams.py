@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from lightllm_backend.generation import send_queue as outbox_module
+from lightllm_backend.generation import send_queue as send_queue_module
+from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
-from lightllm_backend.generation.send_queue import Outbox
-from lightllm_backend.generation.streams import Stream, Streams
-from lightllm_backend.messages.channel import DELIVERED, FAILED, GONE, Channel
+from lightllm_backend.generation.send_queue import SendQueue
+from lightllm_backend.generation.stream import Stream
+from lightllm_backend.generation.streams import Streams
+from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.return_channel import ReturnChannel
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.text_stream import TextStream, Tokenizer
 from tests.worker.engine_harness import wait_for
@@ -24,17 +27,17 @@ from tests.worker.engine_harness import wait_for
 class FakeResponder:
     def __init__(self) -> None:
         self.sent: list[TokenChunk] = []
-        self.states: list[list[Any] | None] = []  # of decoding, which went along
-        self.asked: list[bool] = []
+        self.states: list[str | None] = []  # of decoding, which went along
+        self.checks: list[bool] = []
         self.probes = 0
         self.cancelled = False
         self.questions = 0
 
-    def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
         self.sent.append(chunk)
         self.states.append(state)
-        self.asked.append(ask)
+        self.checks.append(check_client)
 
     def probe(self) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
@@ -111,15 +114,15 @@ class PromptStream(Stream):
     """Sends at once what it may."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.outbox = Outbox(num_threads=0)
-        super().__init__(*arguments, self.outbox)
+        self.send_queue = SendQueue(num_threads=0)
+        super().__init__(*arguments, self.send_queue)
 
     def on_chunk(self, chunk: TokenChunk) -> bool:
         stop = super().on_chunk(chunk)
         self.send_all()
         return stop
 
-    def delivered(self, state: list[Any] | None = None) -> None:
+    def delivered(self, state: str | None = None) -> None:
         super().delivered(state)
         self.send_all()
 
@@ -128,7 +131,7 @@ class PromptStream(Stream):
         self.send_all()
 
     def send_all(self) -> None:
-        while self.outbox.send_next():
+        while self.send_queue.send_next():
             pass
 
 
@@ -180,20 +183,20 @@ def test_the_last_chunk_waits_for_the_one_before_it_and_takes_all_along() -> Non
 def test_each_chunk_has_the_state_in_which_the_one_before_it_has_left_decoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "CHECK_SECONDS", 0.0)
     stream, responder, _ = stream_of()
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([2]))
-    stream.delivered(["one"])
-    stream.delivered(["two"])
+    stream.delivered("one")
+    stream.delivered("two")
     stream.check_client()
     assert responder.probes == 1
     stream.on_chunk(chunk([3]))
     stream.delivered()  # a probe has no state
     stream.on_chunk(chunk([4], FinishReason.STOP))
-    stream.delivered(["three"])
+    stream.delivered("three")
     assert responder.ids == [[1], [2], [3], [4]]
-    assert responder.states == [None, ["one"], ["two"], ["three"]]
+    assert responder.states == [None, "one", "two", "three"]
 
 
 def test_a_direct_call_needs_no_credit() -> None:
@@ -214,31 +217,31 @@ def test_without_streaming_there_is_one_chunk(flow_control: bool) -> None:
     assert responder.sent == [chunk([1, 2, 3], FinishReason.STOP, queue_seconds=0.25)]
 
 
-def test_tokens_that_come_while_the_stream_waits_in_the_outbox_go_along() -> None:
-    outbox, responder = Outbox(num_threads=0), FakeResponder()
-    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+def test_tokens_that_come_while_the_stream_waits_in_the_send_queue_go_along() -> None:
+    send_queue, responder = SendQueue(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), send_queue)
     for token in (1, 2, 3):
         stream.on_chunk(chunk([token]))
     assert responder.sent == []
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert responder.ids == [[1, 2, 3]]
-    assert not outbox.send_next()
+    assert not send_queue.send_next()
 
 
 def test_the_last_chunk_overtakes_the_stream_that_waits() -> None:
-    outbox, responders = Outbox(num_threads=0), [FakeResponder(), FakeResponder()]
-    streams = [Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders]
+    send_queue, responders = SendQueue(num_threads=0), [FakeResponder(), FakeResponder()]
+    streams = [Stream(responder, True, True, None, FakeObserver(), send_queue) for responder in responders]
     for stream in streams:
         stream.on_chunk(chunk([1]))
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     for stream in streams:
         stream.delivered()
         stream.on_chunk(chunk([2]))
     streams[1].on_chunk(chunk([3], FinishReason.STOP))
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert [responder.ids for responder in responders] == [[[1]], [[1], [2, 3]]]
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     assert [responder.ids for responder in responders] == [[[1], [2]], [[1], [2, 3]]]
 
@@ -347,11 +350,11 @@ def test_in_the_ensemble_the_next_chunk_asks_if_chunks_are_coming() -> None:
     for token in (2, 3):
         stream.on_chunk(chunk([token]))
         stream.delivered()
-    assert responder.asked == [False, True, False]
+    assert responder.checks == [False, True, False]
 
 
 def test_in_the_ensemble_a_probe_takes_the_credit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "CHECK_SECONDS", 0.0)
     stream, responder, _ = stream_of()
     assert not stream.check_client()
     assert not stream.check_client()
@@ -367,13 +370,13 @@ def test_in_the_ensemble_a_probe_takes_the_credit(monkeypatch: pytest.MonkeyPatc
     assert responder.probes == 1
 
 
-def test_a_stream_that_waits_in_the_outbox_is_not_probed_and_keeps_its_place() -> None:
-    outbox, responder = Outbox(num_threads=0), FakeResponder()
-    stream = Stream(responder, True, True, None, FakeObserver(), outbox)
+def test_a_stream_that_waits_in_the_send_queue_is_not_probed_and_keeps_its_place() -> None:
+    send_queue, responder = SendQueue(num_threads=0), FakeResponder()
+    stream = Stream(responder, True, True, None, FakeObserver(), send_queue)
     stream.on_chunk(chunk([1]))
     stream.check_client()
     assert responder.probes == 0
-    assert outbox.send_next()
+    assert send_queue.send_next()
     assert responder.ids == [[1]]
 
 
@@ -387,7 +390,8 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
-    monkeypatch.setattr(streams_module, "ASK_SECONDS", 0.02)
+    for module in (stream_module, streams_module):
+        monkeypatch.setattr(module, "CHECK_SECONDS", 0.02)
     made = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
     yield made
     made.close()
@@ -482,7 +486,7 @@ def test_a_detokenizer_may_connect_after_one_could_not(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.delivered("u0", ["state"])
+    returns.send(Delivered("u0", "state"))
     wait_for(lambda: responder.ids == [[1], [2]])
     waiting.close()
     refused.close()
@@ -492,17 +496,17 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     returns = ReturnChannel()
-    returns.delivered("nobody is connected", None)
+    returns.send(Delivered("nobody is connected", None))
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.delivered("u0", ["state"])
+    returns.send(Delivered("u0", "state"))
     wait_for(lambda: responder.ids == [[1], [2]])
-    assert responder.states == [None, ["state"]]
-    returns.delivered("unknown", None)
-    returns.gone("u0")
+    assert responder.states == [None, "state"]
+    returns.send(Delivered("unknown", None))
+    returns.send(ClientGone("u0"))
     wait_for(lambda: engine.cancelled == ["u0"])
 
 
@@ -513,7 +517,7 @@ def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     channel = Channel.connect(streams.return_address)
-    channel.send(FAILED, "u0", "KeyError: 7")
+    channel.send(DecodingFailed("u0", "KeyError: 7"))
     wait_for(lambda: engine.cancelled == ["u0"])
     assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
     channel.close()
@@ -530,7 +534,7 @@ def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
     engine.make("u0", [1])
     wait_for(lambda: responder.ids == [[1]])
     assert engine.cancelled == []
-    monkeypatch.setattr(streams_module, "LOST_SECONDS", 0.0)
+    monkeypatch.setattr(stream_module, "ACKNOWLEDGEMENT_SECONDS", 0.0)
     wait_for(lambda: "u0" in engine.cancelled)
     engine.make("u0", [], FinishReason.CANCELLED)
     wait_for(lambda: responder.ids == [[1], []])
@@ -554,10 +558,10 @@ def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, 
     for number, channel in enumerate(channels):
         engine.make("u0", [number])
         wait_for(lambda number=number: len(responder.sent) == number + 1)
-        channel.send(DELIVERED, "u0", [number])
+        channel.send(Delivered("u0", str(number)))
     engine.make("u0", [], FinishReason.STOP)
     wait_for(lambda: responder.ids == [[0], [1], [2], []])
-    assert responder.states == [None, [0], [1], [2]]
+    assert responder.states == [None, "0", "1", "2"]
     for channel in channels:
         channel.close()
 
@@ -570,9 +574,9 @@ def test_another_detokenizer_may_connect_after_the_first(
     channel = Channel.connect(streams.return_address)
     wait_for(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
     engine.make("u0", [1])
-    channel.send(DELIVERED, "u0", None)
+    channel.send(Delivered("u0", None))
     wait_for(lambda: responder.ids == [[1]])
-    channel.send(GONE, "u0")
+    channel.send(ClientGone("u0"))
     wait_for(lambda: engine.cancelled == ["u0"])
     channel.close()
 
@@ -598,14 +602,14 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             super().__init__()
             self.busy, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
 
-        def send(self, chunk: TokenChunk, state: list[Any] | None, ask: bool) -> None:
+        def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
             assert self.busy._value == 0, "one at a time"
-            super().send(chunk, state, ask)
+            super().send(chunk, state, check_client)
             self.busy.release()
             assert self.may_return.acquire(timeout=10)
 
-    responder, outbox = SlowResponder(), Outbox(num_threads=3)
-    stream = Stream(responder, True, flow_control, None, FakeObserver(), outbox)
+    responder, send_queue = SlowResponder(), SendQueue(num_threads=3)
+    stream = Stream(responder, True, flow_control, None, FakeObserver(), send_queue)
     stream.on_chunk(TokenChunk("a", [1], []))
     for expected in ([1], [2, 3], [4, 5]):
         assert responder.busy.acquire(timeout=10)
@@ -620,23 +624,23 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             stream.delivered()
     assert responder.busy.acquire(timeout=10)
     responder.may_return.release()
-    outbox.close()
+    send_queue.close()
     assert responder.ids == [[1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_stream_that_waited_twice_keeps_no_place_when_it_has_ended(monkeypatch) -> None:
     """Its last chunk overtakes in the urgent line, and its turn in the other one comes when there is nothing left."""
-    monkeypatch.setattr(outbox_module, "MOST_IN_FLIGHT", 1)
-    outbox = Outbox(num_threads=0)
+    monkeypatch.setattr(send_queue_module, "MAX_IN_FLIGHT", 1)
+    send_queue = SendQueue(num_threads=0)
     responders = [FakeResponder(), FakeResponder()]
-    one, other = (Stream(responder, True, True, None, FakeObserver(), outbox) for responder in responders)
+    one, other = (Stream(responder, True, True, None, FakeObserver(), send_queue) for responder in responders)
     for stream in (one, other):
         stream.on_chunk(TokenChunk("a", [1], []))
-        assert outbox.send_next()
+        assert send_queue.send_next()
         stream.delivered()
     one.on_chunk(TokenChunk("a", [2], []))
     one.on_chunk(TokenChunk("a", [3], [], FinishReason.LENGTH))
     other.on_chunk(TokenChunk("b", [4], []))
-    while outbox.send_next():
+    while send_queue.send_next():
         pass
     assert [responder.ids for responder in responders] == [[[1], [2, 3]], [[1], [4]]]

@@ -18,7 +18,7 @@ from lightllm_backend.generation.supervisor import EngineSupervisor
 from lightllm_backend.generation.worker_group import EngineStartError, worker_environment
 from tests.worker.engine_harness import wait_for
 
-# Runs one line of Python more than a worker that is ready and obeys its leash.
+# Runs one line of Python more than a worker that is ready and obeys its parent pipe.
 WORKER = """#!{python}
 import os, sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def starts(folder: Path) -> int:
     return len((folder / "starts").read_text().splitlines())
 
 
-def test_it_waits_until_the_worker_is_ready_and_ends_it_by_the_leash(make: Make, tmp_path: Path) -> None:
+def test_it_waits_until_the_worker_is_ready_and_ends_it_by_the_parent_pipe(make: Make, tmp_path: Path) -> None:
     supervisor = make(first="print('loading')")
     supervisor.wait_ready()
     worker = psutil.Process(supervisor.pids[0])

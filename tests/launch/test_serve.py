@@ -33,8 +33,9 @@ FAKE_TRITONSERVER = """
 import os, signal, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from lightllm_backend.messages.channel import EngineInfo, run_directory_of
-from lightllm_backend.worker.server import Hub
+from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import run_directory_of
+from lightllm_backend.worker.server import EngineServer
 from lightllm_backend.lengths import LengthLimits
 
 folder = Path(sys.argv[1])
@@ -60,11 +61,11 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
 lengths = LengthLimits(2048, "max_req_input_len", 8192, "the model's limit")
 info = EngineInfo("some/model", "bfloat16", "cuda:0", 10, (2,), lengths, 123456, {"KV pool": 3 * 2**30})
 read_end, write_end = os.pipe()
-hub = Hub(str(run_directory_of(os.getpid()) / "engine"), info, read_end)
+engine = EngineServer(str(run_directory_of(os.getpid()) / "engine"), info, read_end)
 server = ThreadingHTTPServer((options["--http-address"], int(options["--http-port"])), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:
-    list(hub.receive(0.05))
+    list(engine.receive(0.05))
 """
 
 

@@ -1,46 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detokenizer's words reach whoever listens at the address now."""
+"""The detokenizer's messages reach the process that listens at the address now."""
 
 from pathlib import Path
 
-from lightllm_backend.messages.channel import DELIVERED, FAILED, GONE, Channel, listen
+from lightllm_backend.messages.channel import Channel, listen
 from lightllm_backend.messages.return_channel import ReturnChannel
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
 
 
-def test_words_arrive_in_order(tmp_path: Path) -> None:
+def test_messages_arrive_in_order(tmp_path: Path) -> None:
     listener = listen(str(tmp_path / "returns"))
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "returns"))
-    returns.delivered("a", ["state"])
-    returns.gone("b")
-    returns.failed("c", "why")
+    returns.send(Delivered("a", "state"))
+    returns.send(ClientGone("b"))
+    returns.send(DecodingFailed("c", "why"))
     channel = Channel.accept(listener)
     assert [channel.receive() for _ in range(3)] == [
-        [DELIVERED, "a", ["state"]],
-        [GONE, "b"],
-        [FAILED, "c", "why"],
+        Delivered("a", "state"),
+        ClientGone("b"),
+        DecodingFailed("c", "why"),
     ]
     listener.close()
 
 
-def test_a_listener_that_came_anew_gets_the_next_word(tmp_path: Path) -> None:
+def test_a_listener_that_came_anew_gets_the_next_message(tmp_path: Path) -> None:
     address = str(tmp_path / "returns")
     first = listen(address)
     returns = ReturnChannel()
     returns.connect(address)
-    returns.delivered("a", ["state"])
+    returns.send(Delivered("a", "state"))
     old = Channel.accept(first)
     old.receive()
     old.close()
     first.close()
     second = listen(address)
     returns.connect(address)
-    returns.delivered("b", None)
-    assert Channel.accept(second).receive() == [DELIVERED, "b", None]
+    returns.send(Delivered("b", None))
+    assert Channel.accept(second).receive() == Delivered("b", None)
     second.close()
 
 
 def test_nobody_at_the_address_is_no_error(tmp_path: Path) -> None:
     returns = ReturnChannel()
     returns.connect(str(tmp_path / "nobody"))
-    returns.delivered("a", ["state"])
+    returns.send(Delivered("a", "state"))

@@ -81,7 +81,7 @@ def test_a_prompt_that_is_cut_gives_way_first(depth: int) -> None:
         loop.step()
         if loop.router.stats().preemptions_total and preempted_at is None:
             preempted_at = step
-            assert loop.router.stats().running == 2
+            assert loop.router.stats().running_requests == 2
     assert preempted_at is not None
     for request in requests:
         assert loop.answer(request.uid) == expected_answer(request, frozenset())
@@ -109,7 +109,7 @@ def test_a_preempted_sequence_may_end(depth: int, end: str) -> None:
     now[0] += 10.0  # the queue's timeout is for those that have not begun
     loop.step()
     assert loop.chunks["b"][-1].finish_reason is None
-    assert loop.router.stats().queued == 1
+    assert loop.router.stats().queued_requests == 1
     if end == "deadline":
         now[0] = 150.0
     else:

@@ -57,8 +57,8 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     )
     with pytest.raises(RequestError, match=message):
         submit(router, make_request("never", prompt_length=60, max_tokens=6))
-    assert router.stats().queued == 1
-    assert router.stats().requests["rejected"] == 1
+    assert router.stats().queued_requests == 1
+    assert router.ended_requests["rejected"] == 1
 
 
 def test_a_full_queue_refuses_until_there_is_room() -> None:
@@ -118,7 +118,7 @@ def test_planning_ends_with_max_tokens_however_late_the_tokens_are_known() -> No
     submit(router, make_request("a", 3, max_tokens=3))
     batches = [router.next_batch() for _ in range(5)]
     assert [batch is not None for batch in batches] == [True, True, True, False, False]
-    assert router.stats().running == 1
+    assert router.stats().running_requests == 1
     reasons = [only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).finish_reason for batch in batches[:3]]
     assert reasons == [None, None, FinishReason.LENGTH]
 
@@ -148,7 +148,7 @@ def test_an_urgent_request_goes_first_and_waits_for_no_queue() -> None:
     router.next_batch()
     router.cancel("runs")
     assert [len(entry.prompt_ids) for entry in router.next_batch().admitted] == [5], "a probe"
-    assert router.stats().queued == 3
+    assert router.stats().queued_requests == 3
     router.check_integrity()
 
 
@@ -335,7 +335,7 @@ def test_a_deadline_of_an_ended_request_does_not_end_the_next_of_its_uid() -> No
     clock.now += 10
     router.next_batch()
     assert [chunk.finish_reason for chunk in router.drain_finished()] == [FinishReason.CANCELLED]
-    assert router.stats().running == 1
+    assert router.stats().running_requests == 1
 
 
 def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
@@ -359,7 +359,7 @@ def test_the_queue_timeout_ends_only_those_that_still_wait() -> None:
     chunk = only_chunk(router.drain_finished())
     assert (chunk.uid, chunk.finish_reason) == ("waits", FinishReason.FAILED)
     assert str(chunk.error) == "UNAVAILABLE: the request waited in the queue for 2.5 seconds"
-    assert (router.stats().queued, router.stats().running) == (1, 1)
+    assert (router.stats().queued_requests, router.stats().running_requests) == (1, 1)
 
 
 def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
@@ -427,10 +427,10 @@ def test_stats_count_what_happened() -> None:
     router.apply(batch, sampled(batch, 1))
     router.cancel("b")
     stats = router.stats()
-    assert (stats.queued, stats.running) == (0, 1)
+    assert (stats.queued_requests, stats.running_requests) == (0, 1)
     assert (stats.kv_tokens_used, stats.kv_tokens_total) == (5, CAPACITY)
     assert (stats.prompt_tokens_total, stats.generated_tokens_total) == (5, 1)
-    assert stats.requests == {"stop": 0, "length": 0, "cancelled": 1, "failed": 0, "rejected": 0}
+    assert router.ended_requests == {"stop": 0, "length": 0, "cancelled": 1, "failed": 0, "rejected": 0}
 
 
 def test_batches_are_applied_in_order() -> None:

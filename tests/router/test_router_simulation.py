@@ -93,8 +93,8 @@ def test_random_lives(
     assert all(batch.lengths[batch.num_decodes :].sum() <= batch_max_tokens for batch in loop.batches)
     assert all(len(batch.rows) <= max_running for batch in loop.batches)
     stats = router.stats()
-    assert (stats.queued, stats.running, stats.kv_tokens_used) == (0, 0, 0)
-    assert sum(stats.requests.values()) == len(life)
+    assert (stats.queued_requests, stats.running_requests, stats.kv_tokens_used) == (0, 0, 0)
+    assert sum(router.ended_requests.values()) == len(life)
 
 
 @settings(deadline=None, max_examples=60)

@@ -186,8 +186,8 @@ def test_a_request_s_first_word_keeps_its_space(tokenizer, by_text, echo, stop_w
         reason = FinishReason.STOP if engine_side.stopped else None
         response = decoder.decode(TokenChunk("u", kept, [], reason))
         text += response.text_output if response else ""
-        packed = json.dumps(decoder.state().pack())
-        decoder = ResponseDecoder(tokenizer, DecodeState(*json.loads(packed)))
+        packed = decoder.state().to_json()
+        decoder = ResponseDecoder(tokenizer, DecodeState.from_json(packed))
     assert engine_side.stopped == bool(stop_words)
     assert text == ("the" if echo else "") + expected
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ResponseDecoder: from token chunks to what a client reads, with a tokenizer of one token a byte."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +31,8 @@ class Client:
         self, ids: list[int], reason: FinishReason | None = None, log_probs: list[float] | None = None
     ) -> Response | None:
         if self._travels:
-            packed = json.dumps(self.decoder.state().pack())
-            self.decoder = ResponseDecoder(self._tokenizer, DecodeState(*json.loads(packed)))
+            packed = self.decoder.state().to_json()
+            self.decoder = ResponseDecoder(self._tokenizer, DecodeState.from_json(packed))
         return self.decoder.decode(TokenChunk("u", ids, log_probs or [], reason, num_prompt_tokens=3))
 
 

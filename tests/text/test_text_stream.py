@@ -7,14 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgpack
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm_backend.text.incremental_decoding import IncrementalDecoder, WindowDecoder
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextState, TextStream, Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 BYTE_LEVEL = Tokenizer.load(DATA / "byte_level")
@@ -209,8 +208,8 @@ def stopped_text(tokenizer: Tokenizer, ids: Sequence[int], stop_words: Sequence[
     text = ""
     for token_id in ids:
         text += stream.push([token_id])
-        state = msgpack.unpackb(msgpack.packb(stream.state()))
-        assert json.loads(json.dumps(state)) == state
+        state = TextState(*json.loads(json.dumps(stream.state().pack())))
+        assert state == stream.state()
         stream = TextStream(tokenizer, stop_words, **options)
         stream.restore(state)
     whole = TextStream(tokenizer, stop_words, **options)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lightllm_backend.messages.channel import EngineStats
+from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.triton_server import metrics
 from lightllm_backend.triton_server.metrics import MAX_OBSERVATIONS, STATUSES, Metrics
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that counts: the real loop, Router and hub on a real socket, with a runner without a model."""
+"""An engine that counts: the real loop, Router and server on a real socket, with a runner without a model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import numpy as np
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.worker.batch_channel import BatchSender
-from lightllm_backend.worker.main import build_router, run
-from lightllm_backend.worker.server import Hub
+from lightllm_backend.worker.loop import run
+from lightllm_backend.worker.main import build_router
+from lightllm_backend.worker.server import EngineServer
+from lightllm_backend.worker.statistics_log import StatisticsLog
 
 VOCAB_SIZE = 1000
 EOS_ID = 999
@@ -74,26 +76,27 @@ class CountingEngine:
         self.runner = CountingRunner(overlap)
         self.router = build_router(EngineConfig(max_req_input_len=50, **settings), INFO, batch_max_tokens=64)
         self.error: Exception | None = None
-        self.hub: Hub
-        read_end, self._leash = os.pipe()
-        self.hub = Hub(address, INFO, read_end)
+        self.server: EngineServer
+        read_end, self._parent_pipe = os.pipe()
+        self.server = EngineServer(address, INFO, read_end)
         self.vitals = Vitals(Path(address).parent, "worker-0")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            run(self.hub, self.router, BatchSender("", 0), self.runner, 0, self.vitals)  # type: ignore[arg-type]
+            statistics, followers = StatisticsLog(0), BatchSender("", 0)
+            run(self.server, self.router, followers, self.runner, statistics, self.vitals)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:
-            self.hub.close()
+            self.server.close()
             self.vitals.close()
 
     def stop(self) -> None:
         self.runner.gate.set()
         with contextlib.suppress(OSError):
-            os.close(self._leash)
+            os.close(self._parent_pipe)
         self._thread.join(10)
         assert not self._thread.is_alive()
 

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightllm_backend.messages.channel import SUBMIT, pack_request
+from lightllm_backend.messages.engine_messages import Submit
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
-from lightllm_backend.worker import launch_timer as pace_module
+from lightllm_backend.worker import launch_timer
 from lightllm_backend.worker.batch_channel import BatchSender
-from lightllm_backend.worker.launch_timer import Pace
-from lightllm_backend.worker.main import run
+from lightllm_backend.worker.launch_timer import LaunchTimer
+from lightllm_backend.worker.loop import run
+from lightllm_backend.worker.statistics_log import StatisticsLog
 
 STEP, PROMPT_TOKEN = 4e-3, 0.02e-3  # of the device
 PLANNING, PLANNING_PROMPT = 0.4e-3, 0.2e-3  # of the host
@@ -35,7 +36,7 @@ class Arrival:
 
 
 class Simulation:
-    """Hub, runner and clock for `run`, all in simulated time."""
+    """EngineServer, runner and clock for `run`, all in simulated time."""
 
     overlap = 1
 
@@ -44,7 +45,7 @@ class Simulation:
         self.waits: list[float] = []  # of each request, from its arrival until the device begins with its prompt
         self.idle: list[float] = []  # of the device before each step, where there was something to do
         self.receives = 0
-        self._chance = random.Random(0)
+        self._rng = random.Random(0)
         self._arrivals = deque(enumerate(arrivals))
         self._at = [arrival.at for arrival in arrivals]
         self._step_seconds = step_seconds
@@ -53,35 +54,35 @@ class Simulation:
         self._steps_in_flight = 0
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
-        run(self, router, BatchSender("", 0), self, 0, vitals, clock=lambda: self.now)  # type: ignore[arg-type]
+        run(self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, clock=lambda: self.now)  # type: ignore[arg-type]
 
-    # As a hub
+    # As an EngineServer
 
     @property
     def open(self) -> bool:
         return self._left > 0
 
-    def receive(self, timeout: float) -> Iterator[tuple[int, Any]]:
+    def receive(self, timeout: float) -> Iterator[Submit]:
         self.receives += 1
         next_arrival = self._arrivals[0][1].at if self._arrivals else np.inf
         if next_arrival > self.now:
             self.now = min(self.now + timeout, next_arrival)
             if timeout > 0:
-                self.now += self._chance.uniform(0, LATE)
+                self.now += self._rng.uniform(0, LATE)
         while self._arrivals and self._arrivals[0][1].at <= self.now:
             number, arrival = self._arrivals.popleft()
             sampling = SamplingParams(max_tokens=arrival.output, ignore_eos=True, seed=number)
-            yield SUBMIT, (pack_request(Request(str(number), (number,) * arrival.prompt, sampling)), number)
+            yield Submit(Request(str(number), (number,) * arrival.prompt, sampling), number)
 
     def send(self, output: RouterOutput) -> None:
         self._left -= sum(chunk.finish_reason is not None for chunk in output.chunks)
 
-    def tell(self, stats: object) -> None: ...
+    def publish(self, stats: object) -> None: ...
 
     # As a runner
 
     def launch(self, batch: Batch) -> Any:
-        self.now += PLANNING * self._chance.uniform(0.8, 1) + PLANNING_PROMPT * len(batch.admitted)
+        self.now += PLANNING * self._rng.uniform(0.8, 1) + PLANNING_PROMPT * len(batch.admitted)
         begin = max(self.now, self._device_free)
         if self._steps_in_flight:
             self.idle.append(begin - self._device_free)
@@ -92,7 +93,7 @@ class Simulation:
 
     def _result(self, end: float, batch: Batch) -> StepResult:
         if end > self.now:
-            self.now = end + self._chance.uniform(0, LATE)
+            self.now = end + self._rng.uniform(0, LATE)
         self._steps_in_flight -= 1
         return StepResult(np.full(int(batch.samples.sum()), 5, np.int32))
 
@@ -116,12 +117,12 @@ def simulate(
 ) -> tuple[Simulation, Simulation]:  # fmt: skip
     """With a loop that plans at once, and as it is."""
     with monkeypatch.context() as patch:
-        patch.setattr(pace_module, "MARGIN_SECONDS", 10.0)
+        patch.setattr(launch_timer, "MARGIN_SECONDS", 10.0)
         at_once = Simulation(arrivals, step_seconds, rows)
     return at_once, Simulation(arrivals, step_seconds, rows)
 
 
-def test_candidates_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_requests_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, late = simulate(monkeypatch, poisson(4, 200))
     assert np.median(at_once.waits) > 1.4 * STEP
     assert np.median(late.waits) < 0.75 * STEP
@@ -174,17 +175,17 @@ def batch_of(decodes: int, prompts: int = 0) -> Any:
     return SimpleNamespace(num_decodes=decodes, rows=[0] * (decodes + prompts))
 
 
-def run_steps(pace: Pace, clock: Clock, *seconds: float, decodes: int = 4, prompts: int = 0) -> None:
+def run_steps(timer: LaunchTimer, clock: Clock, *seconds: float, decodes: int = 4, prompts: int = 0) -> None:
     """Steps that are alike and overlap: the next is launched as one begins, and the last is still in flight."""
-    if not pace._in_flight:
-        pace.planning()
-        pace.launched(batch_of(decodes, prompts), all_admitted=True)
+    if not timer._in_flight:
+        timer.planning()
+        timer.launched(batch_of(decodes, prompts), all_admitted=True)
     for duration in seconds:
-        pace.planning()
+        timer.planning()
         clock.now += 0.001
-        pace.launched(batch_of(decodes, prompts), all_admitted=True)
+        timer.launched(batch_of(decodes, prompts), all_admitted=True)
         clock.now += duration - 0.001
-        pace.finished()
+        timer.finished()
 
 
 @pytest.fixture
@@ -193,51 +194,51 @@ def clock() -> Clock:
 
 
 def test_it_waits_until_the_plan_must_begin(clock: Clock) -> None:
-    pace = Pace(clock)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.010, 0.010, 0.012)
+    timer = LaunchTimer(clock)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.010, 0.010, 0.012)
     # The shortest step, 10 ms, less 1 ms of planning and the margin.
-    assert pace.spare_seconds() == pytest.approx(0.009 - pace_module.MARGIN_SECONDS)
+    assert timer.spare_seconds() == pytest.approx(0.009 - launch_timer.MARGIN_SECONDS)
     clock.now += 0.004
-    assert pace.spare_seconds() == pytest.approx(0.005 - pace_module.MARGIN_SECONDS)
+    assert timer.spare_seconds() == pytest.approx(0.005 - launch_timer.MARGIN_SECONDS)
     clock.now += 0.1
-    assert pace.spare_seconds() == 0.0
+    assert timer.spare_seconds() == 0.0
 
 
 def test_only_decodes_of_no_more_sequences_tell_anything(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.2, 0.2, 0.2, decodes=4, prompts=1)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.2, 0.01, 0.01, decodes=4)
-    known = pace.spare_seconds()
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.2, 0.2, 0.2, decodes=4, prompts=1)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.2, 0.01, 0.01, decodes=4)
+    known = timer.spare_seconds()
     assert known > 0.008
-    pace._in_flight[0] = batch_of(4, prompts=9)
-    assert pace.spare_seconds() == known
-    pace._in_flight[0] = batch_of(5)
-    assert pace.spare_seconds() == known
-    pace._in_flight[0] = batch_of(3)
-    assert pace.spare_seconds() == 0.0
+    timer._in_flight[0] = batch_of(4, prompts=9)
+    assert timer.spare_seconds() == known
+    timer._in_flight[0] = batch_of(5)
+    assert timer.spare_seconds() == known
+    timer._in_flight[0] = batch_of(3)
+    assert timer.spare_seconds() == 0.0
 
 
 def test_a_launch_that_was_too_late_makes_it_forget(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01, 0.01, 0.01)
-    pace.planning()
-    pace.launched(batch_of(4), all_admitted=True)
-    pace.finished()
-    assert pace.spare_seconds() == 0.0
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01, 0.01, 0.01)
+    timer.planning()
+    timer.launched(batch_of(4), all_admitted=True)
+    timer.finished()
+    assert timer.spare_seconds() == 0.0
 
 
 def test_one_step_is_no_measure(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01)
-    assert pace.spare_seconds() == 0.0
-    run_steps(pace, clock, 0.01)
-    assert pace.spare_seconds() > 0.008
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01)
+    assert timer.spare_seconds() == 0.0
+    run_steps(timer, clock, 0.01)
+    assert timer.spare_seconds() > 0.008
 
 
 def test_it_does_not_wait_where_others_wait_for_admission(clock: Clock) -> None:
-    pace = Pace(clock)
-    run_steps(pace, clock, 0.01, 0.01, 0.01)
-    pace._may_wait = False
-    assert pace.spare_seconds() == 0.0
+    timer = LaunchTimer(clock)
+    run_steps(timer, clock, 0.01, 0.01, 0.01)
+    timer._may_wait = False
+    assert timer.spare_seconds() == 0.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightllm_backend.config import ConfigError, EngineConfig
-from lightllm_backend.messages.channel import EngineInfo
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import UNLIMITED_POSITIONS
 from lightllm_backend.worker.load import CPU_POOL_TOKENS, choose_device, load_engine

@@ -1,34 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generation step: token ids in, chunks of token ids out. Input and output only; the engine is another process."""
+"""The generation step: token ids in, chunks of token ids out. It does only I/O: the engine is another process."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
-from lightllm_backend.messages.channel import leave_run_directory, remove_stale_run_directories, run_directory
+from lightllm_backend.messages.run_directory import (
+    engine_address,
+    leave_run_directory,
+    remove_addresses,
+    remove_stale_run_directories,
+    return_address,
+    run_directory,
+)
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
-from lightllm_backend.triton_server import triton_io
+from lightllm_backend.triton_server.requests import is_probe, read_deadline, read_generation_request
+from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
+from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
-CONNECT_SECONDS = 60.0  # for the engine, which is ready by then
+CONNECT_SECONDS = 60.0  # generous: the supervisor has said that the engine is ready
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        with triton_io.starting():
-            self.start(triton_io.engine_config(args))
+        with starting():
+            self.start(engine_config(args))
 
     def start(self, config):
         remove_stale_run_directories()
         self.run_directory = run_directory()
-        self.tokenizer = triton_io.load_tokenizer(config)
-        self.metrics = triton_io.metrics(with_engine=True)
-        address = str(self.run_directory / "engine")
+        self.tokenizer = load_tokenizer(config)
+        self.metrics = make_metrics(with_engine=True)
+        address = engine_address(self.run_directory)
         self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
         self.supervisor.wait_ready()
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
-        self.streams = Streams(self.engine, self.metrics, str(self.run_directory / "returns"))
+        self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
         self.vitals = Vitals(self.run_directory, "generation")
 
     def execute(self, requests):
@@ -41,23 +50,22 @@ class TritonPythonModel:
             self.submit(request)
         except Exception as error:
             self.metrics.rejected()
-            triton_io.ServerSender(request).send(triton_io.error_response(error), final=True)
+            ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
-        parsed, ensemble = triton_io.read_generation_request(request)
-        deadline = ensemble["deadline"] if ensemble else triton_io.deadline(request)
-        prompt_text = ensemble["prompt_text"] if ensemble else ""
+        parsed, context = read_generation_request(request)
+        in_ensemble = context is not None
+        deadline = context.deadline if in_ensemble else read_deadline(request)
+        prompt_text = context.prompt_text if in_ensemble else ""
         text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
         state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text, text)
 
         def responder(uid):
-            return triton_io.GenerationResponder(
-                request, uid, state, self.streams.return_address, in_ensemble=ensemble is not None
-            )
+            return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
         self.streams.submit(
-            parsed.token_ids, parsed.options, deadline, responder, flow_control=ensemble is not None,
-            text=text, urgent=triton_io.is_probe(request),
+            parsed.token_ids, parsed.options, deadline, responder, flow_control=in_ensemble,
+            text=text, urgent=is_probe(request),
         )  # fmt: skip
 
     def finalize(self):
@@ -66,6 +74,5 @@ class TritonPythonModel:
         self.supervisor.stop()
         self.metrics.close()
         self.vitals.close()
-        for name in ("engine", "engine.ranks", "engine.batches", "returns"):
-            (self.run_directory / name).unlink(missing_ok=True)
+        remove_addresses(self.run_directory)
         leave_run_directory()

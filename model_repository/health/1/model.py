@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health: answers "ready", or UNAVAILABLE with what is wrong. It looks at the other processes and asks none of them."""
+"""Health: answers "ready", or UNAVAILABLE with what is wrong. It reads what the other processes publish."""
 
 from lightllm_backend.launch.health import why_unready
-from lightllm_backend.messages.channel import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
-from lightllm_backend.triton_server import triton_io
+from lightllm_backend.triton_server.responses import error_response, health_response
+from lightllm_backend.triton_server.setup import starting
 
 
 class TritonPythonModel:
     def initialize(self, args):  # noqa: ARG002, as Triton server calls it
-        with triton_io.starting():
+        with starting():
             self.run_directory = run_directory()
             self.vitals = Vitals(self.run_directory, "health")
 
@@ -21,8 +22,8 @@ class TritonPythonModel:
     def report(self):
         reason = why_unready(self.run_directory)
         if reason:
-            return triton_io.error_response(RequestError("UNAVAILABLE", reason))
-        return triton_io.health_response("ready")
+            return error_response(RequestError("UNAVAILABLE", reason))
+        return health_response("ready")
 
     def finalize(self):
         self.vitals.close()

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of tensors against every config.pbtxt, the rules that all of those must keep, and chunks."""
+"""The table of tensors against every config.pbtxt, and the rules that every config.pbtxt must keep."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from lightllm_backend.request import FinishReason, RequestError, TokenChunk
-from lightllm_backend.text.response import DecodeState, Response
-from lightllm_backend.triton_server import model_configs, triton_io
+from lightllm_backend.triton_server import model_configs
 from lightllm_backend.triton_server.tensors import BATCHED_ENSEMBLE, BATCHED_OUTPUT_NAMES, MODEL_TENSORS
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -122,54 +118,3 @@ def test_the_detokenizer_reads_generation_only() -> None:
     steps = {step.model_name: step for step in read_config("lightllm").ensemble_scheduling.step}
     made_by_generation = set(steps["generation"].output_map.values())
     assert set(steps["detokenizer"].input_map.values()) <= made_by_generation
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for triton_python_backend_utils, whose responses read like requests."""
-    utils = SimpleNamespace(
-        Tensor=lambda name, array: SimpleNamespace(name=lambda: name, as_numpy=lambda: array),
-        InferenceResponse=lambda output_tensors: SimpleNamespace(inputs=lambda: output_tensors),
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
-    )
-    monkeypatch.setattr(triton_io, "pb_utils", utils, raising=False)
-
-
-@pytest.mark.usefixtures("backend")
-def test_logprobs_are_as_vllm_backend_has_them() -> None:
-    """src/utils/request.py of vllm_backend (24.12 and newer): a JSON list, per token an object by token id; or null."""
-    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"<{ids[0]} {skip_special_tokens}>")
-
-    def logprobs(response: Response) -> Any:
-        [tensor] = [one for one in triton_io.client_response(response, tokenizer).inputs() if one.name() == "logprobs"]
-        assert tensor.as_numpy().shape == (1,)
-        return json.loads(tensor.as_numpy()[0])
-
-    assert logprobs(Response("ab", "", 3, [7, 2], [], 0.0)) is None
-    assert logprobs(Response("ab", "", 3, [7, 2], [-0.5, -2.0], -2.5)) == [
-        {"7": {"logprob": -0.5, "rank": None, "decoded_token": "<7 False>"}},
-        {"2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"}},
-    ]
-
-
-@pytest.mark.usefixtures("backend")
-def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
-    sent: list[Any] = []
-    sender = SimpleNamespace(send=lambda response, flags: sent.append(response))
-    request = SimpleNamespace(get_response_sender=lambda: sender)
-    first = DecodeState(stop_words=("x",), prefix="Q: ")
-    responder = triton_io.GenerationResponder(request, "u", first, "/returns", in_ensemble=True)
-    begun = TokenChunk("u", [7], [-1.0], num_prompt_tokens=3)
-    ended = TokenChunk("u", [], [], FinishReason.FAILED, 3, error=RequestError("INTERNAL", "broken"))
-    responder.send(begun, None, ask=False)
-    responder.send(ended, [["x"], [240]], ask=True)
-    responder.probe()
-    read = [triton_io.read_chunk(response) for response in sent]
-    assert [chunk and chunk.token_ids for chunk, _ in read] == [[7], [], None]
-    assert [details["ask"] for _, details in read] == [False, True, True]
-    assert {(details["uid"], details["return_address"]) for _, details in read} == {("u", "/returns")}
-    assert read[0][0] == begun
-    assert DecodeState(*read[0][1]["state"]) == DecodeState(stop_words=["x"], eos_ids=[], prefix="Q: ")
-    assert read[1][0] is not None
-    assert (read[1][0].finish_reason, str(read[1][0].error)) == (FinishReason.FAILED, "INTERNAL: broken")
-    assert read[1][1]["state"] == [["x"], [240]]

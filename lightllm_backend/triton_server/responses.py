@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes and sends the responses of the models: to the next step, or to a client. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lightllm_backend.messages.ensemble_messages import ChunkDetails, EnsembleContext
+from lightllm_backend.request import RequestError, TokenChunk
+from lightllm_backend.text.response import DecodeState, Response
+from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.triton_server.setup import readable
+from lightllm_backend.triton_server.tensors import (
+    CHUNK,
+    ENSEMBLE,
+    GENERATION_INPUTS,
+    GENERATION_OUTPUTS,
+    HEALTH_OUTPUTS,
+    PUBLIC_OUTPUTS,
+    SAMPLING_PARAMETERS,
+    Tensors,
+)
+
+with contextlib.suppress(ImportError):  # only a stub has it; tests put a stand-in here
+    import triton_python_backend_utils as pb_utils
+
+_NUMPY_TYPES: dict[str, Any] = {
+    "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
+}  # fmt: skip
+
+log = logging.getLogger("lightllm")
+
+
+def tokens_response(token_ids: list[int], options_json: str, context: EnsembleContext) -> Any:
+    """The tokenizer's response, which generation reads."""
+    values = {"input_ids": token_ids, SAMPLING_PARAMETERS: [options_json], ENSEMBLE: [context.to_json()]}
+    return _response(GENERATION_INPUTS, values)
+
+
+def client_response(response: Response, tokenizer: Tokenizer) -> Any:
+    """The response that a client reads."""
+    values = {
+        "text_output": [response.text_output],
+        "finish_reason": [response.finish_reason],
+        "num_input_tokens": [response.num_input_tokens],
+        "num_output_tokens": [len(response.output_ids)],
+        "output_ids": response.output_ids,
+        "output_log_probs": response.output_log_probs,
+        "cumulative_logprob": [response.cumulative_logprob],
+        "logprobs": [_logprobs_json(response, tokenizer)],
+    }
+    return _response(PUBLIC_OUTPUTS, values)
+
+
+def health_response(report: str) -> Any:
+    """The answer of the `health` model if all is well."""
+    return _response(HEALTH_OUTPUTS, {"report": [report]})
+
+
+def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
+    """The log probabilities in the format of vllm_backend's output `logprobs`: an object a token, by token id; or null.
+
+    The rank, which vLLM also gives, is not known here.
+    """
+    if not response.output_log_probs:
+        return "null"
+    return json.dumps(
+        [
+            {token_id: {"logprob": log_prob, "rank": None, "decoded_token": tokenizer.decode([token_id], False)}}
+            for token_id, log_prob in zip(response.output_ids, response.output_log_probs, strict=True)
+        ]
+    )
+
+
+def error_response(error: Exception) -> Any:
+    """The error with its code, which also begins the text: only unary calls see the status code.
+
+    An error that is not a RequestError is a bug of ours: it is logged, and its request alone ends with INTERNAL.
+    """
+    if not isinstance(error, RequestError):
+        log.error("a request could not be handled", exc_info=error)
+        error = RequestError("INTERNAL", f"{type(error).__name__}: {error}")
+    code = getattr(pb_utils.TritonError, error.code)  # the server's names are ours
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(readable(str(error)), code))
+
+
+def _response(names: Tensors, values: dict[str, Any]) -> Any:
+    tensors = []
+    for name, (kind, _) in names.items():
+        items = [item.encode() for item in values[name]] if kind == "STRING" else values[name]
+        tensors.append(pb_utils.Tensor(name, np.array(items, dtype=_NUMPY_TYPES[kind])))
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+class ServerSender:
+    """A response sender that never fails, since its client may be gone. No call may follow the last response."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, response: Any | None, final: bool) -> None:
+        """Send a response, or none; `final` says that no more will come."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        try:
+            if response is None:
+                self._sender.send(flags=flags)
+            else:
+                self._sender.send(response, flags=flags)
+        except Exception:
+            log.exception("a response could not be sent")
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has cancelled the request. After the last response this crashes the server."""
+        return bool(self._sender.is_cancelled())
+
+
+class GenerationResponder:
+    """The Responder of generation: sends chunks to the detokenizer or to a direct caller, who gets errors as errors."""
+
+    def __init__(self, request: Any, uid: str, state: DecodeState, return_address: str, in_ensemble: bool) -> None:
+        self._sender = ServerSender(request)
+        self._uid = uid
+        self._first_state = state.to_json()
+        self._return_address = return_address
+        self._in_ensemble = in_ensemble
+
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
+        final = chunk.finish_reason is not None
+        if chunk.error is not None and not self._in_ensemble:
+            self._sender.send(error_response(chunk.error), final)
+            return
+        details = ChunkDetails(
+            uid=self._uid,
+            finish_reason=chunk.finish_reason.value if chunk.finish_reason else "",
+            num_input_tokens=chunk.num_prompt_tokens,
+            error=str(chunk.error) if chunk.error else "",
+            state=(self._first_state if state is None else state) if self._in_ensemble else "",
+            return_address=self._return_address if self._in_ensemble else "",
+            check_client=check_client and self._in_ensemble,
+        )
+        self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
+
+    def probe(self) -> None:
+        details = ChunkDetails(self._uid, return_address=self._return_address, check_client=True, probe=True)
+        self._sender.send(self._chunk([], [], details), final=False)
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+    @staticmethod
+    def _chunk(token_ids: list[int], log_probs: list[float], details: ChunkDetails) -> Any:
+        values = {"output_ids": token_ids, "output_log_probs": log_probs, CHUNK: [details.to_json()]}
+        return _response(GENERATION_OUTPUTS, values)
+
+
+class UnaryResponder:
+    """The Responder of lightllm_unary: sends one response, which `decode` makes."""
+
+    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None], tokenizer: Tokenizer) -> None:
+        self._sender = ServerSender(request)
+        self._decode = decode
+        self._tokenizer = tokenizer
+
+    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
+        if chunk.error is not None:
+            self._sender.send(error_response(chunk.error), final=True)
+            return
+        response = self._decode(chunk)
+        assert response is not None, "the last chunk always gives a response"
+        self._sender.send(client_response(response, self._tokenizer), final=True)
+
+    def probe(self) -> None:
+        raise AssertionError("a unary call has no detokenizer to probe")
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model starts: its settings, tokenizer, metrics and log. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.generation.worker_group import EngineStartError
+from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.request import RequestError
+from lightllm_backend.text import model_tokenizer
+from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.triton_server.metrics import Metrics
+
+# Errors of the setting or the model, not of the code: the message says what to change.
+_START_ERRORS = (ConfigError, EmbeddedModelError, EngineStartError, ModelError, RequestError, TokenizerError)
+
+log = logging.getLogger("lightllm")
+
+
+def engine_config(arguments: dict[str, str]) -> EngineConfig:
+    """The settings of any of the models: from the generation model's config.pbtxt, its own, and the environment.
+
+    arguments: those that Triton server gives to `initialize`.
+    """
+    parameters = repository_parameters(_model_directory(arguments).parent)
+    own = json.loads(arguments["model_config"]).get("parameters", {})
+    parameters.update({key: value["string_value"] for key, value in own.items()})
+    # A stub's file system encoding is ASCII: other characters are spelled there as os.environ spells them.
+    parameters = {key: os.fsdecode(value.encode()) for key, value in parameters.items()}
+    return EngineConfig.build(parameters, os.environ)
+
+
+def repository_parameters(repository: Path) -> dict[str, str]:
+    """The settings in the generation model's config.pbtxt. Raises ConfigError if it cannot be read."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    path = repository / "generation" / "config.pbtxt"
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
+    try:
+        parsed = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return {key: value.string_value for key, value in parsed.parameters.items()}
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of the model that the settings name."""
+    directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
+    return model_tokenizer.load_tokenizer(directory, config)
+
+
+def warn_of_tokens_past_model(tokenizer: Tokenizer) -> None:
+    """Log a warning if the tokenizer has tokens that the model has not."""
+    warning = model_tokenizer.warning_of_tokens_past_model(tokenizer)
+    if warning:
+        log.warning(warning)
+
+
+def make_metrics(with_engine: bool) -> Metrics:
+    """This process's metrics. with_engine: whether it reports the engine's state."""
+    import triton_python_backend_utils as pb_utils  # only a stub has it
+
+    return Metrics(pb_utils, with_engine)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Surrounds a model's start: sets up the log, and gives the server an error as one readable line.
+
+    Python's log goes to the server's standard error, among the server's own lines.
+    """
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, _START_ERRORS)
+        if not known:
+            log.exception("the model cannot be loaded")
+        # The stub cannot pass on a text that is not UTF-8.
+        raise RuntimeError(readable(str(error) if known else f"{type(error).__name__}: {error}")) from None
+
+
+def readable(text: str) -> str:
+    """The text in characters that UTF-8 can spell, which paths inside a stub are not (see `engine_config`)."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        return text.encode(errors="replace").decode()
+
+
+def _model_directory(arguments: dict[str, str]) -> Path:
+    """The model's directory. In some modes Triton server names a file or folder in it instead."""
+    path = Path(arguments["model_repository"])
+    return path if (path / "config.pbtxt").exists() else path.parent

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE loop: what drives the GPU, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lightllm_backend.messages.channel import ChannelClosed
+from lightllm_backend.messages.engine_messages import Cancel, CloseEngine, Stop, Submit
+from lightllm_backend.messages.vitals import Vitals
+from lightllm_backend.request import FinishReason, RequestError, TokenChunk
+from lightllm_backend.router.batch import Batch, RouterOutput
+from lightllm_backend.router.router import Router
+from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
+from lightllm_backend.worker.launch_timer import LaunchTimer
+from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
+from lightllm_backend.worker.statistics_log import StatisticsLog
+
+if TYPE_CHECKING:
+    from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
+
+# How often the loop checks whether the GPU is done while it waits for new requests. A check costs some microseconds.
+POLL_SECONDS = 0.5e-3
+
+
+def run(
+    server: EngineServer, router: Router, followers: BatchSender, runner: ModelRunner, statistics: StatisticsLog,
+    vitals: Vitals, clock: Callable[[], float] = time.monotonic,
+) -> None:  # fmt: skip
+    """THE loop of rank 0: receive, schedule, run, apply, emit; until the process that owns this worker is gone.
+
+    Up to `runner.overlap` steps are in flight while the next one is planned, as late as that does not idle the GPU. If
+    a step fails, every request ends with an error and the failure is raised: this process is broken, and its supervisor
+    starts another.
+    """
+    in_flight: deque[tuple[Batch, PendingStep]] = deque()
+    timer = LaunchTimer(clock)
+    try:
+        while server.open:
+            idle = not router.has_work and not in_flight
+            refused = receive(server, router, timeout=STATS_SECONDS if idle else 0.0)
+            while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
+                refused += receive(server, router, timeout=min(spare, POLL_SECONDS))
+            timer.planning()
+            batch = router.next_batch()
+            vitals.turn(busy=batch is not None or bool(in_flight))
+            if batch is not None:
+                followers.send(batch)
+                in_flight.append((batch, runner.launch(batch)))
+                timer.launched(batch, all_admitted=not router.has_queue)
+            while in_flight and (len(in_flight) > runner.overlap or batch is None):
+                done, step = in_flight.popleft()
+                result = step.result()
+                vitals.took()
+                timer.finished()
+                server.send(router.apply(done, result))
+            server.send(RouterOutput.of_chunks(refused + router.drain_finished()))
+            stats = router.stats()
+            server.publish(stats)
+            statistics.update(stats)
+    except Exception as error:
+        router.fail_all(RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}"))
+        server.send(RouterOutput.of_chunks(router.drain_finished()))
+        raise
+
+
+def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
+    """The loop of the other ranks: run each batch that rank 0 sends, until rank 0 is gone.
+
+    It does not wait for the GPU: rank 0 waits before it plans further steps.
+    """
+    try:
+        while True:
+            runner.launch(batches.receive())
+    except ChannelClosed:
+        pass
+
+
+def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenChunk]:
+    """Hand the messages that have come to the Router; returns the last chunks of requests that it refuses."""
+    refused = []
+    for message in server.receive(timeout):
+        if isinstance(message, Submit):
+            try:
+                router.submit(message.request, message.number)
+            except RequestError as error:
+                refused.append(TokenChunk(message.request.uid, [], [], FinishReason.FAILED, error=error))
+        elif isinstance(message, Cancel):
+            router.cancel(message.uid)
+        elif isinstance(message, Stop):
+            router.stop(message.uid)
+        elif isinstance(message, CloseEngine):
+            router.close(RequestError("UNAVAILABLE", message.reason))
+    return refused
