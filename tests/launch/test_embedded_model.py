@@ -279,7 +279,7 @@ def test_the_embedded_model_knows_the_capital_of_japan():
     harness = StepHarness(model, config.num_layers, rows=1, max_length=64)
     sequence = HandSequence(0, list(prompt), len(prompt))
     count = len(prompt)
-    while sequence.tokens[-1] not in config.eos_ids and len(sequence.tokens) < 60:
-        sequence.tokens.append(int(harness.step([(sequence, count)]).argmax()))
+    while sequence.token_ids[-1] not in config.eos_ids and len(sequence.token_ids) < 60:
+        sequence.token_ids.append(int(harness.step([(sequence, count)]).argmax()))
         count = 1
-    assert tokenizer.decode(sequence.tokens[len(prompt) :]) == "The capital of Japan is Tokyo.<|im_end|>"
+    assert tokenizer.decode(sequence.token_ids[len(prompt) :]) == "The capital of Japan is Tokyo.<|im_end|>"
