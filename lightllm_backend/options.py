@@ -60,11 +60,13 @@ def parse_request(
 ) -> ParsedRequest:
     """Read a request from its three sources; raise RequestError INVALID_ARG for what is not in the table.
 
-    tensors: plain Python values by name (scalars, str, list). sampling_parameters: a JSON object. parameters: the
-    request's parameters as Triton server gives them.
+    tensors: plain Python values by name (scalars, str, list). sampling_parameters: a JSON object, which may also be one
+    of the parameters. parameters: the request's parameters as Triton server gives them.
     """
+    others = _parameters(parameters or {})
+    as_parameter = others.pop("sampling_parameters", None)
     given: dict[str, _Given] = {}
-    for source in (_parameters(parameters or {}), _json(sampling_parameters), tensors):
+    for source in (others, _json(sampling_parameters or as_parameter), tensors):
         given.update(_canonical(source))
     if ("text_input" in given) == ("input_ids" in given):
         both = "text_input" in given
@@ -137,9 +139,11 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(text: str | None) -> dict[str, Any]:
-    if not text:
+def _json(text: Any) -> dict[str, Any]:
+    if text in (None, ""):
         return {}
+    if not isinstance(text, str):
+        raise _invalid(f"sampling_parameters is {_show(text)}; allowed: the text of a JSON object")
     try:
         values = json.loads(text)
     except ValueError as error:

@@ -332,6 +332,15 @@ def test_a_value_that_loses_is_checked_all_the_same() -> None:
     assert "top_p is 2" in refusal({"text_input": "a", "top_p": 0.5}, '{"top_p": 2}')
 
 
+def test_the_json_may_be_a_request_parameter() -> None:
+    json_text = '{"max_tokens": 3}'
+    assert parse_request({"text_input": "a"}, None, {"sampling_parameters": json_text}).options.sampling.max_tokens == 3
+    parsed = parse_request({"text_input": "a"}, '{"max_tokens": 5}', {"sampling_parameters": json_text, "top_k": 7})
+    assert (parsed.options.sampling.max_tokens, parsed.options.sampling.top_k) == (5, 7), "the tensor's JSON wins"
+    with pytest.raises(RequestError, match="sampling_parameters is 3; allowed: the text of a JSON object"):
+        parse_request({"text_input": "a"}, None, {"sampling_parameters": 3})
+
+
 def test_null_is_not_given() -> None:
     parsed = parse_request({"text_input": "a"}, '{"max_tokens": null, "no_such": null}', {"max_tokens": 4})
     assert parsed.options.sampling.max_tokens == 4

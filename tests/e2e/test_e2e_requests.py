@@ -173,5 +173,5 @@ def test_stop_token_ids(server: TritonServer, client: LightLLMClient, reference:
     assert [i for one in stream_grpc(server, direct, model="generation") for i in one["output_ids"]] == list(
         free.token_ids[:3]
     )
-    with pytest.raises(InvalidArgument, match=r"stop_token_ids holds 49152; allowed: 0 ≤ id < 49152"):
+    with pytest.raises(InvalidArgument, match=r"stop_token_ids \(or end_id\) holds 49152; allowed: 0 ≤ id < 49152"):
         client.generate(PROMPT, stop_token_ids=[49152])
