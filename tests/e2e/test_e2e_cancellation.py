@@ -97,8 +97,11 @@ def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
 
     async def leave_all() -> None:
         async with AsyncLightLLMClient(small_server.grpc_url) as client:
-            answers = [asyncio.create_task(client.generate(PROMPT, **LONG)) for _ in range(RUNNING)]
+            # As many as run at once, so that each stream gets its first token; then some that run and some that wait.
+            answers = [asyncio.create_task(client.generate(PROMPT, **LONG))]
             await asyncio.gather(*(leave_the_loop(client) for _ in range(RUNNING - 1)))
+            answers += [asyncio.create_task(client.generate(PROMPT, **LONG)) for _ in range(RUNNING)]
+            assert await asyncio.to_thread(poll, is_running(small_server, RUNNING, 1), EVENTUALLY)
             for answer in answers:
                 answer.cancel()
             await asyncio.wait(answers)
@@ -107,7 +110,7 @@ def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
             assert idle, small_server.metrics()
 
     asyncio.run(leave_all())
-    assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING - 1, EVENTUALLY)
+    assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING, EVENTUALLY)
 
 
 def test_requests_that_do_not_stream(small_server: TritonServer) -> None:
