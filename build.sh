@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${LIGHTLLM_VENV:-$PWD/.venv}
 # `==` also takes a build without CUDA where one is at hand, `===` does not.
-if nvidia-smi >/dev/null 2>&1; then TORCH=torch===2.13.0; else TORCH=torch==2.13.0; fi
+# On GPUs, the release whose Triton-lang, 3.6, has all kernels (README, Where it runs).
+if nvidia-smi >/dev/null 2>&1; then TORCH=torch===2.11.0; else TORCH=torch==2.13.0; fi
 TORCH=${LIGHTLLM_TORCH:-$TORCH}
 IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
 unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server takes LIGHTLLM_<NAME> for one of its settings
@@ -26,7 +27,7 @@ All but docker and help first make a virtual environment; Python 3.10, 3.11 or 3
 To use tritonserver by hand: . .venv/bin/activate; tritonserver --model-repository model_repository
 
   LIGHTLLM_VENV    where the environment is made (.venv)
-  LIGHTLLM_TORCH   the torch to install (torch==2.13.0); torch==2.10.0 for drivers of CUDA 12
+  LIGHTLLM_TORCH   the torch to install (torch==2.13.0, with a GPU torch==2.11.0); torch==2.10.0 for CUDA 12
   LIGHTLLM_IMAGE   the image's name (lightllm_backend)
 TEXT
 }

@@ -104,7 +104,7 @@ def test_a_failed_installation_is_tried_again(environment: dict[str, str]) -> No
 def test_a_machine_with_a_gpu_gets_no_torch_without_cuda(environment: dict[str, str], tmp_path: Path) -> None:
     script(tmp_path / "programs" / "nvidia-smi", "exit 0")
     build("serve", environment=environment)
-    assert calls(environment)[0].endswith("install --disable-pip-version-check torch===2.13.0")
+    assert calls(environment)[0].endswith("install --disable-pip-version-check torch===2.11.0")
 
 
 def test_settings_of_the_build_are_not_passed_to_the_server(environment: dict[str, str]) -> None:
