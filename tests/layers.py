@@ -16,6 +16,7 @@ BELOW_A_MODEL = (
 ALLOWED = {
     "request": (),
     "config": (),
+    "json_file": (),
     "client_options": ("option_table",),
     "lengths": ("config",),
     "option_table": ("request",),
@@ -28,11 +29,11 @@ ALLOWED = {
     "models": (),
     "models.errors": (),
     "models.config_defaults": (),
-    "models.config_fields": ("models.errors",),
+    "models.config_fields": ("json_file", "models.errors"),
     "models.registry": ("models.config_defaults", "models.errors"),
     "models.unsupported": ("models.config_fields", "models.errors"),
     "models.model_config": ("models.config_fields", "models.errors", "models.registry", "models.unsupported"),
-    "models.weight_files": ("models.errors", "models.unsupported"),
+    "models.weight_files": ("json_file", "models.errors", "models.unsupported"),
     "models.weights": ("models.errors", "models.weight_files"),
     "models.layers": ("kernels", "parallel", "models.errors", "models.model_config", "models.weights"),
     "models.vocabulary": ("models.layers", "models.weights"),
@@ -209,7 +210,7 @@ ALLOWED = {
     "text.response": ("request", "text.text_stream"),
     "text.text_stream": ("request", "text.tokenizer", "text.tokenizer_settings"),
     "text.tokenizer": ("text.added_tokens", "text.incremental_decoding", "text.tokenizer_settings"),
-    "text.tokenizer_settings": ("text.added_tokens",),
+    "text.tokenizer_settings": ("json_file", "text.added_tokens"),
     "launch": (),
     "launch.embedded_model": ("launch.gguf_conversion",),
     "launch.gguf_conversion": (),
@@ -236,6 +237,7 @@ SHARED_RULES = ("kernels",)
 
 # A module or folder, and the packages that it may import besides the standard library.
 ALLOWED_PACKAGES = {
+    "json_file": (),
     "request": (),
     "config": (),
     "triton_server.executable": (),

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightllm_backend.json_file import JsonFileError, read_json_object
 from lightllm_backend.text.added_tokens import AddedToken
 
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
@@ -26,14 +26,14 @@ class TokenizerSettings(NamedTuple):
 
     @staticmethod
     def read(directory: Path) -> TokenizerSettings:
-        config = _read_json_object(directory / "tokenizer_config.json")
-        special_map = _read_json_object(directory / "special_tokens_map.json")
+        config = _read_if_present(directory / "tokenizer_config.json")
+        special_map = _read_if_present(directory / "special_tokens_map.json")
         # As in transformers, the older file counts more than a configuration without added tokens, else less.
         values = {**special_map, **config} if "added_tokens_decoder" in config else {**config, **special_map}
         added = {}
         try:
             special = {token.content: token for token in _special_tokens(values)}
-            for content, token_id in _read_json_object(directory / "added_tokens.json").items():
+            for content, token_id in _read_if_present(directory / "added_tokens.json").items():
                 added[int(token_id)] = AddedToken(content, content in special, normalized=content not in special)
             for token_id, token in values.get("added_tokens_decoder", {}).items():
                 added[int(token_id)] = AddedToken.from_json(token, bool(token.get("special", False)))
@@ -58,13 +58,11 @@ def _special_tokens(values: Mapping[str, Any]) -> Iterator[AddedToken]:
             yield AddedToken.from_json(fields, special=True)
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def _read_if_present(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; an empty one if there is no file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object")
-    return value
+        return read_json_object(path)
+    except JsonFileError as error:
+        raise TokenizerError(f"{path} {error}") from error

@@ -271,7 +271,7 @@ def test_unloadable_directories_say_what_is_wrong(model_dir, tmp_path: Path):
     (directory / "added_tokens.json").write_text('{"<tool>": "first"}')
     assert "added tokens" in error(directory)
     (directory / "added_tokens.json").write_text("[]")
-    assert "added_tokens.json is not a JSON object" in error(directory)
+    assert "added_tokens.json holds a JSON list; an object is needed" in error(directory)
 
 
 @pytest.mark.parametrize("mode", ["auto", "slow"])
