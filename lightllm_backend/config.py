@@ -16,6 +16,8 @@ from typing import Any
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
 PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # what tells the launch command's probes from users' requests
 
+TOKENIZER_MODES = ("auto", "slow")
+
 # Environment variables with the prefix that are not settings: where things lie, and how parts were started.
 _OTHER_VARIABLES = {
     "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "PROBE_KEY", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
@@ -75,7 +77,7 @@ class EngineConfig:
     queue_timeout_s: float | None = _setting(
         None, "longest wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf
     )
-    tokenizer_mode: str = _choice("auto", "slow: sentencepiece's own implementation", "auto", "slow")
+    tokenizer_mode: str = _choice("auto", "slow: sentencepiece's own implementation", *TOKENIZER_MODES)
     dtype: str = _choice(
         "auto", "of weights and activations (default: the model's; on a CPU the fastest)",
         "auto", "bfloat16", "float16", "float32",

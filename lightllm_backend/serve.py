@@ -42,7 +42,7 @@ from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.model_tokenizer import load_tokenizer
-from lightllm_backend.text.text_stream import TokenizerError
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import TritonServerError
 from lightllm_backend.triton_server.setup import repository_parameters

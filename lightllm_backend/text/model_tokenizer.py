@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 
 _MOST_TOKENS_NAMED = 10
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lightllm_backend.options import ParsedRequest, check_prompt_bytes
 from lightllm_backend.request import RequestError
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
-from lightllm_backend.text.text_stream import TextState, TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextState, TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 
 
 @dataclass

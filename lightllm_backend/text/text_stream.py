@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllm_backend.request import RequestOptions
-from lightllm_backend.text.tokenizer import TOKENIZER_MODES, Tokenizer
-from lightllm_backend.text.tokenizer_settings import TokenizerError
-
-__all__ = ["TOKENIZER_MODES", "TextStream", "Tokenizer", "TokenizerError"]
-
+from lightllm_backend.text.tokenizer import Tokenizer
 
 # Characters that no decoded text has. One stands for a special token where stop strings are looked for.
 _FIRST_MARK, _NUM_MARKS = 0xD800, 0x800

@@ -17,6 +17,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from lightllm_backend.config import TOKENIZER_MODES
 from lightllm_backend.text.added_tokens import AddedToken, AddedTokenSplitter, any_of
 from lightllm_backend.text.incremental_decoding import (
     ONE_PER_BYTE,
@@ -28,8 +29,6 @@ from lightllm_backend.text.incremental_decoding import (
     spell_piece,
 )
 from lightllm_backend.text.tokenizer_settings import TokenizerError, TokenizerSettings
-
-TOKENIZER_MODES = ("auto", "slow")
 
 
 class Tokenizer(ABC):

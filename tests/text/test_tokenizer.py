@@ -13,7 +13,8 @@ import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer
 
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 DATA = Path(__file__).parents[1] / "data"
 TEXTS = [
@@ -283,7 +284,8 @@ def test_a_lone_surrogate_cannot_be_encoded(mode: str):
 def test_no_torch_is_imported():
     program = (
         "import sys\n"
-        "from lightllm_backend.text.text_stream import TextStream, Tokenizer\n"
+        "from lightllm_backend.text.text_stream import TextStream\n"
+        "from lightllm_backend.text.tokenizer import Tokenizer\n"
         "for mode in ('auto', 'slow'):\n"
         f"    tokenizer = Tokenizer.load({str(DATA / 'llama')!r}, mode)\n"
         "    assert TextStream(tokenizer).push(tokenizer.encode('Hello')) == 'Hello'\n"
