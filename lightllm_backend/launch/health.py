@@ -68,8 +68,8 @@ def why_unready(directory: Path) -> str | None:
 class Health:
     """The launch command's watch. Each `check` takes up to PROBE_SECONDS.
 
-    Workers that stand still are to be killed: the generation step starts others. An engine that is being started again
-    has twice the time of the first start.
+    A Failure names the stuck workers: the caller kills them, and the generation step starts others. A restarting engine
+    has twice the time of the first start before its failed probes count.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generation step: token ids in, chunks of token ids out. It does only I/O: the engine is another process."""
+"""The generation step: submits token ids to the engine, another process, and sends its chunks on. Only I/O."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
@@ -19,7 +19,7 @@ from lightllm_backend.triton_server.requests import is_probe, read_deadline, rea
 from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
-CONNECT_SECONDS = 60.0  # generous: the supervisor has said that the engine is ready
+CONNECT_SECONDS = 60.0  # generous, since the supervisor has already reported a ready engine
 
 
 class TritonPythonModel:
@@ -69,7 +69,7 @@ class TritonPythonModel:
         )  # fmt: skip
 
     def finalize(self):
-        self.engine.close()  # which ends all requests
+        self.engine.close()  # this ends all requests
         self.streams.close()
         self.supervisor.stop()
         self.metrics.close()
