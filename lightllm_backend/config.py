@@ -20,8 +20,15 @@ TOKENIZER_MODES = ("auto", "slow")
 
 # Environment variables with the prefix that are not settings: paths, and versions for build.sh.
 _OTHER_VARIABLES = {
-    "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "PROBE_KEY", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
-}  # fmt: skip
+    "CACHE",
+    "IMAGE",
+    "ORIGINAL_LD_LIBRARY_PATH",
+    "PROBE_KEY",
+    "RUN_DIR",
+    "TORCH",
+    "TRITONSERVER",
+    "VENV",
+}
 
 
 class ConfigError(ValueError):
@@ -71,9 +78,11 @@ class EngineConfig:
         None, "maximum prompt and generated tokens per request (default: the model's limit or the KV pool's size)", 2
     )
     admission: str = _choice(
-        "exact", "exact: reserve room for max_tokens; past_future: predict lengths from recent answers, may preempt",
-        "exact", "past_future",
-    )  # fmt: skip
+        "exact",
+        "exact: reserve room for max_tokens; past_future: predict lengths from recent answers, may preempt",
+        "exact",
+        "past_future",
+    )
     prefix_cache: bool = _setting(True, "reuse K and V of earlier requests with the same prefix", "true | false")
     max_queue_size: int = _count(10000, "maximum waiting requests; the server refuses more with UNAVAILABLE")
     queue_timeout_s: float | None = _setting(
@@ -81,16 +90,22 @@ class EngineConfig:
     )
     tokenizer_mode: str = _choice("auto", "slow: use sentencepiece itself", *TOKENIZER_MODES)
     dtype: str = _choice(
-        "auto", "data type of weights and activations (default: the model's; on a CPU the fastest)",
-        "auto", "bfloat16", "float16", "float32",
-    )  # fmt: skip
+        "auto",
+        "data type of weights and activations (default: the model's; on a CPU the fastest)",
+        "auto",
+        "bfloat16",
+        "float16",
+        "float32",
+    )
     kv_dtype: str = _choice(
         "auto", "data type of the KV pool (auto: same as dtype; int8: nearly twice the tokens)", "auto", "int8"
     )
     eos_id: tuple[int, ...] | None = _setting(
-        None, "end-of-sequence ids, comma-separated (default: the model's)", "ids ≥ 0, separated by commas",
+        None,
+        "end-of-sequence ids, comma-separated (default: the model's)",
+        "ids ≥ 0, separated by commas",
         lambda v: len(v) > 0 and min(v) >= 0,
-    )  # fmt: skip
+    )
     trust_remote_code: bool = _setting(False, "let the tokenizer run code from model_dir", "true | false")
     device: str = _choice("auto", "auto: a GPU if there is one", "auto", "cuda", "cpu")
     log_stats_interval: float = _setting(

@@ -58,9 +58,13 @@ USAGE_ERROR = 2
 
 # tritonserver's options that would contradict a setting, with that setting.
 _OWNED_OPTIONS = {
-    "--http-address": "host", "--http-port": "http_port", "--grpc-address": "host", "--grpc-port": "grpc_port",
-    "--metrics-address": "host", "--metrics-port": "metrics_port",
-}  # fmt: skip
+    "--http-address": "host",
+    "--http-port": "http_port",
+    "--grpc-address": "host",
+    "--grpc-port": "grpc_port",
+    "--metrics-address": "host",
+    "--metrics-port": "metrics_port",
+}
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -156,9 +160,12 @@ class Server:
     def __init__(self, launch: Launch) -> None:
         self.stopping = False
         self._process = subprocess.Popen(
-            launch.argv, env=launch.environment, stdin=subprocess.DEVNULL, start_new_session=True,
+            launch.argv,
+            env=launch.environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (no other thread runs yet)
-        )  # fmt: skip
+        )
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -303,10 +310,13 @@ def setting_options() -> list[click.Parameter]:
         options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=text, **flag))
     options.append(
         click.Option(
-            ["--model_repository"], default=str(MODEL_REPOSITORY), show_default=True, metavar="PATH",
+            ["--model_repository"],
+            default=str(MODEL_REPOSITORY),
+            show_default=True,
+            metavar="PATH",
             help="the folder with LightLLM's models for Triton server",
         )
-    )  # fmt: skip
+    )
     options.append(click.Option(["--verbose"], is_flag=True, help="show tritonserver's own information as well"))
     options.append(click.Argument(["tritonserver_arguments"], nargs=-1, type=click.UNPROCESSED))
     return options

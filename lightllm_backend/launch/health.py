@@ -73,9 +73,14 @@ class Health:
     """
 
     def __init__(
-        self, address: str, server_pid: int, directory: Path, engine: EngineClient, start_seconds: float,
+        self,
+        address: str,
+        server_pid: int,
+        directory: Path,
+        engine: EngineClient,
+        start_seconds: float,
         probe_key: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._address = address
         self._server_pid = server_pid
         self._directory = directory

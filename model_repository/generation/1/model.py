@@ -64,9 +64,14 @@ class TritonPythonModel:
             return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
         self.streams.submit(
-            parsed.token_ids, parsed.options, deadline, responder, flow_control=in_ensemble,
-            text=text, urgent=is_probe(request),
-        )  # fmt: skip
+            parsed.token_ids,
+            parsed.options,
+            deadline,
+            responder,
+            flow_control=in_ensemble,
+            text=text,
+            urgent=is_probe(request),
+        )
 
     def finalize(self):
         self.engine.close()  # this ends all requests

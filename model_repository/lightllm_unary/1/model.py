@@ -44,9 +44,14 @@ class TritonPythonModel:
         decoder = ResponseDecoder(self.tokenizer, state)
         responder = UnaryResponder(request, decoder.decode, self.tokenizer)
         self.streams.submit(
-            prompt.token_ids, parsed.options, deadline, lambda uid: responder,
-            flow_control=False, text=text, urgent=is_probe(request),
-        )  # fmt: skip
+            prompt.token_ids,
+            parsed.options,
+            deadline,
+            lambda uid: responder,
+            flow_control=False,
+            text=text,
+            urgent=is_probe(request),
+        )
 
     def finalize(self):
         self.engine.close()  # this ends all requests
