@@ -79,7 +79,7 @@ class EngineConfig:
     )
     admission: str = _choice(
         "exact",
-        "exact: reserve room for max_tokens; past_future: predict lengths from recent answers, may preempt",
+        "exact: admit if all max_tokens fit; past_future: predict lengths from recent answers, may preempt",
         "exact",
         "past_future",
     )
