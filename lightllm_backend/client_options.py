@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the client's options, client/lightllm_client/options.py, from the table of options.
+"""Writes the client's options, client/lightllm_client/options.py, from the option table.
 
     python -m lightllm_backend.client_options
 
-The client has the options of the table that have a help text.
+The client has every option with a help text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
 
 
 def source() -> str:
-    """The text of the client's options.py."""
+    """Generate the text of the client's options.py."""
     tensors = {name: option.tensor for name, option in OPTIONS.items() if option.help and option.tensor}
     datatypes = {name: "BYTES" if datatype == "STRING" else datatype for name, (datatype, _) in tensors.items()}
     lists = [name for name, (_, size) in tensors.items() if size == -1]

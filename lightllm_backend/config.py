@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EngineConfig: every setting, its only default and what it may be. Standard library only.
+"""EngineConfig: every setting, its default and its allowed values. Standard library only.
 
 A setting comes from the command line, else from the environment (`LIGHTLLM_<NAME>`), else from the `parameters` of the
-generation model's config.pbtxt, else from here. The command line is passed on through the environment, so this file
-knows two sources. Built once, frozen; what is measured later (the pool's real size) is not kept here.
+generation model's config.pbtxt, else from its default. The launch command passes its settings on through the
+environment, so this file reads two sources. The config is immutable and holds no measured values (the pool's size).
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
-PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # what tells the launch command's probes from users' requests
+PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch command's probes
 
-# Environment variables with the prefix that are not settings: where things lie, and how parts were started.
+TOKENIZER_MODES = ("auto", "slow")
+
+# Environment variables with the prefix that are not settings: paths, and versions for build.sh.
 _OTHER_VARIABLES = {
-    "CACHE", "IMAGE", "ORIGINAL_LD_LIBRARY_PATH", "PROBE_KEY", "RUN_DIR", "TORCH", "TRITONSERVER", "VENV",
-}  # fmt: skip
+    "CACHE",
+    "IMAGE",
+    "ORIGINAL_LD_LIBRARY_PATH",
+    "PROBE_KEY",
+    "RUN_DIR",
+    "TORCH",
+    "TRITONSERVER",
+    "VENV",
+}
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown or impossible; the message names the key, the value and what is allowed."""
+    """An unknown setting or a wrong value; the message names the key, the value and the allowed values."""
 
 
 def _setting(default: Any, help: str, allowed: str = "", holds: Callable[[Any], bool] = lambda value: True) -> Any:
-    """A field with its documentation and its check; the launch command and the README's table are made from these."""
+    """Make a field with its help and its check; the launch command's options and README's table use them."""
     return field(default=default, metadata={"help": help, "allowed": allowed, "holds": holds})
 
 
@@ -45,56 +54,68 @@ def _port(default: int, help: str) -> Any:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """All settings. `None` as a default means: found out at start, as the help says."""
+    """All settings. The server determines a default of `None` at start, as the help says."""
 
     model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
     tp: int = _count(1, "tensor-parallel ranks, one process and GPU each")
     max_total_token_num: int | None = _count(None, "token slots of the KV pool (default: what fits in mem_fraction)")
     mem_fraction: float = _setting(
         0.9,
-        "share of the GPU's memory for weights, workspace and KV pool",
+        "share of GPU memory for weights, workspace and KV pool",
         "0 < mem_fraction ≤ 1",
         lambda v: 0 < v <= 1,
     )
-    load_format: str = _choice("auto", "dummy: random weights from config.json alone, for benchmarks", "auto", "dummy")
-    max_prompt_bytes: int = _count(1 << 20, "longest prompt text")
-    batch_max_tokens: int | None = _count(None, "new prompt tokens a step (default: 8192 on a GPU, 512 on a CPU)")
-    running_max_req_size: int = _count(1000, "most requests running at once")
+    load_format: str = _choice("auto", "dummy: random weights, from config.json alone, for benchmarks", "auto", "dummy")
+    max_prompt_bytes: int = _count(1 << 20, "maximum size of a prompt text, in bytes")
+    batch_max_tokens: int | None = _count(
+        None, "maximum new prompt tokens per step (default: 8192 on a GPU, 512 on a CPU)"
+    )
+    running_max_req_size: int = _count(1000, "maximum running requests")
     max_req_input_len: int | None = _count(
-        None, "most prompt tokens a request (default: all but one of max_req_total_len)"
+        None, "maximum prompt tokens per request (default: max_req_total_len minus one)"
     )
     max_req_total_len: int | None = _count(
-        None, "most prompt and generated tokens a request (default: the model's limit, or what the KV pool holds)", 2
+        None, "maximum prompt and generated tokens per request (default: the model's limit or the KV pool's size)", 2
     )
     admission: str = _choice(
-        "exact", "exact: room for all that was asked for; past_future: by recent lengths, with preemptions if need be",
-        "exact", "past_future",
-    )  # fmt: skip
-    prefix_cache: bool = _setting(True, "keep K and V for later requests that begin alike", "true | false")
-    max_queue_size: int = _count(10000, "most requests waiting; more are refused with UNAVAILABLE")
-    queue_timeout_s: float | None = _setting(
-        None, "longest wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf
+        "exact",
+        "exact: admit if all max_tokens fit; past_future: predict lengths from recent answers, may preempt",
+        "exact",
+        "past_future",
     )
-    tokenizer_mode: str = _choice("auto", "slow: sentencepiece's own implementation", "auto", "slow")
+    prefix_cache: bool = _setting(True, "reuse K and V of earlier requests with the same prefix", "true | false")
+    max_queue_size: int = _count(10000, "maximum waiting requests; the server refuses more with UNAVAILABLE")
+    queue_timeout_s: float | None = _setting(
+        None, "maximum wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf
+    )
+    tokenizer_mode: str = _choice("auto", "slow: use sentencepiece itself", *TOKENIZER_MODES)
     dtype: str = _choice(
-        "auto", "of weights and activations (default: the model's; on a CPU the fastest)",
-        "auto", "bfloat16", "float16", "float32",
-    )  # fmt: skip
-    kv_dtype: str = _choice("auto", "of the KV pool (auto: as dtype; int8: nearly twice the tokens)", "auto", "int8")
+        "auto",
+        "data type of weights and activations (default: the model's; on a CPU the fastest)",
+        "auto",
+        "bfloat16",
+        "float16",
+        "float32",
+    )
+    kv_dtype: str = _choice(
+        "auto", "data type of the KV pool (auto: same as dtype; int8: nearly twice the tokens)", "auto", "int8"
+    )
     eos_id: tuple[int, ...] | None = _setting(
-        None, "end-of-sequence ids, comma-separated (default: the model's)", "ids ≥ 0, separated by commas",
+        None,
+        "end-of-sequence ids, comma-separated (default: the model's)",
+        "ids ≥ 0, separated by commas",
         lambda v: len(v) > 0 and min(v) >= 0,
-    )  # fmt: skip
+    )
     trust_remote_code: bool = _setting(False, "let the tokenizer run code from model_dir", "true | false")
     device: str = _choice("auto", "auto: a GPU if there is one", "auto", "cuda", "cpu")
     log_stats_interval: float = _setting(
-        10.0, "seconds between lines of statistics; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
+        10.0, "interval of statistics lines in the log, in seconds; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
     )
     worker_python: str | None = _setting(None, "interpreter of the workers (default: python3 on PATH)")
-    host: str = _setting("127.0.0.1", "address that the server listens on (launch command only)")
-    http_port: int = _port(8000, "HTTP (launch command only)")
-    grpc_port: int = _port(8001, "gRPC (launch command only)")
-    metrics_port: int = _port(8002, "metrics (launch command only)")
+    host: str = _setting("127.0.0.1", "listening address of the server (launch command only)")
+    http_port: int = _port(8000, "HTTP port (launch command only)")
+    grpc_port: int = _port(8001, "gRPC port (launch command only)")
+    metrics_port: int = _port(8002, "metrics port (launch command only)")
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -104,7 +125,7 @@ class EngineConfig:
 
     @classmethod
     def build(cls, parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
-        """Settings from config.pbtxt `parameters`, overridden by the environment. Empty values count as not given."""
+        """Read config.pbtxt's `parameters`, overridden by the environment. An empty value counts as absent."""
         values: dict[str, str] = {}
         for key, value in parameters.items():
             if key not in cls.__dataclass_fields__:
@@ -120,7 +141,7 @@ class EngineConfig:
         return cls(**{key: _parse(key, value) for key, value in values.items() if value != ""})
 
     def environment(self) -> dict[str, str]:
-        """The settings that differ from the defaults, as the variables that `build` reads."""
+        """Return the settings that differ from the defaults, as environment variables for `build`."""
         variables = {}
         for setting in fields(self):
             value = getattr(self, setting.name)

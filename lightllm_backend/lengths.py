@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LengthLimits: how long a prompt and a sequence may be, and what sets each limit. Standard library only."""
+"""LengthLimits: the maximum lengths of a prompt and a sequence, and the source of each. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THE_MODEL = "the model's limit"
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """The most prompt tokens of a request and the most tokens in all, each with what sets it, as errors name it."""
+    """The maximum number of prompt tokens and of all tokens of a request, each with its source for error messages."""
 
     max_input: int
     max_input_source: str
@@ -22,21 +22,21 @@ class LengthLimits:
 
     @classmethod
     def of(cls, config: EngineConfig, model_limit: int, pool_tokens: int | None = None) -> LengthLimits:
-        """The model's own limit, bounded by what the KV pool holds, once its size is known; settings only lower it."""
+        """Take the least of the model's limit, the settings and, once its size is known, the KV pool."""
         limits = [(model_limit, THE_MODEL)]
         if config.max_req_total_len is not None:
             limits.insert(0, (config.max_req_total_len, "max_req_total_len"))
         if pool_tokens is not None:
-            # The last token is never fed back, so it needs no slot.
+            # The model never reads the last token, so it needs no slot.
             limits.append((pool_tokens + 1, f"the KV pool of {pool_tokens} tokens"))
-        max_total, total_source = min(limits, key=lambda limit: limit[0])  # the first of equals
+        max_total, total_source = min(limits, key=lambda limit: limit[0])  # the first among equal limits
         max_input, input_source = max_total - 1, total_source
         if config.max_req_input_len is not None and config.max_req_input_len <= max_input:
             max_input, input_source = config.max_req_input_len, "max_req_input_len"
         return cls(max_input, input_source, max_total, total_source)
 
     def warnings(self, config: EngineConfig) -> Iterator[str]:
-        """A sentence for each setting that asks for more than the limit."""
+        """Yield a sentence for each setting above the limit."""
         for name, asked, limit, source in (
             ("max_req_total_len", config.max_req_total_len, self.max_total, self.max_total_source),
             ("max_req_input_len", config.max_req_input_len, self.max_input, self.max_input_source),

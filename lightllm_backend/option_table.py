@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface table in code: every name that a request may say, its type and its limits. Standard library only.
+"""The option table: every option of a request, its type and its limits. Standard library only.
 
-The names are those of the clients of LightLLM, vllm_backend, tensorrtllm_backend and NVIDIA's OpenAI frontend. An
-option of theirs that can mean nothing here is taken at the value that changes nothing, and refused with a reason at any
-other.
+The table has the names that clients of LightLLM, vllm_backend, tensorrtllm_backend and NVIDIA's OpenAI frontend use.
+The server accepts an unsupported option at its neutral value, and refuses any other value with the reason.
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
 MAX_INT32 = 2**31 - 1
-# Above it, a double is the nearest one of several integers.
+# Above it, several integers round to the same double.
 MAX_EXACT_DOUBLE = 2**53
 
 
 class NotExact(ValueError):
-    """A number that its type does not hold; the text goes on after the value and says why."""
+    """The type cannot hold the number. The message goes on after the value and gives the reason."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One row of the table. `convert` gives the typed value or raises an error; `holds` checks it."""
+    """One row of the table. `convert` returns the typed value or raises an error; `holds` checks the value."""
 
     convert: Callable[[Any], Any]
     allowed: str
     holds: Callable[[Any], bool] = lambda value: True
-    tensor: tuple[str, int] | None = None  # type and size (-1 is any) of the input tensors; None: there are none
-    aliases: tuple[str, ...] = ()  # other names, of tensors too
-    keys: tuple[str, ...] = ()  # other names, of JSON keys and request parameters only
-    help: str = ""  # what it does, as the client's command line says it; empty: the client does not have it
+    tensor: tuple[str, int] | None = None  # type and size (-1: any) of the input tensor; None: no tensor
+    aliases: tuple[str, ...] = ()  # other names, also for tensors
+    keys: tuple[str, ...] = ()  # other names, for JSON keys and request parameters only
+    help: str = ""  # the help of the client's command line; empty: the client lacks the option
 
     @property
     def other_names(self) -> tuple[str, ...]:
         return self.aliases + self.keys
 
 
-# From what a client sends to a typed value
+# Converters from a client's value to a typed value
 
 
 def boolean(value: Any) -> bool:
@@ -71,7 +70,7 @@ def integer(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    """One that 32-bit floating point holds, which is what tensors hold and the sampler computes with."""
+    """Convert to a number within the range of 32-bit floating point, the type of the tensors and the sampler."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
     exact = float(value)
@@ -87,7 +86,7 @@ def number(value: Any) -> float:
 def text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
-    value.encode()  # a lone surrogate, which JSON can spell, is a ValueError
+    value.encode()  # raises ValueError for a lone surrogate, which JSON can encode
     return value
 
 
@@ -100,9 +99,9 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """One string or several; empty ones do not count."""
+    """Convert one string or a list of strings; drop empty ones."""
     items = [value] if isinstance(value, str) else value
-    if isinstance(value, str) and value.startswith("["):  # a JSON list, or a string that begins with a bracket
+    if isinstance(value, str) and value.startswith("["):  # either a JSON list or a string that begins with a bracket
         with contextlib.suppress(ValueError):
             parsed = json.loads(value)
             items = parsed if all(isinstance(item, str) for item in parsed) else items
@@ -112,7 +111,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def boolean_or_count(value: Any) -> bool:
-    """A count above 0 is true, and 0 is false."""
+    """Convert a boolean or a count: a count above 0 is true, 0 is false."""
     try:
         return boolean(value)
     except ValueError:
@@ -122,10 +121,10 @@ def boolean_or_count(value: Any) -> bool:
 
 
 def wants_log_probs(value: Any) -> bool:
-    """`logprobs`: how many log probabilities beside that of the sampled token, so that 0 asks for one as well."""
+    """Convert `logprobs`, the number of log probabilities beside the sampled token's: 0 too asks for one."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
         return boolean(value)
-    boolean_or_count(value)  # refuses what is no count
+    boolean_or_count(value)  # raises an error for anything but a count
     return True
 
 
@@ -137,13 +136,13 @@ def _bool(**names: Any) -> Option:
 
 
 def _int(least: int, most: int, below: str = "", lowest: int | None = None, **names: Any) -> Option:
-    """below: what the values from `lowest` to `least` mean."""
+    """An integer option. below: the meaning of the values from `lowest` to `least`, for the message."""
     allowed = f"{below}an integer from {least} to {most}"
     return Option(integer, allowed, lambda v: (least if lowest is None else lowest) <= v <= most, **names)
 
 
 def _only(convert: Callable[[Any], Any], value: Any, why: str, **names: Any) -> Option:
-    """An option of others of which one value alone means something here."""
+    """An option of other servers that allows one value only."""
     return Option(convert, f"{json.dumps(value)} ({why})", lambda v: v == value, **names)
 
 
@@ -152,7 +151,7 @@ def _empty(why: str, convert: Callable[[Any], Any] = lambda value: value, **name
 
 
 def _null(why: str) -> Option:
-    """An option of others of which no value means anything here; null is never given."""
+    """An option of other servers that allows no value; null counts as absent."""
     return Option(lambda value: value, f"null ({why})", lambda v: False)
 
 
@@ -193,11 +192,11 @@ OPTIONS: dict[str, Option] = {
     ),
     "presence_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
-        help="Taken from the logit of each token generated before.",
+        help="Subtracted from the logit of each token generated before.",
     ),
     "frequency_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
-        help="Taken from the logit of a token for each time that it was generated.",
+        help="Subtracted from the logit of a token once for each time it was generated.",
     ),
     "repetition_penalty": Option(
         number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32,
@@ -257,7 +256,7 @@ _NO_LOGITS = "logits are not returned"
 _NO_DRAFT = "there is no draft model"
 _NO_ADAPTER = "there are no LoRA adapters"
 
-# What other servers' clients say as well.
+# Options of other servers, for their clients.
 OTHERS: dict[str, Option] = {
     "return_num_input_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_num_output_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
@@ -310,7 +309,7 @@ OTHERS: dict[str, Option] = {
 }
 ALL_OPTIONS = OPTIONS | OTHERS
 CANONICAL = {name: first for first, option in ALL_OPTIONS.items() for name in (first, *option.other_names)}
-# The input tensors: name: (type, size).
+# The type and the size of each input tensor, by name.
 OPTION_TENSORS = {
     name: option.tensor for first, option in ALL_OPTIONS.items() if option.tensor for name in (first, *option.aliases)
 }

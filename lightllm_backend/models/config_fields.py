@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightllm_backend.json_file import JsonFileError, read_json_object
 from lightllm_backend.models.errors import ModelError
 
 _REQUIRED = object()
@@ -32,17 +32,13 @@ class ConfigFields:
     def read(cls, path: Path) -> ConfigFields:
         """Read the JSON object of a file."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json_object(path)
         except FileNotFoundError as error:
             raise ModelError(
                 f"{path}: there is no such file; a Hugging Face model directory with one is needed"
             ) from error
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from error
-        except ValueError as error:
-            raise ModelError(f"{path}: is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: holds a JSON {type(values).__name__}; an object is needed")
+        except JsonFileError as error:
+            raise ModelError(f"{path}: {error}") from error
         return cls(path, values)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> ConfigFields:

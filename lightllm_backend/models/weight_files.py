@@ -6,7 +6,6 @@ Files are mapped into memory, so that a tensor costs nothing before it is read.
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import struct
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightllm_backend.json_file import read_json_object
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.unsupported import adapter_error, refuse_quantized
 
@@ -109,7 +109,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: is not an index of weights: {error!r}; it must map tensors to files") from error
     paths = [index.parent / name for name in names]

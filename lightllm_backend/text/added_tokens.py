@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Added tokens, and how they are split off a text: as the tokenizers library does it. Standard library only."""
+"""Splits a text at its added tokens, as the tokenizers library does. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _JOINERS = "\u200c\u200d"
 
 
 class AddedToken(NamedTuple):
-    """A token that is split off a text before the vocabulary's own tokens are looked for."""
+    """A token that the tokenizer splits off a text before it looks for tokens of the base vocabulary."""
 
     content: str
     special: bool
-    normalized: bool  # looked for after the others, in the normalized text
-    single_word: bool = False  # only where no character of a word touches it
+    normalized: bool  # matched in a second pass, over the normalized text
+    single_word: bool = False  # matches only where no word character is next to it
     lstrip: bool = False  # swallows the white space before it
     rstrip: bool = False
 
     @classmethod
     def from_json(cls, token: Mapping[str, Any], special: bool) -> AddedToken:
-        """Flags that a token's object leaves out are as in tokenizers' AddedToken."""
+        """The token of a JSON object; a flag that the object leaves out has the default of tokenizers' AddedToken."""
         flags = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
         return cls(token["content"], special, bool(token.get("normalized", not special)), **flags)
 
 
 class Part(NamedTuple):
-    """Text between two added tokens, and where it begins."""
+    """The text between two added tokens, and its position in the whole text."""
 
     text: str
     start: int
@@ -48,7 +48,7 @@ class AddedTokenSplitter:
         ]
 
     def split(self, text: str, parse_special: bool) -> list[int | Part]:
-        """The ids of the added tokens, and the text between them."""
+        """Return the ids of the added tokens and the text between them, in order."""
         pieces: list[int | Part] = [Part(text, 0)]
         for pattern in self._patterns:
             pieces = [
@@ -79,7 +79,7 @@ class AddedTokenSplitter:
 
 
 def any_of(spellings: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of some strings; without any, nothing."""
+    """A pattern for the longest matching string; without strings it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")
 
 
@@ -88,5 +88,5 @@ def _touches_word(text: str, start: int, end: int) -> bool:
 
 
 def _is_of_word(character: str) -> bool:
-    """What Unicode's regular expressions call \\w; Python's own has superscripts and lacks combining marks."""
+    """Whether Unicode's \\w matches; Python's \\w also matches superscripts and misses combining marks."""
     return unicodedata.category(character).startswith(_WORD_CATEGORIES) or character in _JOINERS

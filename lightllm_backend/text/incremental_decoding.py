@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids to text as they come: whole characters only, at the cost of the new tokens.
+"""Incremental decoding: turns token ids into whole characters, at a cost proportional to the new tokens.
 
-Where each token has a fixed spelling in bytes (byte-level BPE as in BLOOM and LLaMA-3, byte-fallback vocabularies as in
-LLaMA), an incremental UTF-8 decoder over those bytes is exact. For any other tokenizer a window of the last tokens is
-decoded again at each push.
+If each token has a fixed spelling in bytes (byte-level BPE as in BLOOM and LLaMA-3, byte-fallback vocabularies as in
+LLaMA), an incremental UTF-8 decoder over those bytes is exact. For any other tokenizer, each push decodes a window of
+the last tokens again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
-# How sentencepiece spells a space.
+# The character that sentencepiece writes for a space.
 SPACE_MARK = "\u2581"
-_MOST_BYTES_OF_A_CHARACTER = 4
-# How many of a prompt's last tokens are enough context; more only where none of these has text.
+_MAX_CHARACTER_BYTES = 4
+# Numbers of final prompt tokens to try as context; a larger one only if the smaller one has no text.
 _CONTEXT_SIZES = (8, 64, 512)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# Byte-fallback tokens that are not UTF-8 become one U+FFFD each, as sentencepiece has it; Python's own "replace"
-# would make one of a whole truncated character.
+# Each byte-fallback token that is not UTF-8 becomes one U+FFFD, as in sentencepiece; Python's own "replace" makes one
+# U+FFFD of a whole truncated character.
 ONE_PER_BYTE = "lightllm_backend.one_per_byte"
 
 
@@ -35,10 +35,10 @@ codecs.register_error(ONE_PER_BYTE, _replace_each_byte)
 
 
 class IncrementalDecoder(Protocol):
-    """Token ids in, whole characters out; `flush` gives what was held back at the end.
+    """Takes token ids and returns whole characters; `flush` returns the incomplete rest.
 
-    `begin` takes in the prompt that the sequence continues. `state` is plain data, as JSON has it, and short; a new
-    decoder of the same tokenizer goes on from there after `restore`.
+    `begin` takes the prompt that the sequence continues. `state` is short JSON data; a new decoder of the same
+    tokenizer resumes from it after `restore`.
     """
 
     def begin(self, prompt_ids: Sequence[int]) -> None: ...
@@ -53,9 +53,9 @@ class IncrementalDecoder(Protocol):
 
 
 class _Spelling(dict[int, bytes]):
-    """The bytes of each token, worked out when it is first seen.
+    """Caches the bytes of each token at its first use.
 
-    A token without any is not kept: a prompt may hold any number of ids that no token has.
+    A token without bytes is not cached: a prompt may hold any number of ids that no token has.
     """
 
     def __init__(self, spell: Callable[[int], bytes], without_text: Iterable[int] = ()) -> None:
@@ -70,19 +70,19 @@ class _Spelling(dict[int, bytes]):
 
 
 class ByteDecoder:
-    """Incremental decoding for tokenizers whose tokens each have a spelling in bytes."""
+    """Decodes incrementally for a tokenizer whose tokens each have a fixed spelling in bytes."""
 
     def __init__(self, spelling: _Spelling, errors: str, drop_first_space: bool) -> None:
         self._spelling = spelling
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-        self._drop_space = drop_first_space  # until there is some text
+        self._drop_space = drop_first_space  # true until the first text
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """At the cost of a few tokens: more bytes than a character has hold all that later text depends on."""
+        """Decode only the end of the prompt: later text depends on no more bytes than a character has."""
         end = b""
         for token_id in reversed(prompt_ids):
             end = self._spelling[token_id] + end
-            if len(end) >= _MOST_BYTES_OF_A_CHARACTER:
+            if len(end) >= _MAX_CHARACTER_BYTES:
                 break
         self._dropping(self._utf8.decode(end))
 
@@ -108,7 +108,7 @@ class ByteDecoder:
 
 
 class ByteSpelling:
-    """How a tokenizer spells its tokens in bytes: one for all its sequences, so that each token is looked up once."""
+    """Spells the tokens of a tokenizer in bytes. Its sequences share one instance, which looks up each token once."""
 
     def __init__(
         self,
@@ -128,23 +128,23 @@ class ByteSpelling:
 
 
 def spell_piece(piece: str) -> bytes:
-    """The bytes of a token of a LLaMA-style vocabulary."""
+    """Return the bytes of a token of a LLaMA-style vocabulary."""
     byte = _BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode()
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as: printable ones stand for themselves, others from U+0100."""
+    """Map each character of byte-level BPE to its byte: printable bytes map to themselves, others to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 class WindowDecoder:
-    """Incremental decoding for any tokenizer whose text for some tokens begins with its text for fewer.
+    """Decodes incrementally for any tokenizer for which more tokens only extend the text.
 
-    The window is the tokens released last, for context (what a token's text is may depend on the one before it), and
-    those whose text is held back.
+    The window holds the tokens released last, as context (the text of a token may depend on the token before it), and
+    the tokens whose text is held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -154,7 +154,7 @@ class WindowDecoder:
         self._context_text = ""
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """Keep the last tokens as context, as many as have some text."""
+        """Keep the last tokens of the prompt as context: enough of them to have some text."""
         context: Sequence[int] = ()
         for size in _CONTEXT_SIZES:
             context = prompt_ids[-size:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be checked of a model directory without its weights: that it has a model and a tokenizer that can be served.
+"""Loads the tokenizer of a model directory and checks it against the model's config.json, without the weights.
 
-No torch: the server's own processes and the launch command use this.
+Imports no torch: the server's own processes and the launch command use this module.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 
-_MOST_TOKENS_NAMED = 10
+_MAX_TOKENS_NAMED = 10
 
 
 def load_tokenizer(directory: str | Path, config: EngineConfig) -> Tokenizer:
-    """The tokenizer; ModelError or TokenizerError if the directory cannot be served with it."""
+    """Load the tokenizer; raise ModelError or TokenizerError if the server cannot serve the directory."""
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code, vocab_size)
 
 
 def warning_of_tokens_past_model(tokenizer: Tokenizer) -> str | None:
-    """What to tell whoever serves a model whose tokenizer has more tokens than its embedding; None if it has not."""
+    """Return a warning if the tokenizer has more tokens than the model's embedding, else None."""
     past_model = tokenizer.tokens_past_model
     if not past_model:
         return None
-    names = [f"{token_id} ({token})" for token_id, token in list(past_model.items())[:_MOST_TOKENS_NAMED]]
+    names = [f"{token_id} ({token})" for token_id, token in list(past_model.items())[:_MAX_TOKENS_NAMED]]
     others = f" and {len(past_model) - len(names)} more" if len(past_model) > len(names) else ""
     return (
         f"the tokenizer has ids past the model's vocab_size of {min(past_model)}: {', '.join(names)}{others}; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request's text or token ids to the prompt that is computed. No torch."""
+"""Turns the text or token ids of a request into the prompt that the engine computes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 from lightllm_backend.options import ParsedRequest, check_prompt_bytes
 from lightllm_backend.request import RequestError
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """The token ids for the engine, and the text that the client wants repeated."""
+
     token_ids: list[int]
-    echo: str  # the text that the output begins with; empty unless it is wanted
+    echo: str  # the output begins with this text; empty if the request excludes its input
 
 
 def encode_prompt(parsed: ParsedRequest, tokenizer: Tokenizer, max_prompt_bytes: int) -> Prompt:
-    """RequestError INVALID_ARG for a text that is too long, or has a token that the model does not have.
+    """Encode the prompt; raise INVALID_ARG for a text that is too long or has a token that the model lacks.
 
-    How many tokens are allowed, the engine knows.
+    The engine checks the number of tokens.
     """
     wanted = not parsed.options.exclude_input_in_output
     if parsed.text is None:

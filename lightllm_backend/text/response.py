@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From token chunks to what a client reads: the work of the detokenizer step, and of the unary entry. No torch."""
+"""Turns token chunks into responses for the client, in the detokenizer and in lightllm_unary. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
-from lightllm_backend.text.text_stream import TextState, TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextState, TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 
 
 @dataclass
 class DecodeState:
-    """What decoding must know of a request. It travels as JSON from each of the request's chunks to the next."""
+    """The decoding state of a request. It travels as JSON from each chunk of the request to the next."""
 
     stop_words: Sequence[str] = ()
     min_tokens: int = 0
     skip_special_tokens: bool = True
-    eos_ids: Sequence[int] = ()  # the one that ended the sequence is not text; with the request's stop_token_ids
-    prefix: str = ""  # what the next text begins with: at first the prompt, if the input is wanted in the output
-    text: TextState | None = None  # None where no prompt goes before
+    # The model's EOS and the request's stop_token_ids; the id that ends the sequence gives no text.
+    eos_ids: Sequence[int] = ()
+    prefix: str = ""  # the next text begins with it: at first the prompt, if the output includes the input
+    text: TextState | None = None  # None: no prompt goes before
     held_ids: list[int] = field(default_factory=list)
     held_log_probs: list[float] = field(default_factory=list)
     num_input_tokens: int = 0
@@ -29,7 +31,7 @@ class DecodeState:
 
     @classmethod
     def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
-        """As it is before the first token, from which `text` goes on."""
+        """The state before the first token; `text` has taken the prompt."""
         sampling = options.sampling
         return cls(
             stop_words=sampling.stop_words,
@@ -41,7 +43,7 @@ class DecodeState:
         )
 
     def to_json(self) -> str:
-        """The values of the fields in order: names would be half of the bytes that travel with a short chunk."""
+        """Write the fields' values in order: with names, a short chunk would carry twice as many bytes."""
         return json.dumps([value.pack() if isinstance(value, TextState) else value for value in vars(self).values()])
 
     @classmethod
@@ -54,7 +56,7 @@ class DecodeState:
 
 @dataclass(frozen=True)
 class Response:
-    """One response: what is new since the last one, but for `cumulative_logprob`, which is of all tokens so far."""
+    """One response. It holds what is new since the last one; `cumulative_logprob` alone covers all tokens so far."""
 
     text_output: str
     finish_reason: str
@@ -65,9 +67,9 @@ class Response:
 
 
 class ResponseDecoder:
-    """The responses of one request. Text that cannot be shown yet is held back, and its tokens with it.
+    """Decodes the chunks of one request into responses. Holds back text that may yet change, with its tokens.
 
-    Another one that is given its `state` goes on where it has come to.
+    A new ResponseDecoder resumes from `state`.
     """
 
     def __init__(self, tokenizer: Tokenizer, state: DecodeState) -> None:
@@ -77,7 +79,7 @@ class ResponseDecoder:
         self._state = state
 
     def decode(self, chunk: TokenChunk) -> Response | None:
-        """The response to send now; None if there is nothing to show yet. The last chunk always gives one."""
+        """Return the response to send now, or None if there is no new text. The last chunk always gives a response."""
         state = self._state
         state.held_ids += chunk.token_ids
         state.held_log_probs += chunk.log_probs
@@ -93,12 +95,12 @@ class ResponseDecoder:
         return self._respond(text, "") if text else None
 
     def flush(self) -> Response | None:
-        """What is still held back, for a request that an error ends; None if there is nothing."""
+        """Return the text and tokens still held back when an error ends the request, or None."""
         text = self._text.flush()
         return self._respond(text, "") if text or self._state.held_ids else None
 
     def state(self) -> DecodeState:
-        """After what has been decoded so far."""
+        """Return the state after the chunks decoded so far."""
         self._state.text = self._text.state()
         return self._state
 

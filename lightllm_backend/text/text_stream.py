@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a sequence while its tokens come, with stop strings.
+"""Decodes a sequence while its tokens arrive, and finds stop strings in the text. Imports no torch.
 
-The same matcher runs where a stop string must end the generation and where text must be held back and cut, so both
-agree. `Tokenizer` is here as well for those who need both; nothing here imports torch.
+The generation process uses this matcher to end a sequence, the detokenizer to hold back and cut text, so both agree.
 """
 
 from __future__ import annotations
@@ -13,46 +12,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllm_backend.request import RequestOptions
-from lightllm_backend.text.tokenizer import TOKENIZER_MODES, Tokenizer
-from lightllm_backend.text.tokenizer_settings import TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
 
-__all__ = ["TOKENIZER_MODES", "TextStream", "Tokenizer", "TokenizerError"]
-
-
-# Characters that no decoded text has. One stands for a special token where stop strings are looked for.
+# Lone surrogates, which no decoded text has. A mark stands for a special token in the search for stop strings.
 _FIRST_MARK, _NUM_MARKS = 0xD800, 0x800
 _ANY_MARK = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass
 class TextState:
-    """Where a TextStream has come to."""
+    """The state of a TextStream, for another one to resume from."""
 
     decoder: list[Any]  # the IncrementalDecoder's own state
     num_tokens: int
     stopped: bool
-    held: str  # may hold marks, which are lone surrogates: JSON can spell them, UTF-8 cannot
+    held: str  # may hold marks: lone surrogates, which JSON can encode and UTF-8 cannot
 
     def pack(self) -> list[Any]:
-        """Plain data, as JSON has it, from which TextState(*packed) makes the state again."""
+        """Return JSON data; TextState(*packed) restores the state."""
         return [self.decoder, self.num_tokens, self.stopped, self.held]
 
 
 class TextStream:
-    """The text of one sequence, token by token, as it goes on from the text of `prompt_ids`.
+    """Decodes one sequence token by token, after the text of `prompt_ids`, and ends it at a stop string.
 
-    `push` gives the text that may be released: whole characters, and nothing that may yet turn out to be the start of
-    a stop string. `flush` gives the rest, once, when no more tokens come.
+    `push` returns the text that is safe to send: whole characters, and nothing that may become a stop string. `flush`
+    returns the rest, once, after the last token.
 
-    A stop string counts if the token that completes its last character is past the first `min_tokens`; one that was
-    complete before stays in the text. The first token to complete one wins and, if it completes several, the one that
-    starts first. Then `stopped` is true, `num_tokens` counts the tokens up to and with that one, the text ends before
-    the stop string, and later tokens are ignored. None of this depends on how the ids are divided into pushes.
+    A stop string counts if the token that completes its last character comes after the first `min_tokens`; a stop
+    string complete before that stays in the text. The first token that completes a stop string ends the text; if it
+    completes several, the one that starts first counts. Then `stopped` is true, `num_tokens` includes that token, the
+    text ends before the stop string, and the stream ignores later tokens. The division into pushes changes nothing.
 
-    A stop string that spells special tokens is found also where these are no text: where special tokens are skipped,
-    and where one is the EOS that ends the sequence, which goes to `push_eos`.
+    A stop string that contains special tokens matches even if these give no text: if the request skips special tokens,
+    or if one is the EOS that ends the sequence, which goes to `push_eos`.
 
-    A new TextStream with the same arguments, with or without `prompt_ids`, goes on from a `state` after `restore`.
+    A new TextStream with the same arguments, with or without `prompt_ids`, resumes from a `state` after `restore`.
     """
 
     def __init__(
@@ -68,17 +63,17 @@ class TextStream:
         self._decoder = tokenizer.incremental_decoder(skip_special_tokens, prompt_ids)
         self._min_tokens = min_tokens
         self._stop_words = _StopStrings([word for word in stop_words if word])
-        self._marks: dict[int, str] = {}  # of the special tokens that stop strings spell: usually none
+        self._marks: dict[int, str] = {}  # marks of the special tokens in stop strings, by id; usually none
         self._marked_stop_words = _StopStrings(
             [self._mark(tokenizer.split_special(word)) for word in stop_words if tokenizer.spells_special(word)]
         )
         self._skipped_marks = self._marks if skip_special_tokens else {}
-        # The longest end of the text so far, with marks, that a stop string goes on from; all before it is released.
+        # The longest suffix of the text, with marks, that begins a stop string; all text before it is released.
         self._held = ""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, options: RequestOptions, prompt_ids: Sequence[int]) -> TextStream:
-        """The text that answers a request."""
+        """Make the stream for the answer to a request."""
         sampling = options.sampling
         return cls(tokenizer, sampling.stop_words, sampling.min_tokens, options.skip_special_tokens, prompt_ids)
 
@@ -98,7 +93,7 @@ class TextStream:
         return "".join(released)
 
     def push_eos(self, token_id: int) -> str:
-        """Take the EOS that ends the sequence: it is no text, but may complete a stop string."""
+        """Take the EOS that ends the sequence: it gives no text but may complete a stop string."""
         if self.stopped:
             return ""
         self.num_tokens += 1
@@ -119,7 +114,7 @@ class TextStream:
         self._decoder.restore(state.decoder)
 
     def _mark(self, pieces: Iterable[str | int]) -> str:
-        """A stop string with marks for its special tokens."""
+        """Return a stop string with marks for its special tokens."""
         return "".join(
             piece
             if isinstance(piece, str)
@@ -131,7 +126,7 @@ class TextStream:
         return _ANY_MARK.sub("", text) if self._marks else text
 
     def _release(self, new_text: str) -> str:
-        """Take in the text of one token; hand out what is safe."""
+        """Append the text of one token and return the text that is safe to send."""
         if not new_text:
             return ""
         text = self._held + new_text
@@ -142,7 +137,7 @@ class TextStream:
         return self._unmarked(text[:released])
 
     def _stop_position(self, text: str, old_length: int) -> int:
-        """Where the first stop string begins that ends past `old_length`; -1 if none does."""
+        """Return the position of the first stop string that ends past `old_length`, or -1."""
         if not self._marks:
             return self._stop_words.find(text, old_length)
         plain = self._stop_words.find(self._unmarked(text), len(self._unmarked(text[:old_length])))
@@ -150,7 +145,7 @@ class TextStream:
         return min((position for position in found if position >= 0), default=-1)
 
     def _hold_position(self, text: str) -> int:
-        """Where the longest end of the text begins that is the start, and not the whole, of a stop string."""
+        """Return the position of the longest suffix that begins, but does not complete, a stop string."""
         if not self._marks:
             return self._stop_words.begin(text)
         plain = _marked_position(text, self._stop_words.begin(self._unmarked(text)))
@@ -158,6 +153,8 @@ class TextStream:
 
 
 class _StopStrings:
+    """Finds stop strings, and beginnings of them, in a text."""
+
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
         self._first_characters = frozenset([word[0] for word in words])
@@ -166,14 +163,14 @@ class _StopStrings:
         return bool(self._words)
 
     def find(self, text: str, old_length: int) -> int:
-        """Where the first one begins that ends past `old_length`; -1 if none does."""
+        """Return the position of the first stop string that ends past `old_length`, or -1."""
         found = (text.find(word, max(0, old_length - len(word) + 1)) for word in self._words)
         return min((position for position in found if position >= 0), default=-1)
 
     def begin(self, text: str) -> int:
-        """Where the longest end of the text begins that is the start, and not the whole, of one; else its length.
+        """Return the position of the longest suffix that begins, but does not complete, a stop string; else the length.
 
-        Positions are tried from the left, so that over a sequence each character is tried about once.
+        The search goes from left to right, so over a sequence it tries each character about once.
         """
         for position, character in enumerate(text):
             if character in self._first_characters:
@@ -184,6 +181,6 @@ class _StopStrings:
 
 
 def _marked_position(text: str, position: int) -> int:
-    """Where in a text with marks the character is that has this position without them."""
+    """Convert a position in the text without marks to one in the text with marks."""
     characters = [index for index, character in enumerate(text) if not _ANY_MARK.match(character)]
     return characters[position] if position < len(characters) else len(text)

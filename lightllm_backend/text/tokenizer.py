@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of a model directory: text to token ids, and what decodes them again.
+"""Loads the tokenizer of a model directory, encodes texts and makes incremental decoders.
 
-Nothing here imports torch, so the server's own processes can use it; transformers, which does, is the last resort.
+The server's own processes use this module, so it imports no torch; transformers, which does, is the last resort.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from lightllm_backend.config import TOKENIZER_MODES
 from lightllm_backend.text.added_tokens import AddedToken, AddedTokenSplitter, any_of
 from lightllm_backend.text.incremental_decoding import (
     ONE_PER_BYTE,
@@ -29,15 +30,13 @@ from lightllm_backend.text.incremental_decoding import (
 )
 from lightllm_backend.text.tokenizer_settings import TokenizerError, TokenizerSettings
 
-TOKENIZER_MODES = ("auto", "slow")
-
 
 class Tokenizer(ABC):
-    """What one model directory says about text; immutable, and safe to use from several threads."""
+    """Encodes and decodes text for one model directory. Immutable and thread-safe."""
 
     vocab_size: int  # one more than the greatest id
-    tokens_past_model: Mapping[int, str] = {}  # those for which the model has no embedding; see `load`
-    _special_ids: Mapping[str, int]  # of each special token, by its spelling
+    tokens_past_model: Mapping[int, str] = {}  # tokens without an embedding in the model; see `load`
+    _special_ids: Mapping[str, int]  # the id of each special token, by its spelling
     _any_special: re.Pattern[str]
 
     @staticmethod
@@ -46,9 +45,9 @@ class Tokenizer(ABC):
     ) -> Tokenizer:
         """Read tokenizer.json or, if it is alone or `mode` is "slow", the sentencepiece model tokenizer.model.
 
-        transformers (and with it torch) is imported only where nothing else will do: for a tokenizer that brings its
-        own code, with `trust_remote_code`, and in mode "slow" for a directory with neither file. Ids from
-        `model_vocab_size` on are decoded, but a text that is encoded to one is an error.
+        Import transformers, and with it torch, in two cases only: for a tokenizer that brings its own code, with
+        `trust_remote_code`, and in mode "slow" for a directory with neither file. The tokenizer decodes ids from
+        `model_vocab_size` on, but refuses a text that contains one.
         """
         tokenizer = _load(Path(model_dir), mode, trust_remote_code)
         if model_vocab_size is not None:
@@ -59,9 +58,9 @@ class Tokenizer(ABC):
         return tokenizer
 
     def encode(self, text: str, parse_special: bool = True) -> list[int]:
-        """The ids of a text, with BOS and EOS where the model wants them.
+        """Return the ids of a text, with BOS and EOS if the model's files ask for them.
 
-        With `parse_special` false the spelling of a special token in the text is plain text.
+        If `parse_special` is false, the spelling of a special token counts as plain text.
         """
         try:
             text.encode()
@@ -77,22 +76,22 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token(self, token_id: int) -> str:
-        """How the vocabulary writes a token; empty for an id that it does not have."""
+        """Return the vocabulary's spelling of a token; empty for an unknown id."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids; ids that the tokenizer does not know are no text.
+        """Return the text of the ids; unknown ids give no text.
 
-        As transformers has it, but for one case in which this keeps more: of consecutive byte-fallback tokens that
-        are not UTF-8 as a whole, only the broken ones become U+FFFD (as in sentencepiece), so that a newline, which
-        is such a token in LLaMA, need not be held back until the next token.
+        The text is that of transformers, with one exception: in a run of byte-fallback tokens that is not valid UTF-8,
+        only the invalid ones become U+FFFD, as in sentencepiece. So a newline, a byte-fallback token in LLaMA, need
+        not wait for the next token.
         """
         decoder = self.incremental_decoder(skip_special_tokens)
         return decoder.push(token_ids) + decoder.flush()
 
     def decode_prompt(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a prompt, without the begun character that it may end with.
+        """Return the text of a prompt without an incomplete character at its end.
 
-        What `incremental_decoder(skip_special_tokens, token_ids)` gives comes after it.
+        The text from `incremental_decoder(skip_special_tokens, token_ids)` continues it.
         """
         begun = self.incremental_decoder(skip_special_tokens, token_ids).flush()
         return self.decode(token_ids, skip_special_tokens).removesuffix(begun)
@@ -100,10 +99,10 @@ class Tokenizer(ABC):
     def incremental_decoder(
         self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
     ) -> IncrementalDecoder:
-        """A decoder for one sequence that goes on from a prompt.
+        """Make a decoder for one sequence that continues a prompt.
 
-        What it gives, joined, is the text of prompt and sequence together after the text of the prompt: a first word
-        keeps its space unless the prompt has no text.
+        The text of the prompt and the decoder's output, joined, are the text of prompt and sequence together: a first
+        word keeps its space unless the prompt has no text.
         """
         decoder = self._decoder(skip_special_tokens)
         if len(prompt_ids) > 0:
@@ -114,11 +113,11 @@ class Tokenizer(ABC):
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
 
     def spells_special(self, text: str) -> bool:
-        """Whether a special token's spelling is in a text."""
+        """Whether a text contains the spelling of a special token."""
         return self._any_special.search(text) is not None
 
     def split_special(self, text: str) -> list[str | int]:
-        """A text divided at the special tokens that it spells: what is between them, and their ids."""
+        """Split a text at the special tokens that it spells, into their ids and the text between them."""
         pieces, position = list[str | int](), 0
         for match in self._any_special.finditer(text):
             pieces += [text[position : match.start()], self._special_ids[match[0]]]
@@ -165,27 +164,27 @@ def _load(directory: Path, mode: str, trust_remote_code: bool) -> Tokenizer:
 
 
 class _JsonTokenizer(Tokenizer):
-    """tokenizer.json, through the tokenizers library; whether BOS is added is for the file to say."""
+    """Uses tokenizer.json through the tokenizers library; the file decides whether to add BOS."""
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         try:
-            # The library is given the content: it takes no path that is spelled as inside a stub (see engine_config).
+            # Pass the content: the library cannot open a path as spelled inside a stub (see engine_config).
             self._inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path} cannot be read: {error}") from error
-        # A file may have been saved with limits of its training; a prompt is neither cut nor filled up.
+        # The file may hold truncation and padding of its training; a prompt gets neither.
         self._inner.no_truncation()
         self._inner.no_padding()
         self._add_tokens(settings)
         added = self._inner.get_added_tokens_decoder().items()
         self._set_special({token_id: token.content for token_id, token in added if token.special})
         self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
-        # Whether special tokens are parsed is a state of the inner tokenizer, which this lock guards.
+        # Guards encode_special_tokens, a mutable attribute of the inner tokenizer.
         self._encoding = threading.Lock()
         self._spelling = self._byte_spelling()
 
     def _add_tokens(self, settings: TokenizerSettings) -> None:
-        """Take over the tokens of the settings beside the file, whose flags count more; special is what either says."""
+        """Add the tokens of the settings, whose flags win over the file's; a token is special if either says so."""
         known = self._inner.get_added_tokens_decoder().values()
         special_in_file = {token.content for token in known if token.special}
         self._inner.add_tokens(
@@ -200,13 +199,13 @@ class _JsonTokenizer(Tokenizer):
             if content in added:
                 added[content].special = True
                 special.append(added[content])
-            # One that is not in the vocabulary has no embedding either: its id would be past the model's.
+            # A token outside the vocabulary has no embedding either: its id would be past the model's.
             elif self._inner.token_to_id(content) is not None:
                 special.append(_library_token(token))
         self._inner.add_tokens(special)
 
     def _byte_spelling(self) -> ByteSpelling | None:
-        """The tokens' spelling, if the file's decoder is one that has it."""
+        """Return the tokens' spelling in bytes, or None if the file's decoder has no fixed one."""
         decoder = json.loads(self._inner.decoder.__getstate__()) if self._inner.decoder else {}
         special_ids = self._special_ids.values()
         steps = decoder.get("decoders", [decoder])
@@ -216,7 +215,7 @@ class _JsonTokenizer(Tokenizer):
 
             def spell_byte_level(token_id: int) -> bytes:
                 token = self.token(token_id)
-                # Added tokens are not written in this alphabet; one that could be is read in it all the same.
+                # Added tokens are plain text; the decoder reads one in this alphabet if all its characters fit.
                 return bytes(map(alphabet.__getitem__, token)) if alphabet.keys() >= set(token) else token.encode()
 
             return ByteSpelling(spell_byte_level, special_ids, "replace")
@@ -259,14 +258,14 @@ def _library_token(token: AddedToken) -> tokenizers.AddedToken:
 
 
 class _SentencePieceTokenizer(Tokenizer):
-    """tokenizer.model, through sentencepiece, with the tokens that Hugging Face's files add to it."""
+    """Uses tokenizer.model through sentencepiece, with the tokens that Hugging Face's files add."""
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise TokenizerError(f"{path} is not a sentencepiece model: {error}") from error
-        # Protocol buffers merge what is appended: this says normalizer_spec { add_dummy_prefix: false }.
+        # Protocol buffers merge appended fields; these bytes are normalizer_spec { add_dummy_prefix: false }.
         model = self._inner.serialized_model_proto() + b"\x1a\x02\x18\x00"
         self._without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._prefix_after_special = bool(settings.values.get("legacy", False))
@@ -285,7 +284,7 @@ class _SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max(self._inner.get_piece_size(), max(self._added, default=-1) + 1)
 
     def _added_tokens(self, settings: TokenizerSettings) -> dict[int, AddedToken]:
-        """What is split off before sentencepiece sees the text, by id."""
+        """Return the tokens to split off before sentencepiece sees the text, by id."""
         inner = self._inner
         pieces = {inner.id_to_piece(token_id): token_id for token_id in range(inner.get_piece_size())}
         added = {
@@ -322,7 +321,7 @@ class _SentencePieceTokenizer(Tokenizer):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                # Only what begins the text has the space that sentencepiece puts before it.
+                # sentencepiece puts a space before the text; only the first piece gets it.
                 with_prefix = piece.start == 0 or self._prefix_after_special
                 ids += (self._inner if with_prefix else self._without_prefix).encode(piece.text)
         return ids + self._tail
@@ -332,7 +331,7 @@ class _SentencePieceTokenizer(Tokenizer):
 
 
 class _TransformersTokenizer(Tokenizer):
-    """Whatever transformers makes of a directory: the last resort, since it imports torch."""
+    """Uses the tokenizer that transformers loads from a directory: the last resort, since it imports torch."""
 
     def __init__(self, directory: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer  # here, since it imports torch

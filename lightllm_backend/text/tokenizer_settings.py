@@ -1,39 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the JSON files beside tokenizer.json or tokenizer.model say of a tokenizer. No torch."""
+"""Reads the JSON files that lie beside tokenizer.json or tokenizer.model. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightllm_backend.json_file import JsonFileError, read_json_object
 from lightllm_backend.text.added_tokens import AddedToken
 
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer cannot be loaded, or a text cannot be encoded."""
+    """The tokenizer cannot be loaded or cannot encode a text."""
 
 
 class TokenizerSettings(NamedTuple):
-    """The settings of one model directory."""
+    """The tokenizer settings of one model directory."""
 
     values: Mapping[str, Any]
-    added_tokens: Mapping[int, AddedToken]  # those that have an id, by that id
-    special_tokens: Mapping[str, AddedToken]  # those that the settings name as special, by their spelling
+    added_tokens: Mapping[int, AddedToken]  # added tokens with an id, by id
+    special_tokens: Mapping[str, AddedToken]  # tokens that the settings call special, by spelling
 
     @staticmethod
     def read(directory: Path) -> TokenizerSettings:
-        config = _read_json_object(directory / "tokenizer_config.json")
-        special_map = _read_json_object(directory / "special_tokens_map.json")
-        # As in transformers, the older file counts more than a configuration without added tokens, else less.
+        config = _read_if_present(directory / "tokenizer_config.json")
+        special_map = _read_if_present(directory / "special_tokens_map.json")
+        # As in transformers, special_tokens_map.json wins only over a configuration without added_tokens_decoder.
         values = {**special_map, **config} if "added_tokens_decoder" in config else {**config, **special_map}
         added = {}
         try:
             special = {token.content: token for token in _special_tokens(values)}
-            for content, token_id in _read_json_object(directory / "added_tokens.json").items():
+            for content, token_id in _read_if_present(directory / "added_tokens.json").items():
                 added[int(token_id)] = AddedToken(content, content in special, normalized=content not in special)
             for token_id, token in values.get("added_tokens_decoder", {}).items():
                 added[int(token_id)] = AddedToken.from_json(token, bool(token.get("special", False)))
@@ -47,7 +47,7 @@ class TokenizerSettings(NamedTuple):
 
 
 def _special_tokens(values: Mapping[str, Any]) -> Iterator[AddedToken]:
-    """bos_token and its like (image_token and others of a model's own too), then those that have no name."""
+    """Yield the named special tokens (bos_token, image_token, any *_token), then the nameless ones."""
     named: list[Any] = [token for name, token in values.items() if name.endswith("_token")]
     for name in _MORE_SPECIAL_TOKENS:
         more = values.get(name) or []
@@ -58,13 +58,11 @@ def _special_tokens(values: Mapping[str, Any]) -> Iterator[AddedToken]:
             yield AddedToken.from_json(fields, special=True)
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def _read_if_present(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; an empty one if there is no file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object")
-    return value
+        return read_json_object(path)
+    except JsonFileError as error:
+        raise TokenizerError(f"{path} {error}") from error

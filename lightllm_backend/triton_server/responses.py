@@ -14,7 +14,7 @@ import numpy as np
 from lightllm_backend.messages.ensemble_messages import ChunkDetails, EnsembleContext
 from lightllm_backend.request import RequestError, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.triton_server.setup import readable
 from lightllm_backend.triton_server.tensors import (
     CHUNK,

@@ -18,7 +18,8 @@ from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text import model_tokenizer
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server.metrics import Metrics
 
 # Errors of the setting or the model, not of the code: the message says what to change.

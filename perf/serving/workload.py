@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 
 # LightLLM's own benchmark leaves out what is shorter or longer than this.
 SHORTEST, LONGEST_PROMPT, LONGEST_TOTAL = 4, 1024, 2048

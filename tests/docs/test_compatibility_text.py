@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerSettings
 from lightllm_client.chat import ChatTemplate
 

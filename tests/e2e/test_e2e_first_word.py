@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import generate, in_parallel, infer_grpc, infer_http
 from tests.e2e.server import TritonServer

@@ -20,7 +20,8 @@ from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 from tests.worker.engine_harness import wait_for
 
 

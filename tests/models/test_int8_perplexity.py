@@ -9,7 +9,7 @@ import torch
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.model_config import ModelConfig
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 from tests.models.step_harness import HandSequence, StepHarness, load_model
 
 TEXT = """\

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.launch.embedded_model import embedded_model_directory
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 from perf.model_directory import DATA
 from perf.serving.workload import (
     FIRST_ORDINARY_ID,

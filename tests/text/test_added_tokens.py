@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from lightllm_backend.text.added_tokens import AddedToken, AddedTokenSplitter
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from lightllm_backend.text.incremental_decoding import IncrementalDecoder, WindowDecoder
-from lightllm_backend.text.text_stream import Tokenizer
+from lightllm_backend.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 BYTE_LEVEL = Tokenizer.load(DATA / "byte_level")

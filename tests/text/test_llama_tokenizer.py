@@ -3,7 +3,8 @@
 
 import pytest
 
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 from tests.data.make_tokenizers import llama_tokenizer_json
 from tests.text.llama_vocabulary import fetched_files, sentencepiece_model, vectors
 

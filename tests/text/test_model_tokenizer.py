@@ -13,7 +13,7 @@ from lightllm_backend.options import ParsedRequest
 from lightllm_backend.request import RequestError, RequestOptions
 from lightllm_backend.text.model_tokenizer import load_tokenizer, warning_of_tokens_past_model
 from lightllm_backend.text.prompt import encode_prompt
-from lightllm_backend.text.text_stream import TokenizerError
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = {

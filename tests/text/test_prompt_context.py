@@ -20,7 +20,8 @@ from lightllm_backend.request import FinishReason, RequestOptions, SamplingParam
 from lightllm_backend.text.incremental_decoding import WindowDecoder
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 LIBRARY = tokenizers.Tokenizer.from_file(str(DATA / "llama/tokenizer.json"))

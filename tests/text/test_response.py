@@ -8,7 +8,8 @@ import pytest
 
 from lightllm_backend.request import FinishReason, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response, ResponseDecoder
-from lightllm_backend.text.text_stream import TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm_backend.text.incremental_decoding import IncrementalDecoder, WindowDecoder
-from lightllm_backend.text.text_stream import TextState, TextStream, Tokenizer
+from lightllm_backend.text.text_stream import TextState, TextStream
+from lightllm_backend.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 BYTE_LEVEL = Tokenizer.load(DATA / "byte_level")

@@ -13,7 +13,8 @@ import sentencepiece
 import tokenizers
 from transformers import AutoTokenizer
 
-from lightllm_backend.text.text_stream import Tokenizer, TokenizerError
+from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 DATA = Path(__file__).parents[1] / "data"
 TEXTS = [
@@ -271,7 +272,7 @@ def test_unloadable_directories_say_what_is_wrong(model_dir, tmp_path: Path):
     (directory / "added_tokens.json").write_text('{"<tool>": "first"}')
     assert "added tokens" in error(directory)
     (directory / "added_tokens.json").write_text("[]")
-    assert "added_tokens.json is not a JSON object" in error(directory)
+    assert "added_tokens.json holds a JSON list; an object is needed" in error(directory)
 
 
 @pytest.mark.parametrize("mode", ["auto", "slow"])
@@ -283,7 +284,8 @@ def test_a_lone_surrogate_cannot_be_encoded(mode: str):
 def test_no_torch_is_imported():
     program = (
         "import sys\n"
-        "from lightllm_backend.text.text_stream import TextStream, Tokenizer\n"
+        "from lightllm_backend.text.text_stream import TextStream\n"
+        "from lightllm_backend.text.tokenizer import Tokenizer\n"
         "for mode in ('auto', 'slow'):\n"
         f"    tokenizer = Tokenizer.load({str(DATA / 'llama')!r}, mode)\n"
         "    assert TextStream(tokenizer).push(tokenizer.encode('Hello')) == 'Hello'\n"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detokenizer step: turns chunks of token ids into text and tells generation what became of each chunk.
+"""The detokenizer step: turns chunks of token ids into text and acknowledges each chunk to generation.
 
-It keeps no state of a request: the decoding state comes with each chunk and goes back with the message that the chunk
-was delivered. Generation sends a request's next chunk only after that message. So any instance may take any chunk, and
-the chunks of a request stay in order.
+The step keeps no state of a request: the decoding state comes with each chunk and goes back with the Delivered message.
+Generation sends a request's next chunk only after that message. So any instance may take any chunk, and the chunks of a
+request stay in order.
 """
 
 from lightllm_backend.messages.return_channel import ReturnChannel
@@ -56,7 +56,7 @@ class TritonPythonModel:
             return
         response = decoder.decode(chunk)
         sender.send(response and client_response(response, self.tokenizer), final=True)
-        if chunk.finish_reason is None:  # nobody waits for an acknowledgement of the last one
+        if chunk.finish_reason is None:  # generation needs no acknowledgement of the last chunk
             self.returns.send(Delivered(uid, decoder.state().to_json()))
 
     def finalize(self):

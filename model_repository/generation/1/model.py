@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generation step: token ids in, chunks of token ids out. It does only I/O: the engine is another process."""
+"""The generation step: submits token ids to the engine, another process, and sends its chunks on. Only I/O."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
@@ -19,7 +19,7 @@ from lightllm_backend.triton_server.requests import is_probe, read_deadline, rea
 from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
-CONNECT_SECONDS = 60.0  # generous: the supervisor has said that the engine is ready
+CONNECT_SECONDS = 60.0  # generous, since the supervisor has already reported a ready engine
 
 
 class TritonPythonModel:
@@ -64,12 +64,17 @@ class TritonPythonModel:
             return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
         self.streams.submit(
-            parsed.token_ids, parsed.options, deadline, responder, flow_control=in_ensemble,
-            text=text, urgent=is_probe(request),
-        )  # fmt: skip
+            parsed.token_ids,
+            parsed.options,
+            deadline,
+            responder,
+            flow_control=in_ensemble,
+            text=text,
+            urgent=is_probe(request),
+        )
 
     def finalize(self):
-        self.engine.close()  # which ends all requests
+        self.engine.close()  # this ends all requests
         self.streams.close()
         self.supervisor.stop()
         self.metrics.close()

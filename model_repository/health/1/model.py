@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health: answers "ready", or UNAVAILABLE with what is wrong. It reads what the other processes publish."""
+"""The health model: answers "ready", or UNAVAILABLE with the reason, from the vitals of the other processes."""
 
 from lightllm_backend.launch.health import why_unready
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory

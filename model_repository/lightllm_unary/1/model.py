@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model for unary calls: encodes, submits to the same engine as the ensemble, decodes; one response a request."""
+"""The model for unary calls: encodes, submits to the ensemble's engine and decodes; one response per request."""
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
@@ -44,12 +44,17 @@ class TritonPythonModel:
         decoder = ResponseDecoder(self.tokenizer, state)
         responder = UnaryResponder(request, decoder.decode, self.tokenizer)
         self.streams.submit(
-            prompt.token_ids, parsed.options, deadline, lambda uid: responder,
-            flow_control=False, text=text, urgent=is_probe(request),
-        )  # fmt: skip
+            prompt.token_ids,
+            parsed.options,
+            deadline,
+            lambda uid: responder,
+            flow_control=False,
+            text=text,
+            urgent=is_probe(request),
+        )
 
     def finalize(self):
-        self.engine.close()  # which ends all requests
+        self.engine.close()  # this ends all requests
         self.streams.close()
         self.metrics.close()
         self.vitals.close()

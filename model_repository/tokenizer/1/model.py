@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer step: text and parameters in, token ids and checked parameters out."""
+"""The tokenizer step: turns text and parameters into token ids and checked parameters."""
 
 from lightllm_backend.messages.ensemble_messages import EnsembleContext
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
