@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from lightllm_client import LightLLMClient, LightLLMError, Unavailable
-from tests.e2e.server import REPOSITORY, engine_environment, free_ports, get, poll
+from tests.e2e.server import REPOSITORY, engine_environment, free_ports, get
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
