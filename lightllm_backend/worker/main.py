@@ -68,9 +68,10 @@ class Leader:
         # Opens the listener before _load() waits for the other ranks, so that they find it.
         self._followers = BatchSender(batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
-        self._vitals = _vitals(address, 0, self._engine.info)
         self._server = EngineServer(address, self._engine.info, parent_pipe)
         self._followers.accept()
+        # Last: whoever reads the vitals takes it that requests are served.
+        self._vitals = _vitals(address, 0, self._engine.info)
 
     def run(self) -> None:
         engine = self._engine

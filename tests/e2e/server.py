@@ -9,13 +9,13 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from lightllm_backend.triton_server.executable import command
+from tests.polling import poll
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 START_SECONDS = 180.0
@@ -28,16 +28,6 @@ class ServerEnded(RuntimeError):
     def __init__(self, exit_code: int, log: str) -> None:
         super().__init__(f"tritonserver ended with exit code {exit_code} before it was ready:\n{log}")
         self.exit_code = exit_code
-
-
-def poll(condition: Callable[[], bool], limit: float, every: float = 0.02) -> bool:
-    """Whether the condition becomes true within `limit` seconds; it is asked at this interval, in seconds."""
-    end = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(every)
-    return True
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,7 +14,8 @@ from tritonclient.utils import InferenceServerException
 
 from lightllm_client import InvalidArgument, LightLLMClient
 from tests.e2e.calls import generate, infer_grpc, infer_http, stream_grpc
-from tests.e2e.server import TritonServer, poll
+from tests.e2e.server import TritonServer
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from perf.benchmark_serving import main
 from perf.report import serving
-from tests.e2e.server import TritonServer, poll
+from tests.e2e.server import TritonServer
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,8 @@ from tritonclient.utils import InferenceServerException
 
 from lightllm_client import AsyncLightLLMClient, ChunkStream, DeadlineExceeded, LightLLMClient, Unavailable
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, infer_grpc, infer_http, stream_grpc, tensors
-from tests.e2e.server import TritonServer, poll
+from tests.e2e.server import TritonServer
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 

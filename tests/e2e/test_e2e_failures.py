@@ -17,7 +17,8 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.supervisor import EngineStartError, EngineSupervisor
 from lightllm_client import LightLLMClient, Unavailable
 from tests.e2e.calls import in_parallel, infer_http
-from tests.e2e.server import REPOSITORY, ServerEnded, TritonServer, poll
+from tests.e2e.server import REPOSITORY, ServerEnded, TritonServer
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,8 @@ from tritonclient.utils import InferenceServerException
 
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
 from tests.e2e.calls import NO_PROXY, infer_grpc
-from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get, poll
+from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 

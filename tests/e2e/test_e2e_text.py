@@ -57,9 +57,13 @@ def test_streams_that_share_the_detokenizers_are_the_unary_answers(
     def stream(prompt: str, options: dict[str, Any]) -> Generation:
         return Generation.join(client.stream(prompt, return_log_probs=True, **options))
 
+    def unary(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = infer_grpc(server, {"text_input": prompt, "return_log_probs": True, **options})
+        return answer
+
     streamed = in_parallel([lambda call=call: stream(*call) for call in calls])
-    for (prompt, more), answer in zip(calls, streamed, strict=True):
-        whole = infer_grpc(server, {"text_input": prompt, "return_log_probs": True, **more})
+    wholes = in_parallel([lambda call=call: unary(*call) for call in calls])
+    for answer, whole in zip(streamed, wholes, strict=True):
         assert (answer.text, list(answer.token_ids)) == (whole["text_output"], whole["output_ids"])
         assert (answer.finish_reason, answer.num_output_tokens) == (whole["finish_reason"], whole["num_output_tokens"])
         assert answer.cumulative_logprob == pytest.approx(whole["cumulative_logprob"], rel=1e-3)

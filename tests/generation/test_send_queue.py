@@ -10,7 +10,7 @@ import pytest
 
 from lightllm_backend.generation import send_queue as send_queue_module
 from lightllm_backend.generation.send_queue import SendQueue
-from tests.worker.engine_harness import wait_for
+from tests.polling import poll
 
 
 class FakeStream:
@@ -104,9 +104,9 @@ def test_threads_send_as_soon_as_they_may() -> None:
     streams = [FakeStream(str(number), sent) for number in range(50)]
     for stream in streams:
         send_queue.put(stream, urgent=False)
-    wait_for(lambda: len(sent) == 2)
+    assert poll(lambda: len(sent) == 2)
     for stream in streams:
-        wait_for(lambda stream=stream: stream.name in sent)
+        assert poll(lambda stream=stream: stream.name in sent)
         send_queue.acknowledged(stream)
     send_queue.close()
     assert threading.active_count() == before
@@ -127,15 +127,15 @@ def test_a_thread_rests_after_a_chunk_of_several_tokens_but_for_those_who_are_ur
     slow.coalesces, slow.seconds = True, 0.5
     send_queue.put(slow, urgent=False)
     send_queue.put(other, urgent=False)
-    wait_for(lambda: sent == ["slow"])
+    assert poll(lambda: sent == ["slow"])
     rests_since = time.monotonic()
     send_queue.put(urgent, urgent=True)
-    wait_for(lambda: sent[1:2] == ["urgent"])
+    assert poll(lambda: sent[1:2] == ["urgent"])
     assert time.monotonic() < rests_since + 0.4
-    wait_for(lambda: sent[2:] == ["other"])
+    assert poll(lambda: sent[2:] == ["other"])
     assert time.monotonic() > rests_since + 0.4
     send_queue.put(slow, urgent=False)
-    wait_for(lambda: sent[3:] == ["slow"])
+    assert poll(lambda: sent[3:] == ["slow"])
     send_queue.put(other, urgent=False)
     send_queue.close()
     assert sent[4:] == ["other"]

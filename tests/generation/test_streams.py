@@ -22,7 +22,7 @@ from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
-from tests.worker.engine_harness import wait_for
+from tests.polling import poll
 
 
 class FakeResponder:
@@ -412,8 +412,8 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     responder = submit(streams, tokenizer, max_tokens=3)
     assert engine.requests == {"u0": Request("u0", (1, 2), SamplingParams(max_tokens=3), 12.5)}
     engine.make("u0", [5], FinishReason.LENGTH)
-    wait_for(lambda: responder.ids == [[5]])
-    wait_for(lambda: streams._streams == {})
+    assert poll(lambda: responder.ids == [[5]])
+    assert poll(lambda: streams._streams == {})
 
 
 def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
@@ -427,7 +427,7 @@ def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, to
     responder = submit(streams, tokenizer, stop_words=("b",))
     engine.make("u0", tokenizer.encode("abc"))
     assert engine.stopped == ["u0"]
-    wait_for(lambda: responder.sent)
+    assert poll(lambda: responder.sent)
     assert responder.last.finish_reason is FinishReason.STOP
     engine.make("u0", [], FinishReason.STOP)
     assert streams._streams == {}
@@ -444,12 +444,12 @@ def test_a_request_whose_tokens_cannot_be_handled_ends_alone(
     responder = submit(streams, tokenizer, stop_words=("b",))
     monkeypatch.setattr(TextStream, "push", fail)
     engine.make("u1", [5])  # raises nothing: the thread that reads all requests' tokens goes on
-    wait_for(lambda: responder.sent)
+    assert poll(lambda: responder.sent)
     assert str(responder.last.error) == "INTERNAL: the tokens could not be handled: ValueError('no such token')"
     assert engine.cancelled == ["u1"]
     engine.make("u1", [], FinishReason.CANCELLED)
     engine.make("u0", [6])
-    wait_for(lambda: other.ids == [[6]])
+    assert poll(lambda: other.ids == [[6]])
     assert len(responder.sent) == 1
 
 
@@ -458,9 +458,9 @@ def test_the_watch_over_clients_survives_a_question_that_fails(
 ) -> None:
     broken, sound = (submit(streams, tokenizer, flow_control=False) for _ in range(2))
     broken.is_cancelled = None  # type: ignore[assignment, method-assign]
-    wait_for(lambda: sound.questions > 2)
+    assert poll(lambda: sound.questions > 2)
     sound.cancelled = True
-    wait_for(lambda: engine.cancelled == ["u1"])
+    assert poll(lambda: engine.cancelled == ["u1"])
 
 
 def test_a_detokenizer_may_connect_after_one_could_not(
@@ -480,15 +480,15 @@ def test_a_detokenizer_may_connect_after_one_could_not(
     monkeypatch.setattr(Channel, "accept", fail_once)
     waiting = Channel.connect(streams.return_address)
     refused = Channel.connect(streams.return_address)
-    wait_for(lambda: failed)
+    assert poll(lambda: failed)
     returns = ReturnChannel()
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
     returns.send(Delivered("u0", "state"))
-    wait_for(lambda: responder.ids == [[1], [2]])
+    assert poll(lambda: responder.ids == [[1], [2]])
     waiting.close()
     refused.close()
 
@@ -501,14 +501,14 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     returns.connect(streams.return_address)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
     returns.send(Delivered("u0", "state"))
-    wait_for(lambda: responder.ids == [[1], [2]])
+    assert poll(lambda: responder.ids == [[1], [2]])
     assert responder.states == [None, "state"]
     returns.send(Delivered("unknown", None))
     returns.send(ClientGone("u0"))
-    wait_for(lambda: engine.cancelled == ["u0"])
+    assert poll(lambda: engine.cancelled == ["u0"])
 
 
 def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
@@ -516,16 +516,16 @@ def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
 ) -> None:
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     channel = Channel.connect(streams.return_address)
     channel.send(DecodingFailed("u0", "KeyError: 7"))
-    wait_for(lambda: engine.cancelled == ["u0"])
+    assert poll(lambda: engine.cancelled == ["u0"])
     assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
     channel.close()
     engine.make("u0", [2])
     engine.make("u0", [], FinishReason.CANCELLED)
-    wait_for(lambda: responder.ids == [[1], [2]])
-    wait_for(lambda: streams._streams == {})
+    assert poll(lambda: responder.ids == [[1], [2]])
+    assert poll(lambda: streams._streams == {})
 
 
 def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
@@ -533,12 +533,12 @@ def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
 ) -> None:
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     assert engine.cancelled == []
     monkeypatch.setattr(stream_module, "ACKNOWLEDGEMENT_SECONDS", 0.0)
-    wait_for(lambda: "u0" in engine.cancelled)
+    assert poll(lambda: "u0" in engine.cancelled)
     engine.make("u0", [], FinishReason.CANCELLED)
-    wait_for(lambda: responder.ids == [[1], []])
+    assert poll(lambda: responder.ids == [[1], []])
 
 
 def test_what_is_in_flight_at_the_end_is_not_waited_for(
@@ -547,7 +547,7 @@ def test_what_is_in_flight_at_the_end_is_not_waited_for(
     streams = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     engine.make("u0", [], FinishReason.CANCELLED)
     streams.close()
     assert responder.ids == [[1], []]
@@ -558,10 +558,10 @@ def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, 
     responder = submit(streams, tokenizer)
     for number, channel in enumerate(channels):
         engine.make("u0", [number])
-        wait_for(lambda number=number: len(responder.sent) == number + 1)
+        assert poll(lambda number=number: len(responder.sent) == number + 1)
         channel.send(Delivered("u0", str(number)))
     engine.make("u0", [], FinishReason.STOP)
-    wait_for(lambda: responder.ids == [[0], [1], [2], []])
+    assert poll(lambda: responder.ids == [[0], [1], [2], []])
     assert responder.states == [None, "0", "1", "2"]
     for channel in channels:
         channel.close()
@@ -573,12 +573,12 @@ def test_another_detokenizer_may_connect_after_the_first(
     Channel.connect(streams.return_address).close()
     responder = submit(streams, tokenizer)
     channel = Channel.connect(streams.return_address)
-    wait_for(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
+    assert poll(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
     engine.make("u0", [1])
     channel.send(Delivered("u0", None))
-    wait_for(lambda: responder.ids == [[1]])
+    assert poll(lambda: responder.ids == [[1]])
     channel.send(ClientGone("u0"))
-    wait_for(lambda: engine.cancelled == ["u0"])
+    assert poll(lambda: engine.cancelled == ["u0"])
     channel.close()
 
 
@@ -586,14 +586,14 @@ def test_a_quiet_direct_call_is_asked_about(streams: Streams, engine: FakeEngine
     gone = submit(streams, tokenizer, flow_control=False)
     there = submit(streams, tokenizer, flow_control=False)
     gone.cancelled = True
-    wait_for(lambda: "u0" in engine.cancelled)
+    assert poll(lambda: "u0" in engine.cancelled)
     assert there.probes == gone.probes == 0
     assert "u1" not in engine.cancelled
 
 
 def test_a_quiet_stream_of_the_ensemble_is_probed(streams: Streams, tokenizer: Tokenizer) -> None:
     responder = submit(streams, tokenizer)
-    wait_for(lambda: responder.probes == 1)
+    assert poll(lambda: responder.probes == 1)
 
 
 @pytest.mark.parametrize("flow_control", [False, True])

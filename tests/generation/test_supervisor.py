@@ -16,7 +16,7 @@ from lightllm_backend.generation import supervisor as supervisor_module
 from lightllm_backend.generation import worker_group
 from lightllm_backend.generation.supervisor import EngineSupervisor
 from lightllm_backend.generation.worker_group import EngineStartError, worker_environment
-from tests.worker.engine_harness import wait_for
+from tests.polling import poll
 
 # Runs one line of Python more than a worker that is ready and obeys its parent pipe.
 WORKER = """#!{python}
@@ -131,7 +131,7 @@ def test_a_failure_of_the_watch_does_not_end_it(make: Make, tmp_path: Path, capl
     supervisor = make(on_restart=on_restart)
     supervisor.wait_ready()
     psutil.Process(supervisor.pids[0]).kill()
-    wait_for(lambda: starts(tmp_path) == 2)
+    assert poll(lambda: starts(tmp_path) == 2)
     assert "could not be started again: no metrics" in caplog.text
 
 
@@ -147,8 +147,8 @@ def test_a_worker_that_dies_is_started_again(make: Make, tmp_path: Path) -> None
     supervisor.wait_ready()
     first = supervisor.pids[0]
     psutil.Process(first).kill()
-    wait_for(lambda: starts(tmp_path) == 2)
-    wait_for(lambda: supervisor.pids[0] != first)
+    assert poll(lambda: starts(tmp_path) == 2)
+    assert poll(lambda: supervisor.pids[0] != first)
     assert restarts == [True]
     supervisor.stop()
     assert not psutil.pid_exists(supervisor.pids[0])
@@ -160,7 +160,7 @@ def test_it_tries_again_after_a_start_that_failed(make: Make, tmp_path: Path, ca
     supervisor.wait_ready()
     (tmp_path / "fail").touch()
     psutil.Process(supervisor.pids[0]).kill()
-    wait_for(lambda: starts(tmp_path) == 3)
+    assert poll(lambda: starts(tmp_path) == 3)
     assert "could not be started again: not now" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_stopping_during_a_restart_leaves_no_worker(make: Make, tmp_path: Path) 
     made.append(supervisor)
     supervisor.wait_ready()
     psutil.Process(supervisor.pids[0]).kill()
-    wait_for(lambda: not supervisor._watcher.is_alive())
+    assert poll(lambda: not supervisor._watcher.is_alive())
     assert starts(tmp_path) == 1
     assert not psutil.pid_exists(supervisor.pids[0])
 

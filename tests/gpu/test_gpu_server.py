@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lightllm_client import LightLLMClient
-from tests.e2e.server import TritonServer, poll
+from tests.e2e.server import TritonServer
+from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
 
 pytestmark = [

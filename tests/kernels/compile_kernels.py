@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what the launchers would launch on another GPU, without one: `python -m tests.kernels.compile_kernels 9.0`.
+"""Compiles what the launchers would launch on another GPU, without one.
 
-Prints a JSON object of the shared memory that each kernel takes. Must run without TRITON_INTERPRET.
+`python -m tests.kernels.compile_kernels 9.0 MODELS` compiles every kernel for these models, a JSON list. Without
+MODELS, it compiles the products at the blocks that are stored for the GPU. Prints a JSON object of the shared memory
+that each kernel takes. Must run without TRITON_INTERPRET.
 """
 
 import json
@@ -106,8 +108,8 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     launchers.prefill_attention(q, k, k, k, k, table, lengths, starts, lengths, 0.1, whole_prompts=whole)
     for pool in (q, k[:, :1]):  # no query heads share K and V, all of them do
         new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)
-        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1)
-        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 60, 0.1)
+        for longest in (4096, 60) if with_variants else (4096,):  # split, which ends with other stores, or whole
+            launchers.token_attention(*new, pool, pool, table, lengths, lengths, longest, 0.1)
     if with_variants:
         launch_large_batches(q, k, table, lengths)
         launch_variants(q, k, table, lengths, starts)
@@ -127,16 +129,25 @@ def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, 
             launchers.token_attention(*new, pool, pool, table, lengths, lengths, 60, 0.1, scales=pool_scales)
 
 
+def blocks_to_compile(capability: str) -> list[tuple[int, bool, LinearBlocks]]:
+    """The stored blocks, as tokens, whether gated, and blocks; of those that differ in the stages alone, the deepest.
+
+    Fewer stages compile to the same loop over fewer buffers, so they take less shared memory.
+    """
+    deepest: dict[tuple[int, bool, LinearBlocks], int] = {}
+    for path in (BLOCKS, PREFETCH_BLOCKS):
+        for name, by_tokens in stored_blocks(path).get(capability, {}).items():
+            for tokens, stored in by_tokens.items():
+                if stored is not None:
+                    blocks = LinearBlocks(*stored)._replace(splits=1)
+                    key = (int(tokens), name.endswith("gated"), blocks._replace(num_stages=0))
+                    deepest[key] = max(blocks.num_stages, deepest.get(key, 0))
+    return [(*key, blocks._replace(num_stages=stages)) for (*key, blocks), stages in sorted(deepest.items())]
+
+
 def launch_stored(capability: str) -> None:
-    """Products at all blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
-    chosen = {
-        (int(tokens), name.endswith("gated"), LinearBlocks(*blocks)._replace(splits=1))
-        for path in (BLOCKS, PREFETCH_BLOCKS)
-        for name, by_tokens in stored_blocks(path).get(capability, {}).items()
-        for tokens, blocks in by_tokens.items()
-        if blocks is not None
-    }
-    for tokens, is_gated, blocks in sorted(chosen):
+    """Products at the blocks that are stored for this GPU, whatever their sizes: 1024 divides all of those."""
+    for tokens, is_gated, blocks in blocks_to_compile(capability):
         x, weight = (torch.empty(rows, 1024, dtype=torch.bfloat16) for rows in (tokens, 1024))
         other = ProductKernel.TILES if tokens > FEW_TOKENS[-1] else ProductKernel.SPLITS
         choice = Choice(ProductKernel.PREFETCH if blocks.programs_per_sm else other, blocks)
@@ -175,10 +186,12 @@ def main() -> None:
         shared[kernel.fn.__name__] = max(size, shared.get(kernel.fn.__name__, 0))
 
     JITFunction.run = record
-    for index, (dtype, *shape) in enumerate(json.loads(sys.argv[2])):
-        # They take no more shared memory than the plain ones, and longer to compile.
-        launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
-    launch_stored(sys.argv[1])
+    if len(sys.argv) == 2:
+        launch_stored(sys.argv[1])
+    else:
+        for index, (dtype, *shape) in enumerate(json.loads(sys.argv[2])):
+            # They take no more shared memory than the plain ones, and longer to compile.
+            launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
     print(json.dumps(shared))
 
 

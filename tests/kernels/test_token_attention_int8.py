@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token_attention_int8 is what token_attention does over pools of int8; test_token_attention has its shapes."""
+"""token_attention_int8 by its own name, against naive softmax; test_token_attention has its shapes and variants."""
 
 import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
-from tests.kernels.kernel_harness import TOLERANCE, make_pool, new_tokens, relative_error
+from tests.kernels.kernel_harness import TOLERANCE, make_pool, naive_attention, new_tokens, relative_error
 
 
+@pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("shape", [(3, 3, 16), (4, 2, 80), (2, 1, 128)])
-def test_it_is_token_attention(shape, device):
+def test_it_is_attention_over_the_values_that_the_int8_stand_for(implementation, shape, device):
     heads, kv_heads, head_dim = shape
     pool = make_pool([40, 1, 0, 7], kv_heads, head_dim, torch.float32, device).to_int8()
     new, pool = new_tokens(pool, heads, torch.float32, head_dim)
-    table = (pool.req_to_token, pool.rows, pool.context_lengths, 40, head_dim**-0.5)
-    outputs = []
-    for implementation in (launchers, reference):
-        for int8_only in (True, False):
-            k, v, scales = pool.k.clone(), pool.v.clone(), pool.scales.clone()
-            if int8_only:
-                outputs.append(implementation.token_attention_int8(*new, k, v, scales, *table))
-            else:
-                outputs.append(implementation.token_attention(*new, k, v, *table, scales=scales))
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[2], outputs[3])
-    assert relative_error(outputs[0], outputs[2]) < TOLERANCE[torch.float32]
+    query, other = new.q.clone(), [torch.zeros(pool.k.shape, device=device) for _ in "kv"]
+    reference.rotary_kv_write(query, new.k.clone(), new.v, new.cos, new.sin, new.slots, *other)
+    table, scale = (pool.req_to_token, pool.rows, pool.context_lengths), head_dim**-0.5
+    out = implementation.token_attention_int8(*new, pool.k, pool.v, pool.scales, *table, 40, scale)
+    live = pool.context_lengths > 0
+    expected = naive_attention(query[live], pool, live.tolist(), scale)  # over the pool with the new tokens
+    assert relative_error(out[live], expected) < TOLERANCE[torch.float32]
+    assert (out[~live] == 0).all()
 
 
 def test_other_pools_are_refused(device):

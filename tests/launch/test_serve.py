@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from click.testing import CliRunner
 
 from lightllm_backend import serve
 from lightllm_backend.config import EngineConfig
+from tests.polling import poll
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
@@ -264,13 +264,6 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     pytest.fail(f"{text!r} was not said:\n{lines}")
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_what_was_chosen_and_ends_as_the_server_ends(
     launch_command: Any, settings: dict[str, str], tmp_path: Path, number: signal.Signals
@@ -283,7 +276,7 @@ def test_it_says_what_was_chosen_and_ends_as_the_server_ends(
     assert lengths in " ".join(said.replace("│", " ").split())
     assert f"curl 127.0.0.1:{settings['http_port']}/v2/models/lightllm/generate -d" in said
     assert (tmp_path / "model_dir").read_text() == settings["model_dir"]
-    wait_for((tmp_path / "probed").exists)
+    assert poll((tmp_path / "probed").exists)
     process.send_signal(number)
     # The stand-in ends with 7 on SIGTERM; SIGINT is Python's KeyboardInterrupt.
     assert process.wait(20) == (7 if number == signal.SIGTERM else 130)
@@ -316,7 +309,7 @@ def test_a_killed_command_leaves_no_server_behind(
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", int(settings["http_port"]))) != 0
 
-    wait_for(is_gone)
+    assert poll(is_gone)
 
 
 def test_processes_that_the_server_leaves_behind_are_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -333,4 +326,4 @@ def test_processes_that_the_server_leaves_behind_are_ended(monkeypatch: pytest.M
             return psutil.Process(int(file.read_text())).status() == psutil.STATUS_ZOMBIE
         return True
 
-    wait_for(is_gone)
+    assert poll(is_gone)

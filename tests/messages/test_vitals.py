@@ -15,7 +15,7 @@ import pytest
 
 from lightllm_backend.messages import vitals as vitals_module
 from lightllm_backend.messages.vitals import Reading, Vitals, read_vitals
-from tests.worker.engine_harness import wait_for
+from tests.polling import poll
 
 PROCESS = """
 import sys, time
@@ -31,7 +31,7 @@ time.sleep(60)
 def process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process with vitals in `tmp_path`."""
     started = subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path)], cwd=Path(__file__).parents[2])
-    wait_for(lambda: read_vitals(tmp_path))
+    assert poll(lambda: read_vitals(tmp_path))
     yield started
     started.kill()
     started.wait()
@@ -49,7 +49,7 @@ def test_a_process_tells_what_it_does(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (first.role, first.pid, first.alive, first.taken, first.busy_since, first.patience) == (
         "a-step", os.getpid(), True, 0, 0.0, 7.5
     )  # fmt: skip
-    wait_for(lambda: only(tmp_path).beat > first.beat)
+    assert poll(lambda: only(tmp_path).beat > first.beat)
     before = time.monotonic()
     with vitals.working():
         busy = only(tmp_path)
@@ -65,7 +65,7 @@ def test_a_process_tells_what_it_does(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_stopped_process_beats_no_more(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     first = only(tmp_path)
-    wait_for(lambda: only(tmp_path).beat > first.beat)
+    assert poll(lambda: only(tmp_path).beat > first.beat)
     process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
     stopped = only(tmp_path)
@@ -73,12 +73,12 @@ def test_a_stopped_process_beats_no_more(tmp_path: Path, process: subprocess.Pop
     assert only(tmp_path).beat == stopped.beat
     assert stopped.alive
     process.send_signal(signal.SIGCONT)
-    wait_for(lambda: only(tmp_path).beat > stopped.beat)
+    assert poll(lambda: only(tmp_path).beat > stopped.beat)
 
 
 def test_a_dead_process_is_dead_until_another_takes_its_role(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    wait_for(lambda: not only(tmp_path).alive)  # it is a zombie, since nobody has waited for it
+    assert poll(lambda: not only(tmp_path).alive)  # it is a zombie, since nobody has waited for it
     process.wait()
     assert not only(tmp_path).alive
     other = Vitals(tmp_path, "other")

@@ -7,7 +7,6 @@ import contextlib
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +99,3 @@ def workers() -> list[psutil.Process]:
             if "lightllm_backend.worker.main" in child.cmdline():
                 found.append(child)
     return found
-
-
-def until(holds: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

@@ -16,6 +16,7 @@ from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.worker.statistics_log import StatisticsLog
+from tests.polling import poll
 from tests.worker.engine_harness import (
     EOS_ID,
     INFO,
@@ -23,7 +24,6 @@ from tests.worker.engine_harness import (
     CountingEngine,
     EngineClient,
     counting_engine,
-    wait_for,
 )
 
 
@@ -47,7 +47,7 @@ def test_the_tokens_of_a_step_travel_as_arrays(tmp_path: Path) -> None:
         assert channel.receive() == Ready(INFO)
         engine.runner.gate.clear()
         Answer(client, [1], max_tokens=2)
-        wait_for(lambda: engine.router.stats().running_requests == 1)
+        assert poll(lambda: engine.router.stats().running_requests == 1)
         for number in (7, 2**33):
             request = Request(f"r{number}", (number % 100,), SamplingParams(max_tokens=4))
             channel.send(Submit(request, number))
@@ -123,7 +123,7 @@ def test_a_full_queue_refuses_with_one_chunk(tmp_path: Path) -> None:
     with counting_engine(tmp_path, running_max_req_size=1, max_queue_size=1) as (engine, client):
         engine.runner.gate.clear()
         running = Answer(client, [1], max_tokens=2)
-        wait_for(lambda: engine.router.stats().running_requests >= 1)
+        assert poll(lambda: engine.router.stats().running_requests >= 1)
         waiting = [Answer(client, [1], max_tokens=2) for _ in range(3)]
         engine.runner.gate.set()
         ends = [answer.wait().last for answer in waiting]
@@ -144,7 +144,7 @@ def test_cancel_and_stop_end_a_request(tmp_path: Path) -> None:
             assert len(answer.tokens) < 300
             assert answer.last.error is None
         client.cancel("never heard of")
-        wait_for(lambda: engine.router.stats().kv_tokens_used == 0)
+        assert poll(lambda: engine.router.stats().kv_tokens_used == 0)
 
 
 def test_a_queued_request_can_be_cancelled(tmp_path: Path) -> None:
@@ -168,13 +168,13 @@ def test_a_step_that_fails_ends_every_request_once_and_the_worker(tmp_path: Path
     with counting_engine(tmp_path, running_max_req_size=2) as (engine, client):
         engine.runner.gate.clear()
         answers = [Answer(client, [1], max_tokens=5) for _ in range(4)]
-        wait_for(lambda: engine.router.stats().running_requests >= 1)
+        assert poll(lambda: engine.router.stats().running_requests >= 1)
         engine.runner.failure = RuntimeError("the device is on fire")
         engine.runner.gate.set()
         errors = [answer.wait().last.error for answer in answers]
         assert all(error is not None and error.code in ("INTERNAL", "UNAVAILABLE") for error in errors)
         assert str(errors[0]) == "INTERNAL: the engine failed: RuntimeError: the device is on fire"
-        wait_for(lambda: engine.error is not None)
+        assert poll(lambda: engine.error is not None)
         assert engine.error is engine.runner.failure
 
 
@@ -186,7 +186,7 @@ def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: 
     client.wait_ready(10)
     first.runner.gate.clear()
     answers = [Answer(client, [1], max_tokens=5) for _ in range(3)]
-    wait_for(lambda: first.router.stats().running_requests + first.router.stats().queued_requests > 0)
+    assert poll(lambda: first.router.stats().running_requests + first.router.stats().queued_requests > 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(first.server, "send", lambda output: None)  # a dead worker says nothing
         first.stop()
@@ -211,7 +211,7 @@ def test_a_message_that_cannot_be_read_ends_the_requests_and_the_client_connects
     with counting_engine(tmp_path) as (engine, client):
         engine.runner.gate.clear()
         answer = Answer(client, [1], max_tokens=5)
-        wait_for(lambda: engine.router.stats().running_requests == 1)
+        assert poll(lambda: engine.router.stats().running_requests == 1)
         [channel] = engine.server._clients
         channel.send_frame(msgpack.packb(("Tokens", ["no array"])))
         assert "the engine stopped while the request was running" in str(answer.wait().last.error)
@@ -227,7 +227,7 @@ def test_a_client_may_close_the_engine(tmp_path: Path) -> None:
         other.wait_ready(10)
         engine.runner.gate.clear()
         answers = [Answer(client, [1], max_tokens=5), Answer(other, [1], max_tokens=5)]
-        wait_for(
+        assert poll(
             lambda: engine.router.stats().running_requests > 0
         )  # the step that waits at the gate may have only one
         other.close_engine("the server is stopped: generation is dead")
@@ -241,13 +241,13 @@ def test_the_loop_publishes_its_progress(tmp_path: Path) -> None:
     with counting_engine(tmp_path) as (engine, client):
         engine.runner.gate.clear()
         answer = Answer(client, [1], max_tokens=3)
-        wait_for(lambda: engine.router.stats().running_requests == 1)
+        assert poll(lambda: engine.router.stats().running_requests == 1)
         [stuck] = read_vitals(tmp_path)
         assert stuck.role == "worker-0"
         assert time.monotonic() - 10 < stuck.busy_since <= time.monotonic(), "in the midst of a step"
         engine.runner.gate.set()
         answer.wait()
-        wait_for(lambda: read_vitals(tmp_path)[0].busy_since == 0)
+        assert poll(lambda: read_vitals(tmp_path)[0].busy_since == 0)
         assert read_vitals(tmp_path)[0].taken - stuck.taken == 3, "results"
 
 
@@ -257,10 +257,10 @@ def test_requests_of_a_client_that_dies_are_cancelled(tmp_path: Path) -> None:
         doomed.wait_ready(10)
         engine.runner.gate.clear()
         answers = [Answer(doomed, [1], max_tokens=300) for _ in range(4)]
-        wait_for(lambda: engine.router.stats().running_requests > 0)
+        assert poll(lambda: engine.router.stats().running_requests > 0)
         doomed.close()
         engine.runner.gate.set()
-        wait_for(lambda: not engine.router.has_work)
+        assert poll(lambda: not engine.router.has_work)
         assert engine.router.stats().kv_tokens_used == 0
         assert engine.router.ended_requests["cancelled"] == 4
         assert all(answer.wait().last.error is not None for answer in answers)
@@ -289,7 +289,7 @@ def test_statistics_reach_the_clients_and_come_to_rest(tmp_path: Path) -> None:
     client = EngineClient(address, on_stats=told.append)
     client.wait_ready(10)
     Answer(client, [1, 2, 3], max_tokens=4).wait()
-    wait_for(lambda: told and told[-1].generated_tokens_total == 4)
+    assert poll(lambda: told and told[-1].generated_tokens_total == 4)
     assert told[-1] == EngineStats(
         kv_tokens_cached=6, kv_tokens_total=500, prompt_tokens_total=3, generated_tokens_total=4
     )

@@ -15,8 +15,9 @@ import pytest
 
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.request import FinishReason, SamplingParams
+from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
-from tests.worker.process_harness import TIMEOUT, configuration, started, until, workers
+from tests.worker.process_harness import TIMEOUT, configuration, started, workers
 
 MAX_TOKENS = 12
 PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61)), [190, 191, 192]]
@@ -104,7 +105,7 @@ def test_a_rank_that_is_killed_ends_the_requests_and_the_engine_comes_back(direc
         os.kill(first[rank], signal.SIGKILL)
         assert all(one.ended.wait(TIMEOUT) for one in running)
         assert {one.chunks[-1].error.code for one in running} <= {"UNAVAILABLE", "INTERNAL"}
-        assert until(lambda: restarts and engine.supervisor.pids != first and engine.client.up)
+        assert poll(lambda: restarts and engine.supervisor.pids != first and engine.client.up, TIMEOUT)
         assert not any(psutil.pid_exists(pid) for pid in first)
         assert len(workers()) == 2
         [answer] = engine.answer(PROMPTS[1:2], SamplingParams(max_tokens=MAX_TOKENS))
@@ -146,4 +147,4 @@ def test_the_ranks_end_when_their_owner_is_killed(directory, tmp_path) -> None:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         assert len(pids) == 2
         owner.kill()
-    assert until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert poll(lambda: not any(psutil.pid_exists(pid) for pid in pids), TIMEOUT)
