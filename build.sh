@@ -130,7 +130,7 @@ test() {
     # Two at a time, a file on one worker, since its tests share a server; on a GPU one after the other.
     local workers=2
     if nvidia-smi >/dev/null 2>&1; then workers=0; fi
-    exec python -m pytest -q --numprocesses "$workers" --dist loadfile "$@"
+    exec python -m pytest -q --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 }
 
 docker() {

@@ -138,7 +138,7 @@ def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
     if architecture != "BloomForCausalLM":
         assert table.pop("rope_theta") == config_class.default_theta
     if architecture == "MistralForCausalLM":
-        # Of Ministral's class, as which AutoConfig reads a Mistral with this key.
+        # AutoConfig reads a Mistral with this key as Ministral.
         assert table.pop("layer_types") == transformers.MinistralConfig.layer_types
     inherited = {field.name for field in dataclasses.fields(transformers.PretrainedConfig)}
     own = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in inherited}

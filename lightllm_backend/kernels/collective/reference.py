@@ -26,7 +26,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         return arrived.view(residual.dtype)
 
     in_two_shots = buffers.use_two_shots(tokens)
-    # Who adds up a row.
+    # The rank that sums each row.
     adders = [token % ranks == other if in_two_shots else token >= 0 for other in range(ranks)]
     for other in range(ranks):
         send(other, adders[other], product[adders[other]])
