@@ -13,6 +13,13 @@ import torch
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
-# Where there is no GPU, kernels run in Triton-lang's interpreter.
-if not torch.cuda.is_available():
+HAS_GPU = torch.cuda.is_available()
+collect_ignore = [] if HAS_GPU else ["gpu"]
+
+# Without a GPU, kernels run in Triton-lang's interpreter.
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_report_header() -> str | None:
+    return None if HAS_GPU else "without an NVIDIA GPU: tests/gpu is left out"
