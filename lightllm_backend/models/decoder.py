@@ -6,6 +6,7 @@ A model derives from it and makes the parts in its `__init__`: norms, attention 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class DecoderLayer:
         return {name: slot for part in parts for name, slot in part.weight_map().items()}
 
 
-class Decoder:
+class Decoder(ABC):
     """One rank's part of a decoder-only model. causal_lm.CausalLM describes its methods."""
 
     # Names in a checkpoint, which each model sets.
@@ -75,9 +76,9 @@ class Decoder:
         """The hidden states [tokens, hidden_size] that enter the first layer."""
         return self.embedding(input_ids)
 
+    @abstractmethod
     def rotation(self, step: StepInput) -> Rotation:
         """The rotary embeddings of the step's tokens."""
-        raise NotImplementedError
 
     def forward(self, step: StepInput) -> Tensor:
         rotation = self.rotation(step)

@@ -98,7 +98,7 @@ def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
 
     async def leave_all() -> None:
         async with AsyncLightLLMClient(small_server.grpc_url) as client:
-            # As many as run at once, so that each stream gets its first token; then some that run and some that wait.
+            # One answer leaves slots for the streams, which need a first token; the later answers run or wait.
             answers = [asyncio.create_task(client.generate(PROMPT, **LONG))]
             await asyncio.gather(*(leave_the_loop(client) for _ in range(RUNNING - 1)))
             answers += [asyncio.create_task(client.generate(PROMPT, **LONG)) for _ in range(RUNNING)]
