@@ -16,6 +16,7 @@ BELOW_A_MODEL = (
 ALLOWED = {
     "request": (),
     "config": (),
+    "environment": (),
     "json_file": (),
     "client_options": ("option_table", "request"),
     "readme_tables": ("config", "option_table", "request"),
@@ -121,7 +122,7 @@ ALLOWED = {
     ),
     "generation.supervisor": ("config", "generation.worker_group"),
     "generation.token_times": ("request",),
-    "generation.worker_group": ("config", "messages.run_directory", "triton_server.executable"),
+    "generation.worker_group": ("config", "environment", "messages.run_directory"),
     "worker": (),
     "worker.batch_channel": ("messages.channel", "request", "router.batch"),
     "worker.launch_timer": ("router.batch",),
@@ -173,7 +174,7 @@ ALLOWED = {
     "worker.server": ("messages.channel", "messages.engine_messages", "request", "router.batch", "router.statistics"),
     "worker.statistics_log": ("router.statistics",),
     "triton_server": (),
-    "triton_server.executable": (),
+    "triton_server.executable": ("environment",),
     "triton_server.metrics": ("router.statistics",),
     "triton_server.model_configs": ("triton_server.tensors",),
     "triton_server.requests": (
@@ -242,6 +243,7 @@ ALLOWED_PACKAGES = {
     "json_file": (),
     "request": (),
     "config": (),
+    "environment": (),
     "triton_server.executable": (),
     "kernels": ("torch", "triton"),
     "router": ("numpy",),
@@ -252,6 +254,7 @@ ALLOWED_PACKAGES = {
 WITHOUT_TORCH = (
     "client_options",
     "config",
+    "environment",
     "generation.engine_client",
     "generation.stream",
     "generation.streams",
