@@ -3,7 +3,7 @@
 
     python -m lightllm_backend.client_options
 
-The client has every option with a help text.
+The client has every option that has a tensor, but for those in `_LEFT_OUT`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lightllm_backend.option_table import OPTIONS
+from lightllm_backend.request import DEFAULTS
 
 CLIENT_OPTIONS = Path(__file__).parents[1] / "client" / "lightllm_client" / "options.py"
 
+# The first three are arguments of the client's methods, stop_token_ids does what end_id does, and return_log_probs what
+# return_cumulative_logprob does.
+_LEFT_OUT = ("text_input", "input_ids", "stream", "end_id", "return_cumulative_logprob")
 _PYTHON_TYPES = {"BOOL": "bool", "INT32": "int", "UINT64": "int", "FP32": "float", "STRING": "str"}
 _HEAD = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -34,7 +38,7 @@ class Options(TypedDict, total=False):
 
 def source() -> str:
     """Generate the text of the client's options.py."""
-    tensors = {name: option.tensor for name, option in OPTIONS.items() if option.help and option.tensor}
+    tensors = {name: option.tensor for name, option in OPTIONS.items() if option.tensor and name not in _LEFT_OUT}
     datatypes = {name: "BYTES" if datatype == "STRING" else datatype for name, (datatype, _) in tensors.items()}
     lists = [name for name, (_, size) in tensors.items() if size == -1]
     annotations = []
@@ -49,8 +53,20 @@ def source() -> str:
         + "\n# These take any number of values; one value needs no list around it.\n"
         + f"LISTS = ({', '.join(map(_quoted, lists))})\n"
         + "\n# What each option does, as the command line says it.\n"
-        + _dictionary("HELP", ((name, OPTIONS[name].help) for name in tensors))
+        + _dictionary("HELP", ((name, _help(name)) for name in tensors))
     )
+
+
+def _help(name: str) -> str:
+    """The table's help with the server's default, in the words of a command line."""
+    text, default = OPTIONS[name].help, DEFAULTS.get(name)
+    if default == ():
+        return f"{text} May be given several times."
+    if default is None:
+        return text
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    return f"{text.removesuffix('.')} (default: {default})."
 
 
 def _dictionary(name: str, items: Iterable[tuple[str, str]]) -> str:

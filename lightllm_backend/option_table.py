@@ -39,7 +39,7 @@ class Option:
     tensor: tuple[str, int] | None = None  # type and size (-1: any) of the input tensor; None: no tensor
     aliases: tuple[str, ...] = ()  # other names, also for tensors
     keys: tuple[str, ...] = ()  # other names, for JSON keys and request parameters only
-    help: str = ""  # the help of the client's command line; empty: the client lacks the option
+    help: str = ""  # what README's table and the client's command line say, beside the default
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -163,20 +163,25 @@ _BOOL, _INT32, _FP32, _STRING, _STRINGS = ("BOOL", 1), ("INT32", 1), ("FP32", 1)
 
 OPTIONS: dict[str, Option] = {
     "text_input": Option(
-        text, "a string that is not empty", lambda v: v != "", _STRING, aliases=("inputs",)
+        text, "a string that is not empty", lambda v: v != "", _STRING, aliases=("inputs",),
+        help="The prompt, at most max_prompt_bytes of UTF-8; either this or input_ids.",
     ),
     "input_ids": Option(
         token_ids, "a list of 32-bit token ids that is not empty",
         lambda v: len(v) > 0 and all(-MAX_INT32 <= i <= MAX_INT32 for i in v), ("INT32", -1),
+        help="The prompt as ids of the model's vocabulary.",
     ),
-    "stream": _bool(tensor=_BOOL, keys=("streaming",)),
+    "stream": _bool(
+        tensor=_BOOL, keys=("streaming",),
+        help="Send the tokens as they come, in several responses.",
+    ),
     "max_tokens": _int(
         1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",),
-        help="Tokens to generate at most (server's default: 16).",
+        help="Tokens to generate at most; with the prompt at most max_req_total_len.",
     ),
     "do_sample": _bool(
         tensor=_BOOL,
-        help="Draw tokens instead of taking the likeliest (default: yes if temperature, top-p or top-k is given).",
+        help="Draw tokens instead of the likeliest (default: true if temperature > 0, top_p or top_k is given).",
     ),
     "temperature": Option(
         number, "a finite temperature ≥ 0", lambda v: 0 <= v < math.inf, _FP32,
@@ -188,7 +193,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "top_k": _int(
         1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32,
-        help="Draw from this many of the likeliest tokens; -1 is all.",
+        help="Draw from this many of the likeliest tokens.",
     ),
     "presence_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
@@ -200,15 +205,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "repetition_penalty": Option(
         number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32,
-        help="Divides the likelihood of tokens of the prompt and the answer; 1 is off.",
+        help="Divides the likelihood of tokens of the prompt and the answer.",
     ),
     "seed": _int(
         0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",),
-        help="The same seed gives the same draw.",
+        help="The same seed gives the same draw (default: drawn). The tensor cannot hold -1.",
     ),
     "min_tokens": _int(
         0, MAX_INT32, tensor=_INT32, aliases=("min_length",), keys=("min_new_tokens",),
-        help="Ignore end of sequence and stop words until this many tokens.",
+        help="Ignore EOS, stop ids and stop words until this many tokens; at most max_tokens.",
     ),
     "ignore_eos": _bool(
         tensor=_BOOL,
@@ -218,34 +223,40 @@ OPTIONS: dict[str, Option] = {
         texts, f"a string or a list of at most {MAX_STOP_WORDS} strings of at most {MAX_STOP_WORD_BYTES} bytes",
         lambda v: len(v) <= MAX_STOP_WORDS and all(len(w.encode()) <= MAX_STOP_WORD_BYTES for w in v),
         _STRINGS, aliases=("stop", "stop_sequences"),
-        help="End before this text; may be given several times.",
+        help="End before any of these texts.",
     ),
     "stop_token_ids": Option(
         token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} ids of the model's vocabulary, ≥ 0",
         lambda v: len(v) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_INT32 for i in v),
         ("INT32", -1), aliases=("stop_ids",),
-        help="End with this token id, as with the model's end of sequence; may be given several times.",
+        help="End with any of these ids, even with ignore_eos.",
     ),
-    "end_id": _int(0, MAX_INT32, "-1 (none: EOS is ignored), or ", lowest=-1, tensor=_INT32),
+    "end_id": _int(
+        0, MAX_INT32, "-1 (none: EOS is ignored), or ", lowest=-1, tensor=_INT32,
+        help="One more of stop_token_ids.",
+    ),
     "exclude_input_in_output": _bool(
         tensor=_BOOL,
-        help="Leave the prompt out of the answer (default: yes).",
+        help="Leave the prompt out of the answer.",
     ),
     "parse_special": _bool(
         tensor=_BOOL,
-        help="Take special tokens in the prompt as tokens, not as text (default: yes).",
+        help="Take special tokens in the prompt as tokens, not as text.",
     ),
     "skip_special_tokens": _bool(
         tensor=_BOOL,
-        help="Leave special tokens out of the answer (default: yes).",
+        help="Leave special tokens out of the answer.",
     ),
     "return_log_probs": Option(
         boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",),
-        help="Ask for log probabilities; --verbose shows them.",
+        help="Ask for the log probability of each new token.",
     ),
-    "logprobs": Option(wants_log_probs, "true, false or a count ≥ 0"),
-    "return_cumulative_logprob": _bool(tensor=_BOOL),
-    "return_details": _bool(),
+    "logprobs": Option(
+        wants_log_probs, "true, false or a count ≥ 0",
+        help="Asks for log probabilities too, even with 0; return_log_probs overrides it.",
+    ),
+    "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
+    "return_details": _bool(help="Asks for log probabilities too."),
 }  # fmt: skip
 
 _ALWAYS_THERE = "that output is always there"

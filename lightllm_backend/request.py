@@ -100,13 +100,13 @@ class RequestOptions:
         """Write the options as a `sampling_parameters` string; `parse_request` reads the same options from it."""
         values = {**vars(self), **vars(self.sampling)}
         del values["sampling"]
-        return json.dumps({name: value for name, value in values.items() if value != _DEFAULTS.get(name)})
+        return json.dumps({name: value for name, value in values.items() if value != DEFAULTS.get(name)})
 
 
-# `to_json` leaves these values out. It always writes seed and do_sample: without them, `parse_request` draws a seed
-# and derives do_sample from other options.
-_DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
-del _DEFAULTS["seed"], _DEFAULTS["do_sample"]
+# The values of options that a request does not name; `to_json` leaves them out. seed and do_sample have none:
+# `parse_request` draws a seed and derives do_sample from other options.
+DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
+del DEFAULTS["sampling"], DEFAULTS["seed"], DEFAULTS["do_sample"]
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,7 @@ def simulate(
 
     def router_for(clock: Callable[[], float]) -> Router:
         eos_ids = frozenset({EOS_ID})
-        return Router(
-            capacity, num_rows, BATCH_MAX_TOKENS, num_rows, eos_ids, clock=clock, policy=make_policy()
-        )  # fmt: skip
+        return Router(capacity, num_rows, BATCH_MAX_TOKENS, num_rows, eos_ids, clock=clock, policy=make_policy())
 
     return SimulatedEngine(router_for, num_rows, lengths, arrivals or [0.0] * num_rows, max_tokens).run()
 

@@ -42,6 +42,7 @@ class EngineUnderTest:
         self.start_seconds = start_seconds
         self._client = client
         self._stats = stats
+        self._resting: EngineStats | None = None  # after the last run, as before the next one
         self._random = random.Random(0)
 
     def run(self, prompt_lengths: Sequence[int], output_len: int) -> BatchRun:
@@ -53,16 +54,17 @@ class EngineUnderTest:
         sampling = SamplingParams(max_tokens=output_len, ignore_eos=True)
         requests = [Request(self._client.new_uid(), prompt, sampling) for prompt in prompts]
         watch = _Watch([request.uid for request in requests])
-        before = self._at_rest()
+        before = self._resting or self._at_rest()
         started = time.perf_counter()
         for request in requests:
             self._client.submit(request, watch.on_chunk)
         watch.done.wait()
         seconds = time.perf_counter() - started
+        self._resting = self._at_rest()
         if watch.errors:
             raise watch.errors[0]
         gaps = [later - sooner for sooner, later in itertools.pairwise(watch.times)]
-        device_seconds = self._at_rest().device_seconds_total - before.device_seconds_total
+        device_seconds = self._resting.device_seconds_total - before.device_seconds_total
         return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0, watch.most_running, device_seconds)
 
     def _at_rest(self) -> EngineStats:

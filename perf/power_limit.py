@@ -71,9 +71,12 @@ def measure(step: DecodeStep, batch: int) -> dict[str, Any]:
     sustained = sustained_seconds(step, batch, rested)
     state = _device_state()
     return {
-        "batch": batch, "rested_ms": 1e3 * rested, "sustained_ms": 1e3 * sustained, **state,
+        "batch": batch,
+        "rested_ms": 1e3 * rested,
+        "sustained_ms": 1e3 * sustained,
+        **state,
         "joules": state["watts"] * sustained,
-    }  # fmt: skip
+    }
 
 
 def table_of(result: dict[str, Any]) -> Table:
@@ -99,9 +102,13 @@ def main(model: str, batches: list[int], out: Path | None) -> None:
     rows = [measure(step, batch) for batch in tqdm(batches, desc=model, unit="batch")]
     gpu = torch.cuda.get_device_name()
     result = {
-        "benchmark": "power_limit", "model": model, **circumstances(gpu), "dtype": str(DTYPE).removeprefix("torch."),
-        "context": CONTEXT, "rows": rows,
-    }  # fmt: skip
+        "benchmark": "power_limit",
+        "model": model,
+        **circumstances(gpu),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "context": CONTEXT,
+        "rows": rows,
+    }
     Console(width=120).print(table_of(result))
     name = "_".join(["power_limit", model, *gpu.split()]).lower()
     write_result(out or RESULTS / f"{name}.json", result)

@@ -52,11 +52,15 @@ def static_inference(result: dict[str, Any]) -> list[str]:
     layouts = {
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
         f"{peer.NAME}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
-        "TFLOP/s": ("tflops", "{:.0f}"), "of the peak": ("prefill_share", "{:.2f}"), "ms a step": ("step_ms", "{:.2f}"),
+        "TFLOP/s": ("tflops", "{:.0f}"),
+        "of the peak": ("prefill_share", "{:.2f}"),
+        "ms a step": ("step_ms", "{:.2f}"),
         "on the GPU, ms": ("device_step_ms", "{:.2f}"),
-        f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"), "floor ms": ("floor_ms", "{:.2f}"),
-        "floor / step": ("share", "{:.2f}"), "tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
-    }  # fmt: skip
+        f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"),
+        "floor ms": ("floor_ms", "{:.2f}"),
+        "floor / step": ("share", "{:.2f}"),
+        "tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
+    }
     rows = []
     for row in result["rows"]:
         shown = {**row, **peer.beside(result, row)}
@@ -109,11 +113,15 @@ def step_profile(result: dict[str, Any]) -> list[str]:
 def power_limit(result: dict[str, Any]) -> list[str]:
     rows = [
         [
-            f"{row['batch']}", f"{row['rested_ms']:.2f}", f"{row['sustained_ms']:.2f}", f"{row['watts']:.0f}",
-            f"{row['megahertz']:,.0f}", f"{row['joules']:.2f}",
+            f"{row['batch']}",
+            f"{row['rested_ms']:.2f}",
+            f"{row['sustained_ms']:.2f}",
+            f"{row['watts']:.0f}",
+            f"{row['megahertz']:,.0f}",
+            f"{row['joules']:.2f}",
         ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     limit = f"limit {result['rows'][0]['limit_watts']:.0f} W"
     title = f"**Decode steps of {result['model']} without an engine, {result['context']} tokens of context, {limit}**"
     headings = ["batch", "ms after a rest", "ms for seconds on end", "W", "clock, MHz", "J a step"]
@@ -185,11 +193,14 @@ def router_time(result: dict[str, Any]) -> list[str]:
 def admission(result: dict[str, Any]) -> list[str]:
     at_once = [
         [
-            f"{row['pool_tokens']:,}", f"{row['steps']:,}", f"{row['running']:,.0f}",
-            f"{row['share_by_step']:.1%}", f"{row['share_by_time']:.1%}",
+            f"{row['pool_tokens']:,}",
+            f"{row['steps']:,}",
+            f"{row['running']:,.0f}",
+            f"{row['share_by_step']:.1%}",
+            f"{row['share_by_time']:.1%}",
         ]
         for row in result["at_once"]
-    ]  # fmt: skip
+    ]
     served = [
         [
             f"{row['pool_tokens']:,}", row["policy"], f"{row['share_by_time']:.0%}", f"{row['running']:,.0f}",

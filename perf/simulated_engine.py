@@ -55,9 +55,13 @@ class SimulatedEngine:
     """
 
     def __init__(
-        self, router_for: Callable[[Callable[[], float]], Router], num_rows: int,
-        lengths: Sequence[Lengths], arrivals: Sequence[float], max_tokens: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        router_for: Callable[[Callable[[], float]], Router],
+        num_rows: int,
+        lengths: Sequence[Lengths],
+        arrivals: Sequence[float],
+        max_tokens: int | None = None,
+    ) -> None:
         self._now = 0.0
         self._router = router_for(lambda: self._now)
         self._lengths = lengths

@@ -168,14 +168,19 @@ def file_name(result: dict[str, Any]) -> str:
 @click.option("--input_len", default="128", show_default=True, type=SizeList(), help="prompt tokens of each request")
 @click.option("--output_len", default=128, show_default=True, type=click.IntRange(min=1), help="1: prefill alone")
 @click.option(
-    "--case", "more", multiple=True, type=Sizes("BATCH", "INPUT", "OUTPUT"),
+    "--case",
+    "more",
+    multiple=True,
+    type=Sizes("BATCH", "INPUT", "OUTPUT"),
     help="one more batch, beside all combinations of the options above; may be repeated",
-)  # fmt: skip
+)
 @click.option("--mixed", multiple=True, type=Sizes("BATCH", "OUTPUT"), help="one more batch, of mixed lengths")
 @click.option(
-    "--lengths", default=WORKLOAD, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--lengths",
+    default=WORKLOAD,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="the workload that the mixed lengths are those of: CSV with prompt_tokens and output_tokens",
-)  # fmt: skip
+)
 @click.option("--mean_context", default=395, show_default=True, type=click.IntRange(min=1), help="of a mixed batch")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="rounds that count")
 @click.option("--tp", type=click.IntRange(min=1), help="GPUs that share the model")
@@ -187,10 +192,22 @@ def file_name(result: dict[str, Any]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file (default: in perf/results)")
 @click.option("--plot", is_flag=True, help="draw step over batch size into an SVG file beside the JSON file")
 def main(
-    model: str, model_dir: str | None, dummy_weights: bool, batches: list[int], input_len: list[int], output_len: int,
-    more: tuple[tuple[int, int, int], ...], mixed: tuple[tuple[int, int], ...], lengths: Path, mean_context: int,
-    repeats: int, out: Path | None, plot: bool, tp: int | None, **settings: str | None,
-) -> None:  # fmt: skip
+    model: str,
+    model_dir: str | None,
+    dummy_weights: bool,
+    batches: list[int],
+    input_len: list[int],
+    output_len: int,
+    more: tuple[tuple[int, int, int], ...],
+    mixed: tuple[tuple[int, int], ...],
+    lengths: Path,
+    mean_context: int,
+    repeats: int,
+    out: Path | None,
+    plot: bool,
+    tp: int | None,
+    **settings: str | None,
+) -> None:
     if model_dir is None and not dummy_weights:
         raise click.UsageError("--no-dummy_weights needs --model_dir: a shape has no weights of its own")
     if plot and importlib.util.find_spec("matplotlib") is None:

@@ -170,9 +170,13 @@ def profile_case(
     assert loop.all_run, "the batch is whole in every step that is timed"
     host = {f"{name}_ms": 1e3 * statistics.median(getattr(turn, name) for turn in times) for name in HostTimes._fields}
     row = {
-        "batch": case.batch, "prompt_tokens": sum(case.prompt_lengths), "mixed": case.mixed, "steps": len(times),
-        "wall_ms": 1e3 * wall / len(times), **host,
-    }  # fmt: skip
+        "batch": case.batch,
+        "prompt_tokens": sum(case.prompt_lengths),
+        "mixed": case.mixed,
+        "steps": len(times),
+        "wall_ms": 1e3 * wall / len(times),
+        **host,
+    }
     if on_gpu:
         if in_prefill:
             loop.finish()
@@ -235,9 +239,17 @@ def cases_for(
 @click.option("--batch_max_tokens", default=8192, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", type=click.Path(path_type=Path), help="the JSON file (default: in perf/results)")
 def main(
-    model: str, batches: list[int], input_len: int, mixed: int | None, mean_context: int, steps: int, prefill: bool,
-    batch_max_tokens: int, out: Path | None, **settings: str | None,
-) -> None:  # fmt: skip
+    model: str,
+    batches: list[int],
+    input_len: int,
+    mixed: int | None,
+    mean_context: int,
+    steps: int,
+    prefill: bool,
+    batch_max_tokens: int,
+    out: Path | None,
+    **settings: str | None,
+) -> None:
     cases = cases_for(batches, input_len, mixed, mean_context, steps, batch_max_tokens)
     # Without the prefix cache, since prompts that begin with the same token by chance would share it.
     settings |= {"load_format": "dummy", "batch_max_tokens": str(batch_max_tokens), "prefix_cache": "false"}

@@ -3,11 +3,15 @@
 
     python -m perf.tune_linear
     python -m perf.tune_linear --tp 1 --tokens 128,256 llama-7b
+    python -m perf.tune_linear --rule
 
 It times all blocks that fit the shared memory, and for linear_tiles the few in TILES, in a CUDA graph: each product is
 followed by a norm, as in a model, and the weights together exceed the L2 cache. cuBLAS is timed beside them and keeps
 the products at which it is as quick. The result goes to lightllm_backend/kernels/linear/linear_blocks.json, where other
 GPUs, products and token counts keep what earlier runs found.
+
+With --rule it stores nothing: it times what the rule for weights without stored blocks can choose, for the same
+products, and prints how far the rule's choice is from the quickest.
 """
 
 from __future__ import annotations
@@ -25,13 +29,16 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from lightllm_backend.kernels.hardware import compute_capability, multiprocessor_count
 from lightllm_backend.kernels.linear.choice import (
     BLOCKS,
     FEW_TOKENS,
     MORE_TOKENS,
     Choice,
+    Gpu,
     LinearBlocks,
     ProductKernel,
+    blocks_by_rule,
     product_name,
     stored_blocks,
 )
@@ -116,6 +123,35 @@ def seconds_between_norms(product: Callable[[Tensor], Any], weights: list[Tensor
 
 def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
     """The fastest blocks, or None if cuBLAS is quicker."""
+    times = block_times(product, tokens, list(candidates(product, tokens)))
+    return min(times, key=lambda blocks: times[blocks])
+
+
+def rule_against_others(product: Product, tokens: int, gpu: Gpu) -> str:
+    """One line: the time with the rule's blocks, and the best time with each number of splits, in microseconds."""
+    programs = product.out_features // 64 / gpu.multiprocessors
+    head = f"{programs:5.2f} programs a multiprocessor, {product_name(*product[:3])}, {tokens} tokens:"
+    chosen = blocks_by_rule(*product[:3], gpu)
+    if chosen is None:
+        return f"{head} the rule has no blocks"
+    tried = [
+        chosen._replace(splits=splits, num_stages=stages)
+        for splits, stages in itertools.product((1,) if product.is_gated else (1, 2, 4, 8), (3, 4, 5, 6))
+        if product.in_features % (splits * chosen.inner) == 0
+    ]
+    times = block_times(product, tokens, tried)
+    quickest = [
+        f"{splits} x {best.num_stages} stages {1e6 * times[best]:.2f}"
+        for splits in sorted({blocks.splits for blocks in tried})
+        for best in [min((blocks for blocks in tried if blocks.splits == splits), key=lambda blocks: times[blocks])]
+    ]
+    rule = f"{chosen.splits} x {chosen.num_stages} stages {1e6 * times[chosen]:.2f}"
+    loss = times[chosen] / min(times[blocks] for blocks in tried) - 1
+    return f"{head} rule {rule}, {100 * loss:.1f} % over the quickest of {', '.join(quickest)}"
+
+
+def block_times(product: Product, tokens: int, tried: list[LinearBlocks]) -> dict[LinearBlocks | None, float]:
+    """The seconds that the product takes with each of these blocks; None: with cuBLAS, less the margin."""
     shape = (product.out_features, product.in_features)
     count = max(3, WEIGHT_BYTES // (2 * shape[0] * shape[1]))
     weights = [torch.randn(*shape, device=DEVICE, dtype=DTYPE) / shape[1] ** 0.5 for _ in range(count)]
@@ -133,21 +169,27 @@ def best_blocks(product: Product, tokens: int) -> LinearBlocks | None:
             dtype = DTYPE if blocks.splits == 1 else torch.float32
             launch_product(x, weight, None, x.new_empty(blocks.splits, tokens, shape[0], dtype=dtype), choice)
 
-    tried = list(candidates(product, tokens))
     compile_ahead(lambda: [run(weights[0], blocks) for blocks in tried])
     for blocks in tried:
         extra = SUM_SECONDS if blocks.splits > 1 and not product.norm_sums_parts else 0.0
         times[blocks] = seconds_between_norms(partial(run, blocks=blocks), weights) + extra
-    return min(times, key=lambda blocks: times[blocks])
+    return times
 
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tp", default="1,2,4", show_default=True, help="numbers of GPUs, separated by commas")
 @click.option("--tokens", default=",".join(map(str, FEW_TOKENS + MORE_TOKENS)), show_default=True, help="of a step")
-def main(models: tuple[str, ...], tp: str, tokens: str) -> None:
+@click.option("--rule", is_flag=True, help="time the rule for weights without stored blocks instead")
+def main(models: tuple[str, ...], tp: str, tokens: str, rule: bool) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
     found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
+    if rule:
+        gpu = Gpu(compute_capability(DEVICE), multiprocessor_count(DEVICE))
+        for product, count in itertools.product(sorted(found), FEW_TOKENS):
+            print(rule_against_others(product, count, gpu), flush=True)
+            torch.cuda.empty_cache()
+        return
     table = stored_blocks(BLOCKS).setdefault(capability(), {})
     for product in tqdm(sorted(found), unit="product"):
         row = table.setdefault(product_name(*product[:3]), {})

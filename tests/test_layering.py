@@ -150,6 +150,15 @@ def test_no_modules_import_each_other() -> None:
     assert circles(modules(for_type_checkers=True)) == []
 
 
+def test_no_folders_import_each_other() -> None:
+    """So that a newcomer can read the folders one after the other."""
+    folders: dict[str, list[str]] = {}
+    for module, names in modules(for_type_checkers=True).items():
+        parts = [name.split(".") for name in names if name.startswith(f"{PACKAGE}.")]
+        folders.setdefault(module.partition(".")[0], []).extend(f"{PACKAGE}.{name[1]}" for name in parts)
+    assert circles(folders) == []
+
+
 def test_a_forbidden_import_is_found() -> None:
     assert layer_violations("router.router", [f"{PACKAGE}.runner.sampler.Sampler", f"{PACKAGE}.request.Request"]) == [
         "runner.sampler.Sampler"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightllm_backend import readme_tables
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.option_table import OPTIONS
 from lightllm_backend.triton_server.metrics import COUNTERS, GAUGES, HISTOGRAMS
@@ -19,18 +20,26 @@ def rows_with(*cells: str) -> list[str]:
     return [line for line in README.splitlines() if line.startswith("|") and all(cell in line for cell in cells)]
 
 
+def test_the_tables_of_settings_and_options_are_as_the_command_writes_them() -> None:
+    assert readme_tables.updated(README) == README, "run python -m lightllm_backend.readme_tables"
+
+
 @pytest.mark.parametrize("setting", fields(EngineConfig), ids=lambda setting: setting.name)
-def test_every_setting_is_in_the_table_with_its_default(setting) -> None:
-    value = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
-    default = "–" if value is None else f"`{value}`"
-    assert len(rows_with(f"| `{setting.name}` | {default} |", setting.metadata["help"].replace("|", "/"))) == 1
+def test_the_command_writes_a_row_for_every_setting(setting) -> None:
+    assert len(rows_with(f"| `{setting.name}` |")) == 1
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_documented_with_its_type_and_its_other_names(name: str) -> None:
-    kind = [f"{datatype} [{size}]" for datatype, size in [OPTIONS[name].tensor or ("", 0)] if datatype]
-    others = [f"`{other}`" for other in OPTIONS[name].other_names]
-    assert len(rows_with(f"`{name}`", *kind, *others)) >= 1
+def test_the_command_writes_a_row_for_every_option_and_its_other_names(name: str) -> None:
+    assert OPTIONS[name].help
+    [row] = rows_with(f"| `{name}` |", "| {} [{}] |".format(*OPTIONS[name].tensor or ("–", 0)).replace("– [0]", "–"))
+    assert all(f"`{other}`" in row for other in OPTIONS[name].other_names)
+
+
+@pytest.mark.parametrize("marker", ["<!-- settings:", "<!-- end of options -->"])
+def test_a_readme_without_a_marker_is_refused(marker: str) -> None:
+    with pytest.raises(ValueError, match="has no table between"):
+        readme_tables.updated(README.replace(marker, ""))
 
 
 @pytest.mark.parametrize(("name", "kind"), PUBLIC_OUTPUTS.items())

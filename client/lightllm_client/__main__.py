@@ -61,7 +61,11 @@ def argument_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--model-dir", type=Path, help="The model's directory, for its chat template (default: the embedded model's)."
     )
-    command.add_argument("--verbose", action="store_true", help="Write statistics to standard error.")
+    command.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Write statistics, and log probabilities if asked for, to standard error.",
+    )
     add_request_options(command)
 
     text = "Ask the server whether it works."

@@ -16,8 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.environment import original_environment
 from lightllm_backend.messages.run_directory import rendezvous_file
-from lightllm_backend.triton_server.executable import original_environment
 
 STOP_SECONDS = 10.0  # a worker ends a step of seconds first; Triton server itself allows 30
 

@@ -147,8 +147,10 @@ def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
         if len(found) == 2 and not _are_equal(found[HEAD], found[model.embedding_name], slot):
             log.warning(
                 "%s: %s differs from %s, to which config.json ties it (tie_word_embeddings); it is used as it is",
-                found[HEAD].path, HEAD, model.embedding_name,
-            )  # fmt: skip
+                found[HEAD].path,
+                HEAD,
+                model.embedding_name,
+            )
             model.head.untie()
     slots = dict(model.weight_map())
     if found.keys() == {HEAD}:

@@ -94,9 +94,15 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: CausalLM, storage: KVStorage, kernels: Kernels, num_rows: int, max_length: int,
-        eos_ids: Sequence[int], device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        model: CausalLM,
+        storage: KVStorage,
+        kernels: Kernels,
+        num_rows: int,
+        max_length: int,
+        eos_ids: Sequence[int],
+        device: torch.device,
+    ) -> None:
         self.overlap = 1 if device.type == "cuda" else 0
         self._staging = Staging(device)
         self._results = ResultRing(num_rows, device)

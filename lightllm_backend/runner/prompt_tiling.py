@@ -10,8 +10,8 @@ from lightllm_backend.kernels.attention.whole_prompt_tiles import TILE_QUERIES, 
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.staging import Staging
 
-# The last 30 % of tiles are issued largest-first to balance the tail.
-_TAIL_SHARE = 0.3
+# The last 30 % of tiles are issued largest-first to balance the tail; perf.tile_order times other shares.
+TAIL_SHARE = 0.3
 
 
 def tile_whole_prompts(batch: Batch, staging: Staging) -> WholePromptTiles | None:
@@ -23,7 +23,9 @@ def tile_whole_prompts(batch: Batch, staging: Staging) -> WholePromptTiles | Non
     return WholePromptTiles(uploaded.view(tiles.shape), are_all=bool((batch.starts[batch.num_decodes :] == 0).all()))
 
 
-def order_tiles(starts: NDArray[np.int32], lengths: NDArray[np.int32], num_decodes: int) -> NDArray[np.int32]:
+def order_tiles(
+    starts: NDArray[np.int32], lengths: NDArray[np.int32], num_decodes: int, tail_share: float = TAIL_SHARE
+) -> NDArray[np.int32]:
     """The tiles [m, 3] (see WholePromptTiles) of sequences with `starts` [n] cached and `lengths` [n] new tokens, of
     which the first `num_decodes` decode.
 
@@ -37,7 +39,7 @@ def order_tiles(starts: NDArray[np.int32], lengths: NDArray[np.int32], num_decod
     counts = -(-lengths[chosen] // TILE_QUERIES)
     prompt = np.repeat(chosen, counts)
     number = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
-    tail = int((1 - _TAIL_SHARE) * len(number))
+    tail = int((1 - tail_share) * len(number))
     keys = np.minimum(lengths[prompt], (number + 1) * TILE_QUERIES)
     order = np.concatenate([np.arange(tail), tail + np.argsort(-keys[tail:], kind="stable")])
     tiles: NDArray[np.int32] = np.stack([first[prompt], lengths[prompt], number], 1)[order].astype(np.int32)

@@ -63,7 +63,7 @@ class Sampler:
         lengths: NDArray[np.int32],
         tables: DeviceTables,
         staging: Staging,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:
         """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled

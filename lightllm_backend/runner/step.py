@@ -31,9 +31,13 @@ class Step:
     """Writes the slots of the new tokens to the tables, runs the model, and writes the greedy choices to the tables."""
 
     def __init__(
-        self, model: CausalLM, kernels: Kernels, tables: DeviceTables, kv_layers: Sequence[KVLayer],
+        self,
+        model: CausalLM,
+        kernels: Kernels,
+        tables: DeviceTables,
+        kv_layers: Sequence[KVLayer],
         staging: Staging,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._model = model
         self._kernels = kernels
         self._tables = tables

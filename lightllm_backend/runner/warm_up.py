@@ -26,9 +26,16 @@ _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
 _WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
 # Uses every part of the sampler.
 _EVERYTHING = SamplingParams(
-    do_sample=True, temperature=0.7, top_p=0.9, top_k=50, presence_penalty=0.1, frequency_penalty=0.1,
-    repetition_penalty=1.1, min_tokens=1, return_log_probs=True,
-)  # fmt: skip
+    do_sample=True,
+    temperature=0.7,
+    top_p=0.9,
+    top_k=50,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    repetition_penalty=1.1,
+    min_tokens=1,
+    return_log_probs=True,
+)
 
 
 def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[Batch]:

@@ -17,8 +17,9 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lightllm_backend.environment import remember_library_path
+
 COMMAND_VARIABLE = "LIGHTLLM_TRITONSERVER"
-ORIGINAL_LIBRARY_PATH = "LIGHTLLM_ORIGINAL_LD_LIBRARY_PATH"
 CONTAINER_BINARIES = "/opt/tritonserver/bin"
 MODULE = "lightllm_backend.triton_server.executable"
 STUB = "triton_python_backend_stub"
@@ -31,7 +32,7 @@ class TritonServerError(Exception):
 def command(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment that run tritonserver with these arguments."""
     server_environment = dict(os.environ if environment is None else environment)
-    server_environment.setdefault(ORIGINAL_LIBRARY_PATH, server_environment.get("LD_LIBRARY_PATH", ""))
+    remember_library_path(server_environment)
     prefix = shlex.split(server_environment.get(COMMAND_VARIABLE, ""))
     if prefix:
         return [*prefix, *arguments], server_environment
@@ -41,17 +42,6 @@ def command(arguments: Sequence[str], environment: Mapping[str, str] | None = No
             _put_in_front(server_environment, "PATH", [Path(sys.executable).parent])
         return [str(installed), *arguments], server_environment
     return _packaged_command(arguments, server_environment)
-
-
-def original_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the server's libraries that `command` put in front; for the engine's workers."""
-    restored = dict(environment)
-    library_path = restored.pop(ORIGINAL_LIBRARY_PATH, None)
-    if library_path:
-        restored["LD_LIBRARY_PATH"] = library_path
-    elif library_path == "":
-        restored.pop("LD_LIBRARY_PATH", None)
-    return restored
 
 
 def write_wrapper() -> Path:

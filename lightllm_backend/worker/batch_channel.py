@@ -39,9 +39,14 @@ class RunBatch(Message):
         *integers, samples, num_decodes, admitted = packed
         rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
         batch = Batch(
-            rows, starts, lengths, slots, np.frombuffer(samples, dtype=np.bool_), num_decodes,
+            rows,
+            starts,
+            lengths,
+            slots,
+            np.frombuffer(samples, dtype=np.bool_),
+            num_decodes,
             tuple(_unpack_admission(*admission) for admission in admitted),
-        )  # fmt: skip
+        )
         return cls(batch)
 
 

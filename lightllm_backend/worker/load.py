@@ -110,9 +110,15 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
     log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
     info = EngineInfo(
-        model=os.fsencode(directory).decode(errors="replace"), dtype=_name(dtype), device=device.type,
-        vocab_size=shape.vocab_size, eos_ids=eos_ids, lengths=limits, pool_tokens=pool_tokens, memory=memory,
-    )  # fmt: skip
+        model=os.fsencode(directory).decode(errors="replace"),
+        dtype=_name(dtype),
+        device=device.type,
+        vocab_size=shape.vocab_size,
+        eos_ids=eos_ids,
+        lengths=limits,
+        pool_tokens=pool_tokens,
+        memory=memory,
+    )
     prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
     return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike)
 

@@ -32,7 +32,12 @@ class StatisticsLog:
         if max(prompt_tokens, generated_tokens, stats.running_requests, stats.queued_requests) >= 1:
             log.info(
                 "%d running, %d queued, %d of %d KV tokens used (%.0f %%), %.0f prompt and %.0f generated tokens/s",
-                stats.running_requests, stats.queued_requests, stats.kv_tokens_used, stats.kv_tokens_total,
-                100 * stats.kv_tokens_used / stats.kv_tokens_total, prompt_tokens, generated_tokens,
-            )  # fmt: skip
+                stats.running_requests,
+                stats.queued_requests,
+                stats.kv_tokens_used,
+                stats.kv_tokens_total,
+                100 * stats.kv_tokens_used / stats.kv_tokens_total,
+                prompt_tokens,
+                generated_tokens,
+            )
         self._last, self._since = stats, now

@@ -15,10 +15,12 @@ def case(place: Place, sequences: int, vocab_size: int) -> Case:
         return {
             "logits": place.randn(sequences, vocab_size).float(),
             **history(place, sequences, vocab_size),
-            "presence": place.full(0.1, sequences), "frequency": place.full(0.1, sequences),
+            "presence": place.full(0.1, sequences),
+            "frequency": place.full(0.1, sequences),
             "repetition": place.full(1.1, sequences),
-            "min_tokens": place.integers(0, 1, sequences), "ending_ids": place.integers(2, 3, sequences, 1),
-        }  # fmt: skip
+            "min_tokens": place.integers(0, 1, sequences),
+            "ending_ids": place.integers(2, 3, sequences, 1),
+        }
 
     return Case(
         label=f"{sequences} x {vocab_size}",

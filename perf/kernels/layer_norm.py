@@ -20,8 +20,10 @@ def case(place: Place, tokens: int, dim: int) -> Case:
         label=f"{tokens} x {dim}",
         make=make,
         bytes=2 * (4 * tokens * dim + 2 * dim),
-        torch={"add_ and layer_norm": lambda a: lambda: functional.layer_norm(
-            a["residual"].add_(a["x"]), (dim,), a["weight"], a["bias"], a["eps"]
-        )},
+        torch={
+            "add_ and layer_norm": lambda a: (
+                lambda: functional.layer_norm(a["residual"].add_(a["x"]), (dim,), a["weight"], a["bias"], a["eps"])
+            )
+        },
         changes=("residual",),
-    )  # fmt: skip
+    )

@@ -9,13 +9,19 @@ from perf.kernels.measure import Arguments, Case, Place
 
 # By what they are: output and input features.
 LLAMA_7B = {
-    "qkv": (12288, 4096), "output": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008),
+    "qkv": (12288, 4096),
+    "output": (4096, 4096),
+    "gate_up": (22016, 4096),
+    "down": (4096, 11008),
     "head": (32000, 4096),
-}  # fmt: skip
+}
 LLAMA_70B_TP4 = {
-    "70B qkv": (2560, 8192), "70B output": (8192, 2048), "70B gate_up": (14336, 8192), "70B down": (8192, 7168),
+    "70B qkv": (2560, 8192),
+    "70B output": (8192, 2048),
+    "70B gate_up": (14336, 8192),
+    "70B down": (8192, 7168),
     "70B head": (8000, 8192),
-}  # fmt: skip
+}
 BLOOM_7B1 = {"BLOOM up": (16384, 4096), "BLOOM down": (4096, 16384), "BLOOM head": (250880, 4096)}
 
 SIZES = [

@@ -20,8 +20,10 @@ def case(place: Place, tokens: int, dim: int) -> Case:
         label=f"{tokens} x {dim}",
         make=make,
         bytes=2 * (4 * tokens * dim + dim),
-        torch={"add_ and rms_norm": lambda a: lambda: functional.rms_norm(
-            a["residual"].add_(a["x"]), (dim,), a["weight"], a["eps"]
-        )},
+        torch={
+            "add_ and rms_norm": lambda a: (
+                lambda: functional.rms_norm(a["residual"].add_(a["x"]), (dim,), a["weight"], a["eps"])
+            )
+        },
         changes=("residual",),
-    )  # fmt: skip
+    )

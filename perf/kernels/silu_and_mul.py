@@ -16,7 +16,7 @@ def case(place: Place, tokens: int, features: int) -> Case:
         label=f"{tokens} x {features}",
         make=lambda: {"gate_up": place.randn(tokens, 2 * features)},
         bytes=2 * 3 * tokens * features,
-        torch={"silu and *": lambda a: lambda: (
-            functional.silu(a["gate_up"][:, :features]) * a["gate_up"][:, features:]
-        )},
-    )  # fmt: skip
+        torch={
+            "silu and *": lambda a: lambda: functional.silu(a["gate_up"][:, :features]) * a["gate_up"][:, features:]
+        },
+    )

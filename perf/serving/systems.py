@@ -68,9 +68,11 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
     options = [f"--{name}={value}" for name, value in {**settings, **ports}.items()]
     with tempfile.NamedTemporaryFile(prefix="lightllm-serve-", suffix=".log") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lightllm_backend.serve", *options], stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "lightllm_backend.serve", *options],
+            stdout=log,
+            stderr=subprocess.STDOUT,
             cwd=Path(__file__).resolve().parents[2],
-        )  # fmt: skip
+        )
         try:
             _wait_ready(process, (http_port, metrics_port), Path(log.name))
             port = grpc_port if target.protocol == "grpc" else http_port

@@ -27,9 +27,13 @@ LLAMA = {
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 BLOOM = {
-    "architectures": ["BloomForCausalLM"], "vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2,
+    "architectures": ["BloomForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "n_layer": 1,
+    "n_head": 2,
     "layer_norm_epsilon": 1e-5,
-}  # fmt: skip
+}
 FACTOR = 4.0
 
 
@@ -61,8 +65,10 @@ def test_defaults_are_those_of_the_code() -> None:
 
 
 def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
-    rows = {(architecture, kind.strip("`")): limit for architecture, kind, limit in table(
-        "architecture", "`rope_type`", "the model's limit")}  # fmt: skip
+    rows = {
+        (architecture, kind.strip("`")): limit
+        for architecture, kind, limit in table("architecture", "`rope_type`", "the model's limit")
+    }
     assert {kind for _, kind in rows} == {*ROPE_TYPES, "–"}
     scaling = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for kind in ROPE_TYPES:
@@ -79,8 +85,9 @@ def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
     [("the setting", {"max_req_total_len": 3072}, 8192), ("the model", {}, 8192), ("the KV pool", {}, 131072)],
 )
 def test_messages_are_those_of_the_code(source: str, settings: dict[str, int], positions: int) -> None:
-    [ending] = [message.strip("`") for name, message in table("the limit is set by", "the message ends with")
-                if name == source]  # fmt: skip
+    [ending] = [
+        message.strip("`") for name, message in table("the limit is set by", "the message ends with") if name == source
+    ]
     limits = LengthLimits.of(EngineConfig(**settings), positions, CPU_POOL_TOKENS)
     with pytest.raises(RequestError) as refusal:
         check_lengths(1, 10**9, limits)
@@ -101,9 +108,11 @@ def test_memory_is_as_the_table_says(tmp_path: Path) -> None:
     formulas = [
         ("2 × 4 × (`running_max_req_size` + 1) × length", DeviceTables.num_bytes(1000, length)),
         ("4 × `head_dim` × length", RotaryEmbedding(config, length, torch.device("cpu")).table.nbytes),
-        ("2 × `head_dim` × (length − original + 1)",
-         RotaryEmbedding(dynamic, length, torch.device("cpu")).frequencies.nbytes),
-    ]  # fmt: skip
+        (
+            "2 × `head_dim` × (length − original + 1)",
+            RotaryEmbedding(dynamic, length, torch.device("cpu")).frequencies.nbytes,
+        ),
+    ]
     assert [(formula, size) for _, formula, size in rows] == [
         (formula, f"{size / 2**20:,.1f} MiB") for formula, size in formulas
     ]

@@ -15,8 +15,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 
-PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
-           for seed, length in enumerate([1, 2, 7, 16, 33, 100, 200])]  # fmt: skip
+PROMPTS = [
+    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+    for seed, length in enumerate([1, 2, 7, 16, 33, 100, 200])
+]
 MAX_TOKENS = 24
 
 

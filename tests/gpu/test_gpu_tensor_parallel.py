@@ -23,8 +23,10 @@ pytestmark = [
 ]
 
 VOCAB = 8003
-PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in
-           enumerate([1, 2, 7, 16, 33, 100, 257, 700])]  # fmt: skip
+PROMPTS = [
+    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+    for seed, length in enumerate([1, 2, 7, 16, 33, 100, 257, 700])
+]
 MAX_TOKENS = 24
 SAMPLED = [
     SamplingParams(max_tokens=MAX_TOKENS, do_sample=True, seed=seed, **changes)

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels' tests share: pools whose unowned slots are poisoned, a naive attention, and a measure of error."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def combinations(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All combinations on a GPU; every second one in the slow interpreter, which still has all of any axes but one."""
+    chosen = []
+    for numbered in itertools.product(*map(enumerate, axes)):
+        numbers, values = zip(*numbered, strict=True)
+        if torch.cuda.is_available() or sum(numbers) % 2 == 0:
+            chosen.append(values)
+    return chosen
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

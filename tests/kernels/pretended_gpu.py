@@ -13,9 +13,7 @@ MULTIPROCESSORS = 132
 
 def pretend_gpu(capability: tuple[int, int]) -> None:
     """From now on, in every module of kernels."""
-    told: dict[str, Any] = {
-        "compute_capability": capability, "multiprocessor_count": MULTIPROCESSORS, "has_ptx": True
-    }  # fmt: skip
+    told: dict[str, Any] = {"compute_capability": capability, "multiprocessor_count": MULTIPROCESSORS, "has_ptx": True}
     for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         for name, value in told.items():
             if hasattr(importlib.import_module(module.name), name):

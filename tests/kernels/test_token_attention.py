@@ -9,6 +9,7 @@ from lightllm_backend.kernels.attention import token_attention, token_attention_
 from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
+    combinations,
     make_pool,
     naive_attention,
     new_tokens,
@@ -55,6 +56,13 @@ def _check_kernel(new, pool, rest, options, tolerance):
     assert torch.equal(pool.k[others].nan_to_num(), wide.k[others].to(pool.k.dtype).nan_to_num())
 
 
+def test_combinations_have_all_of_any_axes_but_one():
+    chosen = combinations("abc", "de", "fgh", "ij")
+    assert len(chosen) in (18, 36)
+    for axis, count in enumerate([12, 18, 12, 18]):
+        assert len({values[:axis] + values[axis + 1 :] for values in chosen}) == count
+
+
 @pytest.mark.parametrize("contexts", CONTEXTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_naive_attention(contexts, shape):
@@ -74,14 +82,17 @@ def test_reference_rotates_and_writes():
     assert relative_error(out, _naive(rotated, pool, rest[-1])) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
-    ("contexts", "shape"),
-    [(CONTEXTS[2], shape) for shape in SHAPES] + [(CONTEXTS[1], SHAPES[1]), (CONTEXTS[3], SHAPES[0])],
+    ("sequences", "splits", "rotary", "dtype"),
+    combinations(
+        [(CONTEXTS[2], shape) for shape in SHAPES] + [(CONTEXTS[1], SHAPES[1]), (CONTEXTS[3], SHAPES[0])],
+        [1, 3],
+        [0, 0.5, 1],
+        [torch.float32, torch.float16],
+    ),
 )
-@pytest.mark.parametrize("rotary", [0, 0.5, 1])
-def test_kernel_matches_the_reference(contexts, shape, splits, rotary, dtype, device, monkeypatch):
+def test_kernel_matches_the_reference(sequences, splits, rotary, dtype, device, monkeypatch):
+    contexts, shape = sequences
     # With three splits, those of the short contexts stay empty.
     for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
@@ -98,10 +109,10 @@ def test_reference_variants_are_naive_attention(variant, shape):
     assert relative_error(out, _naive(new, pool, rest[-1], **options)) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]])
+@pytest.mark.parametrize(
+    ("variant", "shape", "splits", "dtype"),
+    combinations(VARIANTS, [SHAPES[1], SHAPES[4], SHAPES[6]], [1, 3], [torch.float32, torch.float16]),
+)
 def test_kernel_variants_match_the_reference(variant, shape, splits, dtype, device, monkeypatch):
     for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)

@@ -22,8 +22,10 @@ from tests.models.thread_parallel import run_ranks
 from tests.runner.engine_harness import load, run, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
-PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
-           for seed, length in enumerate([1, 2, 3, 5, 8, 21, 34, 7])]  # fmt: skip
+PROMPTS = [
+    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+    for seed, length in enumerate([1, 2, 3, 5, 8, 21, 34, 7])
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

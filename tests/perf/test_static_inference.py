@@ -46,8 +46,11 @@ def test_prefill_alone_has_no_step() -> None:
 
 def _result(**changes: Any) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "model": "llama-7b", "machine": {"gpu": peer.GPU}, "engine": {"dtype": "bfloat16"}, "settings": {},
-    }  # fmt: skip
+        "model": "llama-7b",
+        "machine": {"gpu": peer.GPU},
+        "engine": {"dtype": "bfloat16"},
+        "settings": {},
+    }
     return result | changes
 
 

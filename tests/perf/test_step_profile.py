@@ -25,11 +25,14 @@ def test_time_in_which_anything_runs_is_busy() -> None:
     assert summary["busy_ms"] == pytest.approx(0.4)
     assert summary["idle_share"] == pytest.approx(0.2)
     assert [(kernel["name"], kernel["ms"], kernel["count"]) for kernel in summary["kernels"]] == [
-        ("c", pytest.approx(0.25), 1), ("a", pytest.approx(0.1), 1), ("b", pytest.approx(0.08), 1),
-    ]  # fmt: skip
+        ("c", pytest.approx(0.25), 1),
+        ("a", pytest.approx(0.1), 1),
+        ("b", pytest.approx(0.08), 1),
+    ]
     assert {(gap["after"], gap["before"]): gap["ms"] for gap in summary["gaps"]} == {
-        ("c", "a"): pytest.approx(0.05), ("b", "c"): pytest.approx(0.05),
-    }  # fmt: skip
+        ("c", "a"): pytest.approx(0.05),
+        ("b", "c"): pytest.approx(0.05),
+    }
 
 
 def test_the_cases_generate_to_the_last_step() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which variants of the kernels serving would compile after the start: `python -m tests.runner.kernel_variants 2 auto`,
-or with request tables for longer sequences: `python -m tests.runner.kernel_variants 2 auto 131072`.
+or with request tables for sequences of several lengths, one line each:
+`python -m tests.runner.kernel_variants 2 auto 3072 131072`.
 
 An engine on the CPU launches the Triton-lang kernels, but instead of being compiled and run, each launch is noted with
 all that it would be compiled for. Prints the variants that were there when the engine was ready, and which more a
@@ -125,8 +126,14 @@ def main() -> None:
         if hasattr(module, "multiprocessor_count"):
             module.multiprocessor_count = lambda _: 132
     JITFunction.run = note_launch
-    kv_heads, kv_dtype, max_total = [*sys.argv[1:], "330"][:3]
-    runner = make_runner(int(kv_heads), torch.int8 if kv_dtype == "int8" else torch.bfloat16, int(max_total))
+    kv_heads, kv_dtype, *lengths = sys.argv[1:]
+    for max_total in lengths or ["330"]:
+        tell_variants(int(kv_heads), torch.int8 if kv_dtype == "int8" else torch.bfloat16, int(max_total))
+
+
+def tell_variants(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> None:
+    VARIANTS.clear()
+    runner = make_runner(kv_heads, kv_dtype, max_total)
     with torch.inference_mode():
         runner.graphs = Graphs(runner._step)  # type: ignore[assignment]
     warm_up(runner, NUM_ROWS, MAX_INPUT, BATCH_MAX_TOKENS)

@@ -17,8 +17,10 @@ from tests.router.test_preemption import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 12
-PROMPTS = [[random.Random(seed).randrange(3, 199) for _ in range(length)] for seed, length in
-           enumerate([1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 1, 7])]  # fmt: skip
+PROMPTS = [
+    [random.Random(seed).randrange(3, 199) for _ in range(length)]
+    for seed, length in enumerate([1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 1, 7])
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,7 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
     sampling[::3] = [SamplingParams(max_tokens=30)] * 4
     undisturbed = run(engine, PROMPTS, sampling)
-    router = Router(
-        120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission()
-    )  # fmt: skip
+    router = Router(120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission())
     answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
     assert router.stats().preemptions_total > 5
     for answer, expected in zip(answers, undisturbed, strict=True):

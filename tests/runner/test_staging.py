@@ -7,9 +7,12 @@ import torch
 from lightllm_backend.runner.staging import Staging
 
 ARRAYS = [
-    np.array([1, -2, 3], np.int32), np.array([2**40, -1], np.int64), np.zeros(0, np.int32),
-    np.array([0.5], np.float32), np.array([7], np.int64),
-]  # fmt: skip
+    np.array([1, -2, 3], np.int32),
+    np.array([2**40, -1], np.int64),
+    np.zeros(0, np.int32),
+    np.array([0.5], np.float32),
+    np.array([7], np.int64),
+]
 
 
 def test_arrays_arrive_with_their_types_and_aligned() -> None:

@@ -127,10 +127,14 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
     tables.prompt_lengths[:] = [3, 9, 8, 2]
     # Row 3 decodes; row 0 prefills all of its prompt; row 1 tokens 4 and 5 of a prompt of 9.
     batch = Batch(
-        rows=np.array([3, 0, 1], np.int32), starts=np.array([6, 0, 4], np.int32),
-        lengths=np.array([1, 3, 2], np.int32), slots=np.array([50, 10, 11, 12, 30, 31], np.int32),
-        samples=np.array([True, True, False]), num_decodes=1, admitted=(),
-    )  # fmt: skip
+        rows=np.array([3, 0, 1], np.int32),
+        starts=np.array([6, 0, 4], np.int32),
+        lengths=np.array([1, 3, 2], np.int32),
+        slots=np.array([50, 10, 11, 12, 30, 31], np.int32),
+        samples=np.array([True, True, False]),
+        num_decodes=1,
+        admitted=(),
+    )
     bucket = Bucket(tokens=8, decodes=3, prefills=3)
     layout = bucket.layout()
     arrays = StepArrays(*layout.arrays(np.full(layout.num_bytes, 77, np.uint8)))

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from lightllm_backend.environment import original_environment
 from lightllm_backend.triton_server import executable as tritonserver
-from lightllm_backend.triton_server.executable import command, original_environment
+from lightllm_backend.triton_server.executable import command
 
 START_LIMIT_SECONDS = 60
 
@@ -32,7 +33,7 @@ TOY_MODEL = """
 import os
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from lightllm_backend.triton_server.executable import original_environment
+from lightllm_backend.environment import original_environment
 
 class TritonPythonModel:
     def execute(self, requests):

@@ -54,9 +54,18 @@ def _hear(told, slot, place: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_tiles, k_tiles, v_tiles, work, counter, total, heads, group, shared, query_stages: gl.constexpr,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    work,
+    counter,
+    total,
+    heads,
+    group,
+    shared,
+    query_stages: gl.constexpr,
     stages: gl.constexpr,
-):  # fmt: skip
+):
     tiles, queries, keys, values = shared
     told, told_full = tiles
     q_shared, q_full, q_empty = queries
@@ -146,9 +155,10 @@ def _consume(half, out, out_stride, scale_log2, shared, query_stages: gl.constex
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     # Eight adjacent elements per thread, from threads of the same warp.
     registers: gl.constexpr = (
-        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]] if head_dim == 128 else
-        [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]]
-    )  # fmt: skip
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]]
+        if head_dim == 128
+        else [[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]]
+    )
     store_layout: gl.constexpr = gl.DistributedLinearLayout(
         registers, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [rows, head_dim]
     )
@@ -232,10 +242,24 @@ def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["total", "heads", "group"])
 def prefill_attention_hopper_kernel(
-    q_tiles, k_tiles, v_tiles, out, work, counter, out_stride, total, heads, group, scale_log2,
-    head_dim: gl.constexpr, block: gl.constexpr, query_stages: gl.constexpr, stages: gl.constexpr,
-    consumer_registers: gl.constexpr, producer_registers: gl.constexpr,
-):  # fmt: skip
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    out,
+    work,
+    counter,
+    out_stride,
+    total,
+    heads,
+    group,
+    scale_log2,
+    head_dim: gl.constexpr,
+    block: gl.constexpr,
+    query_stages: gl.constexpr,
+    stages: gl.constexpr,
+    consumer_registers: gl.constexpr,
+    producer_registers: gl.constexpr,
+):
     """Full barriers count one arrival, the producer's; empty barriers count two, one per consumer."""
     dtype: gl.constexpr = q_tiles.dtype
     q_shared = gl.allocate_shared_memory(dtype, [2 * query_stages, block // 2, head_dim], q_tiles.layout)

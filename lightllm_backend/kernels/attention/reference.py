@@ -184,9 +184,17 @@ def token_attention(
 
 
 def _attend_padded(
-    q: Tensor, rows: Tensor, context_lengths: Tensor, seen: Tensor, shortest: int, longest: int,
-    pools: tuple[Tensor, Tensor, Tensor | None], req_to_token: Tensor, scale: float, alibi_slopes: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    seen: Tensor,
+    shortest: int,
+    longest: int,
+    pools: tuple[Tensor, Tensor, Tensor | None],
+    req_to_token: Tensor,
+    scale: float,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
     """Decode attention of sequences that see much the same number of tokens, padded to the longest.
 
     pools: of K, of V, and the scales.

@@ -40,8 +40,12 @@ def _unpack(pair, dtype: tl.constexpr, offset: tl.constexpr, is_ptx: tl.constexp
             prmt.b32 $0, bytes, 0x64646464, 0x4240;
             prmt.b32 $1, bytes, 0x64646464, 0x4341;
             }""",
-            "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+            "=r,=r,r",
+            [pair],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
     return (((pair << 8) >> 8) + offset).to(dtype), ((pair >> 8) + offset).to(dtype)
 
 

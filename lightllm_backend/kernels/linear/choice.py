@@ -20,6 +20,11 @@ MAX_UNFUSED_TOKENS = 1024
 # Blocks by compute capability, product (see `product_name`) and token count; null: cuBLAS is quicker.
 BLOCKS = Path(__file__).with_name("linear_blocks.json")  # written by perf/tune_linear.py
 PREFETCH_BLOCKS = Path(__file__).with_name("linear_prefetch.json")  # written by perf/tune_prefetch.py
+# The rule for weights that are not in linear_blocks.json splits the inner dimension until this share of the
+# multiprocessors has a program. It lies between 64 and 80 programs on the 132 multiprocessors of an H200: for up to 32
+# tokens the file has two splits for nearly all weights of 4096 output features (64 programs) and 2048 or more input
+# features; for 5120 (80 programs) it has one as often as more. `python -m perf.tune_linear --rule` times the rule.
+MIN_PROGRAM_SHARE = 0.55
 
 
 class ProductKernel(Enum):
@@ -91,7 +96,7 @@ def choose_kernel(tokens: int, out_features: int, in_features: int, is_gated: bo
     if tokens > FEW_TOKENS[-1]:
         return Choice(ProductKernel.TILES, blocks) if blocks and gpu.has_descriptors else unserved
     if not is_stored:
-        blocks = _blocks_by_rule(out_features, in_features, is_gated, gpu)
+        blocks = blocks_by_rule(out_features, in_features, is_gated, gpu)
     return Choice(ProductKernel.SPLITS, blocks) if blocks else unserved
 
 
@@ -112,7 +117,7 @@ def _look_up(path: Path, capability: tuple[int, int], product: str, tokens: str)
     return tokens in table, None if blocks is None else LinearBlocks(*blocks)
 
 
-def _blocks_by_rule(out_features: int, in_features: int, is_gated: bool, gpu: Gpu) -> LinearBlocks | None:
+def blocks_by_rule(out_features: int, in_features: int, is_gated: bool, gpu: Gpu) -> LinearBlocks | None:
     """Blocks for up to 64 tokens and a weight without stored ones. None: the blocks would not divide the weight.
 
     The inner dimension is split until most multiprocessors have a program. The fewer programs a multiprocessor has, the
@@ -122,11 +127,17 @@ def _blocks_by_rule(out_features: int, in_features: int, is_gated: bool, gpu: Gp
     if out_features % out or in_features % inner:
         return None
     programs = out_features // out
-    while programs * splits < 0.55 * gpu.multiprocessors and splits < 8 and in_features % (2 * splits * inner) == 0:
+    while (
+        programs * splits < MIN_PROGRAM_SHARE * gpu.multiprocessors
+        and splits < 8
+        and in_features % (2 * splits * inner) == 0
+    ):
         splits *= 2
     if is_gated and splits > 1:
         return None
     share = programs * splits / gpu.multiprocessors
+    # linear_blocks.json, from an H200, has 5 or 6 stages up to 0.97 programs each, and mostly 4 from 1.9 on. In
+    # between it has larger tiles, so the 3 has no stored measurement.
     num_stages = (5 if share <= 1.1 else 3 if share <= 1.6 else 4) if gpu.capability == (9, 0) else 4
     return LinearBlocks(out, inner, num_stages, 4, splits)
 

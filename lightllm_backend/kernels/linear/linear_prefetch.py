@@ -38,9 +38,17 @@ def _copy_weights(weight_tiles, w_shared, full, stage, row, column, features, is
 
 @gluon.jit
 def _produce(
-    x_tiles, weight_tiles, row, first, steps, features, shared, stages: gl.constexpr, is_gated: gl.constexpr,
+    x_tiles,
+    weight_tiles,
+    row,
+    first,
+    steps,
+    features,
+    shared,
+    stages: gl.constexpr,
+    is_gated: gl.constexpr,
     is_dependent: gl.constexpr,
-):  # fmt: skip
+):
     w_shared, x_shared, full, empty = shared
     inner: gl.constexpr = w_shared.shape[2]
     bytes_of_stage: gl.constexpr = (w_shared.shape[1] + x_shared.shape[1]) * inner * 2
@@ -66,7 +74,7 @@ def _produce(
 @gluon.jit
 def _consume(
     result, steps, shared, stages: gl.constexpr, is_gated: gl.constexpr, has_bias: gl.constexpr, num_warps: gl.constexpr
-):  # fmt: skip
+):
     bias, out, row, split, tokens, features = result
     w_shared, x_shared, full, empty = shared
     rows: gl.constexpr = w_shared.shape[1]
@@ -100,11 +108,23 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tokens", "steps"])
 def linear_prefetch_kernel(
-    x_tiles, weight_tiles, bias, out, tokens, features, steps,
-    has_bias: gl.constexpr, is_gated: gl.constexpr, is_dependent: gl.constexpr, block_tokens: gl.constexpr,
-    block_out: gl.constexpr, block_inner: gl.constexpr, stages: gl.constexpr, consumer_warps: gl.constexpr,
+    x_tiles,
+    weight_tiles,
+    bias,
+    out,
+    tokens,
+    features,
+    steps,
+    has_bias: gl.constexpr,
+    is_gated: gl.constexpr,
+    is_dependent: gl.constexpr,
+    block_tokens: gl.constexpr,
+    block_out: gl.constexpr,
+    block_inner: gl.constexpr,
+    stages: gl.constexpr,
+    consumer_warps: gl.constexpr,
     producer_registers: gl.constexpr,
-):  # fmt: skip
+):
     """Computes a block of features for all tokens, over one split of the inner dimension. As in linear_splits, the
     weight is the left operand; if gated, half of its rows belong to the gate, half to `up`."""
     dtype: gl.constexpr = weight_tiles.dtype

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes README's tables of settings and request options from config.py and the option table.
+
+    python -m lightllm_backend.readme_tables
+
+Each table is between a pair of comments in README.md; the rest is written by hand and kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.option_table import OPTIONS, boolean
+from lightllm_backend.request import DEFAULTS
+
+README = Path(__file__).parents[1] / "README.md"
+_NAMES = {*OPTIONS, *EngineConfig.__dataclass_fields__}
+_POWERS = {2**31 - 1: "2³¹−1", 2**64 - 1: "2⁶⁴−1"}
+
+
+def updated(text: str) -> str:
+    """README's text with both tables made anew."""
+    for name, rows in {"settings": _settings(), "options": _options()}.items():
+        first, last = f"<!-- {name}: python -m lightllm_backend.readme_tables -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(first)
+        _, found, after = rest.partition(last)
+        if not found:
+            raise ValueError(f"README.md has no table between {first} and {last}")
+        table = "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) + "\n" for row in rows)
+        text = f"{before}{first}\n\n{table}\n{last}{after}"
+    return text
+
+
+def _settings() -> Iterable[tuple[str, ...]]:
+    yield "setting", "default", ""
+    yield "---", "---", "---"
+    for setting in fields(EngineConfig):
+        choices = setting.metadata["allowed"].split(" | ") if setting.type == "str" else []
+        is_choice = len(choices) > 1
+        yield (
+            f"`{setting.name}`",
+            _default(setting.default),
+            _with_code(setting.metadata["help"]) + (f" ({', '.join(choices)})" if is_choice else ""),
+        )
+
+
+def _options() -> Iterable[tuple[str, ...]]:
+    yield "input", "type", "default", "allowed", "", "also called"
+    yield "---", "---", "---", "---", "---", "---"
+    for name, option in OPTIONS.items():
+        yield (
+            f"`{name}`",
+            "{} [{}]".format(*option.tensor) if option.tensor else "–",
+            _default(DEFAULTS.get(name)),
+            "" if option.convert is boolean else _with_code(_with_powers(option.allowed)),
+            _with_code(option.help),
+            ", ".join(f"`{other}`" for other in option.other_names),
+        )
+    yield "`sampling_parameters`", "STRING [1]", "–", "a JSON object", "Any of the above.", ""
+
+
+def _default(value: Any) -> str:
+    """A default as a user writes it; a dash if there is none, or the help names it."""
+    if value is None or value == ():
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _with_code(text: str) -> str:
+    """The text with the names of options and settings, which have an underscore, marked as code."""
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda word: f"`{word[0]}`" if word[0] in _NAMES else word[0], text)
+
+
+def _with_powers(text: str) -> str:
+    return re.sub(r"\d+", lambda number: _POWERS.get(int(number[0]), number[0]), text)
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
