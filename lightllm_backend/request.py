@@ -13,12 +13,13 @@ MAX_STOP_TOKEN_IDS = 32
 
 
 class FinishReason(str, Enum):
-    """The reason why a request ended. A client never sees FAILED: the request ends with an error instead."""
+    """The reason why a request ended. With FAILED and REJECTED the client gets an error instead."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    REJECTED = "rejected"  # the Router has not taken it
 
 
 class RequestError(Exception):

@@ -13,6 +13,7 @@ class EnsembleContext:
 
     prompt_text: str  # for an answer that repeats the prompt; else empty
     deadline: float | None  # time.monotonic() seconds of this machine; None: no deadline
+    ticket: int = 0  # the tokenizer step counts what it sends on; see engine_load.py
 
     def to_json(self) -> str:
         return json.dumps(vars(self))

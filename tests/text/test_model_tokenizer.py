@@ -78,7 +78,7 @@ def test_a_prompt_with_a_token_past_the_vocabulary_is_refused(directory: Path, m
     tokenizer = load_tokenizer(directory, EngineConfig(tokenizer_mode=mode))
 
     def encode(text: str, **options: bool) -> list[int]:
-        return encode_prompt(ParsedRequest(text, None, RequestOptions(**options)), tokenizer, 100).token_ids
+        return encode_prompt(ParsedRequest(text, None, RequestOptions(**options)), tokenizer).token_ids
 
     with pytest.raises(RequestError) as caught:
         encode("a dog<pad2>")

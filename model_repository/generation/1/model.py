@@ -4,6 +4,7 @@
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.run_directory import (
     engine_address,
     leave_run_directory,
@@ -38,6 +39,7 @@ class TritonPythonModel:
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
+        self.load = EngineLoad(self.run_directory)
         self.vitals = Vitals(self.run_directory, "generation")
 
     def execute(self, requests):
@@ -49,12 +51,14 @@ class TritonPythonModel:
         try:
             self.submit(request)
         except Exception as error:
-            self.metrics.rejected()
+            self.metrics.refused(error)
             ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
         parsed, context = read_generation_request(request)
         in_ensemble = context is not None
+        if in_ensemble:
+            self.load.arrived = context.ticket
         deadline = context.deadline if in_ensemble else read_deadline(request)
         prompt_text = context.prompt_text if in_ensemble else ""
         text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)

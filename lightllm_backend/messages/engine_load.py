@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineLoad: how many requests wait for the engine, in a file that the processes of one server map. No torch.
+
+rank 0's worker writes the Router's queue and its limit after each plan, generation the newest ticket that has arrived
+from the tokenizer step. Door reads them: it turns requests away at the first step while the queue is full. Reading
+takes no system call. The Router stays the judge: a request that passes the door may still be refused there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lightllm_backend.messages.run_directory import load_file
+from lightllm_backend.request import RequestError
+
+# Fields, each int64: written by the worker, the worker, and generation.
+_QUEUED, _LIMIT, _ARRIVED = range(0, 24, 8)
+_FILE_SIZE = 24
+# One request passes a closed door this often, for the Router to judge: numbers of a process that has died, or of
+# requests that were lost on the way to generation, cannot keep a door closed.
+PASS_SECONDS = 0.1
+
+
+class EngineLoad:
+    """The file, mapped by this process. It is made if it is missing, and never shortened: others have mapped it."""
+
+    def __init__(self, directory: Path) -> None:
+        file = os.open(load_file(directory), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(file, _FILE_SIZE)  # a new file reads as zeros: no limit
+            self._fields = mmap.mmap(file, _FILE_SIZE)
+        finally:
+            os.close(file)
+
+    def publish(self, queued: int, limit: int) -> None:
+        """Write the Router's queue and its limit; a limit of 0 opens all doors."""
+        struct.pack_into("qq", self._fields, _QUEUED, queued, limit)
+
+    def read(self) -> tuple[int, int]:
+        """The Router's queue and its limit."""
+        queued, limit = struct.unpack_from("qq", self._fields, _QUEUED)
+        return queued, limit
+
+    @property
+    def arrived(self) -> int:
+        """The newest ticket that has arrived at generation."""
+        ticket: int = struct.unpack_from("q", self._fields, _ARRIVED)[0]
+        return ticket
+
+    @arrived.setter
+    def arrived(self, ticket: int) -> None:
+        struct.pack_into("q", self._fields, _ARRIVED, ticket)
+
+
+class Door:
+    """Turns requests away while the engine's queue is full, together with what is on its way there.
+
+    The tokenizer step gives each request that it sends on a ticket; generation notes the newest that has arrived.
+    """
+
+    def __init__(self, load: EngineLoad, clock: Callable[[], float] = time.monotonic) -> None:
+        self._load = load
+        self._clock = clock
+        self._last_ticket = load.arrived
+        self._tickets = itertools.count(self._last_ticket + 1)
+        self._passed_at = 0.0  # the last request that passed the closed door
+
+    def check(self, may_pass: Callable[[], bool]) -> None:
+        """Raise RequestError UNAVAILABLE if the queue is full. may_pass: called then; whether to let it in anyway."""
+        queued, limit = self._load.read()
+        on_the_way = max(0, self._last_ticket - self._load.arrived)
+        if not limit or queued + on_the_way < limit or may_pass():
+            return
+        now = self._clock()
+        if now >= self._passed_at + PASS_SECONDS:
+            self._passed_at = now
+            return
+        raise RequestError("UNAVAILABLE", f"the queue is full ({queued + on_the_way} requests)")
+
+    def ticket(self) -> int:
+        """A ticket for a request that the tokenizer step sends on now."""
+        self._last_ticket = next(self._tickets)
+        return self._last_ticket
