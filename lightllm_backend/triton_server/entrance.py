@@ -39,7 +39,8 @@ class Entered:
 class Entrance:
     """Reads requests, refuses what cannot be served, and encodes prompts: short ones at once, long ones in a lane.
 
-    go_on: gets what has come in, on the calling thread or the lane's; a RequestError that it raises is the answer.
+    go_on: gets what has come in, on the calling thread or the lane's. It returns the response, or None if it will come
+    from a response sender; an error that it raises is the answer.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Entrance:
         lengths: LengthLimits,
         metrics: Metrics,
         run_directory: Path,
-        go_on: Callable[[Entered], None],
+        go_on: Callable[[Entered], Any],
     ) -> None:
         self.door = Door(EngineLoad(run_directory))
         self._max_prompt_bytes = config.max_prompt_bytes
@@ -59,39 +60,46 @@ class Entrance:
         self._go_on = go_on
         self._lane = PromptLane(config.max_queue_size, LONGEST_PROMPTS * config.max_prompt_bytes)
 
-    def take(self, request: Any) -> None:
-        """Take a request that may be answered later, through its response sender."""
+    def take(self, request: Any) -> Any:
+        """Take a request. Return its response, or None if that will come from the request's response sender.
+
+        `execute` returns what is there at once: that takes this process a fifth of the time of a response sender.
+        """
         try:
             self.door.check(lambda: is_probe(request))
             deadline = read_deadline(request)
             parsed = read_request(request)
             size = check_prompt(parsed, self._tokenizer, self._max_prompt_bytes, self._lengths)
             if size <= SHORT_PROMPT_BYTES:
-                self._enter(request, parsed, deadline)
-            else:
-                self._lane.put(self._long_prompt(request, parsed, size, deadline))
-        except Exception as error:
-            self._refuse(request, error)
+                return self._enter(request, parsed, deadline)
+            self._lane.put(self._long_prompt(request, parsed, size, deadline))
+        except Exception as error:  # noqa: BLE001 (a request without an answer hangs)
+            return self._refusal(error)
+        return None
 
     def close(self) -> None:
         """Refuse the prompts that wait in the lane."""
         self._lane.close()
 
     def _long_prompt(self, request: Any, parsed: ParsedRequest, size: int, deadline: float | None) -> LongPrompt:
+        sender = ServerSender(request)
+
         def encode() -> None:
             try:
-                self._enter(request, parsed, deadline)
-            except Exception as error:
-                self._refuse(request, error)
+                response = self._enter(request, parsed, deadline)
+            except Exception as error:  # noqa: BLE001 (a request without an answer hangs)
+                response = self._refusal(error)
+            if response is not None:
+                sender.send(response, final=True)
 
         def refuse(error: RequestError) -> None:
-            self._refuse(request, error)
+            sender.send(self._refusal(error), final=True)
 
-        return LongPrompt(size, deadline, request.is_cancelled, encode, refuse)
+        return LongPrompt(size, deadline, sender.is_cancelled, encode, refuse)
 
-    def _enter(self, request: Any, parsed: ParsedRequest, deadline: float | None) -> None:
-        self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer), deadline))
+    def _enter(self, request: Any, parsed: ParsedRequest, deadline: float | None) -> Any:
+        return self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer), deadline))
 
-    def _refuse(self, request: Any, error: Exception) -> None:
+    def _refusal(self, error: Exception) -> Any:
         self._metrics.refused(error)
-        ServerSender(request).send(error_response(error), final=True)
+        return error_response(error)

@@ -27,9 +27,8 @@ class TritonPythonModel:
             self.vitals = Vitals(run_directory(), "lightllm_unary")
 
     def execute(self, requests):
-        for request in requests:
-            with self.vitals.working():
-                self.entrance.take(request)
+        with self.vitals.working():
+            return [self.entrance.take(request) for request in requests]
 
     def submit(self, entered):
         options, prompt = entered.parsed.without_streaming().options, entered.prompt

@@ -5,7 +5,7 @@ from lightllm_backend.messages.ensemble_messages import EnsembleContext
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.triton_server.entrance import Entrance
-from lightllm_backend.triton_server.responses import ServerSender, tokens_response
+from lightllm_backend.triton_server.responses import tokens_response
 from lightllm_backend.triton_server.setup import (
     engine_config,
     known_lengths,
@@ -29,14 +29,12 @@ class TritonPythonModel:
             self.vitals = Vitals(run_directory(), "tokenizer")
 
     def execute(self, requests):
-        for request in requests:
-            with self.vitals.working():
-                self.entrance.take(request)
+        with self.vitals.working():
+            return [self.entrance.take(request) for request in requests]
 
     def pass_on(self, entered):
         context = EnsembleContext(entered.prompt.echo, entered.deadline, self.entrance.door.ticket())
-        response = tokens_response(entered.prompt.token_ids, entered.parsed.options.to_json(), context)
-        ServerSender(entered.request).send(response, final=True)
+        return tokens_response(entered.prompt.token_ids, entered.parsed.options.to_json(), context)
 
     def finalize(self):
         self.entrance.close()
