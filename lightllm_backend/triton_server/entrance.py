@@ -98,7 +98,7 @@ class Entrance:
         return LongPrompt(size, deadline, sender.is_cancelled, encode, refuse)
 
     def _enter(self, request: Any, parsed: ParsedRequest, deadline: float | None) -> Any:
-        return self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer), deadline))
+        return self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer, self._lengths), deadline))
 
     def _refusal(self, error: Exception) -> Any:
         self._metrics.refused(error)
