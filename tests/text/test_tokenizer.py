@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,16 @@ def test_no_torch_is_imported():
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_a_long_text_leaves_other_threads_their_turns(mode: str, parse_special: bool):
+    tokenizer = Tokenizer.load(DATA / "llama", mode=mode)
+    thread = threading.Thread(target=tokenizer.encode, args=("the quick brown fox " * 25_000, parse_special))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20
