@@ -119,6 +119,7 @@ class Request:
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
     urgent: bool = False  # ahead of all waiting requests: a probe, which would prove nothing behind users' requests
+    ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
 
 
 @dataclass(slots=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """EngineLoad: how many requests wait for the engine, in a file that the processes of one server map. No torch.
 
-rank 0's worker writes the Router's queue and its limit after each plan, generation the newest ticket that has arrived
-from the tokenizer step. Door reads them: it turns requests away at the first step while the queue is full. Reading
-takes no system call. The Router stays the judge: a request that passes the door may still be refused there.
+rank 0's worker writes the Router's queue and its limit after each plan, and the newest ticket of the tokenizer step
+that is in these numbers; generation, the newest ticket that it has refused. Door reads them: it turns requests away at
+the first step while the queue is full. Reading takes no system call. The Router stays the judge: a request that passes
+the door may still be refused there.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from lightllm_backend.messages.run_directory import load_file
 from lightllm_backend.request import RequestError
 
-# Fields, each int64: written by the worker, the worker, and generation.
-_QUEUED, _LIMIT, _ARRIVED = range(0, 24, 8)
-_FILE_SIZE = 24
+# Fields, each int64: three that the worker writes, and one of generation.
+_QUEUED, _LIMIT, _TAKEN, _REFUSED = range(0, 32, 8)
+_FILE_SIZE = 32
 # One request passes a closed door this often, for the Router to judge: numbers of a process that has died, or of
 # requests that were lost on the way to generation, cannot keep a door closed.
 PASS_SECONDS = 0.1
@@ -37,10 +38,19 @@ class EngineLoad:
             self._fields = mmap.mmap(file, _FILE_SIZE)
         finally:
             os.close(file)
+        self._taken = self._read(_TAKEN)
+
+    def took(self, ticket: int) -> None:
+        """The worker has a request with this ticket, which the next `publish` includes; 0: one without a ticket."""
+        self._taken = max(self._taken, ticket)
 
     def publish(self, queued: int, limit: int) -> None:
         """Write the Router's queue and its limit; a limit of 0 opens all doors."""
-        struct.pack_into("qq", self._fields, _QUEUED, queued, limit)
+        struct.pack_into("qqq", self._fields, _QUEUED, queued, limit, self._taken)
+
+    def refused(self, ticket: int) -> None:
+        """Generation has refused a request with this ticket."""
+        struct.pack_into("q", self._fields, _REFUSED, ticket)
 
     def read(self) -> tuple[int, int]:
         """The Router's queue and its limit."""
@@ -49,19 +59,20 @@ class EngineLoad:
 
     @property
     def arrived(self) -> int:
-        """The newest ticket that has arrived at generation."""
-        ticket: int = struct.unpack_from("q", self._fields, _ARRIVED)[0]
-        return ticket
+        """The newest ticket that is on its way no more."""
+        return max(self._read(_TAKEN), self._read(_REFUSED))
 
-    @arrived.setter
-    def arrived(self, ticket: int) -> None:
-        struct.pack_into("q", self._fields, _ARRIVED, ticket)
+    def _read(self, field: int) -> int:
+        value: int = struct.unpack_from("q", self._fields, field)[0]
+        return value
 
 
 class Door:
     """Turns requests away while the engine's queue is full, together with what is on its way there.
 
-    The tokenizer step gives each request that it sends on a ticket; generation notes the newest that has arrived.
+    The tokenizer step gives each request that it sends on a ticket, and the worker says which are in its numbers. So
+    the door decides as the Router will after its current step. Requests of lightllm_unary have no tickets: they have
+    passed all steps but the worker, and a refusal there is cheap.
     """
 
     def __init__(self, load: EngineLoad, clock: Callable[[], float] = time.monotonic) -> None:

@@ -42,9 +42,9 @@ def run(
     try:
         while server.open:
             idle = not router.has_work and not in_flight
-            refused = receive(server, router, timeout=STATS_SECONDS if idle else 0.0)
+            refused = receive(server, router, load, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(server, router, timeout=min(spare, POLL_SECONDS))
+                refused += receive(server, router, load, timeout=min(spare, POLL_SECONDS))
             timer.planning()
             batch = router.next_batch()
             load.publish(*router.queue_and_limit)
@@ -81,11 +81,12 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
         pass
 
 
-def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenChunk]:
+def receive(server: EngineServer, router: Router, load: EngineLoad, timeout: float) -> list[TokenChunk]:
     """Hand the messages that have come to the Router; returns the last chunks of requests that it refuses."""
     refused = []
     for message in server.receive(timeout):
         if isinstance(message, Submit):
+            load.took(message.request.ticket)
             try:
                 router.submit(message.request, message.number)
             except RequestError as error:

@@ -62,9 +62,23 @@ def test_it_is_closed_while_the_queue_is_full(door: Door, worker: EngineLoad) ->
 def test_what_is_on_its_way_counts(door: Door, worker: EngineLoad, tmp_path: Path) -> None:
     generation = EngineLoad(tmp_path)
     worker.publish(5, 8)
-    tickets = [door.ticket() for _ in range(3)]
+    _, second, third = (door.ticket() for _ in range(3))
     assert is_closed(door)
-    generation.arrived = tickets[1]  # and so the first, wherever it is
+    worker.took(second)  # and so the first, which was lost
+    assert is_closed(door), "it is in no number yet"
+    worker.publish(7, 8)
+    assert is_closed(door)
+    generation.refused(third)
+    assert not is_closed(door)
+    worker.took(0)
+    worker.publish(7, 8)
+    assert not is_closed(door), "requests without a ticket change nothing"
+
+
+def test_a_worker_that_follows_another_goes_on_from_its_tickets(door: Door, worker: EngineLoad, tmp_path: Path) -> None:
+    worker.took(door.ticket())
+    worker.publish(8, 8)
+    EngineLoad(tmp_path).publish(7, 8)
     assert not is_closed(door)
 
 
@@ -78,9 +92,9 @@ def test_wrong_numbers_keep_it_closed_for_a_moment_only(door: Door, worker: Engi
 
 
 def test_a_tokenizer_step_that_is_loaded_again_goes_on_counting(door: Door, worker: EngineLoad, tmp_path: Path) -> None:
-    EngineLoad(tmp_path).arrived = 50
-    again = Door(EngineLoad(tmp_path), lambda: 0.0)
+    worker.took(50)
     worker.publish(7, 8)
+    again = Door(EngineLoad(tmp_path), lambda: 0.0)
     assert not is_closed(again)
     assert again.ticket() == 51
     assert door.ticket() == 1

@@ -57,8 +57,6 @@ class TritonPythonModel:
     def submit(self, request):
         parsed, context = read_generation_request(request)
         in_ensemble = context is not None
-        if in_ensemble:
-            self.load.arrived = context.ticket
         deadline = context.deadline if in_ensemble else read_deadline(request)
         prompt_text = context.prompt_text if in_ensemble else ""
         text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
@@ -67,15 +65,21 @@ class TritonPythonModel:
         def responder(uid):
             return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
-        self.streams.submit(
-            parsed.token_ids,
-            parsed.options,
-            deadline,
-            responder,
-            flow_control=in_ensemble,
-            text=text,
-            urgent=is_probe(request),
-        )
+        ticket = context.ticket if in_ensemble else 0
+        try:
+            self.streams.submit(
+                parsed.token_ids,
+                parsed.options,
+                deadline,
+                responder,
+                flow_control=in_ensemble,
+                text=text,
+                urgent=is_probe(request),
+                ticket=ticket,
+            )
+        except Exception:
+            self.load.refused(ticket)
+            raise
 
     def finalize(self):
         self.engine.close()  # this ends all requests
