@@ -5,12 +5,15 @@
 
 The engine only tells the time (perf/sleeping_engine.py), so the figures are the server's. Streams run for some seconds
 before the flood and through it. The flood comes from a process of its own; a request's time counts from its sending.
+CPU seconds say what the flood costs each process, whatever else the machine does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import re
 import tempfile
 import time
 from collections import Counter
@@ -23,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 
 from lightllm_client.errors import LightLLMError
 from perf.model_directory import write_model_directory
@@ -38,6 +42,11 @@ SETTINGS = {
     "max_queue_size": "500",
 }  # fmt: skip
 MODEL = "llama-7b"
+PROCESSES = {
+    "tokenizer": r"backend_stub .*/tokenizer/", "generation": r"backend_stub .*/generation/",
+    "detokenizers": r"backend_stub .*/detokenizer/", "worker": r"worker\.main", "tritonserver": r"/tritonserver ",
+    "the flood's client": r"multiprocessing\.spawn",
+}  # fmt: skip
 CALM_SECONDS = 4.0  # the streams alone
 
 Answered = tuple[str, float, float]  # what became of a request, when it was sent, after how many seconds it ended
@@ -82,7 +91,9 @@ async def measure(target: Target, count: int, output: int, streams: int, pool: P
     done = asyncio.Event()
     running = [asyncio.create_task(stream_until(replace(target, streaming=True), done)) for _ in range(streams)]
     await asyncio.sleep(CALM_SECONDS)
+    cpu_before = cpu_seconds()
     answered = await loop.run_in_executor(pool, flood, target, count, output)
+    cpu_after = cpu_seconds()
     done.set()
     times = await asyncio.gather(*running)
     begun, ended = min(sent for _, sent, _ in answered), max(sent + seconds for _, sent, seconds in answered)
@@ -93,10 +104,22 @@ async def measure(target: Target, count: int, output: int, streams: int, pool: P
         "sending_seconds": max(sent for _, sent, _ in answered) - begun,
         "refused_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "refused"]),
         "done_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "done"]),
+        "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
         "gap_before": percentiles(gaps(times, begun - CALM_SECONDS / 2, begun)),
         "gap_while_refusing": percentiles(gaps(times, begun, max(refused_until, begun + 0.5))),
         "gap_during": percentiles(gaps(times, begun, ended)),
     }
+
+
+def cpu_seconds() -> Counter[str]:
+    """What the processes that this one has started have used so far: the server's, by model, and the flood's."""
+    used: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            name = next((name for name, pattern in PROCESSES.items() if re.search(pattern, command)), "others")
+            used[name] += sum(process.cpu_times()[:2])
+    return used
 
 
 def gaps(times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:
