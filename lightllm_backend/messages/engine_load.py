@@ -34,7 +34,8 @@ class EngineLoad:
     def __init__(self, directory: Path) -> None:
         file = os.open(load_file(directory), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(file, _FILE_SIZE)  # a new file reads as zeros: no limit
+            # A new file reads as zeros, which is no limit. Its blocks are allocated now: a full disk is an error here.
+            os.posix_fallocate(file, 0, _FILE_SIZE)
             self._fields = mmap.mmap(file, _FILE_SIZE)
         finally:
             os.close(file)
