@@ -43,8 +43,8 @@ SETTINGS = {
 }  # fmt: skip
 MODEL = "llama-7b"
 PROCESSES = {
-    "tokenizer": r"backend_stub .*/tokenizer/", "generation": r"backend_stub .*/generation/",
-    "detokenizers": r"backend_stub .*/detokenizer/", "worker": r"worker\.main", "tritonserver": r"/tritonserver ",
+    "tokenizer": r"model_repository/tokenizer/", "generation": r"model_repository/generation/",
+    "detokenizers": r"model_repository/detokenizer/", "worker": r"worker\.main", "tritonserver": r"/tritonserver ",
     "the flood's client": r"multiprocessing\.spawn",
 }  # fmt: skip
 CALM_SECONDS = 4.0  # the streams alone
