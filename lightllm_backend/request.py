@@ -13,12 +13,13 @@ MAX_STOP_TOKEN_IDS = 32
 
 
 class FinishReason(str, Enum):
-    """The reason why a request ended. A client never sees FAILED: the request ends with an error instead."""
+    """The reason why a request ended. With FAILED and REJECTED the client gets an error instead."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    REJECTED = "rejected"  # the Router has not taken it
 
 
 class RequestError(Exception):
@@ -118,6 +119,7 @@ class Request:
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
     urgent: bool = False  # ahead of all waiting requests: a probe, which would prove nothing behind users' requests
+    ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
 
 
 @dataclass(slots=True)

@@ -45,7 +45,8 @@ class Streams:
 
     def submit(
         self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
-        responder_for: Callable[[str], Responder], flow_control: bool, text: TextStream, urgent: bool = False,
+        responder_for: Callable[[str], Responder], flow_control: bool, text: TextStream,
+        urgent: bool = False, ticket: int = 0,
     ) -> None:  # fmt: skip
         """Submit a request to the engine. Raises RequestError if it is refused; then the responder is never used.
 
@@ -71,7 +72,7 @@ class Streams:
 
         self._streams[uid] = stream
         try:
-            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline, urgent), on_chunk)
+            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline, urgent, ticket), on_chunk)
         except RequestError:
             del self._streams[uid]
             raise

@@ -35,5 +35,4 @@ class TokenTimes:
                 self._observer.first_token(now - self._started, chunk.queue_seconds or 0.0)
             self._has_tokens, self._last_token = True, now
         if chunk.finish_reason is not None:
-            failed = chunk.error is not None and chunk.error.code != "CANCELLED"
-            self._observer.finished("failed" if failed else chunk.finish_reason.value, now - self._started)
+            self._observer.finished(chunk.finish_reason.value, now - self._started)

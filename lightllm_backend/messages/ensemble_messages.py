@@ -13,6 +13,11 @@ class EnsembleContext:
 
     prompt_text: str  # for an answer that repeats the prompt; else empty
     deadline: float | None  # time.monotonic() seconds of this machine; None: no deadline
+    ticket: int = 0  # the tokenizer step counts what it sends on; see engine_load.py
+
+    def __post_init__(self) -> None:
+        if type(self.ticket) is not int or not 0 <= self.ticket < 2**62:  # it goes into an int64 of the worker
+            raise ValueError(f"ticket is {self.ticket!r}; allowed: an integer, 0 ≤ ticket < 2**62")
 
     def to_json(self) -> str:
         return json.dumps(vars(self))

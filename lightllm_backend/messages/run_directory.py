@@ -38,11 +38,14 @@ def run_directory_of(server_pid: int) -> Path:
 
 
 def leave_run_directory() -> None:
-    """Remove this server's run directory if it is empty, which it is for the last model that leaves."""
+    """Remove this server's run directory if it is empty but for the shared file, as it is for the last model."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
+    directory = run_directory()
     with contextlib.suppress(OSError):
-        run_directory().rmdir()
+        if {file.name for file in directory.iterdir()} <= {load_file(directory).name}:
+            load_file(directory).unlink(missing_ok=True)
+            directory.rmdir()
 
 
 def remove_stale_run_directories() -> None:
@@ -78,6 +81,11 @@ def batches_address(engine: str) -> str:
 def rendezvous_file(engine: str) -> str:
     """The file through which the ranks of the engine at this address find each other; each start makes it anew."""
     return f"{engine}.ranks"
+
+
+def load_file(directory: Path) -> Path:
+    """Where the processes of this server share the length of the engine's queue (engine_load.py)."""
+    return directory / "load"
 
 
 def remove_addresses(directory: Path) -> None:

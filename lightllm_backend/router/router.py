@@ -211,6 +211,11 @@ class Router:
         """Whether any request waits for admission."""
         return bool(self._queue)
 
+    @property
+    def queue_and_limit(self) -> tuple[int, int]:
+        """How many requests wait, and from how many on further ones are refused."""
+        return len(self._queue), self._max_queue_size
+
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
         return EngineStats(

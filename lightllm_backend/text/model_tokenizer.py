@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.text.tokenizer import Tokenizer
 
@@ -19,6 +20,11 @@ def load_tokenizer(directory: str | Path, config: EngineConfig) -> Tokenizer:
     """Load the tokenizer; raise ModelError or TokenizerError if the server cannot serve the directory."""
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code, vocab_size)
+
+
+def known_lengths(directory: str | Path, config: EngineConfig) -> LengthLimits:
+    """Return the limits by the settings and config.json; the engine's may be lower, by the size of its KV pool."""
+    return LengthLimits.of(config, ModelConfig.from_directory(directory).max_sequence_length)
 
 
 def warning_of_tokens_past_model(tokenizer: Tokenizer) -> str | None:

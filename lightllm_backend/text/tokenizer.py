@@ -28,13 +28,17 @@ from lightllm_backend.text.incremental_decoding import (
     byte_level_alphabet,
     spell_piece,
 )
+from lightllm_backend.text.token_bytes import TokenBytes, sentencepiece_token_bytes, token_bytes
 from lightllm_backend.text.tokenizer_settings import TokenizerError, TokenizerSettings
+
+LONG_TEXT = 1024  # characters; encoding fewer takes less than half a millisecond
 
 
 class Tokenizer(ABC):
     """Encodes and decodes text for one model directory. Immutable and thread-safe."""
 
     vocab_size: int  # one more than the greatest id
+    token_bytes: TokenBytes | None = None  # how much text a token stands for; None: no limit is known
     tokens_past_model: Mapping[int, str] = {}  # tokens without an embedding in the model; see `load`
     _special_ids: Mapping[str, int]  # the id of each special token, by its spelling
     _any_special: re.Pattern[str]
@@ -179,8 +183,9 @@ class _JsonTokenizer(Tokenizer):
         added = self._inner.get_added_tokens_decoder().items()
         self._set_special({token_id: token.content for token_id, token in added if token.special})
         self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
-        # Guards encode_special_tokens, a mutable attribute of the inner tokenizer.
-        self._encoding = threading.Lock()
+        self.token_bytes = token_bytes(self._inner)
+        self._copying = threading.Lock()  # guards the copy's making
+        self._copy: tokenizers.Tokenizer | None = None
         self._spelling = self._byte_spelling()
 
     def _add_tokens(self, settings: TokenizerSettings) -> None:
@@ -235,9 +240,21 @@ class _JsonTokenizer(Tokenizer):
         return None
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
-        with self._encoding:
-            self._inner.encode_special_tokens = not parse_special
-            return self._inner.encode(text).ids
+        inner = self._inner if parse_special else self._without_special
+        if len(text) < LONG_TEXT:
+            return inner.encode(text).ids
+        [encoding] = inner.encode_batch_fast([text])  # unlike `encode`, this releases the GIL
+        return list(encoding.ids)
+
+    @property
+    def _without_special(self) -> tokenizers.Tokenizer:
+        """A copy that takes the spelling of special tokens as text: a switch could not serve two threads at once."""
+        with self._copying:
+            if self._copy is None:
+                copy = tokenizers.Tokenizer.from_str(self._inner.to_str())
+                copy.encode_special_tokens = True
+                self._copy = copy
+            return self._copy
 
     def token(self, token_id: int) -> str:
         return (self._inner.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None) or ""
@@ -282,6 +299,7 @@ class _SentencePieceTokenizer(Tokenizer):
             drop_first_space=self._inner.normalize("x").startswith(SPACE_MARK),
         )
         self.vocab_size = max(self._inner.get_piece_size(), max(self._added, default=-1) + 1)
+        self.token_bytes = sentencepiece_token_bytes(self._inner, self._added)
 
     def _added_tokens(self, settings: TokenizerSettings) -> dict[int, AddedToken]:
         """Return the tokens to split off before sentencepiece sees the text, by id."""

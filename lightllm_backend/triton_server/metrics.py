@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightllm_backend.request import RequestError
 from lightllm_backend.router.statistics import EngineStats
 
 FLUSH_SECONDS = 0.1  # far below the interval at which anybody scrapes metrics
@@ -51,6 +52,10 @@ HISTOGRAMS = {
 log = logging.getLogger(__name__)
 
 STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
+STATUS_OF_REFUSAL = {
+    "INVALID_ARG": "rejected", "NOT_FOUND": "rejected", "UNAVAILABLE": "rejected", "CANCELLED": "cancelled",
+    "INTERNAL": "failed",
+}  # fmt: skip
 
 
 class Metrics:
@@ -110,15 +115,17 @@ class Metrics:
             self._observed["inter_token_seconds"].append(seconds)
 
     def finished(self, status: str, seconds: float) -> None:
-        """A request has ended, so long after its submission."""
+        """A request that was submitted has ended, so long after that. The Router's refusals have no duration."""
         with self._lock:
             self._ended[status] += 1
-            self._observed["request_seconds"].append(seconds)
+            if status != "rejected":
+                self._observed["request_seconds"].append(seconds)
 
-    def rejected(self) -> None:
-        """A request was refused."""
+    def refused(self, error: Exception) -> None:
+        """A request ended before it was submitted: with an error of its own or the server's, or its time was up."""
+        code = error.code if isinstance(error, RequestError) else "INTERNAL"
         with self._lock:
-            self._ended["rejected"] += 1
+            self._ended[STATUS_OF_REFUSAL[code]] += 1
 
     # From the engine
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text import model_tokenizer
@@ -58,8 +59,16 @@ def repository_parameters(repository: Path) -> dict[str, str]:
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:
     """The tokenizer of the model that the settings name."""
-    directory = config.model_dir or embedded_model_directory(config.worker_python or "python3")
-    return model_tokenizer.load_tokenizer(directory, config)
+    return model_tokenizer.load_tokenizer(_served_directory(config), config)
+
+
+def known_lengths(config: EngineConfig) -> LengthLimits:
+    """The limits of a request's length, as far as they are known without the engine."""
+    return model_tokenizer.known_lengths(_served_directory(config), config)
+
+
+def _served_directory(config: EngineConfig) -> str | Path:
+    return config.model_dir or embedded_model_directory(config.worker_python or "python3")
 
 
 def warn_of_tokens_past_model(tokenizer: Tokenizer) -> None:

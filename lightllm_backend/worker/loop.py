@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightllm_backend.messages.channel import ChannelClosed
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import Cancel, CloseEngine, Stop, Submit
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
@@ -28,7 +29,7 @@ POLL_SECONDS = 0.5e-3
 
 def run(
     server: EngineServer, router: Router, followers: BatchSender, runner: ModelRunner, statistics: StatisticsLog,
-    vitals: Vitals, clock: Callable[[], float] = time.monotonic,
+    vitals: Vitals, load: EngineLoad, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
     """THE loop of rank 0: receive, schedule, run, apply, emit; until the process that owns this worker is gone.
 
@@ -41,11 +42,12 @@ def run(
     try:
         while server.open:
             idle = not router.has_work and not in_flight
-            refused = receive(server, router, timeout=STATS_SECONDS if idle else 0.0)
+            refused = receive(server, router, load, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(server, router, timeout=min(spare, POLL_SECONDS))
+                refused += receive(server, router, load, timeout=min(spare, POLL_SECONDS))
             timer.planning()
             batch = router.next_batch()
+            load.publish(*router.queue_and_limit)
             vitals.turn(busy=batch is not None or bool(in_flight))
             if batch is not None:
                 followers.send(batch)
@@ -79,15 +81,16 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
         pass
 
 
-def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenChunk]:
+def receive(server: EngineServer, router: Router, load: EngineLoad, timeout: float) -> list[TokenChunk]:
     """Hand the messages that have come to the Router; returns the last chunks of requests that it refuses."""
     refused = []
     for message in server.receive(timeout):
         if isinstance(message, Submit):
+            load.took(message.request.ticket)
             try:
                 router.submit(message.request, message.number)
             except RequestError as error:
-                refused.append(TokenChunk(message.request.uid, [], [], FinishReason.FAILED, error=error))
+                refused.append(TokenChunk(message.request.uid, [], [], FinishReason.REJECTED, error=error))
         elif isinstance(message, Cancel):
             router.cancel(message.uid)
         elif isinstance(message, Stop):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import batches_address, rendezvous_file
 from lightllm_backend.messages.vitals import Vitals
@@ -65,6 +66,8 @@ class Leader:
 
     def __init__(self, config: EngineConfig, address: str, parent_pipe: int) -> None:
         self._config = config
+        self._load = EngineLoad(Path(address).parent)
+        self._load.publish(0, 0)  # the worker before this one may have died with a full queue
         # Opens the listener before _load() waits for the other ranks, so that they find it.
         self._followers = BatchSender(batches_address(address), config.tp - 1)
         self._engine = _load(config, 0, address)
@@ -78,8 +81,9 @@ class Leader:
         router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
         try:
             statistics = StatisticsLog(self._config.log_stats_interval)
-            run(self._server, router, self._followers, engine.runner, statistics, self._vitals)
+            run(self._server, router, self._followers, engine.runner, statistics, self._vitals, self._load)
         finally:
+            self._load.publish(0, 0)
             self._server.close()
             self._followers.close()
             self._vitals.close()

@@ -49,7 +49,7 @@ class ServerSystem:
     """Any server that runs."""
 
     def __init__(self, target: Target, metrics_address: str, processes: int) -> None:
-        self._target = target
+        self.target = target
         self._metrics_address = metrics_address
         self._processes = processes
 
@@ -57,7 +57,7 @@ class ServerSystem:
         return read_metrics(self._metrics_address)
 
     def run(self, plan: Sequence[Planned], concurrency: int | None, on_progress: Callable[[int], None]) -> Seen:
-        return run_load(self._target, plan, self._processes, concurrency, on_progress)
+        return run_load(self.target, plan, self._processes, concurrency, on_progress)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ import psutil
 import pytest
 
 from lightllm_backend.messages import run_directory as run_directory_module
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.run_directory import (
     batches_address,
     engine_address,
     leave_run_directory,
+    load_file,
     remove_addresses,
     remove_stale_run_directories,
     rendezvous_file,
@@ -99,3 +101,14 @@ def test_all_addresses_are_removed(tmp_path: Path) -> None:
     remove_addresses(tmp_path)
     remove_addresses(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_model_removes_the_shared_file(base: Path) -> None:
+    directory = run_directory()
+    EngineLoad(directory)
+    (directory / "another").touch()
+    leave_run_directory()
+    assert load_file(directory).exists(), "another model still uses it"
+    (directory / "another").unlink()
+    leave_run_directory()
+    assert not directory.exists()

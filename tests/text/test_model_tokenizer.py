@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.options import ParsedRequest
 from lightllm_backend.request import RequestError, RequestOptions
@@ -16,6 +17,7 @@ from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.text.tokenizer_settings import TokenizerError
 
 DATA = Path(__file__).parents[1] / "data"
+LIMITS = LengthLimits(100, "max_req_input_len", 101, "max_req_total_len")
 MODEL = {
     "architectures": ["BloomForCausalLM"],
     "hidden_size": 16,
@@ -78,7 +80,7 @@ def test_a_prompt_with_a_token_past_the_vocabulary_is_refused(directory: Path, m
     tokenizer = load_tokenizer(directory, EngineConfig(tokenizer_mode=mode))
 
     def encode(text: str, **options: bool) -> list[int]:
-        return encode_prompt(ParsedRequest(text, None, RequestOptions(**options)), tokenizer, 100).token_ids
+        return encode_prompt(ParsedRequest(text, None, RequestOptions(**options)), tokenizer, LIMITS).token_ids
 
     with pytest.raises(RequestError) as caught:
         encode("a dog<pad2>")

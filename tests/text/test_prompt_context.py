@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
+from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.options import ParsedRequest
 from lightllm_backend.request import FinishReason, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.incremental_decoding import WindowDecoder
@@ -29,6 +30,7 @@ BYTE_LEVEL_LIBRARY = tokenizers.Tokenizer.from_file(str(DATA / "byte_level/token
 FAST, SLOW = Tokenizer.load(DATA / "llama"), Tokenizer.load(DATA / "llama", mode="slow")
 BYTE_LEVEL = Tokenizer.load(DATA / "byte_level")
 BOS, EOS, FIRST_BYTE = 1, 2, 3
+LIMITS = LengthLimits(1000, "max_req_input_len", 1001, "max_req_total_len")
 THE, FOX = (LIBRARY.encode(word, add_special_tokens=False).ids for word in ("the", "fox"))
 
 
@@ -171,7 +173,7 @@ def test_a_request_s_first_word_keeps_its_space(tokenizer, by_text, echo, stop_w
     options = RequestOptions(SamplingParams(stop_words=stop_words), exclude_input_in_output=not echo)
     prompt_ids = FAST.encode("the")
     parsed = ParsedRequest("the" if by_text else None, None if by_text else tuple(prompt_ids), options)
-    prompt = encode_prompt(parsed, tokenizer, 100)
+    prompt = encode_prompt(parsed, tokenizer, LIMITS)
     assert prompt.token_ids == prompt_ids
     engine_side = TextStream.of(tokenizer, options, prompt.token_ids)
     decoder = ResponseDecoder(tokenizer, DecodeState.of(options, (EOS,), prompt.echo, engine_side))
@@ -198,7 +200,7 @@ def test_the_echo_of_ids_is_the_text_before_the_answer(prompt_of: Callable[[list
     prompt_ids = prompt_of([BOS, *THE])
     for skip in (True, False):
         options = RequestOptions(skip_special_tokens=skip, exclude_input_in_output=False)
-        prompt = encode_prompt(ParsedRequest(None, tuple(prompt_ids), options), FAST, 100)
+        prompt = encode_prompt(ParsedRequest(None, tuple(prompt_ids), options), FAST, LIMITS)
         assert prompt.echo == LIBRARY.decode(prompt_ids, skip_special_tokens=skip)
         text = prompt.echo + continuation(FAST, prompt_ids, FOX, skip)
         assert text == LIBRARY.decode([*prompt_ids, *FOX], skip_special_tokens=skip)

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,24 @@ def test_no_torch_is_imported():
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_a_long_text_leaves_other_threads_their_turns(mode: str, parse_special: bool):
+    tokenizer = Tokenizer.load(DATA / "llama", mode=mode)
+    text = "the quick brown fox</s> " * 25_000
+    thread = threading.Thread(target=tokenizer.encode, args=(text, parse_special))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_long_texts_are_encoded_as_short_ones(parse_special: bool):
+    library, text = tokenizers.Tokenizer.from_file(str(DATA / "llama/tokenizer.json")), "the fox</s> é " * 200
+    library.encode_special_tokens = not parse_special
+    assert Tokenizer.load(DATA / "llama").encode(text, parse_special) == library.encode(text).ids

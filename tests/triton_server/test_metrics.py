@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lightllm_backend.request import RequestError
 from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.triton_server import metrics
 from lightllm_backend.triton_server.metrics import MAX_OBSERVATIONS, STATUSES, Metrics
@@ -119,7 +120,7 @@ def test_a_process_without_the_engine_reports_requests_only(backend: FakeBackend
 def test_requests_are_counted_by_status(backend: FakeBackend, engine_metrics: Metrics) -> None:
     for status in ("stop", "length", "length", "cancelled", "failed"):
         engine_metrics.finished(status, 1.0)
-    engine_metrics.rejected()
+    engine_metrics.refused(RequestError("UNAVAILABLE", "the queue is full"))
     assert set(backend.requests().values()) == {0.0}, "nothing is carried over before a flush"
     engine_metrics._flush()
     expected = {"stop": 1, "length": 2, "cancelled": 1, "failed": 1, "rejected": 1}
@@ -195,7 +196,7 @@ def test_totals_go_on_after_a_restart(backend: FakeBackend, engine_metrics: Metr
 def test_the_thread_carries_over_by_itself(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.005)
     made = Metrics(backend, with_engine=False)
-    made.rejected()
+    made.refused(RequestError("INVALID_ARG", "too long"))
     for _ in range(1000):
         if backend.requests()["rejected"]:
             break

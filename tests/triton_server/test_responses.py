@@ -86,3 +86,10 @@ def test_generation_reads_what_the_tokenizer_sends(context: EnsembleContext) -> 
     response = responses.tokens_response([1, 2], options.to_json(), context)
     parsed, arrived = read_generation_request(response)
     assert (parsed.token_ids, parsed.options, arrived) == ((1, 2), options, context)
+
+
+@pytest.mark.parametrize("ticket", [-1, 2**62, 1.0, True, "1", None])
+def test_a_ticket_that_the_worker_could_not_store_is_an_error(ticket: Any) -> None:
+    text = json.dumps({"prompt_text": "", "deadline": None, "ticket": ticket})
+    with pytest.raises(ValueError, match=r"ticket is .*; allowed: an integer, 0 ≤ ticket < 2\*\*62"):
+        EnsembleContext.from_json(text)

@@ -17,6 +17,7 @@ import numpy as np
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
@@ -79,13 +80,14 @@ class CountingEngine:
         read_end, self._parent_pipe = os.pipe()
         self.server = EngineServer(address, INFO, read_end)
         self.vitals = Vitals(Path(address).parent, "worker-0")
+        self.load = EngineLoad(Path(address).parent)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             statistics, followers = StatisticsLog(0), BatchSender("", 0)
-            run(self.server, self.router, followers, self.runner, statistics, self.vitals)  # type: ignore[arg-type]
+            run(self.server, self.router, followers, self.runner, statistics, self.vitals, self.load)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:

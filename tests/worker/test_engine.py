@@ -124,12 +124,14 @@ def test_a_full_queue_refuses_with_one_chunk(tmp_path: Path) -> None:
         engine.runner.gate.clear()
         running = Answer(client, [1], max_tokens=2)
         assert poll(lambda: engine.router.stats().running_requests >= 1)
+        assert poll(lambda: engine.load.read() == (0, 1)), "the door of the first step reads this"
         waiting = [Answer(client, [1], max_tokens=2) for _ in range(3)]
         engine.runner.gate.set()
         ends = [answer.wait().last for answer in waiting]
         refused = [end.error for end in ends if end.error]
         assert len(refused) == 2
         assert {str(error) for error in refused} == {"UNAVAILABLE: the queue is full (1 requests)"}
+        assert {end.finish_reason for end in ends if end.error} == {FinishReason.REJECTED}, "it counts as rejected"
         assert running.wait().tokens == [2, 3]
 
 

@@ -4,6 +4,7 @@
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.run_directory import (
     engine_address,
     leave_run_directory,
@@ -38,6 +39,7 @@ class TritonPythonModel:
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
+        self.load = EngineLoad(self.run_directory)
         self.vitals = Vitals(self.run_directory, "generation")
 
     def execute(self, requests):
@@ -49,7 +51,7 @@ class TritonPythonModel:
         try:
             self.submit(request)
         except Exception as error:
-            self.metrics.rejected()
+            self.metrics.refused(error)
             ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
@@ -63,15 +65,21 @@ class TritonPythonModel:
         def responder(uid):
             return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
 
-        self.streams.submit(
-            parsed.token_ids,
-            parsed.options,
-            deadline,
-            responder,
-            flow_control=in_ensemble,
-            text=text,
-            urgent=is_probe(request),
-        )
+        ticket = context.ticket if in_ensemble else 0
+        try:
+            self.streams.submit(
+                parsed.token_ids,
+                parsed.options,
+                deadline,
+                responder,
+                flow_control=in_ensemble,
+                text=text,
+                urgent=is_probe(request),
+                ticket=ticket,
+            )
+        except Exception:
+            self.load.refused(ticket)
+            raise
 
     def finalize(self):
         self.engine.close()  # this ends all requests

@@ -4,11 +4,11 @@
 from lightllm_backend.messages.ensemble_messages import EnsembleContext
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
 from lightllm_backend.messages.vitals import Vitals
-from lightllm_backend.text.prompt import encode_prompt
-from lightllm_backend.triton_server.requests import read_deadline, read_request
-from lightllm_backend.triton_server.responses import error_response, tokens_response
+from lightllm_backend.triton_server.entrance import Entrance
+from lightllm_backend.triton_server.responses import tokens_response
 from lightllm_backend.triton_server.setup import (
     engine_config,
+    known_lengths,
     load_tokenizer,
     make_metrics,
     starting,
@@ -19,28 +19,25 @@ from lightllm_backend.triton_server.setup import (
 class TritonPythonModel:
     def initialize(self, args):
         with starting():
-            self.config = engine_config(args)
-            self.tokenizer = load_tokenizer(self.config)
-            warn_of_tokens_past_model(self.tokenizer)
+            config = engine_config(args)
+            tokenizer = load_tokenizer(config)
+            warn_of_tokens_past_model(tokenizer)
             self.metrics = make_metrics(with_engine=False)
+            self.entrance = Entrance(
+                config, tokenizer, known_lengths(config), self.metrics, run_directory(), self.pass_on
+            )
             self.vitals = Vitals(run_directory(), "tokenizer")
 
     def execute(self, requests):
         with self.vitals.working():
-            return [self.encode(request) for request in requests]
+            return [self.entrance.take(request) for request in requests]
 
-    def encode(self, request):
-        try:
-            deadline = read_deadline(request)
-            parsed = read_request(request)
-            prompt = encode_prompt(parsed, self.tokenizer, self.config.max_prompt_bytes)
-        except Exception as error:
-            self.metrics.rejected()
-            return error_response(error)
-        context = EnsembleContext(prompt.echo, deadline)
-        return tokens_response(prompt.token_ids, parsed.options.to_json(), context)
+    def pass_on(self, entered):
+        context = EnsembleContext(entered.prompt.echo, entered.deadline, self.entrance.door.ticket())
+        return tokens_response(entered.prompt.token_ids, entered.parsed.options.to_json(), context)
 
     def finalize(self):
+        self.entrance.close()
         self.metrics.close()
         self.vitals.close()
         leave_run_directory()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineLoad: how many requests wait for the engine, in a file that the processes of one server map. No torch.
+
+rank 0's worker writes the Router's queue and its limit after each plan, and the newest ticket of the tokenizer step
+that is in these numbers; generation, the newest ticket that it has refused. Door reads them: it turns requests away at
+the first step while the queue is full. Reading takes no system call. The Router stays the judge: a request that passes
+the door may still be refused there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lightllm_backend.messages.run_directory import load_file
+from lightllm_backend.request import RequestError
+
+# Fields, each int64: three that the worker writes, and one of generation.
+_QUEUED, _LIMIT, _TAKEN, _REFUSED = range(0, 32, 8)
+_FILE_SIZE = 32
+# One request passes a closed door this often, for the Router to judge: numbers of a process that has died, or of
+# requests that were lost on the way to generation, cannot keep a door closed.
+PASS_SECONDS = 0.1
+
+
+class EngineLoad:
+    """The file, mapped by this process. It is made if it is missing, and never shortened: others have mapped it."""
+
+    def __init__(self, directory: Path) -> None:
+        file = os.open(load_file(directory), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            # A new file reads as zeros, which is no limit. Its blocks are allocated now: a full disk is an error here.
+            os.posix_fallocate(file, 0, _FILE_SIZE)
+            self._fields = mmap.mmap(file, _FILE_SIZE)
+        finally:
+            os.close(file)
+        self._taken = self._read(_TAKEN)
+
+    def took(self, ticket: int) -> None:
+        """The worker has a request with this ticket, which the next `publish` includes; 0: one without a ticket."""
+        self._taken = max(self._taken, ticket)
+
+    def publish(self, queued: int, limit: int) -> None:
+        """Write the Router's queue and its limit; a limit of 0 opens all doors."""
+        struct.pack_into("qqq", self._fields, _QUEUED, queued, limit, self._taken)
+
+    def refused(self, ticket: int) -> None:
+        """Generation has refused a request with this ticket."""
+        struct.pack_into("q", self._fields, _REFUSED, ticket)
+
+    def read(self) -> tuple[int, int]:
+        """The Router's queue and its limit."""
+        queued, limit = struct.unpack_from("qq", self._fields, _QUEUED)
+        return queued, limit
+
+    @property
+    def arrived(self) -> int:
+        """The newest ticket that is on its way no more."""
+        return max(self._read(_TAKEN), self._read(_REFUSED))
+
+    def _read(self, field: int) -> int:
+        value: int = struct.unpack_from("q", self._fields, field)[0]
+        return value
+
+
+class Door:
+    """Turns requests away while the engine's queue is full, together with what is on its way there.
+
+    The tokenizer step gives each request that it sends on a ticket, and the worker says which are in its numbers. So
+    the door decides as the Router will after its current step. Requests of lightllm_unary have no tickets: they have
+    passed all steps but the worker, and a refusal there is cheap.
+    """
+
+    def __init__(self, load: EngineLoad, clock: Callable[[], float] = time.monotonic) -> None:
+        self._load = load
+        self._clock = clock
+        self._last_ticket = load.arrived
+        self._tickets = itertools.count(self._last_ticket + 1)
+        self._passed_at = 0.0  # the last request that passed the closed door
+
+    def check(self, may_pass: Callable[[], bool]) -> None:
+        """Raise RequestError UNAVAILABLE if the queue is full. may_pass: called then; whether to let it in anyway."""
+        queued, limit = self._load.read()
+        on_the_way = max(0, self._last_ticket - self._load.arrived)
+        if not limit or queued + on_the_way < limit or may_pass():
+            return
+        now = self._clock()
+        if now >= self._passed_at + PASS_SECONDS:
+            self._passed_at = now
+            return
+        raise RequestError("UNAVAILABLE", f"the queue is full ({queued + on_the_way} requests)")
+
+    def ticket(self) -> int:
+        """A ticket for a request that the tokenizer step sends on now."""
+        self._last_ticket = next(self._tickets)
+        return self._last_ticket

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A flood of requests at once against a small queue: how soon the excess is refused, and what running streams notice.
+
+    python -m perf.overload --protocol grpc --requests 5000 --set max_queue_size=500
+
+The engine only tells the time (perf/sleeping_engine.py), so the figures are the server's. Streams run for some seconds
+before the flood and through it. The flood comes from a process of its own; a request's time counts from its sending.
+CPU seconds say what the flood costs each process, whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+
+from lightllm_client.errors import LightLLMError
+from perf.model_directory import write_model_directory
+from perf.record import RESULTS, circumstances, write_result
+from perf.serving.calls import Target, caller_for
+from perf.serving.measure import RequestFailed
+from perf.serving.systems import launched_server
+from perf.serving.workload import Length, WorkItem
+
+# So few run at once that the engine's queue fills, and not the server before it.
+SETTINGS = {
+    "worker_python": "perf/sleeping_engine.py", "load_format": "dummy", "running_max_req_size": "64",
+    "max_queue_size": "500",
+}  # fmt: skip
+MODEL = "llama-7b"
+PROCESSES = {
+    "tokenizer": r"model_repository/tokenizer/", "generation": r"model_repository/generation/",
+    "detokenizers": r"model_repository/detokenizer/", "worker": r"worker\.main", "tritonserver": r"/tritonserver ",
+    "the flood's client": r"multiprocessing\.spawn",
+}  # fmt: skip
+CALM_SECONDS = 4.0  # the streams alone
+
+Answered = tuple[str, float, float]  # what became of a request, when it was sent, after how many seconds it ended
+
+
+async def ask_all(target: Target, count: int, output: int) -> list[Answered]:
+    """Send all requests at once, on one channel or on a connection each."""
+    async with caller_for(target) as caller:
+        payload = caller.payload(WorkItem("Once upon a time", Length(4, output)))
+
+        async def ask() -> Answered:
+            sent = time.monotonic()
+            try:
+                async for _ in caller.ask(payload):
+                    pass
+                outcome = "done"
+            except (RequestFailed, LightLLMError) as error:
+                outcome = "refused" if "the queue is full" in str(error) else f"failed: {str(error)[:80]}"
+            return outcome, sent, time.monotonic() - sent
+
+        return await asyncio.gather(*[ask() for _ in range(count)])
+
+
+def flood(target: Target, count: int, output: int) -> list[Answered]:
+    return asyncio.run(ask_all(target, count, output))
+
+
+async def stream_until(target: Target, done: asyncio.Event) -> list[float]:
+    """The times of the chunks of one stream."""
+    async with caller_for(target) as caller:
+        times = []
+        async for _ in caller.ask(caller.payload(WorkItem("Once upon a time", Length(4, 15000)))):
+            times.append(time.monotonic())
+            if done.is_set():
+                break
+    return times
+
+
+async def measure(target: Target, count: int, output: int, streams: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(pool, flood, target, 1, 1)  # the process has imported what it needs
+    done = asyncio.Event()
+    running = [asyncio.create_task(stream_until(replace(target, streaming=True), done)) for _ in range(streams)]
+    await asyncio.sleep(CALM_SECONDS)
+    cpu_before = cpu_seconds()
+    answered = await loop.run_in_executor(pool, flood, target, count, output)
+    cpu_after = cpu_seconds()
+    done.set()
+    times = await asyncio.gather(*running)
+    begun, ended = min(sent for _, sent, _ in answered), max(sent + seconds for _, sent, seconds in answered)
+    refused_until = max((sent + s for outcome, sent, s in answered if outcome == "refused"), default=begun)
+    return {
+        "outcomes": dict(Counter(outcome for outcome, _, _ in answered)),
+        "seconds": ended - begun,
+        "sending_seconds": max(sent for _, sent, _ in answered) - begun,
+        "refused_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "refused"]),
+        "done_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "done"]),
+        "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
+        "gap_before": percentiles(gaps(times, begun - CALM_SECONDS / 2, begun)),
+        "gap_while_refusing": percentiles(gaps(times, begun, max(refused_until, begun + 0.5))),
+        "gap_during": percentiles(gaps(times, begun, ended)),
+    }
+
+
+def cpu_seconds() -> Counter[str]:
+    """What the processes that this one has started have used so far: the server's, by model, and the flood's."""
+    used: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            name = next((name for name, pattern in PROCESSES.items() if re.search(pattern, command)), "others")
+            used[name] += sum(process.cpu_times()[:2])
+    return used
+
+
+def gaps(times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:
+    """The pauses between two chunks of a stream that lie between two moments, in part or whole."""
+    return [
+        after - before
+        for stream in times
+        for before, after in itertools.pairwise(stream)
+        if after > begin and before < end
+    ]
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    p50, p99, most = np.percentile(values, [50, 99, 100])
+    return {"p50": float(p50), "p99": float(p99), "max": float(most)}
+
+
+@click.command()
+@click.option("--protocol", type=click.Choice(["grpc", "http"]), default="grpc", show_default=True)
+@click.option("--requests", default=5000, show_default=True)
+@click.option("--output_len", default=128, show_default=True, help="tokens of each answer")
+@click.option("--streams", default=8, show_default=True, help="streams that run meanwhile")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a setting of the engine")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "overload.json", show_default=True)
+def main(protocol: str, requests: int, output_len: int, streams: int, settings: Sequence[str], out: Path) -> None:
+    """Flood a server with requests and print how they ended."""
+    given = dict(setting.split("=", 1) for setting in settings)
+    target = Target(protocol, "", streaming=False)
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        write_model_directory(MODEL, Path(scratch))
+        with launched_server({**SETTINGS, "model_dir": scratch, **given}, target, 1) as server:
+            result = asyncio.run(measure(server.target, requests, output_len, streams, pool))
+    for name, value in result.items():
+        click.echo(f"{name}: {value}")
+    write_result(out, {**circumstances(None), "protocol": protocol, "requests": requests, "settings": given, **result})
+
+
+if __name__ == "__main__":
+    main()
