@@ -37,7 +37,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"prompt has 1 tokens and max_tokens is 8192; allowed: at most 8192 in all \(the model's limit\)",
     ),
     "unknown token": ({"input_ids": [1, 49152]}, r"input_ids holds 49152; allowed: 0 ≤ id < 49152"),
-    "negative token": ({"input_ids": [-1, 5]}, r"input_ids holds -1; allowed: 0 ≤ id < 49152"),
+    "negative token": ({"input_ids": [5, -1]}, r"input_ids is \[5, -1\], which holds -1; allowed: .* ≥ 0"),
+    "negative token with the echo on": (
+        {"input_ids": [-1, 5], "exclude_input_in_output": False},
+        r"input_ids is \[-1, 5\], which holds -1; allowed: .* ≥ 0",
+    ),
     "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: an integer from 1"),
     "negative": ({"text_input": "a", "max_tokens": -1}, r"max_tokens is -1; allowed: an integer from 1"),
     "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 8192"),
@@ -74,6 +78,15 @@ REFUSED_JSON: dict[str, tuple[str, str]] = {
     "several answers": ('{"n": 2}', r"n is 2; allowed: 1"),
     "seed": ('{"seed": -2}', r"seed is -2; allowed: -1 \(drawn\), or an integer from 0 to 18446744073709551615"),
     "twice": ('{"max_tokens": 3, "max_new_tokens": 3}', r"max_new_tokens is given beside max_tokens; allowed: one of"),
+    "nested": (
+        "[" * 100_000,
+        r'sampling_parameters is "\[*…, which is nested more than 16 levels deep; allowed: a JSON',
+    ),
+    "nested text": (
+        json.dumps({"stop_token_ids": "[" * 5000}),
+        r'stop_token_ids is "\[*…, which is nested more than 16 levels deep; allowed: ',
+    ),
+    "long unknown key": (json.dumps({"k" * 10**6: 1}), r"k{77}… is not a parameter; allowed: "),
     "lone surrogate": ('{"stop": "\\ud800"}', r"stop is .*; allowed: a string or a list"),
 }
 
