@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -95,18 +94,6 @@ class RequestOptions:
     exclude_input_in_output: bool = True
     parse_special: bool = True
     skip_special_tokens: bool = True
-
-    def to_json(self) -> str:
-        """Write the options as a `sampling_parameters` string; `parse_request` reads the same options from it."""
-        values = {**vars(self), **vars(self.sampling)}
-        del values["sampling"]
-        return json.dumps({name: value for name, value in values.items() if value != _DEFAULTS.get(name)})
-
-
-# `to_json` leaves these values out. It always writes seed and do_sample: without them, `parse_request` draws a seed
-# and derives do_sample from other options.
-_DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
-del _DEFAULTS["seed"], _DEFAULTS["do_sample"]
 
 
 @dataclass(frozen=True)

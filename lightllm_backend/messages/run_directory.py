@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from lightllm_backend.messages.seal import KEY_FILE
+
 
 def run_directory() -> Path:
     """The run directory of the server that this stub belongs to: its parent process. It is made if it is missing."""
@@ -38,11 +40,14 @@ def run_directory_of(server_pid: int) -> Path:
 
 
 def leave_run_directory() -> None:
-    """Remove this server's run directory if it is empty, which it is for the last model that leaves."""
+    """Remove this server's run directory if nothing but the key is left, as for the last model that leaves."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
     with contextlib.suppress(OSError):
-        run_directory().rmdir()
+        directory = run_directory()
+        # Models that go on, and those that start, have their vitals here: they share the key with later ones.
+        if {file.name for file in directory.iterdir()} <= {KEY_FILE}:
+            _remove(directory)
 
 
 def remove_stale_run_directories() -> None:

@@ -3,6 +3,7 @@
 
 from lightllm_backend.messages.ensemble_messages import EnsembleContext
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.triton_server.requests import read_deadline, read_request
@@ -24,6 +25,7 @@ class TritonPythonModel:
             warn_of_tokens_past_model(self.tokenizer)
             self.metrics = make_metrics(with_engine=False)
             self.vitals = Vitals(run_directory(), "tokenizer")
+            self.seal = Seal.of(run_directory(), Purpose.TOKENS)
 
     def execute(self, requests):
         with self.vitals.working():
@@ -37,8 +39,7 @@ class TritonPythonModel:
         except Exception as error:
             self.metrics.rejected()
             return error_response(error)
-        context = EnsembleContext(prompt.echo, deadline)
-        return tokens_response(prompt.token_ids, parsed.options.to_json(), context)
+        return tokens_response(prompt.token_ids, EnsembleContext(parsed.options, prompt.echo, deadline), self.seal)
 
     def finalize(self):
         self.metrics.close()
