@@ -46,9 +46,9 @@ def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) 
     return _response(TOKENIZER_OUTPUTS, {"input_ids": token_ids, ENSEMBLE: sealed})
 
 
-def client_response(response: Response, tokenizer: Tokenizer) -> Any:
-    """The response that a client reads."""
-    values = {
+def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
+    """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
+    values: dict[str, list[Any]] = {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
@@ -58,7 +58,40 @@ def client_response(response: Response, tokenizer: Tokenizer) -> Any:
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
     }
-    return _response(PUBLIC_OUTPUTS, values)
+    if kept is None:
+        return _response(PUBLIC_OUTPUTS, values)
+    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
+
+
+# Outputs with few values, and what those have that nobody asked for.
+_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
+_UNASKED: dict[str, list[Any]] = {"output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"]}
+_MOST_KEPT = 512  # each takes some hundred bytes of shared memory
+
+
+class KeptTensors:
+    """Makes the tensors of client responses, and keeps those that are the same in many: six of the eight.
+
+    The backend copies a tensor into shared memory when it is first sent, and not again. Two threads must not send one
+    at the same time, so each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Any], Any] = {}
+
+    def tensor(self, name: str, value: list[Any]) -> Any:
+        if name in _REPEATED:
+            key = (name, value[0])
+        elif _UNASKED.get(name) == value:
+            key = (name, None)
+        else:
+            return _tensor(PUBLIC_OUTPUTS, name, value)
+        tensor = self._kept.get(key)
+        if tensor is None:
+            if len(self._kept) >= _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]  # the oldest
+            tensor = self._kept[key] = _tensor(PUBLIC_OUTPUTS, name, value)
+        return tensor
 
 
 def health_response(report: str) -> Any:

@@ -168,3 +168,27 @@ def test_a_timeout_of_another_type_is_refused(timeout: str, shown: str) -> None:
     with pytest.raises(RequestError) as refused:
         requests.read_deadline(request_of(f'{{"timeout": {timeout}}}'))
     assert str(refused.value) == f"INVALID_ARG: timeout is {shown}; allowed: an integer ≥ 0, of microseconds"
+
+
+@pytest.mark.usefixtures("backend")
+def test_kept_tensors_are_the_same_as_new_ones() -> None:
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: "t")
+    kept = responses.KeptTensors()
+
+    def values(response: Any) -> dict[str, list[Any]]:
+        return {tensor.name(): tensor.as_numpy().tolist() for tensor in response.inputs()}
+
+    made = [
+        Response("a", "", 3, [7], [], 0.0),
+        Response("b", "", 3, [8], [], 0.0),
+        Response("c", "stop", 4, [8, 9], [-0.5, -1.0], -1.5),
+        Response("", "length", 3, [], [], -1.5),
+        *(Response("d", "", count, [1], [], 0.0) for count in range(600)),
+    ]
+    for response in made:
+        again = responses.client_response(response, tokenizer, kept)
+        assert values(again) == values(responses.client_response(response, tokenizer))
+    first, second = (responses.client_response(made[0], tokenizer, kept).inputs() for _ in range(2))
+    shared = {one.name() for one, other in zip(first, second, strict=True) if one is other}
+    assert shared == set(responses.PUBLIC_OUTPUTS) - {"text_output", "output_ids"}
+    assert len(kept._kept) <= 512

@@ -14,7 +14,7 @@ from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
 from lightllm_backend.triton_server.requests import read_chunk
-from lightllm_backend.triton_server.responses import ServerSender, client_response, error_response
+from lightllm_backend.triton_server.responses import KeptTensors, ServerSender, client_response, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, starting
 
 
@@ -25,6 +25,7 @@ class TritonPythonModel:
             directory = run_directory()
             self.vitals = Vitals(directory, "detokenizer")
             self.seal = Seal.of(directory, Purpose.CHUNK)
+            self.kept_tensors = KeptTensors()
             self.returns = ReturnChannel(return_address(directory), Seal.of(directory, Purpose.RETURNS))
 
     def execute(self, requests):
@@ -58,11 +59,11 @@ class TritonPythonModel:
         if chunk.error is not None:
             held = decoder.flush()
             if held:
-                sender.send(client_response(held, self.tokenizer), final=False)
+                sender.send(client_response(held, self.tokenizer, self.kept_tensors), final=False)
             sender.send(error_response(chunk.error), final=True)
             return
         response = decoder.decode(chunk)
-        sender.send(response and client_response(response, self.tokenizer), final=True)
+        sender.send(response and client_response(response, self.tokenizer, self.kept_tensors), final=True)
         if chunk.finish_reason is None:  # generation needs no acknowledgement of the last chunk
             self.returns.send(Delivered(uid, decoder.state().pack()))
 
