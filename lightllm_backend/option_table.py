@@ -21,12 +21,18 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
 MAX_INT32 = 2**31 - 1
+# More than any model that is served has positions; the engine knows its own limit.
+MAX_TOKEN_IDS = 2**20
+# Room for a prompt of 1 MiB, each byte of which is written as \u00XX. A longer one has a tensor of its own.
+MAX_JSON_BYTES = 8 * 2**20
+MAX_JSON_DEPTH = 16  # values have two levels at most
+MAX_SCALAR_CHARACTERS = 1024  # of a number or a boolean that comes as text, with any zeros and spaces
 # Above it, several integers round to the same double.
 MAX_EXACT_DOUBLE = 2**53
 
 
 class NotExact(ValueError):
-    """The type cannot hold the number. The message goes on after the value and gives the reason."""
+    """The type cannot hold the value. The message goes on after the value and gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,37 @@ def text(value: Any) -> str:
     return value
 
 
+def parse_json(text: str) -> Any:
+    """Parse a client's JSON; raise ValueError with the reason if it is none, too long or too deeply nested."""
+    size = len(text.encode(errors="surrogatepass"))
+    if size > MAX_JSON_BYTES:
+        raise NotExact(f"which has {size} bytes, more than the {MAX_JSON_BYTES} of any JSON")
+    too_deep = NotExact(f"which is nested more than {MAX_JSON_DEPTH} levels deep")
+    try:
+        parsed = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [parsed]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return parsed
+        level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]
+    raise too_deep
+
+
 def token_ids(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
-        value = json.loads(value)
+        value = parse_json(value)
     if not isinstance(value, (list, tuple)):
         raise ValueError
-    return tuple(integer(item) for item in value)
+    if len(value) > MAX_TOKEN_IDS:
+        raise NotExact(f"which holds {len(value)} ids")
+    converted = tuple(integer(item) for item in value)
+    for token_id in (min(converted, default=0), max(converted, default=0)):
+        if not 0 <= token_id <= MAX_INT32:
+            raise NotExact(f"which holds {token_id}")
+    return converted
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -103,7 +134,7 @@ def texts(value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if isinstance(value, str) and value.startswith("["):  # either a JSON list or a string that begins with a bracket
         with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
+            parsed = parse_json(value)
             items = parsed if all(isinstance(item, str) for item in parsed) else items
     if not isinstance(items, (list, tuple)):
         raise ValueError
@@ -127,6 +158,8 @@ def wants_log_probs(value: Any) -> bool:
     boolean_or_count(value)  # raises an error for anything but a count
     return True
 
+
+SCALARS = (boolean, integer, number, boolean_or_count, wants_log_probs)
 
 # Rows
 
@@ -167,9 +200,9 @@ OPTIONS: dict[str, Option] = {
         help="The prompt, at most max_prompt_bytes of UTF-8; either this or input_ids.",
     ),
     "input_ids": Option(
-        token_ids, "a list of 32-bit token ids that is not empty",
-        lambda v: len(v) > 0 and all(-MAX_INT32 <= i <= MAX_INT32 for i in v), ("INT32", -1),
-        help="The prompt as ids of the model's vocabulary.",
+        token_ids, f"a list of 1 to {MAX_TOKEN_IDS} ids of the model's vocabulary, ≥ 0",
+        lambda v: len(v) > 0, ("INT32", -1),
+        help="The prompt as token ids.",
     ),
     "stream": _bool(
         tensor=_BOOL, keys=("streaming",),
@@ -227,7 +260,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "stop_token_ids": Option(
         token_ids, f"a list of at most {MAX_STOP_TOKEN_IDS} ids of the model's vocabulary, ≥ 0",
-        lambda v: len(v) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_INT32 for i in v),
+        lambda v: len(v) <= MAX_STOP_TOKEN_IDS,
         ("INT32", -1), aliases=("stop_ids",),
         help="End with any of these ids, even with ignore_eos.",
     ),

@@ -12,14 +12,32 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.option_table import ALL_OPTIONS, CANONICAL, OPTIONS, NotExact, Option
+from lightllm_backend.option_table import (
+    ALL_OPTIONS,
+    CANONICAL,
+    MAX_SCALAR_CHARACTERS,
+    OPTIONS,
+    SCALARS,
+    NotExact,
+    Option,
+    parse_json,
+)
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams
 
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
+
+# The types of the options' values, in order of the fields.
+_PLAIN_TYPES = {
+    **{name: get_type_hints(SamplingParams)[name] for name in _SAMPLING_NAMES},
+    **{name: get_type_hints(RequestOptions)[name] for name in _OPTION_NAMES},
+}
+# Messages show at most this much of a client's text.
+_SHOWN_CHARACTERS = 80
 
 # Request parameters that Triton server itself or the launch command's probe adds.
 _RESERVED = {
@@ -104,6 +122,40 @@ def _derive(values: dict[str, Any]) -> None:
     )
 
 
+def options_to_plain(options: RequestOptions) -> list[Any]:
+    """Return the options' values in order of the fields, for `options_from_plain`; nothing is parsed a second time."""
+    return [
+        *(getattr(options.sampling, name) for name in _SAMPLING_NAMES),
+        *(getattr(options, name) for name in _OPTION_NAMES),
+    ]
+
+
+def options_from_plain(values: list[Any]) -> RequestOptions:
+    """Make the options from plain values, whose tuples may be lists. Raise ValueError unless each is what it can be."""
+    if type(values) is not list or len(values) != len(_PLAIN_TYPES):
+        raise ValueError("these are not the values of a request's options")
+    named: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in zip(_PLAIN_TYPES, values, strict=True)
+    }
+    for name, value in named.items():
+        if not _has_type(value, _PLAIN_TYPES[name]) or (name in OPTIONS and not OPTIONS[name].holds(value)):
+            raise ValueError(f"{name} is {show(value)}")
+    sampling = SamplingParams(**{name: named[name] for name in _SAMPLING_NAMES})
+    if sampling.seed < 0 or sampling.min_tokens > sampling.max_tokens:
+        raise ValueError(f"the seed is {sampling.seed}, min_tokens {sampling.min_tokens}")
+    return RequestOptions(sampling, **{name: named[name] for name in _OPTION_NAMES})
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether the value is of exactly this type: a class, a union of them, or a tuple of one class."""
+    if isinstance(kind, UnionType):
+        return any(_has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and all(type(item) is get_args(kind)[0] for item in value)
+    return type(value) is kind
+
+
 def check_prompt_bytes(size: int, max_prompt_bytes: int) -> None:
     """Refuse a prompt text that is too long, before tokenizing it."""
     if size > max_prompt_bytes:
@@ -127,6 +179,13 @@ def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None
         raise _invalid(f"{asked}; allowed: at most {limits.max_total} in all ({limits.max_total_source})")
 
 
+def show(value: Any) -> str:
+    """Format any value for a message, in at most 80 characters."""
+    if isinstance(value, (str, list, tuple)):
+        value = value[: _SHOWN_CHARACTERS + 1]  # the rest would be formatted for nothing
+    return _short(str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str))
+
+
 def _invalid(message: str) -> RequestError:
     return RequestError("INVALID_ARG", message)
 
@@ -143,13 +202,15 @@ def _json(text: Any) -> dict[str, Any]:
     if text in (None, ""):
         return {}
     if not isinstance(text, str):
-        raise _invalid(f"sampling_parameters is {_show(text)}; allowed: the text of a JSON object")
+        raise _invalid(f"sampling_parameters is {show(text)}; allowed: the text of a JSON object")
     try:
-        values = json.loads(text)
+        values = parse_json(text)
+    except NotExact as error:
+        raise _invalid(f"sampling_parameters is {show(text)}, {error}; allowed: a JSON object") from None
     except ValueError as error:
         raise _invalid(f"sampling_parameters is not JSON ({error}); allowed: a JSON object") from None
     if not isinstance(values, dict):
-        raise _invalid(f"sampling_parameters is {_show(values)}; allowed: a JSON object")
+        raise _invalid(f"sampling_parameters is {show(values)}; allowed: a JSON object")
     return values
 
 
@@ -161,9 +222,9 @@ def _canonical(source: Mapping[str, Any]) -> dict[str, _Given]:
             continue
         name = CANONICAL.get(key)
         if name is None:
-            close = difflib.get_close_matches(key, CANONICAL, n=1)
+            close = difflib.get_close_matches(key, CANONICAL, n=1) if len(key) <= _SHOWN_CHARACTERS else []
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise _invalid(f"{key} is not a parameter{hint}; allowed: {', '.join(OPTIONS)}")
+            raise _invalid(f"{_short(key)} is not a parameter{hint}; allowed: {', '.join(OPTIONS)}")
         if name in given:
             names = ", ".join((name, *ALL_OPTIONS[name].other_names))
             raise _invalid(f"{key} is given beside {given[name].key}; allowed: one of {names}")
@@ -175,6 +236,8 @@ def _checked(key: str, raw: Any, option: Option) -> Any:
     """Convert the value to its type; raise INVALID_ARG if the option does not allow it."""
     reason = ""
     try:
+        if isinstance(raw, str) and option.convert in SCALARS and len(raw) > MAX_SCALAR_CHARACTERS:
+            raise NotExact(f"which has {len(raw)} characters")
         value = option.convert(raw)
         if option.holds(value):
             return value
@@ -182,11 +245,10 @@ def _checked(key: str, raw: Any, option: Option) -> Any:
         reason = f", {error}"
     except (ValueError, TypeError, LookupError, OverflowError):
         pass
-    raise _invalid(f"{key} is {_show(raw)}{reason}; allowed: {option.allowed}")
+    raise _invalid(f"{key} is {show(raw)}{reason}; allowed: {option.allowed}")
 
 
-def _show(value: Any) -> str:
-    """Format any value for a message, in at most 80 characters."""
-    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
-    text = text.encode(errors="replace").decode()
-    return text if len(text) <= 80 else text[:77] + "…"
+def _short(text: str) -> str:
+    """Cut a client's text to 80 characters, all of which UTF-8 can spell."""
+    text = text[: _SHOWN_CHARACTERS + 1].encode(errors="replace").decode()
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "…"

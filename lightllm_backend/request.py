@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -97,15 +96,9 @@ class RequestOptions:
     parse_special: bool = True
     skip_special_tokens: bool = True
 
-    def to_json(self) -> str:
-        """Write the options as a `sampling_parameters` string; `parse_request` reads the same options from it."""
-        values = {**vars(self), **vars(self.sampling)}
-        del values["sampling"]
-        return json.dumps({name: value for name, value in values.items() if value != DEFAULTS.get(name)})
 
-
-# The values of options that a request does not name; `to_json` leaves them out. seed and do_sample have none:
-# `parse_request` draws a seed and derives do_sample from other options.
+# The values of options that a request does not name. seed and do_sample have none: `parse_request` draws a seed and
+# derives do_sample from other options.
 DEFAULTS = {**vars(RequestOptions()), **vars(SamplingParams())}
 del DEFAULTS["sampling"], DEFAULTS["seed"], DEFAULTS["do_sample"]
 

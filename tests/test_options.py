@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.option_table import ALL_OPTIONS, OPTIONS, OTHERS
@@ -15,6 +18,8 @@ from lightllm_backend.options import (
     check_lengths,
     check_prompt_bytes,
     check_token_ids,
+    options_from_plain,
+    options_to_plain,
     parse_request,
 )
 from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
@@ -97,7 +102,13 @@ def test_token_ids_instead_of_text() -> None:
     assert refusal({"input_ids": []}).startswith("input_ids is []")
     assert refusal({}, '{"input_ids": [1, "a"]}').startswith("input_ids is ")
     assert refusal({}, '{"input_ids": 3}').startswith("input_ids is 3")
-    assert refusal({}, '{"input_ids": [4294967299]}').startswith("input_ids is [4294967299]; allowed: a list of 32-bit")
+    for wrong in (4294967299, -1):
+        message = refusal({"input_ids": [*range(100), wrong, 5]})
+        assert message.startswith("input_ids is [0, 1, 2, ")
+        assert message.endswith(
+            f", which holds {wrong}; allowed: a list of 1 to 1048576 ids of the model's vocabulary, ≥ 0"
+        )
+    assert "which holds 1048577 ids; allowed: " in refusal({"input_ids": [1] * (2**20 + 1)})
 
 
 def test_exactly_one_prompt() -> None:
@@ -383,8 +394,86 @@ def test_a_long_value_is_shown_short() -> None:
     assert len(message) < 200
 
 
-def test_a_deeply_nested_value_is_refused() -> None:
+def test_a_nested_value_is_refused() -> None:
     assert refusal({"text_input": "a"}, '{"stop": {"a": [[[[1]]]]}}').startswith("stop is ")
+
+
+def nested(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+@pytest.mark.parametrize("levels", [17, 500, 100_000])
+def test_json_that_is_nested_too_deeply_is_refused_by_name(levels: int) -> None:
+    """Wherever text is read as JSON; the interpreter's own limit is no answer."""
+    why = "which is nested more than 16 levels deep; allowed: "
+    message = refusal({"text_input": "a"}, nested(levels))
+    assert message.startswith('sampling_parameters is "[[[')
+    assert message.endswith(f"{why}a JSON object")
+    for name, value in (("sampling_parameters", f'{{"stop": {nested(levels)}}}'), ("stop_token_ids", nested(levels))):
+        message = refusal({"text_input": "a"}, None, {name: value})
+        assert message.startswith(f"{name} is ")
+        assert why in message
+        assert len(message) < 300
+    assert why in refusal({}, None, {"input_ids": nested(levels)})
+    assert sampling(stop_words="[" * 1000).stop_words == ("[" * 1000,), "a text that is no JSON is a stop word"
+
+
+def test_brackets_in_texts_are_no_levels() -> None:
+    assert parse_request({}, json.dumps({"text_input": "[{" * 1000})).text == "[{" * 1000
+    assert refusal({"text_input": "a"}, nested(16)).startswith("sampling_parameters is [[")
+
+
+@pytest.mark.parametrize("name", ["sampling_parameters", "input_ids", "stop_token_ids"])
+def test_json_that_is_too_long_is_refused_unread(name: str) -> None:
+    prompt = {} if name == "input_ids" else {"text_input": "a"}
+    for text in (" " * (8 * 2**20 + 1), "é" * 2**22 + "x"):
+        message = refusal(prompt, None, {name: text})
+        assert message.startswith(f"{name} is ")
+        assert ", which has 8388609 bytes, more than the 8388608 of any JSON; allowed: " in message
+        assert len(message) < 300
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "ignore_eos", "return_log_probs", "logprobs", "n"])
+def test_a_scalar_has_no_text_of_any_length(name: str) -> None:
+    parse_request({"text_input": "a"}, None, {name: " " * 1000 + "1"})
+    message = refusal({"text_input": "a"}, None, {name: " " * 1024 + "1"})
+    assert message.startswith(f"{name} is ")
+    assert ", which has 1025 characters; allowed: " in message
+
+
+def test_an_unknown_name_is_shown_short() -> None:
+    message = refusal({"text_input": "a"}, None, {"k" * 10**6: 1})
+    assert message.startswith("k" * 77 + "… is not a parameter; allowed: ")
+    assert len(message) < 1000
+    assert refusal({"text_input": "a"}, '{"\\ud800": 1}').startswith("? is not a parameter; allowed: ")
+
+
+names = st.sampled_from([name for first, option in ALL_OPTIONS.items() for name in (first, *option.other_names)])
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["1", "-1", "true", "[1]", '["a"]', "{}", "[", "nan", "1e999", "\ud800"])
+)  # fmt: skip
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+requests = st.dictionaries(names | st.text(max_size=12), values, max_size=4)
+
+
+@given(requests, requests.map(json.dumps) | st.text(max_size=20), requests)
+@settings(max_examples=150, derandomize=True)
+def test_any_request_is_read_or_refused(tensors: dict[str, Any], text: str, parameters: dict[str, Any]) -> None:
+    refused = None
+    try:
+        parsed = parse_request({"text_input": "a", **tensors}, text, parameters)
+    except RequestError as error:
+        refused = error
+    if refused is not None:
+        assert refused.code == "INVALID_ARG"
+        assert "allowed: " in refused.message
+        assert len(refused.message) < 1500
+        return
+    plain = msgpack.unpackb(msgpack.packb(options_to_plain(parsed.options)))
+    assert options_from_plain(plain) == parsed.options, "what is accepted is within the limits of what travels"
 
 
 def test_unary_requests_do_not_stream() -> None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that travel: errors as text, what sampling needs, options as JSON."""
+"""The values that travel: errors as text, what sampling needs."""
 
 from typing import Any
 
 import pytest
 
-from lightllm_backend.options import parse_request
-from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
+from lightllm_backend.request import RequestError, SamplingParams
 
 
 @pytest.mark.parametrize("code", RequestError.CODES)
@@ -50,20 +49,3 @@ def test_greedy_unless_it_samples_at_a_temperature(sampling: SamplingParams, gre
 )
 def test_logits_are_changed_only_where_something_asks_for_it(changes: dict[str, Any], penalised: bool) -> None:
     assert SamplingParams(**changes).penalised is penalised
-
-
-def test_options_survive_their_json() -> None:
-    sampling = SamplingParams(
-        max_tokens=7, do_sample=True, temperature=0.3, top_p=0.9, top_k=5, presence_penalty=0.1, frequency_penalty=0.2,
-        repetition_penalty=1.2, seed=2**64 - 1, min_tokens=3, ignore_eos=True, stop_words=("é", "\n\n"),
-        stop_token_ids=(5, 0), return_log_probs=True,
-    )  # fmt: skip
-    options = RequestOptions(sampling, True, False, False, False)
-    assert parse_request({"input_ids": [1]}, options.to_json()).options == options
-
-
-@pytest.mark.parametrize("sampling", [SamplingParams(seed=5), SamplingParams(temperature=0.5, top_k=3)])
-def test_what_is_as_usual_need_not_be_said_in_it(sampling: SamplingParams) -> None:
-    options = RequestOptions(sampling, stream=True)
-    assert len(options.to_json()) < 80
-    assert parse_request({"input_ids": [1]}, options.to_json()).options == options

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
+import secrets
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -82,8 +82,8 @@ class EngineClient:
         return self._info
 
     def new_uid(self) -> str:
-        """A uid that no other request of this engine has, of any client."""
-        return f"{os.getpid()}-{id(self):x}-{next(self._uids)}"
+        """A uid that no other request of this engine has, of any client, and that nobody can guess."""
+        return f"{next(self._uids)}-{secrets.token_hex(16)}"
 
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
         """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.

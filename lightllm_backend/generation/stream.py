@@ -31,15 +31,17 @@ CHECK_SECONDS = 0.25
 # An acknowledgement comes in well under a second unless the whole machine stands still. If none arrives for this long,
 # the detokenizer has crashed.
 ACKNOWLEDGEMENT_SECONDS = 60.0
+# After this the server is asked whether the client has gone. It knows if the steps are called one by one.
+OVERDUE_SECONDS = 1.0
 
 
 class Responder(Protocol):
     """Takes a stream's chunks: the server's response sender behind a thin adapter."""
 
-    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
+    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
         """Send new tokens; the chunk with a finish reason is the last call.
 
-        state: a DecodeState as JSON, where decoding has come to; None before the first chunk was delivered.
+        state: a packed DecodeState, where decoding has come to; None before the first chunk was delivered.
         check_client: have the detokenizer check whether the client is gone.
         """
 
@@ -98,7 +100,7 @@ class Stream:
         self._lock = threading.Lock()  # guards what follows
         self._state = StreamState.IDLE
         self._pending: TokenChunk | None = None
-        self._decode_state: str | None = None  # after the last chunk that was delivered; only the detokenizer reads it
+        self._decode_state: bytes | None = None  # after the last delivered chunk; only the detokenizer reads it
         self._sent_any = False
         self._sent_at = 0.0  # the last chunk or probe
         self._check_with_next = False  # the next chunk checks the client
@@ -124,7 +126,7 @@ class Stream:
                 self._stop_text = None
                 self._take(last)
 
-    def delivered(self, state: str | None = None) -> None:
+    def delivered(self, state: bytes | None = None) -> None:
         """The chunk in flight is acknowledged. A probe leaves no state."""
         with self._lock:
             self._decode_state = self._decode_state if state is None else state
@@ -144,8 +146,10 @@ class Stream:
             if self._state is StreamState.IN_FLIGHT and now > self._sent_at + ACKNOWLEDGEMENT_SECONDS:
                 self._lose()
                 return True
-            if self._state is not StreamState.IN_FLIGHT and not self._delivery.acknowledged:
+            overdue = self._state is StreamState.IN_FLIGHT and now > self._sent_at + OVERDUE_SECONDS
+            if overdue or (self._state is not StreamState.IN_FLIGHT and not self._delivery.acknowledged):
                 self.last_check = now
+                self._check_with_next = overdue
                 return self._responder.is_cancelled()
             if self._state is not StreamState.IDLE or now < self._sent_at + CHECK_SECONDS:
                 self._check_with_next = True

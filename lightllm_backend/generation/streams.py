@@ -14,7 +14,8 @@ from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import CHECK_SECONDS, Responder, Stream
 from lightllm_backend.generation.token_times import Observer
 from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
-from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
+from lightllm_backend.messages.seal import Seal
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 
@@ -29,9 +30,13 @@ class Streams:
     """Submits requests, reads the return channel, and cancels the requests of clients that are gone.
 
     address: where the detokenizer connects the return channel; None in a process without a detokenizer.
+    seal: of the Introduction with which each return channel begins.
     """
 
-    def __init__(self, engine: EngineClient, observer: Observer, address: str | None = None) -> None:
+    def __init__(
+        self, engine: EngineClient, observer: Observer, address: str | None = None, seal: Seal | None = None
+    ) -> None:
+        self._seal = seal
         self.return_address = address or ""
         self._engine = engine
         self._observer = observer
@@ -114,6 +119,10 @@ class Streams:
 
     def _read_returns(self, channel: Channel) -> None:
         try:
+            introduction = channel.receive()
+            assert self._seal is not None
+            assert isinstance(introduction, Introduction), introduction
+            introduction.check(self._seal)
             while True:
                 message = channel.receive()
                 assert isinstance(message, Delivered | ClientGone | DecodingFailed), message

@@ -1,55 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of an ensemble tell each other beside token ids: JSON text inside a tensor. No torch."""
+"""What the steps of an ensemble tell each other: msgpack under this server's seal. No torch.
+
+Each message checks the types and ranges of what it unpacks, even though the seal shows that a step of ours packed it.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from lightllm_backend.option_table import MAX_INT32
+from lightllm_backend.options import options_from_plain, options_to_plain
+from lightllm_backend.request import FinishReason, RequestError, RequestOptions, TokenChunk
 
 
 @dataclass(frozen=True)
 class EnsembleContext:
-    """Tokenizer to generation: what generation could not know. Its presence says that a detokenizer step follows."""
+    """Tokenizer to generation: all about a request but its token ids. Its presence says that a detokenizer follows."""
 
+    options: RequestOptions
     prompt_text: str  # for an answer that repeats the prompt; else empty
     deadline: float | None  # time.monotonic() seconds of this machine; None: no deadline
     ticket: int = 0  # the tokenizer step counts what it sends on; see engine_load.py
 
-    def __post_init__(self) -> None:
-        if type(self.ticket) is not int or not 0 <= self.ticket < 2**62:  # it goes into an int64 of the worker
-            raise ValueError(f"ticket is {self.ticket!r}; allowed: an integer, 0 ≤ ticket < 2**62")
-
-    def to_json(self) -> str:
-        return json.dumps(vars(self))
+    def pack(self) -> bytes:
+        packed: bytes = msgpack.packb((options_to_plain(self.options), self.prompt_text, self.deadline, self.ticket))
+        return packed
 
     @classmethod
-    def from_json(cls, text: str) -> EnsembleContext:
-        return cls(**json.loads(text))
+    def unpack(cls, packed: bytes) -> EnsembleContext:
+        """Raise ValueError for anything but a context."""
+        options, prompt_text, deadline, ticket = msgpack.unpackb(packed)
+        if type(prompt_text) is not str:
+            raise ValueError("the prompt is not a text")
+        if deadline is not None and (type(deadline) is not float or not math.isfinite(deadline)):
+            raise ValueError(f"the deadline is {deadline!r}")
+        if type(ticket) is not int or not 0 <= ticket < 2**62:  # it goes into an int64 of the worker
+            raise ValueError(f"ticket is {ticket!r}; allowed: an integer, 0 ≤ ticket < 2**62")
+        return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-@dataclass
-class ChunkDetails:
-    """Generation to the detokenizer: everything about a chunk but its token ids and log probabilities.
+_CHUNK_TYPES = (str, list, list, str, int, str, bytes, bool, bool)
 
-    A direct caller of generation reads the first four fields. The others are in the JSON only if they are set.
-    """
+
+@dataclass(frozen=True)
+class ChunkMessage:
+    """Generation to the detokenizer: a chunk, and where decoding the one before it has come to."""
 
     uid: str
-    finish_reason: str = ""
-    num_input_tokens: int = 0
-    error: str = ""
-    state: str = ""  # a DecodeState as JSON: where decoding the chunk before it has come to
-    return_address: str = ""  # where the return channel leads to
+    chunk: TokenChunk | None  # None: a probe, nothing but a question
+    state: bytes = b""  # a packed DecodeState
     check_client: bool = False  # look whether the client has gone
-    probe: bool = False  # nothing but a question: there is no chunk
 
-    def to_json(self) -> str:
-        values = vars(self)
-        return json.dumps({name: value for name, value in values.items() if value or name in _ALWAYS})
+    def pack(self) -> bytes:
+        chunk = self.chunk or TokenChunk(self.uid, [], [])
+        packed: bytes = msgpack.packb(
+            (
+                self.uid,
+                chunk.token_ids,
+                chunk.log_probs,
+                chunk.finish_reason.value if chunk.finish_reason else "",
+                chunk.num_prompt_tokens,
+                str(chunk.error) if chunk.error else "",
+                self.state,
+                self.check_client,
+                self.chunk is None,
+            ),
+            unicode_errors="replace",  # an error may tell what UTF-8 cannot spell
+        )
+        return packed
 
     @classmethod
-    def from_json(cls, text: str) -> ChunkDetails:
-        return cls(**json.loads(text))
+    def unpack(cls, packed: bytes) -> ChunkMessage:
+        """Raise ValueError for anything but a chunk."""
+        values = msgpack.unpackb(packed)
+        if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
+            raise ValueError("these are not the values of a chunk")
+        uid, token_ids, log_probs, reason, num_prompt_tokens, error, state, check_client, probe = values
+        if probe:
+            return cls(uid, None, state, check_client)
+        _check_tokens(token_ids, log_probs)
+        if num_prompt_tokens < 0:
+            raise ValueError(f"the prompt has {num_prompt_tokens} tokens")
+        chunk = TokenChunk(
+            uid,
+            token_ids,
+            log_probs,
+            FinishReason(reason) if reason else None,
+            num_prompt_tokens,
+            error=RequestError.parse(error) if error else None,
+        )
+        return cls(uid, chunk, state, check_client)
 
 
-_ALWAYS = frozenset(["uid", "finish_reason", "num_input_tokens", "error"])
+def _check_tokens(token_ids: list[Any], log_probs: list[Any]) -> None:
+    for token_id in token_ids:
+        if type(token_id) is not int or not 0 <= token_id <= MAX_INT32:
+            raise ValueError(f"a token id is {token_id!r}")
+    if log_probs and (len(log_probs) != len(token_ids) or any(type(value) is not float for value in log_probs)):
+        raise ValueError("the log probabilities are not a number for each token id")

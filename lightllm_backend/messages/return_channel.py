@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
+from lightllm_backend.messages.return_messages import Introduction
+from lightllm_backend.messages.seal import Seal
 
 
 class ReturnChannel:
-    """Connects to the address that a chunk names, and again after generation has been loaded anew.
+    """Connects to generation's address, and again after generation has been loaded anew; begins with an Introduction.
 
     A message is dropped if nobody listens: its request has ended with the generation step that it belonged to.
     """
 
-    def __init__(self) -> None:
-        self._address = ""
+    def __init__(self, address: str, seal: Seal) -> None:
+        self._address = address
+        self._seal = seal
         self._channel: Channel | None = None
-
-    def connect(self, address: str) -> None:
-        """Send to `address` from now on."""
-        if address != self._address:
-            self._close()
-            self._address = address
 
     def send(self, message: Message) -> None:
         """Send the message, or drop it if nobody listens."""
@@ -28,6 +25,7 @@ class ReturnChannel:
         try:
             if self._channel is None:
                 self._channel = Channel.connect(self._address)
+                self._channel.send(Introduction.under(self._seal))
             self._channel.send(message)
         except ChannelClosed:
             self._close()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from lightllm_backend.messages.seal import KEY_FILE
+
 
 def run_directory() -> Path:
     """The run directory of the server that this stub belongs to: its parent process. It is made if it is missing."""
@@ -38,14 +40,14 @@ def run_directory_of(server_pid: int) -> Path:
 
 
 def leave_run_directory() -> None:
-    """Remove this server's run directory if it is empty but for the shared file, as it is for the last model."""
+    """Remove this server's run directory if no model uses it any more, as for the last one that leaves."""
     if os.environ.get("LIGHTLLM_RUN_DIR"):
         return
     directory = run_directory()
     with contextlib.suppress(OSError):
-        if {file.name for file in directory.iterdir()} <= {load_file(directory).name}:
-            load_file(directory).unlink(missing_ok=True)
-            directory.rmdir()
+        # Models that go on, and those that start, have their vitals here: they share the key with later ones.
+        if {file.name for file in directory.iterdir()} <= {KEY_FILE, load_file(directory).name}:
+            _remove(directory)
 
 
 def remove_stale_run_directories() -> None:

@@ -37,8 +37,8 @@ codecs.register_error(ONE_PER_BYTE, _replace_each_byte)
 class IncrementalDecoder(Protocol):
     """Takes token ids and returns whole characters; `flush` returns the incomplete rest.
 
-    `begin` takes the prompt that the sequence continues. `state` is short JSON data; a new decoder of the same
-    tokenizer resumes from it after `restore`.
+    `begin` takes the prompt that the sequence continues. `state` is short plain data; a new decoder of the same
+    tokenizer resumes from it after `restore`, which raises ValueError for anything but a state.
     """
 
     def begin(self, prompt_ids: Sequence[int]) -> None: ...
@@ -94,11 +94,14 @@ class ByteDecoder:
 
     def state(self) -> list[Any]:
         begun, _ = self._utf8.getstate()  # the first bytes of a character
-        return [list(begun), self._drop_space]
+        return [begun, self._drop_space]
 
     def restore(self, state: list[Any]) -> None:
-        begun, self._drop_space = state
-        self._utf8.setstate((bytes(begun), 0))
+        begun, drop_space = state
+        if type(begun) is not bytes or len(begun) >= _MAX_CHARACTER_BYTES or type(drop_space) is not bool:
+            raise ValueError("this is not the state of a decoder of bytes")
+        self._drop_space = drop_space
+        self._utf8.setstate((begun, 0))
 
     def _dropping(self, text: str) -> str:
         if self._drop_space and text:
@@ -181,5 +184,9 @@ class WindowDecoder:
         return [self._window, self._context_length, self._context_text]
 
     def restore(self, state: list[Any]) -> None:
-        window, self._context_length, self._context_text = state
-        self._window = list(window)
+        window, context_length, context_text = state
+        if [type(window), type(context_length), type(context_text)] != [list, int, str]:
+            raise ValueError("this is not the state of a decoder with a window")
+        if any(type(token_id) is not int for token_id in window) or not 0 <= context_length <= len(window):
+            raise ValueError("this is not the window of a decoder")
+        self._window, self._context_length, self._context_text = list(window), context_length, context_text

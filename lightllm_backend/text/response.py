@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgpack
 
 from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextState, TextStream
@@ -15,7 +16,7 @@ from lightllm_backend.text.tokenizer import Tokenizer
 
 @dataclass
 class DecodeState:
-    """The decoding state of a request. It travels as JSON from each chunk of the request to the next."""
+    """The decoding state of a request. It travels, packed, from each chunk of the request to the next."""
 
     stop_words: Sequence[str] = ()
     min_tokens: int = 0
@@ -42,16 +43,33 @@ class DecodeState:
             text=text.state(),
         )
 
-    def to_json(self) -> str:
-        """Write the fields' values in order: with names, a short chunk would carry twice as many bytes."""
-        return json.dumps([value.pack() if isinstance(value, TextState) else value for value in vars(self).values()])
+    def pack(self) -> bytes:
+        """Pack the fields' values in order."""
+        values = [value.pack() if isinstance(value, TextState) else value for value in vars(self).values()]
+        packed: bytes = msgpack.packb(values, unicode_errors="surrogatepass")  # held text may have lone surrogates
+        return packed
 
     @classmethod
-    def from_json(cls, text: str) -> DecodeState:
-        state = cls(*json.loads(text))
-        packed: Any = state.text
-        state.text = None if packed is None else TextState(*packed)
+    def unpack(cls, packed: bytes) -> DecodeState:
+        """Raise ValueError for anything but a state."""
+        values = msgpack.unpackb(packed, unicode_errors="surrogatepass")
+        if type(values) is not list or tuple(map(type, values)) not in _STATE_TYPES:
+            raise ValueError("these are not the values of a decoding state")
+        state = cls(*values)
+        for items, kind in ((state.stop_words, str), (state.eos_ids, int), (state.held_ids, int)):
+            if any(type(item) is not kind for item in items):
+                raise ValueError(f"a decoding state holds something that is not {kind.__name__}")
+        if any(type(item) is not float for item in state.held_log_probs):
+            raise ValueError("a decoding state holds a log probability that is no number")
+        text: Any = state.text
+        state.text = None if text is None else TextState.unpack(text)
         return state
+
+
+# The types of a DecodeState's values, with a text and without.
+_STATE_TYPES = tuple(
+    (list, int, bool, list, str, text, list, list, int, float) for text in (list, type(None))
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,18 @@ class TextState:
     decoder: list[Any]  # the IncrementalDecoder's own state
     num_tokens: int
     stopped: bool
-    held: str  # may hold marks: lone surrogates, which JSON can encode and UTF-8 cannot
+    held: str  # may hold marks: lone surrogates
 
     def pack(self) -> list[Any]:
-        """Return JSON data; TextState(*packed) restores the state."""
+        """Return plain data, which `unpack` restores."""
         return [self.decoder, self.num_tokens, self.stopped, self.held]
+
+    @classmethod
+    def unpack(cls, packed: list[Any]) -> TextState:
+        """Raise ValueError for anything but a state; its decoder's own part is checked by `restore`."""
+        if [type(value) for value in packed] != [list, int, bool, str]:
+            raise ValueError("these are not the values of a text's state")
+        return cls(*packed)
 
 
 class TextStream:

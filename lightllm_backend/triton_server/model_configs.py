@@ -22,8 +22,7 @@ from lightllm_backend.triton_server.tensors import (
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 
 # Names in an ensemble of the tensors between its steps whose own names are those of the client's tensors.
-_BETWEEN = {"tokenizer": {"input_ids": "prompt_ids", "sampling_parameters": "checked_parameters"}}
-_BETWEEN["generation"] = {name: f"new_{name}" for name in MODEL_TENSORS["generation"][1]}
+_BETWEEN = {"tokenizer": {"input_ids": "prompt_ids"}}
 
 
 def updated(model: str, text: str) -> str:
@@ -54,11 +53,17 @@ def _tensors(kind: str, model: str, tensors: Tensors, optional: set[str] | froze
 
 
 def _wiring(output_names: dict[str, str]) -> str:
+    """The steps, each of which gets what the one before makes; tensors for direct callers of a step are left out."""
     steps, sources = [], {name: name for name in MODEL_TENSORS["tokenizer"][0]}
+    followers = {"tokenizer": "generation", "generation": "detokenizer"}
     for model in ("tokenizer", "generation", "detokenizer"):
         inputs, outputs = MODEL_TENSORS[model]
-        targets = {name: name for name in outputs} | _BETWEEN.get(model, output_names)
-        maps = [("input_map", name, sources[name]) for name in inputs]
+        if model in followers:
+            outputs = {name: tensor for name, tensor in outputs.items() if name in MODEL_TENSORS[followers[model]][0]}
+        targets = {name: name for name in outputs} | _BETWEEN.get(model, {})
+        if model not in followers:
+            targets |= output_names
+        maps = [("input_map", name, sources[name]) for name in inputs if name in sources]
         maps += [("output_map", name, targets[name]) for name in outputs]
         lines = [f'      {kind} {{ key: "{name}", value: "{value}" }}' for kind, name, value in maps]
         steps.append("\n".join(["    {", f'      model_name: "{model}"', "      model_version: -1", *lines, "    }"]))

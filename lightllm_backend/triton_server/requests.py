@@ -6,27 +6,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lightllm_backend.config import PROBE_KEY_VARIABLE
-from lightllm_backend.messages.ensemble_messages import ChunkDetails, EnsembleContext
+from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
+from lightllm_backend.messages.seal import NotSealed, Seal
 from lightllm_backend.option_table import integer
-from lightllm_backend.options import ParsedRequest, parse_request
-from lightllm_backend.request import FinishReason, RequestError, TokenChunk
+from lightllm_backend.options import ParsedRequest, parse_request, show
+from lightllm_backend.request import RequestError, RequestOptions
 from lightllm_backend.triton_server.tensors import (
-    CHUNK,
+    DETOKENIZER_INPUTS,
     ENSEMBLE,
     GENERATION_INPUTS,
-    GENERATION_OUTPUTS,
     PUBLIC_INPUTS,
     SAMPLING_PARAMETERS,
+    SEALED_CHUNK,
 )
 
-_SIZES = {
-    name: size
-    for tensors in (PUBLIC_INPUTS, GENERATION_INPUTS, GENERATION_OUTPUTS)
-    for name, (_, size) in tensors.items()
-}
+_TENSORS = {**PUBLIC_INPUTS, **GENERATION_INPUTS, **DETOKENIZER_INPUTS}
 
 
 def read_request(request: Any) -> ParsedRequest:
@@ -46,41 +46,53 @@ def read_deadline(request: Any) -> float | None:
     except ValueError:
         seconds = -1.0
     if seconds < 0:
-        raise RequestError("INVALID_ARG", f"timeout is {timeout!r}; allowed: an integer ≥ 0, of microseconds")
+        raise RequestError("INVALID_ARG", f"timeout is {show(timeout)}; allowed: an integer ≥ 0, of microseconds")
     return time.monotonic() + seconds if seconds else None
 
 
 def is_probe(request: Any) -> bool:
     """Whether this is the launch command's probe, which knows the key with which it started the server."""
     key = os.environ.get(PROBE_KEY_VARIABLE, "")
-    return bool(key) and "probe_key" in request.parameters() and _parameters(request).get("probe_key") == key
+    return bool(key) and "probe_key" in _parameter_text(request) and _parameters(request).get("probe_key") == key
 
 
-def read_generation_request(request: Any) -> tuple[ParsedRequest, EnsembleContext | None]:
-    """A request to generation and, if the tokenizer step sent it, the context that came along."""
+class GenerationRequest(NamedTuple):
+    """A request to generation."""
+
+    token_ids: Sequence[int]
+    options: RequestOptions
+    deadline: float | None
+    context: EnsembleContext | None  # None: a direct call, which has no detokenizer behind it
+
+
+def read_generation_request(request: Any, seal: Seal) -> GenerationRequest:
+    """A request of the ensemble, which the tokenizer step has checked and sealed, or a direct call's."""
     inputs = _inputs(request)
-    context = inputs.pop(ENSEMBLE, None)
-    # In the ensemble the tokenizer step has already read the request's parameters.
-    parameters = {} if context else _parameters(request)
-    parsed = parse_request(inputs, inputs.pop(SAMPLING_PARAMETERS, None), parameters)
-    return parsed, EnsembleContext.from_json(context) if context else None
+    sealed = inputs.pop(ENSEMBLE, None)
+    if sealed is None:
+        parsed = parse_request(inputs, inputs.pop(SAMPLING_PARAMETERS, None), _parameters(request))
+        return GenerationRequest(parsed.token_ids or (), parsed.options, read_deadline(request), None)
+    token_ids = inputs["input_ids"]
+    context = EnsembleContext.unpack(_opened(ENSEMBLE, "tokenizer", seal, sealed, token_id_bytes(token_ids)))
+    return GenerationRequest(token_ids, context.options, context.deadline, context)
 
 
-def read_chunk(request: Any) -> tuple[TokenChunk | None, ChunkDetails]:
-    """A chunk, and the details that came along. A probe has no chunk."""
-    inputs = _inputs(request)
-    details = ChunkDetails.from_json(inputs[CHUNK])
-    if details.probe:
-        return None, details
-    chunk = TokenChunk(
-        uid=details.uid,
-        token_ids=inputs["output_ids"],
-        log_probs=inputs["output_log_probs"],
-        finish_reason=FinishReason(details.finish_reason) if details.finish_reason else None,
-        num_prompt_tokens=details.num_input_tokens,
-        error=RequestError.parse(details.error) if details.error else None,
-    )
-    return chunk, details
+def read_chunk(request: Any, seal: Seal) -> ChunkMessage:
+    """A chunk that generation has sealed."""
+    return ChunkMessage.unpack(_opened(SEALED_CHUNK, "generation", seal, _inputs(request)[SEALED_CHUNK]))
+
+
+def token_id_bytes(token_ids: Sequence[int]) -> bytes:
+    """The token ids as a seal covers them."""
+    return np.array(token_ids, dtype=np.int32).tobytes()
+
+
+def _opened(name: str, step: str, seal: Seal, sealed: bytes, beside: bytes = b"") -> bytes:
+    try:
+        return seal.open(sealed, beside)
+    except NotSealed:
+        allowed = f"what the {step} step of this server made"
+        raise RequestError("INVALID_ARG", f"{name} does not bear this server's seal; allowed: {allowed}") from None
 
 
 def _inputs(request: Any) -> dict[str, Any]:
@@ -89,14 +101,17 @@ def _inputs(request: Any) -> dict[str, Any]:
 
 
 def _value(tensor: Any) -> Any:
-    """A tensor as a plain value: an item if its size is 1, else a list."""
+    """A tensor as a plain value: bytes, an item if its size is 1, else a list."""
     name = tensor.name()
+    kind, size = _TENSORS[name]
+    if kind == "UINT8":
+        return tensor.as_numpy().tobytes()
     items = tensor.as_numpy().reshape(-1).tolist()
     try:
         items = [item.decode() if isinstance(item, bytes) else item for item in items]
     except UnicodeDecodeError as error:
         raise RequestError("INVALID_ARG", f"{name} is not UTF-8 at byte {error.start}; allowed: UTF-8") from None
-    if _SIZES[name] == -1:
+    if size == -1:
         return items
     if len(items) != 1:
         raise RequestError("INVALID_ARG", f"{name} has {len(items)} values; allowed: 1")
@@ -104,5 +119,15 @@ def _value(tensor: Any) -> Any:
 
 
 def _parameters(request: Any) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(request.parameters() or "{}")
+    values: dict[str, Any] = json.loads(_parameter_text(request) or "{}")
     return values
+
+
+def _parameter_text(request: Any) -> str:
+    """The request's parameters as JSON. The server takes any bytes for a name or a text."""
+    try:
+        text: str = request.parameters()
+    except UnicodeDecodeError as error:
+        where = f"at byte {error.start} of {show(error.object.decode(errors='replace'))}"
+        raise RequestError("INVALID_ARG", f"a request parameter is not UTF-8 {where}; allowed: UTF-8") from None
+    return text

@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from lightllm_backend.messages.ensemble_messages import ChunkDetails, EnsembleContext
+from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
+from lightllm_backend.messages.seal import Seal
 from lightllm_backend.request import RequestError, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response
 from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.triton_server.requests import token_id_bytes
 from lightllm_backend.triton_server.setup import readable
 from lightllm_backend.triton_server.tensors import (
     CHUNK,
+    DETOKENIZER_INPUTS,
+    DIRECT_OUTPUTS,
     ENSEMBLE,
-    GENERATION_INPUTS,
-    GENERATION_OUTPUTS,
     HEALTH_OUTPUTS,
     PUBLIC_OUTPUTS,
-    SAMPLING_PARAMETERS,
+    SEALED_CHUNK,
+    TOKENIZER_OUTPUTS,
     Tensors,
 )
 
@@ -37,15 +40,15 @@ _NUMPY_TYPES: dict[str, Any] = {
 log = logging.getLogger("lightllm")
 
 
-def tokens_response(token_ids: list[int], options_json: str, context: EnsembleContext) -> Any:
+def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) -> Any:
     """The tokenizer's response, which generation reads."""
-    values = {"input_ids": token_ids, SAMPLING_PARAMETERS: [options_json], ENSEMBLE: [context.to_json()]}
-    return _response(GENERATION_INPUTS, values)
+    sealed = seal.close(context.pack(), token_id_bytes(token_ids))
+    return _response(TOKENIZER_OUTPUTS, {"input_ids": token_ids, ENSEMBLE: sealed})
 
 
-def client_response(response: Response, tokenizer: Tokenizer) -> Any:
-    """The response that a client reads."""
-    values = {
+def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
+    """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
+    values: dict[str, list[Any]] = {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
@@ -55,7 +58,40 @@ def client_response(response: Response, tokenizer: Tokenizer) -> Any:
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
     }
-    return _response(PUBLIC_OUTPUTS, values)
+    if kept is None:
+        return _response(PUBLIC_OUTPUTS, values)
+    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
+
+
+# Outputs with few values, and what those have that nobody asked for.
+_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
+_UNASKED: dict[str, list[Any]] = {"output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"]}
+_MOST_KEPT = 512  # each takes some hundred bytes of shared memory
+
+
+class KeptTensors:
+    """Makes the tensors of client responses, and keeps those that are the same in many: six of the eight.
+
+    The backend copies a tensor into shared memory when it is first sent, and not again. Two threads must not send one
+    at the same time, so each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Any], Any] = {}
+
+    def tensor(self, name: str, value: list[Any]) -> Any:
+        if name in _REPEATED:
+            key = (name, value[0])
+        elif _UNASKED.get(name) == value:
+            key = (name, None)
+        else:
+            return _tensor(PUBLIC_OUTPUTS, name, value)
+        tensor = self._kept.get(key)
+        if tensor is None:
+            if len(self._kept) >= _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]  # the oldest
+            tensor = self._kept[key] = _tensor(PUBLIC_OUTPUTS, name, value)
+        return tensor
 
 
 def health_response(report: str) -> Any:
@@ -91,11 +127,19 @@ def error_response(error: Exception) -> Any:
 
 
 def _response(names: Tensors, values: dict[str, Any]) -> Any:
-    tensors = []
-    for name, (kind, _) in names.items():
-        items = [item.encode() for item in values[name]] if kind == "STRING" else values[name]
-        tensors.append(pb_utils.Tensor(name, np.array(items, dtype=_NUMPY_TYPES[kind])))
-    return pb_utils.InferenceResponse(output_tensors=tensors)
+    return pb_utils.InferenceResponse(output_tensors=[_tensor(names, name, values[name]) for name in names])
+
+
+def _tensor(names: Tensors, name: str, value: Any) -> Any:
+    return pb_utils.Tensor(name, _array(names[name][0], value))
+
+
+def _array(kind: str, value: Any) -> Any:
+    """The tensor's contents: bytes for UINT8, else a list."""
+    if kind == "UINT8":
+        return np.frombuffer(value, dtype=np.uint8)
+    items = [item.encode() for item in value] if kind == "STRING" else value
+    return np.array(items, dtype=_NUMPY_TYPES[kind])
 
 
 class ServerSender:
@@ -123,40 +167,45 @@ class ServerSender:
 class GenerationResponder:
     """The Responder of generation: sends chunks to the detokenizer or to a direct caller, who gets errors as errors."""
 
-    def __init__(self, request: Any, uid: str, state: DecodeState, return_address: str, in_ensemble: bool) -> None:
+    def __init__(self, request: Any, uid: str, state: DecodeState, seal: Seal | None) -> None:
+        """seal: of chunks for the detokenizer; None for a direct call, which has none."""
         self._sender = ServerSender(request)
         self._uid = uid
-        self._first_state = state.to_json()
-        self._return_address = return_address
-        self._in_ensemble = in_ensemble
+        self._first_state = state.pack()
+        self._seal = seal
 
-    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
+    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
         final = chunk.finish_reason is not None
-        if chunk.error is not None and not self._in_ensemble:
-            self._sender.send(error_response(chunk.error), final)
-            return
-        details = ChunkDetails(
-            uid=self._uid,
-            finish_reason=chunk.finish_reason.value if chunk.finish_reason else "",
-            num_input_tokens=chunk.num_prompt_tokens,
-            error=str(chunk.error) if chunk.error else "",
-            state=(self._first_state if state is None else state) if self._in_ensemble else "",
-            return_address=self._return_address if self._in_ensemble else "",
-            check_client=check_client and self._in_ensemble,
-        )
-        self._sender.send(self._chunk(chunk.token_ids, chunk.log_probs, details), final)
+        if self._seal:
+            state = self._first_state if state is None else state
+            response = _sealed_chunk(self._seal, ChunkMessage(self._uid, chunk, state, check_client))
+        else:
+            response = error_response(chunk.error) if chunk.error is not None else _direct_response(self._uid, chunk)
+        self._sender.send(response, final)
 
     def probe(self) -> None:
-        details = ChunkDetails(self._uid, return_address=self._return_address, check_client=True, probe=True)
-        self._sender.send(self._chunk([], [], details), final=False)
+        assert self._seal, "a direct call has no detokenizer to probe"
+        self._sender.send(_sealed_chunk(self._seal, ChunkMessage(self._uid, None, check_client=True)), final=False)
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
 
-    @staticmethod
-    def _chunk(token_ids: list[int], log_probs: list[float], details: ChunkDetails) -> Any:
-        values = {"output_ids": token_ids, "output_log_probs": log_probs, CHUNK: [details.to_json()]}
-        return _response(GENERATION_OUTPUTS, values)
+
+def _sealed_chunk(seal: Seal, message: ChunkMessage) -> Any:
+    """The response that the detokenizer reads."""
+    return _response(DETOKENIZER_INPUTS, {SEALED_CHUNK: seal.close(message.pack())})
+
+
+def _direct_response(uid: str, chunk: TokenChunk) -> Any:
+    """The response that a direct caller of generation reads."""
+    details = {
+        "uid": uid,
+        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
+        "num_input_tokens": chunk.num_prompt_tokens,
+        "error": "",
+    }
+    values = {"output_ids": chunk.token_ids, "output_log_probs": chunk.log_probs, CHUNK: [json.dumps(details)]}
+    return _response(DIRECT_OUTPUTS, values)
 
 
 class UnaryResponder:
@@ -167,7 +216,7 @@ class UnaryResponder:
         self._decode = decode
         self._tokenizer = tokenizer
 
-    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
+    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
         if chunk.error is not None:
             self._sender.send(error_response(chunk.error), final=True)
             return

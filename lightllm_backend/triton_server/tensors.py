@@ -22,20 +22,25 @@ PUBLIC_OUTPUTS: Tensors = {
     "cumulative_logprob": ("FP32", 1),
     "logprobs": ("STRING", 1),
 }
-# tokenizer ──> generation. ENSEMBLE is an EnsembleContext; its presence says that a detokenizer follows.
+# tokenizer ──> generation. ENSEMBLE is a sealed EnsembleContext; its presence says that a detokenizer follows.
 ENSEMBLE = "ensemble"
-GENERATION_INPUTS: Tensors = {"input_ids": ("INT32", -1), SAMPLING_PARAMETERS: ("STRING", 1), ENSEMBLE: ("STRING", 1)}
-# generation ──> detokenizer. CHUNK is a ChunkDetails: everything about a chunk but its tokens.
+TOKENIZER_OUTPUTS: Tensors = {"input_ids": ("INT32", -1), ENSEMBLE: ("UINT8", -1)}
+# A direct caller of generation gives sampling_parameters instead.
+GENERATION_INPUTS: Tensors = {**TOKENIZER_OUTPUTS, SAMPLING_PARAMETERS: ("STRING", 1)}
+# generation ──> detokenizer: a sealed ChunkMessage.
+SEALED_CHUNK = "sealed_chunk"
+DETOKENIZER_INPUTS: Tensors = {SEALED_CHUNK: ("UINT8", -1)}
+# A direct caller of generation gets the tokens, and a JSON object with the rest, in place of the sealed chunk.
 CHUNK = "chunk"
-GENERATION_OUTPUTS: Tensors = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
+DIRECT_OUTPUTS: Tensors = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
 HEALTH_OUTPUTS: Tensors = {"report": ("STRING", 1)}
 
 MODEL_TENSORS: dict[str, tuple[Tensors, Tensors]] = {
     "lightllm": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
     "lightllm_unary": (PUBLIC_INPUTS, PUBLIC_OUTPUTS),
-    "tokenizer": (PUBLIC_INPUTS, GENERATION_INPUTS),
-    "generation": (GENERATION_INPUTS, GENERATION_OUTPUTS),
-    "detokenizer": (GENERATION_OUTPUTS, PUBLIC_OUTPUTS),
+    "tokenizer": (PUBLIC_INPUTS, TOKENIZER_OUTPUTS),
+    "generation": (GENERATION_INPUTS, DETOKENIZER_INPUTS | DIRECT_OUTPUTS),
+    "detokenizer": (DETOKENIZER_INPUTS, PUBLIC_OUTPUTS),
     "health": ({}, HEALTH_OUTPUTS),
 }
 # The ensemble for clients of tensorrtllm_backend, who send [1, size] tensors and know one output by another name.
@@ -46,4 +51,4 @@ MODEL_TENSORS[BATCHED_ENSEMBLE] = (
     {BATCHED_OUTPUT_NAMES.get(name, name): tensor for name, tensor in PUBLIC_OUTPUTS.items()},
 )
 # Inputs of all other models are optional.
-REQUIRED_INPUTS = {"generation": {"input_ids"}, "detokenizer": set(GENERATION_OUTPUTS)}
+REQUIRED_INPUTS = {"generation": {"input_ids"}, "detokenizer": set(DETOKENIZER_INPUTS)}

@@ -22,8 +22,10 @@ LIMIT_SECONDS = 120.0
 NO_PROXY = [("grpc.enable_http_proxy", 0)]
 NUMPY_TYPES: dict[str, Any] = {
     "BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32,
+    "UINT8": np.uint8,
 }  # fmt: skip
-DATATYPES = {"input_ids": "INT32", "stream": "BOOL", **OPTION_DATATYPES}
+BETWEEN_STEPS = {"ensemble": "UINT8", "sealed_chunk": "UINT8"}
+DATATYPES = {"input_ids": "INT32", "stream": "BOOL", **OPTION_DATATYPES, **BETWEEN_STEPS}
 
 
 def generate(
@@ -75,7 +77,7 @@ def tensors(module: Any, values: Mapping[str, Any]) -> list[Any]:
     inputs = []
     for name, value in values.items():
         datatype = DATATYPES.get(name, "BYTES")
-        items = value if isinstance(value, (list, tuple)) else [value]
+        items = list(value) if isinstance(value, (list, tuple)) or datatype == "UINT8" else [value]
         items = [item.encode() if isinstance(item, str) else item for item in items]
         tensor = module.InferInput(name, [len(items)], datatype)
         tensor.set_data_from_numpy(np.array(items, dtype=NUMPY_TYPES[datatype]))
@@ -122,7 +124,7 @@ def outputs(result: Any, names: Sequence[str]) -> dict[str, Any]:
     values = {}
     for name in names:
         items = [item.decode() if isinstance(item, bytes) else item for item in result.as_numpy(name).tolist()]
-        values[name] = items if name in ("output_ids", "output_log_probs") else items[0]
+        values[name] = items if name in ("input_ids", "output_ids", "output_log_probs", *BETWEEN_STEPS) else items[0]
     return values
 
 

@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
+from lightllm_backend.messages.seal import Purpose, Seal
+from lightllm_backend.request import RequestOptions, TokenChunk
+from lightllm_backend.text.response import DecodeState
 from lightllm_client import InvalidArgument, LightLLMClient
-from tests.e2e.calls import generate, infer_grpc, infer_http, stream_grpc
+from tests.e2e.calls import NO_PROXY, generate, infer_grpc, infer_http, stream_grpc, tensors
 from tests.e2e.server import TritonServer
 from tests.polling import poll
 
@@ -37,7 +43,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"prompt has 1 tokens and max_tokens is 8192; allowed: at most 8192 in all \(the model's limit\)",
     ),
     "unknown token": ({"input_ids": [1, 49152]}, r"input_ids holds 49152; allowed: 0 ≤ id < 49152"),
-    "negative token": ({"input_ids": [-1, 5]}, r"input_ids holds -1; allowed: 0 ≤ id < 49152"),
+    "negative token": ({"input_ids": [5, -1]}, r"input_ids is \[5, -1\], which holds -1; allowed: .* ≥ 0"),
+    "negative token with the echo on": (
+        {"input_ids": [-1, 5], "exclude_input_in_output": False},
+        r"input_ids is \[-1, 5\], which holds -1; allowed: .* ≥ 0",
+    ),
     "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: an integer from 1"),
     "negative": ({"text_input": "a", "max_tokens": -1}, r"max_tokens is -1; allowed: an integer from 1"),
     "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 8192"),
@@ -74,6 +84,15 @@ REFUSED_JSON: dict[str, tuple[str, str]] = {
     "several answers": ('{"n": 2}', r"n is 2; allowed: 1"),
     "seed": ('{"seed": -2}', r"seed is -2; allowed: -1 \(drawn\), or an integer from 0 to 18446744073709551615"),
     "twice": ('{"max_tokens": 3, "max_new_tokens": 3}', r"max_new_tokens is given beside max_tokens; allowed: one of"),
+    "nested": (
+        "[" * 100_000,
+        r'sampling_parameters is "\[*…, which is nested more than 16 levels deep; allowed: a JSON',
+    ),
+    "nested text": (
+        json.dumps({"stop_token_ids": "[" * 5000}),
+        r'stop_token_ids is "\[*…, which is nested more than 16 levels deep; allowed: ',
+    ),
+    "long unknown key": (json.dumps({"k" * 10**6: 1}), r"k{77}… is not a parameter; allowed: "),
     "lone surrogate": ('{"stop": "\\ud800"}', r"stop is .*; allowed: a string or a list"),
 }
 
@@ -113,6 +132,100 @@ def test_refused_parameters(server: TritonServer) -> None:
     status, answer = generate(server, {"text_input": "a", "parameters": {"colour": 1}})
     assert status == 400
     assert "INVALID_ARG: colour is not a parameter" in answer["error"]
+
+
+def test_a_parameter_that_is_not_utf8(server: TritonServer) -> None:
+    for model in ("lightllm", "lightllm_unary"):
+        status, answer = generate(server, b'{"text_input": "a", "colo\xff": 1}', model=model)
+        assert status == 400
+        assert "INVALID_ARG: a request parameter is not UTF-8 at byte 6 of " in answer["error"]
+        assert answer["error"].endswith("; allowed: UTF-8")
+
+
+@pytest.mark.parametrize("timeout", ["true", "0.5", '"soon"', "-1"])
+def test_a_timeout_of_another_type(server: TritonServer, timeout: str) -> None:
+    for body in ('{"text_input": "a", "timeout": %s}', '{"text_input": "a", "parameters": {"timeout": %s}}'):
+        status, answer = generate(server, (body % timeout).encode())
+        assert (status, answer["error"]) == (
+            400,
+            f"in ensemble 'lightllm', INVALID_ARG: timeout is {timeout}; allowed: an integer ≥ 0, of microseconds",
+        )
+
+
+PROMPT_IDS = [504, 3575, 282]  # "The capital of"
+# What a stranger may try at a step: the model, its tensors, and what the answer says.
+STRANGERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chunk of nothing": ("detokenizer", {"sealed_chunk": [0] * 64}, "sealed_chunk does not bear this server's seal"),
+    "short chunk": ("detokenizer", {"sealed_chunk": [7]}, "sealed_chunk does not bear this server's seal"),
+    "chunk without a seal": (
+        "detokenizer",
+        {"sealed_chunk": ChunkMessage("0-uid", TokenChunk("0-uid", [5], []), DecodeState().pack(), True).pack()},
+        "sealed_chunk does not bear this server's seal",
+    ),
+    "question about another's uid": (
+        "detokenizer",
+        {"sealed_chunk": Seal(b"x" * 32, Purpose.CHUNK).close(ChunkMessage("0-uid", None, b"", True).pack())},
+        "sealed_chunk does not bear this server's seal",
+    ),
+    "chunk of the old form": (
+        "detokenizer", {"sealed_chunk": json.dumps({"uid": "0-uid"}).encode()}, "sealed_chunk does not bear",
+    ),
+    "context without a seal": (
+        "generation",
+        {"input_ids": PROMPT_IDS, "ensemble": EnsembleContext(RequestOptions(), "", None).pack()},
+        "ensemble does not bear this server's seal; allowed: what the tokenizer step of this server made",
+    ),
+    "context of a wrong type": (
+        "generation", {"input_ids": PROMPT_IDS, "ensemble": b"[1]"}, "ensemble does not bear this server's seal",
+    ),
+    "direct call with private options": (
+        "generation",
+        {"input_ids": PROMPT_IDS, "sampling_parameters": '{"deadline": "soon"}'},
+        "deadline is not a parameter",
+    ),
+    "direct call with a negative token": ("generation", {"input_ids": [5, -1]}, "which holds -1; allowed"),
+}  # fmt: skip
+
+
+def test_strangers_at_the_single_steps_are_refused_and_others_go_on(
+    server: TritonServer, client: LightLLMClient
+) -> None:
+    processes = {one.pid for one in server.processes()}
+    restarts = server.metrics()["lightllm_engine_restarts_total"]
+    expected = client.generate("The capital of Japan is", max_tokens=24, ignore_eos=True)
+    stream = client.stream("The capital of Japan is", max_tokens=24, ignore_eos=True)
+    received = [next(stream)]
+    for model, values, message in STRANGERS.values():
+        with pytest.raises(InferenceServerException, match="INVALID_ARG: .*" + re.escape(message)):
+            stream_grpc(server, values, model=model)
+    received += stream
+    assert [token_id for chunk in received for token_id in chunk.token_ids] == list(expected.token_ids)
+    assert {one.pid for one in server.processes()} == processes
+    assert server.metrics()["lightllm_engine_restarts_total"] == restarts
+
+
+def test_who_runs_the_steps_himself_harms_nobody_else(server: TritonServer, client: LightLLMClient) -> None:
+    """Each step believes what the one before made; a seal cannot be taken off one request and put on another."""
+    made = infer_grpc(server, {"text_input": "The capital of Japan is", "max_tokens": 3}, model="tokenizer")
+    with pytest.raises(InferenceServerException, match="INVALID_ARG: ensemble does not bear this server's seal"):
+        stream_grpc(server, {**made, "input_ids": [*made["input_ids"], 5]}, model="generation")
+    [chunk] = stream_grpc(server, made, model="generation")
+    assert list(chunk) == ["sealed_chunk"]
+    for _ in range(3):  # the same chunk as often as he likes
+        [answer] = stream_grpc(server, chunk, model="detokenizer")
+        assert (answer["text_output"], answer["finish_reason"]) == (" Tokyo.\n", "length")
+    # A stream whose chunks nobody acknowledges stays at its first one, and ends when its caller goes.
+    endless = infer_grpc(
+        server, {"text_input": "Hello", "max_tokens": 500, "stream": True, "ignore_eos": True}, model="tokenizer"
+    )
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY) as stranger:
+        responses: queue.Queue[Any] = queue.Queue()
+        stranger.start_stream(callback=lambda result, error: responses.put((result, error)))
+        for _ in range(4):
+            stranger.async_stream_infer("generation", tensors(tritonclient.grpc, endless))
+        assert [error for _, error in (responses.get(timeout=60) for _ in range(4))] == [None] * 4
+        assert client.generate("The capital of Japan is", max_tokens=1).text == " Tokyo"
+        stranger.stop_stream(cancel_requests=True)
 
 
 @pytest.mark.parametrize(

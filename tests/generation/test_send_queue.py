@@ -139,3 +139,32 @@ def test_a_thread_rests_after_a_chunk_of_several_tokens_but_for_those_who_are_ur
     send_queue.put(other, urgent=False)
     send_queue.close()
     assert sent[4:] == ["other"]
+
+
+def test_who_never_acknowledges_holds_up_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller of the single steps has no detokenizer that would."""
+    send_queue, sent = SendQueue(num_threads=1), list[str]()
+    monkeypatch.setattr(send_queue_module, "COUNTED_SECONDS", 0.05)
+    for name in "abcd":
+        send_queue.put(FakeStream(name, sent), urgent=False)
+    assert poll(lambda: sent == ["a", "b", "c", "d"], 10)
+    send_queue.close()
+
+
+def test_what_is_sent_again_counts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(send_queue_module.time, "monotonic", lambda: now)
+    send_queue, sent = SendQueue(num_threads=0), list[str]()
+    a, b, c, d = (FakeStream(name, sent) for name in "abcd")
+    send_queue.put(a, urgent=True)
+    send_queue.put(b, urgent=True)
+    send_all(send_queue)
+    now = 0.9
+    send_queue.put(a, urgent=True)
+    send_queue.put(c, urgent=False)
+    send_queue.put(d, urgent=False)
+    send_all(send_queue)
+    assert sent == ["a", "b", "a"]
+    now = 1.5  # b alone is overdue
+    send_all(send_queue)
+    assert sent == ["a", "b", "a", "c"]

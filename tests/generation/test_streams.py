@@ -16,25 +16,28 @@ from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import Stream
 from lightllm_backend.generation.streams import Streams
-from lightllm_backend.messages.channel import Channel
+from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
 from lightllm_backend.messages.return_channel import ReturnChannel
-from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
+from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
 from tests.polling import poll
 
+SEAL = Seal(b"k" * 32, Purpose.RETURNS)
+
 
 class FakeResponder:
     def __init__(self) -> None:
         self.sent: list[TokenChunk] = []
-        self.states: list[str | None] = []  # of decoding, which went along
+        self.states: list[bytes | None] = []  # of decoding, which went along
         self.checks: list[bool] = []
         self.probes = 0
         self.cancelled = False
         self.questions = 0
 
-    def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
+    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
         assert not self.sent or self.last.finish_reason is None, "nothing may follow the last chunk"
         self.sent.append(chunk)
         self.states.append(state)
@@ -123,7 +126,7 @@ class PromptStream(Stream):
         self.send_all()
         return stop
 
-    def delivered(self, state: str | None = None) -> None:
+    def delivered(self, state: bytes | None = None) -> None:
         super().delivered(state)
         self.send_all()
 
@@ -188,16 +191,16 @@ def test_each_chunk_has_the_state_in_which_the_one_before_it_has_left_decoding(
     stream, responder, _ = stream_of()
     stream.on_chunk(chunk([1]))
     stream.on_chunk(chunk([2]))
-    stream.delivered("one")
-    stream.delivered("two")
+    stream.delivered(b"one")
+    stream.delivered(b"two")
     stream.check_client()
     assert responder.probes == 1
     stream.on_chunk(chunk([3]))
     stream.delivered()  # a probe has no state
     stream.on_chunk(chunk([4], FinishReason.STOP))
-    stream.delivered("three")
+    stream.delivered(b"three")
     assert responder.ids == [[1], [2], [3], [4]]
-    assert responder.states == [None, "one", "two", "three"]
+    assert responder.states == [None, b"one", b"two", b"three"]
 
 
 def test_a_direct_call_needs_no_credit() -> None:
@@ -393,9 +396,16 @@ def engine() -> FakeEngine:
 def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     for module in (stream_module, streams_module):
         monkeypatch.setattr(module, "CHECK_SECONDS", 0.02)
-    made = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
+    made = Streams(engine, FakeObserver(), str(tmp_path / "returns"), SEAL)  # type: ignore[arg-type]
     yield made
     made.close()
+
+
+def introduced(streams: Streams) -> Channel:
+    """A detokenizer's end of the return channel."""
+    channel = Channel.connect(streams.return_address)
+    channel.send(Introduction.under(SEAL))
+    return channel
 
 
 def submit(streams: Streams, tokenizer: Tokenizer, flow_control: bool = True, **sampling: Any) -> FakeResponder:
@@ -481,13 +491,12 @@ def test_a_detokenizer_may_connect_after_one_could_not(
     waiting = Channel.connect(streams.return_address)
     refused = Channel.connect(streams.return_address)
     assert poll(lambda: failed)
-    returns = ReturnChannel()
-    returns.connect(streams.return_address)
+    returns = ReturnChannel(streams.return_address, SEAL)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     assert poll(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.send(Delivered("u0", "state"))
+    returns.send(Delivered("u0", b"state"))
     assert poll(lambda: responder.ids == [[1], [2]])
     waiting.close()
     refused.close()
@@ -496,16 +505,14 @@ def test_a_detokenizer_may_connect_after_one_could_not(
 def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
-    returns = ReturnChannel()
-    returns.send(Delivered("nobody is connected", None))
-    returns.connect(streams.return_address)
+    returns = ReturnChannel(streams.return_address, SEAL)
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     assert poll(lambda: responder.ids == [[1]])
     engine.make("u0", [2])
-    returns.send(Delivered("u0", "state"))
+    returns.send(Delivered("u0", b"state"))
     assert poll(lambda: responder.ids == [[1], [2]])
-    assert responder.states == [None, "state"]
+    assert responder.states == [None, b"state"]
     returns.send(Delivered("unknown", None))
     returns.send(ClientGone("u0"))
     assert poll(lambda: engine.cancelled == ["u0"])
@@ -517,7 +524,7 @@ def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     assert poll(lambda: responder.ids == [[1]])
-    channel = Channel.connect(streams.return_address)
+    channel = introduced(streams)
     channel.send(DecodingFailed("u0", "KeyError: 7"))
     assert poll(lambda: engine.cancelled == ["u0"])
     assert "the detokenizer failed on request u0: KeyError: 7" in caplog.text
@@ -541,10 +548,22 @@ def test_a_request_whose_chunk_was_lost_is_cancelled_and_ends(
     assert poll(lambda: responder.ids == [[1], []])
 
 
+def test_who_calls_the_steps_one_by_one_and_goes_is_noticed(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody acknowledges the chunk, but the server knows the caller."""
+    responder = submit(streams, tokenizer)
+    engine.make("u0", [1])
+    assert poll(lambda: responder.ids == [[1]])
+    responder.cancelled = True
+    monkeypatch.setattr(stream_module, "OVERDUE_SECONDS", 0.0)
+    assert poll(lambda: "u0" in engine.cancelled)
+
+
 def test_what_is_in_flight_at_the_end_is_not_waited_for(
     engine: FakeEngine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    streams = Streams(engine, FakeObserver(), str(tmp_path / "returns"))  # type: ignore[arg-type]
+    streams = Streams(engine, FakeObserver(), str(tmp_path / "returns"), SEAL)  # type: ignore[arg-type]
     responder = submit(streams, tokenizer)
     engine.make("u0", [1])
     assert poll(lambda: responder.ids == [[1]])
@@ -554,17 +573,34 @@ def test_what_is_in_flight_at_the_end_is_not_waited_for(
 
 
 def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    channels = [Channel.connect(streams.return_address) for _ in range(3)]
+    channels = [introduced(streams) for _ in range(3)]
     responder = submit(streams, tokenizer)
     for number, channel in enumerate(channels):
         engine.make("u0", [number])
         assert poll(lambda number=number: len(responder.sent) == number + 1)
-        channel.send(Delivered("u0", str(number)))
+        channel.send(Delivered("u0", str(number).encode()))
     engine.make("u0", [], FinishReason.STOP)
     assert poll(lambda: responder.ids == [[0], [1], [2], []])
-    assert responder.states == [None, "0", "1", "2"]
+    assert responder.states == [None, b"0", b"1", b"2"]
     for channel in channels:
         channel.close()
+
+
+@pytest.mark.parametrize(
+    "first", [ClientGone("u0"), Introduction.under(Seal(b"x" * 32, Purpose.RETURNS)), Introduction(b"")]
+)
+def test_nobody_is_listened_to_without_this_servers_introduction(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, first: Message
+) -> None:
+    submit(streams, tokenizer)
+    stranger, own = Channel.connect(streams.return_address), introduced(streams)
+    stranger.send(first)
+    with pytest.raises(ChannelClosed):
+        stranger.receive()  # it has been hung up on
+    assert engine.cancelled == []
+    own.send(ClientGone("u0"))
+    assert poll(lambda: engine.cancelled == ["u0"])
+    own.close()
 
 
 def test_another_detokenizer_may_connect_after_the_first(
@@ -572,7 +608,7 @@ def test_another_detokenizer_may_connect_after_the_first(
 ) -> None:
     Channel.connect(streams.return_address).close()
     responder = submit(streams, tokenizer)
-    channel = Channel.connect(streams.return_address)
+    channel = introduced(streams)
     assert poll(lambda: responder.probes > 0)  # its credit is taken until this channel says otherwise
     engine.make("u0", [1])
     channel.send(Delivered("u0", None))
@@ -603,7 +639,7 @@ def test_tokens_that_come_while_a_chunk_is_sent_neither_wait_nor_overtake(flow_c
             super().__init__()
             self.busy, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
 
-        def send(self, chunk: TokenChunk, state: str | None, check_client: bool) -> None:
+        def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
             assert self.busy._value == 0, "one at a time"
             super().send(chunk, state, check_client)
             self.busy.release()

@@ -2,22 +2,30 @@
 """The detokenizer's messages reach the process that listens at the address now."""
 
 from pathlib import Path
+from typing import Any
 
-from lightllm_backend.messages.channel import Channel, listen
+import pytest
+
+from lightllm_backend.messages.channel import Channel, Message, listen
 from lightllm_backend.messages.return_channel import ReturnChannel
-from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
+from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
+from lightllm_backend.messages.seal import NotSealed, Purpose, Seal
+
+SEAL = Seal(b"k" * 32, Purpose.RETURNS)
 
 
 def test_messages_arrive_in_order(tmp_path: Path) -> None:
     listener = listen(str(tmp_path / "returns"))
-    returns = ReturnChannel()
-    returns.connect(str(tmp_path / "returns"))
-    returns.send(Delivered("a", "state"))
+    returns = ReturnChannel(str(tmp_path / "returns"), SEAL)
+    returns.send(Delivered("a", b"state"))
     returns.send(ClientGone("b"))
     returns.send(DecodingFailed("c", "why"))
     channel = Channel.accept(listener)
+    introduction = channel.receive()
+    assert isinstance(introduction, Introduction)
+    introduction.check(SEAL)
     assert [channel.receive() for _ in range(3)] == [
-        Delivered("a", "state"),
+        Delivered("a", b"state"),
         ClientGone("b"),
         DecodingFailed("c", "why"),
     ]
@@ -27,21 +35,42 @@ def test_messages_arrive_in_order(tmp_path: Path) -> None:
 def test_a_listener_that_came_anew_gets_the_next_message(tmp_path: Path) -> None:
     address = str(tmp_path / "returns")
     first = listen(address)
-    returns = ReturnChannel()
-    returns.connect(address)
-    returns.send(Delivered("a", "state"))
+    returns = ReturnChannel(address, SEAL)
+    returns.send(Delivered("a", b"state"))
     old = Channel.accept(first)
-    old.receive()
+    assert [type(old.receive()) for _ in range(2)] == [Introduction, Delivered]
     old.close()
     first.close()
     second = listen(address)
-    returns.connect(address)
     returns.send(Delivered("b", None))
-    assert Channel.accept(second).receive() == Delivered("b", None)
+    anew = Channel.accept(second)
+    assert [anew.receive() for _ in range(2)] == [Introduction.under(SEAL), Delivered("b", None)]
     second.close()
 
 
 def test_nobody_at_the_address_is_no_error(tmp_path: Path) -> None:
-    returns = ReturnChannel()
-    returns.connect(str(tmp_path / "nobody"))
-    returns.send(Delivered("a", "state"))
+    returns = ReturnChannel(str(tmp_path / "nobody"), SEAL)
+    returns.send(Delivered("a", b"state"))
+
+
+def test_an_introduction_under_another_key_or_for_another_purpose_is_none() -> None:
+    for stranger in (Seal(b"x" * 32, Purpose.RETURNS), Seal(b"k" * 32, Purpose.CHUNK)):
+        with pytest.raises(NotSealed):
+            Introduction.under(stranger).check(SEAL)
+
+
+@pytest.mark.parametrize(
+    ("message", "packed"),
+    [
+        (Introduction, ("text",)),
+        (Delivered, (7, None)),
+        (Delivered, ("u", "text")),
+        (Delivered, ("u",)),
+        (ClientGone, (["u"],)),
+        (DecodingFailed, ("u", None)),
+        (DecodingFailed, ("u", "why", "more")),
+    ],
+)
+def test_a_message_of_other_types_is_refused(message: type[Message], packed: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="are not the types of such a message"):
+        message.unpack(*packed)

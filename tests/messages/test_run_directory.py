@@ -21,6 +21,7 @@ from lightllm_backend.messages.run_directory import (
     run_directory,
     run_directory_of,
 )
+from lightllm_backend.messages.seal import Purpose, Seal
 
 
 @pytest.fixture
@@ -67,6 +68,16 @@ def test_the_last_to_leave_it_removes_it(base: Path) -> None:
     leave_run_directory()
     assert list(base.iterdir()) == []
     leave_run_directory()  # it is made again, and gone again
+    assert list(base.iterdir()) == []
+
+
+def test_the_key_stays_for_as_long_as_anybody_needs_it(base: Path) -> None:
+    sealed = Seal.of(run_directory(), Purpose.TOKENS).close(b"message")
+    (run_directory() / "somebody's vitals").touch()
+    leave_run_directory()
+    assert Seal.of(run_directory(), Purpose.TOKENS).open(sealed) == b"message"
+    (run_directory() / "somebody's vitals").unlink()
+    leave_run_directory()
     assert list(base.iterdir()) == []
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Incremental decoding against whole decoding by the libraries themselves, for any ids and any split of them."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import sentencepiece
@@ -63,7 +63,7 @@ def join_travelling(make: Callable[[], IncrementalDecoder], parts: Sequence[Sequ
     decoder, texts = make(), []
     for part in parts:
         texts.append(decoder.push(part))
-        state = json.loads(json.dumps(decoder.state()))
+        state = msgpack.unpackb(msgpack.packb(decoder.state()))
         decoder = make()
         decoder.restore(state)
     return "".join(texts) + decoder.flush()

@@ -4,10 +4,10 @@
 Compared with tokenizers 0.23.3, which is what transformers decodes with.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgpack
 import pytest
 import tokenizers
 from hypothesis import example, given
@@ -54,9 +54,9 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[i
     decoder = tokenizer.incremental_decoder(skip, prompt)
     text = ""
     for token_id in output:
-        state = json.dumps(decoder.state())
+        state = msgpack.packb(decoder.state())
         decoder = tokenizer.incremental_decoder(skip)
-        decoder.restore(json.loads(state))
+        decoder.restore(msgpack.unpackb(state))
         text += decoder.push([token_id])
     return text + decoder.flush()
 
@@ -146,7 +146,7 @@ def test_a_character_that_the_prompt_begins_is_the_answer_s():
 def test_a_long_prompt_is_not_decoded_and_leaves_a_short_state(metaspace: Tokenizer):
     for tokenizer, word in ((FAST, THE), (SLOW, THE), (BYTE_LEVEL, THE), (metaspace, [4])):
         decoder = tokenizer.incremental_decoder(prompt_ids=word * 200_000)
-        assert len(json.dumps(decoder.state())) < 100
+        assert len(msgpack.packb(decoder.state())) < 100
     lengths = []
 
     def decode(ids: Sequence[int]) -> str:
@@ -189,8 +189,8 @@ def test_a_request_s_first_word_keeps_its_space(tokenizer, by_text, echo, stop_w
         reason = FinishReason.STOP if engine_side.stopped else None
         response = decoder.decode(TokenChunk("u", kept, [], reason))
         text += response.text_output if response else ""
-        packed = decoder.state().to_json()
-        decoder = ResponseDecoder(tokenizer, DecodeState.from_json(packed))
+        packed = decoder.state().pack()
+        decoder = ResponseDecoder(tokenizer, DecodeState.unpack(packed))
     assert engine_side.stopped == bool(stop_words)
     assert text == ("the" if echo else "") + expected
 

@@ -32,8 +32,8 @@ class Client:
         self, ids: list[int], reason: FinishReason | None = None, log_probs: list[float] | None = None
     ) -> Response | None:
         if self._travels:
-            packed = self.decoder.state().to_json()
-            self.decoder = ResponseDecoder(self._tokenizer, DecodeState.from_json(packed))
+            packed = self.decoder.state().pack()
+            self.decoder = ResponseDecoder(self._tokenizer, DecodeState.unpack(packed))
         return self.decoder.decode(TokenChunk("u", ids, log_probs or [], reason, num_prompt_tokens=3))
 
 

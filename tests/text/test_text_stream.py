@@ -2,7 +2,6 @@
 """TextStream: what is released when, and where it stops."""
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm_backend.text.incremental_decoding import IncrementalDecoder, WindowDecoder
-from lightllm_backend.text.text_stream import TextState, TextStream
+from lightllm_backend.text.response import DecodeState
+from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -209,7 +209,7 @@ def stopped_text(tokenizer: Tokenizer, ids: Sequence[int], stop_words: Sequence[
     text = ""
     for token_id in ids:
         text += stream.push([token_id])
-        state = TextState(*json.loads(json.dumps(stream.state().pack())))
+        state = DecodeState.unpack(DecodeState(text=stream.state()).pack()).text  # as it travels
         assert state == stream.state()
         stream = TextStream(tokenizer, stop_words, **options)
         stream.restore(state)

@@ -7,13 +7,19 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
+import numpy as np
 import pytest
 
-from lightllm_backend.messages.ensemble_messages import EnsembleContext
+from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
+from lightllm_backend.messages.seal import Purpose, Seal
+from lightllm_backend.options import options_to_plain
 from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response
-from lightllm_backend.triton_server import responses
-from lightllm_backend.triton_server.requests import read_chunk, read_generation_request
+from lightllm_backend.triton_server import requests, responses
+from lightllm_backend.triton_server.requests import read_chunk, read_generation_request, token_id_bytes
+
+TOKENS_SEAL, CHUNK_SEAL = Seal(b"k" * 32, Purpose.TOKENS), Seal(b"k" * 32, Purpose.CHUNK)
 
 
 @pytest.fixture
@@ -44,52 +50,154 @@ def test_logprobs_are_as_vllm_backend_has_them() -> None:
     ]
 
 
+def sending_request(sent: list[Any]) -> Any:
+    sender = SimpleNamespace(send=lambda response, flags: sent.append(response))
+    return SimpleNamespace(get_response_sender=lambda: sender)
+
+
 @pytest.mark.usefixtures("backend")
 def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
     sent: list[Any] = []
-    sender = SimpleNamespace(send=lambda response, flags: sent.append(response))
-    request = SimpleNamespace(get_response_sender=lambda: sender)
     first = DecodeState(stop_words=("x",), prefix="Q: ")
-    responder = responses.GenerationResponder(request, "u", first, "/returns", in_ensemble=True)
-    begun = TokenChunk("u", [7], [-1.0], num_prompt_tokens=3)
+    responder = responses.GenerationResponder(sending_request(sent), "u", first, CHUNK_SEAL)
+    begun = TokenChunk("u", [7, 2**31 - 1], [-1.0, -0.1], num_prompt_tokens=3)
     ended = TokenChunk("u", [], [], FinishReason.FAILED, 3, error=RequestError("INTERNAL", "broken"))
     responder.send(begun, None, check_client=False)
-    responder.send(ended, "[[1]]", check_client=True)
+    responder.send(ended, b"state", check_client=True)
     responder.probe()
-    read = [read_chunk(response) for response in sent]
-    assert [chunk and chunk.token_ids for chunk, _ in read] == [[7], [], None]
-    assert [details.check_client for _, details in read] == [False, True, True]
-    assert {(details.uid, details.return_address) for _, details in read} == {("u", "/returns")}
-    assert read[0][0] == begun
-    assert DecodeState.from_json(read[0][1].state) == DecodeState(stop_words=["x"], eos_ids=[], prefix="Q: ")
-    assert read[1][0] is not None
-    assert (read[1][0].finish_reason, str(read[1][0].error)) == (FinishReason.FAILED, "INTERNAL: broken")
-    assert read[1][1].state == "[[1]]"
+    assert {tensor.name() for response in sent for tensor in response.inputs()} == {"sealed_chunk"}
+    read = [read_chunk(response, CHUNK_SEAL) for response in sent]
+    assert [message.check_client for message in read] == [False, True, True]
+    assert {message.uid for message in read} == {"u"}
+    assert read[0].chunk == begun
+    assert DecodeState.unpack(read[0].state) == DecodeState(stop_words=["x"], eos_ids=[], prefix="Q: ")
+    last = read[1].chunk
+    assert last is not None
+    assert (last.finish_reason, str(last.error), read[1].state) == (FinishReason.FAILED, "INTERNAL: broken", b"state")
+    assert read[2].chunk is None
 
 
 @pytest.mark.usefixtures("backend")
 def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
     sent: list[Any] = []
-    request = SimpleNamespace(
-        get_response_sender=lambda: SimpleNamespace(send=lambda response, flags: sent.append(response))
-    )
-    responder = responses.GenerationResponder(request, "u", DecodeState(), "", in_ensemble=False)
-    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), "[]", check_client=True)
-    [tensor] = [one for one in sent[0].inputs() if one.name() == "chunk"]
-    assert json.loads(tensor.as_numpy()[0]) == {"uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""}
+    responder = responses.GenerationResponder(sending_request(sent), "u", DecodeState(), None)
+    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), b"", check_client=True)
+    tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in sent[0].inputs()}
+    assert json.loads(tensors.pop("chunk")[0]) == {
+        "uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""
+    }  # fmt: skip
+    assert tensors == {"output_ids": [7], "output_log_probs": []}
+
+
+OPTIONS = RequestOptions(SamplingParams(max_tokens=3, seed=4), stream=True)
+CONTEXTS = [EnsembleContext(OPTIONS, "", None), EnsembleContext(OPTIONS, "ä", 12.5, ticket=7)]
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("context", [EnsembleContext("", None), EnsembleContext("ä", 12.5)])
-def test_generation_reads_what_the_tokenizer_sends(context: EnsembleContext) -> None:
-    options = RequestOptions(SamplingParams(max_tokens=3, seed=4), stream=True)
-    response = responses.tokens_response([1, 2], options.to_json(), context)
-    parsed, arrived = read_generation_request(response)
-    assert (parsed.token_ids, parsed.options, arrived) == ((1, 2), options, context)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_generation_reads_what_the_tokenizer_sends(context: EnsembleContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(requests, "parse_request")  # the options are parsed once, by the tokenizer
+    response = responses.tokens_response([1, 2], context, TOKENS_SEAL)
+    request = read_generation_request(response, TOKENS_SEAL)
+    assert request == ([1, 2], OPTIONS, context.deadline, context)
 
 
 @pytest.mark.parametrize("ticket", [-1, 2**62, 1.0, True, "1", None])
 def test_a_ticket_that_the_worker_could_not_store_is_an_error(ticket: Any) -> None:
-    text = json.dumps({"prompt_text": "", "deadline": None, "ticket": ticket})
+    packed = msgpack.packb((options_to_plain(OPTIONS), "", None, ticket))
     with pytest.raises(ValueError, match=r"ticket is .*; allowed: an integer, 0 ≤ ticket < 2\*\*62"):
-        EnsembleContext.from_json(text)
+        EnsembleContext.unpack(packed)
+
+
+def request_of(parameters: Any = "", **tensors: Any) -> Any:
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    return SimpleNamespace(
+        inputs=lambda: [SimpleNamespace(name=lambda n=n: n, as_numpy=lambda a=a: a) for n, a in arrays.items()],
+        parameters=parameters if callable(parameters) else lambda: parameters,
+        timeout=lambda: 0,
+    )
+
+
+def as_bytes(value: bytes) -> Any:
+    return np.frombuffer(value, dtype=np.uint8)
+
+
+SEALED = TOKENS_SEAL.close(CONTEXTS[0].pack(), token_id_bytes([1, 2]))
+UNSEALED_REQUESTS = {
+    "none": ([1, 2], b""),
+    "only the message": ([1, 2], CONTEXTS[0].pack()),
+    "another server's": ([1, 2], Seal(b"x" * 32, Purpose.TOKENS).close(CONTEXTS[0].pack(), token_id_bytes([1, 2]))),
+    "a chunk's": ([1, 2], CHUNK_SEAL.close(CONTEXTS[0].pack(), token_id_bytes([1, 2]))),
+    "other token ids": ([1, 3], SEALED),
+    "more token ids": ([1, 2, 3], SEALED),
+    "another message": ([1, 2], SEALED[:-1] + bytes([SEALED[-1] ^ 1])),
+}
+
+
+@pytest.mark.parametrize(("token_ids", "sealed"), UNSEALED_REQUESTS.values(), ids=UNSEALED_REQUESTS)
+def test_generation_believes_the_tokenizer_of_this_server_alone(token_ids: list[int], sealed: bytes) -> None:
+    request = request_of(input_ids=token_ids, ensemble=as_bytes(sealed), sampling_parameters=[b'{"max_tokens": 1}'])
+    with pytest.raises(RequestError, match="INVALID_ARG: ensemble does not bear this server's seal; allowed: what the"):
+        read_generation_request(request, TOKENS_SEAL)
+
+
+def test_a_direct_call_of_generation_has_the_public_options_only() -> None:
+    request = request_of('{"timeout": 5000000}', input_ids=[1, 2], sampling_parameters=[b'{"max_tokens": 1}'])
+    token_ids, options, deadline, context = read_generation_request(request, TOKENS_SEAL)
+    assert (token_ids, options.sampling.max_tokens, context) == ((1, 2), 1, None)
+    assert deadline is not None
+    for option in ("prompt_text", "deadline", "uid"):
+        with pytest.raises(RequestError, match=f"INVALID_ARG: {option} is not a parameter"):
+            read_generation_request(
+                request_of(input_ids=[1], sampling_parameters=[json.dumps({option: 1}).encode()]), TOKENS_SEAL
+            )
+
+
+@pytest.mark.parametrize("sealed", [b"", b"x" * 200, TOKENS_SEAL.close(ChunkMessage("u", None).pack())])
+def test_the_detokenizer_believes_generation_of_this_server_alone(sealed: bytes) -> None:
+    with pytest.raises(RequestError, match="INVALID_ARG: sealed_chunk does not bear this server's seal; allowed: what"):
+        read_chunk(request_of(sealed_chunk=as_bytes(sealed)), CHUNK_SEAL)
+
+
+def undecodable() -> str:
+    return b'{"ab\xff": 1}'.decode()
+
+
+@pytest.mark.parametrize("read", [requests.read_request, requests.read_deadline])
+def test_a_parameter_that_is_not_utf8_is_refused(read: Any) -> None:
+    with pytest.raises(RequestError, match="INVALID_ARG: a request parameter is not UTF-8 at byte 4 of .*; allowed"):
+        read(request_of(undecodable, text_input=[b"a"]))
+
+
+@pytest.mark.parametrize(
+    ("timeout", "shown"),
+    [("true", "true"), ("-1", "-1"), ('"soon"', '"soon"'), ("0.5", "0.5"), ("NaN", "nan"), ("1e999", "inf")],
+)
+def test_a_timeout_of_another_type_is_refused(timeout: str, shown: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        requests.read_deadline(request_of(f'{{"timeout": {timeout}}}'))
+    assert str(refused.value) == f"INVALID_ARG: timeout is {shown}; allowed: an integer ≥ 0, of microseconds"
+
+
+@pytest.mark.usefixtures("backend")
+def test_kept_tensors_are_the_same_as_new_ones() -> None:
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: "t")
+    kept = responses.KeptTensors()
+
+    def values(response: Any) -> dict[str, list[Any]]:
+        return {tensor.name(): tensor.as_numpy().tolist() for tensor in response.inputs()}
+
+    made = [
+        Response("a", "", 3, [7], [], 0.0),
+        Response("b", "", 3, [8], [], 0.0),
+        Response("c", "stop", 4, [8, 9], [-0.5, -1.0], -1.5),
+        Response("", "length", 3, [], [], -1.5),
+        *(Response("d", "", count, [1], [], 0.0) for count in range(600)),
+    ]
+    for response in made:
+        again = responses.client_response(response, tokenizer, kept)
+        assert values(again) == values(responses.client_response(response, tokenizer))
+    first, second = (responses.client_response(made[0], tokenizer, kept).inputs() for _ in range(2))
+    shared = {one.name() for one, other in zip(first, second, strict=True) if one is other}
+    assert shared == set(responses.PUBLIC_OUTPUTS) - {"text_output", "output_ids"}
+    assert len(kept._kept) <= 512

@@ -13,10 +13,11 @@ from lightllm_backend.messages.run_directory import (
     return_address,
     run_directory,
 )
+from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
-from lightllm_backend.triton_server.requests import is_probe, read_deadline, read_generation_request
+from lightllm_backend.triton_server.requests import is_probe, read_generation_request
 from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
@@ -38,9 +39,10 @@ class TritonPythonModel:
         self.supervisor.wait_ready()
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
-        self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
         self.load = EngineLoad(self.run_directory)
         self.vitals = Vitals(self.run_directory, "generation")
+        self.tokens_seal, self.chunk_seal, returns_seal = (Seal.of(self.run_directory, purpose) for purpose in Purpose)
+        self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory), returns_seal)
 
     def execute(self, requests):
         for request in requests:
@@ -55,21 +57,20 @@ class TritonPythonModel:
             ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
-        parsed, context = read_generation_request(request)
+        token_ids, options, deadline, context = read_generation_request(request, self.tokens_seal)
         in_ensemble = context is not None
-        deadline = context.deadline if in_ensemble else read_deadline(request)
-        prompt_text = context.prompt_text if in_ensemble else ""
-        text = TextStream.of(self.tokenizer, parsed.options, parsed.token_ids)
-        state = DecodeState.of(parsed.options, self.engine.wait_ready(timeout=0).eos_ids, prompt_text, text)
+        text = TextStream.of(self.tokenizer, options, token_ids)
+        eos_ids = self.engine.wait_ready(timeout=0).eos_ids
+        state = DecodeState.of(options, eos_ids, context.prompt_text if in_ensemble else "", text)
 
         def responder(uid):
-            return GenerationResponder(request, uid, state, self.streams.return_address, in_ensemble)
+            return GenerationResponder(request, uid, state, self.chunk_seal if in_ensemble else None)
 
         ticket = context.ticket if in_ensemble else 0
         try:
             self.streams.submit(
-                parsed.token_ids,
-                parsed.options,
+                token_ids,
+                options,
                 deadline,
                 responder,
                 flow_control=in_ensemble,

@@ -3,6 +3,7 @@
 
 from lightllm_backend.messages.ensemble_messages import EnsembleContext
 from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.triton_server.entrance import Entrance
 from lightllm_backend.triton_server.responses import tokens_response
@@ -27,14 +28,16 @@ class TritonPythonModel:
                 config, tokenizer, known_lengths(config), self.metrics, run_directory(), self.pass_on
             )
             self.vitals = Vitals(run_directory(), "tokenizer")
+            self.seal = Seal.of(run_directory(), Purpose.TOKENS)
 
     def execute(self, requests):
         with self.vitals.working():
             return [self.entrance.take(request) for request in requests]
 
     def pass_on(self, entered):
-        context = EnsembleContext(entered.prompt.echo, entered.deadline, self.entrance.door.ticket())
-        return tokens_response(entered.prompt.token_ids, entered.parsed.options.to_json(), context)
+        ticket = self.entrance.door.ticket()
+        context = EnsembleContext(entered.parsed.options, entered.prompt.echo, entered.deadline, ticket)
+        return tokens_response(entered.prompt.token_ids, context, self.seal)
 
     def finalize(self):
         self.entrance.close()
