@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,9 +72,10 @@ class CountingRunner:
 class CountingEngine:
     """A worker in a thread. `stop` is what the death of its supervisor does to it."""
 
-    def __init__(self, address: str, overlap: int = 0, **settings: Any) -> None:
+    def __init__(self, address: str, overlap: int = 0, pool_tokens: int = POOL_TOKENS, **settings: Any) -> None:
         self.runner = CountingRunner(overlap)
-        self.router = build_router(EngineConfig(max_req_input_len=50, **settings), INFO, batch_max_tokens=64)
+        info = replace(INFO, pool_tokens=pool_tokens)
+        self.router = build_router(EngineConfig(max_req_input_len=50, **settings), info, batch_max_tokens=64)
         self.error: Exception | None = None
         self.server: EngineServer
         read_end, self._parent_pipe = os.pipe()
@@ -136,10 +138,10 @@ class Answer:
 
 @contextlib.contextmanager
 def counting_engine(
-    directory: Path, overlap: int = 0, **settings: Any
+    directory: Path, overlap: int = 0, pool_tokens: int = POOL_TOKENS, **settings: Any
 ) -> Iterator[tuple[CountingEngine, EngineClient]]:
     address = str(directory / "engine")
-    engine = CountingEngine(address, overlap, **settings)
+    engine = CountingEngine(address, overlap, pool_tokens, **settings)
     client = EngineClient(address)
     try:
         client.wait_ready(10)
