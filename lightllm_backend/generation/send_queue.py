@@ -19,6 +19,9 @@ from typing import Protocol
 # Keeps the server and both detokenizers busy: each of them works on one chunk at a time, the others wait between them.
 # More would only move the waiting into the server's queues.
 MAX_IN_FLIGHT = 48
+# A chunk that is not acknowledged for so long counts no more: its detokenizer stands still, or is swamped, and others
+# need not wait for it. An acknowledgement takes milliseconds. Its stream still has one chunk in flight.
+OVERDUE_SECONDS = 1.0
 # The server takes several chunks at once. A quarter of the cores at most, which an engine on the CPU needs more.
 NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
@@ -35,13 +38,13 @@ class Sender(Protocol):
 
 
 class SendQueue:
-    """Owns the two lines of streams that wait to send, the threads that send, and the set of streams in flight."""
+    """Owns the two lines of streams that wait to send, the threads that send, and the table of streams in flight."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._changed = threading.Condition()  # guards the four below
         self._urgent: deque[Sender] = deque()
         self._ready: deque[Sender] = deque()
-        self._in_flight: set[Sender] = set()
+        self._in_flight: dict[Sender, float] = {}  # with the times of sending; not the overdue ones
         self._closed = False
         self._threads = [
             threading.Thread(target=self._send_for_ever, name=f"send-queue-{number}", daemon=True)
@@ -59,13 +62,23 @@ class SendQueue:
     def mark_in_flight(self, stream: Sender) -> None:
         """Count a stream that has sent something without the queue: a probe."""
         with self._changed:
-            self._in_flight.add(stream)
+            self._in_flight[stream] = time.monotonic()
 
     def acknowledged(self, stream: Sender) -> None:
         """Take note that the stream has nothing in flight any more."""
         with self._changed:
-            self._in_flight.discard(stream)
+            self._in_flight.pop(stream, None)
             self._wake_one()
+
+    def forget_overdue(self) -> None:
+        """Let others send in place of streams whose chunk has not been acknowledged for OVERDUE_SECONDS."""
+        sent_until = time.monotonic() - OVERDUE_SECONDS
+        with self._changed:
+            overdue = [stream for stream, sent_at in self._in_flight.items() if sent_at <= sent_until]
+            for stream in overdue:
+                del self._in_flight[stream]
+            if overdue:
+                self._changed.notify_all()
 
     def send_next(self) -> bool:
         """Let the next stream send; False if there is none. For tests, which have no threads."""
@@ -119,5 +132,5 @@ class SendQueue:
             stream = self._ready.popleft()
         else:
             return None
-        self._in_flight.add(stream)
+        self._in_flight[stream] = time.monotonic()
         return stream
