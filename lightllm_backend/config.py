@@ -18,11 +18,12 @@ PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch co
 
 TOKENIZER_MODES = ("auto", "slow")
 
-# Environment variables with the prefix that are not settings: paths, and versions for build.sh.
+# Environment variables with the prefix that are not settings: paths, a debug mode, and versions for build.sh.
 _OTHER_VARIABLES = {
     "CACHE",
     "IMAGE",
     "ORIGINAL_LD_LIBRARY_PATH",
+    "POISON_FREED_SLOTS",
     "PROBE_KEY",
     "RUN_DIR",
     "TORCH",
