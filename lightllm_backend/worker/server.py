@@ -48,7 +48,7 @@ class EngineServer:
         self._indices = itertools.count()
         self._handles: dict[str, int] = {}  # by uid, of the requests that have not ended
         self._stats_sent_at = 0.0
-        self._last_stats = EngineStats()
+        self._told: dict[Channel, EngineStats] = {}  # the statistics that each client was last sent
 
     def receive(self, timeout: float | None) -> Iterator[Message]:
         """The messages that have come; waits up to `timeout` seconds for the first. The number of a Submit is a handle.
@@ -83,13 +83,17 @@ class EngineServer:
                 _send(client, Tokens(numbers[mine], output.token_ids[mine], chunks[index]))
 
     def publish(self, stats: EngineStats) -> None:
-        """Send the statistics to all clients if they have changed, every STATS_SECONDS at most."""
+        """Send the statistics to clients that have others, every STATS_SECONDS at most.
+
+        They are left out for whoever has something unread, until all of it is read.
+        """
         now = time.monotonic()
-        if stats != self._last_stats and now >= self._stats_sent_at + STATS_SECONDS:
-            self._stats_sent_at, self._last_stats = now, stats
-            for client in self._clients:
-                if not client.num_unsent:
-                    _send(client, Stats(stats))
+        if now < self._stats_sent_at + STATS_SECONDS:
+            return
+        for client in self._clients:
+            if self._told.get(client) != stats and not client.num_unsent:
+                self._stats_sent_at, self._told[client] = now, stats
+                _send(client, Stats(stats))
 
     def close(self) -> None:
         """Close the listener and all channels, once the clients have read their last chunks or take too long."""
@@ -119,6 +123,7 @@ class EngineServer:
             if not isinstance(error, ChannelClosed):
                 log.exception("a client is cut off: its message makes no sense")
             index = self._clients.pop(client)
+            self._told.pop(client, None)
             client.close()
             for uid in self._uids_of(index):
                 del self._handles[uid]

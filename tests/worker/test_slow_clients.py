@@ -17,8 +17,8 @@ import pytest
 from lightllm_backend.generation import engine_client as engine_client_module
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.messages import channel as channel_module
-from lightllm_backend.messages.channel import Channel, frame_of, listen
-from lightllm_backend.messages.engine_messages import Cancel, Ready, Submit
+from lightllm_backend.messages.channel import Channel, Message, frame_of, listen
+from lightllm_backend.messages.engine_messages import Cancel, Ready, Stats, Submit
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.worker import server as server_module
 from tests.polling import poll
@@ -126,6 +126,29 @@ def test_a_stopped_client_without_requests_stops_nobody_and_stays_connected(
             assert Answer(client, [7], max_tokens=20).wait().tokens == list(range(8, 28))
         watcher.send_signal(signal.SIGCONT)
         assert watcher.communicate("", timeout=10)[0] == "True\n"
+
+
+def test_who_reads_again_gets_the_latest_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "STATS_SECONDS", 0.0)
+    with counting_engine(tmp_path) as (engine, client):
+        late = Channel.connect(str(tmp_path / "engine"))
+        assert poll(lambda: len(engine.server._clients) == 2)
+        _, other_end = engine.server._clients
+        for _ in range(30):
+            if other_end.num_unsent:
+                break
+            Answer(client, [1], max_tokens=300).wait()
+        assert other_end.num_unsent
+        Answer(client, [1], max_tokens=7).wait()
+        assert poll(lambda: not engine.router.has_work)
+        received: list[Message] = []
+
+        def is_up_to_date() -> bool:
+            received.extend(late.receive_available())
+            return received[-1] == Stats(engine.router.stats())
+
+        assert poll(is_up_to_date)
+        late.close()
 
 
 def test_a_client_that_is_stopped_in_the_middle_of_a_message_holds_nobody_up(tmp_path: Path) -> None:
