@@ -113,6 +113,12 @@ class EngineConfig:
         10.0, "interval of statistics lines in the log, in seconds; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
     )
     worker_python: str | None = _setting(None, "interpreter of the workers (default: python3 on PATH)")
+    unread_timeout_s: float = _setting(
+        60.0,
+        "seconds after which HTTP clients that read nothing are disconnected (launch command only)",
+        "0 < unread_timeout_s ≤ 86400",
+        lambda v: 0 < v <= 86400,
+    )
     host: str = _setting("127.0.0.1", "listening address of the server (launch command only)")
     http_port: int = _port(8000, "HTTP port (launch command only)")
     grpc_port: int = _port(8001, "gRPC port (launch command only)")
