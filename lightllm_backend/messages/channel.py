@@ -178,13 +178,14 @@ class Channel:
                 self._socket.close()
 
     def _pass_on(self, *parts: bytes | bytearray) -> int:
-        """Give the socket what it takes at once; returns how many bytes that were."""
+        """Give the socket what it takes at once; returns how many bytes that were. The caller holds _send_lock."""
         try:
             return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._unsent.clear()
+            self._all_sent.notify_all()
             raise ChannelClosed(str(error)) from None
 
     def _send_unsent(self) -> None:

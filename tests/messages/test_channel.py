@@ -154,6 +154,19 @@ def test_who_leaves_too_much_unread_is_cut_off(address: str, monkeypatch: pytest
     far.close()
 
 
+def test_flush_does_not_wait_for_who_is_gone(address: str) -> None:
+    near, far = connected(address)
+    near.send(Note("x" * 1_000_000))
+    began = time.monotonic()
+    flusher = threading.Thread(target=near.flush, args=(30,))
+    flusher.start()
+    far.close()
+    flusher.join(10)
+    assert not flusher.is_alive()
+    assert time.monotonic() - began < 10
+    near.close()
+
+
 def test_close_does_not_wait_for_who_does_not_read(address: str) -> None:
     near, far = connected(address)
     near.send(Note("x" * 1_000_000))
