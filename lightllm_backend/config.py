@@ -18,11 +18,12 @@ PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch co
 
 TOKENIZER_MODES = ("auto", "slow")
 
-# Environment variables with the prefix that are not settings: paths, and versions for build.sh.
+# Environment variables with the prefix that are not settings: paths, a debug mode, and versions for build.sh.
 _OTHER_VARIABLES = {
     "CACHE",
     "IMAGE",
     "ORIGINAL_LD_LIBRARY_PATH",
+    "POISON_FREED_SLOTS",
     "PROBE_KEY",
     "RUN_DIR",
     "TORCH",
@@ -112,6 +113,12 @@ class EngineConfig:
         10.0, "interval of statistics lines in the log, in seconds; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
     )
     worker_python: str | None = _setting(None, "interpreter of the workers (default: python3 on PATH)")
+    unread_timeout_s: float = _setting(
+        60.0,
+        "seconds after which HTTP clients that read nothing are disconnected (launch command only)",
+        "0 < unread_timeout_s ≤ 86400",
+        lambda v: 0 < v <= 86400,
+    )
     host: str = _setting("127.0.0.1", "listening address of the server (launch command only)")
     http_port: int = _port(8000, "HTTP port (launch command only)")
     grpc_port: int = _port(8001, "gRPC port (launch command only)")

@@ -61,7 +61,14 @@ def _options() -> Iterable[tuple[str, ...]]:
             _with_code(option.help),
             ", ".join(f"`{other}`" for other in option.other_names),
         )
-    yield "`sampling_parameters`", "STRING [1]", "–", "a JSON object, at most 8 MiB and 16 levels deep", "Any of the above.", ""
+    yield (
+        "`sampling_parameters`",
+        "STRING [1]",
+        "–",
+        "a JSON object, at most 8 MiB and 16 levels deep",
+        "Any of the above.",
+        "",
+    )
 
 
 def _default(value: Any) -> str:

@@ -36,6 +36,7 @@ from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.launch import health
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.health import Health, http_call
+from lightllm_backend.launch.slow_readers import limit_unread_seconds
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import engine_address, run_directory_of
 from lightllm_backend.messages.vitals import read_vitals
@@ -236,6 +237,10 @@ def serve(launch: Launch, console: Console) -> int:
             tell("error: tritonserver ended before it was ready; the lines above say why")
         return server.exit_code() or int(not server.stopping)
 
+    try:
+        limit_unread_seconds(server.pid, launch.config.http_port, launch.config.unread_timeout_s)
+    except OSError as error:
+        tell(f"warning: HTTP clients that read nothing are never disconnected: {error}")
     directory = run_directory_of(server.pid)
     engine = EngineClient(engine_address(directory))
     watch = Health(address, server.pid, directory, engine, seconds, launch.environment[PROBE_KEY_VARIABLE])

@@ -248,11 +248,13 @@ ALLOWED = {
     "launch.embedded_model": ("launch.gguf_conversion",),
     "launch.gguf_conversion": (),
     "launch.health": ("generation.engine_client", "messages.vitals"),
+    "launch.slow_readers": (),
     "serve": (
         "config",
         "generation.engine_client",
         "launch.embedded_model",
         "launch.health",
+        "launch.slow_readers",
         "messages.engine_messages",
         "messages.run_directory",
         "messages.vitals",

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
+from lightllm_backend.messages.channel import MAX_UNSENT_BYTES, Channel, ChannelClosed, Message
 from lightllm_backend.messages.engine_messages import (
     Cancel,
     CloseEngine,
@@ -28,6 +28,9 @@ from lightllm_backend.router.statistics import EngineStats
 RECONNECT_SECONDS = 0.05  # a worker takes seconds to start; a client should not add to that
 # After messages that make no sense: the next ones hardly will, and each attempt fills the log.
 FAILURE_PAUSE_SECONDS = 1.0
+# Requests that a worker has not read yet, since a step takes long or the worker stands still. The other half of what a
+# channel holds is for cancellations.
+MAX_UNREAD_BYTES = MAX_UNSENT_BYTES // 2
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,8 @@ class EngineClient:
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
         """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.
 
-        Raises RequestError: UNAVAILABLE if there is no worker, INVALID_ARG for a request that can never run.
+        Raises RequestError: UNAVAILABLE if there is no worker or it has too much to read, INVALID_ARG for a request
+        that can never run. It never waits for the worker.
         """
         info = self.wait_ready(timeout=0)
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
@@ -99,6 +103,8 @@ class EngineClient:
             channel = self._channel
             if channel is None:
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again")
+            if channel.num_unsent > MAX_UNREAD_BYTES:
+                raise RequestError("UNAVAILABLE", "the engine takes no requests at present; try again")
             self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
         try:
             channel.send(Submit(request, number))

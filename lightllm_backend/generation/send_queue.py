@@ -19,9 +19,9 @@ from typing import Protocol
 # Keeps the server and both detokenizers busy: each of them works on one chunk at a time, the others wait between them.
 # More would only move the waiting into the server's queues.
 MAX_IN_FLIGHT = 48
-# A chunk that is not acknowledged for so long no longer keeps others waiting. Usual are some ten milliseconds; whoever
-# calls the single steps may never acknowledge any.
-COUNTED_SECONDS = 1.0
+# A chunk that is not acknowledged for so long counts no more: its detokenizer stands still, or is swamped, and others
+# need not wait for it. An acknowledgement takes milliseconds. Its stream still has one chunk in flight.
+OVERDUE_SECONDS = 1.0
 # The server takes several chunks at once. A quarter of the cores at most, which an engine on the CPU needs more.
 NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
@@ -38,13 +38,13 @@ class Sender(Protocol):
 
 
 class SendQueue:
-    """Owns the two lines of streams that wait to send, the threads that send, and the set of streams in flight."""
+    """Owns the two lines of streams that wait to send, the threads that send, and the table of streams in flight."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._changed = threading.Condition()  # guards the four below
         self._urgent: deque[Sender] = deque()
         self._ready: deque[Sender] = deque()
-        self._in_flight: dict[Sender, float] = {}  # with the time it was sent, the oldest first
+        self._in_flight: dict[Sender, float] = {}  # with the times of sending; not the overdue ones
         self._closed = False
         self._threads = [
             threading.Thread(target=self._send_for_ever, name=f"send-queue-{number}", daemon=True)
@@ -62,13 +62,23 @@ class SendQueue:
     def mark_in_flight(self, stream: Sender) -> None:
         """Count a stream that has sent something without the queue: a probe."""
         with self._changed:
-            self._count(stream)
+            self._in_flight[stream] = time.monotonic()
 
     def acknowledged(self, stream: Sender) -> None:
         """Take note that the stream has nothing in flight any more."""
         with self._changed:
             self._in_flight.pop(stream, None)
             self._wake_one()
+
+    def forget_overdue(self) -> None:
+        """Let others send in place of streams whose chunk has not been acknowledged for OVERDUE_SECONDS."""
+        sent_until = time.monotonic() - OVERDUE_SECONDS
+        with self._changed:
+            overdue = [stream for stream, sent_at in self._in_flight.items() if sent_at <= sent_until]
+            for stream in overdue:
+                del self._in_flight[stream]
+            if overdue:
+                self._changed.notify_all()
 
     def send_next(self) -> bool:
         """Let the next stream send; False if there is none. For tests, which have no threads."""
@@ -93,7 +103,7 @@ class SendQueue:
                 while (stream := self._next(rest := max(0.0, resting_until - time.monotonic()))) is None:
                     if self._closed:
                         return
-                    self._changed.wait(rest or (COUNTED_SECONDS if self._ready else None))
+                    self._changed.wait(rest or None)
             began = time.monotonic()
             self._send(stream)
             if stream.coalesces:
@@ -111,29 +121,16 @@ class SendQueue:
 
     def _wake_one(self) -> None:
         """Wake a thread if there is something to send now: a thread that wakes for nothing costs the others time."""
-        if self._urgent or (self._ready and self._has_room()):
+        if self._urgent or (self._ready and len(self._in_flight) < MAX_IN_FLIGHT):
             self._changed.notify()
 
     def _next(self, rest: float = 0.0) -> Sender | None:
         """The stream that sends next; during a `rest` only an urgent one."""
         if self._urgent:
             stream = self._urgent.popleft()
-        elif self._ready and self._has_room() and (not rest or self._closed):
+        elif self._ready and len(self._in_flight) < MAX_IN_FLIGHT and (not rest or self._closed):
             stream = self._ready.popleft()
         else:
             return None
-        self._count(stream)
-        return stream
-
-    def _count(self, stream: Sender) -> None:
-        self._in_flight.pop(stream, None)  # it goes to the end
         self._in_flight[stream] = time.monotonic()
-
-    def _has_room(self) -> bool:
-        """Whether few enough chunks are in flight, not counting those whose acknowledgement is overdue."""
-        while len(self._in_flight) >= MAX_IN_FLIGHT:
-            oldest, sent_at = next(iter(self._in_flight.items()))
-            if time.monotonic() < sent_at + COUNTED_SECONDS:
-                return False
-            del self._in_flight[oldest]
-        return True
+        return stream

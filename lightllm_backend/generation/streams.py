@@ -95,6 +95,7 @@ class Streams:
     def _watch_clients(self) -> None:
         """Check each stream's client every CHECK_SECONDS, or less often if there are very many."""
         while not self._closing.wait(CHECK_SECONDS):
+            self._send_queue.forget_overdue()
             streams = list(self._streams.items())
             interval = max(CHECK_SECONDS, len(streams) / MAX_CHECKS_PER_SECOND)
             checked_before = time.monotonic() - interval

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,7 @@ class TokenSlotAllocator:
         # The first `available` entries are the free slots. They descend, so that a fresh pool fills from slot 0.
         self._stack: NDArray[np.int32] = np.arange(capacity - 1, -1, -1, dtype=np.int32)
         self.available = capacity
+        self.on_free: Callable[[NDArray[np.int32]], None] | None = None  # gets the slots; for debugging
 
     def allocate(self, count: int) -> NDArray[np.int32]:
         """Take `count` free slots, [count]. The caller owns the array."""
@@ -36,6 +39,8 @@ class TokenSlotAllocator:
         )
         self._stack[self.available : top] = slots[::-1]
         self.available = top
+        if self.on_free is not None:
+            self.on_free(slots)
 
     def check(self, held: NDArray[np.int32]) -> None:
         """Assert that each slot of the pool is either free or in `held`, exactly once. For tests."""

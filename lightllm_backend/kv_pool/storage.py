@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SCALE_DTYPE = torch.float16
@@ -34,6 +36,17 @@ class KVStorage:
         # [layers] of K, V and the scales of both
         self.layers = [layer() for _ in range(num_layers)]
         self.num_bytes = num_slots * self.slot_bytes(num_layers, num_kv_heads, head_dim, dtype)
+
+    @torch.inference_mode()
+    def poison(self, slots: NDArray[np.int32]) -> None:
+        """Make K and V of these slots NaN, so that whoever reads them before they are written again shows it.
+
+        Steps that were launched before still read what was there.
+        """
+        index = torch.from_numpy(slots).to(self.layers[0][0].device, torch.int64)
+        for k, v, scales in self.layers:
+            for tensor in (k, v) if scales is None else (scales,):
+                tensor.index_fill_(0, index, torch.nan)
 
     @staticmethod
     def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from lightllm_backend.router.sequence import Sequence
 
 
 class Deadlines:
-    """A heap of deadlines. Ended requests stay in it until it holds too many of them."""
+    """A heap of deadlines. Ended requests stay in it until it holds too many of them, or none is left that runs."""
 
     def __init__(self, live: Mapping[str, Sequence]) -> None:
         self._live = live  # the Router's sequences that have not ended, by uid
@@ -27,6 +27,8 @@ class Deadlines:
 
     def passed(self, now: float) -> Iterator[Sequence]:
         """Remove the deadlines up to `now` and yield their sequences that have not ended."""
+        if not self._live:
+            self._heap.clear()
         while self._heap and self._heap[0][0] <= now:
             deadline, uid = heapq.heappop(self._heap)
             sequence = self._live.get(uid)

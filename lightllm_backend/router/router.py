@@ -24,6 +24,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, candidate_demand
@@ -107,6 +108,10 @@ class Router:
             if sequence.row is not None:
                 self._record_length(sequence, self._table.num_generated(sequence.row))
             self.finish(sequence, FinishReason.STOP)
+
+    def on_free(self, call: Callable[[NDArray[np.int32]], None]) -> None:
+        """Call this with the token slots whenever some become free; all steps that use them are launched then."""
+        self._pool.on_free(call)
 
     # One step
 

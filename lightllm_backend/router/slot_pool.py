@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +111,10 @@ class SlotPool:
         self._allocator.free(slots)
         self._cache.release(end, row)
         self._ends[row], self._num_cached[row] = self._cache.root, 0
+
+    def on_free(self, call: Callable[[NDArray[np.int32]], None]) -> None:
+        """Call this with the slots whenever some become free."""
+        self._allocator.on_free = call
 
     def clear_cache(self) -> None:
         """Evict all that no running sequence holds."""

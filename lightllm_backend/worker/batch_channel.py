@@ -20,6 +20,7 @@ from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
 
 CONNECT_PAUSE_SECONDS = 0.02  # rank 0 listens before it loads the model, so hardly anybody waits
+FLUSH_SECONDS = 1.0  # for the last batch, which rank 0 has launched; a follower that stands still does not read it
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class BatchSender:
         if self._listener:
             self._listener.close()
         for follower in self._followers:
+            follower.flush(FLUSH_SECONDS)
             follower.close()
 
 

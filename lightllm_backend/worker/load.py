@@ -54,6 +54,7 @@ class LoadedEngine:
     info: EngineInfo
     batch_max_tokens: int
     prefixes_are_alike: bool  # K and V of a prefix do not depend on what follows it
+    storage: KVStorage
 
 
 def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
@@ -120,7 +121,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         memory=memory,
     )
     prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
-    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike)
+    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, storage)
 
 
 @dataclass(frozen=True)

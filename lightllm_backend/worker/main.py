@@ -42,6 +42,8 @@ ORPHAN_SECONDS = 5.0
 # seconds; on a CPU a step may take minutes.
 GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 30.0, 600.0
 
+POISON_VARIABLE = "LIGHTLLM_POISON_FREED_SLOTS"  # "1": a debug mode, see CONTRIBUTING.md
+
 log = logging.getLogger("lightllm.worker")
 
 
@@ -79,6 +81,9 @@ class Leader:
     def run(self) -> None:
         engine = self._engine
         router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
+        if os.environ.get(POISON_VARIABLE) == "1":
+            log.warning("debug mode: K and V of token slots that become free are overwritten with NaN")
+            router.on_free(engine.storage.poison)
         try:
             statistics = StatisticsLog(self._config.log_stats_interval)
             run(self._server, router, self._followers, engine.runner, statistics, self._vitals, self._load)

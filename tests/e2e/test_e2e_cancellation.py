@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ pytestmark = pytest.mark.e2e
 PROMPT = "Once upon a time, there was a"
 LONG = {"max_tokens": 2000, "ignore_eos": True}
 RUNNING, WAITING = 4, 8  # as small_server is set up
+CLIENT = Path(__file__).parents[2] / "client"
 HALF_A_SECOND = 500_000  # microseconds
 GONE_SECONDS = 1.0
 EVENTUALLY = 30.0
@@ -148,6 +153,35 @@ def test_during_a_long_prefill(small_server: TritonServer, small_client: LightLL
     stream.close()
     # One step of the prefill may be under way, and on two cores it takes a while.
     assert poll(small_server.is_idle, 10 * GONE_SECONDS), small_server.metrics()
+
+
+def test_a_channel_that_is_closed_under_its_streams(small_server: TritonServer) -> None:
+    client = LightLLMClient(small_server.grpc_url, timeout=120)
+    streams = [client.stream(PROMPT, **LONG) for _ in range(RUNNING + 2)]
+    assert next(streams[0]).text
+    assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
+    client.close()
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
+
+
+DOOMED_PROCESS = f"""
+import sys, time
+from lightllm_client import LightLLMClient
+client = LightLLMClient(sys.argv[1])
+streams = [client.stream({PROMPT!r}, max_tokens=2000, ignore_eos=True) for _ in range({RUNNING + 2})]
+time.sleep(600)
+"""
+
+
+def test_a_client_process_that_is_killed(small_server: TritonServer) -> None:
+    command = [sys.executable, "-c", DOOMED_PROCESS, small_server.grpc_url]
+    environment = os.environ | {"PYTHONPATH": str(CLIENT)}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
+        finally:
+            process.kill()
+    assert poll(small_server.is_idle, GONE_SECONDS), small_server.metrics()
 
 
 def test_dropped_http_stream(small_server: TritonServer) -> None:

@@ -560,6 +560,25 @@ def test_who_calls_the_steps_one_by_one_and_goes_is_noticed(
     assert poll(lambda: "u0" in engine.cancelled)
 
 
+def test_chunks_that_nobody_acknowledges_hold_others_up_for_a_moment_only(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detokenizer that stands still has 48 chunks, and the other one could go on."""
+    monkeypatch.setattr(send_queue_module, "MAX_IN_FLIGHT", 2)
+    monkeypatch.setattr(send_queue_module, "OVERDUE_SECONDS", 0.1)
+    stuck = [submit(streams, tokenizer) for _ in range(2)]
+    going = submit(streams, tokenizer)
+    for number, responder in enumerate([*stuck, going]):
+        engine.make(f"u{number}", [1])
+        assert poll(lambda responder=responder: responder.ids == [[1]])
+    returns = ReturnChannel(streams.return_address, SEAL)
+    for token in (2, 3, 4):
+        engine.make("u2", [token])
+        returns.send(Delivered("u2", None))
+        assert poll(lambda token=token: going.ids[-1] == [token])
+    assert [responder.ids for responder in stuck] == [[[1]], [[1]]], "each has its one chunk in flight"
+
+
 def test_what_is_in_flight_at_the_end_is_not_waited_for(
     engine: FakeEngine, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ MODEL = {
 
 # Says that it is ready, has an engine, and answers requests until the file `broken` is there.
 FAKE_TRITONSERVER = """
-import os, signal, sys, threading, time
+import os, signal, socket, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from lightllm_backend.messages.engine_messages import EngineInfo
@@ -52,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
     def do_POST(self):
+        unread = server.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        (folder / "unread_milliseconds").write_text(str(unread))
         (folder / "probed").touch()
         self.send_response(400 if (folder / "broken").exists() else 200)
         self.end_headers()
@@ -277,6 +279,7 @@ def test_it_says_what_was_chosen_and_ends_as_the_server_ends(
     assert f"curl 127.0.0.1:{settings['http_port']}/v2/models/lightllm/generate -d" in said
     assert (tmp_path / "model_dir").read_text() == settings["model_dir"]
     assert poll((tmp_path / "probed").exists)
+    assert (tmp_path / "unread_milliseconds").read_text() == "60000"
     process.send_signal(number)
     # The stand-in ends with 7 on SIGTERM; SIGINT is Python's KeyboardInterrupt.
     assert process.wait(20) == (7 if number == signal.SIGTERM else 130)

@@ -48,6 +48,18 @@ def test_a_listener_that_came_anew_gets_the_next_message(tmp_path: Path) -> None
     second.close()
 
 
+def test_a_generation_step_that_stands_still_holds_no_detokenizer_up(tmp_path: Path) -> None:
+    listener = listen(str(tmp_path / "returns"))
+    returns = ReturnChannel(str(tmp_path / "returns"), SEAL)
+    messages = [Delivered(str(number), b"state" * 1000) for number in range(500)]
+    for message in messages:
+        returns.send(message)  # ten times what a socket holds, and nobody reads
+    channel = Channel.accept(listener)
+    assert channel.receive() == Introduction.under(SEAL)
+    assert [channel.receive() for _ in messages] == messages
+    listener.close()
+
+
 def test_nobody_at_the_address_is_no_error(tmp_path: Path) -> None:
     returns = ReturnChannel(str(tmp_path / "nobody"), SEAL)
     returns.send(Delivered("a", b"state"))

@@ -7,7 +7,9 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,15 +47,18 @@ class CountingRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
+        self.step_seconds = 0.0
+        self.num_launched = 0
         self.most_in_flight = 0
         self._in_flight = 0
         self._last: dict[int, int] = {}  # by row of the request table
 
     def launch(self, batch: Batch) -> Any:
+        self.num_launched += 1
         self._in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self._in_flight)
         for admission in batch.admitted:
-            self._last[admission.row] = admission.prompt_ids[-1]
+            self._last[admission.row] = (admission.prompt_ids + admission.generated_ids)[-1]
         tokens = []
         for row in batch.rows[batch.samples].tolist():
             self._last[row] += 1
@@ -63,6 +68,7 @@ class CountingRunner:
 
     def _finish(self, result: StepResult) -> StepResult:
         self._in_flight -= 1
+        time.sleep(self.step_seconds)
         assert self.gate.wait(10)
         if self.failure:
             raise self.failure
@@ -72,9 +78,17 @@ class CountingRunner:
 class CountingEngine:
     """A worker in a thread. `stop` is what the death of its supervisor does to it."""
 
-    def __init__(self, address: str, overlap: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        address: str,
+        overlap: int = 0,
+        pool_tokens: int = POOL_TOKENS,
+        batch_max_tokens: int = 64,
+        **settings: Any,
+    ) -> None:
         self.runner = CountingRunner(overlap)
-        self.router = build_router(EngineConfig(max_req_input_len=50, **settings), INFO, batch_max_tokens=64)
+        info = replace(INFO, pool_tokens=pool_tokens)
+        self.router = build_router(EngineConfig(max_req_input_len=50, **settings), info, batch_max_tokens)
         self.error: Exception | None = None
         self.server: EngineServer
         read_end, self._parent_pipe = os.pipe()
@@ -138,10 +152,10 @@ class Answer:
 
 @contextlib.contextmanager
 def counting_engine(
-    directory: Path, overlap: int = 0, **settings: Any
+    directory: Path, overlap: int = 0, pool_tokens: int = POOL_TOKENS, **settings: Any
 ) -> Iterator[tuple[CountingEngine, EngineClient]]:
     address = str(directory / "engine")
-    engine = CountingEngine(address, overlap, **settings)
+    engine = CountingEngine(address, overlap, pool_tokens, **settings)
     client = EngineClient(address)
     try:
         client.wait_ready(10)
