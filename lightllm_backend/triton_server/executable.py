@@ -54,6 +54,16 @@ def original_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return restored
 
 
+def package_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which any interpreter finds this package; without the server's own libraries."""
+    restored = original_environment(environment)
+    package_parent = str(Path(__file__).resolve().parents[2])
+    paths = [package_parent, *filter(None, restored.get("PYTHONPATH", "").split(os.pathsep))]
+    restored["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    restored["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides
+    return restored
+
+
 def write_wrapper() -> Path:
     """Write a script `tritonserver` into this virtual environment that runs this module."""
     wrapper = Path(sys.executable).parent / "tritonserver"

@@ -93,5 +93,5 @@ def receive(server: EngineServer, router: Router, timeout: float) -> list[TokenC
         elif isinstance(message, Stop):
             router.stop(message.uid)
         elif isinstance(message, CloseEngine):
-            router.close(RequestError("UNAVAILABLE", message.reason))
+            router.close(RequestError("UNAVAILABLE", message.reason), message.drain)
     return refused

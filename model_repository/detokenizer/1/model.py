@@ -8,7 +8,7 @@ request stay in order.
 
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
-from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
@@ -61,4 +61,3 @@ class TritonPythonModel:
 
     def finalize(self):
         self.vitals.close()
-        leave_run_directory()

@@ -6,7 +6,6 @@ from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
 from lightllm_backend.messages.run_directory import (
     engine_address,
-    leave_run_directory,
     remove_addresses,
     remove_stale_run_directories,
     return_address,
@@ -38,7 +37,7 @@ class TritonPythonModel:
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory))
-        self.vitals = Vitals(self.run_directory, "generation")
+        self.vitals = Vitals(self.run_directory, "generation", count_open=self.streams.count_open)
 
     def execute(self, requests):
         for request in requests:
@@ -80,4 +79,3 @@ class TritonPythonModel:
         self.metrics.close()
         self.vitals.close()
         remove_addresses(self.run_directory)
-        leave_run_directory()

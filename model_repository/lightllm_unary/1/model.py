@@ -3,7 +3,7 @@
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
-from lightllm_backend.messages.run_directory import engine_address, leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import engine_address, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.prompt import encode_prompt
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
@@ -21,7 +21,7 @@ class TritonPythonModel:
             self.metrics = make_metrics(with_engine=False)
             self.engine = EngineClient(engine_address(run_directory()))
             self.streams = Streams(self.engine, self.metrics)
-            self.vitals = Vitals(run_directory(), "lightllm_unary")
+            self.vitals = Vitals(run_directory(), "lightllm_unary", count_open=self.streams.count_open)
 
     def execute(self, requests):
         for request in requests:
@@ -58,4 +58,3 @@ class TritonPythonModel:
         self.streams.close()
         self.metrics.close()
         self.vitals.close()
-        leave_run_directory()
