@@ -22,6 +22,7 @@ TOKENIZER_MODES = ("auto", "slow")
 _OTHER_VARIABLES = {
     "CACHE",
     "IMAGE",
+    "LAUNCHER",
     "ORIGINAL_LD_LIBRARY_PATH",
     "POISON_FREED_SLOTS",
     "PROBE_KEY",
@@ -123,6 +124,13 @@ class EngineConfig:
     http_port: int = _port(8000, "HTTP port (launch command only)")
     grpc_port: int = _port(8001, "gRPC port (launch command only)")
     metrics_port: int = _port(8002, "metrics port (launch command only)")
+    restart: int = _count(3, "starts of a new server after failures in a row (launch command only)", 0)
+    shutdown_timeout_s: float = _setting(
+        30.0,
+        "time that running requests have to end when the server is stopped, in seconds (launch command only)",
+        "seconds ≥ 0",
+        lambda v: 0 <= v < math.inf,
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):

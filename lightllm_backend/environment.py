@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remembers the library path that a user set before tritonserver's was put in front. Standard library only."""
+"""The environment of the processes that we start from inside tritonserver's. Standard library only."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
+STUB = "triton_python_backend_stub"  # the program that runs a model of Triton server's Python backend
 ORIGINAL_LIBRARY_PATH = "LIGHTLLM_ORIGINAL_LD_LIBRARY_PATH"
 
 
@@ -21,4 +24,14 @@ def original_environment(environment: Mapping[str, str]) -> dict[str, str]:
         restored["LD_LIBRARY_PATH"] = library_path
     elif library_path == "":
         restored.pop("LD_LIBRARY_PATH", None)
+    return restored
+
+
+def package_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which any interpreter finds this package; without the server's own libraries."""
+    restored = original_environment(environment)
+    package_parent = str(Path(__file__).resolve().parents[1])
+    paths = [package_parent, *filter(None, restored.get("PYTHONPATH", "").split(os.pathsep))]
+    restored["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    restored["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides
     return restored

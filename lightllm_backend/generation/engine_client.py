@@ -13,7 +13,6 @@ from typing import NamedTuple
 from lightllm_backend.messages.channel import MAX_UNSENT_BYTES, Channel, ChannelClosed, Message
 from lightllm_backend.messages.engine_messages import (
     Cancel,
-    CloseEngine,
     EngineInfo,
     Ready,
     Stats,
@@ -121,10 +120,6 @@ class EngineClient:
     def stop(self, uid: str) -> None:
         """Stop a request in which a stop string was found. Its last chunk still comes."""
         self._send(Stop(uid))
-
-    def close_engine(self, reason: str) -> None:
-        """End the requests of all clients with UNAVAILABLE and this reason, and refuse later ones with it."""
-        self._send(CloseEngine(reason))
 
     def close(self) -> None:
         """Disconnect; every outstanding request ends with UNAVAILABLE."""

@@ -82,6 +82,10 @@ class Streams:
             del self._streams[uid]
             raise
 
+    def count_open(self) -> int:
+        """The number of requests whose last chunk has not been sent."""
+        return len(self._streams)
+
     def close(self) -> None:
         """Send what is pending, acknowledged or not, and stop all threads."""
         self._closing.set()

@@ -54,20 +54,22 @@ class EngineSupervisor:
             return self._group
 
     def _watch(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
-        failure = self._group.wait_end()
+        pause, is_up = FIRST_PAUSE_SECONDS, True
         while not self._stopping.is_set():
-            self._group.kill()
-            log.error("%s; the engine is started again in %.1f s", failure, pause)
-            if self._stopping.wait(pause):
-                return
-            try:
+            try:  # only this thread restarts the engine, so nothing may end it
+                if is_up:
+                    failure = self._group.wait_end()
+                    is_up = False
+                    if self._stopping.is_set():
+                        return
+                    log.error("%s; the engine is started again in %.1f s", failure, pause)
+                self._group.kill()
+                if self._stopping.wait(pause):
+                    return
                 self._on_restart()
                 self._start().wait_ready()
-                pause = FIRST_PAUSE_SECONDS
-                failure = self._group.wait_end()
-            except Exception as error:  # only this thread restarts the engine
-                if not isinstance(error, EngineStartError):
-                    log.exception("the supervisor failed")
+                pause, is_up = FIRST_PAUSE_SECONDS, True
+            except Exception as error:
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
-                failure = f"the engine could not be started again: {error}"
+                message = "the engine could not be started again: %s; it is tried again in %.1f s"
+                log.error(message, error, pause, exc_info=not isinstance(error, EngineStartError))

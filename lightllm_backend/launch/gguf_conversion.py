@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -47,7 +48,10 @@ def convert(gguf_path: Path, directory: Path) -> None:
     )
     write_tokenizer(fields, directory / "tokenizer.json")
     tensors = read_tensors(reader, config["num_attention_heads"], config["num_key_value_heads"])
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk too
+        raise OSError(str(error)) from error
     # safetensors makes its file readable by the owner alone, but users may share a cache.
     shutil.copymode(directory / "config.json", directory / "model.safetensors")
 

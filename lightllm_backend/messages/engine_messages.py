@@ -70,9 +70,13 @@ class Stop(Message):
 
 @dataclass
 class CloseEngine(Message):
-    """All requests of all clients end with UNAVAILABLE and this reason; later ones are refused with it."""
+    """All requests of all clients end with UNAVAILABLE and this reason; later ones are refused with it.
+
+    drain: those that run may go on.
+    """
 
     reason: str
+    drain: bool = False
 
 
 @dataclass

@@ -2,8 +2,9 @@
 """Vitals: each process of a server publishes that it lives and works, for the health checks. No torch.
 
 Each process owns one small file in the server's run directory and maps it into memory: the time of its last beat, how
-many pieces of work it has taken, and when it began with the current one. Writing never blocks and needs no disk space.
-Reading never waits for the process, so a stopped process is noticed as well as a dead one.
+many pieces of work it has taken, when it began with the current one, and how many requests it has open. Writing never
+blocks and needs no disk space. Reading never waits for the process, so a stopped process is noticed as well as a dead
+one.
 """
 
 from __future__ import annotations
@@ -14,33 +15,44 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-BEAT_SECONDS = 1.0  # a tenth of LATE_BEAT_SECONDS (launch/health.py)
+# Whoever drains a server waits for a beat that says that nothing is open.
+BEAT_SECONDS = 0.25
+# A live process beats many times a second; waiting for a core or for the GIL can delay a beat by several seconds.
+LATE_BEAT_SECONDS = 10.0
 SUFFIX = ".vitals"
-# The fields of a file: double beat, int64 taken, double busy_since, double patience.
-_BEAT, _TAKEN, _BUSY_SINCE, _PATIENCE = range(0, 32, 8)
-_FILE_SIZE = 32
+# The roles of the processes on a request's way; several processes may share a role.
+STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary")
+ENGINE = "worker-0"  # the rank that runs the Router; further ranks compute with it
+# The fields of a file: double beat, int64 taken, double busy_since, double patience, int64 open.
+_FIELDS = "dqddq"
+_BEAT, _TAKEN, _BUSY_SINCE, _, _OPEN = range(0, 40, 8)
+_FILE_SIZE = 40
 
 
 class Vitals:
     """This process's own file, from construction to `close`. Only one thread may call `turn` and `working`.
 
     role: what the process is, for example "tokenizer". patience: how many seconds one piece of work may take.
+    count_open: counts the requests that the process has yet to answer.
     """
 
-    def __init__(self, directory: Path, role: str, patience: float = 30.0) -> None:
+    def __init__(
+        self, directory: Path, role: str, patience: float = 30.0, count_open: Callable[[], int] = lambda: 0
+    ) -> None:
         _forget_dead(directory, role)
         self._path = directory / f"{role}-{os.getpid()}{SUFFIX}"
         with self._path.open("w+b") as file:
-            file.write(struct.pack("dqdd", time.monotonic(), 0, 0.0, patience))
+            file.write(struct.pack(_FIELDS, time.monotonic(), 0, 0.0, patience, 0))
             file.flush()
             self._fields = mmap.mmap(file.fileno(), _FILE_SIZE)
         self._taken = 0
+        self._count_open = count_open
         self._closing = threading.Event()
         self._beater = threading.Thread(target=self._beat, name="vitals", daemon=True)
         self._beater.start()
@@ -72,6 +84,7 @@ class Vitals:
 
     def _beat(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
+            struct.pack_into("q", self._fields, _OPEN, self._count_open())
             struct.pack_into("d", self._fields, _BEAT, time.monotonic())
 
 
@@ -82,10 +95,16 @@ class Reading:
     role: str
     pid: int
     alive: bool
+    stopped: bool  # by a signal
     beat: float
     taken: int
     busy_since: float  # 0: not busy
     patience: float
+    open: int  # requests
+
+    @property
+    def is_worker(self) -> bool:
+        return self.role.startswith("worker-")
 
     @property
     def name(self) -> str:
@@ -98,9 +117,28 @@ def read_vitals(directory: Path) -> list[Reading]:
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         role, _, pid = path.name.removesuffix(SUFFIX).rpartition("-")
         with contextlib.suppress(FileNotFoundError, ValueError, struct.error):  # it leaves, or is just being made
-            fields = struct.unpack("dqdd", path.read_bytes())
-            readings.append(Reading(role, int(pid), _is_alive(int(pid)), *fields))
+            # In this order: a process that leaves removes its file before it ends, so it is never found dead.
+            status = process_status(int(pid))
+            fields = struct.unpack(_FIELDS, path.read_bytes())
+            readings.append(Reading(role, int(pid), status is not None, status == psutil.STATUS_STOPPED, *fields))
     return readings
+
+
+def standstills(readings: Sequence[Reading], now: float) -> dict[int, str]:
+    """Find the dead, stopped and stuck processes: pid to reason in words."""
+    reasons = {}
+    for reading in readings:
+        silent = now - reading.beat
+        busy = now - reading.busy_since if reading.busy_since else 0.0
+        if not reading.alive:
+            reasons[reading.pid] = f"{reading.name} is dead"
+        elif reading.stopped:
+            reasons[reading.pid] = f"{reading.name} is stopped"
+        elif silent > LATE_BEAT_SECONDS:
+            reasons[reading.pid] = f"{reading.name} has stood still for {silent:.0f} s"
+        elif busy > reading.patience:
+            reasons[reading.pid] = f"{reading.name} has been stuck for {busy:.0f} s"
+    return reasons
 
 
 def _forget_dead(directory: Path, role: str) -> None:
@@ -110,8 +148,10 @@ def _forget_dead(directory: Path, role: str) -> None:
             (directory / f"{role}-{reading.pid}{SUFFIX}").unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
+def process_status(pid: int) -> str | None:
+    """The process's state, as psutil names it; None: it is dead."""
     try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        status: str = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return None
+    return None if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else status

@@ -111,6 +111,22 @@ class ModelConfig:
             return int(self.max_positions * self.rope_scaling.factor)
         return self.max_positions
 
+    def check_ranks(self, tp: int) -> None:
+        """Raise ModelError if this model cannot be split over `tp` ranks."""
+        allowed = [
+            ranks
+            for ranks in range(1, self.num_heads + 1)
+            if self.num_heads % ranks == 0
+            and self.intermediate_size % ranks == 0
+            and (self.num_kv_heads % ranks == 0 or ranks % self.num_kv_heads == 0)
+        ]
+        if tp not in allowed:
+            heads = f"{self.num_heads} attention heads, {self.num_kv_heads} KV heads"
+            raise ModelError(
+                f"tp is {tp}; allowed: {', '.join(map(str, allowed))}, since the model has {heads} and an"
+                f" intermediate_size of {self.intermediate_size}"
+            )
+
     def window(self, layer: int) -> int:
         """The positions that a query of this layer sees, its own included; 0: all."""
         return self.sliding_window if self.sliding_window is not None and self.sliding_layers[layer] else 0

@@ -192,17 +192,16 @@ class Router:
     def fail_all(self, error: RequestError) -> None:
         """End every sequence with the error after a failed step. The batches in flight are never applied."""
         self._in_flight.clear()
-        self._end_all(error)
-        self._pool.clear_cache()
-
-    def close(self, error: RequestError) -> None:
-        """End every sequence with the error and refuse further requests with it, when the server shuts down."""
-        self._closed = error
-        self._end_all(error)
-
-    def _end_all(self, error: RequestError) -> None:
         for sequence in list(self._live.values()):
             self.finish(sequence, FinishReason.FAILED, error)
+        self._pool.clear_cache()
+
+    def close(self, error: RequestError, drain: bool = False) -> None:
+        """Refuse further requests with the error, and end every sequence with it; to drain: those that never ran."""
+        self._closed = error
+        for sequence in list(self._live.values()):
+            if not drain or sequence.state is SequenceState.QUEUED:
+                self.finish(sequence, FinishReason.FAILED, error)
 
     # Observation
 

@@ -17,12 +17,11 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lightllm_backend.environment import remember_library_path
+from lightllm_backend.environment import STUB, remember_library_path
 
 COMMAND_VARIABLE = "LIGHTLLM_TRITONSERVER"
 CONTAINER_BINARIES = "/opt/tritonserver/bin"
 MODULE = "lightllm_backend.triton_server.executable"
-STUB = "triton_python_backend_stub"
 
 
 class TritonServerError(Exception):

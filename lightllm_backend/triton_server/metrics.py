@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from lightllm_backend.request import RequestError
 from lightllm_backend.router.statistics import EngineStats
 
 FLUSH_SECONDS = 0.1  # far below the interval at which anybody scrapes metrics
-ANSWER_SECONDS = 30  # a server that takes longer to answer a call is gone
+WORKS_SECONDS = 1.0  # from one look at the workers to the next
 # Limit on the values of one histogram in a flush; of more, every second or third … is taken. With 10 flushes a second,
 # up to 500 values a second are complete: all requests, and the tokens of a few dozen streams.
 MAX_OBSERVATIONS = 50
@@ -62,15 +61,19 @@ class Metrics:
     """All metrics of this process; `backend` is the module triton_python_backend_utils, or a stand-in in tests.
 
     with_engine: whether this process reports the engine's state; only generation does. Each process that submits
-    requests counts its own, and the server adds them up, since they share names and labels.
+    requests counts its own, and the server adds them up, since they share names and labels. engine_works: whether no
+    worker stands still.
     """
 
-    def __init__(self, backend: Any, with_engine: bool) -> None:
+    def __init__(self, backend: Any, with_engine: bool, engine_works: Callable[[], bool] = lambda: True) -> None:
         self._lock = threading.Lock()
         self._ended: Counter[str] = Counter()
         self._observed: dict[str, list[float]] = {name: [] for name in HISTOGRAMS}
         self._engine: EngineStats | None = None
-        self._engine_up = 0.0
+        self._engine_up = False
+        self._engine_works = engine_works
+        self._works = True
+        self._looked_at = 0.0
         self._restarts = 0
         self._reported: Counter[str] = Counter()
 
@@ -137,7 +140,7 @@ class Metrics:
     def engine_up(self, up: bool) -> None:
         """The engine takes requests from now on, or no more."""
         with self._lock:
-            self._engine_up = float(up)
+            self._engine_up = up
 
     def engine_restarted(self) -> None:
         """A new worker was started, which counts its totals from zero."""
@@ -156,18 +159,18 @@ class Metrics:
         """Flush until the server is gone.
 
         A call that a dead server does not answer never returns and, since it holds the GIL, blocks the whole process.
-        So an alarm ends the process then.
+        The guard ends the process then.
         """
         server = os.getppid()
         while not self._closing.wait(FLUSH_SECONDS) and os.getppid() == server:
-            signal.alarm(ANSWER_SECONDS)
             try:
                 self._flush()
             except Exception:
                 log.exception("metrics could not be carried over")
-            signal.alarm(0)
 
     def _flush(self) -> None:
+        if self._gauges and time.monotonic() >= self._looked_at + WORKS_SECONDS:
+            self._looked_at, self._works = time.monotonic(), self._engine_works()
         for call, value in self._calls():
             call(value)
             time.sleep(PAUSE_SECONDS)
@@ -178,7 +181,7 @@ class Metrics:
             ended, self._ended = self._ended, Counter()
             observed, self._observed = self._observed, {name: [] for name in HISTOGRAMS}
             now = dict(vars(self._engine)) if self._engine else {}
-            now |= {"engine_up": self._engine_up, "engine_restarts_total": self._restarts}
+            now |= {"engine_up": float(self._engine_up and self._works), "engine_restarts_total": self._restarts}
             increments = {name: now[name] - self._reported[name] for name in self._counters if name in now}
             self._reported.update(increments)
         for status, count in ended.items():

@@ -9,13 +9,18 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.launch.guard import keep_guard
 from lightllm_backend.lengths import LengthLimits
+from lightllm_backend.messages.run_directory import RunDirectoryError, check_run_directory, run_directory, server_pid
+from lightllm_backend.messages.vitals import read_vitals, standstills
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.request import RequestError
 from lightllm_backend.text import model_tokenizer
@@ -24,7 +29,15 @@ from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server.metrics import Metrics
 
 # Errors of the setting or the model, not of the code: the message says what to change.
-_START_ERRORS = (ConfigError, EmbeddedModelError, EngineStartError, ModelError, RequestError, TokenizerError)
+_START_ERRORS = (
+    ConfigError,
+    EmbeddedModelError,
+    EngineStartError,
+    ModelError,
+    RequestError,
+    RunDirectoryError,
+    TokenizerError,
+)
 
 log = logging.getLogger("lightllm")
 
@@ -82,12 +95,17 @@ def make_metrics(with_engine: bool) -> Metrics:
     """This process's metrics. with_engine: whether it reports the engine's state."""
     import triton_python_backend_utils as pb_utils  # only a stub has it
 
-    return Metrics(pb_utils, with_engine)
+    return Metrics(pb_utils, with_engine, lambda: _workers_work(run_directory()))
+
+
+def _workers_work(directory: Path) -> bool:
+    workers = [reading for reading in read_vitals(directory) if reading.is_worker]
+    return not standstills(workers, time.monotonic())
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Surrounds a model's start: sets up the log, and gives the server an error as one readable line.
+    """Surrounds a model's start: sets up the log and the guard, and gives the server an error as one readable line.
 
     Python's log goes to the server's standard error, among the server's own lines.
     """
@@ -95,6 +113,10 @@ def starting() -> Iterator[None]:
         sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     try:
+        raise_file_limit()
+        # A stub has the packages of the first python3 on PATH.
+        check_run_directory()
+        keep_guard(server_pid(), run_directory(), "python3")
         yield
     except Exception as error:
         known = isinstance(error, _START_ERRORS)

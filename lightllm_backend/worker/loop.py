@@ -96,5 +96,5 @@ def receive(server: EngineServer, router: Router, load: EngineLoad, timeout: flo
         elif isinstance(message, Stop):
             router.stop(message.uid)
         elif isinstance(message, CloseEngine):
-            router.close(RequestError("UNAVAILABLE", message.reason))
+            router.close(RequestError("UNAVAILABLE", message.reason), message.drain)
     return refused

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import batches_address, rendezvous_file
@@ -131,6 +132,7 @@ def watch_parent(parent_pipe: int) -> None:
 def main() -> None:
     address, rank = sys.argv[1], int(sys.argv[2])
     status, parent_pipe = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
+    raise_file_limit()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints belongs to the log
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
     threading.excepthook = leave_with_thread

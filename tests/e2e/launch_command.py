@@ -5,48 +5,80 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from lightllm_backend.environment import STUB
+from lightllm_backend.launch.guard import identity, is_alive
 from tests.e2e.server import REPOSITORY, engine_environment, free_ports
 from tests.polling import poll
 
 PROGRAM = """
 from lightllm_backend import serve
 from lightllm_backend.launch import health
-health.PROBE_SECONDS, health.LATE_BEAT_SECONDS = {probe_seconds}, {late_beat_seconds}
+health.PROBE_SECONDS = {probe_seconds}
 serve.command()
 """
+PATTERNS = {
+    "tritonserver": r"/tritonserver ",
+    "worker-0": r"lightllm_backend\.worker\.main \S+ 0 ",
+    "worker-1": r"lightllm_backend\.worker\.main \S+ 1 ",
+    "guard": r"lightllm_backend\.launch\.guard",
+}
+
+
+class Traces:
+    """What the processes of a server must not leave behind: themselves, shared memory and run directories."""
+
+    def __init__(self, top: psutil.Process, base: Path) -> None:
+        family = [top, *top.children(recursive=True)]
+        self._processes = [identity(process.pid) for process in family]
+        arguments = [argument for process in family for argument in command_line(process)]
+        self._regions = [Path("/dev/shm", name) for name in arguments if "shm_region" in name]
+        assert self._regions or STUB not in " ".join(arguments)
+        self._directories = list(base.iterdir()) if base.exists() else []
+
+    def left(self) -> list[str]:
+        """What is still there."""
+        files = [str(path) for path in (*self._regions, *self._directories) if path.exists()]
+        return [process for process in self._processes if is_alive(process)] + files
 
 
 class LaunchCommand:
-    """The launch command on free ports, from construction to `stop`.
+    """The launch command on free ports, from construction to `stop`, with run directories of its own.
 
-    Its times are shorter than by default, so that a flood of seconds is to it what a flood of minutes is to a user's.
+    probe_seconds: shorter than by default, so that a flood of seconds is to it what one of minutes is to a user's.
     """
 
-    def __init__(self, log: Path, probe_seconds: float, late_beat_seconds: float, **settings: object) -> None:
+    def __init__(self, folder: Path, probe_seconds: float = 10.0, **settings: object) -> None:
         self.http_port, self.grpc_port, metrics_port = free_ports(3)
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": metrics_port}
-        environment = engine_environment({**settings, **ports})
-        program = PROGRAM.format(probe_seconds=probe_seconds, late_beat_seconds=late_beat_seconds)
-        self.log_path = log
-        with log.open("wb") as output:
+        self._runtime = tempfile.TemporaryDirectory(prefix="lightllm-")  # paths of sockets are short
+        environment = engine_environment({**settings, **ports}) | {"XDG_RUNTIME_DIR": self._runtime.name}
+        self.base = Path(self._runtime.name, f"lightllm-{os.getuid()}")
+        self.log_path = folder / "log"
+        with self.log_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program], env=environment, stderr=output, cwd=REPOSITORY.parent
-            )
+                [sys.executable, "-c", PROGRAM.format(probe_seconds=probe_seconds)],
+                env=environment, stdout=output, stderr=output, cwd=REPOSITORY.parent,
+            )  # fmt: skip
 
     @property
     def grpc_url(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
 
-    def wait_ready(self) -> LaunchCommand:
-        assert poll(lambda: "ready after" in self.log() or self.process.poll() is not None, 120), self.log()
+    def wait_ready(self, times: int = 1) -> LaunchCommand:
+        assert poll(lambda: self.log().count("ready after") >= times or self.process.poll() is not None, 120), (
+            self.log()
+        )
         assert self.process.poll() is None, self.log()
         return self
 
@@ -54,18 +86,33 @@ class LaunchCommand:
         return self.log_path.read_text(errors="replace")
 
     def find(self, role: str) -> psutil.Process:
-        """A process by what it is: "tritonserver", "worker", or a model."""
-        patterns = {"tritonserver": r"/tritonserver ", "worker": r"lightllm_backend\.worker\.main"}
-        pattern = patterns.get(role, rf"triton_python_backend_stub .*/{role}/")
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            if re.search(pattern, " ".join(process.cmdline()) + " "):
-                return process
-        raise AssertionError(f"there is no {role}")
+        """A process by what it is: "launcher", "tritonserver", "worker-0", "guard", or a model."""
+        if role == "launcher":
+            return psutil.Process(self.process.pid)
+        return next(self.find_all(role))
 
-    def stop(self) -> None:
+    def find_all(self, role: str) -> Iterator[psutil.Process]:
+        pattern = PATTERNS.get(role, rf"{STUB} .*/{role}/")
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if re.search(pattern, " ".join(command_line(process)) + " "):
+                yield process
+
+    def traces(self) -> Traces:
+        return Traces(psutil.Process(self.process.pid), self.base)
+
+    def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
-        self.process.wait(120)
+        return self.process.wait(120)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """The process's arguments; none of one that has ended."""
+    try:
+        arguments: list[str] = process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+    return arguments
 
 
 async def flood(port: int, count: int, max_tokens: int, seconds: float) -> Counter[str]:

@@ -15,13 +15,12 @@ from tests.e2e.launch_command import LaunchCommand, flood
 
 pytestmark = pytest.mark.e2e
 
-PROBE_SECONDS = 2.0  # within one second a busy step may take nothing for want of a core
-LATE_BEAT_SECONDS = 4.0
+PROBE_SECONDS = 2.5  # within two seconds a busy step may take nothing for want of a core
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path / "log", PROBE_SECONDS, LATE_BEAT_SECONDS, max_queue_size=200)
+    started = LaunchCommand(tmp_path, PROBE_SECONDS, max_queue_size=200)
     try:
         yield started.wait_ready()
     finally:

@@ -171,7 +171,7 @@ def test_two_servers_do_not_meet_and_one_leaves_nothing(
     finally:
         other.stop()
     assert poll(lambda: not any(process.is_running() for process in processes), 30)
-    assert not run_directory.exists()
+    assert poll(lambda: not run_directory.exists())
     assert client.generate(PROMPT, max_tokens=1).text == " Tokyo"
 
 
@@ -180,11 +180,13 @@ def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> 
     try:
         killed.wait_ready()
         processes = killed.processes()
-        assert len(processes) == 8, "the server, a stub for each instance of five models, the worker"
+        assert len(processes) == 9, "the server, a stub for each instance of five models, the worker, the guard"
+        run_directory = killed.run_directory()
     finally:
         killed.process.kill()
         killed.process.wait()
-    assert poll(lambda: not any(process.is_running() for process in processes), 60)
+    assert poll(lambda: not any(process.is_running() for process in processes), 10)
+    assert not run_directory.exists()
 
 
 def test_plain_tritonserver(tmp_path: Path) -> None:

@@ -1,137 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch command finds a process that stands still or is dead, also while users keep the server busy."""
+"""Any process of a server may die or stand still at any time: streams end, the service comes back, nothing is left."""
 
 from __future__ import annotations
 
-import asyncio
-import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from lightllm_client import LightLLMClient, LightLLMError, Unavailable
-from tests.e2e.launch_command import LaunchCommand, flood
-from tests.e2e.server import get
+from lightllm_client import LightLLMClient, Unavailable
+from tests.e2e.faults import HEADER, Streams, inject, serves
+from tests.e2e.launch_command import LaunchCommand, Traces
+from tests.e2e.server import TritonServer
 from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
-PROBE_SECONDS = 1.0
-LATE_BEAT_SECONDS = 2.5  # a process beats every second
-FOUND_SECONDS = 40.0  # five checks, each of two probes' length, and the server's end
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary", "health")
+DEAD_SECONDS, STILL_SECONDS = 5.0, 30.0  # until a fault is found
+ENDED_SECONDS = 5.0  # from then until every stream has ended
+
+# Faults of each kind, for every run of the tests; the others follow under the marker soak.
+FEW = [("worker-0", STOP), ("tokenizer", KILL), ("detokenizer", STOP), ("tritonserver", KILL)]
+ALL = [(role, number) for role in ("worker-0", *STEPS, "tritonserver") for number in (KILL, STOP)]
 
 
-def running(log: Path, probe_seconds: float, late_beat_seconds: float) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(log, probe_seconds, late_beat_seconds, max_queue_size=200)
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
+    started = LaunchCommand(tmp_path_factory.mktemp("command"), running_max_req_size=10, restart=20)
     try:
         yield started.wait_ready()
     finally:
         started.stop()
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    yield from running(tmp_path / "log", PROBE_SECONDS, LATE_BEAT_SECONDS)
-
-
-@pytest.fixture
-def patient_command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    """With times in which a busy worker beats, and steps take something, though they wait for a core."""
-    yield from running(tmp_path / "log", 2 * PROBE_SECONDS, 4.0)
-
-
-class Streams:
-    """Users that stream, each in a thread of asyncio's; what each has ended with."""
-
-    def __init__(self, url: str, count: int) -> None:
-        self.url, self.count = url, count
-        self.begun = 0
-        self.ends: list[str] = []
-
-    def one(self) -> None:
-        with LightLLMClient(self.url, timeout=200) as client:
-            try:
-                for _ in client.stream("Once upon a time", max_tokens=2000, ignore_eos=True):
-                    self.begun += 1
-                self.ends.append("whole")
-            except LightLLMError as error:
-                self.ends.append(f"{type(error).__name__}: {error}")
-
-    async def run(self) -> None:
-        await asyncio.gather(*(asyncio.to_thread(self.one) for _ in range(self.count)))
-
-
-def under_load(command: LaunchCommand, act: Callable[[], float]) -> tuple[list[str], float]:
-    """Eight streams, requests that come and go, and `act` in their midst; the streams' ends, and what `act` says."""
-    streams = Streams(command.grpc_url, 8)
-
-    async def run() -> float:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(16))
-        streaming = asyncio.create_task(streams.run())
-        while streams.begun < 16:
-            await asyncio.sleep(0.05)
-        flooding = asyncio.create_task(flood(command.http_port, 100, max_tokens=200, seconds=100))
-        acted = await asyncio.to_thread(act)
-        await asyncio.wait_for(streaming, 60)
-        await flooding
-        return acted
-
-    acted = asyncio.run(run())
-    return streams.ends, acted
-
-
-@pytest.mark.parametrize("role", ["tokenizer", "generation", "detokenizer", "lightllm_unary", "health", "tritonserver"])
-def test_a_step_that_stands_still_is_found_under_load(command: LaunchCommand, role: str) -> None:
-    def stop_it() -> float:
-        command.find(role).send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        assert poll(lambda: command.process.poll() is not None, 2 * FOUND_SECONDS), command.log()
-        return time.monotonic() - stopped
-
-    ends, seconds = under_load(command, stop_it)
-    assert seconds < FOUND_SECONDS
-    assert command.process.returncode == 1
-    assert "error: the server does not work any more and is stopped: " in command.log()
-    assert f"{role} (process " in command.log()
-    assert len(ends) == 8
-    assert "whole" not in ends
-    if role in ("tokenizer", "lightllm_unary", "health"):  # the others are on the way of the errors themselves
-        assert all("UNAVAILABLE: the server is stopped" in end for end in ends), ends
-
-
-def test_a_worker_that_stands_still_is_replaced_under_load(patient_command: LaunchCommand) -> None:
-    command = patient_command
-    worker = command.find("worker")
-
-    def stop_it() -> float:
-        worker.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        with LightLLMClient(command.grpc_url) as client:
-            assert poll(lambda: not is_ready(client), FOUND_SECONDS, every=0.5)
-            assert poll(lambda: not worker.is_running(), FOUND_SECONDS), command.log()
-            found = time.monotonic() - stopped
-            assert poll(lambda: is_ready(client), 60, every=0.5), command.log()
-        return found
-
-    ends, seconds = under_load(command, stop_it)
-    assert seconds < FOUND_SECONDS
-    assert "error: the engine is replaced: worker-0 (process " in command.log()
-    assert all("the engine stopped while the request was running" in end for end in ends), ends
-    assert command.process.poll() is None
-    with LightLLMClient(command.grpc_url, timeout=60) as client:
-        assert poll(lambda: capital(client) == " Tokyo", 30, every=0.5), command.log()
-
-
-def capital(client: LightLLMClient) -> str:
-    """The answer; nothing while generation has not connected to the new worker yet."""
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
+    started = LaunchCommand(tmp_path_factory.mktemp("two_ranks"), model_dir=tiny_model, tp=2)
     try:
-        return client.generate("The capital of Japan is", max_tokens=1).text
-    except Unavailable:
-        return ""
+        yield started.wait_ready()
+    finally:
+        started.stop()
+
+
+def check(command: LaunchCommand, role: str, number: signal.Signals, max_tokens: int = 2000) -> None:
+    outcome = inject(command, role, number, max_tokens)
+    print(f"\n{HEADER}\n{outcome}")
+    assert outcome.found < (DEAD_SECONDS if number is KILL else STILL_SECONDS)
+    assert outcome.ended < outcome.found + ENDED_SECONDS
+    assert "whole" not in outcome.ends
+    assert outcome.left == []
+    if role in ("tokenizer", "lightllm_unary", "health"):  # the others are on the way of the errors themselves
+        assert all("the server is stopped: " in end for end in outcome.ends), outcome.ends
+    if role.startswith("worker"):
+        message = "UNAVAILABLE: the engine stopped while the request was running; try again"
+        assert all(message in end for end in outcome.ends), outcome.ends
+
+
+@pytest.mark.parametrize(("role", "number"), FEW)
+def test_a_fault_is_found_and_the_service_comes_back(command: LaunchCommand, role: str, number: signal.Signals) -> None:
+    check(command, role, number)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("role", "number"), [fault for fault in ALL if fault not in FEW])
+def test_every_other_fault(command: LaunchCommand, role: str, number: signal.Signals) -> None:
+    check(command, role, number)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [KILL, STOP])
+def test_a_fault_of_another_rank(two_ranks: LaunchCommand, number: signal.Signals) -> None:
+    check(two_ranks, "worker-1", number, max_tokens=1000)
+
+
+def test_a_stopped_worker_makes_the_server_unready_at_once(command: LaunchCommand) -> None:
+    with LightLLMClient(command.grpc_url) as client:
+        worker = command.find("worker-0")
+        assert poll(lambda: is_ready(client), 30)
+        worker.send_signal(STOP)
+        assert poll(lambda: not is_ready(client), 2)
+        worker.send_signal(signal.SIGCONT)
+        assert poll(lambda: is_ready(client), 2), "it went on before it was given up"
+    assert serves(command)
 
 
 def is_ready(client: LightLLMClient) -> bool:
@@ -142,9 +97,104 @@ def is_ready(client: LightLLMClient) -> bool:
     return True
 
 
-def test_a_dead_step_is_found_at_once(command: LaunchCommand) -> None:
-    command.find("detokenizer").kill()
-    assert poll(lambda: command.process.poll() is not None, FOUND_SECONDS), command.log()
-    assert re.search(r"is stopped: detokenizer \(process \d+\) is dead", command.log())
-    with pytest.raises(ConnectionRefusedError):
-        get(command.http_port, "/v2/health/ready")
+def test_a_stopped_launch_command_is_not_missed(command: LaunchCommand) -> None:
+    """As by Ctrl-Z."""
+    command.process.send_signal(STOP)
+    try:
+        streams = Streams(command.grpc_url, command.http_port, max_tokens=20)
+        assert streams.wait_ended(60)
+        assert {end for _, end in streams.ends} == {"whole"}
+    finally:
+        command.process.send_signal(signal.SIGCONT)
+
+
+def test_a_killed_guard_is_replaced(command: LaunchCommand) -> None:
+    guard = command.find("guard")
+    guard.kill()
+    assert poll(lambda: [one for one in command.find_all("guard") if one.pid != guard.pid])
+    assert serves(command)
+
+
+def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: LaunchCommand) -> None:
+    """The last of the tests with this server: ten requests run, four are queued."""
+    traces = command.traces()
+    streams = Streams(command.grpc_url, command.http_port, max_tokens=25, count=5)
+    streams.wait_begun()
+    queued = Streams(command.grpc_url, command.http_port, max_tokens=25, count=2)
+    with LightLLMClient(command.grpc_url) as client:
+        time.sleep(0.2)
+        command.process.terminate()
+        assert queued.wait_ended(10)
+        with pytest.raises(Unavailable, match="the server is shutting down"):
+            client.generate("Hello", max_tokens=1)
+    reason = "the server is shutting down"
+    assert all(reason in end for _, end in queued.ends), queued.ends
+    assert command.process.wait(60) == 0
+    assert {end for _, end in streams.ends} == {"whole"}
+    assert poll(lambda: not traces.left()), traces.left()
+
+
+# Without a launch command, and of the launch command itself
+
+
+def test_a_plain_server_with_a_dead_step_ends_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    server = TritonServer(tmp_path / "log", model_dir=tiny_model).wait_ready()
+    traces = Traces(psutil.Process(server.process.pid), server.run_directory().parent / "none")
+    directory = server.run_directory()
+    [victim] = [one for one in server.processes() if "/generation/" in " ".join(one.cmdline())]
+    streams = Streams(server.grpc_url, server.http_port, max_tokens=1000, count=2)
+    streams.wait_begun()
+    victim.kill()
+    assert poll(lambda: server.process.poll() is not None, DEAD_SECONDS + ENDED_SECONDS)
+    assert streams.wait_ended(ENDED_SECONDS)
+    assert poll(lambda: not traces.left() and not directory.exists()), traces.left()
+    assert "error: the server is ended: generation (process " in server.log()
+
+
+@pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.soak)])
+def test_a_killed_launch_command_leaves_nothing(tiny_model: Path, tmp_path: Path, loads: bool) -> None:
+    command = LaunchCommand(tmp_path, model_dir=tiny_model)
+    try:
+        if loads:
+            assert poll(lambda: list(command.find_all("worker-0")), 60, every=0.05)
+        else:
+            command.wait_ready()
+        traces = command.traces()
+    finally:
+        begun = time.monotonic()
+        command.process.kill()
+        command.process.wait()
+    assert poll(lambda: not traces.left(), 2 * DEAD_SECONDS), traces.left()
+    print(f"\nnothing left after {time.monotonic() - begun:.1f} s")
+
+
+@pytest.mark.soak
+def test_sigterm_right_after_a_worker_was_killed(tiny_model: Path, tmp_path: Path) -> None:
+    """Contexts that have leaked in Triton server must not hold it up."""
+    command = LaunchCommand(tmp_path, model_dir=tiny_model).wait_ready()
+    streams = Streams(command.grpc_url, command.http_port, max_tokens=1000)
+    streams.wait_begun()
+    traces = command.traces()
+    command.find("worker-0").kill()
+    begun = time.monotonic()
+    assert command.stop() == 0, command.log()
+    print(f"\nstopped after {time.monotonic() - begun:.1f} s")
+    assert time.monotonic() - begun < 30 + 5
+    assert streams.wait_ended(5)
+    assert traces.left() == []
+
+
+@pytest.mark.soak
+def test_fifty_starts_and_stops_leave_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    for index in range(50):
+        (tmp_path / str(index)).mkdir()
+        command = LaunchCommand(tmp_path / str(index), model_dir=tiny_model)
+        if index % 2:
+            assert poll(lambda command=command: list(command.find_all("generation")), 60)  # type: ignore[misc]
+        else:
+            command.wait_ready()
+        traces = command.traces()
+        assert command.stop() == 0, command.log()
+        assert traces.left() == []
+    assert len(set(Path("/dev/shm").iterdir()) - before) == 0

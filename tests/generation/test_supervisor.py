@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """EngineSupervisor, with a worker made for the occasion in place of the interpreter."""
 
+import contextlib
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,6 +155,48 @@ def test_a_worker_that_dies_is_started_again(make: Make, tmp_path: Path) -> None
     assert restarts == [True]
     supervisor.stop()
     assert not psutil.pid_exists(supervisor.pids[0])
+
+
+def test_it_outlives_a_lack_of_file_descriptors(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    supervisor = make()
+    supervisor.wait_ready()
+    taken: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        os.kill(supervisor.pids[0], signal.SIGKILL)
+        assert poll(lambda: caplog.text.count("Too many open files") >= 3)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert poll(lambda: starts(tmp_path) == 2)
+
+
+@pytest.mark.parametrize("part", ["kill", "wait_end"])
+def test_no_error_ends_the_supervising_thread(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    supervisor = make()
+    supervisor.wait_ready()
+    works = getattr(worker_group.WorkerGroup, part)
+
+    def fails_once(self: worker_group.WorkerGroup) -> Any:
+        monkeypatch.setattr(worker_group.WorkerGroup, part, works)
+        raise MemoryError(part)
+
+    if part == "wait_end":  # the thread is in it already; it fails for the next workers
+        psutil.Process(supervisor.pids[0]).kill()
+    monkeypatch.setattr(worker_group.WorkerGroup, part, fails_once)
+    first = supervisor.pids[0]
+    if part == "kill":
+        psutil.Process(first).kill()
+    assert poll(lambda: starts(tmp_path) >= 2 and supervisor.pids[0] != first)
+    psutil.Process(supervisor.pids[0]).kill()
+    assert poll(lambda: starts(tmp_path) >= 3)
 
 
 def test_it_tries_again_after_a_start_that_failed(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,7 @@ LENGTHS = LengthLimits(50, "max_req_input_len", 400, "the model's limit")
     [
         Cancel("u"),
         Stop("u"),
-        CloseEngine("a step is dead"),
+        CloseEngine("a step is dead", drain=True),
         Ready(EngineInfo("m", "float32", "cpu", 10, (2, 3), LENGTHS, 500, {"weights": 1})),
         Stats(EngineStats(queued_requests=1, device_seconds_total=0.5)),
     ],

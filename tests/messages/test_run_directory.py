@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory is private, one for each server, and removed after use."""
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -10,11 +12,12 @@ import pytest
 from lightllm_backend.messages import run_directory as run_directory_module
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.run_directory import (
+    RunDirectoryError,
     batches_address,
+    check_run_directory,
     engine_address,
-    leave_run_directory,
-    load_file,
     remove_addresses,
+    remove_run_directory,
     remove_stale_run_directories,
     rendezvous_file,
     return_address,
@@ -49,35 +52,24 @@ def test_a_pid_that_is_used_again_is_another_server(base: Path, monkeypatch: pyt
 def test_a_directory_that_others_may_use_is_refused(base: Path) -> None:
     base.mkdir()
     base.chmod(0o755)
-    with pytest.raises(PermissionError, match="only this user"):
+    with pytest.raises(RunDirectoryError, match="only this user"):
         run_directory()
 
 
 def test_a_link_in_its_place_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     base.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PermissionError):
+    with pytest.raises(RunDirectoryError):
         run_directory()
 
 
-def test_the_last_to_leave_it_removes_it(base: Path) -> None:
-    (run_directory() / "engine").touch()
-    leave_run_directory()
-    assert (run_directory() / "engine").exists(), "somebody is still there"
-    (run_directory() / "engine").unlink()
-    leave_run_directory()
-    assert list(base.iterdir()) == []
-    leave_run_directory()  # it is made again, and gone again
-    assert list(base.iterdir()) == []
-
-
-def test_the_key_stays_for_as_long_as_anybody_needs_it(base: Path) -> None:
-    sealed = Seal.of(run_directory(), Purpose.TOKENS).close(b"message")
-    (run_directory() / "somebody's vitals").touch()
-    leave_run_directory()
-    assert Seal.of(run_directory(), Purpose.TOKENS).open(sealed) == b"message"
-    (run_directory() / "somebody's vitals").unlink()
-    leave_run_directory()
+def test_it_is_removed_with_all_that_a_server_left(base: Path) -> None:
+    directory = run_directory()
+    for name in ("engine", "step-1.vitals", "guard"):
+        (directory / name).touch()
+    EngineLoad(directory)
+    Seal.of(directory, Purpose.TOKENS)
+    remove_run_directory(directory)
     assert list(base.iterdir()) == []
 
 
@@ -85,9 +77,11 @@ def test_the_environment_may_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LIGHTLLM_RUN_DIR", str(tmp_path / "a" / "b"))
     assert run_directory() == run_directory_of(1) == tmp_path / "a" / "b"
     assert run_directory().is_dir()
+    for name in ("engine", "step-1.vitals", "guard", "notes"):
+        (run_directory() / name).touch()
     remove_stale_run_directories()
-    leave_run_directory()
-    assert (tmp_path / "a" / "b").is_dir(), "whoever names it removes it"
+    remove_run_directory(run_directory())
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["notes"], "whoever names it removes it"
 
 
 def test_what_dead_servers_left_is_removed_and_nothing_else(base: Path) -> None:
@@ -114,12 +108,40 @@ def test_all_addresses_are_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_last_model_removes_the_shared_file(base: Path) -> None:
-    directory = run_directory()
-    EngineLoad(directory)
-    (directory / "another").touch()
-    leave_run_directory()
-    assert load_file(directory).exists(), "another model still uses it"
-    (directory / "another").unlink()
-    leave_run_directory()
-    assert not directory.exists()
+# Before the start
+
+
+def test_a_directory_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LIGHTLLM_RUN_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(
+        RunDirectoryError, match="nowhere/.* cannot be made: No such file .*; set LIGHTLLM_RUN_DIR, XDG"
+    ):
+        check_run_directory()
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "XDG_RUNTIME_DIR", "LIGHTLLM_RUN_DIR"])
+def test_a_path_that_is_too_long_for_sockets_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    for name in ("TMPDIR", "XDG_RUNTIME_DIR", "LIGHTLLM_RUN_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    directory = tmp_path / ("x" * 100)
+    directory.mkdir()
+    monkeypatch.setenv(variable, str(directory))
+    with pytest.raises(
+        RunDirectoryError, match="paths of \\d+ bytes; allowed: at most 107; set .* with a shorter path"
+    ):
+        check_run_directory()
+    assert not list(tmp_path.rglob(".check*"))
+
+
+def test_a_directory_without_room_is_told(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    check_run_directory()
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    with pytest.raises(RunDirectoryError, match="no file can be written in .*: No space left on device; set"):
+        check_run_directory()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,12 @@ def only(directory: Path) -> Reading:
 
 def test_a_process_tells_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vitals_module, "BEAT_SECONDS", 0.01)
-    vitals = Vitals(tmp_path, "a-step", patience=7.5)
+    vitals = Vitals(tmp_path, "a-step", patience=7.5, count_open=lambda: 3)
     first = only(tmp_path)
-    assert (first.role, first.pid, first.alive, first.taken, first.busy_since, first.patience) == (
-        "a-step", os.getpid(), True, 0, 0.0, 7.5
+    assert (first.role, first.pid, first.alive, first.stopped, first.taken, first.busy_since, first.patience) == (
+        "a-step", os.getpid(), True, False, 0, 0.0, 7.5
     )  # fmt: skip
+    assert poll(lambda: only(tmp_path).open == 3)
     assert poll(lambda: only(tmp_path).beat > first.beat)
     before = time.monotonic()
     with vitals.working():
@@ -72,6 +74,7 @@ def test_a_stopped_process_beats_no_more(tmp_path: Path, process: subprocess.Pop
     time.sleep(0.2)
     assert only(tmp_path).beat == stopped.beat
     assert stopped.alive
+    assert stopped.stopped
     process.send_signal(signal.SIGCONT)
     assert poll(lambda: only(tmp_path).beat > stopped.beat)
 
@@ -93,3 +96,26 @@ def test_a_file_that_is_just_being_made_is_no_reading(tmp_path: Path) -> None:
     (tmp_path / "step-1.vitals").touch()
     (tmp_path / "engine").touch()
     assert read_vitals(tmp_path) == []
+
+
+def test_a_process_that_leaves_while_it_is_read_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vitals = Vitals(tmp_path, "step")
+
+    def leaves(pid: int) -> None:
+        vitals.close()
+
+    monkeypatch.setattr(vitals_module, "process_status", leaves)
+    assert read_vitals(tmp_path) == []
+
+
+def test_standstills_are_named(tmp_path: Path) -> None:
+    now = time.monotonic()
+    good = Reading("a", 1, True, False, now, 0, now - 29, 30.0, 0)
+    faults = {
+        2: (replace(good, alive=False), "a (process 2) is dead"),
+        3: (replace(good, stopped=True), "a (process 3) is stopped"),
+        4: (replace(good, beat=now - 11), "a (process 4) has stood still for 11 s"),
+        5: (replace(good, busy_since=now - 31), "a (process 5) has been stuck for 31 s"),
+    }
+    readings = [good, *(replace(reading, pid=pid) for pid, (reading, _) in faults.items())]
+    assert vitals_module.standstills(readings, now) == {pid: reason for pid, (_, reason) in faults.items()}

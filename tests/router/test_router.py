@@ -395,6 +395,22 @@ def test_a_router_that_is_closed_ends_everybody_and_refuses_the_rest() -> None:
         submit(router, make_request("late", 3))
 
 
+def test_a_router_that_is_drained_ends_those_that_never_ran() -> None:
+    router = make_router(max_running=1)
+    submit(router, make_request("runs", 3, max_tokens=1))
+    batch = router.next_batch()
+    submit(router, make_request("waits", 3))
+    error = RequestError("UNAVAILABLE", "the server is shutting down")
+    router.close(error, drain=True)
+    router.close(error, drain=True)
+    assert [(chunk.uid, chunk.error) for chunk in router.drain_finished()] == [("waits", error)]
+    with pytest.raises(RequestError, match="^UNAVAILABLE: the server is shutting down$"):
+        submit(router, make_request("late", 3))
+    assert only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).finish_reason is FinishReason.LENGTH
+    router.check_integrity()
+    assert not router.has_work
+
+
 # What chunks and metrics say
 
 

@@ -174,6 +174,20 @@ def test_the_engine_s_state(backend: FakeBackend, engine_metrics: Metrics) -> No
     assert backend["generated_tokens_total"].value == 70
 
 
+def test_an_engine_that_stands_still_is_not_up(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "WORKS_SECONDS", 0.0)
+    works = [True, False, True]
+    engine_metrics = Metrics(backend, with_engine=True, engine_works=lambda: works.pop(0))
+    engine_metrics.close()
+    works[:] = [True, False, True]
+    engine_metrics.engine_up(True)
+    seen = []
+    for _ in range(3):
+        engine_metrics._flush()
+        seen.append(backend["engine_up"].value)
+    assert seen == [1, 0, 1]
+
+
 def test_what_has_not_changed_is_not_carried_over_again(backend: FakeBackend, engine_metrics: Metrics) -> None:
     for _ in range(3):
         engine_metrics.engine_stats(EngineStats(1, 2, 30, 4, 100, 50, 60))

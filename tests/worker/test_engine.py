@@ -10,6 +10,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from lightllm_backend.launch.closing import EngineCloser, Progress
 from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.engine_messages import Ready, Submit, Tokens
 from lightllm_backend.messages.vitals import read_vitals
@@ -232,11 +233,43 @@ def test_a_client_may_close_the_engine(tmp_path: Path) -> None:
         assert poll(
             lambda: engine.router.stats().running_requests > 0
         )  # the step that waits at the gate may have only one
-        other.close_engine("the server is stopped: generation is dead")
+        closer = EngineCloser(tmp_path)
+        closer.close_engine("the server is stopped: generation is dead")
         engine.runner.gate.set()
         for answer in [*answers, Answer(client, [1], max_tokens=5)]:
             assert str(answer.wait().last.error) == "UNAVAILABLE: the server is stopped: generation is dead"
+        closer.disconnect()
         other.close()
+
+
+def test_a_drained_engine_refuses_requests_and_finishes_those_that_run(tmp_path: Path) -> None:
+    with counting_engine(tmp_path, running_max_req_size=1) as (engine, client):
+        engine.runner.gate.clear()
+        running = Answer(client, [1], max_tokens=5)
+        assert poll(lambda: engine.router.stats().running_requests == 1)
+        queued = Answer(client, [1], max_tokens=5)
+        closer = EngineCloser(tmp_path)
+        closer.close_engine("the server is shutting down", drain=True)
+        engine.runner.gate.set()
+        assert str(queued.wait().last.error) == "UNAVAILABLE: the server is shutting down"
+        assert running.wait().tokens == [2, 3, 4, 5, 6]
+        assert str(Answer(client, [1], max_tokens=5).wait().last.error) == "UNAVAILABLE: the server is shutting down"
+        progress = Progress(tmp_path)
+        progress.look()
+        progress.look()
+        assert progress.engine_rests
+        assert progress.num_open == 0
+        closer.disconnect()
+
+
+def test_an_engine_that_is_replaced_is_closed_again(tmp_path: Path) -> None:
+    closer = EngineCloser(tmp_path)
+    closer.close_engine("nobody is there", drain=True)
+    for _ in range(2):
+        with counting_engine(tmp_path) as (_, client):
+            closer.close_engine("the server is shutting down", drain=True)
+            assert poll(lambda: "shutting down" in str(Answer(client, [1], max_tokens=5).wait().last.error))
+    closer.disconnect()
 
 
 def test_the_loop_publishes_its_progress(tmp_path: Path) -> None:

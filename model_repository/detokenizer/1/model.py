@@ -8,7 +8,7 @@ request stay in order.
 
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered
-from lightllm_backend.messages.run_directory import leave_run_directory, return_address, run_directory
+from lightllm_backend.messages.run_directory import return_address, run_directory
 from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
@@ -69,4 +69,3 @@ class TritonPythonModel:
 
     def finalize(self):
         self.vitals.close()
-        leave_run_directory()

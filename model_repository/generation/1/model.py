@@ -7,7 +7,6 @@ from lightllm_backend.generation.supervisor import EngineSupervisor
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.run_directory import (
     engine_address,
-    leave_run_directory,
     remove_addresses,
     remove_stale_run_directories,
     return_address,
@@ -40,9 +39,9 @@ class TritonPythonModel:
         self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.load = EngineLoad(self.run_directory)
-        self.vitals = Vitals(self.run_directory, "generation")
         self.tokens_seal, self.chunk_seal, returns_seal = (Seal.of(self.run_directory, purpose) for purpose in Purpose)
         self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory), returns_seal)
+        self.vitals = Vitals(self.run_directory, "generation", count_open=self.streams.count_open)
 
     def execute(self, requests):
         for request in requests:
@@ -89,4 +88,3 @@ class TritonPythonModel:
         self.metrics.close()
         self.vitals.close()
         remove_addresses(self.run_directory)
-        leave_run_directory()

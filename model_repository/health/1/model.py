@@ -2,7 +2,7 @@
 """The health model: answers "ready", or UNAVAILABLE with the reason, from the vitals of the other processes."""
 
 from lightllm_backend.launch.health import why_unready
-from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.triton_server.responses import error_response, health_response
@@ -27,4 +27,3 @@ class TritonPythonModel:
 
     def finalize(self):
         self.vitals.close()
-        leave_run_directory()

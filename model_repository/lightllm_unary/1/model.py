@@ -3,7 +3,7 @@
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
-from lightllm_backend.messages.run_directory import engine_address, leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import engine_address, run_directory
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
 from lightllm_backend.text.text_stream import TextStream
@@ -24,7 +24,7 @@ class TritonPythonModel:
             self.entrance = Entrance(
                 config, self.tokenizer, known_lengths(config), self.metrics, run_directory(), self.submit
             )
-            self.vitals = Vitals(run_directory(), "lightllm_unary")
+            self.vitals = Vitals(run_directory(), "lightllm_unary", count_open=self.streams.count_open)
 
     def execute(self, requests):
         with self.vitals.working():
@@ -52,4 +52,3 @@ class TritonPythonModel:
         self.streams.close()
         self.metrics.close()
         self.vitals.close()
-        leave_run_directory()

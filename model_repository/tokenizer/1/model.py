@@ -2,7 +2,7 @@
 """The tokenizer step: turns text and parameters into token ids and checked parameters."""
 
 from lightllm_backend.messages.ensemble_messages import EnsembleContext
-from lightllm_backend.messages.run_directory import leave_run_directory, run_directory
+from lightllm_backend.messages.run_directory import run_directory
 from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.triton_server.entrance import Entrance
@@ -43,4 +43,3 @@ class TritonPythonModel:
         self.entrance.close()
         self.metrics.close()
         self.vitals.close()
-        leave_run_directory()

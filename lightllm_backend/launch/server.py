@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Server: the tritonserver process of the launch command, with its guard. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.launch.guard import LAUNCHER_VARIABLE, identity, start_guard
+from lightllm_backend.messages.run_directory import RunDirectoryError, guard_lock, run_directory_of
+
+STOP_SECONDS = 5.0  # for a server without requests to end in order
+# For the guard to kill what a dead server has left, and to remove its files.
+CLEAN_UP_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything needed to start the server."""
+
+    config: EngineConfig
+    model_dir: Path
+    argv: list[str]
+    environment: dict[str, str]
+
+    def address(self, port: int) -> str:
+        """Return the address of a port for a client on this machine, also if the server listens on all interfaces."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Server:
+    """A tritonserver process, in a group of its own: Ctrl-C reaches this command alone.
+
+    The server's environment names this command, so the guard ends the server if this command dies.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launcher = identity(os.getpid())
+        self._process = subprocess.Popen(
+            launch.argv,
+            env=launch.environment | {LAUNCHER_VARIABLE: self._launcher},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._identity = identity(self._process.pid)
+        try:
+            self.directory = run_directory_of(self._process.pid)
+        except RunDirectoryError:
+            self._process.kill()
+            raise
+        self.keep_guard()
+        self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
+        self._waiter.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def keep_guard(self) -> None:
+        """Start the guard, if there is none."""
+        with contextlib.suppress(OSError):  # for want of a file descriptor, or of memory: the next call tries again
+            start_guard(self._identity, self.directory, sys.executable, self._launcher)
+
+    def ended_within(self, seconds: float) -> bool:
+        self._waiter.join(seconds)
+        return not self._waiter.is_alive()
+
+    def stop(self, seconds: float = STOP_SECONDS) -> bool:
+        """End the server; return false if it had to be killed."""
+        self._process.terminate()
+        if self.ended_within(seconds):
+            return True
+        self._process.kill()
+        return False
+
+    def end(self) -> int:
+        """Wait until the server is dead and nothing of it is left; return its exit code as a shell reports it."""
+        self._waiter.join()
+        end = time.monotonic() + CLEAN_UP_SECONDS
+        while guard_lock(self.directory).exists() and time.monotonic() < end:
+            self.keep_guard()
+            time.sleep(0.05)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # as a container's first process, this one gets the orphans
+                pass
+        code = self._process.returncode
+        return 128 - code if code < 0 else code

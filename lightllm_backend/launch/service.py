@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Service: runs servers, one after the other, until it is asked to stop or a server fails too often. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from rich.table import Table
+
+from lightllm_backend.config import PROBE_KEY_VARIABLE
+from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.launch import health
+from lightllm_backend.launch.closing import EngineCloser, Progress, wait_delivered
+from lightllm_backend.launch.health import Health, http_call
+from lightllm_backend.launch.server import STOP_SECONDS, Launch, Server
+from lightllm_backend.launch.slow_readers import limit_unread_seconds
+from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.messages.run_directory import engine_address
+from lightllm_backend.request import RequestError
+
+# Exit codes; 2 is a usage error.
+STOPPED, FAILED, CUT = 0, 1, 3
+
+LOOK_SECONDS = 0.1  # from one look at the server, and at signals, to the next
+PROGRESS_SECONDS = 10.0
+TELL_SECONDS = 3.0  # for the clients of a server that is stopped to hear it
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a restart; the pause doubles with each failure in a row
+STEADY_SECONDS = 300.0  # a server that has served for so long has not failed in a row
+
+Say = Callable[[str | Table], None]
+
+
+class Service:
+    """The launch command's work. SIGTERM or SIGINT stops it; a second one stops it at once."""
+
+    def __init__(self, launch: Launch, say: Say) -> None:
+        self._launch = launch
+        self._say = say
+        self._address = launch.address(launch.config.http_port)
+        self._signals = 0
+        self._code = STOPPED
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def run(self) -> int:
+        """Serve until the end; return the exit code."""
+        failures, restart, has_served = 0, self._launch.config.restart, False
+        while True:
+            seconds = self._run_server()
+            if self._signals:
+                return self._code
+            has_served = has_served or seconds > 0.0
+            if not has_served:
+                self._say("error: tritonserver ended before it was ready; the lines above say why")
+                return FAILED
+            failures = 1 if seconds >= STEADY_SECONDS else failures + 1
+            if failures > restart:
+                self._say(f"error: the server has failed {failures} times in a row, and restart is {restart}")
+                return FAILED
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** (failures - 1), MAX_PAUSE_SECONDS)
+            self._say(f"the server is started again in {pause:g} s ({failures} of {restart})")
+            end = time.monotonic() + pause
+            while time.monotonic() < end and not self._signals:
+                time.sleep(LOOK_SECONDS)
+            if self._signals:
+                return STOPPED
+
+    def _run_server(self) -> float:
+        """Run one server until nothing of it is left; return how long it was ready."""
+        self._say(f"starting tritonserver with {self._launch.model_dir}")
+        server = Server(self._launch)
+        start_seconds = self._wait_ready(server)
+        ready_at = time.monotonic()
+        if start_seconds is not None:
+            self._limit_unread_seconds(server)
+            engine = EngineClient(engine_address(server.directory))
+            try:
+                self._watch(server, engine, start_seconds)
+            finally:
+                engine.close()
+        elif self._signals and not server.stop():
+            self._say(f"tritonserver was loading and did not end within {STOP_SECONDS:g} s; it was killed")
+        seconds = 0.0 if start_seconds is None else time.monotonic() - ready_at
+        code = server.end()
+        if not self._signals:
+            self._say(f"error: tritonserver has ended, with exit code {code}")
+        elif code:
+            self._say(f"tritonserver has ended, with exit code {code}" + "; no request ran" * (self._code == STOPPED))
+        return seconds
+
+    def _wait_ready(self, server: Server) -> float | None:
+        """Return the seconds until the server is ready, or None if it ended, or a signal came, first."""
+        started = told = time.monotonic()
+        while not server.ended_within(2 * LOOK_SECONDS) and not self._signals:
+            server.keep_guard()
+            now = time.monotonic()
+            with contextlib.suppress(OSError):
+                if http_call(self._address, "GET", "/v2/health/ready", None, health.PROBE_SECONDS)[0] == http.client.OK:
+                    return now - started
+            if now - told >= PROGRESS_SECONDS:
+                told = now
+                self._say(f"loading … {now - started:.0f} s")
+        return None
+
+    def _limit_unread_seconds(self, server: Server) -> None:
+        config = self._launch.config
+        try:
+            limit_unread_seconds(server.pid, config.http_port, config.unread_timeout_s)
+        except OSError as error:
+            self._say(f"warning: HTTP clients that read nothing are never disconnected: {error}")
+
+    def _watch(self, server: Server, engine: EngineClient, start_seconds: float) -> None:
+        """Watch a server that is ready, until it has ended, or has been ended."""
+        try:
+            self._say(summary(self._launch, engine.wait_ready(health.PROBE_SECONDS)))
+            self._say(f"ready after {start_seconds:.1f} s; ask it something:\n{first_call(self._address)}")
+        except RequestError as error:
+            self._say(f"warning: the server is ready, its engine is not: {error}")
+        key = self._launch.environment[PROBE_KEY_VARIABLE]
+        closer = EngineCloser(server.directory)
+        prober = _Prober(Health(self._address, server.directory, engine, start_seconds, key))
+        try:
+            while not server.ended_within(LOOK_SECONDS):
+                server.keep_guard()
+                if self._signals:
+                    self._code = self._drain(server, closer)
+                    return
+                if prober.failure:
+                    self._say(f"error: the server does not work any more and is stopped: {prober.failure}")
+                    closer.close_engine(f"the server is stopped: {prober.failure}")
+                    wait_delivered(server.directory, TELL_SECONDS)
+                    server.stop()
+                    return
+        finally:
+            prober.stop()
+            closer.disconnect()
+
+    def _drain(self, server: Server, closer: EngineCloser) -> int:
+        """Refuse new requests, let those that run end within the limit, and stop the server; return the exit code."""
+        limit = self._launch.config.shutdown_timeout_s
+        reason = "the server is shutting down"
+        self._say(f"shutting down: requests that run may take {limit:g} s; a second signal stops the server at once")
+        end = time.monotonic() + limit
+        progress = Progress(server.directory)
+        is_drained = False
+        while not is_drained and self._signals == 1 and not server.ended_within(0.0):
+            if time.monotonic() >= end:
+                break
+            closer.close_engine(reason, drain=True)
+            progress.look()
+            is_drained = progress.engine_rests
+        if not is_drained:
+            self._say(f"{progress.num_open} requests are ended before they are complete")
+            closer.close_engine(reason)
+        if self._signals == 1:
+            wait_delivered(server.directory, TELL_SECONDS)
+        if not server.stop(STOP_SECONDS if self._signals == 1 else 0.0):
+            self._say(f"tritonserver did not end within {STOP_SECONDS:g} s and was killed")
+        return STOPPED if is_drained else CUT
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._signals += 1
+
+
+class _Prober:
+    """Runs the health checks in a thread, since each takes seconds. `failure`: what they have found."""
+
+    def __init__(self, checks: Health) -> None:
+        self.failure: str | None = None
+        self._checks = checks
+        self._stopping = threading.Event()
+        threading.Thread(target=self._probe, name="health", daemon=True).start()
+
+    def stop(self) -> None:
+        """Begin no further check."""
+        self._stopping.set()
+
+    def _probe(self) -> None:
+        while not self.failure and not self._stopping.wait(health.PROBE_SECONDS):
+            self.failure = self._checks.check()
+
+
+def summary(launch: Launch, info: EngineInfo) -> Table:
+    """Make the table of the settings in effect and the sizes that the engine determined."""
+    config = launch.config
+    rows = {
+        "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
+        "computed on": f"{info.device}, {info.dtype}, {config.tp} rank{'s' * (config.tp > 1)}",
+        "KV pool": f"{info.pool_tokens:,} tokens, {info.memory['KV pool'] / 2**30:.2f} GiB",
+        "a request": str(info.lengths),
+        "at once": f"at most {config.running_max_req_size:,} requests, {config.max_queue_size:,} more in the queue",
+        "HTTP": f"http://{launch.address(config.http_port)}/v2/models/lightllm",
+        "gRPC": launch.address(config.grpc_port),
+        "metrics": f"http://{launch.address(config.metrics_port)}/metrics",
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def first_call(address: str) -> str:
+    body = json.dumps({"text_input": "The capital of Japan is", "max_tokens": 16})
+    return f"curl {address}/v2/models/lightllm/generate -d '{body}'"
