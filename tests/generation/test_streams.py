@@ -450,6 +450,7 @@ def test_a_request_whose_tokens_cannot_be_handled_ends_alone(
     def fail(stream: TextStream, token_ids: list[int]) -> str:
         raise ValueError("no such token")
 
+    monkeypatch.setattr(Stream, "check_client", lambda stream: False)  # nobody would acknowledge a probe
     other = submit(streams, tokenizer)
     responder = submit(streams, tokenizer, stop_words=("b",))
     monkeypatch.setattr(TextStream, "push", fail)
@@ -566,6 +567,7 @@ def test_chunks_that_nobody_acknowledges_hold_others_up_for_a_moment_only(
     """A detokenizer that stands still has 48 chunks, and the other one could go on."""
     monkeypatch.setattr(send_queue_module, "MAX_IN_FLIGHT", 2)
     monkeypatch.setattr(send_queue_module, "OVERDUE_SECONDS", 0.1)
+    monkeypatch.setattr(Stream, "check_client", lambda stream: False)  # nobody would acknowledge a probe
     stuck = [submit(streams, tokenizer) for _ in range(2)]
     going = submit(streams, tokenizer)
     for number, responder in enumerate([*stuck, going]):
