@@ -34,6 +34,7 @@ from rich.table import Table
 from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.launch import health
+from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.health import Health, http_call
 from lightllm_backend.messages.engine_messages import EngineInfo
@@ -117,6 +118,7 @@ def prepare(
         f"--http-port={config.http_port}",
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
+        *closing_options(config.open_apis or ()),
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
         *arguments,  # the last value of a repeated option wins
     ]
@@ -164,6 +166,7 @@ class Server:
             env=launch.environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            umask=0o077,  # files and sockets of all processes are the server's user's alone
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (no other thread runs yet)
         )
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)

@@ -215,10 +215,12 @@ ALLOWED = {
     "launch": (),
     "launch.embedded_model": ("launch.gguf_conversion",),
     "launch.gguf_conversion": (),
+    "launch.closed_apis": ("config",),
     "launch.health": ("generation.engine_client", "messages.vitals"),
     "serve": (
         "config",
         "generation.engine_client",
+        "launch.closed_apis",
         "launch.embedded_model",
         "launch.health",
         "messages.engine_messages",

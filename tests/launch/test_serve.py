@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,23 @@ def test_the_server_gets_repository_addresses_and_ports_and_the_user_s_own_last(
     assert "--log-info=false" not in serve.prepare(settings, ENVIRONMENT, repository, verbose=True).argv
     assert launch.environment["LIGHTLLM_WORKER_PYTHON"] == sys.executable
     assert launch.environment["LIGHTLLM_MODEL_DIR"] == settings["model_dir"]
+
+
+def closed_apis(argv: list[str]) -> list[str]:
+    """What is closed over HTTP and what over gRPC, as tritonserver reads it from its options."""
+    values = dict(argument.split("=", 1) for argument in argv if argument.startswith("--") and "=" in argument)
+    options = ("--http-restricted-api", "--grpc-restricted-protocol")
+    return [values.get(option, "").partition(":")[0] for option in options]
+
+
+def test_administration_apis_are_closed_unless_a_setting_opens_them(settings: dict[str, str], repository: Path) -> None:
+    def closed(open_apis: str) -> list[str]:
+        given = {**settings, "open_apis": open_apis}
+        return closed_apis(serve.prepare(given, ENVIRONMENT, repository).argv)
+
+    assert closed("") == ["logging,model-repository,shared-memory,trace"] * 2
+    assert closed("shared-memory,trace") == ["logging,model-repository"] * 2
+    assert closed("logging,model-repository,shared-memory,trace") == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -327,3 +345,11 @@ def test_processes_that_the_server_leaves_behind_are_ended(monkeypatch: pytest.M
         return True
 
     assert poll(is_gone)
+
+
+def test_what_the_server_writes_is_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    file = tmp_path / "trace"
+    code = f"open({str(file)!r}, 'w')"
+    serve.Server(serve.Launch(EngineConfig(), Path(), [sys.executable, "-c", code], dict(os.environ))).exit_code()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -41,6 +41,14 @@ def test_a_vocabulary_may_be_padded(directory: Path, vocab_size: int) -> None:
     assert load_tokenizer(directory, EngineConfig()).vocab_size == 512
 
 
+def test_foreign_code_is_warned_of(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_model(directory, 512)
+    load_tokenizer(directory, EngineConfig())
+    assert not caplog.records
+    load_tokenizer(directory, EngineConfig(trust_remote_code=True))
+    assert f"trust_remote_code is true: code from {directory} may run" in caplog.text
+
+
 def with_pad(directory: Path) -> None:
     """As of a fine-tuned LLaMA-2, whose embedding was not resized for the token that its training filled up with."""
     settings = directory / "tokenizer_config.json"
