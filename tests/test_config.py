@@ -88,7 +88,7 @@ def test_texts_become_values(key: str, text: str, value: Any) -> None:
         ("kv_dtype", "fp4", "auto | int8"),
         ("eos_id", "-1", "ids ≥ 0, separated by commas"),
         ("eos_id", "2;3", "ids ≥ 0, separated by commas"),
-        ("open_apis", "inference", "some of logging, model-repository, shared-memory, trace"),
+        ("open_apis", "inference", "some of logging, model-repository, shared-memory, trace, separated by commas"),
         ("trust_remote_code", "maybe", "true | false"),
         ("grpc_port", "0", "a port, 1 … 65535"),
         ("grpc_port", "65536", "a port, 1 … 65535"),
