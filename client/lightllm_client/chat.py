@@ -2,7 +2,8 @@
 """Chat templates: messages to the prompt that a model was trained on, as transformers' `apply_chat_template` does it.
 
 The templates and their special tokens come from the model's directory, in the layout of Hugging Face. Templates are
-foreign code, hence the sandbox. Only this module needs jinja2: `pip install "lightllm-client[chat]"`.
+foreign code, hence the sandbox (template_sandbox.py). Only these two modules need jinja2:
+`pip install "lightllm-client[chat]"`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lightllm_client.template_sandbox import LimitedEnvironment
 
 # The names of a message's reasoning; templates read the first, those of gpt-oss the second.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -41,7 +43,8 @@ class ChatTemplate:
         self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str], tokenizer_adds_bos: bool = False
     ) -> None:
         self._sources = {"default": sources} if isinstance(sources, str) else dict(sources)
-        self._templates = {name: _compile(source) for name, source in self._sources.items()}
+        self._environment = _environment()
+        self._templates = {name: _compile(self._environment, source) for name, source in self._sources.items()}
         self._special_tokens = dict(special_tokens)
         self._tokenizer_adds_bos = tokenizer_adds_bos
 
@@ -99,7 +102,7 @@ class ChatTemplate:
             "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
         }
         try:
-            prompt = self._templates[name].render(values)
+            prompt = self._environment.render(self._templates[name], values)
         except Exception as error:
             raise ChatTemplateError(f"the chat template failed: {error}") from error
         if final_text is not None:
@@ -269,13 +272,15 @@ class _GenerationBlock(Extension):
         return caller()
 
 
-def _compile(source: str) -> Template:
-    """The template in an environment like that of transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+def _environment() -> LimitedEnvironment:
+    """An environment like that of transformers."""
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+def _compile(environment: LimitedEnvironment, source: str) -> Template:
     try:
         return environment.from_string(source)
     except TemplateError as error:

@@ -53,7 +53,7 @@ def repository_parameters(repository: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
     try:
         parsed = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
-    except text_format.ParseError as error:
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise ConfigError(f"{path}: {error}") from None
     return {key: value.string_value for key, value in parsed.parameters.items()}
 

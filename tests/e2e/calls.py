@@ -15,7 +15,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from lightllm_client.options import DATATYPES as OPTION_DATATYPES
+from lightllm_backend.triton_server.tensors import PUBLIC_INPUTS
 from tests.e2e.server import TritonServer
 
 LIMIT_SECONDS = 120.0
@@ -23,7 +23,7 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 NUMPY_TYPES: dict[str, Any] = {
     "BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32,
 }  # fmt: skip
-DATATYPES = {"input_ids": "INT32", "stream": "BOOL", **OPTION_DATATYPES}
+DATATYPES = {name: datatype.replace("STRING", "BYTES") for name, (datatype, _) in PUBLIC_INPUTS.items()}
 
 
 def generate(
@@ -34,7 +34,7 @@ def generate(
     try:
         connection.request("POST", f"/v2/models/{model}/generate", _body(body))
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        return response.status, json.loads(response.read().decode(errors="replace"))
     finally:
         connection.close()
 
@@ -54,7 +54,7 @@ class GenerateStream:
     def __next__(self) -> dict[str, Any]:
         while line := self._response.readline():
             if line.strip():
-                event: dict[str, Any] = json.loads(line.decode().removeprefix("data: "))
+                event: dict[str, Any] = json.loads(line.decode(errors="replace").removeprefix("data: "))
                 return event
         self._connection.close()
         raise StopIteration
@@ -70,23 +70,25 @@ def _body(body: Mapping[str, Any] | bytes) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-def tensors(module: Any, values: Mapping[str, Any]) -> list[Any]:
-    """Input tensors for tritonclient.http or tritonclient.grpc."""
+def tensors(module: Any, values: Mapping[str, Any], **data: bool) -> list[Any]:
+    """Input tensors for tritonclient.http or tritonclient.grpc. data: options of the http tensors' data."""
     inputs = []
     for name, value in values.items():
         datatype = DATATYPES.get(name, "BYTES")
         items = value if isinstance(value, (list, tuple)) else [value]
         items = [item.encode() if isinstance(item, str) else item for item in items]
         tensor = module.InferInput(name, [len(items)], datatype)
-        tensor.set_data_from_numpy(np.array(items, dtype=NUMPY_TYPES[datatype]))
+        tensor.set_data_from_numpy(np.array(items, dtype=NUMPY_TYPES[datatype]), **data)
         inputs.append(tensor)
     return inputs
 
 
-def infer_http(server: TritonServer, values: Mapping[str, Any], model: str = "lightllm_unary", **options: Any) -> Any:
-    """A unary call over HTTP; the outputs by name."""
+def infer_http(
+    server: TritonServer, values: Mapping[str, Any], model: str = "lightllm_unary", binary: bool = True, **options: Any
+) -> Any:
+    """A unary call over HTTP; the outputs by name. binary: whether the inputs are, or else JSON."""
     with tritonclient.http.InferenceServerClient(server.http_url, network_timeout=LIMIT_SECONDS) as client:
-        result = client.infer(model, tensors(tritonclient.http, values), **options)
+        result = client.infer(model, tensors(tritonclient.http, values, binary_data=binary), **options)
         return outputs(result, [output["name"] for output in result.get_response()["outputs"]])
 
 
