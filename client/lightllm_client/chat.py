@@ -183,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ChatTemplateError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ChatTemplateError(f"{path} is not a JSON object")
@@ -210,15 +210,17 @@ def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, s
         return {name: _read_text(path) for name, path in files.items()}
     templates = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(templates, list):  # of models with a separate one for tools
-        named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
-        templates = {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+        entries = [entry for entry in templates if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        templates = {entry["name"]: entry.get("template") for entry in entries}
     elif isinstance(templates, str):
         templates = {"default": templates}
-    if not isinstance(templates, dict) or not templates:
+    named = templates.items() if isinstance(templates, dict) else ()
+    texts = {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
+    if not texts:
         raise ChatTemplateError(
             f"{directory} has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)"
         )
-    return templates
+    return texts
 
 
 def _read_text(path: Path) -> str:
@@ -283,5 +285,5 @@ def _environment() -> LimitedEnvironment:
 def _compile(environment: LimitedEnvironment, source: str) -> Template:
     try:
         return environment.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, SyntaxError, RecursionError) as error:  # a `break` outside of a loop is Python's error
         raise ChatTemplateError(f"the chat template is not valid: {error}") from error

@@ -325,6 +325,12 @@ def test_the_default_directory_is_the_servers(monkeypatch, tmp_path, cache):
     assert embedded_model_directory("no-python-to-make-it-with") == directory
 
 
+@pytest.mark.parametrize("source", ["{% break %}", "{{ x", "{% include", "{{ " + "(" * 9999 + ")" * 9999 + " }}"])
+def test_a_template_that_cannot_be_compiled_is_refused(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match="the chat template is not valid: "):
+        ChatTemplate(source, {})
+
+
 # Each is harmless at the size that the test's limits allow, and ends by them.
 WITHOUT_END = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",

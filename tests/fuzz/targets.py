@@ -308,6 +308,21 @@ _pieces = st.recursive(
     ),
     max_leaves=6,
 )
+
+
+def check_chat_files(directory: Path, case: tuple[str, str, str, str]) -> None:
+    """Templates and special tokens are read from a model's directory or refused."""
+    _, *files = case
+    for name, text in zip(
+        ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"), files, strict=True
+    ):
+        (directory / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        ChatTemplate.load(directory).render([{"role": "user", "content": "Hi"}])
+    except ChatTemplateError as error:
+        readable(error)
+
+
 _chats = st.tuples(
     _pieces,
     st.lists(mutated({"role": "user", "content": "Hi"}, ("reasoning_content", "thinking")), max_size=3),
@@ -371,6 +386,7 @@ TARGETS = {
     "tokenizer": Target(_tokenizers, in_directory(check_tokenizer)),
     "weights": Target(st.tuples(st.none() | _indices, _safetensors()), in_directory(check_weights)),
     "chat": Target(_chats, check_chat),
+    "chat files": Target(_tokenizers, in_directory(check_chat_files)),
     "settings": Target(_settings, check_settings),
     "config.pbtxt": Target(damaged(_PBTXT), in_directory(check_pbtxt)),
 }
