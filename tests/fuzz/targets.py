@@ -204,7 +204,7 @@ _SETTINGS = {
     "bos_token": "<s>", "eos_token": _TOKEN, "additional_special_tokens": ["<b>"], "add_bos_token": True,
     "added_tokens_decoder": {"511": _TOKEN}, "auto_map": None, "chat_template": "{{ messages[0].content }}",
 }  # fmt: skip
-_token_maps = st.dictionaries(integers.map(str) | texts, json_values | mutated(_TOKEN), max_size=2)
+_token_maps = st.dictionaries(integers.map(str) | texts, mutated(_TOKEN) | json_values, max_size=2)
 _tokenizers = st.tuples(
     st.sampled_from(("byte_level", "llama")),
     json_texts(
