@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.fuzz.targets import TARGETS
 
-EXAMPLES = 150
+EXAMPLES = 100
 
 
 @pytest.mark.parametrize("name", TARGETS)
