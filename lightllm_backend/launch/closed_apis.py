@@ -20,7 +20,7 @@ def closing_options(open_apis: Collection[str]) -> list[str]:
     """Make tritonserver's options that close every administration API but these, over HTTP and gRPC.
 
     The options open an API to whoever sends a header with the right value. Local users can read a command line, and
-    thus the value; no header can carry its line break, so that nobody can send it.
+    thus the value; so it has a line break, which HTTP forbids in headers.
     """
     closed = ",".join(api for api in ADMINISTRATION_APIS if api not in open_apis)
     if not closed:
