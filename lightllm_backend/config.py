@@ -17,6 +17,8 @@ ENVIRONMENT_PREFIX = "LIGHTLLM_"
 PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch command's probes
 
 TOKENIZER_MODES = ("auto", "slow")
+# The APIs of Triton server that change or read what belongs to all clients, as its options spell them.
+ADMINISTRATION_APIS = ("logging", "model-repository", "shared-memory", "trace")
 
 # Environment variables with the prefix that are not settings: paths, a debug mode, and versions for build.sh.
 _OTHER_VARIABLES = {
@@ -120,6 +122,12 @@ class EngineConfig:
         "0 < unread_timeout_s ≤ 86400",
         lambda v: 0 < v <= 86400,
     )
+    open_apis: tuple[str, ...] | None = _setting(
+        None,
+        "administration APIs of Triton server that every client may call (default: none; launch command only)",
+        f"some of {', '.join(ADMINISTRATION_APIS)}, separated by commas",
+        lambda v: set(v) <= set(ADMINISTRATION_APIS),
+    )
     host: str = _setting("127.0.0.1", "listening address of the server (launch command only)")
     http_port: int = _port(8000, "HTTP port (launch command only)")
     grpc_port: int = _port(8001, "gRPC port (launch command only)")
@@ -174,6 +182,8 @@ def _parse(key: str, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
         if kind == "tuple[int, ...]":
             return tuple(int(item) for item in text.split(","))
+        if kind == "tuple[str, ...]":
+            return tuple(item.strip() for item in text.split(","))
         return {"int": int, "float": float, "str": str}[kind](text)
     except (ValueError, KeyError):
         raise _refusal(key, text, setting.metadata["allowed"]) from None

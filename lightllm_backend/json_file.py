@@ -20,6 +20,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise JsonFileError(f"cannot be read: {error}") from error
+    except RecursionError as error:
+        raise JsonFileError("is not valid JSON: it is nested too deeply") from error
     except ValueError as error:
         raise JsonFileError(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
+from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.server import Launch
 from lightllm_backend.launch.service import Service
@@ -99,6 +100,7 @@ def prepare(
         f"--http-port={config.http_port}",
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
+        *closing_options(config.open_apis or ()),
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
         *arguments,  # the last value of a repeated option wins
     ]

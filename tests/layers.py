@@ -254,6 +254,7 @@ ALLOWED = {
     "launch.closing": ("messages.channel", "messages.engine_messages", "messages.run_directory", "messages.vitals"),
     "launch.embedded_model": ("launch.gguf_conversion",),
     "launch.gguf_conversion": (),
+    "launch.closed_apis": ("config",),
     "launch.slow_readers": (),
     "launch.guard": (
         "environment",
@@ -278,6 +279,7 @@ ALLOWED = {
     "serve": (
         "config",
         "file_limit",
+        "launch.closed_apis",
         "launch.embedded_model",
         "launch.server",
         "launch.service",

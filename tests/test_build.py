@@ -58,7 +58,7 @@ def test_help_is_the_default_and_names_every_command(environment: dict[str, str]
     _, default = build(environment=environment)
     assert helped.returncode == default.returncode == 0
     assert helped.stdout == default.stdout
-    for command in ("demo", "serve", "test", "docker", "help"):
+    for command in ("demo", "serve", "test", "docker", "audit", "lock", "help"):
         assert f"\n  {command} " in helped.stdout
 
 
@@ -160,6 +160,18 @@ def test_docker_builds_with_the_engine_that_runs(interpreters: dict[str, str], t
     script(tmp_path / "only" / "podman", 'echo "$$ $*"')
     pid, run = build("docker", "--no-cache", environment=interpreters)
     assert run.stdout == f"{pid} build --tag lightllm_backend --no-cache .\n"
+
+
+def test_the_audit_fails_for_what_cannot_be_looked_up(environment: dict[str, str], tmp_path: Path) -> None:
+    tools = tmp_path / "venv" / "tools" / "bin"
+    script(tools / "python", f'echo "tools $*" >>{tmp_path}/calls')
+    script(tools / "pip-audit", 'echo "$*"; exit 3')
+    _, run = build("audit", "--format=json", environment=environment)
+    assert run.returncode == 3
+    assert run.stdout == "--strict --disable-pip --require-hashes --requirement requirements.lock --format=json\n"
+    installed = [call for call in calls(environment) if call.startswith("tools ")]
+    assert len(installed) == 1  # pinned, and apart from the environment
+    assert all("==" in requirement for requirement in installed[0].split()[-2:])
 
 
 def requirements(*names: str) -> Iterator[Requirement]:

@@ -5,12 +5,13 @@ import ast
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
+from string import Template
 
 import pytest
+from packaging.requirements import Requirement
 
 from lightllm_backend.launch.embedded_model import REQUIREMENT
 
@@ -37,7 +38,7 @@ def copied() -> list[tuple[list[str], str]]:
 
 
 def test_it_is_built_on_nvidia_s_server_of_a_version_that_can_be_chosen() -> None:
-    assert instructions()[0] == ("ARG", "TRITON_SERVER=24.10")
+    assert instructions()[0] == ("ARG", "TRITON_SERVER=26.10")
     assert arguments_of("FROM") == ["nvcr.io/nvidia/tritonserver:${TRITON_SERVER}-py3"]
 
 
@@ -57,7 +58,8 @@ def test_a_step_is_valid_shell(command: str) -> None:
     subprocess.run(["bash", "-n", "-c", command], check=True, timeout=10)
 
 
-def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torch", ["", "torch==2.10.0"])
+def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path, torch: str) -> None:
     """COPY, WORKDIR, ARG and ENV are carried out; the installers write down how they were called."""
     log = tmp_path / "calls"
     for program in INSTALLERS:
@@ -69,7 +71,9 @@ def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path) -> 
     directory = tmp_path
     for name, rest in instructions():
         if name in ("ARG", "ENV"):
-            variables |= dict(pair.split("=", 1) for pair in rest.split())
+            pairs = dict(pair.split("=", 1) for pair in rest.split())
+            variables |= {key: Template(value).substitute(variables) for key, value in pairs.items()}
+            variables["TORCH"] = torch
         elif name == "WORKDIR":
             directory = tmp_path / "image" / rest.lstrip("/")
             directory.mkdir(parents=True)
@@ -79,20 +83,43 @@ def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path) -> 
                 copy(ROOT / source, directory / target)
         elif name == "RUN":
             subprocess.run(["sh", "-c", rest], cwd=directory, env=variables, check=True, timeout=30)
-    called = log.read_text().splitlines()
-    installed = [call.removeprefix("python3 -m pip install ") for call in called if call.startswith("python3 ")]
-    assert installed == [
-        "torch==2.10.0",
-        "--requirement requirements-image.txt",
-        f"--no-deps {REQUIREMENT}",
-        "--no-deps --config-settings editable_mode=compat --editable . --editable ./client",
+    called = [call.removeprefix("python3 -m ") for call in log.read_text().splitlines() if call.startswith("python3 ")]
+    editable = "--config-settings editable_mode=compat"
+    assert called == [
+        "venv environment",
+        "pip install --no-deps --require-hashes --requirement requirements.lock",
+        *([f"pip install {torch}"] if torch else []),
+        f"pip install --no-deps --no-build-isolation {editable} --editable . --editable ./client",
     ]
-    assert re.fullmatch(r"numpy==1\.\d+\.\d+\n", (directory / "constraints.txt").read_text())
-    assert variables["PIP_CONSTRAINT"] == f"/{directory.relative_to(tmp_path / 'image')}/constraints.txt"
-    in_image = (directory / "requirements-image.txt").read_text()
-    assert "nvidia-pytriton==" not in in_image
-    assert "transformers==" in in_image
+    assert variables["PATH"].startswith(f"/{directory.relative_to(tmp_path / 'image')}/environment/bin:")
     assert {"lightllm_backend", "client", "model_repository", "pyproject.toml"} <= {p.name for p in directory.iterdir()}
+
+
+def locked() -> dict[str, tuple[Requirement, int]]:
+    """Each line of the lock: the requirement, and how many hashes it has."""
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    found = {}
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        requirement, *hashes = line.split(" --hash=sha256:")
+        found[requirement] = (Requirement(requirement), len(hashes))
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_the_lock_has_what_the_project_asks_for_with_hashes(python: str) -> None:
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+
+    def applies(requirement: Requirement) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate(environment)
+
+    lock = locked()
+    assert [name for name, (_, hashes) in lock.items() if hashes == 0] == []
+    versions = {one.name: str(one.specifier).removeprefix("==") for one, _ in lock.values() if applies(one)}
+    lines = [*(ROOT / "requirements.txt").read_text().splitlines(), REQUIREMENT]
+    lines += (ROOT / "requirements-image.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    wrong = [str(one) for one in wanted if applies(one) and not one.specifier.contains(versions.get(one.name, "0"))]
+    assert wrong == ["nvidia-pytriton==0.7.0"]  # the image has its own server
 
 
 def copy(source: Path, target: Path) -> None:

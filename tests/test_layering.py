@@ -20,7 +20,7 @@ OUTSIDE_THE_PACKAGE = ("lightllm_client", "examples", "model_repository", "perf"
 # The client is a package of its own: what each of its modules may import besides itself and the standard library.
 CLIENT = "lightllm_client"
 CLIENT_PACKAGES = ("grpc", "numpy", "tritonclient")
-CLIENT_EXTRAS = {"chat": ("jinja2",)}
+CLIENT_EXTRAS = {"chat": ("jinja2",), "template_sandbox": ("jinja2",)}
 
 # Requirements that are imported by another name than their own, and what needs none.
 IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google"}

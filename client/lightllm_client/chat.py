@@ -2,7 +2,8 @@
 """Chat templates: messages to the prompt that a model was trained on, as transformers' `apply_chat_template` does it.
 
 The templates and their special tokens come from the model's directory, in the layout of Hugging Face. Templates are
-foreign code, hence the sandbox. Only this module needs jinja2: `pip install "lightllm-client[chat]"`.
+foreign code, hence the sandbox (template_sandbox.py). Only these two modules need jinja2:
+`pip install "lightllm-client[chat]"`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lightllm_client.template_sandbox import LimitedEnvironment
 
 # The names of a message's reasoning; templates read the first, those of gpt-oss the second.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -41,7 +43,8 @@ class ChatTemplate:
         self, sources: str | Mapping[str, str], special_tokens: Mapping[str, str], tokenizer_adds_bos: bool = False
     ) -> None:
         self._sources = {"default": sources} if isinstance(sources, str) else dict(sources)
-        self._templates = {name: _compile(source) for name, source in self._sources.items()}
+        self._environment = _environment()
+        self._templates = {name: _compile(self._environment, source) for name, source in self._sources.items()}
         self._special_tokens = dict(special_tokens)
         self._tokenizer_adds_bos = tokenizer_adds_bos
 
@@ -99,7 +102,7 @@ class ChatTemplate:
             "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
         }
         try:
-            prompt = self._templates[name].render(values)
+            prompt = self._environment.render(self._templates[name], values)
         except Exception as error:
             raise ChatTemplateError(f"the chat template failed: {error}") from error
         if final_text is not None:
@@ -180,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ChatTemplateError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ChatTemplateError(f"{path} is not a JSON object")
@@ -207,15 +210,17 @@ def _template_sources(directory: Path, config: Mapping[str, Any]) -> dict[str, s
         return {name: _read_text(path) for name, path in files.items()}
     templates = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
     if isinstance(templates, list):  # of models with a separate one for tools
-        named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
-        templates = {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+        entries = [entry for entry in templates if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        templates = {entry["name"]: entry.get("template") for entry in entries}
     elif isinstance(templates, str):
         templates = {"default": templates}
-    if not isinstance(templates, dict) or not templates:
+    named = templates.items() if isinstance(templates, dict) else ()
+    texts = {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
+    if not texts:
         raise ChatTemplateError(
             f"{directory} has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json)"
         )
-    return templates
+    return texts
 
 
 def _read_text(path: Path) -> str:
@@ -269,14 +274,16 @@ class _GenerationBlock(Extension):
         return caller()
 
 
-def _compile(source: str) -> Template:
-    """The template in an environment like that of transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+def _environment() -> LimitedEnvironment:
+    """An environment like that of transformers."""
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+def _compile(environment: LimitedEnvironment, source: str) -> Template:
     try:
         return environment.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, SyntaxError, RecursionError) as error:  # a `break` outside of a loop is Python's error
         raise ChatTemplateError(f"the chat template is not valid: {error}") from error

@@ -49,6 +49,7 @@ class Server:
             env=launch.environment | {LAUNCHER_VARIABLE: self._launcher},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            umask=0o077,  # files and sockets of all processes are the server's user's alone
         )
         self._identity = identity(self._process.pid)
         try:

@@ -13,6 +13,8 @@ from lightllm_backend.json_file import JsonFileError, read_json_object
 from lightllm_backend.models.errors import ModelError
 
 _REQUIRED = object()
+# Sizes are 32-bit integers to the kernels.
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,26 @@ class ConfigFields:
         """The first of several names of one setting that has a value, or else the last."""
         return next((key for key in keys if self.has(key)), keys[-1])
 
-    def count(self, key: str, null: object = _REQUIRED, least: int = 1) -> int:
-        """An integer of at least `least`; null counts as `null`."""
+    def count(self, key: str, null: object = _REQUIRED, least: int = 1, most: int = MAX_COUNT) -> int:
+        """An integer from `least` to `most`; null counts as `null`."""
         value = self.get(key)
         if value is None and null is not _REQUIRED:
             value = null
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"an integer of at least {least} is needed")
+        if value > most:
+            raise self.error(key, f"an integer of at most {most} is needed")
         return value
 
     def positive(self, key: str) -> float:
         """A number above 0."""
         value = self.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.error(key, "a number above 0 is needed")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise self.error(key, "a smaller number is needed") from None
 
     def flag(self, key: str) -> bool:
         """True or false; false for a key that the class does not have."""

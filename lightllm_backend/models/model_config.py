@@ -36,6 +36,10 @@ DTYPES = {
     "double": "float32",
 }
 
+# Far above all models; more layers or longer stretches would make later steps run for hours or overflow.
+MAX_LAYERS = 10_000
+MAX_ROPE_FACTOR = 2.0**16
+
 # Positions of a model without a limit of its own; settings may lower it.
 UNLIMITED_POSITIONS = 2**17
 
@@ -148,7 +152,7 @@ def _llama(config: ConfigFields) -> dict[str, Any]:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}, is needed")
     if head_dim % 2 != 0:
         raise config.error("head_dim", f"rotary embeddings need an even head_dim, this one is {head_dim}")
-    num_layers = config.count("num_hidden_layers")
+    num_layers = config.count("num_hidden_layers", most=MAX_LAYERS)
     return {
         "hidden_size": hidden_size,
         "intermediate_size": config.count("intermediate_size"),
@@ -177,7 +181,7 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
         "intermediate_size": 4 * hidden_size,
-        "num_layers": config.count(config.either("num_hidden_layers", "n_layer")),
+        "num_layers": config.count(config.either("num_hidden_layers", "n_layer"), most=MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "head_dim": hidden_size // num_heads,
@@ -291,6 +295,8 @@ def _rope_scaling(config: ConfigFields, parameters: ConfigFields) -> RopeScaling
     factor = parameters.positive("factor")
     if factor < 1:
         raise parameters.error("factor", "a number of at least 1 is needed")
+    if factor > MAX_ROPE_FACTOR:
+        raise parameters.error("factor", f"a number of at most {MAX_ROPE_FACTOR:.0f} is needed")
     if rope_type != "llama3":
         return RopeScaling(rope_type, factor)
     low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")

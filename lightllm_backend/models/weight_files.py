@@ -109,13 +109,20 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(read_json_object(index)["weight_map"].values()))
+        names = sorted({_plain_name(name) for name in read_json_object(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: is not an index of weights: {error!r}; it must map tensors to files") from error
     paths = [index.parent / name for name in names]
     if absent := [path.name for path in paths if not path.is_file()]:
         raise ModelError(f"{index}: names files that are not there: {', '.join(absent)}; download them")
     return paths
+
+
+def _plain_name(name: Any) -> str:
+    """The name of a file beside the index; ValueError for anything else, a path to elsewhere included."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file beside it")
+    return name
 
 
 @contextmanager

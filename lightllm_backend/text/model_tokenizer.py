@@ -6,6 +6,7 @@ Imports no torch: the server's own processes and the launch command use this mod
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
@@ -15,9 +16,13 @@ from lightllm_backend.text.tokenizer import Tokenizer
 
 _MAX_TOKENS_NAMED = 10
 
+log = logging.getLogger("lightllm")
+
 
 def load_tokenizer(directory: str | Path, config: EngineConfig) -> Tokenizer:
     """Load the tokenizer; raise ModelError or TokenizerError if the server cannot serve the directory."""
+    if config.trust_remote_code:
+        log.warning("trust_remote_code is true: code from %s may run in this process, with all its rights", directory)
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     return Tokenizer.load(directory, config.tokenizer_mode, config.trust_remote_code, vocab_size)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from lightllm_backend.json_file import JsonFileError, read_json_object
 from lightllm_backend.text.added_tokens import AddedToken
 
+# The largest vocabularies have 262,144 tokens; a greater id would make a table that fills the memory.
+MAX_TOKEN_ID = 2**22
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -34,16 +36,24 @@ class TokenizerSettings(NamedTuple):
         try:
             special = {token.content: token for token in _special_tokens(values)}
             for content, token_id in _read_if_present(directory / "added_tokens.json").items():
-                added[int(token_id)] = AddedToken(content, content in special, normalized=content not in special)
+                added[_token_id(token_id)] = AddedToken(content, content in special, normalized=content not in special)
             for token_id, token in values.get("added_tokens_decoder", {}).items():
-                added[int(token_id)] = AddedToken.from_json(token, bool(token.get("special", False)))
+                added[_token_id(token_id)] = AddedToken.from_json(token, bool(token.get("special", False)))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TokenizerError(f"the added tokens of {directory} are malformed: {error!r}") from error
         return TokenizerSettings(values, added, special)
 
     @property
     def has_own_code(self) -> bool:
-        return "AutoTokenizer" in (self.values.get("auto_map") or {})
+        auto_map = self.values.get("auto_map")
+        return isinstance(auto_map, (Mapping, list, str)) and "AutoTokenizer" in auto_map
+
+
+def _token_id(value: Any) -> int:
+    token_id = int(value)
+    if not 0 <= token_id <= MAX_TOKEN_ID:
+        raise ValueError(f"the id {token_id}; allowed: 0 ≤ id ≤ {MAX_TOKEN_ID}")
+    return token_id
 
 
 def _special_tokens(values: Mapping[str, Any]) -> Iterator[AddedToken]:

@@ -39,6 +39,8 @@ _START_ERRORS = (
     TokenizerError,
 )
 
+SHARED_MEMORY = "/dev/shm"
+
 log = logging.getLogger("lightllm")
 
 
@@ -65,7 +67,7 @@ def repository_parameters(repository: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
     try:
         parsed = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
-    except text_format.ParseError as error:
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise ConfigError(f"{path}: {error}") from None
     return {key: value.string_value for key, value in parsed.parameters.items()}
 
@@ -109,6 +111,7 @@ def starting() -> Iterator[None]:
 
     Python's log goes to the server's standard error, among the server's own lines.
     """
+    hide_shared_memory()
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
@@ -124,6 +127,18 @@ def starting() -> Iterator[None]:
             log.exception("the model cannot be loaded")
         # The stub cannot pass on a text that is not UTF-8.
         raise RuntimeError(readable(str(error) if known else f"{type(error).__name__}: {error}")) from None
+
+
+def hide_shared_memory() -> None:
+    """Make this process's shared memory private to its user, before it holds prompts and answers.
+
+    The Python backend gives every user the right to read it (0644), whatever the umask says.
+    """
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        _, separator, name = line.partition(f" {SHARED_MEMORY}/")
+        if separator:
+            with contextlib.suppress(OSError):  # removed, or another user's
+                os.chmod(f"{SHARED_MEMORY}/{name}", 0o600)  # noqa: PTH101 (a name from inside a stub, see engine_config)
 
 
 def readable(text: str) -> str:

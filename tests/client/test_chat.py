@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightllm_backend.launch.embedded_model import FILES, embedded_model_directory
+from lightllm_client import template_sandbox
 from lightllm_client.chat import ChatTemplate, ChatTemplateError, default_model_dir
 
 CHATML = """\
@@ -322,3 +323,49 @@ def test_the_default_directory_is_the_servers(monkeypatch, tmp_path, cache):
     for name in FILES:
         (directory / name).touch()
     assert embedded_model_directory("no-python-to-make-it-with") == directory
+
+
+@pytest.mark.parametrize("source", ["{% break %}", "{{ x", "{% include", "{{ " + "(" * 9999 + ")" * 9999 + " }}"])
+def test_a_template_that_cannot_be_compiled_is_refused(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match="the chat template is not valid: "):
+        ChatTemplate(source, {})
+
+
+# Each is harmless at the size that the test's limits allow, and ends by them.
+WITHOUT_END = {
+    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(64) }}",
+    "calls": "{% for a in range(9999) %}{{ range(9999) | list | length }}{% endfor %}",
+}
+TOO_LARGE = {
+    "output": "{% for a in range(99) %}{{ messages[0].content }}0123456789{% endfor %}",
+    "times": "{{ 'ab' * 501 }}",
+    "times from the left": "{{ 501 * [0, 1] }}",
+    "plus": "{% set n = namespace(x='ab') %}{% for a in range(10) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "joined": "{% set n = namespace(x='ab') %}{% for a in range(10) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a filter": "{{ 'a' | center(1001) }}",
+    "a method": "{{ 'a'.ljust(1001) }}",
+    "a format": "{{ '%1001d' % 1 }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "captured": "{% set x %}{% for a in range(1001) %}a{% endfor %}{% endset %}{{ x | upper | length }}",
+}
+
+
+@pytest.mark.parametrize("source", WITHOUT_END.values(), ids=WITHOUT_END)
+def test_a_template_ends_in_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
+    with pytest.raises(ChatTemplateError, match=r"the chat template failed: it takes more than 0.1 s"):
+        ChatTemplate(source, {}).render(MESSAGES)
+
+
+@pytest.mark.parametrize("source", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_template_makes_nothing_too_large(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_SIZE", 1000)
+    with pytest.raises(ChatTemplateError, match=r"it makes something of size \d+; allowed: at most"):
+        ChatTemplate(source, {}).render(MESSAGES)
+
+
+@pytest.mark.parametrize("expression", ["''.__class__.__mro__", "messages.append(1)", "cycler.__init__.__globals__"])
+def test_a_template_cannot_leave_the_sandbox(expression: str) -> None:
+    with pytest.raises(ChatTemplateError, match="the chat template failed: .*unsafe|not safely callable"):
+        ChatTemplate(f"{{{{ {expression} }}}}", {}).render(MESSAGES)

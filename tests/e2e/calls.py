@@ -15,7 +15,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from lightllm_client.options import DATATYPES as OPTION_DATATYPES
+from lightllm_backend.triton_server.tensors import PUBLIC_INPUTS
 from tests.e2e.server import TritonServer
 
 LIMIT_SECONDS = 120.0
@@ -25,7 +25,7 @@ NUMPY_TYPES: dict[str, Any] = {
     "UINT8": np.uint8,
 }  # fmt: skip
 BETWEEN_STEPS = {"ensemble": "UINT8", "sealed_chunk": "UINT8"}
-DATATYPES = {"input_ids": "INT32", "stream": "BOOL", **OPTION_DATATYPES, **BETWEEN_STEPS}
+DATATYPES = {name: datatype.replace("STRING", "BYTES") for name, (datatype, _) in PUBLIC_INPUTS.items()} | BETWEEN_STEPS
 
 
 def generate(
@@ -36,7 +36,7 @@ def generate(
     try:
         connection.request("POST", f"/v2/models/{model}/generate", _body(body))
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        return response.status, json.loads(response.read().decode(errors="replace"))
     finally:
         connection.close()
 
@@ -56,7 +56,7 @@ class GenerateStream:
     def __next__(self) -> dict[str, Any]:
         while line := self._response.readline():
             if line.strip():
-                event: dict[str, Any] = json.loads(line.decode().removeprefix("data: "))
+                event: dict[str, Any] = json.loads(line.decode(errors="replace").removeprefix("data: "))
                 return event
         self._connection.close()
         raise StopIteration
@@ -72,23 +72,25 @@ def _body(body: Mapping[str, Any] | bytes) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-def tensors(module: Any, values: Mapping[str, Any]) -> list[Any]:
-    """Input tensors for tritonclient.http or tritonclient.grpc."""
+def tensors(module: Any, values: Mapping[str, Any], **data: bool) -> list[Any]:
+    """Input tensors for tritonclient.http or tritonclient.grpc. data: options of the http tensors' data."""
     inputs = []
     for name, value in values.items():
         datatype = DATATYPES.get(name, "BYTES")
         items = list(value) if isinstance(value, (list, tuple)) or datatype == "UINT8" else [value]
         items = [item.encode() if isinstance(item, str) else item for item in items]
         tensor = module.InferInput(name, [len(items)], datatype)
-        tensor.set_data_from_numpy(np.array(items, dtype=NUMPY_TYPES[datatype]))
+        tensor.set_data_from_numpy(np.array(items, dtype=NUMPY_TYPES[datatype]), **data)
         inputs.append(tensor)
     return inputs
 
 
-def infer_http(server: TritonServer, values: Mapping[str, Any], model: str = "lightllm_unary", **options: Any) -> Any:
-    """A unary call over HTTP; the outputs by name."""
+def infer_http(
+    server: TritonServer, values: Mapping[str, Any], model: str = "lightllm_unary", binary: bool = True, **options: Any
+) -> Any:
+    """A unary call over HTTP; the outputs by name. binary: whether the inputs are, or else JSON."""
     with tritonclient.http.InferenceServerClient(server.http_url, network_timeout=LIMIT_SECONDS) as client:
-        result = client.infer(model, tensors(tritonclient.http, values), **options)
+        result = client.infer(model, tensors(tritonclient.http, values, binary_data=binary), **options)
         return outputs(result, [output["name"] for output in result.get_response()["outputs"]])
 
 

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 
+from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
@@ -38,7 +39,8 @@ def _running(server: TritonServer) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    yield from _running(TritonServer(tmp_path_factory.mktemp("server") / "log"))
+    """Its administration APIs are closed, as the launch command closes them."""
+    yield from _running(TritonServer(tmp_path_factory.mktemp("server") / "log", closing_options(())))
 
 
 @pytest.fixture(scope="session")

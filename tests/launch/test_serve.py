@@ -4,6 +4,7 @@
 import json
 import os
 import socket
+import stat
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from lightllm_backend import serve
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch import embedded_model
+from lightllm_backend.launch.server import Launch, Server
 from tests.launch.command_line import MODEL, options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +84,23 @@ def test_the_server_gets_repository_addresses_and_ports_and_the_user_s_own_last(
     assert "--log-info=false" not in serve.prepare(settings, ENVIRONMENT, repository, verbose=True).argv
     assert launch.environment["LIGHTLLM_WORKER_PYTHON"] == sys.executable
     assert launch.environment["LIGHTLLM_MODEL_DIR"] == settings["model_dir"]
+
+
+def closed_apis(argv: list[str]) -> list[str]:
+    """What is closed over HTTP and what over gRPC, as tritonserver reads it from its options."""
+    values = dict(argument.split("=", 1) for argument in argv if argument.startswith("--") and "=" in argument)
+    options = ("--http-restricted-api", "--grpc-restricted-protocol")
+    return [values.get(option, "").partition(":")[0] for option in options]
+
+
+def test_administration_apis_are_closed_unless_a_setting_opens_them(settings: dict[str, str], repository: Path) -> None:
+    def closed(open_apis: str) -> list[str]:
+        given = {**settings, "open_apis": open_apis}
+        return closed_apis(serve.prepare(given, ENVIRONMENT, repository).argv)
+
+    assert closed("") == ["logging,model-repository,shared-memory,trace"] * 2
+    assert closed("shared-memory,trace") == ["logging,model-repository"] * 2
+    assert closed("logging,model-repository,shared-memory,trace") == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -157,3 +176,11 @@ def test_unknown_variables_and_contradicting_options_are_refused(settings: dict[
     assert "LIGHTLLM_NO_SUCH in the environment is not a setting" in error_of([], {"LIGHTLLM_NO_SUCH": "1"})
     assert "give --http_port" in error_of([*options(settings), "--", "--http-port=9"])
     assert "models/llama is not an option" in error_of([*options(settings), "models/llama"])
+
+
+def test_what_the_server_writes_is_private(tmp_path: Path) -> None:
+    file = tmp_path / "trace"
+    code = f"open({str(file)!r}, 'w')"
+    server = Server(Launch(EngineConfig(), Path(), [sys.executable, "-c", code], dict(os.environ)))
+    assert server.end() == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -273,6 +273,9 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
     [
         ({"vocab_size": "many"}, "vocab_size is 'many'; an integer of at least 1 is needed"),
         ({"hidden_size": 0}, "hidden_size is 0; an integer of at least 1"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648; an integer of at most 2147483647 is needed"),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers is 10001; an integer of at most 10000 is needed"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+; a smaller number is needed"),
         ({"hidden_size": 4097}, "hidden_size is 4097; a multiple of num_attention_heads, 32"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True; an integer"),
         ({"num_key_value_heads": 5}, "num_key_value_heads is 5; a divisor of num_attention_heads, 32"),
@@ -310,6 +313,10 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; known: default, linear, dynamic, llama3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; a number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5; a number of at least 1"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 1e99}},
+            "rope_scaling.factor is 1e\\+99; a number of at most 65536",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters.low_freq_factor is missing"),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
@@ -324,7 +331,13 @@ def test_an_impossible_value_is_named(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not valid JSON"), ("[]", "holds a JSON list; an object"), ("\xff", "not valid JSON")],
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 99_999, "is nested too deeply"),
+        ("[]", "holds a JSON list; an object"),
+        ("\xff", "not valid JSON"),
+    ],
+    ids=["cut", "nested", "list", "no UTF-8"],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_bad_json_is_an_error(tmp_path, name, text, message):

@@ -43,6 +43,31 @@ def test_a_vocabulary_may_be_padded(directory: Path, vocab_size: int) -> None:
     assert load_tokenizer(directory, EngineConfig()).vocab_size == 512
 
 
+def test_foreign_code_is_warned_of(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_model(directory, 512)
+    load_tokenizer(directory, EngineConfig())
+    assert not caplog.records
+    load_tokenizer(directory, EngineConfig(trust_remote_code=True))
+    assert f"trust_remote_code is true: code from {directory} may run" in caplog.text
+
+
+@pytest.mark.parametrize("token_id", ["-1", "4194305", "1000000000000", "many"])
+def test_an_added_token_s_id_is_one_of_a_vocabulary(directory: Path, token_id: str) -> None:
+    """A greater one would make a table of that size."""
+    write_model(directory, 512)
+    added = {token_id: {"content": "<a>"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(TokenizerError, match=f"the added tokens of {directory} are malformed: .*{token_id}"):
+        load_tokenizer(directory, EngineConfig())
+
+
+@pytest.mark.parametrize("auto_map", [5, True, {"AutoConfig": "a.B"}, []])
+def test_a_map_of_classes_without_a_tokenizer_means_nothing(directory: Path, auto_map: object) -> None:
+    write_model(directory, 512)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    assert load_tokenizer(directory, EngineConfig()).vocab_size == 512
+
+
 def with_pad(directory: Path) -> None:
     """As of a fine-tuned LLaMA-2, whose embedding was not resized for the token that its training filled up with."""
     settings = directory / "tokenizer_config.json"

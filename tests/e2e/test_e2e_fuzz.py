@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random requests to a real server while a neighbour's answers go on: each has a right answer or a clear error.
+
+These are the same requests in every run; `python -m tests.fuzz CASES --server` sends as many others as one likes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from lightllm_client import LightLLMClient
+from tests.e2e.server import TritonServer
+from tests.fuzz.requests import Call, calls, check
+from tests.polling import poll
+
+pytestmark = pytest.mark.e2e
+
+CASES = 120
+PROMPT = "Once upon a time"
+
+
+def test_bad_requests_harm_nobody(server: TritonServer, client: LightLLMClient) -> None:
+    expected = client.generate(PROMPT, max_tokens=40, ignore_eos=True).text
+    done = Event()
+
+    def neighbour() -> list[str]:
+        answers = []
+        while not done.is_set():
+            chunks = client.stream(PROMPT, max_tokens=40, ignore_eos=True)
+            answers.append("".join(chunk.text for chunk in chunks))
+        return answers
+
+    @settings(max_examples=CASES, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(calls)
+    def send(call: Call) -> None:
+        check(server, call)
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(neighbour)
+        try:
+            send()
+        finally:
+            done.set()
+        assert set(answers.result(60)) == {expected}
+    assert poll(server.is_idle, 10), server.metrics()

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same inputs for each parser in every run; `python -m tests.fuzz` draws as many others as one likes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.fuzz.targets import TARGETS
+
+EXAMPLES = 100
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_bad_input_is_a_clear_error(name: str) -> None:
+    target = TARGETS[name]
+    bounded = settings(max_examples=EXAMPLES, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    bounded(given(target.inputs)(target.check))()
