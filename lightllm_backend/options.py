@@ -25,7 +25,6 @@ _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if na
 _RESERVED = {
     "probe_key",
     "id",
-    "priority",
     "timeout",
     "binary_data_output",
     "binary_data_size",

@@ -95,6 +95,8 @@ class RequestOptions:
     exclude_input_in_output: bool = True
     parse_special: bool = True
     skip_special_tokens: bool = True
+    tenant: str = ""
+    priority: int = 0
 
     def to_json(self) -> str:
         """Write the options as a `sampling_parameters` string; `parse_request` reads the same options from it."""
@@ -118,6 +120,8 @@ class Request:
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
     urgent: bool = False  # ahead of all waiting requests: a probe, which would prove nothing behind users' requests
+    tenant: str = ""  # whose share of the engine it takes; all that name none share one
+    priority: int = 0  # among the requests of its tenant; the lowest goes first
 
 
 @dataclass(slots=True)

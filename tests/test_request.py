@@ -58,7 +58,7 @@ def test_options_survive_their_json() -> None:
         repetition_penalty=1.2, seed=2**64 - 1, min_tokens=3, ignore_eos=True, stop_words=("é", "\n\n"),
         stop_token_ids=(5, 0), return_log_probs=True,
     )  # fmt: skip
-    options = RequestOptions(sampling, True, False, False, False)
+    options = RequestOptions(sampling, True, False, False, False, "Ünit 7", -3)
     assert parse_request({"input_ids": [1]}, options.to_json()).options == options
 
 

@@ -71,7 +71,10 @@ class Streams:
 
         self._streams[uid] = stream
         try:
-            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline, urgent), on_chunk)
+            request = Request(
+                uid, tuple(prompt_ids), sampling, deadline, urgent, tenant=options.tenant, priority=options.priority
+            )  # fmt: skip
+            self._engine.submit(request, on_chunk)
         except RequestError:
             del self._streams[uid]
             raise

@@ -43,14 +43,14 @@ class Submit(Message):
     def pack(self) -> tuple[Any, ...]:
         request = self.request
         return (
-            request.uid, request.prompt_ids, vars(request.sampling), request.deadline, request.urgent, self.number,
+            request.uid, request.prompt_ids, vars(request.sampling), request.deadline, request.urgent, request.tenant,
+            request.priority, self.number,
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, *packed: Any) -> Submit:
-        uid, prompt_ids, sampling, deadline, urgent, number = packed
-        request = Request(uid, tuple(prompt_ids), SamplingParams.from_plain(sampling), deadline, urgent)
-        return cls(request, number)
+        uid, prompt_ids, sampling, *others, number = packed
+        return cls(Request(uid, tuple(prompt_ids), SamplingParams.from_plain(sampling), *others), number)
 
 
 @dataclass

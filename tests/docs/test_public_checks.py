@@ -36,4 +36,5 @@ def test_each_hook_is_a_check_of_ci() -> None:
 def test_the_changelog_begins_with_the_version() -> None:
     [version] = re.findall(r'^version = "(.*)"$', PROJECT, flags=re.MULTILINE)
     versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert versions[0] == version
+    assert next(name for name in versions if name != "Unreleased") == version
+    assert "Unreleased" not in versions[1:]
