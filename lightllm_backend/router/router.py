@@ -11,14 +11,9 @@ Steps overlap: the worker may call `next_batch` for step N + 1 before `apply` of
 tokens. The Router then notices an EOS one step late, and ignores what the sequence does in that step. It reuses
 released rows and token slots at once, even if a running batch contains them: the device runs steps in order.
 
-Nobody overtakes the request whose turn it is: if it does not fit, all wait for it. `tenant_reserve` keeps a share of
-the pool and of the rows for requests of tenants that have none running, so that such a request fits at once, however
-long another tenant's sequences still run. No sequence is ever preempted for fairness.
-
-If a policy has admitted more than the pool can hold, the Router preempts the newest sequences, with several tenants
-those of the tenant that has received most. They release their slots and return to the front of their tenant's queue.
-The oldest sequence always proceeds. A preempted sequence later prefills its prompt and its generated tokens, and
-continues from there.
+Nobody overtakes the request whose turn it is, and no sequence is preempted for fairness. If a policy has admitted more
+than the pool can hold, the Router preempts the newest sequences of the tenant that has received most: they release
+their slots, return to the front of its queue, and later prefill their prompt and their generated tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +55,7 @@ class Router:
         tenant_weights: Mapping[str, float] | None = None,
         tenant_reserve: float = 0.0,
     ) -> None:
-        """prefix_cache: "tenant" keeps the prefixes of tenants apart. tenant_reserve: a share of rows and slots."""
+        """prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`."""
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
         self._max_queue_size = max_queue_size
@@ -286,9 +281,9 @@ class Router:
             self.finish(sequence, FinishReason.CANCELLED, error)
         if self._queue_timeout_s is None:
             return
-        message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
+        late = RequestError("UNAVAILABLE", f"the request waited in the queue for {self._queue_timeout_s:g} seconds")
         for sequence in self._queue.came_before(now - self._queue_timeout_s):
-            self.finish(sequence, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
+            self.finish(sequence, FinishReason.FAILED, late)
 
     def _release_planned_out(self) -> None:
         """Release the sequences whose last step is planned, before its token is known.
@@ -311,9 +306,8 @@ class Router:
     def _preempt_until_it_fits(self) -> None:
         """Preempt sequences until the pool has a slot for each decode and for the next chunk of the cut prompt."""
         while self._slots_needed() > self._pool.available:
-            tenant, prefilling = self._queue.most_served(), self._prefilling
-            comes_first = prefilling is not None and tenant in (None, prefilling.request.tenant)
-            self._preempt(prefilling if prefilling and comes_first else self._table.newest(tenant))
+            tenant, cut = self._queue.most_served(), self._prefilling
+            self._preempt(cut if cut and tenant in (None, cut.request.tenant) else self._table.newest(tenant))
 
     def _slots_needed(self) -> int:
         needed = int(np.count_nonzero(self._table.decoding))
@@ -344,6 +338,7 @@ class Router:
         """Plan at most batch_max_tokens of prompts: the one that the last step cut, then those of admitted candidates.
 
         A prompt that exceeds the rest of the budget is cut and takes all of it, so at most one prompt is cut at a time.
+        A candidate leaves the reserve, in rows and slots, to tenants that have nothing running, unless its own has not.
         """
         budget = self._batch_max_tokens
         chunks: list[PromptChunk] = []
@@ -353,7 +348,6 @@ class Router:
         admitted: list[Admission] = []
         gate = None
         while budget > 0 and (sequence := self._queue.next()) is not None and not sequence.num_due:
-            # What it must leave to tenants that have nothing running.
             rows, slots = self._reserve if self._queue.runs_others(sequence) else (0, 0)
             if self._table.num_free_rows <= rows:
                 break
