@@ -62,7 +62,7 @@ def _help(name: str) -> str:
     text, default = OPTIONS[name].help, DEFAULTS.get(name)
     if default == ():
         return f"{text} May be given several times."
-    if default is None:
+    if default in (None, ""):
         return text
     if isinstance(default, bool):
         default = "yes" if default else "no"

@@ -87,10 +87,26 @@ class EngineConfig:
         "exact",
         "past_future",
     )
-    prefix_cache: bool = _setting(True, "reuse K and V of earlier requests with the same prefix", "true | false")
+    prefix_cache: bool | str = _setting(
+        True,
+        "reuse K and V of earlier requests with the same prefix; tenant: only of the same tenant's",
+        "true | false | tenant",
+        lambda v: v in (True, False, "tenant"),
+    )
     max_queue_size: int = _count(10000, "maximum waiting requests; the server refuses more with UNAVAILABLE")
     queue_timeout_s: float | None = _setting(
         None, "maximum wait in the queue, in seconds (default: no limit)", "seconds > 0", lambda v: 0 < v < math.inf
+    )
+    tenant_weights: tuple[tuple[str, float], ...] | None = _setting(
+        None,
+        "shares of tenants in the engine, NAME=WEIGHT, comma-separated (default: each tenant has weight 1)",
+        "NAME=WEIGHT, separated by commas; each name once, weights > 0",
+    )
+    tenant_reserve: float = _setting(
+        0.0,
+        "share of the KV pool and of running_max_req_size that is kept for tenants that have no request running",
+        "0 ≤ tenant_reserve < 1",
+        lambda v: 0 <= v < 1,
     )
     tokenizer_mode: str = _choice("auto", "slow: use sentencepiece itself", *TOKENIZER_MODES)
     dtype: str = _choice(
@@ -169,8 +185,9 @@ class EngineConfig:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if value != setting.default:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                variables[ENVIRONMENT_PREFIX + setting.name.upper()] = text
+                items = value if isinstance(value, tuple) else [value]
+                texts = ["=".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in items]
+                variables[ENVIRONMENT_PREFIX + setting.name.upper()] = ",".join(texts)
         return variables
 
 
@@ -178,15 +195,30 @@ def _parse(key: str, text: str) -> Any:
     setting = EngineConfig.__dataclass_fields__[key]
     kind = str(setting.type).removesuffix(" | None")
     try:
-        if kind == "bool":
-            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        if kind in ("bool", "bool | str"):
+            word = text.strip().lower()
+            booleans = {"true": True, "1": True, "false": False, "0": False}
+            return booleans[word] if kind == "bool" else booleans.get(word, word)
         if kind == "tuple[int, ...]":
             return tuple(int(item) for item in text.split(","))
         if kind == "tuple[str, ...]":
             return tuple(item.strip() for item in text.split(","))
+        if kind == "tuple[tuple[str, float], ...]":
+            return _weights(text)
         return {"int": int, "float": float, "str": str}[kind](text)
     except (ValueError, KeyError):
         raise _refusal(key, text, setting.metadata["allowed"]) from None
+
+
+def _weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Parse NAME=WEIGHT,…; raise ValueError for a weight that is none, and for a name that comes twice."""
+    pairs = [item.rpartition("=") for item in text.split(",")]
+    weights = {name.strip(): float(weight) for name, _, weight in pairs}
+    if len(weights) < len(pairs) or not all(sign for _, sign, _ in pairs):
+        raise ValueError
+    if not all(0 < weight < math.inf for weight in weights.values()):
+        raise ValueError
+    return tuple(weights.items())
 
 
 def _refusal(key: str, value: Any, allowed: str) -> ConfigError:

@@ -20,6 +20,8 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
+MAX_TENANT_LENGTH = 64
+MAX_PRIORITY = 10
 MAX_INT32 = 2**31 - 1
 # More than any model that is served has positions; the engine knows its own limit.
 MAX_TOKEN_IDS = 2**20
@@ -290,6 +292,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
+    "tenant": Option(
+        text, f"a string of at most {MAX_TENANT_LENGTH} characters", lambda v: len(v) <= MAX_TENANT_LENGTH, _STRING,
+        help="Whose share of the server the request takes; requests that name no tenant share one.",
+    ),
+    "priority": _int(
+        # Triton server keeps a request parameter `priority` to itself, so that needs another name.
+        -MAX_PRIORITY, MAX_PRIORITY, tensor=_INT32, keys=("request_priority",),
+        help="The lowest of a tenant's waiting requests goes first; a level is worth 10 s of waiting.",
+    ),
 }  # fmt: skip
 
 _ALWAYS_THERE = "that output is always there"

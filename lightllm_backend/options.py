@@ -43,7 +43,6 @@ _SHOWN_CHARACTERS = 80
 _RESERVED = {
     "probe_key",
     "id",
-    "priority",
     "timeout",
     "binary_data_output",
     "binary_data_size",

@@ -40,7 +40,7 @@ def _settings() -> Iterable[tuple[str, ...]]:
     yield "setting", "default", ""
     yield "---", "---", "---"
     for setting in fields(EngineConfig):
-        choices = setting.metadata["allowed"].split(" | ") if setting.type == "str" else []
+        choices = setting.metadata["allowed"].split(" | ") if setting.type in ("str", "bool | str") else []
         is_choice = len(choices) > 1
         yield (
             f"`{setting.name}`",
@@ -73,7 +73,7 @@ def _options() -> Iterable[tuple[str, ...]]:
 
 def _default(value: Any) -> str:
     """A default as a user writes it; a dash if there is none, or the help names it."""
-    if value is None or value == ():
+    if value in (None, (), ""):
         return "–"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -95,6 +95,8 @@ class RequestOptions:
     exclude_input_in_output: bool = True
     parse_special: bool = True
     skip_special_tokens: bool = True
+    tenant: str = ""
+    priority: int = 0
 
 
 # The values of options that a request does not name. seed and do_sample have none: `parse_request` draws a seed and
@@ -112,6 +114,8 @@ class Request:
     sampling: SamplingParams
     deadline: float | None = None  # time.monotonic() seconds of this machine; None: no deadline
     urgent: bool = False  # ahead of all waiting requests: a probe, which would prove nothing behind users' requests
+    tenant: str = ""  # whose share of the engine it takes; all that name none share one
+    priority: int = 0  # among the requests of its tenant; the lowest goes first
     ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
 
 

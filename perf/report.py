@@ -227,6 +227,26 @@ def admission(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def fairness(result: dict[str, Any]) -> list[str]:
+    times = ("first_p50_s", "first_p99_s", "p50_s", "p99_s")
+    rows = [
+        [
+            row["flood"], row["case"], f"{row['step_ms']:.1f}", *(f"{row[name]:.2f}" for name in times),
+            f"{row['steps_p50']:.0f}", f"{row['steps_p99']:.0f}", f"{row['output_tokens_per_second']:,.0f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    first = result["rows"][0]
+    alone = f"alone: first token after {first['alone_first_s']:.3f} s, end after {first['alone_s']:.2f} s and "
+    alone += f"{first['alone_steps']} steps"
+    headings = [
+        "flood of", "case", "step, ms", "first token, s, p50", "p99", "end, s, p50", "p99", "steps, p50", "p99",
+        "output tokens/s, all",
+    ]  # fmt: skip
+    title = f"**Simulated: {result['singles']} single requests, one after another, beside a flood** ({origin(result)};"
+    return [f"{title} {alone}):", "", *table(headings, rows)]
+
+
 def prefix_cache(result: dict[str, Any]) -> list[str]:
     rows = [
         ["yes" if row["prefix_cache"] else "no", *(f"{row[name]:.1f}" for name in ("first_ms", "next_ms", "burst_ms"))]
@@ -318,7 +338,7 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
-    "router_time": router_time, "admission": admission, "prefix_cache": prefix_cache,
+    "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
     "long_context": long_context,
 }  # fmt: skip
 

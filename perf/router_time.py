@@ -53,14 +53,15 @@ def sharegpt_lengths() -> list[Lengths]:
     return [lengths for lengths in conversation_lengths(DATA / "sharegpt_lengths.csv") if sum(lengths) <= MAX_LENGTH]
 
 
-def conversations() -> Iterator[Request]:
-    """Requests of ShareGPT's lengths in random order, without end."""
+def conversations(tenants: int = 1) -> Iterator[Request]:
+    """Requests of ShareGPT's lengths in random order, without end; of so many tenants in turn."""
     lengths = sharegpt_lengths()
     chosen = np.random.default_rng(0).integers(len(lengths), size=1 << 20)
     for number in itertools.count():
         prompt, output = lengths[chosen[number % len(chosen)]]
         # Prompts differ from the first token on: nothing is shared.
-        yield Request(str(number), (number, *range(1, prompt)), SamplingParams(max_tokens=output))
+        sampling = SamplingParams(max_tokens=output)
+        yield Request(str(number), (number, *range(1, prompt)), sampling, tenant=str(number % tenants))
 
 
 def tokens_held() -> float:
@@ -72,13 +73,15 @@ def tokens_held() -> float:
 class Load:
     """A Router, an EngineServer and its client under a steady load."""
 
-    def __init__(self, server: EngineServer, running: int, queued: int, admission: str = "exact") -> None:
+    def __init__(
+        self, server: EngineServer, running: int, queued: int, admission: str = "exact", tenants: int = 1
+    ) -> None:
         held = int(running * tokens_held())
         rows = 2 * running if queued else running
         capacity, policy = held if queued else 2 * held, POLICIES[admission]()
         self._router = Router(capacity, rows, BATCH_MAX_TOKENS, 1 << 20, frozenset({EOS_ID}), policy=policy)
         self._server = server
-        self._requests = conversations()
+        self._requests = conversations(tenants)
         self._handles = itertools.count()
         self._to_submit = running + queued
         self._batch: Any = None
@@ -106,9 +109,9 @@ class Load:
 
 
 def measure(
-    server: EngineServer, running: int, queued: int, admission: str, steps: int, warm_up: int
+    server: EngineServer, running: int, queued: int, admission: str, steps: int, warm_up: int, tenants: int
 ) -> dict[str, Any]:
-    load = Load(server, running, queued, admission)
+    load = Load(server, running, queued, admission, tenants)
     for _ in range(warm_up):
         load.step()
     gc.collect()
@@ -141,8 +144,9 @@ def drain(address: str) -> None:
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(min=1), help="that count")
 @click.option("--warm_up", default=1000, show_default=True, type=click.IntRange(min=0), help="steps before")
+@click.option("--tenants", default=1, show_default=True, type=click.IntRange(min=1), help="that share the engine")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "router_time.json", help="the JSON file")
-def main(steps: int, warm_up: int, out: Path) -> None:
+def main(steps: int, warm_up: int, tenants: int, out: Path) -> None:
     info = EngineInfo("", "", "", 32000, (EOS_ID,), LengthLimits(4095, "", 4096, ""), 1, {})
     with tempfile.TemporaryDirectory() as directory:
         address = str(Path(directory, "server"))
@@ -151,7 +155,7 @@ def main(steps: int, warm_up: int, out: Path) -> None:
         client.start()
         while not any(server.receive(timeout=1.0)):
             pass
-        rows = [measure(server, *case, steps, warm_up) for case in tqdm(CASES, unit="case")]
+        rows = [measure(server, *case, steps, warm_up, tenants) for case in tqdm(CASES, unit="case")]
         server.close()
         client.join()
     table = Table(title="Host time a step, ms")
@@ -160,7 +164,9 @@ def main(steps: int, warm_up: int, out: Path) -> None:
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=120).print(table)
-    write_result(out, {"benchmark": "router_time", "steps": steps, **circumstances(None), "rows": rows})
+    write_result(
+        out, {"benchmark": "router_time", "steps": steps, "tenants": tenants, **circumstances(None), "rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Outcome:
     """What came of a workload, in simulated seconds."""
 
     first_token_seconds: NDArray[np.float64]  # [requests] from a request's arrival
+    end_seconds: NDArray[np.float64]  # [requests] the same
     seconds: float = 0.0
     output_tokens: int = 0
     prompt_tokens: int = 0  # computed, so again after a preemption
@@ -51,7 +52,7 @@ class SimulatedEngine:
     """The worker's loop in simulated time: each step is planned before the tokens of the one before it are known.
 
     Request i arrives at arrivals[i], which ascend, has the lengths lengths[i], and asks for max_tokens (None: its
-    length is known). `router_for` makes the Router with a clock.
+    length is known). `router_for` makes the Router with a clock. tenants: whose each request is.
     """
 
     def __init__(
@@ -61,14 +62,16 @@ class SimulatedEngine:
         lengths: Sequence[Lengths],
         arrivals: Sequence[float],
         max_tokens: int | None = None,
+        tenants: Sequence[str] | None = None,
     ) -> None:
         self._now = 0.0
         self._router = router_for(lambda: self._now)
         self._lengths = lengths
         self._arrivals = arrivals
         self._max_tokens = max_tokens
+        self._tenants = tenants or [""] * len(lengths)
         self._ends_at = np.zeros(num_rows, dtype=np.int64)  # by row: the context that an EOS follows
-        self._outcome = Outcome(np.full(len(lengths), np.nan))
+        self._outcome = Outcome(np.full(len(lengths), np.nan), np.full(len(lengths), np.nan))
 
     def run(self) -> Outcome:
         arrived = 0
@@ -97,7 +100,7 @@ class SimulatedEngine:
         prompt, output = self._lengths[number]
         sampling = SamplingParams(max_tokens=self._max_tokens or output, seed=number)
         # Prompts differ from the first token on: nothing is shared.
-        return Request(str(number), (number, *range(1, prompt)), sampling)
+        return Request(str(number), (number, *range(1, prompt)), sampling, tenant=self._tenants[number])
 
     def _compute(self, batch: Batch) -> StepResult:
         for admission in batch.admitted:
@@ -118,6 +121,8 @@ class SimulatedEngine:
 
     def _tell(self, output: RouterOutput) -> None:
         for chunk in output.chunks:
+            number = int(chunk.uid)
             if chunk.queue_seconds is not None:
-                number = int(chunk.uid)
                 self._outcome.first_token_seconds[number] = self._now - self._arrivals[number]
+            if chunk.finish_reason is not None:
+                self._outcome.end_seconds[number] = self._now - self._arrivals[number]

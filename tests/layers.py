@@ -59,6 +59,7 @@ ALLOWED = {
     "router.batch": ("request",),
     "router.deadlines": ("router.sequence",),
     "router.admission": ("router.sequence",),
+    "router.fair_queue": ("router.sequence",),
     "router.past_future": ("router.admission",),
     "router.prefix_cache": (),
     "router.request_table": ("request", "router.admission", "router.sequence"),

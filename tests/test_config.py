@@ -8,6 +8,8 @@ import pytest
 
 from lightllm_backend.config import ConfigError, EngineConfig
 
+WEIGHTS = "NAME=WEIGHT, separated by commas; each name once, weights > 0"
+
 
 def test_the_documented_defaults() -> None:
     config = EngineConfig.build({}, {})
@@ -59,6 +61,11 @@ def test_variables_that_are_no_settings_are_left_alone(variable: str) -> None:
         ("log_stats_interval", "0", 0.0),
         ("http_port", "65535", 65535),
         ("max_total_token_num", "1", 1),
+        ("prefix_cache", "False", False),
+        ("prefix_cache", "1", True),
+        ("prefix_cache", "Tenant", "tenant"),
+        ("tenant_weights", "gold=3, a=b=0.5,=2", (("gold", 3.0), ("a=b", 0.5), ("", 2.0))),
+        ("tenant_reserve", "0", 0.0),
     ],
 )
 def test_texts_become_values(key: str, text: str, value: Any) -> None:
@@ -78,6 +85,13 @@ def test_texts_become_values(key: str, text: str, value: Any) -> None:
         ("mem_fraction", "0", "0 < mem_fraction ≤ 1"),
         ("mem_fraction", "1.01", "0 < mem_fraction ≤ 1"),
         ("mem_fraction", "nan", "0 < mem_fraction ≤ 1"),
+        ("prefix_cache", "tenants", "true | false | tenant"),
+        ("tenant_weights", "gold", WEIGHTS),
+        ("tenant_weights", "gold=0", WEIGHTS),
+        ("tenant_weights", "gold=inf", WEIGHTS),
+        ("tenant_weights", "gold=much", WEIGHTS),
+        ("tenant_weights", "a=1,a=2", WEIGHTS),
+        ("tenant_reserve", "1", "0 ≤ tenant_reserve < 1"),
         ("queue_timeout_s", "inf", "seconds > 0"),
         ("queue_timeout_s", "0", "seconds > 0"),
         ("log_stats_interval", "-1", "seconds ≥ 0"),
@@ -127,4 +141,6 @@ def test_the_environment_of_a_config_builds_the_same_config() -> None:
         model_dir="/m", eos_id=(1, 2), mem_fraction=0.5, trust_remote_code=True, queue_timeout_s=2.5, http_port=9
     )
     assert EngineConfig.build({}, config.environment()) == config
+    tenants = EngineConfig(prefix_cache="tenant", tenant_weights=(("gold", 3.0), ("a=b", 0.1)), tenant_reserve=0.1)
+    assert EngineConfig.build({}, tenants.environment()) == tenants
     assert EngineConfig().environment() == {}

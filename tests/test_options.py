@@ -374,7 +374,7 @@ def test_two_names_for_one_value_in_one_source() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["id", "priority", "timeout", "binary_data_output", "sequence_id", "sequence_start", "triton_enable_empty_final"],
+    ["id", "timeout", "binary_data_output", "sequence_id", "sequence_start", "triton_enable_empty_final"],
 )
 def test_the_server_s_own_parameters_are_ignored_there_and_nowhere_else(name: str) -> None:
     parse_request({"text_input": "a"}, None, {name: "anything"})

@@ -27,6 +27,8 @@ class Options(TypedDict, total=False):
     parse_special: bool
     skip_special_tokens: bool
     return_log_probs: bool
+    tenant: str
+    priority: int
 
 
 # The type of each option's input tensor.
@@ -48,6 +50,8 @@ DATATYPES: dict[str, str] = {
     "parse_special": "BOOL",
     "skip_special_tokens": "BOOL",
     "return_log_probs": "BOOL",
+    "tenant": "BYTES",
+    "priority": "INT32",
 }
 
 # These take any number of values; one value needs no list around it.
@@ -72,4 +76,6 @@ HELP: dict[str, str] = {
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
+    "tenant": "Whose share of the server the request takes; requests that name no tenant share one.",
+    "priority": "The lowest of a tenant's waiting requests goes first; a level is worth 10 s of waiting (default: 0).",
 }

@@ -77,7 +77,10 @@ class Streams:
 
         self._streams[uid] = stream
         try:
-            self._engine.submit(Request(uid, tuple(prompt_ids), sampling, deadline, urgent, ticket), on_chunk)
+            request = Request(
+                uid, tuple(prompt_ids), sampling, deadline, urgent, options.tenant, options.priority, ticket
+            )
+            self._engine.submit(request, on_chunk)
         except RequestError:
             del self._streams[uid]
             raise

@@ -43,15 +43,14 @@ class Submit(Message):
     def pack(self) -> tuple[Any, ...]:
         request = self.request
         return (
-            request.uid, request.prompt_ids, vars(request.sampling), request.deadline, request.urgent, request.ticket,
-            self.number,
+            request.uid, request.prompt_ids, vars(request.sampling), request.deadline, request.urgent, request.tenant,
+            request.priority, request.ticket, self.number,
         )  # fmt: skip
 
     @classmethod
     def unpack(cls, *packed: Any) -> Submit:
-        uid, prompt_ids, sampling, deadline, urgent, ticket, number = packed
-        request = Request(uid, tuple(prompt_ids), SamplingParams.from_plain(sampling), deadline, urgent, ticket)
-        return cls(request, number)
+        uid, prompt_ids, sampling, *others, number = packed
+        return cls(Request(uid, tuple(prompt_ids), SamplingParams.from_plain(sampling), *others), number)
 
 
 @dataclass

@@ -4,6 +4,8 @@
 Each node has a run of token ids and their slots. A running sequence holds the nodes from the root to the point where
 its own tokens leave the tree; a held node is never evicted. When the pool needs slots, the cache evicts nodes without a
 holder: leaves first, the least recently used before others.
+
+If tenants have their caches apart, each has a tree of its own. They share the pool and the order of eviction.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,10 @@ class Node:
             node = node.parent
 
 
+class _TenantRoot(Node):
+    """The root of one tenant's tree. Other than a Node, it may be referenced weakly."""
+
+
 # An entry of the heap of leaves: `last_used`, a unique number that breaks ties, and the node.
 _Leaf = tuple[int, int, Node]
 # The heap drops stale entries when it has twice its live entries and this many more: rare, so cheap per entry.
@@ -52,6 +59,8 @@ class PrefixCache:
 
     def __init__(self, num_rows: int) -> None:
         self._root = Node(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), None)
+        # By tenant. A root lives as long as it has children, or a row that it is the end of.
+        self._tenant_roots: WeakValueDictionary[str, Node] = WeakValueDictionary()
         self._leaves: list[_Leaf] = []  # a heap; some entries are stale
         self._clock = itertools.count(1)
         self._entries = itertools.count()
@@ -64,9 +73,16 @@ class PrefixCache:
     def root(self) -> Node:
         return self._root
 
-    def find(self, token_ids: Ids) -> tuple[Node, int]:
+    def root_of(self, tenant: str) -> Node:
+        """The root of this tenant's own tree."""
+        root = self._tenant_roots.get(tenant)
+        if root is None:
+            root = self._tenant_roots[tenant] = _TenantRoot(self._root.token_ids, self._root.slots, None)
+        return root
+
+    def find(self, token_ids: Ids, root: Node | None = None) -> tuple[Node, int]:
         """The node at which the longest cached beginning of these tokens ends, and the length of that beginning."""
-        node, length = self._root, 0
+        node, length = root or self._root, 0
         while length < len(token_ids):
             child = node.children.get(int(token_ids[length]))
             if child is None:
@@ -156,8 +172,9 @@ class PrefixCache:
         return slots
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes except the root, parents before children."""
-        waiting = list(self._root.children.values())
+        """All nodes except roots, parents before children."""
+        roots = [self._root, *self._tenant_roots.values()]
+        waiting = [child for root in roots for child in root.children.values()]
         while waiting:
             node = waiting.pop()
             yield node
@@ -171,7 +188,7 @@ class PrefixCache:
             assert node.parent is not None, "a node in the tree has a parent"
             assert len(node.token_ids) == len(node.slots) > 0, "a node has a slot for each token"
             assert node.parent.children[int(node.token_ids[0])] is node, "a node is not where it is looked for"
-            assert node.parent is self._root or node.holders <= node.parent.holders, "a path has a gap"
+            assert node.parent.parent is None or node.holders <= node.parent.holders, "a path has a gap"
             evictable += len(node.token_ids) if not node.holders else 0
             if len(node.holders) > 1:
                 total_shared += len(node.token_ids)

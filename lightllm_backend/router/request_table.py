@@ -143,9 +143,11 @@ class RequestTable:
         num_generated = np.where(self.ignores_eos[rows], max_tokens - 1, max_tokens - remaining)
         return Demand(self.cached[rows] - shared[rows], remaining, num_generated, max_tokens, self.quantiles[rows])
 
-    def newest(self) -> Sequence:
-        """The decoding sequence that arrived last."""
+    def newest(self, tenant: str | None = None) -> Sequence:
+        """The decoding sequence that arrived last; of this tenant, if there is one."""
         rows = self.decode_rows()
+        if tenant is not None:
+            rows = rows[[owner.request.tenant == tenant for owner in self.owners[rows]]]
         newest: Sequence = self.owners[rows[np.argmax(self.arrival_indices[rows])]]
         return newest
 

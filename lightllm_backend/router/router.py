@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router: the scheduler. It runs in rank 0's worker and does not import torch.
 
-The life of a request: `submit` queues it. `next_batch` admits queued requests in order of arrival, as soon as the KV
-pool can hold them to their end beside all running sequences (or probably can, if the policy estimates). It gives each a
-row and plans its prompt in chunks, at most batch_max_tokens new prompt tokens per step, beside one decode of each
-running sequence. `apply` takes the sampled tokens and ends sequences. `finish` is the only end, whatever the reason,
-and makes the one chunk with a finish_reason.
+The life of a request: `submit` queues it. `next_batch` admits queued requests in order of arrival, with a fair share
+for each tenant (fair_queue.py), as soon as the KV pool can hold them to their end beside all running sequences (or
+probably can, if the policy estimates). It gives each a row and plans its prompt in chunks, at most batch_max_tokens new
+prompt tokens per step, beside one decode of each running sequence. `apply` takes the sampled tokens and ends
+sequences. `finish` is the only end, whatever the reason, and makes the one chunk with a finish_reason.
 
 Steps overlap: the worker may call `next_batch` for step N + 1 before `apply` of step N, since planning never looks at
 tokens. The Router then notices an EOS one step late, and ignores what the sequence does in that step. It reuses
 released rows and token slots at once, even if a running batch contains them: the device runs steps in order.
 
-If a policy has admitted more than the pool can hold, the Router preempts the newest sequences: they release their slots
-and return to the front of the queue. The queue thus stays in order of arrival, and the oldest sequence always proceeds.
-A preempted sequence later prefills its prompt and its generated tokens, and continues from there.
+Nobody overtakes the request whose turn it is, and no sequence is preempted for fairness. If a policy has admitted more
+than the pool can hold, the Router preempts the newest sequences of the tenant that has received most: they release
+their slots, return to the front of its queue, and later prefill their prompt and their generated tokens.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from lightllm_backend.request import FinishReason, Request, RequestError, TokenC
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, candidate_demand
 from lightllm_backend.router.batch import Admission, Batch, RouterOutput, StepResult
 from lightllm_backend.router.deadlines import Deadlines
+from lightllm_backend.router.fair_queue import FairQueue
 from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
 from lightllm_backend.router.request_table import RequestTable
 from lightllm_backend.router.sequence import Sequence, SequenceState
@@ -50,8 +52,11 @@ class Router:
         queue_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         policy: AdmissionPolicy | None = None,
-        prefix_cache: bool = True,
+        prefix_cache: bool | str = True,
+        tenant_weights: Mapping[str, float] | None = None,
+        tenant_reserve: float = 0.0,
     ) -> None:
+        """prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`."""
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
         self._max_queue_size = max_queue_size
@@ -60,11 +65,11 @@ class Router:
         self._policy = policy or ExactAdmission()
 
         self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids))
-        self._pool = SlotPool(capacity, self._table, prefix_cache)
+        self._pool = SlotPool(capacity, self._table, bool(prefix_cache), by_tenant=prefix_cache == "tenant")
+        self._reserve = math.ceil(tenant_reserve * max_running), math.ceil(tenant_reserve * capacity)
         self._live: dict[str, Sequence] = {}  # by uid; the sequences that have not ended
         self._by_arrival_index: dict[int, Sequence] = {}  # the same sequences
-        # By uid, in order of arrival; preempted sequences come first.
-        self._queue: OrderedDict[str, Sequence] = OrderedDict()
+        self._queue = FairQueue(tenant_weights)
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; admission waits for it
         self._in_flight: deque[PlannedStep] = deque()
         self._deadlines = Deadlines(self._live)
@@ -90,9 +95,8 @@ class Router:
         except RequestError:
             self._requests["rejected"] += 1
             raise
-        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = self._queue[request.uid] = sequence
-        if request.urgent:
-            self._queue.move_to_end(request.uid, last=False)
+        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = sequence
+        self._queue.add(sequence)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, request.uid)
 
@@ -120,6 +124,7 @@ class Router:
         self._expire()
         self._release_planned_out()
         self._preempt_until_it_fits()
+        self._queue.charge_decodes(self._prefilling)
         decode_rows = self._table.decode_rows_longest_first()
         decode_slots = self._pool.allocate(len(decode_rows))
         decode_starts = self._table.append_decodes(decode_rows, decode_slots)
@@ -181,7 +186,7 @@ class Router:
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
         uid = sequence.request.uid
         del self._live[uid], self._by_arrival_index[sequence.arrival_index]
-        self._queue.pop(uid, None)
+        self._queue.remove(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
         self._release(sequence)
@@ -213,7 +218,7 @@ class Router:
     @property
     def has_queue(self) -> bool:
         """Whether any request waits for admission."""
-        return bool(self._queue)
+        return len(self._queue) > 0
 
     @property
     def queue_and_limit(self) -> tuple[int, int]:
@@ -243,16 +248,15 @@ class Router:
         """Assert that no slot, row or sequence is lost or duplicated, and that the pool suffices. For tests."""
         self._pool.check()
         self._table.check()
+        self._queue.check()
         owners = [owner for owner in self._table.owners if owner is not None]
         assert all(self._live.get(owner.request.uid) is owner for owner in owners), "an ended sequence has a row"
         for sequence in self._live.values():
             queued = sequence.state in (SequenceState.QUEUED, SequenceState.PREEMPTED)
-            assert queued == (sequence.request.uid in self._queue), "the queue and a state disagree"
+            assert queued == (sequence in self._queue), "the queue and a state disagree"
             assert not queued or sequence.row is None, "a queued sequence has a row"
             prefilling = sequence.state is SequenceState.PREFILLING
             assert prefilling == (sequence is self._prefilling), "a prompt is cut but not continued"
-        arrival_indices = [sequence.arrival_index for sequence in self._queue.values()]
-        assert arrival_indices == sorted(arrival_indices), "the queue is not in order of arrival"
         if isinstance(self._policy, ExactAdmission):
             assert self._preemptions_total == 0, "nobody is ever in need"
             peak = self._pool.peak(self._batch_max_tokens)
@@ -273,7 +277,11 @@ class Router:
                 f"that takes {sequence.max_slots} token slots, and the KV pool has {self._pool.capacity}",
             )
         if len(self._queue) >= self._max_queue_size and not request.urgent:
-            raise RequestError("UNAVAILABLE", f"the queue is full ({len(self._queue)} requests)")
+            full = RequestError("UNAVAILABLE", f"the queue is full ({len(self._queue)} requests)")
+            displaced = self._queue.displaced_by(sequence)
+            if displaced is None:
+                raise full
+            self.finish(displaced, FinishReason.FAILED, full)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -282,11 +290,9 @@ class Router:
             self.finish(sequence, FinishReason.CANCELLED, error)
         if self._queue_timeout_s is None:
             return
-        waiting = (sequence for sequence in self._queue.values() if sequence.state is SequenceState.QUEUED)
-        latest = now - self._queue_timeout_s
-        message = f"the request waited in the queue for {self._queue_timeout_s:g} seconds"
-        for sequence in list(itertools.takewhile(lambda sequence: sequence.arrival_time <= latest, waiting)):
-            self.finish(sequence, FinishReason.FAILED, RequestError("UNAVAILABLE", message))
+        late = RequestError("UNAVAILABLE", f"the request waited in the queue for {self._queue_timeout_s:g} seconds")
+        for sequence in self._queue.came_before(now - self._queue_timeout_s):
+            self.finish(sequence, FinishReason.FAILED, late)
 
     def _release_planned_out(self) -> None:
         """Release the sequences whose last step is planned, before its token is known.
@@ -302,13 +308,15 @@ class Router:
         if sequence.row is not None:
             self._pool.release(sequence.row)
             self._table.release_row(sequence)
+            self._queue.end(sequence)
             for step in self._in_flight:
                 step.holds_row[step.arrival_indices == sequence.arrival_index] = False
 
     def _preempt_until_it_fits(self) -> None:
         """Preempt sequences until the pool has a slot for each decode and for the next chunk of the cut prompt."""
         while self._slots_needed() > self._pool.available:
-            self._preempt(self._prefilling or self._table.newest())
+            tenant, cut = self._queue.most_served(), self._prefilling
+            self._preempt(cut if cut and tenant in (None, cut.request.tenant) else self._table.newest(tenant))
 
     def _slots_needed(self) -> int:
         needed = int(np.count_nonzero(self._table.decoding))
@@ -318,7 +326,7 @@ class Router:
         return needed
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Preempt the newest running sequence: release all it holds and put it in front of the queue."""
+        """Preempt a running sequence: release all it holds and put it in front of its tenant's queue."""
         row = sequence.row
         assert row is not None, "a sequence that runs has a row"
         sequence.known_ids = self._table.known_token_ids(row).copy()
@@ -327,8 +335,7 @@ class Router:
         if sequence is self._prefilling:
             self._prefilling = None
         sequence.state = SequenceState.PREEMPTED
-        self._queue[sequence.request.uid] = sequence
-        self._queue.move_to_end(sequence.request.uid, last=False)
+        self._queue.put_back(sequence)
         self._preemptions_total += 1
 
     def _record_length(self, sequence: Sequence, length: int) -> None:
@@ -340,6 +347,7 @@ class Router:
         """Plan at most batch_max_tokens of prompts: the one that the last step cut, then those of admitted candidates.
 
         A prompt that exceeds the rest of the budget is cut and takes all of it, so at most one prompt is cut at a time.
+        A candidate leaves the reserve, in rows and slots, to tenants that have nothing running, unless its own has not.
         """
         budget = self._batch_max_tokens
         chunks: list[PromptChunk] = []
@@ -348,16 +356,16 @@ class Router:
             budget -= len(chunks[0].slots)
         admitted: list[Admission] = []
         gate = None
-        while budget > 0 and self._queue and self._table.num_free_rows > 0:
-            sequence = next(iter(self._queue.values()))
-            if sequence.num_due:
+        while budget > 0 and (sequence := self._queue.next()) is not None and not sequence.num_due:
+            rows, slots = self._reserve if self._queue.runs_others(sequence) else (0, 0)
+            if self._table.num_free_rows <= rows:
                 break
             # A cut prompt takes the whole budget, so here all running sequences decode.
             gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
-            prefix = self._pool.find(sequence.known_ids)
+            prefix = self._pool.find(sequence.known_ids, sequence.request.tenant)
             planned = min(sequence.known_length, prefix.length + budget)
             demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
-            if not gate.admits(demand, self._pool.plannable):
+            if not gate.admits(demand, self._pool.plannable - slots):
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
@@ -368,7 +376,7 @@ class Router:
     def _admit(self, sequence: Sequence, prefix: Prefix) -> Admission:
         """Take the sequence out of the queue and give it a row."""
         request = sequence.request
-        del self._queue[request.uid]
+        self._queue.start(sequence, sequence.known_length - prefix.length)
         if sequence.state is SequenceState.QUEUED:
             sequence.queue_seconds = self._clock() - sequence.arrival_time
         slots = prefix.slots()

@@ -33,10 +33,12 @@ class SlotPool:
     row releases go to the prefix cache, which evicts them when the pool needs slots.
     """
 
-    def __init__(self, capacity: int, table: RequestTable, with_cache: bool) -> None:
+    def __init__(self, capacity: int, table: RequestTable, with_cache: bool, by_tenant: bool = False) -> None:
+        """by_tenant: a tenant finds in the cache only what its own sequences have left there."""
         self.capacity = capacity
         self._table = table
         self._with_cache = with_cache
+        self._by_tenant = by_tenant
         self._allocator = TokenSlotAllocator(capacity)
         num_rows = len(table.owners)
         self._cache = PrefixCache(num_rows)
@@ -74,11 +76,12 @@ class SlotPool:
             self._allocator.free(self._cache.evict(min(missing + in_advance, self._cache.num_evictable)))
         return self._allocator.allocate(count)
 
-    def find(self, token_ids: NDArray[np.int32]) -> Prefix:
+    def find(self, token_ids: NDArray[np.int32], tenant: str = "") -> Prefix:
         """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute."""
         if not self._with_cache:
             return Prefix(self._cache.root, 0, 0)
-        end, length = self._cache.find(token_ids[:-1])
+        root = self._cache.root_of(tenant) if self._by_tenant else self._cache.root
+        end, length = self._cache.find(token_ids[:-1], root)
         return Prefix(end, length, sum(len(node.token_ids) for node in end.path() if len(node.holders) > 1))
 
     def hold(self, row: int, prefix: Prefix) -> None:

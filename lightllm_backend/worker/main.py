@@ -60,7 +60,9 @@ def build_router(
         eos_ids=frozenset(info.eos_ids),
         queue_timeout_s=config.queue_timeout_s,
         policy=PastFutureAdmission() if config.admission == "past_future" else ExactAdmission(),
-        prefix_cache=config.prefix_cache and prefixes_are_alike,
+        prefix_cache=config.prefix_cache if prefixes_are_alike else False,
+        tenant_weights=dict(config.tenant_weights or ()),
+        tenant_reserve=config.tenant_reserve,
     )
 
 

@@ -426,6 +426,15 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     assert poll(lambda: streams._streams == {})
 
 
+def test_a_request_keeps_its_tenant_and_its_priority(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    options = RequestOptions(tenant="a", priority=-3)
+    text = TextStream.of(tokenizer, options, [1, 2])
+    streams.submit([1, 2], options, None, lambda uid: FakeResponder(), False, text)
+    assert (engine.requests["u0"].tenant, engine.requests["u0"].priority) == ("a", -3)
+
+
 def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     engine.refusal = RequestError("UNAVAILABLE", "no engine")
     with pytest.raises(RequestError, match="no engine"):

@@ -53,6 +53,8 @@ def over_the_wire(ends: tuple[Channel, Channel], message: Message) -> Message:
             ),
             deadline=12.5,
             urgent=True,
+            tenant="Ünit 7",
+            priority=-3,
         ),
     ],
 )  # fmt: skip

@@ -142,9 +142,10 @@ def as_chunks(output: RouterOutput) -> list[TokenChunk]:
 
 def make_request(
     uid: str, prompt_length: int, max_tokens: int = 4, deadline: float | None = None, family: int | None = None,
-    **sampling,
+    tenant: str = "", priority: int = 0, **sampling,
 ) -> Request:  # fmt: skip
     """A request whose prompt differs from that of most other uids; within a family, one begins with another."""
     first = sum(uid.encode()) if family is None else family
     prompt = tuple((first + position * position) % VOCABULARY for position in range(prompt_length))
-    return Request(uid, prompt, SamplingParams(max_tokens=max_tokens, **sampling), deadline)
+    sampling_params = SamplingParams(max_tokens=max_tokens, **sampling)
+    return Request(uid, prompt, sampling_params, deadline, tenant=tenant, priority=priority)

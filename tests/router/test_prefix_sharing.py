@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
@@ -152,6 +154,41 @@ def test_without_the_cache_nothing_is_kept() -> None:
         loop.run()
     assert computed(loop) == [20, 20]
     assert loop.router.stats().kv_tokens_cached == 0
+
+
+@both_depths
+def test_tenants_find_only_what_is_their_own_where_the_setting_says_so(depth: int) -> None:
+    for setting, tokens in [("tenant", [20, 20, 1, 20, 1]), (True, [20, 1, 1, 1, 1])]:
+        loop = make_loop(depth, prefix_cache=setting)
+        requests = [
+            make_request(f"r{i}", 20, family=1, tenant=tenant) for i, tenant in enumerate(["", "a", "", "b", "a"])
+        ]
+        for request in requests:
+            loop.submit(request)
+            loop.run()
+        assert computed(loop) == tokens
+        assert_answered(loop, *requests)
+
+
+def test_tenants_with_caches_apart_share_the_pool_and_leave_nothing_behind() -> None:
+    """Also if a tenant's tree is evicted while one of its sequences runs."""
+    loop = make_loop(depth=1, capacity=44, prefix_cache="tenant")
+    running = make_request("a0", 3, max_tokens=12, tenant="a")
+    loop.submit(running)
+    loop.step()
+    requests = [
+        make_request(f"{tenant}{index}", 20, 4, family=1, tenant=tenant) for index in (1, 2) for tenant in "bcd"
+    ]
+    for request in requests:
+        loop.submit(request)
+    loop.run()
+    assert_answered(loop, running, *requests)
+    assert loop.router.stats().kv_tokens_used == 0
+    assert len(loop.router._pool._cache._tenant_roots) > 1
+    loop.router.fail_all(RequestError("INTERNAL", "the step failed"))
+    assert loop.router.stats().kv_tokens_cached == 0
+    gc.collect()
+    assert len(loop.router._pool._cache._tenant_roots) == 0, "names of tenants pile up"
 
 
 @both_depths

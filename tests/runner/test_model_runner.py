@@ -178,7 +178,12 @@ def test_with_dynamic_rope_beginnings_are_not_alike(engine, tmp_path) -> None:
 
 
 def test_the_setting_turns_the_prefix_cache_off(engine) -> None:
-    for config, alike, kept in [({}, True, 12), ({"prefix_cache": False}, True, 0), ({}, False, 0)]:
+    for config, alike, kept in [
+        ({}, True, 12),
+        ({"prefix_cache": False}, True, 0),
+        ({}, False, 0),
+        ({"prefix_cache": "tenant"}, True, 12),
+    ]:
         router = build_router(EngineConfig(running_max_req_size=16, **config), engine.info, 4096, alike)
         run(engine, [[5] * 10], SamplingParams(max_tokens=3, ignore_eos=True), router=router)
         assert router.stats().kv_tokens_cached == kept
