@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """EngineLoad: how many requests wait for the engine, in a file that the processes of one server map. No torch.
 
-rank 0's worker writes the Router's queue and its limit after each plan, and the newest ticket of the tokenizer step
-that is in these numbers; generation, the newest ticket that it has refused. Door reads them: it turns requests away at
-the first step while the queue is full. Reading takes no system call. The Router stays the judge: a request that passes
-the door may still be refused there.
+rank 0's worker writes the Router's queue, its limit and the tenant with the longest queue after each plan, and the
+newest ticket of the tokenizer step that is in these numbers; generation, the newest ticket that it has refused. Door
+reads them: it turns requests away at the first step while the queue is full. Reading takes no system call. The Router
+stays the judge: a request that passes the door may still be refused there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import mmap
 import os
@@ -20,9 +21,9 @@ from pathlib import Path
 from lightllm_backend.messages.run_directory import load_file
 from lightllm_backend.request import RequestError
 
-# Fields, each int64: three that the worker writes, and one of generation.
-_QUEUED, _LIMIT, _TAKEN, _REFUSED = range(0, 32, 8)
-_FILE_SIZE = 32
+# Fields, each int64: four that the worker writes, and one of generation.
+_QUEUED, _LIMIT, _LONGEST, _TAKEN, _REFUSED = range(0, 40, 8)
+_FILE_SIZE = 40
 # One request passes a closed door this often, for the Router to judge: numbers of a process that has died, or of
 # requests that were lost on the way to generation, cannot keep a door closed.
 PASS_SECONDS = 0.1
@@ -45,9 +46,9 @@ class EngineLoad:
         """The worker has a request with this ticket, which the next `publish` includes; 0: one without a ticket."""
         self._taken = max(self._taken, ticket)
 
-    def publish(self, queued: int, limit: int) -> None:
-        """Write the Router's queue and its limit; a limit of 0 opens all doors."""
-        struct.pack_into("qqq", self._fields, _QUEUED, queued, limit, self._taken)
+    def publish(self, queued: int, limit: int, longest: str = "") -> None:
+        """Write the Router's queue, its limit and the tenant with the longest queue; a limit of 0 opens all doors."""
+        struct.pack_into("qqqq", self._fields, _QUEUED, queued, limit, _key(longest), self._taken)
 
     def refused(self, ticket: int) -> None:
         """Generation has refused a request with this ticket."""
@@ -57,6 +58,10 @@ class EngineLoad:
         """The Router's queue and its limit."""
         queued, limit = struct.unpack_from("qq", self._fields, _QUEUED)
         return queued, limit
+
+    def is_longest(self, tenant: str) -> bool:
+        """Whether no tenant has a longer queue than this one."""
+        return self._read(_LONGEST) == _key(tenant)
 
     @property
     def arrived(self) -> int:
@@ -72,8 +77,9 @@ class Door:
     """Turns requests away while the engine's queue is full, together with what is on its way there.
 
     The tokenizer step gives each request that it sends on a ticket, and the worker says which are in its numbers. So
-    the door decides as the Router will after its current step. Requests of lightllm_unary have no tickets: they have
-    passed all steps but the worker, and a refusal there is cheap.
+    the door decides as the Router will after its current step. The Router lets a tenant with a shorter queue take the
+    place of the one with the longest, so only that one's requests are turned away here. Requests of lightllm_unary have
+    no tickets: they have passed all steps but the worker, and a refusal there is cheap.
     """
 
     def __init__(self, load: EngineLoad, clock: Callable[[], float] = time.monotonic) -> None:
@@ -83,11 +89,11 @@ class Door:
         self._tickets = itertools.count(self._last_ticket + 1)
         self._passed_at = 0.0  # the last request that passed the closed door
 
-    def check(self, may_pass: Callable[[], bool]) -> None:
+    def check(self, tenant: str, may_pass: Callable[[], bool]) -> None:
         """Raise RequestError UNAVAILABLE if the queue is full. may_pass: called then; whether to let it in anyway."""
         queued, limit = self._load.read()
         on_the_way = max(0, self._last_ticket - self._load.arrived)
-        if not limit or queued + on_the_way < limit or may_pass():
+        if not limit or queued + on_the_way < limit or not self._load.is_longest(tenant) or may_pass():
             return
         now = self._clock()
         if now >= self._passed_at + PASS_SECONDS:
@@ -99,3 +105,10 @@ class Door:
         """A ticket for a request that the tokenizer step sends on now."""
         self._last_ticket = next(self._tickets)
         return self._last_ticket
+
+
+def _key(tenant: str) -> int:
+    """A tenant's name as an int64."""
+    return int.from_bytes(
+        hashlib.blake2b(tenant.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )

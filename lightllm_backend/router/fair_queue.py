@@ -139,14 +139,20 @@ class FairQueue:
         It is the last one of the tenant with the longest queue, if the new one's tenant then has a shorter queue still.
         Lengths count in proportion to the weights.
         """
-        waiting = [tenant for tenant in self._tenants.values() if tenant.levels]
-        if not waiting:
+        longest = self._tenants.get(self.longest())
+        if longest is None or not longest.levels:
             return None
-        longest = max(waiting, key=lambda tenant: tenant.num_queued / tenant.weight)
         name = sequence.request.tenant
         own = self._tenants.get(name) or Tenant(self._weight(name))
         is_shorter = (own.num_queued + 1) / own.weight < longest.num_queued / longest.weight
         return longest.last_queued() if is_shorter else None
+
+    def longest(self) -> str:
+        """The tenant with the longest queue for its weight; "" if nobody waits."""
+        if len(self._tenants) == 1:
+            return next(iter(self._tenants))
+        lengths = {name: tenant.num_queued / tenant.weight for name, tenant in self._tenants.items()}
+        return max(lengths, key=lambda name: lengths[name], default="")
 
     def came_before(self, latest: float) -> list[Sequence]:
         """The sequences that have not begun and came up to this time."""

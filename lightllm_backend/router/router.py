@@ -221,9 +221,10 @@ class Router:
         return len(self._queue) > 0
 
     @property
-    def queue_and_limit(self) -> tuple[int, int]:
-        """How many requests wait, and from how many on further ones are refused."""
-        return len(self._queue), self._max_queue_size
+    def queue_and_limit(self) -> tuple[int, int, str]:
+        """How many requests wait, from how many on further ones are refused, and the tenant that is refused first."""
+        queued, limit = len(self._queue), self._max_queue_size
+        return queued, limit, self._queue.longest() if 2 * queued >= limit else ""  # nobody asks much before it is full
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
@@ -281,7 +282,7 @@ class Router:
             displaced = self._queue.displaced_by(sequence)
             if displaced is None:
                 raise full
-            self.finish(displaced, FinishReason.FAILED, full)
+            self.finish(displaced, FinishReason.REJECTED, full)
 
     def _expire(self) -> None:
         now = self._clock()

@@ -66,9 +66,9 @@ class Entrance:
         `execute` returns what is there at once: that takes this process a fifth of the time of a response sender.
         """
         try:
-            self.door.check(lambda: is_probe(request))
             deadline = read_deadline(request)
             parsed = read_request(request)
+            self.door.check(parsed.options.tenant, lambda: is_probe(request))
             size = check_prompt(parsed, self._tokenizer, self._max_prompt_bytes, self._lengths)
             if size <= SHORT_PROMPT_BYTES:
                 return self._enter(request, parsed, deadline)

@@ -38,9 +38,9 @@ def door(tmp_path: Path, clock: Clock, worker: EngineLoad) -> Door:
     return door
 
 
-def is_closed(door: Door, may_pass: bool = False) -> bool:
+def is_closed(door: Door, may_pass: bool = False, tenant: str = "") -> bool:
     try:
-        door.check(lambda: may_pass)
+        door.check(tenant, lambda: may_pass)
     except RequestError:
         return True
     return False
@@ -53,10 +53,17 @@ def test_it_is_closed_while_the_queue_is_full(door: Door, worker: EngineLoad) ->
         assert is_closed(door) == closed
     worker.publish(8, 8)
     with pytest.raises(RequestError, match=r"^UNAVAILABLE: the queue is full \(8 requests\)$"):
-        door.check(lambda: False)
+        door.check("", lambda: False)
     assert not is_closed(door, may_pass=True), "a probe passes"
     worker.publish(0, 0)
     assert not is_closed(door), "a worker that ends opens it"
+
+
+def test_tenants_with_shorter_queues_pass(door: Door, worker: EngineLoad) -> None:
+    worker.publish(8, 8, "ähnlich")
+    assert is_closed(door, tenant="ähnlich")
+    assert not is_closed(door, tenant="b")
+    assert not is_closed(door)
 
 
 def test_what_is_on_its_way_counts(door: Door, worker: EngineLoad, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class World:
         too_large = len(request.prompt_ids) + request.sampling.max_tokens - 1 > self.conditions.capacity
         displaced = self._displaced_by(request) if full and not (too_large or self.closed) else None
         if displaced is not None:
-            self._may_end(displaced, FinishReason.FAILED)
+            self._may_end(displaced, FinishReason.REJECTED)
         refusal = None
         try:
             submit(self.router, request)

@@ -230,7 +230,7 @@ def test_a_full_queue_takes_a_small_tenant_s_request_for_the_newest_of_the_large
     submit(router, make_request("c0", 3, tenant="c"))
     chunks = router.drain_finished()
     assert [(chunk.uid, chunk.finish_reason) for chunk in chunks] == [
-        (uid, FinishReason.FAILED) for uid in ("a4", "a3", "a2", "a1")
+        (uid, FinishReason.REJECTED) for uid in ("a4", "a3", "a2", "a1")
     ]
     assert {str(chunk.error) for chunk in chunks} == {"UNAVAILABLE: the queue is full (6 requests)"}
     assert router.stats().queued_requests == 6

@@ -32,11 +32,10 @@ class Request:
     def __init__(self, text: str | None = None, ids: list[int] | None = None, **parameters: Any) -> None:
         self.values = {"text_input": [text.encode()]} if text is not None else {"input_ids": ids}
         self._parameters = json.dumps(parameters)
-        self.gone, self.was_read, self.answered = False, False, threading.Event()
+        self.gone, self.answered = False, threading.Event()
         self.answer: Any = None
 
     def inputs(self) -> list[Any]:
-        self.was_read = True
         return [
             SimpleNamespace(name=lambda name=name: name, as_numpy=lambda value=value: np.array(value))
             for name, value in self.values.items()
@@ -143,13 +142,13 @@ def test_who_has_gone_is_not_encoded(place: Place) -> None:
     assert second.answer == "CANCELLED: the client has gone"
 
 
-def test_while_the_queue_is_full_nothing_is_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_the_queue_is_full_nothing_is_encoded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROBE_KEY_VARIABLE, "secret")
     place.load.publish(2, 2)
     assert place.entrance.take(Request(SHORT)) == SHORT_TOKENS, "one passes now and then"
     request = Request(SHORT)
     assert place.entrance.take(request) == "UNAVAILABLE: the queue is full (2 requests)"
-    assert not request.was_read
+    assert place.entrance.take(Request(SHORT, tenant="another")) == SHORT_TOKENS, "the Router makes room for it"
     assert place.entrance.take(Request(SHORT, probe_key="secret")) == SHORT_TOKENS
     place.load.publish(1, 2)
     assert place.entrance.take(Request(SHORT)) == SHORT_TOKENS
