@@ -335,11 +335,29 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def soak(result: dict[str, Any]) -> list[str]:
+    minutes = result["seconds"] / 60
+    title = f"**{result['model']}: {minutes:g} minutes of mixed load, {result['clients']} requests at once**"
+    ends = [[kind, f"{count:,}"] for kind, count in sorted(result["ends"].items(), key=lambda item: -item[1])]
+    faults: dict[str, list[float | None]] = {}
+    for fault in result["faults"]:
+        faults.setdefault(f"{fault['signal']}, {fault['role']}", []).append(fault["back_after"])
+    back = [
+        [name, str(len(seconds)), ", ".join("never" if one is None else f"{one:.1f}" for one in seconds)]
+        for name, seconds in faults.items()
+    ]
+    growth = [[role, f"{megabytes:+.1f}"] for role, megabytes in result["growth_mb"].items()]
+    lines = [f"{title} ({origin(result)}):", "", *table(["end of a request", "number"], ends), ""]
+    if back:
+        lines += [*table(["fault", "times", "served again after, s"], back), ""]
+    return lines + table(["processes", "growth from the second to the last fifth, MB"], growth)
+
+
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
-    "long_context": long_context,
+    "long_context": long_context, "soak": soak,
 }  # fmt: skip
 
 

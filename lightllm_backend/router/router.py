@@ -82,7 +82,7 @@ class Router:
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._device_seconds_total = 0.0
-        self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason} | {"rejected": 0})
+        self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
 
     # Requests of clients
 
@@ -93,7 +93,7 @@ class Router:
         try:
             self._check_admissible(sequence)
         except RequestError:
-            self._requests["rejected"] += 1
+            self._requests[FinishReason.REJECTED.value] += 1
             raise
         self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = sequence
         self._queue.add(sequence)

@@ -91,7 +91,7 @@ class World:
         )  # fmt: skip
         self.runner = FakeRunner(given.capacity, given.max_running)
         self.live: dict[str, Life] = {}
-        self.num_accepted = self.num_ended = self.steps = self.preemptions = 0
+        self.num_accepted = self.num_refused = self.num_ended = self.steps = self.preemptions = 0
         self.most_used = 0
         self.closed = False
         self._in_flight: deque[tuple[Batch, StepResult]] = deque()
@@ -117,6 +117,7 @@ class World:
         foreseen = self.closed or too_large or (full and displaced is None)
         assert foreseen == (refusal is not None), f"the model and the Router disagree: {refusal}"
         if refusal is not None:
+            self.num_refused += 1
             return False
         self.live[request.uid] = Life(request, (self.now, self._numbers))
         self.num_accepted += 1
@@ -181,7 +182,7 @@ class World:
         stats = self.router.stats()
         assert (stats.queued_requests, stats.running_requests, stats.kv_tokens_used) == (0, 0, 0)
         ended = self.router.ended_requests
-        assert sum(ended.values()) - ended["rejected"] == self.num_accepted
+        assert sum(ended.values()) == self.num_accepted + self.num_refused
 
     # What must hold
 
