@@ -161,7 +161,8 @@ def _mark_end(chat: list[dict[str, Any]], field: str, source: str) -> str:
         for other in fields:
             chat[-1][other] = content + _END_OF_FINAL_MESSAGE
         return content
-    part = next((part for part in reversed(content) if "text" in part), None)
+    parts = content if isinstance(content, (list, tuple)) else ()
+    part = next((one for one in reversed(parts) if isinstance(one, dict) and isinstance(one.get("text"), str)), None)
     if part is None:
         raise ChatTemplateError("continue_final_message is set, but the final message has no text")
     text: str = part["text"]

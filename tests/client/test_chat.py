@@ -159,6 +159,8 @@ def test_a_final_message_is_continued_as_in_transformers(source, final, field):
             "leaves the final message",
         ),
         (PARTS, [{"role": "user", "content": [{}]}], {"continue_final_message": True}, "has no text"),
+        (CHATML, [{"role": "user", "content": False}], {"continue_final_message": True}, "has no text"),
+        (CHATML, [{"role": "user", "content": ["x", {"text": 1}]}], {"continue_final_message": True}, "has no text"),
         (CHATML, MESSAGES, {"tools": [print]}, "tools must be a list of JSON objects"),
         (CHATML, MESSAGES, {"documents": ["x"]}, "documents must be a list of JSON objects"),
     ],
