@@ -14,6 +14,7 @@ import pytest
 from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
 from tests.models.random_models import save_random_model
+from tests.polling import poll
 from tests.runner.engine_harness import transformers_greedy
 
 pytestmark = pytest.mark.e2e
@@ -46,7 +47,7 @@ def test_a_family_is_served(family: str, tp: int, tmp_path: Path) -> None:
     finally:
         server.stop()
     assert [list(answer.token_ids) for answer in answers] == expected
-    assert not any(psutil.pid_exists(process.pid) for process in processes)
+    assert poll(lambda: not any(psutil.pid_exists(process.pid) for process in processes)), "the guard is the last"
 
 
 def test_ranks_that_do_not_divide_the_heads_fail_the_start(tmp_path: Path) -> None:

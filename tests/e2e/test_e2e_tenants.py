@@ -30,7 +30,7 @@ def test_a_flood_leaves_another_tenant_a_place_and_the_next_turn(
         return small_server.metrics()[f"lightllm_{metric}"]
 
     assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
-    failed_before = count('requests_total{status="failed"}')
+    rejected_before = count('requests_total{status="rejected"}')
     flood = []
     try:
         for size, queued in [(RUNNING, 0), (WAITING, WAITING)]:
@@ -39,7 +39,7 @@ def test_a_flood_leaves_another_tenant_a_place_and_the_next_turn(
             assert poll(lambda: count("running_requests") == RUNNING, EVENTUALLY)
         with ThreadPoolExecutor(1) as pool:
             single = pool.submit(small_client.generate, PROMPT, max_tokens=1, tenant="b")
-            assert poll(lambda: count('requests_total{status="failed"}') == failed_before + 1, EVENTUALLY)
+            assert poll(lambda: count('requests_total{status="rejected"}') == rejected_before + 1, EVENTUALLY)
             flood[0].close()
             assert single.result(EVENTUALLY).num_output_tokens == 1
             assert count("queued_requests") >= WAITING - 2, "it was not its turn"

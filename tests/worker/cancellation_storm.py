@@ -155,7 +155,7 @@ class Storm:
 
         def cancelling_next_batch() -> Batch | None:
             batch = next_batch()
-            preempted = [one for one in router._queue.values() if one.state is SequenceState.PREEMPTED]
+            preempted = [one for one in router._queue if one.state is SequenceState.PREEMPTED]
             cut = [router._prefilling] if router._prefilling and self.random.random() < 0.2 else []
             for sequence in preempted + cut:
                 if sequence.request.uid in self._cancellable:

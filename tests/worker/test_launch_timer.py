@@ -54,7 +54,7 @@ class Simulation:
         self._steps_in_flight = 0
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
-        load = SimpleNamespace(publish=lambda queued, limit: None, took=lambda ticket: None)
+        load = SimpleNamespace(publish=lambda queued, limit, longest: None, took=lambda ticket: None)
         run(self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, load, clock=lambda: self.now)  # type: ignore[arg-type]
 
     # As an EngineServer
