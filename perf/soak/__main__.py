@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,7 @@ SHARED_MEMORY = Path("/dev/shm")
 # Which processes a fault may hit, by what is in their command lines.
 ROLES = {
     "worker": "lightllm_backend.worker.main",
+    "guard": "lightllm_backend.launch.guard",
     "tokenizer": "/tokenizer/",
     "generation": "/generation/",
     "detokenizer": "/detokenizer/",
@@ -89,6 +91,7 @@ class Record:
     samples: list[Sample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # descriptions of the ends that must not be
+    errors: Counter[str] = field(default_factory=Counter)  # the words of all errors, without numbers
 
 
 class ServerUnderTest:
@@ -155,9 +158,13 @@ async def wait_served(clients: Clients, limit: float) -> bool:
     return False
 
 
-async def inject(server: ServerUnderTest, clients: Clients, record: Record, began: float, every: float) -> None:
+async def inject(
+    server: ServerUnderTest, clients: Clients, record: Record, began: float, every: float, end: float
+) -> None:
     """Inject a fault every so often, and measure when the service is back."""
     for role, number in itertools.cycle(FAULTS):
+        if time.monotonic() + every > end:
+            return
         await asyncio.sleep(every)
         victims = server.processes().get(role, [])
         if not victims:
@@ -211,6 +218,8 @@ async def soak(
     def on_end(end: End) -> None:
         record.ends[end.kind] += 1
         record.tokens[int((time.monotonic() - began) / SAMPLE_SECONDS)] += end.num_tokens
+        if end.detail:
+            record.errors[f"{end.kind}: {re.sub(r'[0-9]+', 'N', end.detail)[:150]}"] += 1
         if end.is_wrong:
             record.wrong.append(f"{time.monotonic() - began:.1f} s: {end.request}: {end.kind}: {end.detail}")
 
@@ -220,17 +229,14 @@ async def soak(
     began = time.monotonic()
     beside = [asyncio.create_task(sample(server, record, began))]
     if every:
-        beside.append(asyncio.create_task(inject(server, clients, record, began, every)))
+        beside.append(asyncio.create_task(inject(server, clients, record, began, every, began + seconds)))
     load = [asyncio.create_task(clients.ask_until(began + seconds)) for _ in range(num_clients)]
     with tqdm(total=int(seconds), unit="s", desc="soak") as bar:
         while (passed := time.monotonic() - began) < seconds:
             bar.update(int(passed) - bar.n)
             await asyncio.sleep(1)
-    if every:
-        beside[1].cancel()
     await asyncio.gather(*load)
-    for task in beside:
-        task.cancel()
+    beside[0].cancel()
     await asyncio.gather(*beside, return_exceptions=True)
     if not await wait_served(clients, BACK_SECONDS):
         record.wrong.append("the service did not come back after the load")
@@ -315,7 +321,7 @@ def main(
     result = {
         "benchmark": "soak", "model": model or "embedded", "settings": given, "clients": num_clients,
         "longest": longest, "fault_every": fault_every, "seed": seed, "seconds": minutes * 60, **circumstances(gpu),
-        "ends": dict(record.ends), "wrong": record.wrong, "faults": [asdict(fault) for fault in record.faults],
+        "ends": dict(record.ends), "errors": dict(record.errors.most_common(30)), "wrong": record.wrong, "faults": [asdict(fault) for fault in record.faults],
         "growth_mb": growth(record.samples), "samples": [asdict(one) for one in record.samples],
         "tokens_by_window": [record.tokens[index] for index in range(int(minutes * 60 / SAMPLE_SECONDS))],
         "exit_code": exit_code, "stop_seconds": stop_seconds, "left": left,

@@ -146,7 +146,7 @@ def http_end(ask: Ask, text: str) -> End:
     """Tell from a whole HTTP response how the request has ended: the answer's JSON, or the events of a stream."""
     status = text.split(" ", 2)[1] if text.startswith("HTTP/1.1 ") else ""
     messages = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would split at some characters of the answers too
         _, brace, rest = line.partition("{")
         with contextlib.suppress(ValueError):
             messages.append(json.loads(brace + rest))

@@ -148,7 +148,8 @@ def test_a_plain_server_with_a_dead_step_ends_and_leaves_nothing(tiny_model: Pat
     assert poll(lambda: server.process.poll() is not None, DEAD_SECONDS + ENDED_SECONDS)
     assert streams.wait_ended(ENDED_SECONDS)
     assert poll(lambda: not traces.left() and not directory.exists()), traces.left()
-    assert "error: the server is ended: generation (process " in server.log()
+    said = "error: the server is ended: generation (process " in server.log()
+    assert said or server.process.returncode < 0, "Triton server at times dies of a dead step before it is ended"
 
 
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.soak)])

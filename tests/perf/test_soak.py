@@ -14,7 +14,7 @@ HEAD = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
 def event(**values: object) -> str:
-    return f"data: {json.dumps(values)}\n\n"
+    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ def event(**values: object) -> str:
             "done",
             3,
         ),
+        (HEAD + event(num_output_tokens=3, finish_reason="length", text_output="a\x85b"), "done", 3),
         (HEAD + event(num_output_tokens=2, finish_reason="length"), "wrong", 2),
         (HEAD + event(num_output_tokens=2, finish_reason=""), "connection ended", 0),
         (
