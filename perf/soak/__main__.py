@@ -321,7 +321,8 @@ def main(
     result = {
         "benchmark": "soak", "model": model or "embedded", "settings": given, "clients": num_clients,
         "longest": longest, "fault_every": fault_every, "seed": seed, "seconds": minutes * 60, **circumstances(gpu),
-        "ends": dict(record.ends), "errors": dict(record.errors.most_common(30)), "wrong": record.wrong, "faults": [asdict(fault) for fault in record.faults],
+        "ends": dict(record.ends), "errors": dict(record.errors.most_common(30)),
+        "wrong": record.wrong, "faults": [asdict(fault) for fault in record.faults],
         "growth_mb": growth(record.samples), "samples": [asdict(one) for one in record.samples],
         "tokens_by_window": [record.tokens[index] for index in range(int(minutes * 60 / SAMPLE_SECONDS))],
         "exit_code": exit_code, "stop_seconds": stop_seconds, "left": left,
