@@ -222,7 +222,8 @@ def _weights(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def _refusal(key: str, value: Any, allowed: str) -> ConfigError:
-    return ConfigError(f"{key} is {value!r}; allowed: {allowed}")
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+    return ConfigError(f"{key} is {shown}; allowed: {allowed}")
 
 
 def _unknown(key: str, source: str) -> ConfigError:

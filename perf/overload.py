@@ -156,7 +156,17 @@ def main(protocol: str, requests: int, output_len: int, streams: int, settings: 
             result = asyncio.run(measure(server.target, requests, output_len, streams, pool))
     for name, value in result.items():
         click.echo(f"{name}: {value}")
-    write_result(out, {**circumstances(None), "protocol": protocol, "requests": requests, "settings": given, **result})
+    write_result(
+        out,
+        {
+            "benchmark": "overload",
+            **circumstances(None),
+            "protocol": protocol,
+            "requests": requests,
+            "settings": given,
+            **result,
+        },
+    )
 
 
 if __name__ == "__main__":

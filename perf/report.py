@@ -335,6 +335,18 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def overload(result: dict[str, Any]) -> list[str]:
+    outcomes, refused = result["outcomes"], result["refused_seconds"]
+    before, during = result["gap_before"], result["gap_while_refusing"]
+    title = f"**{result['requests']:,} requests at once over {result['protocol']}, an engine that tells the time**"
+    figures = [f"{outcomes.get(name, 0):,}" for name in ("done", "refused")]
+    figures += [f"{refused[name]:.2f}" for name in ("p50", "p99", "max")]
+    figures += [f"{1e3 * gap['p99']:.1f}" for gap in (before, during)] + [f"{during['max']:.2f}"]
+    headings = ["done", "refused", "refused after, s, p50", "p99", "longest", "between responses before, ms, p99"]
+    headings += ["while refusing, ms, p99", "longest pause, s"]
+    return [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
+
+
 def soak(result: dict[str, Any]) -> list[str]:
     minutes = result["seconds"] / 60
     title = f"**{result['model']}: {minutes:g} minutes of mixed load, {result['clients']} requests at once**"
@@ -357,7 +369,7 @@ SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
-    "long_context": long_context, "soak": soak,
+    "long_context": long_context, "overload": overload, "soak": soak,
 }  # fmt: skip
 
 

@@ -69,7 +69,10 @@ _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
 # Triton server refuses some requests before any of our models sees them; its message then has no code in front.
 _SERVER_WORDS: tuple[tuple[re.Pattern[str], type[LightLLMError]], ...] = (
-    (re.compile("has no available versions|is not ready|is not healthy|at least one version"), Unavailable),
+    (
+        re.compile("has no available versions|is not ready|is not healthy|at least one version|Server is stopping"),
+        Unavailable,
+    ),
     (re.compile("unknown model"), NotFound),
     (re.compile("unexpected (shape|inference input|datatype)|inputs? but model|unable to load"), InvalidArgument),
 )

@@ -62,7 +62,9 @@ class Service:
                 return FAILED
             failures = 1 if seconds >= STEADY_SECONDS else failures + 1
             if failures > restart:
-                self._say(f"error: the server has failed {failures} times in a row, and restart is {restart}")
+                self._say(
+                    f"error: the server has failed; restart is {restart}, and this was failure {failures} in a row"
+                )
                 return FAILED
             pause = min(FIRST_PAUSE_SECONDS * 2 ** (failures - 1), MAX_PAUSE_SECONDS)
             self._say(f"the server is started again in {pause:g} s ({failures} of {restart})")
@@ -157,12 +159,13 @@ class Service:
             progress.look()
             is_drained = progress.engine_rests
         if not is_drained:
-            self._say(f"{progress.num_open} requests are ended before they are complete")
+            self._say(f"ending requests before they are complete: {progress.num_open}")
             closer.close_engine(reason)
         if self._signals == 1:
             wait_delivered(server.directory, TELL_SECONDS)
-        if not server.stop(STOP_SECONDS if self._signals == 1 else 0.0):
-            self._say(f"tritonserver did not end within {STOP_SECONDS:g} s and was killed")
+        seconds = STOP_SECONDS if self._signals == 1 else 0.0
+        if not server.stop(seconds) and seconds:
+            self._say(f"tritonserver did not end within {seconds:g} s and was killed")
         return STOPPED if is_drained else CUT
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:

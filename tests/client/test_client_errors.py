@@ -31,6 +31,7 @@ from lightllm_client.errors import error_from_message, error_from_status
         ("Request for unknown model: 'nope' is not found", NotFound, None),
         ("Request for unknown model: 'lightllm' has no available versions", Unavailable, None),
         ("in ensemble 'lightllm', Stub process 'detokenizer_0_1' is not healthy.", Unavailable, None),
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", Unavailable, None),
         ("unexpected inference input 'foo' for model 'lightllm'", InvalidArgument, None),
         (
             "[request id: <id_unknown>] unexpected shape for input 'text_input' for model 'lightllm'.",
