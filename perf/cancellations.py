@@ -114,7 +114,7 @@ def seconds_until_rest(metrics_address: str) -> float | None:
 
 
 def resident_mebibytes(pid: int) -> dict[str, float]:
-    """Of the launch command's descendants, by what they are."""
+    """Find the launch command's descendants by what they are."""
     sizes: Counter[str] = Counter()
     for process in psutil.Process(pid).children(recursive=True):
         line = process.cmdline()

@@ -18,9 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # A template renders in milliseconds, also for a thousand messages.
 MAX_SECONDS = 10.0
-# Of a prompt in characters, and of any text or list on the way to it; the server refuses prompts of more than 1 MiB.
+# The limit for a prompt, in characters, and for each text or list on the way to it; the server refuses more than 1 MiB.
 MAX_SIZE = 2**24
-# Of a power, in bits: larger ones take minutes to compute.
+# The limit for a power, in bits: larger ones take minutes to compute.
 MAX_BITS = 2**16
 
 

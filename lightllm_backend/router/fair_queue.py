@@ -87,7 +87,7 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._waiting.values())
 
-    # Who waits
+    # Waiting requests
 
     def add(self, sequence: Sequence) -> None:
         """Add a new request."""

@@ -30,7 +30,7 @@ def worker(tmp_path: Path) -> EngineLoad:
 
 @pytest.fixture
 def door(tmp_path: Path, clock: Clock, worker: EngineLoad) -> Door:
-    """Through which one request has just passed although it was closed."""
+    """A door through which one request has just passed although it was closed."""
     door = Door(EngineLoad(tmp_path), clock)
     worker.publish(1, 1)
     assert not is_closed(door)
