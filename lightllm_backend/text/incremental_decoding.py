@@ -165,6 +165,8 @@ class WindowDecoder:
                 break
         for token_id in context:
             self.push((token_id,))
+        # The last token may hold whole characters before the one that it begins: these are the prompt's.
+        self._context_text = self._decode(self._window).rstrip(REPLACEMENT_CHARACTER)
 
     def push(self, token_ids: Sequence[int]) -> str:
         self._window.extend(token_ids)

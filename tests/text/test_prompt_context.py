@@ -97,6 +97,7 @@ def test_the_same_of_a_window(metaspace: Tokenizer, prompt, output):
 
 @given(text=st.text(st.sampled_from("a 你😀🙂👨👩\u200dé"), max_size=12), cut=st.integers(0, 40))
 @example("ab 🙂", BYTE_LEVEL.encode("ab 🙂").__len__() - 1)
+@example("\u200d👨aé", 8)  # one token has the a and the first byte of the é
 def test_a_window_gives_the_character_that_the_prompt_begins(text: str, cut: int):
     ids = BYTE_LEVEL.encode(text)
     decoder = WindowDecoder(BYTE_LEVEL_LIBRARY.decode)
