@@ -222,9 +222,9 @@ class Router:
 
     @property
     def queue_and_limit(self) -> tuple[int, int, str]:
-        """How many requests wait, from how many on further ones are refused, and the tenant that is refused first."""
+        """The waiting requests, their limit, and, once half of it is reached, the tenant that is refused first."""
         queued, limit = len(self._queue), self._max_queue_size
-        return queued, limit, self._queue.longest() if 2 * queued >= limit else ""  # nobody asks much before it is full
+        return queued, limit, self._queue.longest() if 2 * queued >= limit else ""
 
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""

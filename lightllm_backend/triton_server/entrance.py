@@ -63,7 +63,7 @@ class Entrance:
     def take(self, request: Any) -> Any:
         """Take a request. Return its response, or None if that will come from the request's response sender.
 
-        `execute` returns what is there at once: that takes this process a fifth of the time of a response sender.
+        `execute` returns what is there at once: a response sender for each would take this process longer.
         """
         try:
             deadline = read_deadline(request)
