@@ -131,10 +131,11 @@ test() {
     mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
-    # Two at a time, a file on one worker, since its tests share a server; on a GPU one after the other.
-    local workers=2
+    # Three processes keep two cores busy, since servers are waited for; on a GPU one test after the other. Which test
+    # runs on which of them: tests/conftest.py.
+    local workers=3
     if nvidia-smi >/dev/null 2>&1; then workers=0; fi
-    exec python -m pytest -q --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+    exec python -m pytest -q --numprocesses "$workers" --no-loadscope-reorder "$@"
 }
 
 docker() {

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -18,6 +21,9 @@ from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
 
 DATA = Path(__file__).parents[1] / "data"
+# Four of the embedded model's 30 layers, which are four times as quick and still never repeat themselves.
+SHORT_MODEL_LAYERS = (0, 1, 11, 27)
+SHORT_MODEL_SAYS = " comprom"  # after "The capital of Japan is"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,22 +44,55 @@ def _running(server: TritonServer) -> Iterator[TritonServer]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Its administration APIs are closed, as the launch command closes them."""
-    yield from _running(TritonServer(tmp_path_factory.mktemp("server") / "log", closing_options(())))
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with SHORT_MODEL_LAYERS alone: wild words, but greedy decoding has no ties."""
+    embedded, directory = embedded_model_directory(), tmp_path_factory.mktemp("short_model")
+    for path in embedded.glob("*.json"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    config = json.loads((embedded / "config.json").read_bytes())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(SHORT_MODEL_LAYERS)}))
+    kept = {}
+    for name, weight in safetensors.torch.load_file(embedded / "model.safetensors").items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None:
+            kept[name] = weight
+        elif int(layer[1]) in SHORT_MODEL_LAYERS:
+            kept[name.replace(layer[0], f"model.layers.{SHORT_MODEL_LAYERS.index(int(layer[1]))}.")] = weight
+    safetensors.torch.save_file(kept, directory / "model.safetensors")
+    return directory
 
 
 @pytest.fixture(scope="session")
-def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Runs 4 requests at once and lets 8 more wait; its models are loaded by hand."""
+def server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Has the short model; its administration APIs are closed, as the launch command closes them."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    yield from _running(TritonServer(log, closing_options(()), model_dir=short_model))
+
+
+@pytest.fixture(scope="session")
+def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Has the whole embedded model, for tests of what it says."""
+    yield from _running(TritonServer(tmp_path_factory.mktemp("full_server") / "log"))
+
+
+@pytest.fixture(scope="session")
+def small_server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Has the short model, runs 4 requests at once and lets 8 more wait; its models are loaded by hand."""
     arguments = ["--model-control-mode=explicit", "--load-model=lightllm", "--load-model=lightllm_unary"]
     log = tmp_path_factory.mktemp("small_server") / "log"
-    yield from _running(TritonServer(log, arguments, running_max_req_size=4, max_queue_size=8))
+    settings = {"model_dir": short_model, "running_max_req_size": 4, "max_queue_size": 8}
+    yield from _running(TritonServer(log, arguments, **settings))
 
 
 @pytest.fixture(scope="session")
 def client(server: TritonServer) -> Iterator[LightLLMClient]:
     with LightLLMClient(server.grpc_url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def full_client(full_server: TritonServer) -> Iterator[LightLLMClient]:
+    with LightLLMClient(full_server.grpc_url, timeout=120) as client:
         yield client
 
 

@@ -32,31 +32,31 @@ def run(script: str, url: str) -> str:
     return done.stdout
 
 
-def test_stream(server: TritonServer, client: LightLLMClient) -> None:
-    answer = client.generate("The capital of Japan is", max_tokens=16).text
-    assert run("stream.py", server.grpc_url) == answer + "\n"
+def test_stream(full_server: TritonServer, full_client: LightLLMClient) -> None:
+    answer = full_client.generate("The capital of Japan is", max_tokens=16).text
+    assert run("stream.py", full_server.grpc_url) == answer + "\n"
 
 
-def test_async_many(server: TritonServer) -> None:
-    lines = run("async_many.py", server.grpc_url).splitlines()
+def test_async_many(full_server: TritonServer) -> None:
+    lines = run("async_many.py", full_server.grpc_url).splitlines()
     assert len(lines) == 8
     assert lines[0] == "Japan: Tokyo."
 
 
-def test_chat(server: TritonServer) -> None:
-    lines = run("chat.py", server.grpc_url).splitlines()
+def test_chat(full_server: TritonServer) -> None:
+    lines = run("chat.py", full_server.grpc_url).splitlines()
     assert lines[0] == "> What is the capital of Japan?"
     assert "Tokyo" in lines[1]
     assert "> And of France?" in lines
 
 
-def test_unary_tritonclient(server: TritonServer, client: LightLLMClient) -> None:
-    answer = client.generate("The capital of Japan is", max_tokens=16).text
-    assert run("unary_tritonclient.py", server.http_url) == answer + "\n"
+def test_unary_tritonclient(full_server: TritonServer, full_client: LightLLMClient) -> None:
+    answer = full_client.generate("The capital of Japan is", max_tokens=16).text
+    assert run("unary_tritonclient.py", full_server.http_url) == answer + "\n"
 
 
 def test_the_demo_knows_a_ready_server_and_streams_an_answer(
-    server: TritonServer, client: LightLLMClient, capsys: pytest.CaptureFixture[str]
+    full_server: TritonServer, full_client: LightLLMClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     specification = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
     assert specification is not None
@@ -64,10 +64,10 @@ def test_the_demo_knows_a_ready_server_and_streams_an_answer(
     demo = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(demo)
     [nobody] = free_ports(1)
-    assert not demo.is_ready(nobody, client)
+    assert not demo.is_ready(nobody, full_client)
     with LightLLMClient(f"127.0.0.1:{nobody}") as other:
-        assert not demo.is_ready(server.http_port, other)
-    assert demo.wait_until_ready(server.process, server.http_port, client)
-    prompt = demo.ask(client)
+        assert not demo.is_ready(full_server.http_port, other)
+    assert demo.wait_until_ready(full_server.process, full_server.http_port, full_client)
+    prompt = demo.ask(full_client)
     assert prompt.endswith("What is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n")
     assert capsys.readouterr().out == "\n> What is the capital of Japan?\nThe capital of Japan is Tokyo.\n\n"

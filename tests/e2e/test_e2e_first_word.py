@@ -34,8 +34,8 @@ PROMPTS = [
 
 @pytest.fixture(scope="module", params=["auto", "slow"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """tokenizer.json, then tokenizer.model."""
-    directory = save_random_model("llama2_gqa", tmp_path_factory.mktemp("llama") / "model", VOCAB)
+    """tokenizer.json, then tokenizer.model; a directory may have any name."""
+    directory = save_random_model("llama2_gqa", tmp_path_factory.mktemp("llama") / "modèle 模型", VOCAB)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, directory)
     config = json.loads((directory / "tokenizer_config.json").read_text())

@@ -66,15 +66,15 @@ def answer(responses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "value", "base"), CASES, ids=[case[0] for case in CASES])
-def test_three_ways(server: TritonServer, name: str, value: Any, base: dict[str, Any]) -> None:
+def test_three_ways(full_server: TritonServer, name: str, value: Any, base: dict[str, Any]) -> None:
     request = {"max_tokens": 6, **base}
     default = {key: kept for key, kept in request.items() if key != name}
     without, tensor, in_json, parameter = in_parallel(
         [
-            lambda: answer(stream_grpc(server, request if name == "max_tokens" else default)),
-            lambda: answer(stream_grpc(server, {**default, name: value})),
-            lambda: answer(stream_grpc(server, {**default, "sampling_parameters": json.dumps({name: value})})),
-            lambda: answer(stream_grpc(server, default, parameters={name: _parameter(value)})),
+            lambda: answer(stream_grpc(full_server, request if name == "max_tokens" else default)),
+            lambda: answer(stream_grpc(full_server, {**default, name: value})),
+            lambda: answer(stream_grpc(full_server, {**default, "sampling_parameters": json.dumps({name: value})})),
+            lambda: answer(stream_grpc(full_server, default, parameters={name: _parameter(value)})),
         ]
     )
     assert tensor == in_json == parameter
@@ -82,13 +82,13 @@ def test_three_ways(server: TritonServer, name: str, value: Any, base: dict[str,
 
 
 @pytest.mark.parametrize(("alias", "name", "value", "prompt"), ALIASES, ids=[alias[0] for alias in ALIASES])
-def test_aliases(server: TritonServer, alias: str, name: str, value: Any, prompt: str) -> None:
+def test_aliases(full_server: TritonServer, alias: str, name: str, value: Any, prompt: str) -> None:
     base = {"text_input": prompt, "max_tokens": 4}
     base.pop(name, None)
     canonical, aliased = in_parallel(
         [
-            lambda: answer(stream_grpc(server, base, parameters={name: _parameter(value)})),
-            lambda: answer(stream_grpc(server, base, parameters={alias: _parameter(value)})),
+            lambda: answer(stream_grpc(full_server, base, parameters={name: _parameter(value)})),
+            lambda: answer(stream_grpc(full_server, base, parameters={alias: _parameter(value)})),
         ]
     )
     assert canonical == aliased
@@ -101,31 +101,31 @@ def _parameter(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def test_a_tensor_wins_over_the_json_and_that_over_parameters(server: TritonServer) -> None:
+def test_a_tensor_wins_over_the_json_and_that_over_parameters(full_server: TritonServer) -> None:
     base = {"text_input": STORY}
     in_json = {**base, "sampling_parameters": '{"max_tokens": 3}'}
-    assert len(answer(stream_grpc(server, {**in_json, "max_tokens": 2}, parameters={"max_tokens": 4}))["ids"]) == 2
-    assert len(answer(stream_grpc(server, in_json, parameters={"max_tokens": 4}))["ids"]) == 3
-    assert len(answer(stream_grpc(server, in_json, parameters={"max_new_tokens": 4}))["ids"]) == 3
-    assert len(answer(stream_grpc(server, base, parameters={"max_tokens": 4}))["ids"]) == 4
+    assert len(answer(stream_grpc(full_server, {**in_json, "max_tokens": 2}, parameters={"max_tokens": 4}))["ids"]) == 2
+    assert len(answer(stream_grpc(full_server, in_json, parameters={"max_tokens": 4}))["ids"]) == 3
+    assert len(answer(stream_grpc(full_server, in_json, parameters={"max_new_tokens": 4}))["ids"]) == 3
+    assert len(answer(stream_grpc(full_server, base, parameters={"max_tokens": 4}))["ids"]) == 4
 
 
-def test_defaults(server: TritonServer) -> None:
-    [response] = stream_grpc(server, {"text_input": STORY})
+def test_defaults(full_server: TritonServer) -> None:
+    [response] = stream_grpc(full_server, {"text_input": STORY})
     assert response["num_output_tokens"] == 16
     assert response["output_log_probs"] == []
     assert not response["text_output"].startswith(STORY)
 
 
-def test_temperature_zero_is_greedy_whatever_else_is_said(server: TritonServer) -> None:
+def test_temperature_zero_is_greedy_whatever_else_is_said(full_server: TritonServer) -> None:
     base = {"text_input": STORY, "max_tokens": 6}
-    greedy = answer(stream_grpc(server, base))
-    assert answer(stream_grpc(server, {**base, "temperature": 0.0, "do_sample": True, "top_k": 50})) == greedy
+    greedy = answer(stream_grpc(full_server, base))
+    assert answer(stream_grpc(full_server, {**base, "temperature": 0.0, "do_sample": True, "top_k": 50})) == greedy
 
 
-def test_numbers_may_be_strings_and_reserved_names_are_ignored(server: TritonServer) -> None:
+def test_numbers_may_be_strings_and_reserved_names_are_ignored(full_server: TritonServer) -> None:
     status, response = generate(
-        server,
+        full_server,
         {
             "text_input": STORY,
             "sampling_parameters": '{"max_tokens": "3", "n": "1", "ignore_eos": "true"}',

@@ -33,10 +33,12 @@ def test_the_table_was_found() -> None:
 
 
 @pytest.mark.parametrize(("keys", "expected"), ROWS, ids=[keys for keys, _ in ROWS])
-def test_a_row_of_the_table_of_what_the_generate_endpoints_take(server: TritonServer, keys: str, expected: str) -> None:
+def test_a_row_of_the_table_of_what_the_generate_endpoints_take(
+    full_server: TritonServer, keys: str, expected: str
+) -> None:
     body = f'{{"text_input": "{PROMPT}", {keys[1:]}'.encode()
-    status, answer = generate(server, body)
-    [streamed] = GenerateStream(server, body)
+    status, answer = generate(full_server, body)
+    [streamed] = GenerateStream(full_server, body)
     if not expected.startswith("{"):
         ours = expected == "INVALID_ARG"
         assert status == (400 if ours else int(expected))
@@ -58,16 +60,16 @@ def tensor(module: Any, name: str, array: Any) -> Any:
     return made
 
 
-def test_tensorrtllm_backends_curl(server: TritonServer) -> None:
+def test_tensorrtllm_backends_curl(full_server: TritonServer) -> None:
     """README.md of tensorrtllm_backend, and what its first versions had there as well."""
     body = {"text_input": PROMPT, "max_tokens": 3, "bad_words": "", "stop_words": ""}
     for more in ({}, {"pad_id": EOS, "end_id": EOS}):
-        status, answer = generate(server, body | more, model="ensemble")
+        status, answer = generate(full_server, body | more, model="ensemble")
         assert (status, answer["text_output"]) == (200, " Tokyo.\n")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tensorrtllm_backends_grpc_client(server: TritonServer, stream: bool) -> None:
+def test_tensorrtllm_backends_grpc_client(full_server: TritonServer, stream: bool) -> None:
     """Those of inflight_batcher_llm/client/end_to_end_grpc_client.py with all of its flags that mean something."""
     values = {
         "text_input": np.array([[PROMPT]]).astype(object), "max_tokens": np.array([[4]], dtype=np.int32),
@@ -79,9 +81,9 @@ def test_tensorrtllm_backends_grpc_client(server: TritonServer, stream: bool) ->
         "pad_id": np.array([[EOS]], dtype=np.int32), "exclude_input_in_output": np.array([[False]]),
     }  # fmt: skip
     responses: queue.Queue[Any] = queue.Queue()
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY) as client:
-        client.start_stream(callback=lambda result, error: responses.put(error or result))
-        client.async_stream_infer(
+    with tritonclient.grpc.InferenceServerClient(full_server.grpc_url, channel_args=NO_PROXY) as full_client:
+        full_client.start_stream(callback=lambda result, error: responses.put(error or result))
+        full_client.async_stream_infer(
             "ensemble",
             [tensor(tritonclient.grpc, name, array) for name, array in values.items()],
             outputs=[
@@ -89,7 +91,7 @@ def test_tensorrtllm_backends_grpc_client(server: TritonServer, stream: bool) ->
                 for name in ("text_output", "cum_log_probs", "output_log_probs")
             ],
         )
-        client.stop_stream()
+        full_client.stop_stream()
     results = list(responses.queue)
     assert len(results) == (4 if stream else 1)
     assert "".join(result.as_numpy("text_output")[0].decode() for result in results) == f"{PROMPT} Tokyo.\n\n"
@@ -102,7 +104,7 @@ def test_tensorrtllm_backends_grpc_client(server: TritonServer, stream: bool) ->
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_vllm_backends_additional_outputs(server: TritonServer, asked: bool) -> None:
+def test_vllm_backends_additional_outputs(full_server: TritonServer, asked: bool) -> None:
     """docs/additional_outputs.md of vllm_backend; NVIDIA's OpenAI frontend sends the same."""
     inputs = {
         "text_input": np.array([PROMPT.encode()], dtype=object), "stream": np.array([True]),
@@ -110,12 +112,12 @@ def test_vllm_backends_additional_outputs(server: TritonServer, asked: bool) -> 
         "sampling_parameters": np.array([json.dumps({"max_tokens": "3", "logprobs": 1, "n": 1, "min_p": 0.0})], object),
     } | {f"return_{name}": np.array([asked]) for name in VLLM_OUTPUTS}  # fmt: skip
     responses: queue.Queue[Any] = queue.Queue()
-    with tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY) as client:
-        client.start_stream(callback=lambda result, error: responses.put(error or result))
-        client.async_stream_infer(
+    with tritonclient.grpc.InferenceServerClient(full_server.grpc_url, channel_args=NO_PROXY) as full_client:
+        full_client.start_stream(callback=lambda result, error: responses.put(error or result))
+        full_client.async_stream_infer(
             "lightllm", [tensor(tritonclient.grpc, name, array) for name, array in inputs.items()]
         )
-        client.stop_stream()
+        full_client.stop_stream()
     results = list(responses.queue)
     decoded = [json.loads(result.as_numpy("logprobs")[0]) for result in results]
     if not asked:
@@ -139,13 +141,13 @@ VLLM_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_to
 # Seeds and stop ids
 
 
-def test_a_seed_as_an_http_request_parameter(server: TritonServer) -> None:
+def test_a_seed_as_an_http_request_parameter(full_server: TritonServer) -> None:
     text = tensor(tritonclient.http, "text_input", np.array([PROMPT], dtype=object))
-    with tritonclient.http.InferenceServerClient(server.http_url) as client:
+    with tritonclient.http.InferenceServerClient(full_server.http_url) as full_client:
 
         def ids(seed: int | str) -> list[int]:
             parameters = {"max_tokens": 8, "temperature": 3.0, "seed": seed}
-            return client.infer("lightllm_unary", [text], parameters=parameters).as_numpy("output_ids").tolist()
+            return full_client.infer("lightllm_unary", [text], parameters=parameters).as_numpy("output_ids").tolist()
 
         assert ids(2**63 - 1) == ids(str(2**63 - 1)) != ids(str(2**64 - 1))
         with pytest.raises(
@@ -154,24 +156,24 @@ def test_a_seed_as_an_http_request_parameter(server: TritonServer) -> None:
             ids(2**64 - 1)
 
 
-def test_stop_token_ids(server: TritonServer, client: LightLLMClient, reference: Reference) -> None:
-    free = client.generate(PROMPT, max_tokens=8)
+def test_stop_token_ids(full_server: TritonServer, full_client: LightLLMClient, reference: Reference) -> None:
+    free = full_client.generate(PROMPT, max_tokens=8)
     stop = free.token_ids[2]
     assert stop not in free.token_ids[:2]
     for options in ({}, {"ignore_eos": True}, {"ignore_eos": True, "stop_words": "Alps"}):
-        answer = client.generate(PROMPT, max_tokens=8, stop_token_ids=[5, stop], **options)
+        answer = full_client.generate(PROMPT, max_tokens=8, stop_token_ids=[5, stop], **options)
         assert (answer.token_ids, answer.finish_reason) == (free.token_ids[:3], "stop")
         assert answer.text == reference.decode(list(free.token_ids[:2])), "the id is not text"
-    streamed = list(client.stream(PROMPT, max_tokens=8, stop_token_ids=stop))
+    streamed = list(full_client.stream(PROMPT, max_tokens=8, stop_token_ids=stop))
     assert "".join(chunk.text for chunk in streamed) == reference.decode(list(free.token_ids[:2]))
-    waiting = client.generate(PROMPT, max_tokens=8, min_tokens=4, stop_token_ids=stop)
+    waiting = full_client.generate(PROMPT, max_tokens=8, min_tokens=4, stop_token_ids=stop)
     assert stop not in waiting.token_ids[:4]
     assert len(waiting.token_ids) > 4
-    status, unary = generate(server, {"text_input": PROMPT, "stop_ids": [int(stop)]}, model="lightllm_unary")
+    status, unary = generate(full_server, {"text_input": PROMPT, "stop_ids": [int(stop)]}, model="lightllm_unary")
     assert (status, unary["text_output"], unary["finish_reason"]) == (200, " Tokyo.", "stop")
     direct = {"input_ids": reference.encode(PROMPT), "sampling_parameters": json.dumps({"stop_token_ids": [int(stop)]})}
-    assert [i for one in stream_grpc(server, direct, model="generation") for i in one["output_ids"]] == list(
+    assert [i for one in stream_grpc(full_server, direct, model="generation") for i in one["output_ids"]] == list(
         free.token_ids[:3]
     )
     with pytest.raises(InvalidArgument, match=r"stop_token_ids \(or end_id\) holds 49152; allowed: 0 ≤ id < 49152"):
-        client.generate(PROMPT, stop_token_ids=[49152])
+        full_client.generate(PROMPT, stop_token_ids=[49152])

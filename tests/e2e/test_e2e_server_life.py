@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
 from tests.e2e.calls import NO_PROXY, infer_grpc
+from tests.e2e.conftest import SHORT_MODEL_SAYS
 from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get
 from tests.polling import poll
 
@@ -65,7 +66,7 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
     for _ in range(3):
         client.generate(PROMPT, max_tokens=4)
     list(client.stream(PROMPT, max_tokens=5))
-    client.generate(PROMPT, max_tokens=8, stop_words=["Tokyo"])
+    client.generate(PROMPT, max_tokens=8, stop_words=[SHORT_MODEL_SAYS.strip()])
     infer_grpc(server, {"text_input": PROMPT, "max_tokens": 2})
 
     def grown() -> dict[str, float]:
@@ -126,7 +127,7 @@ def test_the_ensemble_unloaded_and_loaded(
     with pytest.raises(InferenceServerException, match="UNAVAILABLE: the engine is not up"):
         infer_grpc(small_server, {"text_input": PROMPT})
     repository_client.load_model("lightllm")
-    assert small_client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+    assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
     assert len(list(small_client.stream(PROMPT, max_tokens=8))) > 1
     # The unary entry was not loaded anew: it finds the new engine by itself.
     assert poll(lambda: unary_serves(small_server), 30)
@@ -134,7 +135,7 @@ def test_the_ensemble_unloaded_and_loaded(
 
 def unary_serves(server: TritonServer) -> bool:
     try:
-        return bool(infer_grpc(server, {"text_input": PROMPT, "max_tokens": 1})["text_output"] == " Tokyo")
+        return bool(infer_grpc(server, {"text_input": PROMPT, "max_tokens": 1})["text_output"] == SHORT_MODEL_SAYS)
     except InferenceServerException:
         return False
 
@@ -144,7 +145,7 @@ def test_the_unary_entry_unloaded_and_loaded(
 ) -> None:
     repository_client.unload_model("lightllm_unary")
     assert poll(lambda: not repository_client.is_model_ready("lightllm_unary"), 30)
-    assert small_client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+    assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
     repository_client.load_model("lightllm_unary")
     assert poll(lambda: unary_serves(small_server), 30)
 
@@ -172,7 +173,7 @@ def test_two_servers_do_not_meet_and_one_leaves_nothing(
         other.stop()
     assert poll(lambda: not any(process.is_running() for process in processes), 30)
     assert poll(lambda: not run_directory.exists())
-    assert client.generate(PROMPT, max_tokens=1).text == " Tokyo"
+    assert client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
 
 
 def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_plain_tritonserver(tmp_path: Path) -> None:
         assert process.poll() is None, log.read_text()
         processes = psutil.Process(process.pid).children(recursive=True)
         with LightLLMClient() as client:
-            assert client.generate(PROMPT, max_tokens=1, timeout=60).text == " Tokyo"
+            assert client.generate(PROMPT, max_tokens=1, timeout=60).text == SHORT_MODEL_SAYS
     finally:
         process.terminate()
         exit_code = process.wait(60)

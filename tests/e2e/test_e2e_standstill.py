@@ -25,13 +25,15 @@ DEAD_SECONDS, STILL_SECONDS = 5.0, 30.0  # until a fault is found
 ENDED_SECONDS = 5.0  # from then until every stream has ended
 
 # Faults of each kind, for every run of the tests; the others follow under the marker soak.
-FEW = [("worker-0", STOP), ("tokenizer", KILL), ("detokenizer", STOP), ("tritonserver", KILL)]
+FEW = [("worker-0", STOP), ("tokenizer", KILL), ("detokenizer", STOP)]
 ALL = [(role, number) for role in ("worker-0", *STEPS, "tritonserver") for number in (KILL, STOP)]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path_factory.mktemp("command"), running_max_req_size=10, restart=20)
+def command(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
+    started = LaunchCommand(
+        tmp_path_factory.mktemp("command"), model_dir=short_model, running_max_req_size=10, restart=20
+    )
     try:
         yield started.wait_ready()
     finally:

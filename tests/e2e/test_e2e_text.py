@@ -29,12 +29,12 @@ REPEATED = {
 @pytest.mark.parametrize("prompt", REPEATED.values(), ids=REPEATED)
 @pytest.mark.parametrize("exclude_input", [True, False], ids=["excluded", "echoed"])
 def test_streamed_text_is_the_unstreamed_text(
-    client: LightLLMClient, reference: Reference, prompt: str, exclude_input: bool
+    full_client: LightLLMClient, reference: Reference, prompt: str, exclude_input: bool
 ) -> None:
     chunks, whole = in_parallel(
         [
-            lambda: list(client.stream(prompt, max_tokens=16, exclude_input_in_output=exclude_input)),
-            lambda: client.generate(prompt, max_tokens=16, exclude_input_in_output=exclude_input),
+            lambda: list(full_client.stream(prompt, max_tokens=16, exclude_input_in_output=exclude_input)),
+            lambda: full_client.generate(prompt, max_tokens=16, exclude_input_in_output=exclude_input),
         ]
     )
     # The answer goes on with the characters that it was given, or the test would show nothing.
@@ -48,17 +48,17 @@ def test_streamed_text_is_the_unstreamed_text(
 
 
 def test_streams_that_share_the_detokenizers_are_the_unary_answers(
-    server: TritonServer, client: LightLLMClient
+    full_server: TritonServer, full_client: LightLLMClient
 ) -> None:
     """The chunks of each go through several instances, none of which sees all of a character or of a stop string."""
     options = [{}, {"exclude_input_in_output": False}, {"stop_words": ["世界你", "🎉🚀🎉"]}]
     calls = [(prompt, {**more, "max_tokens": 24}) for prompt in REPEATED.values() for more in options]
 
     def stream(prompt: str, options: dict[str, Any]) -> Generation:
-        return Generation.join(client.stream(prompt, return_log_probs=True, **options))
+        return Generation.join(full_client.stream(prompt, return_log_probs=True, **options))
 
     def unary(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = infer_grpc(server, {"text_input": prompt, "return_log_probs": True, **options})
+        answer: dict[str, Any] = infer_grpc(full_server, {"text_input": prompt, "return_log_probs": True, **options})
         return answer
 
     streamed = in_parallel([lambda call=call: stream(*call) for call in calls])
@@ -72,22 +72,22 @@ def test_streams_that_share_the_detokenizers_are_the_unary_answers(
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 20.0, "seed": 1}], ids=["greedy", "wild"])
 def test_text_that_begins_inside_a_character(
-    client: LightLLMClient, reference: Reference, options: dict[str, Any]
+    full_client: LightLLMClient, reference: Reference, options: dict[str, Any]
 ) -> None:
     """The prompt ends with half a character, so the answer's first bytes are no character by themselves."""
     half = reference.encode(REPEATED["emoji"])[:-1]
     assert reference.decode(half).endswith(REPLACEMENT)
-    whole = client.generate(half, max_tokens=20, **options)
-    assert Generation.join(client.stream(half, max_tokens=20, **options)) == whole
+    whole = full_client.generate(half, max_tokens=20, **options)
+    assert Generation.join(full_client.stream(half, max_tokens=20, **options)) == whole
     # A character that the prompt begins is the answer's, whole or broken.
     before = reference.decode(half).rstrip(REPLACEMENT)
     assert whole.text == reference.decode([*half, *whole.token_ids]).removeprefix(before)
     assert options or not whole.text.startswith(REPLACEMENT)
 
 
-def test_echo_of_token_ids(client: LightLLMClient, reference: Reference) -> None:
+def test_echo_of_token_ids(full_client: LightLLMClient, reference: Reference) -> None:
     ids = reference.encode(REPEATED["cjk"])
-    answer = client.generate(ids, max_tokens=4, exclude_input_in_output=False)
+    answer = full_client.generate(ids, max_tokens=4, exclude_input_in_output=False)
     assert answer.text == REPEATED["cjk"] + reference.decode(list(answer.token_ids))
 
 
@@ -95,21 +95,23 @@ def test_echo_of_token_ids(client: LightLLMClient, reference: Reference) -> None
 
 
 @pytest.fixture(scope="module")
-def unstopped(client: LightLLMClient) -> Generation:
-    answer = client.generate(PROMPT, max_tokens=16)
+def unstopped(full_client: LightLLMClient) -> Generation:
+    answer = full_client.generate(PROMPT, max_tokens=16)
     assert answer.finish_reason == "length"
     return answer
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_stop_string_across_tokens(
-    client: LightLLMClient, reference: Reference, unstopped: Generation, stream: bool
+    full_client: LightLLMClient, reference: Reference, unstopped: Generation, stream: bool
 ) -> None:
     ids = list(unstopped.token_ids)
     pieces = [reference.decode([token_id]) for token_id in ids]
     stop = pieces[1] + pieces[2] + pieces[3] + pieces[4][:2]  # ends inside the fifth token
     options = {"max_tokens": 16, "stop_words": ["never said", stop], "return_log_probs": True}
-    answer = Generation.join(client.stream(PROMPT, **options)) if stream else client.generate(PROMPT, **options)
+    answer = (
+        Generation.join(full_client.stream(PROMPT, **options)) if stream else full_client.generate(PROMPT, **options)
+    )
     assert answer.finish_reason == "stop"
     assert answer.text == pieces[0]
     assert list(answer.token_ids) == ids[:5], "the token that completes the stop string is the last"
@@ -118,33 +120,35 @@ def test_stop_string_across_tokens(
     assert answer.cumulative_logprob == pytest.approx(sum(answer.log_probs), abs=1e-4)
 
 
-def test_no_chunk_shows_the_start_of_a_stop_string(client: LightLLMClient, unstopped: Generation) -> None:
+def test_no_chunk_shows_the_start_of_a_stop_string(full_client: LightLLMClient, unstopped: Generation) -> None:
     stop = unstopped.text[4:14]
     shown = ""
-    for chunk in client.stream(PROMPT, max_tokens=16, stop_words=[stop]):
+    for chunk in full_client.stream(PROMPT, max_tokens=16, stop_words=[stop]):
         shown += chunk.text
         assert unstopped.text[:4].startswith(shown)
     assert shown == unstopped.text[:4]
 
 
-def test_text_held_back_for_a_stop_string_that_does_not_come(client: LightLLMClient, unstopped: Generation) -> None:
+def test_text_held_back_for_a_stop_string_that_does_not_come(
+    full_client: LightLLMClient, unstopped: Generation
+) -> None:
     almost = unstopped.text[-3:] + "never said"
-    answer = Generation.join(client.stream(PROMPT, max_tokens=16, stop_words=[almost]))
+    answer = Generation.join(full_client.stream(PROMPT, max_tokens=16, stop_words=[almost]))
     assert answer.finish_reason == "length"
     assert answer.text == unstopped.text
 
 
-def test_the_earliest_stop_string_wins(client: LightLLMClient, unstopped: Generation) -> None:
+def test_the_earliest_stop_string_wins(full_client: LightLLMClient, unstopped: Generation) -> None:
     words = [unstopped.text[20:24], unstopped.text[7:9]]
     position = min(unstopped.text.index(word) for word in words)
-    answer = client.generate(PROMPT, max_tokens=16, stop_words=words)
+    answer = full_client.generate(PROMPT, max_tokens=16, stop_words=words)
     assert answer.text == unstopped.text[:position]
 
 
-def test_min_tokens_holds_a_stop_string_back(client: LightLLMClient, unstopped: Generation) -> None:
+def test_min_tokens_holds_a_stop_string_back(full_client: LightLLMClient, unstopped: Generation) -> None:
     stop = unstopped.text[:4]
-    assert client.generate(PROMPT, max_tokens=16, stop_words=[stop]).text == ""
-    later = client.generate(PROMPT, max_tokens=16, stop_words=[stop], min_tokens=8)
+    assert full_client.generate(PROMPT, max_tokens=16, stop_words=[stop]).text == ""
+    later = full_client.generate(PROMPT, max_tokens=16, stop_words=[stop], min_tokens=8)
     assert later.num_output_tokens >= 8
     assert later.text.startswith(stop)
 
@@ -152,44 +156,46 @@ def test_min_tokens_holds_a_stop_string_back(client: LightLLMClient, unstopped: 
 # End of sequence
 
 
-def test_eos_ends_and_is_not_text(client: LightLLMClient, reference: Reference) -> None:
-    for answer in (client.generate(CHAT, max_tokens=16), Generation.join(client.stream(CHAT, max_tokens=16))):
+def test_eos_ends_and_is_not_text(full_client: LightLLMClient, reference: Reference) -> None:
+    for answer in (full_client.generate(CHAT, max_tokens=16), Generation.join(full_client.stream(CHAT, max_tokens=16))):
         assert answer.text == " Tokyo."
         assert answer.finish_reason == "stop"
         assert answer.token_ids[-1] == reference.eos_id
         assert answer.num_output_tokens == len(answer.token_ids) == 3
-    shown = client.generate(CHAT, max_tokens=16, skip_special_tokens=False)
+    shown = full_client.generate(CHAT, max_tokens=16, skip_special_tokens=False)
     assert shown.text == " Tokyo.", "an EOS that ends the sequence is never text"
 
 
-def test_ignore_eos_makes_it_an_ordinary_token(client: LightLLMClient, reference: Reference) -> None:
-    answer = client.generate(CHAT, max_tokens=8, ignore_eos=True, skip_special_tokens=False)
+def test_ignore_eos_makes_it_an_ordinary_token(full_client: LightLLMClient, reference: Reference) -> None:
+    answer = full_client.generate(CHAT, max_tokens=8, ignore_eos=True, skip_special_tokens=False)
     assert answer.finish_reason == "length"
     assert answer.num_output_tokens == 8
     assert answer.text.startswith(" Tokyo.<|im_end|>")
-    hidden = client.generate(CHAT, max_tokens=8, ignore_eos=True)
+    hidden = full_client.generate(CHAT, max_tokens=8, ignore_eos=True)
     assert hidden.token_ids == answer.token_ids
     assert hidden.text == reference.decode(list(answer.token_ids))
 
 
-def test_min_tokens_forbids_eos(client: LightLLMClient, reference: Reference) -> None:
-    answer = client.generate(CHAT, max_tokens=12, min_tokens=6)
+def test_min_tokens_forbids_eos(full_client: LightLLMClient, reference: Reference) -> None:
+    answer = full_client.generate(CHAT, max_tokens=12, min_tokens=6)
     assert answer.num_output_tokens >= 6
     assert reference.eos_id not in answer.token_ids[:6]
 
 
-def test_a_special_token_is_a_stop_string_though_it_is_not_shown(client: LightLLMClient, reference: Reference) -> None:
+def test_a_special_token_is_a_stop_string_though_it_is_not_shown(
+    full_client: LightLLMClient, reference: Reference
+) -> None:
     options = {"max_tokens": 16, "ignore_eos": True}
     for stop, text in (("<|im_end|>", " Tokyo."), ("yo.<|im_end|>", " Tok")):
-        whole = client.generate(CHAT, stop_words=[stop], **options)
+        whole = full_client.generate(CHAT, stop_words=[stop], **options)
         assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == (text, "stop", reference.eos_id)
-        assert Generation.join(client.stream(CHAT, stop_words=[stop], **options)) == whole
-        ended = client.generate(CHAT, stop_words=[stop], max_tokens=16)
+        assert Generation.join(full_client.stream(CHAT, stop_words=[stop], **options)) == whole
+        ended = full_client.generate(CHAT, stop_words=[stop], max_tokens=16)
         assert (ended.text, ended.token_ids) == (whole.text, whole.token_ids), "though EOS ends it anyway"
 
 
-def test_special_tokens_in_the_prompt(client: LightLLMClient, reference: Reference) -> None:
-    parsed = client.generate(CHAT, max_tokens=1)
-    plain = client.generate(CHAT, max_tokens=1, parse_special=False)
+def test_special_tokens_in_the_prompt(full_client: LightLLMClient, reference: Reference) -> None:
+    parsed = full_client.generate(CHAT, max_tokens=1)
+    plain = full_client.generate(CHAT, max_tokens=1, parse_special=False)
     assert parsed.num_input_tokens == len(reference.encode(CHAT))
     assert plain.num_input_tokens > parsed.num_input_tokens

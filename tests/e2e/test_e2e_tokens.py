@@ -53,9 +53,9 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def alone(client: LightLLMClient) -> list[Generation]:
+def alone(full_client: LightLLMClient) -> list[Generation]:
     """The answer to each prompt while nothing else runs."""
-    return [client.generate(prompt, max_tokens=MAX_TOKENS) for prompt in PROMPTS]
+    return [full_client.generate(prompt, max_tokens=MAX_TOKENS) for prompt in PROMPTS]
 
 
 def test_greedy_tokens_equal_transformers(alone: list[Generation], reference: Reference) -> None:
@@ -72,18 +72,18 @@ def test_greedy_tokens_equal_transformers(alone: list[Generation], reference: Re
     assert {answer.finish_reason for answer in alone} == {"stop", "length"}
 
 
-def test_all_at_once_in_random_order(client: LightLLMClient, alone: list[Generation]) -> None:
+def test_all_at_once_in_random_order(full_client: LightLLMClient, alone: list[Generation]) -> None:
     order = list(range(len(PROMPTS)))
     random.Random(1).shuffle(order)
-    streams = [client.stream(PROMPTS[index], max_tokens=MAX_TOKENS) for index in order]
+    streams = [full_client.stream(PROMPTS[index], max_tokens=MAX_TOKENS) for index in order]
     for index, stream in zip(order, streams, strict=True):
         assert Generation.join(stream) == alone[index], PROMPTS[index]
 
 
-def test_64_requests_at_once(client: LightLLMClient, alone: list[Generation]) -> None:
+def test_64_requests_at_once(full_client: LightLLMClient, alone: list[Generation]) -> None:
     short = [index for index, answer in enumerate(alone) if answer.num_input_tokens < 20]
     chosen = [random.Random(2).choice(short) for _ in range(64)]
-    streams = [client.stream(PROMPTS[index], max_tokens=6) for index in chosen]
+    streams = [full_client.stream(PROMPTS[index], max_tokens=6) for index in chosen]
     for index, stream in zip(chosen, streams, strict=True):
         assert Generation.join(stream).token_ids == alone[index].token_ids[:6], PROMPTS[index]
 
@@ -95,18 +95,18 @@ def test_64_requests_at_once(client: LightLLMClient, alone: list[Generation]) ->
     "options", [{}, {"temperature": 0.7, "top_k": 50, "seed": 5, "frequency_penalty": 0.5}], ids=["greedy", "sampled"]
 )
 def test_log_probabilities_are_of_the_models_own_distribution(
-    client: LightLLMClient, reference: Reference, options: dict[str, Any]
+    full_client: LightLLMClient, reference: Reference, options: dict[str, Any]
 ) -> None:
     prompt = PROMPTS[4]
-    answer = client.generate(prompt, max_tokens=MAX_TOKENS, return_log_probs=True, **options)
+    answer = full_client.generate(prompt, max_tokens=MAX_TOKENS, return_log_probs=True, **options)
     ids = list(answer.token_ids)
     expected = reference.logits(reference.encode(prompt), ids).log_softmax(-1)[torch.arange(len(ids)), ids]
     assert list(answer.log_probs) == pytest.approx(expected.tolist(), abs=1e-3)
     assert answer.cumulative_logprob == pytest.approx(float(expected.sum()), abs=1e-2)
 
 
-def test_log_probabilities_of_a_stream(client: LightLLMClient) -> None:
-    chunks = list(client.stream(PROMPTS[4], max_tokens=MAX_TOKENS, return_log_probs=True))
+def test_log_probabilities_of_a_stream(full_client: LightLLMClient) -> None:
+    chunks = list(full_client.stream(PROMPTS[4], max_tokens=MAX_TOKENS, return_log_probs=True))
     so_far = 0.0
     for chunk in chunks:
         assert len(chunk.log_probs) == len(chunk.token_ids) == chunk.num_output_tokens
@@ -123,10 +123,10 @@ def test_log_probabilities_of_a_stream(client: LightLLMClient) -> None:
     ids=["presence", "frequency", "both"],
 )
 def test_presence_and_frequency_count_generated_tokens(
-    client: LightLLMClient, reference: Reference, penalties: dict[str, float]
+    full_client: LightLLMClient, reference: Reference, penalties: dict[str, float]
 ) -> None:
     prompt = "1 1 1 1 1 1 1 1"
-    ids = list(client.generate(prompt, max_tokens=MAX_TOKENS, **penalties).token_ids)
+    ids = list(full_client.generate(prompt, max_tokens=MAX_TOKENS, **penalties).token_ids)
     logits = reference.logits(reference.encode(prompt), ids)
     for position, row in enumerate(logits):
         counts = torch.bincount(torch.tensor(ids[:position], dtype=torch.long), minlength=len(row))
@@ -136,10 +136,10 @@ def test_presence_and_frequency_count_generated_tokens(
     assert not reference.greedy_matches(reference.encode(prompt), ids), "the penalties show"
 
 
-def test_repetition_penalty_includes_the_prompt(client: LightLLMClient, reference: Reference) -> None:
+def test_repetition_penalty_includes_the_prompt(full_client: LightLLMClient, reference: Reference) -> None:
     prompt, penalty = "1 1 1 1 1 1 1 1", 1.3
     prompt_ids = reference.encode(prompt)
-    ids = list(client.generate(prompt, max_tokens=MAX_TOKENS, repetition_penalty=penalty).token_ids)
+    ids = list(full_client.generate(prompt, max_tokens=MAX_TOKENS, repetition_penalty=penalty).token_ids)
     logits = reference.logits(prompt_ids, ids)
     for position, row in enumerate(logits):
         seen = torch.tensor(sorted({*prompt_ids, *ids[:position]}))
@@ -151,27 +151,27 @@ def test_repetition_penalty_includes_the_prompt(client: LightLLMClient, referenc
 # Seeds
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_among_others(client: LightLLMClient) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_among_others(full_client: LightLLMClient) -> None:
     prompt, options = PROMPTS[4], {"max_tokens": MAX_TOKENS, "temperature": 1.2, "top_p": 0.95}
-    alone = client.generate(prompt, seed=7, **options)
+    alone = full_client.generate(prompt, seed=7, **options)
     seeds = [*range(100, 104), 7, *range(104, 108)]
-    together = in_parallel([lambda seed=seed: client.generate(prompt, seed=seed, **options) for seed in seeds])
+    together = in_parallel([lambda seed=seed: full_client.generate(prompt, seed=seed, **options) for seed in seeds])
     assert together[4].token_ids == alone.token_ids
     assert len({answer.token_ids for answer in together}) == len(seeds), "another seed, other tokens"
 
 
-def test_requests_without_a_seed_differ(client: LightLLMClient) -> None:
-    calls = [lambda: client.generate(PROMPTS[4], max_tokens=MAX_TOKENS, temperature=1.5) for _ in range(2)]
+def test_requests_without_a_seed_differ(full_client: LightLLMClient) -> None:
+    calls = [lambda: full_client.generate(PROMPTS[4], max_tokens=MAX_TOKENS, temperature=1.5) for _ in range(2)]
     first, second = in_parallel(calls)
     assert first.token_ids != second.token_ids
 
 
-def test_a_request_joins_while_another_runs(client: LightLLMClient) -> None:
+def test_a_request_joins_while_another_runs(full_client: LightLLMClient) -> None:
     """Continuous batching: the short answer does not wait for the long one."""
     first_chunk, over = threading.Event(), threading.Event()
 
     def run_long() -> None:
-        with client.stream(PROMPTS[4], max_tokens=1000, ignore_eos=True) as stream:
+        with full_client.stream(PROMPTS[4], max_tokens=1000, ignore_eos=True) as stream:
             for _ in stream:
                 first_chunk.set()
                 if over.is_set():
@@ -180,7 +180,7 @@ def test_a_request_joins_while_another_runs(client: LightLLMClient) -> None:
     thread = threading.Thread(target=run_long)
     thread.start()
     assert first_chunk.wait(60)
-    answer = client.generate(PROMPTS[3], max_tokens=4)
+    answer = full_client.generate(PROMPTS[3], max_tokens=4)
     assert thread.is_alive(), "the long answer is still under way"
     over.set()
     thread.join(60)

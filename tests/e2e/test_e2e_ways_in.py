@@ -23,9 +23,9 @@ OUTPUTS = {
 
 
 @pytest.fixture(scope="module")
-def expected(client: LightLLMClient, reference: Reference) -> dict[str, Any]:
+def expected(full_client: LightLLMClient, reference: Reference) -> dict[str, Any]:
     """The answer of eight tokens, as one response."""
-    answer = client.generate(PROMPT, max_tokens=8)
+    answer = full_client.generate(PROMPT, max_tokens=8)
     assert reference.greedy_matches(reference.encode(PROMPT), list(answer.token_ids))
     return {
         "text_output": reference.decode(list(answer.token_ids)),
@@ -53,14 +53,14 @@ def joined(responses: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def test_http_generate(server: TritonServer, expected: dict[str, Any]) -> None:
-    status, answer = generate(server, {"text_input": PROMPT, "max_tokens": 8})
+def test_http_generate(full_server: TritonServer, expected: dict[str, Any]) -> None:
+    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 8})
     assert status == 200
     assert {name: answer[name] for name in OUTPUTS} == expected
 
 
-def test_http_generate_stream(server: TritonServer, expected: dict[str, Any]) -> None:
-    stream = GenerateStream(server, {"text_input": PROMPT, "max_tokens": 8, "stream": True})
+def test_http_generate_stream(full_server: TritonServer, expected: dict[str, Any]) -> None:
+    stream = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": True})
     assert stream.status == 200
     events = list(stream)
     assert len(events) > 1
@@ -69,65 +69,65 @@ def test_http_generate_stream(server: TritonServer, expected: dict[str, Any]) ->
     assert {name: answer[name] for name in OUTPUTS} == expected
 
 
-def test_http_generate_stream_of_one_response(server: TritonServer, expected: dict[str, Any]) -> None:
-    [event] = GenerateStream(server, {"text_input": PROMPT, "max_tokens": 8})
+def test_http_generate_stream_of_one_response(full_server: TritonServer, expected: dict[str, Any]) -> None:
+    [event] = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 8})
     assert {name: event[name] for name in OUTPUTS} == expected
 
 
-def test_grpc_stream_through_our_client(client: LightLLMClient, expected: dict[str, Any]) -> None:
-    chunks = list(client.stream(PROMPT, max_tokens=8))
+def test_grpc_stream_through_our_client(full_client: LightLLMClient, expected: dict[str, Any]) -> None:
+    chunks = list(full_client.stream(PROMPT, max_tokens=8))
     assert len(chunks) > 1
     assert "".join(chunk.text for chunk in chunks) == expected["text_output"]
     assert [chunk.finish_reason for chunk in chunks] == [""] * (len(chunks) - 1) + ["length"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_grpc_stream_through_tritonclient(server: TritonServer, expected: dict[str, Any], stream: bool) -> None:
-    responses = stream_grpc(server, {"text_input": PROMPT, "max_tokens": 8, "stream": stream})
+def test_grpc_stream_through_tritonclient(full_server: TritonServer, expected: dict[str, Any], stream: bool) -> None:
+    responses = stream_grpc(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": stream})
     assert (len(responses) > 1) == stream
     assert joined(responses) == expected
 
 
 @pytest.mark.parametrize("infer", [infer_http, infer_grpc])
-def test_unary_infer(server: TritonServer, expected: dict[str, Any], infer: Any) -> None:
-    assert infer(server, {"text_input": PROMPT, "max_tokens": 8}) == expected
+def test_unary_infer(full_server: TritonServer, expected: dict[str, Any], infer: Any) -> None:
+    assert infer(full_server, {"text_input": PROMPT, "max_tokens": 8}) == expected
 
 
-def test_unary_infer_ignores_stream(server: TritonServer, expected: dict[str, Any]) -> None:
-    assert infer_grpc(server, {"text_input": PROMPT, "max_tokens": 8, "stream": True}) == expected
+def test_unary_infer_ignores_stream(full_server: TritonServer, expected: dict[str, Any]) -> None:
+    assert infer_grpc(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": True}) == expected
 
 
-def test_unary_generate(server: TritonServer, expected: dict[str, Any]) -> None:
-    status, answer = generate(server, {"text_input": PROMPT, "max_tokens": 8}, model="lightllm_unary")
+def test_unary_generate(full_server: TritonServer, expected: dict[str, Any]) -> None:
+    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 8}, model="lightllm_unary")
     assert status == 200
     assert {name: answer[name] for name in OUTPUTS} == expected
 
 
-def test_token_ids_as_the_prompt(client: LightLLMClient, reference: Reference, expected: dict[str, Any]) -> None:
-    answer = client.generate(reference.encode(PROMPT), max_tokens=8)
+def test_token_ids_as_the_prompt(full_client: LightLLMClient, reference: Reference, expected: dict[str, Any]) -> None:
+    answer = full_client.generate(reference.encode(PROMPT), max_tokens=8)
     assert answer.text == expected["text_output"]
     assert answer.num_input_tokens == expected["num_input_tokens"]
 
 
-def test_lightllms_own_call(server: TritonServer, reference: Reference) -> None:
+def test_lightllms_own_call(full_server: TritonServer, reference: Reference) -> None:
     body = b'{"inputs":"What is AI?","parameters":{"max_new_tokens":17,"frequency_penalty":1}}'
-    status, answer = generate(server, body)
+    status, answer = generate(full_server, body)
     assert status == 200
     assert answer["num_output_tokens"] == 17
     assert answer["text_output"] == reference.decode(answer["output_ids"])
 
 
-def test_direct_call_of_generation(server: TritonServer, expected: dict[str, Any], reference: Reference) -> None:
+def test_direct_call_of_generation(full_server: TritonServer, expected: dict[str, Any], reference: Reference) -> None:
     """Without a detokenizer nobody gives credit back; the stream must not wait for it."""
     values = {"input_ids": reference.encode(PROMPT), "sampling_parameters": '{"max_tokens": 8, "stream": true}'}
-    responses = stream_grpc(server, values, model="generation")
+    responses = stream_grpc(full_server, values, model="generation")
     assert [token_id for one in responses for token_id in one["output_ids"]] == expected["output_ids"]
 
 
-def test_unary_calls_have_real_status_codes(server: TritonServer) -> None:
+def test_unary_calls_have_real_status_codes(full_server: TritonServer) -> None:
     with pytest.raises(InferenceServerException, match="INVALID_ARG: top_p is 0.0") as refused:
-        infer_http(server, {"text_input": PROMPT, "top_p": 0.0})
+        infer_http(full_server, {"text_input": PROMPT, "top_p": 0.0})
     assert refused.value.status() == "400"
     with pytest.raises(InferenceServerException, match="INVALID_ARG: top_p is 0.0") as refused:
-        infer_grpc(server, {"text_input": PROMPT, "top_p": 0.0})
+        infer_grpc(full_server, {"text_input": PROMPT, "top_p": 0.0})
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles what the launchers would launch on another GPU, without one.
 
-`python -m tests.kernels.compile_kernels 9.0 MODELS` compiles every kernel for these models, a JSON list. Without
-MODELS, it compiles the products at the blocks that are stored for the GPU. Prints a JSON object of the shared memory
-that each kernel takes. Must run without TRITON_INTERPRET.
+`python -m tests.kernels.compile_kernels JOBS` takes a JSON list of jobs, each a compute capability and its models:
+every kernel is compiled for these; without models, the products are compiled at the blocks that are stored for the GPU.
+Prints a JSON list of the shared memory that each kernel takes in each job. Must run without TRITON_INTERPRET.
 """
 
 import json
+import multiprocessing
 import sys
 from typing import Any
 
@@ -173,8 +174,10 @@ def launch_variants(
         launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1, *options)
 
 
-def main() -> None:
-    major, minor = (int(digit) for digit in sys.argv[1].split("."))
+def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:
+    """The shared memory that each kernel takes. The process is of no use for another job: it pretends to have a GPU."""
+    capability, models = job
+    major, minor = (int(digit) for digit in capability.split("."))
     target = GPUTarget("cuda", 10 * major + minor, 32)
     pretend_gpu((major, minor))
     # They are to compile, whether or not this Triton-lang was tried on a GPU.
@@ -186,13 +189,19 @@ def main() -> None:
         shared[kernel.fn.__name__] = max(size, shared.get(kernel.fn.__name__, 0))
 
     JITFunction.run = record
-    if len(sys.argv) == 2:
-        launch_stored(sys.argv[1])
-    else:
-        for index, (dtype, *shape) in enumerate(json.loads(sys.argv[2])):
-            # They take no more shared memory than the plain ones, and longer to compile.
-            launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
-    print(json.dumps(shared))
+    torch.mm = lambda x, weight, out=None: x.new_empty(len(x), weight.shape[1])  # cuBLAS's: nothing to compile
+    if not models:
+        launch_stored(capability)
+    for index, (dtype, *shape) in enumerate(models):
+        # They take no more shared memory than the plain ones, and longer to compile.
+        launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
+    return shared
+
+
+def main() -> None:
+    # Each job has a process of its own, which begins with what this one has imported.
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(run_job, json.loads(sys.argv[1]), chunksize=1)))
 
 
 if __name__ == "__main__":

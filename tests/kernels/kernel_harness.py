@@ -11,12 +11,15 @@ from torch import Tensor
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def combinations(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """All combinations on a GPU; every second one in the slow interpreter, which still has all of any axes but one."""
+def combinations(*axes: Sequence[Any], every: int = 2) -> list[tuple[Any, ...]]:
+    """All combinations on a GPU; one of `every` in the slow interpreter.
+
+    Every second one still has all combinations of any axes but one.
+    """
     chosen = []
     for numbered in itertools.product(*map(enumerate, axes)):
         numbers, values = zip(*numbered, strict=True)
-        if torch.cuda.is_available() or sum(numbers) % 2 == 0:
+        if torch.cuda.is_available() or sum(numbers) % every == 0:
             chosen.append(values)
     return chosen
 

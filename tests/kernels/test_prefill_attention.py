@@ -11,6 +11,7 @@ from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
     Variant,
+    combinations,
     make_pool,
     naive_attention,
     relative_error,
@@ -104,13 +105,16 @@ def test_a_bias_is_made_for_a_few_sequences_at_a_time(monkeypatch):
 
 
 # Windows that end within a block of queries, at its edge and behind it, and chunks that begin in the middle of one.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    ("queries", "contexts", "shape"),
-    [([3, 40, 1, 17, 2], [70, 40, 65, 18, 3], SHAPES[1]), ([150], [150], SHAPES[2]), ([70], [203], (2, 2, 20))],
+    ("chunks", "variant", "dtype"),
+    combinations(
+        [([3, 40, 1, 17, 2], [70, 40, 65, 18, 3], SHAPES[1]), ([150], [150], SHAPES[2]), ([70], [203], (2, 2, 20))],
+        VARIANTS,
+        [torch.float32, torch.float16],
+    ),
 )
-def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, dtype, device):
+def test_kernel_variants_match_the_reference(chunks, variant, dtype, device):
+    queries, contexts, shape = chunks
     q, pool, rest = _step(queries, contexts, shape, dtype, device)
     pool = pool.to_int8() if variant.int8 else pool
     wide = pool.to(torch.float32)
@@ -126,7 +130,7 @@ def test_kernel_variants_match_the_reference(queries, contexts, shape, variant, 
 
 # Chunks that end within a tile, at its edge and behind it, so that tiles reach into the next one, or into padding.
 @pytest.mark.parametrize("variant", [Variant(), *VARIANTS])
-@pytest.mark.parametrize("shape", [(4, 2, 64), (2, 2, 128)])
+@pytest.mark.parametrize("shape", [(2, 1, 64), (1, 1, 128)])
 def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeypatch, device):
     if device.type == "cpu":  # the interpreter knows descriptors
         for module in (hardware, prefill_attention):

@@ -133,7 +133,7 @@ def _chi_square(tokens, probabilities):
 @pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (6, 1.0), (-1, 0.8), (8, 0.9)])
 def test_distribution(implementation, top_k, top_p, device):
     # The interpreter takes milliseconds a row.
-    draws = 20_000 if implementation is reference or device.type == "cuda" else 100
+    draws = 20_000 if implementation is reference or device.type == "cuda" else 40
     logits = torch.randn(12) * 1.5
     exact = (logits.double() / 0.7).softmax(0)
     order = exact.argsort(descending=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which variants of the kernels serving would compile after the start: `python -m tests.runner.kernel_variants 2 auto`,
-or with request tables for sequences of several lengths, one line each:
-`python -m tests.runner.kernel_variants 2 auto 3072 131072`.
+"""Which variants of the kernels serving would compile after the start, one line for each engine:
+`python -m tests.runner.kernel_variants 2:bfloat16:330 8:int8:3072`, its KV heads, type of K and V, and tokens of the
+longest sequence.
 
 An engine on the CPU launches the Triton-lang kernels, but instead of being compiled and run, each launch is noted with
 all that it would be compiled for. Prints the variants that were there when the engine was ready, and which more a
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from triton.runtime.jit import JITFunction
 
 from lightllm_backend import kernels
@@ -84,13 +83,13 @@ class Graphs:
 
 
 def make_runner(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> ModelRunner:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=kv_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 128,
+        "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
-        config.save_pretrained(Path(directory))
+        Path(directory, "config.json").write_text(json.dumps(config))
         shape = ModelConfig.from_directory(directory)
     place = (launchers, TensorParallel(), torch.bfloat16, CPU, max_total)
     model = model_class(shape.architecture)(shape, *place)
@@ -126,9 +125,9 @@ def main() -> None:
         if hasattr(module, "multiprocessor_count"):
             module.multiprocessor_count = lambda _: 132
     JITFunction.run = note_launch
-    kv_heads, kv_dtype, *lengths = sys.argv[1:]
-    for max_total in lengths or ["330"]:
-        tell_variants(int(kv_heads), torch.int8 if kv_dtype == "int8" else torch.bfloat16, int(max_total))
+    for engine in sys.argv[1:]:
+        kv_heads, kv_dtype, max_total = engine.split(":")
+        tell_variants(int(kv_heads), getattr(torch, kv_dtype), int(max_total))
 
 
 def tell_variants(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> None:

@@ -17,26 +17,33 @@ from lightllm_backend.worker.load import _MEASURED_LENGTH
 ROOT = Path(__file__).parents[2]
 
 
-def variants(*arguments: str) -> list[dict[str, list[str]]]:
-    """The variants with each of the lengths that the arguments end with."""
+ENGINES = ["2:bfloat16:330", "8:int8:330"]
+LENGTHS = [f"2:bfloat16:{length}" for length in (3072, 3001, 4096, 131072)]
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[str, dict[str, list[str]]]:
+    """The variants that each engine launches, before it is ready and late."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.runner.kernel_variants", *arguments]
+    engines = ENGINES + LENGTHS
+    command = [sys.executable, "-m", "tests.runner.kernel_variants", *engines]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     told: list[dict[str, list[str]]] = [json.loads(line) for line in result.stdout.splitlines() if line[0] == "{"]
     assert all(len(one["ready"]) > 10 for one in told)
-    return told
+    return dict(zip(engines, told, strict=True))
 
 
-@pytest.mark.parametrize(("kv_heads", "kv_dtype"), [("2", "auto"), ("8", "int8")])
-def test_no_variant_of_a_kernel_is_compiled_while_serving(kv_heads: str, kv_dtype: str) -> None:
-    [told] = variants(kv_heads, kv_dtype)
-    assert told["late"] == []
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_variant_of_a_kernel_is_compiled_while_serving(
+    variants: dict[str, dict[str, list[str]]], engine: str
+) -> None:
+    assert variants[engine]["late"] == []
 
 
-def test_kernels_are_the_same_however_long_sequences_may_be() -> None:
+def test_kernels_are_the_same_however_long_sequences_may_be(variants: dict[str, dict[str, list[str]]]) -> None:
     """Those that a table for sequences of 3,072 tokens takes; neither aligned lengths nor others make a difference."""
-    expected, *others = variants("2", "auto", "3072", "3001", "4096", "131072")
+    expected, *others = (variants[engine] for engine in LENGTHS)
     assert others == [expected] * 3
 
 
