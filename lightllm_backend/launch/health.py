@@ -33,6 +33,8 @@ def why_unready(directory: Path) -> str | None:
     readings = read_vitals(directory)
     roles = {reading.role for reading in readings}
     reasons = [f"{role} is not loaded" for role in (*STEPS, ENGINE) if role not in roles]
+    if any(reading.closing for reading in readings):
+        reasons.append("the server is being stopped and takes no more requests")
     reasons += standstills(readings, time.monotonic()).values()
     return "; ".join(reasons) or None
 

@@ -127,6 +127,8 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
         assert queued.wait_ended(10)
         with pytest.raises(Unavailable, match="the server is shutting down"):
             client.generate("Hello", max_tokens=1)
+        with pytest.raises(Unavailable, match="the server is being stopped and takes no more requests"):
+            client.health()
     reason = "the server is shutting down"
     assert all(reason in end for _, end in queued.ends), queued.ends
     assert command.process.wait(60) == 0

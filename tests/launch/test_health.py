@@ -77,7 +77,7 @@ class Processes:
         now = time.monotonic()
         for role in ROLES:
             busy_since = now - self.busy[role] if role in self.busy else 0.0
-            fields = struct.pack("dqddq", now - self.silent.get(role, 0.0), self.taken[role], busy_since, 30.0, 0)
+            fields = struct.pack("dqddqq", now - self.silent.get(role, 0.0), self.taken[role], busy_since, 30.0, 0, 0)
             (self.directory / f"{role}-{self.pids[role]}.vitals").write_bytes(fields)
 
     def move(self, *roles: str) -> None:
