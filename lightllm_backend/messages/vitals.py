@@ -25,6 +25,8 @@ import psutil
 BEAT_SECONDS = 0.25
 # A live process beats many times a second; waiting for a core or for the GIL can delay a beat by several seconds.
 LATE_BEAT_SECONDS = 10.0
+# One piece of work of a stub takes milliseconds. A process that is stuck is found after this time and the guard's 10 s.
+PATIENCE_SECONDS = 20.0
 SUFFIX = ".vitals"
 # The roles of the processes on a request's way; several processes may share a role.
 STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary")
@@ -43,7 +45,7 @@ class Vitals:
     """
 
     def __init__(
-        self, directory: Path, role: str, patience: float = 30.0, count_open: Callable[[], int] = lambda: 0
+        self, directory: Path, role: str, patience: float = PATIENCE_SECONDS, count_open: Callable[[], int] = lambda: 0
     ) -> None:
         _forget_dead(directory, role)
         self._path = directory / f"{role}-{os.getpid()}{SUFFIX}"
