@@ -62,10 +62,12 @@ class EngineConfig:
 
     model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
     tp: int = _count(1, "tensor-parallel ranks, one process and GPU each")
-    max_total_token_num: int | None = _count(None, "token slots of the KV pool (default: what fits in mem_fraction)")
+    max_total_token_num: int | None = _count(
+        None, "token slots of the KV pool; each rank holds its share of every slot (default: what fits in mem_fraction)"
+    )
     mem_fraction: float = _setting(
         0.9,
-        "share of GPU memory for weights, workspace and KV pool",
+        "share of each rank's GPU memory for weights, workspace and KV pool",
         "0 < mem_fraction ≤ 1",
         lambda v: 0 < v <= 1,
     )

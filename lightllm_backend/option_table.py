@@ -21,6 +21,8 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
 MAX_TENANT_LENGTH = 64
+# As Unicode counts them, with its line and paragraph separators: a tenant's name may stand in logs and metrics.
+_CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 MAX_PRIORITY = 10
 MAX_INT32 = 2**31 - 1
 # More than any model that is served has positions; the engine knows its own limit.
@@ -108,6 +110,10 @@ def parse_json(text: str) -> Any:
         parsed = json.loads(text)
     except RecursionError:
         raise too_deep from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python's own limit, and its message is for programmers
+        raise NotExact("which holds an integer of thousands of digits") from None
     level = [parsed]
     for _ in range(MAX_JSON_DEPTH + 1):
         containers = [value for value in level if isinstance(value, (dict, list))]
@@ -293,7 +299,8 @@ OPTIONS: dict[str, Option] = {
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
     "tenant": Option(
-        text, f"a string of at most {MAX_TENANT_LENGTH} characters", lambda v: len(v) <= MAX_TENANT_LENGTH, _STRING,
+        text, f"a string of at most {MAX_TENANT_LENGTH} characters, without control characters and line breaks",
+        lambda v: len(v) <= MAX_TENANT_LENGTH and not _CONTROL_CHARACTERS.search(v), _STRING,
         help="Whose share of the server the request takes; requests that name no tenant share one.",
     ),
     "priority": _int(

@@ -17,6 +17,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
@@ -171,7 +173,12 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
     console = Console(stderr=True)
-    sys.exit(Service(launch, lambda what: console.print(what, markup=False, highlight=False, soft_wrap=True)).run())
+
+    def say(what: str | Table) -> None:
+        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}" if isinstance(what, str) else what
+        console.print(stamped, markup=False, highlight=False, soft_wrap=True)
+
+    sys.exit(Service(launch, say).run())
 
 
 command = click.Command(

@@ -418,6 +418,18 @@ def test_json_that_is_nested_too_deeply_is_refused_by_name(levels: int) -> None:
     assert sampling(stop_words="[" * 1000).stop_words == ("[" * 1000,), "a text that is no JSON is a stop word"
 
 
+def test_an_integer_of_thousands_of_digits_is_refused_by_name() -> None:
+    message = refusal({"text_input": "a"}, '{"max_tokens": ' + "9" * 5000 + "}")
+    assert message.startswith("sampling_parameters is ")
+    assert message.endswith(", which holds an integer of thousands of digits; allowed: a JSON object")
+
+
+@pytest.mark.parametrize("tenant", ["a\nb", "a\r", "\x00", "\x1b[1m", "\x7f", "a\u2028b"])
+def test_a_tenants_name_is_one_line_of_text(tenant: str) -> None:
+    assert "without control characters and line breaks" in refusal({"text_input": "a", "tenant": tenant})
+    assert parse_request({"text_input": "a", "tenant": "Käse & Söhne 店"}).options.tenant == "Käse & Söhne 店"
+
+
 def test_brackets_in_texts_are_no_levels() -> None:
     assert parse_request({}, json.dumps({"text_input": "[{" * 1000})).text == "[{" * 1000
     assert refusal({"text_input": "a"}, nested(16)).startswith("sampling_parameters is [[")

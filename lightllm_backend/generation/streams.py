@@ -26,6 +26,19 @@ ACCEPT_PAUSE_SECONDS = 0.1  # keeps a failure that lasts from filling the log
 log = logging.getLogger(__name__)
 
 
+class _Unobserved:
+    """The observer of probes: metrics tell of users' requests alone."""
+
+    def first_token(self, seconds: float, queue_seconds: float) -> None:
+        pass
+
+    def next_token(self, seconds: float) -> None:
+        pass
+
+    def finished(self, status: str, seconds: float) -> None:
+        pass
+
+
 class Streams:
     """Submits requests, reads the return channel, and cancels the requests of clients that are gone.
 
@@ -55,13 +68,15 @@ class Streams:
     ) -> None:  # fmt: skip
         """Submit a request to the engine. Raises RequestError if it is refused; then the responder is never used.
 
-        text: the answer's text before its first token, in which stop strings are found.
+        text: the answer's text before its first token, in which stop strings are found. urgent: it is a probe, which
+        waits behind no other request and counts in no metric.
         """
         sampling = options.sampling
         stop_text = text if sampling.stop_words else None
         uid = self._engine.new_uid()
         stream = Stream(
-            responder_for(uid), options.stream, flow_control, stop_text, self._observer, self._send_queue,
+            responder_for(uid), options.stream, flow_control, stop_text,
+            _Unobserved() if urgent else self._observer, self._send_queue,
             on_end=lambda: self._streams.pop(uid, None),
         )  # fmt: skip
 

@@ -69,6 +69,7 @@ class EngineSupervisor:
                 self._on_restart()
                 self._start().wait_ready()
                 pause, is_up = FIRST_PAUSE_SECONDS, True
+                log.info("the engine serves again")
             except Exception as error:
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
                 message = "the engine could not be started again: %s; it is tried again in %.1f s"

@@ -223,7 +223,7 @@ def wait_dead(processes: Sequence[str], seconds: float) -> bool:
 def say(line: str) -> None:
     """Print an error among the lines of the launch command, or of the server."""
     with contextlib.suppress(OSError):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {line}", file=sys.stderr, flush=True)
 
 
 def _arguments(pid: int) -> list[str]:

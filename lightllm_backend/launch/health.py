@@ -13,7 +13,7 @@ import http.client
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +33,8 @@ def why_unready(directory: Path) -> str | None:
     readings = read_vitals(directory)
     roles = {reading.role for reading in readings}
     reasons = [f"{role} is not loaded" for role in (*STEPS, ENGINE) if role not in roles]
+    if any(reading.closing for reading in readings):
+        reasons.append("the server is being stopped and takes no more requests")
     reasons += standstills(readings, time.monotonic()).values()
     return "; ".join(reasons) or None
 
@@ -44,12 +46,19 @@ class Health:
     """
 
     def __init__(
-        self, address: str, directory: Path, engine: EngineClient, start_seconds: float, probe_key: str = ""
+        self,
+        address: str,
+        directory: Path,
+        engine: EngineClient,
+        start_seconds: float,
+        probe_key: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address = address
         self._directory = directory
         self._engine = engine
         self._probe_key = probe_key
+        self._clock = clock
         self._failed: deque[bool] = deque(maxlen=REMEMBERED_CHECKS)
         self._restart_seconds = max(2 * start_seconds, PROBE_SECONDS * MAX_FAILED_CHECKS)
         self._down_since: float | None = None
@@ -61,7 +70,7 @@ class Health:
             probes = list(pool.map(self._probe, PROBED_MODELS))
         after = read_vitals(self._directory)
         is_excused = {_Result.UNAVAILABLE: self._is_restarting()}
-        is_excused[_Result.LATE] = is_excused[_Result.UNAVAILABLE] or _moves(before, after, time.monotonic())
+        is_excused[_Result.LATE] = is_excused[_Result.UNAVAILABLE] or _moves(before, after, self._clock())
         reasons = [probe.reason for probe in probes if not is_excused.get(probe.result, probe.result is _Result.RIGHT)]
         self._failed.append(bool(reasons))
         if self._failed.count(True) < MAX_FAILED_CHECKS:
@@ -72,7 +81,7 @@ class Health:
         body: dict[str, object] = {"text_input": "Hello", "max_tokens": 1, "timeout": int(PROBE_SECONDS * 1e6)}
         if self._probe_key:
             body["probe_key"] = self._probe_key
-        begun = time.monotonic()
+        begun = self._clock()
         try:
             status, answer = http_call(
                 self._address, "POST", f"/v2/models/{model}/generate", json.dumps(body), PROBE_SECONDS
@@ -84,7 +93,7 @@ class Health:
         if status == http.client.OK:
             return _Probe(_Result.RIGHT)
         # The probe's own deadline has passed, or queue_timeout_s; an error that comes at once says something else.
-        waited = time.monotonic() - begun >= PROBE_SECONDS / 2 and "CANCELLED" in answer
+        waited = self._clock() - begun >= PROBE_SECONDS / 2 and "CANCELLED" in answer
         is_down = "the engine is not up" in answer or "the engine stopped" in answer
         result = (
             _Result.UNAVAILABLE if is_down else _Result.LATE if waited or "in the queue" in answer else _Result.WRONG
@@ -95,8 +104,8 @@ class Health:
         if self._engine.up:
             self._down_since = None
             return False
-        self._down_since = self._down_since or time.monotonic()
-        return time.monotonic() - self._down_since < self._restart_seconds
+        self._down_since = self._down_since or self._clock()
+        return self._clock() - self._down_since < self._restart_seconds
 
 
 class _Result(Enum):

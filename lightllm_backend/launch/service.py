@@ -196,7 +196,8 @@ def summary(launch: Launch, info: EngineInfo) -> Table:
     rows = {
         "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
         "computed on": f"{info.device}, {info.dtype}, {config.tp} rank{'s' * (config.tp > 1)}",
-        "KV pool": f"{info.pool_tokens:,} tokens, {info.memory['KV pool'] / 2**30:.2f} GiB",
+        "KV pool": f"{info.pool_tokens:,} tokens, {info.memory['KV pool'] / 2**30:.2f} GiB"
+        + " on each rank" * (config.tp > 1),
         "a request": str(info.lengths),
         "at once": f"at most {config.running_max_req_size:,} requests, {config.max_queue_size:,} more in the queue",
         "HTTP": f"http://{launch.address(config.http_port)}/v2/models/lightllm",

@@ -2,9 +2,9 @@
 """Vitals: each process of a server publishes that it lives and works, for the health checks. No torch.
 
 Each process owns one small file in the server's run directory and maps it into memory: the time of its last beat, how
-many pieces of work it has taken, when it began with the current one, and how many requests it has open. Writing never
-blocks and needs no disk space. Reading never waits for the process, so a stopped process is noticed as well as a dead
-one.
+many pieces of work it has taken, when it began with the current one, how many requests it has open, and whether it
+takes no more. Writing never blocks and needs no disk space. Reading never waits for the process, so a stopped process
+is noticed as well as a dead one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ import psutil
 BEAT_SECONDS = 0.25
 # A live process beats many times a second; waiting for a core or for the GIL can delay a beat by several seconds.
 LATE_BEAT_SECONDS = 10.0
+# One piece of work of a stub takes milliseconds. A process that is stuck is found after this time and the guard's 10 s.
+PATIENCE_SECONDS = 20.0
 SUFFIX = ".vitals"
 # The roles of the processes on a request's way; several processes may share a role.
 STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary")
 ENGINE = "worker-0"  # the rank that runs the Router; further ranks compute with it
-# The fields of a file: double beat, int64 taken, double busy_since, double patience, int64 open.
-_FIELDS = "dqddq"
-_BEAT, _TAKEN, _BUSY_SINCE, _, _OPEN = range(0, 40, 8)
-_FILE_SIZE = 40
+# The fields of a file: double beat, int64 taken, double busy_since, double patience, int64 open, int64 closing.
+_FIELDS = "dqddqq"
+_BEAT, _TAKEN, _BUSY_SINCE, _, _OPEN, _CLOSING = range(0, 48, 8)
+_FILE_SIZE = 48
 
 
 class Vitals:
@@ -43,12 +45,12 @@ class Vitals:
     """
 
     def __init__(
-        self, directory: Path, role: str, patience: float = 30.0, count_open: Callable[[], int] = lambda: 0
+        self, directory: Path, role: str, patience: float = PATIENCE_SECONDS, count_open: Callable[[], int] = lambda: 0
     ) -> None:
         _forget_dead(directory, role)
         self._path = directory / f"{role}-{os.getpid()}{SUFFIX}"
         with self._path.open("w+b") as file:
-            file.write(struct.pack(_FIELDS, time.monotonic(), 0, 0.0, patience, 0))
+            file.write(struct.pack(_FIELDS, time.monotonic(), 0, 0.0, patience, 0, 0))
             file.flush()
             self._fields = mmap.mmap(file.fileno(), _FILE_SIZE)
         self._taken = 0
@@ -76,6 +78,10 @@ class Vitals:
         """Begin a piece of work or, if not `busy`, begin to wait for one."""
         struct.pack_into("d", self._fields, _BUSY_SINCE, time.monotonic() if busy else 0.0)
 
+    def refuse_requests(self) -> None:
+        """Publish that this process takes no more requests, since the server is being stopped."""
+        struct.pack_into("q", self._fields, _CLOSING, 1)
+
     def close(self) -> None:
         """Remove the file: the process leaves the server in order."""
         self._closing.set()
@@ -101,6 +107,7 @@ class Reading:
     busy_since: float  # 0: not busy
     patience: float
     open: int  # requests
+    closing: int  # 1: it takes no more requests
 
     @property
     def is_worker(self) -> bool:

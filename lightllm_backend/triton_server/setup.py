@@ -102,7 +102,7 @@ def make_metrics(with_engine: bool) -> Metrics:
 
 def _workers_work(directory: Path) -> bool:
     workers = [reading for reading in read_vitals(directory) if reading.is_worker]
-    return not standstills(workers, time.monotonic())
+    return not standstills(workers, time.monotonic()) and not any(worker.closing for worker in workers)
 
 
 @contextlib.contextmanager

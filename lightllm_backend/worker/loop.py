@@ -42,9 +42,9 @@ def run(
     try:
         while server.open:
             idle = not router.has_work and not in_flight
-            refused = receive(server, router, load, timeout=STATS_SECONDS if idle else 0.0)
+            refused = receive(server, router, load, vitals, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(server, router, load, timeout=min(spare, POLL_SECONDS))
+                refused += receive(server, router, load, vitals, timeout=min(spare, POLL_SECONDS))
             timer.planning()
             batch = router.next_batch()
             load.publish(*router.queue_and_limit)
@@ -81,7 +81,7 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
         pass
 
 
-def receive(server: EngineServer, router: Router, load: EngineLoad, timeout: float) -> list[TokenChunk]:
+def receive(server: EngineServer, router: Router, load: EngineLoad, vitals: Vitals, timeout: float) -> list[TokenChunk]:
     """Hand the messages that have come to the Router; returns the last chunks of requests that it refuses."""
     refused = []
     for message in server.receive(timeout):
@@ -97,4 +97,5 @@ def receive(server: EngineServer, router: Router, load: EngineLoad, timeout: flo
             router.stop(message.uid)
         elif isinstance(message, CloseEngine):
             router.close(RequestError("UNAVAILABLE", message.reason), message.drain)
+            vitals.refuse_requests()
     return refused

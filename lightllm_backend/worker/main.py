@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 # How long a worker whose supervisor is gone may take to end by itself: the loop ends after the step that runs.
 ORPHAN_SECONDS = 5.0
 # How long one turn of the loop may take before the worker counts as stuck. The longest step of a GPU takes
-# seconds; on a CPU a step may take minutes.
-GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 30.0, 600.0
+# seconds; on a CPU a step may take minutes. With the 10 s for which the guard looks on, a GPU's worker that is stuck is
+# found within 30 s.
+GPU_PATIENCE_SECONDS, CPU_PATIENCE_SECONDS = 20.0, 600.0
 
 POISON_VARIABLE = "LIGHTLLM_POISON_FREED_SLOTS"  # "1": a debug mode, see CONTRIBUTING.md
 

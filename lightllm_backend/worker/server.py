@@ -20,6 +20,8 @@ from lightllm_backend.router.statistics import EngineStats
 STATS_SECONDS = 0.1
 # A client that has requests and reads nothing for so long stands still: its requests would compute for nobody.
 MAX_UNREAD_SECONDS = 30.0
+# From one attempt to accept a client to the next while that fails, for want of a file descriptor: the client waits.
+ACCEPT_PAUSE_SECONDS = 1.0
 # How long the last chunks of all clients may take to be read when the worker ends.
 FLUSH_SECONDS = 1.0
 
@@ -44,6 +46,7 @@ class EngineServer:
         self._ready = Ready(info)
         self._parent_pipe = parent_pipe
         self._listener = listen(address)
+        self._accepts_at = 0.0  # not before this time
         self._clients: dict[Channel, int] = {}  # with indices, which are never used again
         self._indices = itertools.count()
         self._handles: dict[str, int] = {}  # by uid, of the requests that have not ended
@@ -56,7 +59,9 @@ class EngineServer:
         A handle differs from those of all other clients' requests.
         """
         self._cut_off_those_who_stand_still()
-        sources: list[Any] = [self._parent_pipe, self._listener, *self._clients]
+        sources: list[Any] = [self._parent_pipe, *self._clients]
+        if time.monotonic() >= self._accepts_at:  # else a client who cannot be accepted would wake the loop at once
+            sources.append(self._listener)
         # poll() and epoll would round the timeout to whole milliseconds.
         for source in select.select(sources, [], [], timeout)[0]:
             if source == self._parent_pipe:
@@ -104,7 +109,14 @@ class EngineServer:
             client.close()
 
     def _accept(self) -> None:
-        client = Channel.accept(self._listener)
+        try:
+            client = Channel.accept(self._listener)
+        except OSError as error:  # those who are connected go on
+            if not self._accepts_at:
+                log.error("a client cannot be accepted: %s; it is tried again until it succeeds", error)
+            self._accepts_at = time.monotonic() + ACCEPT_PAUSE_SECONDS
+            return
+        self._accepts_at = 0.0
         try:
             client.send(self._ready)
         except ChannelClosed:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -129,9 +130,12 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
         assert queued.wait_ended(10)
         with pytest.raises(Unavailable, match="the server is shutting down"):
             client.generate("Hello", max_tokens=1)
+        with pytest.raises(Unavailable, match="the server is being stopped and takes no more requests"):
+            client.health()
     reason = "the server is shutting down"
     assert all(reason in end for _, end in queued.ends), queued.ends
     assert command.process.wait(60) == 0
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d shutting down: ", command.log(), re.MULTILINE), command.log()
     assert {end for _, end in streams.ends} == {"whole"}
     assert poll(lambda: not traces.left()), traces.left()
 

@@ -435,6 +435,19 @@ def test_a_request_keeps_its_tenant_and_its_priority(
     assert (engine.requests["u0"].tenant, engine.requests["u0"].priority) == ("a", -3)
 
 
+def test_a_probe_counts_in_no_metric(engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    observer, options = FakeObserver(), RequestOptions()
+    streams = Streams(engine, observer)  # type: ignore[arg-type]
+    for urgent in (True, False):
+        text = TextStream.of(tokenizer, options, [1, 2])
+        streams.submit([1, 2], options, None, lambda uid: FakeResponder(), False, text, urgent)
+    engine.make("u0", [5], FinishReason.CANCELLED)
+    assert (observer.first, observer.ended) == ([], [])
+    engine.make("u1", [5], FinishReason.LENGTH)
+    assert observer.ended == ["length"]
+    streams.close()
+
+
 def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     engine.refusal = RequestError("UNAVAILABLE", "no engine")
     with pytest.raises(RequestError, match="no engine"):

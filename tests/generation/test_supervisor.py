@@ -200,12 +200,14 @@ def test_no_error_ends_the_supervising_thread(
 
 
 def test_it_tries_again_after_a_start_that_failed(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     fails_once = "if (folder / 'fail').exists(): (folder / 'fail').unlink(); print('error: not now'); sys.exit(1)"
     supervisor = make(first=fails_once)
     supervisor.wait_ready()
     (tmp_path / "fail").touch()
     psutil.Process(supervisor.pids[0]).kill()
     assert poll(lambda: starts(tmp_path) == 3)
+    assert poll(lambda: "the engine serves again" in caplog.text)
     assert "could not be started again: not now" in caplog.text
 
 

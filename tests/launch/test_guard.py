@@ -58,7 +58,7 @@ class Family:
     def publish(self, role: str, process: subprocess.Popen[bytes], silent: float = 0.0, busy: float = 0.0) -> None:
         """Write the vitals of a process that has been silent, or busy, for so many seconds."""
         now = time.monotonic()
-        fields = struct.pack("dqddq", now - silent, 0, now - busy if busy else 0.0, 30.0, 0)
+        fields = struct.pack("dqddqq", now - silent, 0, now - busy if busy else 0.0, 30.0, 0, 0)
         (self.directory / f"{role}-{process.pid}.vitals").write_bytes(fields)
 
     def guard(self, launcher: str = "") -> Guard:

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,48 +18,40 @@ from typing import Any
 import pytest
 
 from lightllm_backend.launch import health
-from lightllm_backend.launch.health import Health, why_unready
+from lightllm_backend.launch.health import Health, http_call, why_unready
 
 DEAD_PID = 4_999_999
 ROLES = (*health.STEPS, health.ENGINE)
 
 
 class Answers:
-    """A server on the loopback whose answers a test chooses: a status and a text, or silence."""
+    """What a server answers to each call: a status and a text after `seconds` of a clock of its own, or silence."""
 
     def __init__(self) -> None:
-        self.status, self.text, self.silent = 200, "", threading.Event()
-        self.delay = 0.0
+        self.status, self.text, self.seconds, self.silent = 200, "", 0.0, False
+        self.meanwhile: Callable[[], None] = lambda: None  # happens in the midst of each check
         self.asked: list[tuple[str, Any]] = []
-        outer = self
+        self.skipped = 0.0  # seconds that the clock is ahead
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *arguments: Any) -> None:
-                pass
+    def clock(self) -> float:
+        return time.monotonic() + self.skipped
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.asked.append((self.path, json.loads(body)))
-                if outer.silent.is_set():
-                    time.sleep(0.5)
-                    return
-                time.sleep(outer.delay)
-                self.send_response(outer.status)
-                self.end_headers()
-                self.wfile.write(outer.text.encode())
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    def call(self, address: str, method: str, path: str, body: str, timeout: float) -> tuple[int, str]:
+        assert (address, method, timeout) == ("the address", "POST", health.PROBE_SECONDS)
+        self.asked.append((path, json.loads(body)))
+        if "unary" in path:
+            self.meanwhile()
+        if self.silent:
+            raise TimeoutError
+        self.skipped += self.seconds
+        return self.status, self.text
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
-    monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     answers = Answers()
-    yield answers
-    answers.server.shutdown()
-    answers.server.server_close()
+    monkeypatch.setattr(health, "http_call", answers.call)
+    return answers
 
 
 class Processes:
@@ -77,7 +69,7 @@ class Processes:
         now = time.monotonic()
         for role in ROLES:
             busy_since = now - self.busy[role] if role in self.busy else 0.0
-            fields = struct.pack("dqddq", now - self.silent.get(role, 0.0), self.taken[role], busy_since, 30.0, 0)
+            fields = struct.pack("dqddqq", now - self.silent.get(role, 0.0), self.taken[role], busy_since, 30.0, 0, 0)
             (self.directory / f"{role}-{self.pids[role]}.vitals").write_bytes(fields)
 
     def move(self, *roles: str) -> None:
@@ -98,17 +90,16 @@ def engine() -> Any:
 
 @pytest.fixture
 def watch(answers: Answers, processes: Processes, engine: Any) -> Health:
-    return Health(answers.address, processes.directory, engine, 0.0, probe_key="the key")
+    return Health("the address", processes.directory, engine, 300.0, "the key", answers.clock)
 
 
-def check_while(watch: Health, processes: Processes, *moving: str) -> str | None:
+def check_while(watch: Health, answers: Answers, processes: Processes, *moving: str) -> str | None:
     """One check, in the midst of which these roles take something."""
-    timer = threading.Timer(0.05, processes.move, moving)
-    timer.start()
+    answers.meanwhile = lambda: processes.move(*moving)
     try:
         return watch.check()
     finally:
-        timer.join()
+        answers.meanwhile = lambda: None
 
 
 # Probes
@@ -122,14 +113,14 @@ def test_a_probe_is_a_request_for_one_token_to_each_entry(answers: Answers, watc
     }
     for _, body in answers.asked:
         assert (body["max_tokens"], body["probe_key"]) == (1, "the key")
-        assert body["timeout"] == 100_000, "a probe that nobody waits for any more does not stay in the queue"
+        assert body["timeout"] == 10_000_000, "a probe that nobody waits for any more does not stay in the queue"
 
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_three_failures_in_a_row_are_the_end(answers: Answers, watch: Health, silent: bool) -> None:
     answers.status, answers.text = 500, "the stub is gone"
     if silent:
-        answers.silent.set()
+        answers.silent = True
     failures = [watch.check() for _ in range(3)]
     assert failures[:2] == [None, None]
     assert failures[2] is not None
@@ -153,23 +144,49 @@ def test_a_server_that_is_gone_fails(processes: Processes, engine: Any) -> None:
     assert "does not answer: " in str([watch.check() for _ in range(3)][2])
 
 
+def test_a_call_gets_the_answer_or_ends_in_time() -> None:
+    released = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/silent":
+                released.wait()
+                return
+            self.send_response(418)
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        assert http_call(address, "POST", "/", "the body", 60) == (418, "the body")
+        with pytest.raises(TimeoutError):
+            http_call(address, "POST", "/silent", "", 0.05)
+        released.set()
+        server.shutdown()
+
+
 # Load
 
 
 def test_a_late_probe_is_no_failure_while_every_step_takes_requests(
     answers: Answers, watch: Health, processes: Processes
 ) -> None:
-    answers.silent.set()
-    assert [check_while(watch, processes) for _ in range(5)] == [None] * 5
+    answers.silent = True
+    assert [check_while(watch, answers, processes) for _ in range(5)] == [None] * 5
 
 
 @pytest.mark.parametrize("stuck", ROLES)
 def test_it_is_one_where_a_step_takes_nothing(
     answers: Answers, watch: Health, processes: Processes, stuck: str
 ) -> None:
-    answers.silent.set()
+    answers.silent = True
     moving = [role for role in ROLES if role != stuck]
-    failures = [check_while(watch, processes, *moving) for _ in range(3)]
+    failures = [check_while(watch, answers, processes, *moving) for _ in range(3)]
     assert failures[:2] == [None, None]
     assert "does not answer within" in str(failures[2])
 
@@ -177,16 +194,18 @@ def test_it_is_one_where_a_step_takes_nothing(
 def test_an_engine_in_the_midst_of_a_long_step_is_at_work(
     answers: Answers, watch: Health, processes: Processes
 ) -> None:
-    answers.silent.set()
+    answers.silent = True
     processes.busy[health.ENGINE] = 20.0
-    assert [check_while(watch, processes, *health.STEPS) for _ in range(4)] == [None] * 4
+    assert [check_while(watch, answers, processes, *health.STEPS) for _ in range(4)] == [None] * 4
     steps = [step for step in health.STEPS if step != "detokenizer"]
-    assert [check_while(watch, processes, *steps) for _ in range(4)] == [None] * 4, "nothing comes to the detokenizer"
+    assert [check_while(watch, answers, processes, *steps) for _ in range(4)] == [None] * 4, (
+        "nothing comes to the detokenizer"
+    )
 
 
 def test_a_wrong_answer_is_a_failure_under_load_too(answers: Answers, watch: Health, processes: Processes) -> None:
     answers.status, answers.text = 500, "the stub is gone"
-    assert "the stub is gone" in str([check_while(watch, processes) for _ in range(3)][2])
+    assert "the stub is gone" in str([check_while(watch, answers, processes) for _ in range(3)][2])
 
 
 @pytest.mark.parametrize(
@@ -196,20 +215,21 @@ def test_a_wrong_answer_is_a_failure_under_load_too(answers: Answers, watch: Hea
 def test_an_answer_that_tells_of_waiting_is_late(
     answers: Answers, watch: Health, processes: Processes, text: str
 ) -> None:
-    answers.status, answers.text, answers.delay = 400, text, 0.095
-    assert [check_while(watch, processes) for _ in range(4)] == [None] * 4
+    answers.status, answers.text, answers.seconds = 400, text, health.PROBE_SECONDS
+    assert [check_while(watch, answers, processes) for _ in range(4)] == [None] * 4
     assert [watch.check() is None for _ in range(3)] == [True, True, False]
 
 
-def test_an_engine_that_starts_again_has_time(answers: Answers, processes: Processes, engine: Any) -> None:
-    watch = Health(answers.address, processes.directory, engine, 0.3)
+def test_an_engine_that_starts_again_has_time(
+    answers: Answers, watch: Health, processes: Processes, engine: Any
+) -> None:
     engine.up = False
     processes.pids[health.ENGINE] = DEAD_PID
     (processes.directory / f"{health.ENGINE}-{os.getpid()}.vitals").unlink()
     processes.publish()
     answers.status, answers.text = 400, "UNAVAILABLE: the engine is not up; try again"
     assert [watch.check() for _ in range(5)] == [None] * 5
-    time.sleep(0.6)
+    answers.skipped += 600.0  # twice the time of the first start
     assert [watch.check() for _ in range(2)] == [None] * 2
     assert "not up" in str(watch.check())
 
@@ -221,7 +241,7 @@ def test_an_error_that_comes_at_once_is_never_excused(
     """As of a server whose generation step is dead, with or without an engine that seems to start again."""
     answers.status, answers.text = 500, "CANCELLED: Stub process 'generation_0_0' is not healthy."
     engine.up = not restarting
-    assert "is not healthy" in str([check_while(watch, processes) for _ in range(3)][2])
+    assert "is not healthy" in str([check_while(watch, answers, processes) for _ in range(3)][2])
 
 
 # Processes

@@ -110,7 +110,7 @@ def test_a_process_that_leaves_while_it_is_read_is_not_dead(tmp_path: Path, monk
 
 def test_standstills_are_named(tmp_path: Path) -> None:
     now = time.monotonic()
-    good = Reading("a", 1, True, False, now, 0, now - 29, 30.0, 0)
+    good = Reading("a", 1, True, False, now, 0, now - 29, 30.0, 0, 0)
     faults = {
         2: (replace(good, alive=False), "a (process 2) is dead"),
         3: (replace(good, stopped=True), "a (process 3) is stopped"),

@@ -11,6 +11,7 @@ import msgpack
 import pytest
 
 from lightllm_backend.launch.closing import EngineCloser, Progress
+from lightllm_backend.launch.health import why_unready
 from lightllm_backend.messages.channel import Channel
 from lightllm_backend.messages.engine_messages import Ready, Submit, Tokens
 from lightllm_backend.messages.vitals import read_vitals
@@ -252,6 +253,7 @@ def test_a_drained_engine_refuses_requests_and_finishes_those_that_run(tmp_path:
         closer.close_engine("the server is shutting down", drain=True)
         engine.runner.gate.set()
         assert str(queued.wait().last.error) == "UNAVAILABLE: the server is shutting down"
+        assert "the server is being stopped and takes no more requests" in str(why_unready(tmp_path))
         assert running.wait().tokens == [2, 3, 4, 5, 6]
         assert str(Answer(client, [1], max_tokens=5).wait().last.error) == "UNAVAILABLE: the server is shutting down"
         progress = Progress(tmp_path)

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,3 +201,25 @@ def test_a_worker_that_does_not_read_holds_no_caller_up(tmp_path: Path, monkeypa
     assert taken[0].wait().last.finish_reason is FinishReason.FAILED
     listener.close()
     client.close()
+
+
+def test_a_lack_of_file_descriptors_keeps_out_new_clients_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts: list[OSError] = []
+
+    def accept(listener: socket.socket) -> Channel:
+        attempts.append(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        raise attempts[-1]
+
+    with counting_engine(tmp_path) as (_, client):
+        with monkeypatch.context() as lacking:
+            lacking.setattr(Channel, "accept", accept)
+            lacking.setattr(server_module, "ACCEPT_PAUSE_SECONDS", 0.02)
+            waiting = EngineClient(str(tmp_path / "engine"))
+            assert poll(lambda: len(attempts) >= 3)
+            assert Answer(client, [1], max_tokens=5).wait().last.finish_reason is FinishReason.LENGTH
+            assert not waiting.up
+        waiting.wait_ready(10)
+        waiting.close()
+    assert caplog.text.count("a client cannot be accepted: [Errno 24] Too many open files") == 1
