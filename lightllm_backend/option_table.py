@@ -230,6 +230,10 @@ OPTIONS: dict[str, Option] = {
         1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32,
         help="Draw from this many of the likeliest tokens.",
     ),
+    "min_p": Option(
+        number, "0 ≤ min_p ≤ 1", lambda v: 0 <= v <= 1, _FP32,
+        help="Draw from tokens at least min_p times as likely as the likeliest; applies before top_k and top_p.",
+    ),
     "presence_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
         help="Subtracted from the logit of each token generated before.",
@@ -325,7 +329,6 @@ OTHERS: dict[str, Option] = {
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
     "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
-    "min_p": _only(number, 0.0, "there is no min_p"),
     "logit_bias": _empty("logits cannot be biased"),
     "embedding_bias_words": _empty("logits cannot be biased", texts, tensor=_STRINGS),
     "embedding_bias_weights": _empty("logits cannot be biased", tensor=("FP32", -1)),

@@ -49,8 +49,8 @@ def test_defaults_but_for_the_seed_which_is_drawn() -> None:
 # Names and aliases
 
 GIVEN = {
-    "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 0.25,
-    "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
+    "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25,
+    "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
     "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True,
 }  # fmt: skip
 
@@ -126,6 +126,7 @@ def test_exactly_one_prompt() -> None:
         ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
         ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),
         ("top_k", [-1, 0, 1, "40", 3.0], [-2, 0.5, "x", True, 2**31]),
+        ("min_p", [0, 1, "0.5"], [-0.1, 1.5, float("nan"), "x", True]),
         ("presence_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", 10**400]),
         ("frequency_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", [1]]),
         ("repetition_penalty", [0.5, 1, "2"], [0, -1, float("nan"), float("inf"), "x"]),
@@ -233,6 +234,7 @@ STATED: dict[str, Callable[[float], bool]] = {
     "a finite temperature ≥ 0": lambda value: 0 <= value < math.inf,
     "a finite number > 0": lambda value: 0 < value < math.inf,
     "0 < top_p ≤ 1": lambda value: 0 < value <= 1,
+    "0 ≤ min_p ≤ 1": lambda value: 0 <= value <= 1,
 }
 
 

@@ -15,6 +15,7 @@ class Options(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
@@ -38,6 +39,7 @@ DATATYPES: dict[str, str] = {
     "temperature": "FP32",
     "top_p": "FP32",
     "top_k": "INT32",
+    "min_p": "FP32",
     "presence_penalty": "FP32",
     "frequency_penalty": "FP32",
     "repetition_penalty": "FP32",
@@ -64,6 +66,7 @@ HELP: dict[str, str] = {
     "temperature": "Flattens (> 1) or sharpens (< 1) the distribution; 0 takes the likeliest token (default: 1.0).",
     "top_p": "Draw from the likeliest tokens that together have this probability (default: 1.0).",
     "top_k": "Draw from this many of the likeliest tokens (default: -1).",
+    "min_p": "Draw from tokens at least min_p times as likely as the likeliest; applies before top_k and top_p (default: 0.0).",
     "presence_penalty": "Subtracted from the logit of each token generated before (default: 0.0).",
     "frequency_penalty": "Subtracted from the logit of a token once for each time it was generated (default: 0.0).",
     "repetition_penalty": "Divides the likelihood of tokens of the prompt and the answer (default: 1.0).",

@@ -231,12 +231,20 @@ class Kernels(Protocol):
         """
 
     def sample(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
     ) -> Tensor:
         """Draws a token from each row of `logits` [sequences, vocab] float32: [sequences] int32.
 
-        `temperature` and `top_p` are [sequences] float32, `top_k` and `position` int32, `seed` int64. Temperature 0
-        takes the first greatest logit. Otherwise one uniform number, a function of seed and position alone, picks from
-        the distribution in vocabulary order. Top-k (0: off) keeps the k greatest logits, then top-p the fewest whose
-        share of the rest is p; equals of the last one kept are kept.
+        `temperature`, `top_p` and `min_p` are [sequences] float32, `top_k` and `position` int32, `seed` int64.
+        Temperature 0 takes the first greatest logit. Otherwise one uniform number, a function of seed and position
+        alone, picks from the distribution in vocabulary order. Min-p (0: off) keeps the tokens that are at least
+        min_p times as likely as the likeliest, then top-k (0: off) the k greatest logits, then top-p the fewest whose
+        share of the rest is p; equals of the last one kept are kept. The order is vLLM's.
         """

@@ -14,7 +14,7 @@ from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.staging import Staging
 
-_FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = ("top_k", "min_tokens")
 _NO_TOKEN = -1
 
@@ -72,7 +72,7 @@ class Sampler:
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
-            temperature, top_p, presence, frequency, repetition, top_k, min_tokens, seeds,
+            temperature, top_p, min_p, presence, frequency, repetition, top_k, min_tokens, seeds,
             prompt_lengths, device_rows, device_lengths, device_ending_ids,
         ) = staging.upload(
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
@@ -87,7 +87,7 @@ class Sampler:
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if self._drawn[rows].any():
-            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
+            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths)
         else:
             token_ids = logits.argmax(-1).int()
         if not with_log_probs:

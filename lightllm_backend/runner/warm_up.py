@@ -30,6 +30,7 @@ _EVERYTHING = SamplingParams(
     temperature=0.7,
     top_p=0.9,
     top_k=50,
+    min_p=0.01,
     presence_penalty=0.1,
     frequency_penalty=0.1,
     repetition_penalty=1.1,

@@ -115,7 +115,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launch_variants(q, k, table, lengths, starts)
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths[:, None])
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
-    launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
+    launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
 
 
 def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:

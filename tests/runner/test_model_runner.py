@@ -59,7 +59,7 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
 @pytest.mark.parametrize("batch_max_tokens", [64, 7])
 def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None:
     everything = SamplingParams(
-        max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, presence_penalty=0.5,
+        max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
     )  # fmt: skip
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
