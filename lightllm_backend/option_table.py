@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS
+from lightllm_backend.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
+MAX_LOGIT_BIAS = 100.0  # and the least is its negative, as in OpenAI's API
 MAX_TENANT_LENGTH = 64
 MAX_PRIORITY = 10
 MAX_INT32 = 2**31 - 1
@@ -131,6 +132,32 @@ def token_ids(value: Any) -> tuple[int, ...]:
     return converted
 
 
+def logit_biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Convert an object of token id to bias, or a list of such pairs, to pairs."""
+    if isinstance(value, str):
+        value = parse_json(value)
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (list, tuple)) for pair in pairs):
+        raise ValueError
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise NotExact(f"which holds {len(pairs)} biases")
+    converted = tuple((integer(token_id), number(bias)) for token_id, bias in pairs)
+    seen: set[int] = set()
+    for token_id, bias in converted:
+        if not are_logit_biases(((token_id, bias),)):
+            raise NotExact(f"which holds {token_id}: {bias:g}")
+        if token_id in seen:
+            raise NotExact(f"which holds {token_id} twice")
+        seen.add(token_id)
+    return converted
+
+
+def are_logit_biases(pairs: tuple[tuple[int, float], ...]) -> bool:
+    """Whether these are allowed biases of different tokens."""
+    in_range = all(0 <= token_id <= MAX_INT32 and abs(bias) <= MAX_LOGIT_BIAS for token_id, bias in pairs)
+    return in_range and len(dict(pairs)) == len(pairs) <= MAX_LOGIT_BIASES
+
+
 def texts(value: Any) -> tuple[str, ...]:
     """Convert one string or a list of strings; drop empty ones."""
     items = [value] if isinstance(value, str) else value
@@ -232,7 +259,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "min_p": Option(
         number, "0 ≤ min_p ≤ 1", lambda v: 0 <= v <= 1, _FP32,
-        help="Draw from tokens at least min_p times as likely as the likeliest; applies before top_k and top_p.",
+        help="Draw from tokens at least min_p times as likely as the likeliest, before top_k and top_p.",
     ),
     "presence_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
@@ -245,6 +272,13 @@ OPTIONS: dict[str, Option] = {
     "repetition_penalty": Option(
         number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32,
         help="Divides the likelihood of tokens of the prompt and the answer.",
+    ),
+    "logit_bias": Option(
+        logit_biases,
+        f"an object (or a list of pairs) of at most {MAX_LOGIT_BIASES} ids of the model's vocabulary, ≥ 0, with biases"
+        f" from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+        are_logit_biases, _STRING,
+        help="Added to the logits of these token ids, before penalties; as JSON in the tensor and in parameters.",
     ),
     "seed": _int(
         0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",),
@@ -329,7 +363,6 @@ OTHERS: dict[str, Option] = {
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
     "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
-    "logit_bias": _empty("logits cannot be biased"),
     "embedding_bias_words": _empty("logits cannot be biased", texts, tensor=_STRINGS),
     "embedding_bias_weights": _empty("logits cannot be biased", tensor=("FP32", -1)),
     "allowed_token_ids": _empty(_NO_CONSTRAINT),

@@ -8,6 +8,7 @@ wins over the JSON, the JSON over parameters. An unknown name or a wrong value r
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import random
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from lightllm_backend.option_table import (
     Option,
     parse_json,
 )
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams, as_tuples
 
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
@@ -133,10 +134,7 @@ def options_from_plain(values: list[Any]) -> RequestOptions:
     """Make the options from plain values, whose tuples may be lists. Raise ValueError unless each is what it can be."""
     if type(values) is not list or len(values) != len(_PLAIN_TYPES):
         raise ValueError("these are not the values of a request's options")
-    named: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in zip(_PLAIN_TYPES, values, strict=True)
-    }
+    named: dict[str, Any] = {name: as_tuples(value) for name, value in zip(_PLAIN_TYPES, values, strict=True)}
     for name, value in named.items():
         if not _has_type(value, _PLAIN_TYPES[name]) or (name in OPTIONS and not OPTIONS[name].holds(value)):
             raise ValueError(f"{name} is {show(value)}")
@@ -147,11 +145,15 @@ def options_from_plain(values: list[Any]) -> RequestOptions:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Whether the value is of exactly this type: a class, a union of them, or a tuple of one class."""
+    """Whether the value is of exactly this type: a class, a union of types, or a tuple of them."""
     if isinstance(kind, UnionType):
         return any(_has_type(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        return type(value) is tuple and all(type(item) is get_args(kind)[0] for item in value)
+        if type(value) is not tuple:
+            return False
+        first, *others = get_args(kind)
+        kinds = [first] * len(value) if others == [...] else [first, *others]
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     return type(value) is kind
 
 
@@ -180,8 +182,11 @@ def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None
 
 def show(value: Any) -> str:
     """Format any value for a message, in at most 80 characters."""
+    # The rest would be formatted for nothing.
     if isinstance(value, (str, list, tuple)):
-        value = value[: _SHOWN_CHARACTERS + 1]  # the rest would be formatted for nothing
+        value = value[: _SHOWN_CHARACTERS + 1]
+    elif isinstance(value, dict):
+        value = dict(itertools.islice(value.items(), _SHOWN_CHARACTERS + 1))
     return _short(str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str))
 
 

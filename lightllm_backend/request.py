@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 MAX_STOP_TOKEN_IDS = 32
+MAX_LOGIT_BIASES = 300
 
 
 class FinishReason(str, Enum):
@@ -42,6 +43,11 @@ class RequestError(Exception):
         return cls(code, message) if code in cls.CODES else cls("INTERNAL", text)
 
 
+def as_tuples(value: Any) -> Any:
+    """Turn the lists in a plain value, at any depth, into tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters that choose the next token and end the sequence. options.py has checked the values."""
@@ -60,13 +66,13 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; each ends the sequence like EOS
+    logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_LOGIT_BIASES different token ids, each with its bias
     return_log_probs: bool = False
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Build the params from JSON or msgpack, which turn tuples into lists."""
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**fields)
+        return cls(**{name: as_tuples(value) for name, value in values.items()})
 
     def ending_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the ids that end the sequence: the model's EOS, unless ignored, and the request's own."""

@@ -73,7 +73,14 @@ ALLOWED = {
     "runner.step_arrays": ("router.batch", "runner.device_tables", "runner.staging"),
     "runner.buckets": ("router.batch", "runner.step_arrays"),
     "runner.prompt_tiling": ("kernels.attention.whole_prompt_tiles", "router.batch", "runner.staging"),
-    "runner.sampler": ("kernels.interface", "request", "runner.device_tables", "runner.staging"),
+    "runner.logit_biases": ("request", "runner.staging"),
+    "runner.sampler": (
+        "kernels.interface",
+        "request",
+        "runner.device_tables",
+        "runner.logit_biases",
+        "runner.staging",
+    ),
     "runner.step": (
         "kernels",
         "models.causal_lm",

@@ -50,8 +50,9 @@ def test_defaults_but_for_the_seed_which_is_drawn() -> None:
 
 GIVEN = {
     "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25,
-    "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
-    "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True,
+    "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2,
+    "ignore_eos": True, "logit_bias": ((5, -100.0), (7, 1.5)), "stop_words": ("x", "y"),
+    "stop_token_ids": (7, 0), "return_log_probs": True,
 }  # fmt: skip
 
 
@@ -133,6 +134,37 @@ def test_exactly_one_prompt() -> None:
         ("seed", [-1, 0, 2**64 - 1, "12", str(2**64 - 1), 2.0**53], [-2, 2**64, 0.5, "x", "9" * 30, 2.0**60]),
         ("end_id", [-1, 0, 2, "2"], [-2, 2**31, "x", 0.5]),
         ("stop_token_ids", [[], [0], [1, "2"], [7] * 32, "[1, 2]"], [[7] * 33, [-1], [2**31], ["a"], 3, "x", {}]),
+        (
+            "logit_bias",
+            [
+                {},
+                {"5": -100},
+                {5: 100.0},
+                '{"5": "1.5", "0": 0}',
+                [],
+                [[5, 1]],
+                "[[5, 1], [6, -1]]",
+                [(2**31 - 1, 0.5)],
+            ],
+            [
+                {"5": 100.5},
+                {"5": -101},
+                {"-1": 1},
+                {"x": 1},
+                {str(2**31): 1},
+                {"5": None},
+                {"5": float("nan")},
+                5,
+                "x",
+                [5, 1],
+                [[5]],
+                [[5, 1, 2]],
+                ["51"],
+                [[5, 1], [5, 2]],
+                {"5": 1, "05": 2},
+                dict.fromkeys(range(301), 1),
+            ],
+        ),
         ("ignore_eos", [True, 0, 1, "true", "False", " 1 "], [2, -1, "yes", [True], 0.5]),
         ("n", [1, "1"], [0, 2, "2"]),
         ("best_of", [1], [2]),

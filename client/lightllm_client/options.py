@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 
@@ -19,6 +19,7 @@ class Options(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int
     min_tokens: int
     ignore_eos: bool
@@ -43,6 +44,7 @@ DATATYPES: dict[str, str] = {
     "presence_penalty": "FP32",
     "frequency_penalty": "FP32",
     "repetition_penalty": "FP32",
+    "logit_bias": "BYTES",
     "seed": "UINT64",
     "min_tokens": "INT32",
     "ignore_eos": "BOOL",
@@ -59,6 +61,9 @@ DATATYPES: dict[str, str] = {
 # These take any number of values; one value needs no list around it.
 LISTS = ("stop_words", "stop_token_ids")
 
+# These are sent as JSON.
+JSON = ("logit_bias",)
+
 # What each option does, as the command line says it.
 HELP: dict[str, str] = {
     "max_tokens": "Tokens to generate at most; with the prompt at most max_req_total_len (default: 16).",
@@ -66,10 +71,11 @@ HELP: dict[str, str] = {
     "temperature": "Flattens (> 1) or sharpens (< 1) the distribution; 0 takes the likeliest token (default: 1.0).",
     "top_p": "Draw from the likeliest tokens that together have this probability (default: 1.0).",
     "top_k": "Draw from this many of the likeliest tokens (default: -1).",
-    "min_p": "Draw from tokens at least min_p times as likely as the likeliest; applies before top_k and top_p (default: 0.0).",
+    "min_p": "Draw from tokens at least min_p times as likely as the likeliest, before top_k and top_p (default: 0.0).",
     "presence_penalty": "Subtracted from the logit of each token generated before (default: 0.0).",
     "frequency_penalty": "Subtracted from the logit of a token once for each time it was generated (default: 0.0).",
     "repetition_penalty": "Divides the likelihood of tokens of the prompt and the answer (default: 1.0).",
+    "logit_bias": "Added to the logits of these token ids, before penalties; as JSON in the tensor and in parameters.",
     "seed": "The same seed gives the same draw (default: drawn). The tensor cannot hold -1.",
     "min_tokens": "Ignore EOS, stop ids and stop words until this many tokens; at most max_tokens (default: 0).",
     "ignore_eos": "Go on after the model's end of sequence (default: no).",

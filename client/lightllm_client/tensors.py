@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 
 from lightllm_client.errors import Internal, InvalidArgument
-from lightllm_client.options import DATATYPES, LISTS, Options
+from lightllm_client.options import DATATYPES, JSON, LISTS, Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,12 +120,21 @@ def chunk_from_response(response: Any) -> Chunk:
 
 
 def _items(name: str, value: Any) -> Sequence[object]:
+    if name in JSON and not isinstance(value, str):
+        return [_biases_as_json(name, value)]
     one, several = (str, "strings") if DATATYPES[name] == "BYTES" else (Integral, "integers")
     if name not in LISTS or isinstance(value, one):
         return [value]
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes, bytearray)):
         raise InvalidArgument(f"{name} is {value!r}; allowed: one or a sequence of {several}")
     return list(value)
+
+
+def _biases_as_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps({int(token_id): float(bias) for token_id, bias in value.items()})
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise InvalidArgument(f"{name} is {value!r}; allowed: a mapping of token ids to numbers, or its JSON") from None
 
 
 def _encode(name: str, datatype: str, items: Sequence[object]) -> bytes:

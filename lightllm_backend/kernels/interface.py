@@ -204,6 +204,13 @@ class Kernels(Protocol):
         A token that occurs in the prompt has the bit IN_PROMPT.
         """
 
+    def add_logit_bias(self, logits: Tensor, rows: Tensor, counts: Tensor, token_ids: Tensor, biases: Tensor) -> None:
+        """Adds biases to `logits` [sequences, vocab] float32, in place.
+
+        Sequence i has the first `counts[i]` entries of row `rows[i]` of the tables `token_ids` [table rows, width]
+        int32, all different, and `biases` [table rows, width] float32. `rows` and `counts` are [sequences] int32.
+        """
+
     def apply_penalties(
         self,
         logits: Tensor,

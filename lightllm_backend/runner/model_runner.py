@@ -110,7 +110,7 @@ class ModelRunner:
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # None: every step launches kernel by kernel
-        self._sampler = Sampler(kernels, num_rows, eos_ids)
+        self._sampler = Sampler(kernels, num_rows, eos_ids, device)
 
     @property
     def table_bytes(self) -> int:
@@ -134,7 +134,7 @@ class ModelRunner:
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)
-            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
+            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted], self._staging)
         output = self.graphs.run(batch) if self.graphs else None
         logits, token_ids, indices = output or self._step.run(batch)
         rows = batch.rows[batch.samples]

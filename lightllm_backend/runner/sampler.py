@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampler: penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
+"""Sampler: biases and penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.logit_biases import LogitBiases
 from lightllm_backend.runner.staging import Staging
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -22,7 +24,7 @@ _NO_TOKEN = -1
 class Sampler:
     """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
-    def __init__(self, kernels: Kernels, num_rows: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, kernels: Kernels, num_rows: int, eos_ids: Sequence[int], device: torch.device) -> None:
         self._kernels = kernels
         self._eos_ids = tuple(eos_ids)
         self._floats = np.zeros((len(_FLOATS), num_rows), dtype=np.float32)
@@ -33,9 +35,10 @@ class Sampler:
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
-        self._plain_greedy = np.ones(num_rows, dtype=bool)  # neither drawn nor penalised, and without log probabilities
+        self._biases = LogitBiases(num_rows, device)
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # the model's own likeliest token is all that is asked for
 
-    def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+    def admit(self, rows: Sequence[int], params: Sequence[SamplingParams], staging: Staging) -> None:
         """Set the sampling parameters of the new owners of `rows`."""
         for row, sampling in zip(rows, params, strict=True):
             self._floats[:, row] = [getattr(sampling, name) for name in _FLOATS]
@@ -50,7 +53,10 @@ class Sampler:
             self._drawn[row] = self._floats[0, row] != 0
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
-            self._plain_greedy[row] = not (self._drawn[row] or self._penalised[row] or self._log_probs[row])
+            self._plain_greedy[row] = not (
+                self._drawn[row] or self._penalised[row] or self._log_probs[row] or sampling.logit_bias
+            )
+        self._biases.admit(rows, params, staging)
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
@@ -67,20 +73,24 @@ class Sampler:
         """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
-        one. The log probabilities are those of the model's distribution, before penalties and temperature.
+        one. The log probabilities are those of the model's distribution, before biases, penalties and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
+        is_biased = self._biases.counts[rows].any()
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
             temperature, top_p, min_p, presence, frequency, repetition, top_k, min_tokens, seeds,
-            prompt_lengths, device_rows, device_lengths, device_ending_ids,
+            prompt_lengths, device_rows, device_lengths, bias_counts, device_ending_ids,
         ) = staging.upload(
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
-            tables.prompt_lengths[rows], rows, lengths, ending_ids.ravel(),
+            tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], ending_ids.ravel(),
         )  # fmt: skip
         original = logits = logits.float().contiguous()
+        if with_log_probs and (is_biased or is_penalised):
+            logits = logits.clone()
+        if is_biased:  # before penalties, as in vLLM
+            self._kernels.add_logit_bias(logits, device_rows, bias_counts, self._biases.token_ids, self._biases.biases)
         if is_penalised:
-            logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
                 logits, tables.token_ids[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens,

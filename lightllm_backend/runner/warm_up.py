@@ -23,6 +23,7 @@ _PROMPT_TOKENS = 2048
 _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
 _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
+_BIASED = SamplingParams(logit_bias=((0, 1.0),))
 _WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
 # Uses every part of the sampler.
 _EVERYTHING = SamplingParams(
@@ -35,6 +36,7 @@ _EVERYTHING = SamplingParams(
     frequency_penalty=0.1,
     repetition_penalty=1.1,
     min_tokens=1,
+    logit_bias=((0, 1.0),),
     return_log_probs=True,
 )
 
@@ -78,7 +80,7 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
     """
     batch_sizes = _sizes(num_rows, 2.0)
     for size in batch_sizes:
-        for sampling in (_GREEDY, _DRAWN, _PENALISED, _WITH_LOG_PROBS, _EVERYTHING):
+        for sampling in (_GREEDY, _DRAWN, _PENALISED, _BIASED, _WITH_LOG_PROBS, _EVERYTHING):
             runner.launch(example_batch(size, [], sampling)).result()
     longest = min(max_input, batch_max_tokens)
     prompt = min(longest, _PROMPT_TOKENS)

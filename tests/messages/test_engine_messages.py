@@ -49,7 +49,7 @@ def over_the_wire(ends: tuple[Channel, Channel], message: Message) -> Message:
             SamplingParams(
                 max_tokens=7, do_sample=True, temperature=0.5, top_p=0.25, top_k=3, min_p=0.5, presence_penalty=-1.0,
                 frequency_penalty=0.5, repetition_penalty=2.0, seed=2**64 - 1, min_tokens=2, ignore_eos=True,
-                stop_words=("a", "🎉"), return_log_probs=True,
+                stop_words=("a", "🎉"), logit_bias=((5, -100.0), (0, 0.5)), return_log_probs=True,
             ),
             deadline=12.5,
             urgent=True,

@@ -56,6 +56,8 @@ def mixed_requests(count: int, seed: int) -> tuple[list[list[int]], list[Samplin
             }
         if chosen.random() < 0.3:
             options |= {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "return_log_probs": True}
+        if chosen.random() < 0.2:
+            options["logit_bias"] = tuple((token, chosen.uniform(-5.0, 5.0)) for token in chosen.sample(range(199), 9))
         prompts.append(beginning + own)
         params.append(SamplingParams(**options))
     return prompts, params

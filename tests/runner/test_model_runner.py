@@ -61,6 +61,7 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     everything = SamplingParams(
         max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
+        logit_bias=((7, 2.0), (50, -100.0)),
     )  # fmt: skip
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
     sampling[::3] = [SamplingParams(max_tokens=30)] * 4
@@ -187,3 +188,21 @@ def test_the_setting_turns_the_prefix_cache_off(engine) -> None:
         router = build_router(EngineConfig(running_max_req_size=16, **config), engine.info, 4096, alike)
         run(engine, [[5] * 10], SamplingParams(max_tokens=3, ignore_eos=True), router=router)
         assert router.stats().kv_tokens_cached == kept
+
+
+def test_logit_biases_are_those_of_transformers(engine, directory) -> None:
+    """Greedy, beside the repetition penalty that comes after; and a row's next owner has none of them."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    free = SamplingParams(max_tokens=8, ignore_eos=True)
+    unbiased = run(engine, PROMPTS[:4], free)
+    biases = [{answer.token_ids[0]: -100.0, 50 + index: 9.0, 3: -0.5} for index, answer in enumerate(unbiased)]
+    params = [replace(free, logit_bias=tuple(one.items()), repetition_penalty=1.3) for one in biases]
+    answers = run(engine, PROMPTS[:4], [*params[:3], free], arrivals=[0, 1, 2, 2])
+    assert answers[3].token_ids == unbiased[3].token_ids
+    for prompt, answer, biased in zip(PROMPTS[:3], answers, biases, strict=False):
+        bias = processors.SequenceBiasLogitsProcessor({(token,): value for token, value in biased.items()})
+        penalty = processors.RepetitionPenaltyLogitsProcessor(1.3)
+        for index, logits in enumerate(transformers_logits(directory, prompt, answer.token_ids)):
+            ids = torch.tensor([[*prompt, *answer.token_ids[:index]]])
+            assert int(penalty(ids, bias(ids, logits[None])).argmax()) == answer.token_ids[index]
+    assert [answer.token_ids for answer in run(engine, PROMPTS[:4], free)] == [one.token_ids for one in unbiased]

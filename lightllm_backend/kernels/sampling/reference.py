@@ -25,6 +25,13 @@ def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: 
     return torch.where(in_prompt > 0, count + IN_PROMPT, count)
 
 
+def add_logit_bias(logits: Tensor, rows: Tensor, counts: Tensor, token_ids: Tensor, biases: Tensor) -> None:
+    entry = torch.arange(token_ids.shape[1], device=logits.device)
+    sequences, entries = (entry < counts[:, None]).nonzero(as_tuple=True)
+    places = rows[sequences].long(), entries
+    logits[sequences, token_ids[places].long()] += biases[places]
+
+
 def apply_penalties(
     logits: Tensor,
     tokens: Tensor,
@@ -72,12 +79,12 @@ def sample(
         # A row without a finite maximum has no distribution to draw from.
         drawn = (is_drawn & logits.amax(-1).isfinite()).nonzero().squeeze(1)
         uniform = _uniform(seed[drawn], position[drawn])
-        columns = (one[drawn, None] for one in (temperature, top_p, min_p))
-        tokens[drawn] = _draw(logits[drawn], top_k[drawn], *columns, uniform)
+        shares = top_p[drawn, None], min_p[drawn, None]
+        tokens[drawn] = _draw(logits[drawn], temperature[drawn, None], top_k[drawn], *shares, uniform)
     return tokens.to(torch.int32)
 
 
-def _draw(logits: Tensor, top_k: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     maximum = logits.amax(-1, keepdim=True)
     weights = torch.exp((logits - maximum) / temperature)
