@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from lightllm_backend.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
@@ -180,15 +180,15 @@ def boolean_or_count(value: Any) -> bool:
         return count > 0
 
 
-def wants_log_probs(value: Any) -> bool:
-    """Convert `logprobs`, the number of log probabilities beside the sampled token's: 0 too asks for one."""
+def log_prob_count(value: Any) -> int:
+    """Convert `logprobs`, the number of log probabilities beside the sampled token's; true is 0, and false is -1."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
-        return boolean(value)
+        return 0 if boolean(value) else -1
     boolean_or_count(value)  # raises an error for anything but a count
-    return True
+    return integer(value)
 
 
-SCALARS = (boolean, integer, number, boolean_or_count, wants_log_probs)
+SCALARS = (boolean, integer, number, boolean_or_count, log_prob_count)
 
 # Rows
 
@@ -325,8 +325,12 @@ OPTIONS: dict[str, Option] = {
         help="Ask for the log probability of each new token.",
     ),
     "logprobs": Option(
-        wants_log_probs, "true, false or a count ≥ 0",
-        help="Asks for log probabilities too, even with 0; return_log_probs overrides it.",
+        log_prob_count, f"true, false or a count from 0 to {MAX_TOP_LOGPROBS}", lambda v: v <= MAX_TOP_LOGPROBS,
+        help="Asks for log probabilities too, and a count is top_logprobs; return_log_probs: false overrides it.",
+    ),
+    "top_logprobs": _int(
+        0, MAX_TOP_LOGPROBS, tensor=_INT32,
+        help="So many of the likeliest tokens beside each new one; asks for log probabilities too.",
     ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),

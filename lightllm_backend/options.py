@@ -115,8 +115,12 @@ def _derive(values: dict[str, Any]) -> None:
         stop_token_ids = values["stop_token_ids"] = (*values.get("stop_token_ids", ()), end_id)
         if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise _invalid(f"stop_token_ids and end_id are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKEN_IDS}")
+    count = values.get("logprobs", -1)
+    is_asked = values.get("return_log_probs", count >= 0)
+    values.setdefault("top_logprobs", max(count, 0) if is_asked else 0)
     values["return_log_probs"] = (
-        values.get("return_log_probs", values.get("logprobs", False))
+        is_asked
+        or values["top_logprobs"] > 0
         or values.get("return_cumulative_logprob", False)
         or values.get("return_details", False)
     )

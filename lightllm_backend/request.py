@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 MAX_STOP_TOKEN_IDS = 32
 MAX_LOGIT_BIASES = 300
+MAX_TOP_LOGPROBS = 20
+# A likely token and its log probability, as numpy describes the bytes.
+TOP_LOG_PROB = [("token_id", "<i4"), ("log_prob", "<f4")]
+TOP_LOG_PROB_BYTES = 8
 
 
 class FinishReason(str, Enum):
@@ -68,6 +72,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; each ends the sequence like EOS
     logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_LOGIT_BIASES different token ids, each with its bias
     return_log_probs: bool = False
+    top_logprobs: int = 0  # so many of the likeliest tokens beside each; not without return_log_probs
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -141,3 +146,15 @@ class TokenChunk:
     num_prompt_tokens: int = 0
     queue_seconds: float | None = None  # on the first chunk only: the wait for admission
     error: RequestError | None = None  # with CANCELLED (a deadline) and FAILED
+    # The likeliest tokens in place of each token id: packed TOP_LOG_PROBs [tokens, k], likeliest first; or none.
+    top_log_probs: bytes = b""
+
+    def first(self, count: int) -> TokenChunk:
+        """The chunk with its first `count` tokens alone."""
+        bytes_each = len(self.top_log_probs) // max(1, len(self.token_ids))
+        return replace(
+            self,
+            token_ids=self.token_ids[:count],
+            log_probs=self.log_probs[:count],
+            top_log_probs=self.top_log_probs[: bytes_each * count],
+        )

@@ -97,6 +97,7 @@ ALLOWED = {
         "kv_pool.storage",
         "models.causal_lm",
         "models.layers",
+        "request",
         "router.batch",
         "runner",
     ),

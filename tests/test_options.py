@@ -52,7 +52,7 @@ GIVEN = {
     "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25,
     "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2,
     "ignore_eos": True, "logit_bias": ((5, -100.0), (7, 1.5)), "stop_words": ("x", "y"),
-    "stop_token_ids": (7, 0), "return_log_probs": True,
+    "stop_token_ids": (7, 0), "return_log_probs": True, "top_logprobs": 4,
 }  # fmt: skip
 
 
@@ -170,7 +170,8 @@ def test_exactly_one_prompt() -> None:
         ("best_of", [1], [2]),
         ("beam_width", [1], [4]),
         ("num_return_sequences", [1], [3]),
-        ("logprobs", [0, 1, 5, True, "3", 2.0], [-1, 0.5, "many", [1]]),
+        ("logprobs", [0, 1, 20, True, "3", 2.0], [-1, 21, 0.5, "many", [1]]),
+        ("top_logprobs", [0, 20, "3"], [-1, 21, True, 0.5]),
         ("return_finish_reason", [True, "false"], ["x", 3]),
     ],
 )
@@ -209,6 +210,24 @@ def test_numbers_may_be_strings(text: str, value: Any) -> None:
 def test_who_asks_for_log_probabilities(asked: dict[str, Any], returned: bool) -> None:
     parsed = parse_request({"text_input": "a"}, json.dumps(asked))
     assert parsed.options.sampling.return_log_probs is returned
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ({"top_logprobs": 3}, 3),
+        *(({"logprobs": one}, count) for one, count in ((5, 5), ("1", 1), (0, 0), (True, 0), (False, 0))),
+        ({"logprobs": 5, "top_logprobs": 2}, 2),
+        ({"logprobs": 5, "return_log_probs": True}, 5),
+        ({"logprobs": 5, "return_log_probs": False}, 0),
+        ({"top_logprobs": 2, "return_log_probs": False}, 2),
+        ({"return_log_probs": 5}, 0),
+    ],
+)
+def test_who_asks_for_the_likeliest_tokens(asked: dict[str, Any], count: int) -> None:
+    parsed = parse_request({"text_input": "a"}, json.dumps(asked)).options.sampling
+    assert parsed.top_logprobs == count
+    assert parsed.return_log_probs or not count
 
 
 def test_min_tokens_may_not_be_more_than_max_tokens() -> None:

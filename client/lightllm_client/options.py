@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     parse_special: bool
     skip_special_tokens: bool
     return_log_probs: bool
+    top_logprobs: int
     tenant: str
     priority: int
 
@@ -54,6 +55,7 @@ DATATYPES: dict[str, str] = {
     "parse_special": "BOOL",
     "skip_special_tokens": "BOOL",
     "return_log_probs": "BOOL",
+    "top_logprobs": "INT32",
     "tenant": "BYTES",
     "priority": "INT32",
 }
@@ -85,6 +87,7 @@ HELP: dict[str, str] = {
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
+    "top_logprobs": "So many of the likeliest tokens beside each new one; asks for log probabilities too (default: 0).",
     "tenant": "Whose share of the server the request takes; requests that name no tenant share one.",
     "priority": "The lowest of a tenant's waiting requests goes first; a level is worth 10 s of waiting (default: 0).",
 }

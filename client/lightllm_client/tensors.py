@@ -45,6 +45,8 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
+    # For each token the likeliest ids with their log probabilities, likeliest first; empty unless top_logprobs.
+    top_log_probs: tuple[dict[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    top_log_probs: tuple[dict[int, float], ...] = ()
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
@@ -72,6 +75,7 @@ class Generation:
             finish_reason=last.finish_reason,
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=sum(part.num_output_tokens for part in parts),
+            top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
         )
 
 
@@ -116,7 +120,18 @@ def chunk_from_response(response: Any) -> Chunk:
         finish_reason=output("finish_reason")[0].decode("utf-8", errors="replace"),
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
+        top_log_probs=_top_log_probs(result),
     )
+
+
+def _top_log_probs(result: InferResult) -> tuple[dict[int, float], ...]:
+    """The likeliest ids of each token with their log probabilities; none of a server that does not know them."""
+    token_ids, log_probs = result.as_numpy("top_token_ids"), result.as_numpy("top_log_probs")
+    if token_ids is None or log_probs is None or not len(token_ids):
+        return ()
+    rows = int(result.as_numpy("num_output_tokens")[0]), -1
+    pairs = zip(token_ids.reshape(rows).tolist(), log_probs.reshape(rows).tolist(), strict=True)
+    return tuple(dict(zip(ids, values, strict=True)) for ids, values in pairs)
 
 
 def _items(name: str, value: Any) -> Sequence[object]:

@@ -14,7 +14,7 @@ import msgpack
 
 from lightllm_backend.option_table import MAX_INT32
 from lightllm_backend.options import options_from_plain, options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, TokenChunk
+from lightllm_backend.request import TOP_LOG_PROB_BYTES, FinishReason, RequestError, RequestOptions, TokenChunk
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EnsembleContext:
         return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-_CHUNK_TYPES = (str, list, list, str, int, str, bytes, bool, bool)
+_CHUNK_TYPES = (str, list, list, str, int, str, bytes, bool, bool, bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class ChunkMessage:
                 self.state,
                 self.check_client,
                 self.chunk is None,
+                chunk.top_log_probs,
             ),
             unicode_errors="replace",  # an error may tell what UTF-8 cannot spell
         )
@@ -79,10 +80,10 @@ class ChunkMessage:
         values = msgpack.unpackb(packed)
         if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
             raise ValueError("these are not the values of a chunk")
-        uid, token_ids, log_probs, reason, num_prompt_tokens, error, state, check_client, probe = values
+        uid, token_ids, log_probs, reason, num_prompt_tokens, error, state, check_client, probe, top_log_probs = values
         if probe:
             return cls(uid, None, state, check_client)
-        _check_tokens(token_ids, log_probs)
+        _check_tokens(token_ids, log_probs, top_log_probs)
         if num_prompt_tokens < 0:
             raise ValueError(f"the prompt has {num_prompt_tokens} tokens")
         chunk = TokenChunk(
@@ -92,13 +93,16 @@ class ChunkMessage:
             FinishReason(reason) if reason else None,
             num_prompt_tokens,
             error=RequestError.parse(error) if error else None,
+            top_log_probs=top_log_probs,
         )
         return cls(uid, chunk, state, check_client)
 
 
-def _check_tokens(token_ids: list[Any], log_probs: list[Any]) -> None:
+def _check_tokens(token_ids: list[Any], log_probs: list[Any], top_log_probs: bytes) -> None:
     for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id <= MAX_INT32:
             raise ValueError(f"a token id is {token_id!r}")
     if log_probs and (len(log_probs) != len(token_ids) or any(type(value) is not float for value in log_probs)):
         raise ValueError("the log probabilities are not a number for each token id")
+    if top_log_probs and (not token_ids or len(top_log_probs) % (TOP_LOG_PROB_BYTES * len(token_ids))):
+        raise ValueError("the likeliest tokens are not equally many for each token id")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,17 @@ class Batch:
     admitted: tuple[Admission, ...]  # for the runner to upload before this step
 
 
+class TopLogProbs(NamedTuple):
+    """The likeliest tokens of a step's sequences that ask for them."""
+
+    samples: NDArray[np.int64]  # [m] which of the step's sampled tokens
+    pairs: NDArray[Any]  # [m, k] TOP_LOG_PROB, the likeliest first; k is the most that any of them asks for
+
+    def by_sample(self) -> dict[int, NDArray[Any]]:
+        """The pairs [k] of each."""
+        return dict(zip(self.samples.tolist(), self.pairs, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class StepResult:
     """The tokens that a step sampled, in the order of the batch's sampling rows."""
@@ -45,6 +57,7 @@ class StepResult:
     token_ids: NDArray[np.int32]  # [n_sampled]
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
     seconds: float = 0.0  # on the device
+    top_log_probs: TopLogProbs | None = None
 
 
 @dataclass(frozen=True, eq=False)

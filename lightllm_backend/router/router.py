@@ -147,14 +147,18 @@ class Router:
         known = step.holds_row
         self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
+        top = result.top_log_probs.by_sample() if result.top_log_probs else {}
         for index in (~goes_on).nonzero()[0].tolist():
             sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
                 continue  # it has ended since
             self._generated_tokens_total += 1
-            log_probs = []
-            if sequence.request.sampling.return_log_probs and result.log_probs is not None:
+            log_probs, likeliest = [], b""
+            sampling = sequence.request.sampling
+            if sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
+            if index in top:
+                likeliest = top[index][: sampling.top_logprobs].tobytes()
             sampled = [int(token_ids[index])]
             if sequence.state is SequenceState.PREEMPTED:
                 sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
@@ -162,9 +166,9 @@ class Router:
             if ends[index]:
                 self._record_length(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
-                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs)
+                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs, top_log_probs=likeliest)
             else:
-                self._chunks.append(sequence.make_chunk(sampled, log_probs))
+                self._chunks.append(sequence.make_chunk(sampled, log_probs, top_log_probs=likeliest))
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
@@ -181,6 +185,7 @@ class Router:
         error: RequestError | None = None,
         token_ids: list[int] | None = None,
         log_probs: list[float] | None = None,
+        top_log_probs: bytes = b"",
     ) -> None:
         """End a sequence: release its slots and its row, and make its last chunk. There is no other way to end."""
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
@@ -192,7 +197,7 @@ class Router:
         self._release(sequence)
         sequence.state = SequenceState.FINISHED
         self._requests[reason.value] += 1
-        self._chunks.append(sequence.make_chunk(token_ids or [], log_probs or [], reason, error))
+        self._chunks.append(sequence.make_chunk(token_ids or [], log_probs or [], reason, error, top_log_probs))
 
     def fail_all(self, error: RequestError) -> None:
         """End every sequence with the error after a failed step. The batches in flight are never applied."""

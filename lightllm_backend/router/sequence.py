@@ -73,8 +73,12 @@ class Sequence:
         log_probs: list[float],
         finish_reason: FinishReason | None = None,
         error: RequestError | None = None,
+        top_log_probs: bytes = b"",
     ) -> TokenChunk:
         """Make the next chunk of the answer. The first chunk carries the time in the queue."""
         waited, self.queue_seconds = self.queue_seconds, None
         request = self.request
-        return TokenChunk(request.uid, token_ids, log_probs, finish_reason, len(request.prompt_ids), waited, error)
+        num_prompt_tokens = len(request.prompt_ids)
+        return TokenChunk(
+            request.uid, token_ids, log_probs, finish_reason, num_prompt_tokens, waited, error, top_log_probs
+        )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,22 @@ _INTEGERS = ("top_k", "min_tokens")
 _NO_TOKEN = -1
 
 
+class Top(NamedTuple):
+    """The k likeliest tokens of the sequences that ask for any, likeliest first."""
+
+    samples: NDArray[np.int64]  # [a] which of the m sequences
+    token_ids: Tensor  # [a, k] int32
+    log_probs: Tensor  # [a, k] float32
+
+
+class Sampled(NamedTuple):
+    """The tokens of m sequences."""
+
+    token_ids: Tensor  # [m] int32
+    log_probs: Tensor | None = None  # [m] float32
+    top: Top | None = None
+
+
 class Sampler:
     """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
@@ -35,6 +52,7 @@ class Sampler:
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
+        self._top_logprobs = np.zeros(num_rows, dtype=np.int32)
         self._biases = LogitBiases(num_rows, device)
         self._plain_greedy = np.ones(num_rows, dtype=bool)  # the model's own likeliest token is all that is asked for
 
@@ -53,6 +71,7 @@ class Sampler:
             self._drawn[row] = self._floats[0, row] != 0
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
+            self._top_logprobs[row] = sampling.top_logprobs
             self._plain_greedy[row] = not (
                 self._drawn[row] or self._penalised[row] or self._log_probs[row] or sampling.logit_bias
             )
@@ -69,21 +88,22 @@ class Sampler:
         lengths: NDArray[np.int32],
         tables: DeviceTables,
         staging: Staging,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
+    ) -> Sampled:
+        """Sample a token for each sequence, with log probabilities if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
         one. The log probabilities are those of the model's distribution, before biases, penalties and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         is_biased = self._biases.counts[rows].any()
+        asking = self._top_logprobs[rows].nonzero()[0]  # for the likeliest tokens
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
             temperature, top_p, min_p, presence, frequency, repetition, top_k, min_tokens, seeds,
-            prompt_lengths, device_rows, device_lengths, bias_counts, device_ending_ids,
+            prompt_lengths, device_rows, device_lengths, bias_counts, device_asking, device_ending_ids,
         ) = staging.upload(
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
-            tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], ending_ids.ravel(),
+            tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], asking, ending_ids.ravel(),
         )  # fmt: skip
         original = logits = logits.float().contiguous()
         if with_log_probs and (is_biased or is_penalised):
@@ -101,6 +121,12 @@ class Sampler:
         else:
             token_ids = logits.argmax(-1).int()
         if not with_log_probs:
-            return token_ids, None
+            return Sampled(token_ids)
+        log_sums = original.logsumexp(-1)
         chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
-        return token_ids, chosen - original.logsumexp(-1)
+        if len(asking) == 0:
+            return Sampled(token_ids, chosen - log_sums)
+        count = min(int(self._top_logprobs[rows].max()), original.shape[1])
+        values, ids = original.index_select(0, device_asking).topk(count, -1)
+        top_log_probs = values - log_sums.index_select(0, device_asking).unsqueeze(1)
+        return Sampled(token_ids, chosen - log_sums, Top(asking, ids.int(), top_log_probs))

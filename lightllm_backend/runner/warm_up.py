@@ -24,7 +24,7 @@ _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
 _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
 _BIASED = SamplingParams(logit_bias=((0, 1.0),))
-_WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
+_WITH_LOG_PROBS = SamplingParams(return_log_probs=True, top_logprobs=1)
 # Uses every part of the sampler.
 _EVERYTHING = SamplingParams(
     do_sample=True,
@@ -38,6 +38,7 @@ _EVERYTHING = SamplingParams(
     min_tokens=1,
     logit_bias=((0, 1.0),),
     return_log_probs=True,
+    top_logprobs=20,
 )
 
 
@@ -59,7 +60,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     # Powers of two are enough: the choice of kernels depends on them. A launch that compiles is slow, so not all steps.
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
     # Without log probabilities, which would be looked up by token ids that no kernel has written.
-    sampled = replace(_EVERYTHING, return_log_probs=False)
+    sampled = replace(_EVERYTHING, return_log_probs=False, top_logprobs=0)
 
     def launch() -> None:
         for bucket in chosen.values():

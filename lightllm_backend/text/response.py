@@ -29,6 +29,7 @@ class DecodeState:
     held_log_probs: list[float] = field(default_factory=list)
     num_input_tokens: int = 0
     cumulative_logprob: float = 0.0
+    held_top_log_probs: bytes = b""
 
     @classmethod
     def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
@@ -68,7 +69,7 @@ class DecodeState:
 
 # The types of a DecodeState's values, with a text and without.
 _STATE_TYPES = tuple(
-    (list, int, bool, list, str, text, list, list, int, float) for text in (list, type(None))
+    (list, int, bool, list, str, text, list, list, int, float, bytes) for text in (list, type(None))
 )  # fmt: skip
 
 
@@ -82,6 +83,7 @@ class Response:
     output_ids: list[int]
     output_log_probs: list[float]
     cumulative_logprob: float
+    top_log_probs: bytes = b""  # packed TOP_LOG_PROBs [len(output_ids), k], or none
 
 
 class ResponseDecoder:
@@ -101,6 +103,7 @@ class ResponseDecoder:
         state = self._state
         state.held_ids += chunk.token_ids
         state.held_log_probs += chunk.log_probs
+        state.held_top_log_probs += chunk.top_log_probs
         state.num_input_tokens = chunk.num_prompt_tokens
         state.cumulative_logprob += sum(chunk.log_probs)
         ids = chunk.token_ids
@@ -131,6 +134,7 @@ class ResponseDecoder:
             state.held_ids,
             state.held_log_probs,
             state.cumulative_logprob,
+            state.held_top_log_probs,
         )
-        state.prefix, state.held_ids, state.held_log_probs = "", [], []
+        state.prefix, state.held_ids, state.held_log_probs, state.held_top_log_probs = "", [], [], b""
         return response

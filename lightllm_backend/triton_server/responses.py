@@ -13,7 +13,7 @@ import numpy as np
 
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Seal
-from lightllm_backend.request import RequestError, TokenChunk
+from lightllm_backend.request import TOP_LOG_PROB, RequestError, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.triton_server.requests import token_id_bytes
@@ -27,6 +27,7 @@ from lightllm_backend.triton_server.tensors import (
     PUBLIC_OUTPUTS,
     SEALED_CHUNK,
     TOKENIZER_OUTPUTS,
+    TOP_LOG_PROBS,
     Tensors,
 )
 
@@ -57,6 +58,7 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
+        **_top_log_probs(response.top_log_probs),
     }
     if kept is None:
         return _response(PUBLIC_OUTPUTS, values)
@@ -65,12 +67,14 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
 
 # Outputs with few values, and what those have that nobody asked for.
 _REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
-_UNASKED: dict[str, list[Any]] = {"output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"]}
+_UNASKED: dict[str, list[Any]] = {
+    "output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"], "top_token_ids": [], "top_log_probs": [],
+}  # fmt: skip
 _MOST_KEPT = 512  # each takes some hundred bytes of shared memory
 
 
 class KeptTensors:
-    """Makes the tensors of client responses, and keeps those that are the same in many: six of the eight.
+    """Makes the tensors of client responses, and keeps those that are the same in many: eight of the ten.
 
     The backend copies a tensor into shared memory when it is first sent, and not again. Two threads must not send one
     at the same time, so each thread has its own.
@@ -102,16 +106,29 @@ def health_response(report: str) -> Any:
 def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
     """The log probabilities in the format of vllm_backend's output `logprobs`: an object a token, by token id; or null.
 
-    The rank, which vLLM also gives, is not known here.
+    Each object has the sampled token, then the likeliest ones. The rank of a token beyond these is not known.
     """
     if not response.output_log_probs:
         return "null"
-    return json.dumps(
-        [
-            {token_id: {"logprob": log_prob, "rank": None, "decoded_token": tokenizer.decode([token_id], False)}}
-            for token_id, log_prob in zip(response.output_ids, response.output_log_probs, strict=True)
-        ]
-    )
+    pairs = np.frombuffer(response.top_log_probs, TOP_LOG_PROB).reshape(len(response.output_ids), -1).tolist()
+    tokens = []
+    for token_id, log_prob, likeliest in zip(response.output_ids, response.output_log_probs, pairs, strict=True):
+        known = {token_id: (log_prob, None)} | {other: (its, rank) for rank, (other, its) in enumerate(likeliest, 1)}
+        tokens.append(
+            {
+                one: {"logprob": its, "rank": rank, "decoded_token": tokenizer.decode([one], False)}
+                for one, (its, rank) in known.items()
+            }
+        )
+    return json.dumps(tokens)
+
+
+def _top_log_probs(packed: bytes) -> dict[str, list[Any]]:
+    """The tensors of packed TOP_LOG_PROBs."""
+    if not packed:
+        return {name: [] for name in TOP_LOG_PROBS}
+    pairs = np.frombuffer(packed, TOP_LOG_PROB)
+    return {"top_token_ids": pairs["token_id"].tolist(), "top_log_probs": pairs["log_prob"].tolist()}
 
 
 def error_response(error: Exception) -> Any:
@@ -204,7 +221,12 @@ def _direct_response(uid: str, chunk: TokenChunk) -> Any:
         "num_input_tokens": chunk.num_prompt_tokens,
         "error": "",
     }
-    values = {"output_ids": chunk.token_ids, "output_log_probs": chunk.log_probs, CHUNK: [json.dumps(details)]}
+    values = {
+        "output_ids": chunk.token_ids,
+        "output_log_probs": chunk.log_probs,
+        **_top_log_probs(chunk.top_log_probs),
+        CHUNK: [json.dumps(details)],
+    }
     return _response(DIRECT_OUTPUTS, values)
 
 

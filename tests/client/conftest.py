@@ -123,6 +123,7 @@ def response(recorded: Recorded, start: int, end: int, finish_reason: str) -> An
     """The words from start to end, as the ensemble would send them."""
     indices = range(start, end)
     log_probs = [-0.5 for _ in indices] if recorded.value("return_log_probs", False) else []
+    likeliest = [(index + rank, -0.5 - rank) for index in indices for rank in range(recorded.value("top_logprobs", 0))]
     infer_response = service_pb2.ModelInferResponse(model_name=recorded.model)
 
     def add(name: str, datatype: str, size: int, content: bytes) -> None:
@@ -138,6 +139,8 @@ def response(recorded: Recorded, start: int, end: int, finish_reason: str) -> An
     add("num_output_tokens", "INT32", 1, struct.pack("<i", len(indices)))
     add("output_ids", "INT32", len(indices), np.array(indices, np.int32).tobytes())
     add("output_log_probs", "FP32", len(log_probs), np.array(log_probs, np.float32).tobytes())
+    add("top_token_ids", "INT32", len(likeliest), np.array([one for one, _ in likeliest], np.int32).tobytes())
+    add("top_log_probs", "FP32", len(likeliest), np.array([one for _, one in likeliest], np.float32).tobytes())
     add("cumulative_logprob", "FP32", 1, struct.pack("<f", -0.5 * end if log_probs else 0))
     return service_pb2.ModelStreamInferResponse(infer_response=infer_response)
 

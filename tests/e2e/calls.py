@@ -25,6 +25,7 @@ NUMPY_TYPES: dict[str, Any] = {
     "UINT8": np.uint8,
 }  # fmt: skip
 BETWEEN_STEPS = {"ensemble": "UINT8", "sealed_chunk": "UINT8"}
+_LISTS = ("input_ids", "output_ids", "output_log_probs", "top_token_ids", "top_log_probs", *BETWEEN_STEPS)
 DATATYPES = {name: datatype.replace("STRING", "BYTES") for name, (datatype, _) in PUBLIC_INPUTS.items()} | BETWEEN_STEPS
 
 
@@ -126,7 +127,7 @@ def outputs(result: Any, names: Sequence[str]) -> dict[str, Any]:
     values = {}
     for name in names:
         items = [item.decode() if isinstance(item, bytes) else item for item in result.as_numpy(name).tolist()]
-        values[name] = items if name in ("input_ids", "output_ids", "output_log_probs", *BETWEEN_STEPS) else items[0]
+        values[name] = items if name in _LISTS else items[0]
     return values
 
 

@@ -154,12 +154,13 @@ def chunk(ids: list[int], reason: FinishReason | None = None, **fields: Any) -> 
 def test_tokens_made_while_a_chunk_is_on_its_way_are_one_chunk() -> None:
     stream, responder, observer = stream_of()
     stream.on_chunk(chunk([1], log_probs=[-1.0], queue_seconds=0.5))
-    stream.on_chunk(chunk([2], log_probs=[-2.0]))
-    stream.on_chunk(chunk([3], log_probs=[-3.0]))
+    stream.on_chunk(chunk([2], log_probs=[-2.0], top_log_probs=b"2"))
+    stream.on_chunk(chunk([3], log_probs=[-3.0], top_log_probs=b"3"))
     assert responder.ids == [[1]]
     stream.delivered()
     assert responder.ids == [[1], [2, 3]]
     assert responder.last.log_probs == [-2.0, -3.0]
+    assert responder.last.top_log_probs == b"23"
     stream.delivered()
     stream.on_chunk(chunk([4]))
     assert responder.ids == [[1], [2, 3], [4]]
@@ -307,9 +308,10 @@ def test_a_stop_string_over_chunks_ends_the_request_and_drops_what_follows(token
     stream, responder = stop_stream(tokenizer)
     ids = [tokenizer.encode(letter)[0] for letter in "aENDxy"]
     assert not stream.on_chunk(chunk(ids[:2]))
-    assert stream.on_chunk(chunk(ids[2:], log_probs=[-1.0, -2.0, -3.0, -4.0]))
+    assert stream.on_chunk(chunk(ids[2:], log_probs=[-1.0, -2.0, -3.0, -4.0], top_log_probs=b"aabbccdd"))
     assert responder.ids == [ids[:2], ids[2:4]]
     assert responder.last.log_probs == [-1.0, -2.0]
+    assert responder.last.top_log_probs == b"aabb"
     assert responder.last.finish_reason is FinishReason.STOP
     assert not stream.on_chunk(chunk([1], FinishReason.STOP)), "the engine's own end comes after ours"
     assert len(responder.sent) == 2

@@ -23,6 +23,7 @@ from lightllm_backend.worker.main import build_router
 class Answer:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    top_log_probs: bytes = b""
     reason: FinishReason | None = None
 
 
@@ -90,6 +91,7 @@ def run(
             answer = answers[int(chunk.uid)]
             answer.token_ids += chunk.token_ids
             answer.log_probs += chunk.log_probs
+            answer.top_log_probs += chunk.top_log_probs
             assert answer.reason is None, "nothing comes after the end"
             answer.reason = chunk.finish_reason
         router.check_integrity()

@@ -5,11 +5,12 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.request import TOP_LOG_PROB, FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
@@ -61,7 +62,7 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     everything = SamplingParams(
         max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
-        logit_bias=((7, 2.0), (50, -100.0)),
+        logit_bias=((7, 2.0), (50, -100.0)), top_logprobs=2,
     )  # fmt: skip
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
     sampling[::3] = [SamplingParams(max_tokens=30)] * 4
@@ -72,6 +73,7 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     for answer, expected in zip(answers, undisturbed, strict=True):
         assert (answer.token_ids, answer.reason) == (expected.token_ids, expected.reason)
         assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+        assert len(answer.top_log_probs) == len(expected.top_log_probs)
 
 
 def test_log_probs_are_the_models_own(engine, directory) -> None:
@@ -91,6 +93,21 @@ def test_log_probs_are_the_models_own(engine, directory) -> None:
         chosen = truth.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert torch.allclose(torch.tensor(answer.log_probs), chosen, atol=1e-4)
     assert answers[1].log_probs == answers[3].log_probs == []
+
+
+def test_the_likeliest_tokens_are_the_models_own(engine, directory) -> None:
+    """Beside requests that ask for none, or for others, and whatever changes the choice."""
+    plain = SamplingParams(max_tokens=6, ignore_eos=True, return_log_probs=True)
+    drawn = replace(plain, do_sample=True, temperature=2.0, seed=5, logit_bias=((9, 50.0),), top_logprobs=20)
+    sampling = [replace(plain, top_logprobs=3), replace(plain, return_log_probs=False), drawn, plain]
+    answers = run(engine, PROMPTS[:4], sampling, arrivals=[0, 0, 2, 3])
+    assert answers[1].top_log_probs == answers[3].top_log_probs == b""
+    for index, count in ((0, 3), (2, 20)):
+        pairs = np.frombuffer(answers[index].top_log_probs, TOP_LOG_PROB).reshape(6, count)
+        truth = transformers_logits(directory, PROMPTS[index], answers[index].token_ids).log_softmax(-1).topk(count)
+        assert pairs["token_id"].tolist() == truth.indices.tolist()
+        assert pairs["log_prob"] == pytest.approx(truth.values.numpy(), abs=1e-4)
+    assert np.frombuffer(answers[0].top_log_probs, TOP_LOG_PROB)["log_prob"][::3].tolist() == answers[0].log_probs
 
 
 def test_a_seeded_request_does_not_depend_on_its_neighbours(engine) -> None:

@@ -14,7 +14,14 @@ import pytest
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.options import options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import (
+    TOP_LOG_PROB,
+    FinishReason,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    TokenChunk,
+)
 from lightllm_backend.text.response import DecodeState, Response
 from lightllm_backend.triton_server import requests, responses
 from lightllm_backend.triton_server.requests import read_chunk, read_generation_request, token_id_bytes
@@ -48,6 +55,22 @@ def test_logprobs_are_as_vllm_backend_has_them() -> None:
         {"7": {"logprob": -0.5, "rank": None, "decoded_token": "<7 False>"}},
         {"2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"}},
     ]
+    likeliest = top_log_probs([(7, -0.5), (9, -1.5)], [(4, -0.25), (5, -1.75)])
+    assert logprobs(Response("ab", "", 3, [7, 2], [-0.5, -2.0], -2.5, likeliest)) == [
+        {
+            "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7 False>"},
+            "9": {"logprob": -1.5, "rank": 2, "decoded_token": "<9 False>"},
+        },
+        {
+            "2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"},
+            "4": {"logprob": -0.25, "rank": 1, "decoded_token": "<4 False>"},
+            "5": {"logprob": -1.75, "rank": 2, "decoded_token": "<5 False>"},
+        },
+    ]
+
+
+def top_log_probs(*of_tokens: list[tuple[int, float]]) -> bytes:
+    return np.array(of_tokens, TOP_LOG_PROB).tobytes()
 
 
 def sending_request(sent: list[Any]) -> Any:
@@ -60,7 +83,8 @@ def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
     sent: list[Any] = []
     first = DecodeState(stop_words=("x",), prefix="Q: ")
     responder = responses.GenerationResponder(sending_request(sent), "u", first, CHUNK_SEAL)
-    begun = TokenChunk("u", [7, 2**31 - 1], [-1.0, -0.1], num_prompt_tokens=3)
+    likeliest = top_log_probs([(1, -0.5)], [(2**31 - 1, -0.1)])
+    begun = TokenChunk("u", [7, 2**31 - 1], [-1.0, -0.1], num_prompt_tokens=3, top_log_probs=likeliest)
     ended = TokenChunk("u", [], [], FinishReason.FAILED, 3, error=RequestError("INTERNAL", "broken"))
     responder.send(begun, None, check_client=False)
     responder.send(ended, b"state", check_client=True)
@@ -81,12 +105,15 @@ def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
 def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
     sent: list[Any] = []
     responder = responses.GenerationResponder(sending_request(sent), "u", DecodeState(), None)
-    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), b"", check_client=True)
+    chunk = TokenChunk("u", [7], [-2.0], num_prompt_tokens=3, top_log_probs=top_log_probs([(1, -0.5), (7, -2.0)]))
+    responder.send(chunk, b"", check_client=True)
     tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in sent[0].inputs()}
     assert json.loads(tensors.pop("chunk")[0]) == {
         "uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""
     }  # fmt: skip
-    assert tensors == {"output_ids": [7], "output_log_probs": []}
+    assert tensors == {
+        "output_ids": [7], "output_log_probs": [-2.0], "top_token_ids": [1, 7], "top_log_probs": [-0.5, -2.0]
+    }  # fmt: skip
 
 
 OPTIONS = RequestOptions(SamplingParams(max_tokens=3, seed=4), stream=True)
