@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
@@ -161,7 +161,14 @@ def wants_log_probs(value: Any) -> bool:
     return True
 
 
-SCALARS = (boolean, integer, number, boolean_or_count, wants_log_probs)
+def count_or_boolean(value: Any) -> int:
+    """Convert a count; true is 0, and false is -1, which stands for none."""
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return 0 if boolean(value) else -1
+    return integer(value)
+
+
+SCALARS = (boolean, integer, number, boolean_or_count, wants_log_probs, count_or_boolean)
 
 # Rows
 
@@ -211,7 +218,7 @@ OPTIONS: dict[str, Option] = {
         help="Send the tokens as they come, in several responses.",
     ),
     "max_tokens": _int(
-        1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",),
+        1, MAX_INT32, "0 (with prompt_logprobs), or ", lowest=0, tensor=_INT32, keys=("max_new_tokens",),
         help="Tokens to generate at most; with the prompt at most max_req_total_len.",
     ),
     "do_sample": _bool(
@@ -290,6 +297,11 @@ OPTIONS: dict[str, Option] = {
         wants_log_probs, "true, false or a count ≥ 0",
         help="Asks for log probabilities too, even with 0; return_log_probs overrides it.",
     ),
+    "prompt_logprobs": Option(
+        count_or_boolean, f"true, false (or -1), or an integer from 0 to {MAX_TOP_LOG_PROBS}",
+        lambda v: -1 <= v <= MAX_TOP_LOG_PROBS, _INT32,
+        help="Log probabilities of the prompt and of this many likeliest tokens; -1: none.",
+    ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
     "tenant": Option(
@@ -338,7 +350,6 @@ OTHERS: dict[str, Option] = {
     "guided_json": Option(lambda value: value, f"empty text ({_NO_CONSTRAINT})", lambda v: v == ""),
     "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
-    "prompt_logprobs": _null("the prompt's log probabilities are not returned"),
     "return_context_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_generation_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_perf_metrics": _only(boolean, False, "the metrics endpoint has them", tensor=_BOOL),

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_STOP_TOKEN_IDS = 32
+MAX_TOP_LOG_PROBS = 20
 
 
 class FinishReason(str, Enum):
@@ -60,6 +61,8 @@ class SamplingParams:
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; each ends the sequence like EOS
     return_log_probs: bool = False
+    # How many of the likeliest tokens each prompt token is compared with; -1: no log probabilities of the prompt.
+    prompt_logprobs: int = -1
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -70,6 +73,11 @@ class SamplingParams:
     def ending_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the ids that end the sequence: the model's EOS, unless ignored, and the request's own."""
         return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
+
+    @property
+    def max_sampled(self) -> int:
+        """The most tokens that the engine samples. With max_tokens 0 it samples one, which nobody gets."""
+        return max(self.max_tokens, 1)
 
     @property
     def greedy(self) -> bool:
@@ -119,6 +127,14 @@ class Request:
     ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
 
 
+class PromptLogProbs(NamedTuple):
+    """The log probabilities of a prompt's tokens but the first, packed as numpy packs them, since they may be many."""
+
+    log_probs: bytes = b""  # [tokens] float32
+    top_ids: bytes = b""  # [tokens, k] int32, the k likeliest tokens in the place of each, the likeliest first
+    top_log_probs: bytes = b""  # [tokens, k] float32
+
+
 @dataclass(slots=True)
 class TokenChunk:
     """New tokens of one request. Only the last chunk of a request has a finish_reason.
@@ -134,3 +150,4 @@ class TokenChunk:
     num_prompt_tokens: int = 0
     queue_seconds: float | None = None  # on the first chunk only: the wait for admission
     error: RequestError | None = None  # with CANCELLED (a deadline) and FAILED
+    prompt_log_probs: PromptLogProbs | None = None  # on the first chunk only, if the request asks for them

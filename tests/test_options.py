@@ -51,7 +51,7 @@ def test_defaults_but_for_the_seed_which_is_drawn() -> None:
 GIVEN = {
     "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 0.25,
     "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
-    "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True,
+    "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True, "prompt_logprobs": 4,
 }  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def test_exactly_one_prompt() -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
+        ("prompt_logprobs", [0, 20, -1, "7", 7.0, True, "false"], [21, -2, 1.5, "x", [1], {}, ""]),
         ("max_tokens", [1, 2**31 - 1, "7", " 7 ", 7.0], [0, -1, 2**31, 1.5, "7.5", "x", True, [1], {}]),
         ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
         ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),

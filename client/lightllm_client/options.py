@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     parse_special: bool
     skip_special_tokens: bool
     return_log_probs: bool
+    prompt_logprobs: int
     tenant: str
     priority: int
 
@@ -50,6 +51,7 @@ DATATYPES: dict[str, str] = {
     "parse_special": "BOOL",
     "skip_special_tokens": "BOOL",
     "return_log_probs": "BOOL",
+    "prompt_logprobs": "INT32",
     "tenant": "BYTES",
     "priority": "INT32",
 }
@@ -76,6 +78,7 @@ HELP: dict[str, str] = {
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
+    "prompt_logprobs": "Log probabilities of the prompt and of this many likeliest tokens; -1: none (default: -1).",
     "tenant": "Whose share of the server the request takes; requests that name no tenant share one.",
     "priority": "The lowest of a tenant's waiting requests goes first; a level is worth 10 s of waiting (default: 0).",
 }

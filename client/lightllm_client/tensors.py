@@ -33,6 +33,13 @@ _SCALARS: dict[str, _Scalar] = {
 }
 
 
+class PromptLogProbs(NamedTuple):
+    """The log probability of each prompt token but the first, and of the likeliest tokens in the place of each."""
+
+    log_probs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]  # pairs of token id and log probability, the likeliest first
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One response of a streamed request: its text and tokens are those since the previous one."""
@@ -44,6 +51,10 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
+    prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
+
+
+_TOP = ("prompt_top_token_ids", "prompt_top_log_probs")
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
@@ -71,6 +83,7 @@ class Generation:
             finish_reason=last.finish_reason,
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=sum(part.num_output_tokens for part in parts),
+            prompt_log_probs=parts[0].prompt_log_probs,
         )
 
 
@@ -107,6 +120,14 @@ def chunk_from_response(response: Any) -> Chunk:
             raise Internal(f"the server's response has no output {name}")
         return tensor
 
+    def prompt_log_probs() -> PromptLogProbs | None:
+        log_probs = result.as_numpy("prompt_log_probs")
+        if log_probs is None or not len(log_probs):
+            return None
+        ids, values = (output(name).reshape(len(log_probs), -1).tolist() for name in _TOP)
+        pairs = (tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True))
+        return PromptLogProbs(tuple(log_probs.tolist()), tuple(pairs))
+
     return Chunk(
         text=output("text_output")[0].decode("utf-8", errors="replace"),
         token_ids=tuple(output("output_ids").tolist()),
@@ -115,6 +136,7 @@ def chunk_from_response(response: Any) -> Chunk:
         finish_reason=output("finish_reason")[0].decode("utf-8", errors="replace"),
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
+        prompt_log_probs=prompt_log_probs(),
     )
 
 

@@ -20,7 +20,7 @@ from lightllm_backend.messages.engine_messages import (
     Submit,
     Tokens,
 )
-from lightllm_backend.options import check_lengths, check_token_ids
+from lightllm_backend.options import check_lengths, check_prompt_logprobs, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
@@ -97,6 +97,8 @@ class EngineClient:
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
         check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
         check_token_ids("stop_token_ids (or end_id)", request.sampling.stop_token_ids, info.vocab_size)
+        if request.sampling.prompt_logprobs >= 0:
+            check_prompt_logprobs(len(request.prompt_ids), request.sampling.prompt_logprobs, info.vocab_size)
         number = next(self._numbers)
         with self._lock:
             channel = self._channel

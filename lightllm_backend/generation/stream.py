@@ -220,7 +220,7 @@ class Stream:
         assert chunk is not None
         if chunk.error is not None and chunk.token_ids:
             # The ensemble drops the tokens of a response that is an error, so the error goes alone.
-            error = replace(chunk, token_ids=[], log_probs=[])
+            error = replace(chunk, token_ids=[], log_probs=[], prompt_log_probs=None)
             if not self._delivery.streaming:
                 return error
             chunk, self._pending = replace(chunk, finish_reason=None, error=None), error
@@ -259,4 +259,5 @@ def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
         token_ids=pending.token_ids + chunk.token_ids,
         log_probs=pending.log_probs + chunk.log_probs,
         queue_seconds=pending.queue_seconds,
+        prompt_log_probs=pending.prompt_log_probs,
     )

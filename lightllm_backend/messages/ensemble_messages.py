@@ -14,7 +14,7 @@ import msgpack
 
 from lightllm_backend.option_table import MAX_INT32
 from lightllm_backend.options import options_from_plain, options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, TokenChunk
+from lightllm_backend.request import FinishReason, PromptLogProbs, RequestError, RequestOptions, TokenChunk
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EnsembleContext:
         return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-_CHUNK_TYPES = (str, list, list, str, int, str, bytes, bool, bool)
+_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ChunkMessage:
                 chunk.finish_reason.value if chunk.finish_reason else "",
                 chunk.num_prompt_tokens,
                 str(chunk.error) if chunk.error else "",
+                chunk.prompt_log_probs or [],
                 self.state,
                 self.check_client,
                 self.chunk is None,
@@ -79,7 +80,7 @@ class ChunkMessage:
         values = msgpack.unpackb(packed)
         if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
             raise ValueError("these are not the values of a chunk")
-        uid, token_ids, log_probs, reason, num_prompt_tokens, error, state, check_client, probe = values
+        uid, token_ids, log_probs, reason, num_prompt_tokens, error, prompt, state, check_client, probe = values
         if probe:
             return cls(uid, None, state, check_client)
         _check_tokens(token_ids, log_probs)
@@ -92,8 +93,18 @@ class ChunkMessage:
             FinishReason(reason) if reason else None,
             num_prompt_tokens,
             error=RequestError.parse(error) if error else None,
+            prompt_log_probs=_prompt_log_probs(prompt) if prompt else None,
         )
         return cls(uid, chunk, state, check_client)
+
+
+def _prompt_log_probs(packed: list[Any]) -> PromptLogProbs:
+    if len(packed) != 3 or any(type(array) is not bytes for array in packed):
+        raise ValueError("the log probabilities of the prompt are not three arrays")
+    log_probs, top_ids, top_log_probs = packed
+    if len(log_probs) % 4 or len(top_ids) != len(top_log_probs) or (log_probs and len(top_ids) % len(log_probs)):
+        raise ValueError("the log probabilities of the prompt are not a number for each token")
+    return PromptLogProbs(log_probs, top_ids, top_log_probs)
 
 
 def _check_tokens(token_ids: list[Any], log_probs: list[Any]) -> None:

@@ -145,15 +145,20 @@ class Router:
         stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
+        self._take_scores(step, result)
         self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
         for index in (~goes_on).nonzero()[0].tolist():
             sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
                 continue  # it has ended since
+            sampling = sequence.request.sampling
+            if sampling.max_tokens == 0:
+                self.finish(sequence, FinishReason.LENGTH)
+                continue
             self._generated_tokens_total += 1
             log_probs = []
-            if sequence.request.sampling.return_log_probs and result.log_probs is not None:
+            if sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
             sampled = [int(token_ids[index])]
             if sequence.state is SequenceState.PREEMPTED:
@@ -168,6 +173,12 @@ class Router:
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
+
+    def _take_scores(self, step: PlannedStep, result: StepResult) -> None:
+        for chunk, arrival_index, scores in zip(step.batch.scored, step.scored_arrivals, result.scores, strict=True):
+            sequence = self._by_arrival_index.get(arrival_index)
+            if sequence is not None:
+                sequence.take_scores(int(step.batch.starts[chunk.batch_index]), scores)
 
     def drain_finished(self) -> list[TokenChunk]:
         """Return the pending chunks: those of sequences that ended outside a step."""
@@ -363,7 +374,9 @@ class Router:
                 break
             # A cut prompt takes the whole budget, so here all running sequences decode.
             gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
-            prefix = self._pool.find(sequence.known_ids, sequence.request.tenant)
+            # The cache has K and V, but not the hidden states that log probabilities come from.
+            reusable = sequence.known_ids[:1] if sequence.scores_prompt else sequence.known_ids
+            prefix = self._pool.find(reusable, sequence.request.tenant)
             planned = min(sequence.known_length, prefix.length + budget)
             demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
             if not gate.admits(demand, self._pool.plannable - slots):
@@ -398,4 +411,5 @@ class Router:
         self._table.decoding[row] = is_last
         sequence.state = SequenceState.RUNNING if is_last else SequenceState.PREFILLING
         self._prefilling = None if is_last else sequence
-        return PromptChunk(row, start, slots, is_last)
+        num_scored = min(length, sequence.prompt_length - 1 - start) if sequence.scores_prompt else 0
+        return PromptChunk(row, start, slots, is_last, num_scored, sequence.request.sampling.prompt_logprobs)

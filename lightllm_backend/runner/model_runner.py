@@ -16,6 +16,7 @@ from lightllm_backend.models.layers import KVLayer
 from lightllm_backend.router.batch import Batch, StepResult
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.prompt_scores import DeviceScores
 from lightllm_backend.runner.sampler import Sampler
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
@@ -39,9 +40,15 @@ class PendingStep:
     """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`."""
 
     def __init__(
-        self, token_ids: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None, seconds: float = 0.0
+        self,
+        token_ids: Tensor,
+        log_probs: Tensor | None,
+        scores: DeviceScores | None = None,
+        buffer: _ResultBuffer | None = None,
+        seconds: float = 0.0,
     ) -> None:
         self._buffer, self._seconds = buffer, seconds
+        self._scores = scores and scores.to_host()
         if buffer is not None:
             buffer.step = self
             token_ids = buffer.token_ids[: len(token_ids)].copy_(token_ids, non_blocking=True)
@@ -61,7 +68,8 @@ class PendingStep:
             self._buffer.done.synchronize()
             self._seconds = self._buffer.begun.elapsed_time(self._buffer.done) / 1e3
         log_probs = None if self._log_probs is None else self._log_probs.numpy().copy()
-        return StepResult(self._token_ids.numpy().copy(), log_probs, self._seconds)
+        scores = self._scores.split() if self._scores else ()
+        return StepResult(self._token_ids.numpy().copy(), log_probs, self._seconds, scores)
 
 
 class ResultRing:
@@ -80,11 +88,11 @@ class ResultRing:
             self._buffers[self._turn].begun.record()
         self._begun = time.perf_counter()
 
-    def fetch(self, token_ids: Tensor, log_probs: Tensor | None = None) -> PendingStep:
-        """Start the copy of the step's token ids [n] int32 and log probabilities [n] float32 to the host."""
+    def fetch(self, token_ids: Tensor, log_probs: Tensor | None, scores: DeviceScores | None) -> PendingStep:
+        """Start the copy of the step's token ids [n] int32, log probabilities [n] float32 and scores to the host."""
         if not self._buffers:
-            return PendingStep(token_ids, log_probs, seconds=time.perf_counter() - self._begun)
-        return PendingStep(token_ids, log_probs, self._buffers[self._turn])
+            return PendingStep(token_ids, log_probs, scores, seconds=time.perf_counter() - self._begun)
+        return PendingStep(token_ids, log_probs, scores, self._buffers[self._turn])
 
 
 class ModelRunner:
@@ -135,13 +143,13 @@ class ModelRunner:
             new_rows = [admission.row for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)
             self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
-        output = self.graphs.run(batch) if self.graphs else None
-        logits, token_ids, indices = output or self._step.run(batch)
+        output = self.graphs.run(batch) if self.graphs and not batch.scored else None
+        logits, token_ids, indices, scores = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
         token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
-            return self._results.fetch(token_ids)
+            return self._results.fetch(token_ids, None, scores)
         lengths = (batch.starts + batch.lengths)[batch.samples]
         token_ids, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
         self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], token_ids)
-        return self._results.fetch(token_ids, log_probs)
+        return self._results.fetch(token_ids, log_probs, scores)

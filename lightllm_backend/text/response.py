@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 
-from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
+from lightllm_backend.request import FinishReason, PromptLogProbs, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextState, TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
 
@@ -82,6 +82,7 @@ class Response:
     output_ids: list[int]
     output_log_probs: list[float]
     cumulative_logprob: float
+    prompt_log_probs: PromptLogProbs | None = None  # on the first response only, if the request asks for them
 
 
 class ResponseDecoder:
@@ -97,7 +98,7 @@ class ResponseDecoder:
         self._state = state
 
     def decode(self, chunk: TokenChunk) -> Response | None:
-        """Return the response to send now, or None if there is no new text. The last chunk always gives a response."""
+        """Return the response to send now, or None if there is nothing new to show. The last chunk always gives one."""
         state = self._state
         state.held_ids += chunk.token_ids
         state.held_log_probs += chunk.log_probs
@@ -108,9 +109,10 @@ class ResponseDecoder:
             text = self._text.push(ids[:-1]) + self._text.push_eos(ids[-1])
         else:
             text = self._text.push(ids)
+        prompt = chunk.prompt_log_probs
         if chunk.finish_reason is not None:
-            return self._respond(text + self._text.flush(), chunk.finish_reason.value)
-        return self._respond(text, "") if text else None
+            return self._respond(text + self._text.flush(), chunk.finish_reason.value, prompt)
+        return self._respond(text, "", prompt) if text or prompt else None
 
     def flush(self) -> Response | None:
         """Return the text and tokens still held back when an error ends the request, or None."""
@@ -122,7 +124,7 @@ class ResponseDecoder:
         self._state.text = self._text.state()
         return self._state
 
-    def _respond(self, text: str, finish_reason: str) -> Response:
+    def _respond(self, text: str, finish_reason: str, prompt: PromptLogProbs | None = None) -> Response:
         state = self._state
         response = Response(
             state.prefix + text,
@@ -131,6 +133,7 @@ class ResponseDecoder:
             state.held_ids,
             state.held_log_probs,
             state.cumulative_logprob,
+            prompt,
         )
         state.prefix, state.held_ids, state.held_log_probs = "", [], []
         return response

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Seal
-from lightllm_backend.request import RequestError, TokenChunk
+from lightllm_backend.request import PromptLogProbs, RequestError, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.triton_server.requests import token_id_bytes
@@ -24,6 +24,7 @@ from lightllm_backend.triton_server.tensors import (
     DIRECT_OUTPUTS,
     ENSEMBLE,
     HEALTH_OUTPUTS,
+    PROMPT_OUTPUTS,
     PUBLIC_OUTPUTS,
     SEALED_CHUNK,
     TOKENIZER_OUTPUTS,
@@ -35,6 +36,7 @@ with contextlib.suppress(ImportError):  # only a stub has it; tests put a stand-
 
 _NUMPY_TYPES: dict[str, Any] = {
     "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
+    "UINT8": np.uint8,
 }  # fmt: skip
 
 log = logging.getLogger("lightllm")
@@ -48,7 +50,7 @@ def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) 
 
 def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
     """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
-    values: dict[str, list[Any]] = {
+    values: dict[str, Any] = {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
@@ -57,6 +59,7 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
+        **_prompt_values(response.prompt_log_probs),
     }
     if kept is None:
         return _response(PUBLIC_OUTPUTS, values)
@@ -65,12 +68,14 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
 
 # Outputs with few values, and what those have that nobody asked for.
 _REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
-_UNASKED: dict[str, list[Any]] = {"output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"]}
+_UNASKED: dict[str, Any] = {
+    "output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"], **dict.fromkeys(PROMPT_OUTPUTS, b""),
+}  # fmt: skip
 _MOST_KEPT = 512  # each takes some hundred bytes of shared memory
 
 
 class KeptTensors:
-    """Makes the tensors of client responses, and keeps those that are the same in many: six of the eight.
+    """Makes the tensors of client responses, and keeps those that are the same in many: all but two.
 
     The backend copies a tensor into shared memory when it is first sent, and not again. Two threads must not send one
     at the same time, so each thread has its own.
@@ -79,7 +84,7 @@ class KeptTensors:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, Any], Any] = {}
 
-    def tensor(self, name: str, value: list[Any]) -> Any:
+    def tensor(self, name: str, value: Any) -> Any:
         if name in _REPEATED:
             key = (name, value[0])
         elif _UNASKED.get(name) == value:
@@ -126,6 +131,10 @@ def error_response(error: Exception) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(readable(str(error)), code))
 
 
+def _prompt_values(prompt: PromptLogProbs | None) -> dict[str, bytes]:
+    return dict(zip(PROMPT_OUTPUTS, prompt or PromptLogProbs(), strict=True))
+
+
 def _response(names: Tensors, values: dict[str, Any]) -> Any:
     return pb_utils.InferenceResponse(output_tensors=[_tensor(names, name, values[name]) for name in names])
 
@@ -135,9 +144,9 @@ def _tensor(names: Tensors, name: str, value: Any) -> Any:
 
 
 def _array(kind: str, value: Any) -> Any:
-    """The tensor's contents: bytes for UINT8, else a list."""
-    if kind == "UINT8":
-        return np.frombuffer(value, dtype=np.uint8)
+    """The tensor's contents, from a list or from packed bytes."""
+    if isinstance(value, bytes):
+        return np.frombuffer(value, dtype=_NUMPY_TYPES[kind])
     items = [item.encode() for item in value] if kind == "STRING" else value
     return np.array(items, dtype=_NUMPY_TYPES[kind])
 
@@ -204,7 +213,12 @@ def _direct_response(uid: str, chunk: TokenChunk) -> Any:
         "num_input_tokens": chunk.num_prompt_tokens,
         "error": "",
     }
-    values = {"output_ids": chunk.token_ids, "output_log_probs": chunk.log_probs, CHUNK: [json.dumps(details)]}
+    values = {
+        "output_ids": chunk.token_ids,
+        "output_log_probs": chunk.log_probs,
+        **_prompt_values(chunk.prompt_log_probs),
+        CHUNK: [json.dumps(details)],
+    }
     return _response(DIRECT_OUTPUTS, values)
 
 

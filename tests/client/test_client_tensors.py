@@ -30,6 +30,7 @@ EXAMPLES = {
     "parse_special": (False, ("BOOL", [1], [False])),
     "skip_special_tokens": (False, ("BOOL", [1], [False])),
     "return_log_probs": (True, ("BOOL", [1], [True])),
+    "prompt_logprobs": (5, ("INT32", [1], [5])),
     "tenant": ("Ünit 7", ("BYTES", [1], ["Ünit 7"])),
     "priority": (-3, ("INT32", [1], [-3])),
 }

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.options import options_from_plain, options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import (
+    FinishReason,
+    PromptLogProbs,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    TokenChunk,
+)
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextState
 
@@ -33,6 +40,7 @@ def test_a_context_survives(options: RequestOptions) -> None:
 
 CHUNKS = [
     TokenChunk("u", [1, 2**31 - 1], [-0.5, -math.inf], None, 3),
+    TokenChunk("u", [1], [], prompt_log_probs=PromptLogProbs(b"1234", b"12345678", b"87654321")),
     TokenChunk("u", [], [], FinishReason.FAILED, 0, error=RequestError("INTERNAL", "ä: broken")),
     None,
 ]
@@ -66,7 +74,8 @@ def changed(values: list[Any], position: int, value: Any) -> bytes:
 
 
 WRONG_OPTIONS = [
-    ("max_tokens", 0), ("max_tokens", 1.0), ("max_tokens", True), ("temperature", -0.5), ("temperature", math.nan),
+    ("max_tokens", 0), ("prompt_logprobs", 21),
+    ("max_tokens", 1.0), ("max_tokens", True), ("temperature", -0.5), ("temperature", math.nan),
     ("temperature", 1), ("top_p", 0.0), ("top_k", -2), ("presence_penalty", math.inf), ("repetition_penalty", 0.0),
     ("seed", -1), ("seed", "7"), ("min_tokens", 8), ("ignore_eos", 1), ("stop_words", "x"), ("stop_words", [7]),
     ("stop_words", ["x"] * 33), ("stop_token_ids", [0] * 33), ("stop_token_ids", [0.5]), ("stop_token_ids", None),

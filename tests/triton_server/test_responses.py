@@ -14,7 +14,14 @@ import pytest
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.options import options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import (
+    FinishReason,
+    PromptLogProbs,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    TokenChunk,
+)
 from lightllm_backend.text.response import DecodeState, Response
 from lightllm_backend.triton_server import requests, responses
 from lightllm_backend.triton_server.requests import read_chunk, read_generation_request, token_id_bytes
@@ -81,12 +88,17 @@ def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
 def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
     sent: list[Any] = []
     responder = responses.GenerationResponder(sending_request(sent), "u", DecodeState(), None)
-    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), b"", check_client=True)
+    floats, ids = np.array([-0.5, -1.5], np.float32).tobytes(), np.array([3, 4], np.int32).tobytes()
+    scores = PromptLogProbs(floats, ids, floats)
+    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3, prompt_log_probs=scores), b"", check_client=True)
     tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in sent[0].inputs()}
     assert json.loads(tensors.pop("chunk")[0]) == {
         "uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""
     }  # fmt: skip
-    assert tensors == {"output_ids": [7], "output_log_probs": []}
+    assert tensors == {
+        "output_ids": [7], "output_log_probs": [], "prompt_log_probs": [-0.5, -1.5], "prompt_top_token_ids": [3, 4],
+        "prompt_top_log_probs": [-0.5, -1.5],
+    }  # fmt: skip
 
 
 OPTIONS = RequestOptions(SamplingParams(max_tokens=3, seed=4), stream=True)
