@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
+from lightllm_backend.request import MAX_ANSWERS, MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
@@ -302,6 +302,10 @@ OPTIONS: dict[str, Option] = {
         lambda v: -1 <= v <= MAX_TOP_LOG_PROBS, _INT32,
         help="Log probabilities of the prompt and of this many likeliest tokens; -1: none.",
     ),
+    "n": _int(
+        1, MAX_ANSWERS, tensor=_INT32, aliases=("num_return_sequences",),
+        help="Answers to make to the prompt, which is computed once; answer i draws with seed + i.",
+    ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
     "tenant": Option(
@@ -316,7 +320,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 
 _ALWAYS_THERE = "that output is always there"
-_ONE_ANSWER = "a request has one answer"
+_NO_BEAM_SEARCH = "there is no beam search"
 _NO_BEAMS = "of use in beam search only"
 _NO_CONSTRAINT = "output cannot be constrained"
 _NO_LOGITS = "logits are not returned"
@@ -328,11 +332,9 @@ OTHERS: dict[str, Option] = {
     "return_num_input_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_num_output_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_finish_reason": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
-    "n": _only(integer, 1, _ONE_ANSWER),
-    "best_of": _only(integer, 1, _ONE_ANSWER),
-    "beam_width": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "num_return_sequences": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "use_beam_search": _only(boolean, False, _ONE_ANSWER),
+    "best_of": Option(integer, "the value of n (the best of more is not chosen)", lambda v: 1 <= v <= MAX_ANSWERS),
+    "beam_width": _only(integer, 1, _NO_BEAM_SEARCH, tensor=_INT32),
+    "use_beam_search": _only(boolean, False, _NO_BEAM_SEARCH),
     "length_penalty": _without_effect(number, "any number", _NO_BEAMS, tensor=_FP32),
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),

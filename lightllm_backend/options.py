@@ -101,6 +101,8 @@ def parse_request(
         )
     if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
         raise _invalid(f"{given['max_tokens'].key} is 0; allowed: an integer from 1, or 0 with prompt_logprobs")
+    if "best_of" in given and values["best_of"] != sampling.n:
+        raise _invalid(f"{given['best_of'].key} is {values['best_of']}; allowed: the value of n ({sampling.n})")
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})
     return ParsedRequest(values.get("text_input"), values.get("input_ids"), options)
 

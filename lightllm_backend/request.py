@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 MAX_STOP_TOKEN_IDS = 32
 MAX_TOP_LOG_PROBS = 20
+MAX_ANSWERS = 16
 
 
 class FinishReason(str, Enum):
@@ -63,6 +64,7 @@ class SamplingParams:
     return_log_probs: bool = False
     # How many of the likeliest tokens each prompt token is compared with; -1: no log probabilities of the prompt.
     prompt_logprobs: int = -1
+    n: int = 1  # answers to the prompt
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -125,6 +127,25 @@ class Request:
     tenant: str = ""  # whose share of the engine it takes; all that name none share one
     priority: int = 0  # among the requests of its tenant; the lowest goes first
     ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
+
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """The uid of each of the n answers; the first is the request's own."""
+        return (self.uid, *(f"{self.uid}/{index}" for index in range(1, self.sampling.n)))
+
+    def copies(self) -> list[Request]:
+        """A request for each of the n answers. Answer i draws as it would alone with seed + i.
+
+        The log probabilities of the prompt come with the first one.
+        """
+        sampling = self.sampling
+        if sampling.n == 1:
+            return [self]
+        first = replace(sampling, n=1)
+        others = (
+            replace(first, seed=(sampling.seed + index) % 2**64, prompt_logprobs=-1) for index in range(1, sampling.n)
+        )
+        return [replace(self, uid=uid, sampling=one) for uid, one in zip(self.uids, (first, *others), strict=True)]
 
 
 class PromptLogProbs(NamedTuple):

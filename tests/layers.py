@@ -209,6 +209,14 @@ ALLOWED = {
         "request",
         "triton_server.tensors",
     ),
+    "triton_server.responders": (
+        "messages.ensemble_messages",
+        "messages.seal",
+        "request",
+        "text.response",
+        "text.tokenizer",
+        "triton_server.responses",
+    ),
     "triton_server.responses": (
         "messages.ensemble_messages",
         "messages.seal",
@@ -357,6 +365,7 @@ WITHOUT_TORCH = (
     "triton_server.metrics",
     "triton_server.model_configs",
     "triton_server.requests",
+    "triton_server.responders",
     "triton_server.responses",
     "triton_server.setup",
     "triton_server.tensors",

@@ -52,6 +52,7 @@ class Chunk:
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
     prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
+    index: int = 0  # the number of the answer that the chunk belongs to, if n asks for several
 
 
 _TOP = ("prompt_top_token_ids", "prompt_top_log_probs")
@@ -69,6 +70,14 @@ class Generation:
     num_input_tokens: int
     num_output_tokens: int
     prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
+
+    @classmethod
+    def join_several(cls, chunks: Iterable[Chunk]) -> list[Generation]:
+        """The whole answers of one request's chunks, in order of their numbers."""
+        parts: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            parts.setdefault(chunk.index, []).append(chunk)
+        return [cls.join(parts[index]) for index in sorted(parts)]
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
@@ -137,6 +146,7 @@ def chunk_from_response(response: Any) -> Chunk:
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
         prompt_log_probs=prompt_log_probs(),
+        index=int(output("sequence_index")[0]),
     )
 
 

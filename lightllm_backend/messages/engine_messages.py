@@ -35,7 +35,7 @@ class EngineInfo:
 
 @dataclass
 class Submit(Message):
-    """A new request. Tokens call it by its number, which is the client's choice."""
+    """A new request. Tokens call its answers by `number` and the numbers after it, which are the client's choice."""
 
     request: Request
     number: int

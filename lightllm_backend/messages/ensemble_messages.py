@@ -7,6 +7,7 @@ Each message checks the types and ranges of what it unpacks, even though the sea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class EnsembleContext:
         return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool)
+_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool, list)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ChunkMessage:
     chunk: TokenChunk | None  # None: a probe, nothing but a question
     state: bytes = b""  # a packed DecodeState
     check_client: bool = False  # look whether the client has gone
+    others: Sequence[bytes] = ()  # packed messages of the request's other answers, for the same response
 
     def pack(self) -> bytes:
         chunk = self.chunk or TokenChunk(self.uid, [], [])
@@ -69,6 +71,7 @@ class ChunkMessage:
                 self.state,
                 self.check_client,
                 self.chunk is None,
+                self.others,
             ),
             unicode_errors="replace",  # an error may tell what UTF-8 cannot spell
         )
@@ -80,9 +83,11 @@ class ChunkMessage:
         values = msgpack.unpackb(packed)
         if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
             raise ValueError("these are not the values of a chunk")
-        uid, token_ids, log_probs, reason, num_prompt_tokens, error, prompt, state, check_client, probe = values
+        uid, token_ids, log_probs, reason, num_prompt_tokens, error, prompt, state, check_client, probe, others = values
         if probe:
             return cls(uid, None, state, check_client)
+        if any(type(other) is not bytes for other in others):
+            raise ValueError("another answer's message is not packed")
         _check_tokens(token_ids, log_probs)
         if num_prompt_tokens < 0:
             raise ValueError(f"the prompt has {num_prompt_tokens} tokens")
@@ -95,7 +100,11 @@ class ChunkMessage:
             error=RequestError.parse(error) if error else None,
             prompt_log_probs=_prompt_log_probs(prompt) if prompt else None,
         )
-        return cls(uid, chunk, state, check_client)
+        return cls(uid, chunk, state, check_client, tuple(others))
+
+    def all(self) -> list[ChunkMessage]:
+        """This message and those that go with it."""
+        return [self, *map(ChunkMessage.unpack, self.others)]
 
 
 def _prompt_log_probs(packed: list[Any]) -> PromptLogProbs:

@@ -20,7 +20,8 @@ class SequenceState(Enum):
     """
 
     QUEUED = "queued"
-    PREEMPTED = "preempted"  # back in the queue, because the pool was full
+    # In front of the queue: because the pool was full, or as a further answer to a prompt whose first one runs.
+    PREEMPTED = "preempted"
     PREFILLING = "prefilling"  # some of its known tokens are not planned yet
     RUNNING = "running"  # all its known tokens are planned; it decodes
     FINISHED = "finished"
@@ -46,6 +47,9 @@ class Sequence:
     # tokens that come later.
     known_ids: NDArray[np.int32] = field(init=False)
     num_due: int = 0  # tokens still to come from steps that were in flight when it was preempted
+    # Further answers to its prompt. They wait outside the queue until this one is admitted, and end if it ends before.
+    copies: list[Sequence] = field(default_factory=list)
+    tree: str = ""  # the name of a tree of the prefix cache that it shares with the request's other answers alone
     scores: Scores | None = None  # of the prompt's tokens but the first, so far as steps have computed them
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class DecodeState:
     held_log_probs: list[float] = field(default_factory=list)
     num_input_tokens: int = 0
     cumulative_logprob: float = 0.0
+    index: int = 0  # number of the answer among those to the same prompt
 
     @classmethod
     def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
@@ -68,7 +69,7 @@ class DecodeState:
 
 # The types of a DecodeState's values, with a text and without.
 _STATE_TYPES = tuple(
-    (list, int, bool, list, str, text, list, list, int, float) for text in (list, type(None))
+    (list, int, bool, list, str, text, list, list, int, float, int) for text in (list, type(None))
 )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Response:
     output_log_probs: list[float]
     cumulative_logprob: float
     prompt_log_probs: PromptLogProbs | None = None  # on the first response only, if the request asks for them
+    index: int = 0  # number of the answer among those to the same prompt
 
 
 class ResponseDecoder:
@@ -134,6 +136,7 @@ class ResponseDecoder:
             state.held_log_probs,
             state.cumulative_logprob,
             prompt,
+            state.index,
         )
         state.prefix, state.held_ids, state.held_log_probs = "", [], []
         return response

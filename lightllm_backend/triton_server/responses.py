@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Seal
 from lightllm_backend.request import PromptLogProbs, RequestError, TokenChunk
-from lightllm_backend.text.response import DecodeState, Response
+from lightllm_backend.text.response import Response
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.triton_server.requests import token_id_bytes
 from lightllm_backend.triton_server.setup import readable
@@ -50,7 +50,23 @@ def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) 
 
 def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
     """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
-    values: dict[str, Any] = {
+    values = _values(response, tokenizer)
+    if kept is None:
+        return _response(PUBLIC_OUTPUTS, values)
+    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
+
+
+def answers_response(responses: Sequence[Response], tokenizer: Tokenizer) -> Any:
+    """The one response to a request with several answers, in order."""
+    first, *others = (_values(response, tokenizer) for response in responses)
+    for values in others:
+        for name in PUBLIC_OUTPUTS.keys() - PROMPT_OUTPUTS.keys() - {"num_input_tokens"}:
+            first[name] = first[name] + values[name]
+    return _response(PUBLIC_OUTPUTS, first)
+
+
+def _values(response: Response, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
@@ -59,15 +75,13 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
+        "sequence_index": [response.index],
         **_prompt_values(response.prompt_log_probs),
     }
-    if kept is None:
-        return _response(PUBLIC_OUTPUTS, values)
-    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
 
 
 # Outputs with few values, and what those have that nobody asked for.
-_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
+_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens", "sequence_index"])
 _UNASKED: dict[str, Any] = {
     "output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"], **dict.fromkeys(PROMPT_OUTPUTS, b""),
 }  # fmt: skip
@@ -151,6 +165,28 @@ def _array(kind: str, value: Any) -> Any:
     return np.array(items, dtype=_NUMPY_TYPES[kind])
 
 
+def sealed_chunk(seal: Seal, message: ChunkMessage) -> Any:
+    """The response that the detokenizer reads."""
+    return _response(DETOKENIZER_INPUTS, {SEALED_CHUNK: seal.close(message.pack())})
+
+
+def direct_response(chunk: TokenChunk) -> Any:
+    """The response that a direct caller of generation reads."""
+    details = {
+        "uid": chunk.uid,
+        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
+        "num_input_tokens": chunk.num_prompt_tokens,
+        "error": "",
+    }
+    values = {
+        "output_ids": chunk.token_ids,
+        "output_log_probs": chunk.log_probs,
+        **_prompt_values(chunk.prompt_log_probs),
+        CHUNK: [json.dumps(details)],
+    }
+    return _response(DIRECT_OUTPUTS, values)
+
+
 class ServerSender:
     """A response sender that never fails, since its client may be gone. No call may follow the last response."""
 
@@ -171,75 +207,3 @@ class ServerSender:
     def is_cancelled(self) -> bool:
         """Whether the client has cancelled the request. After the last response this crashes the server."""
         return bool(self._sender.is_cancelled())
-
-
-class GenerationResponder:
-    """The Responder of generation: sends chunks to the detokenizer or to a direct caller, who gets errors as errors."""
-
-    def __init__(self, request: Any, uid: str, state: DecodeState, seal: Seal | None) -> None:
-        """seal: of chunks for the detokenizer; None for a direct call, which has none."""
-        self._sender = ServerSender(request)
-        self._uid = uid
-        self._first_state = state.pack()
-        self._seal = seal
-
-    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
-        final = chunk.finish_reason is not None
-        if self._seal:
-            state = self._first_state if state is None else state
-            response = _sealed_chunk(self._seal, ChunkMessage(self._uid, chunk, state, check_client))
-        else:
-            response = error_response(chunk.error) if chunk.error is not None else _direct_response(self._uid, chunk)
-        self._sender.send(response, final)
-
-    def probe(self) -> None:
-        assert self._seal, "a direct call has no detokenizer to probe"
-        self._sender.send(_sealed_chunk(self._seal, ChunkMessage(self._uid, None, check_client=True)), final=False)
-
-    def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()
-
-
-def _sealed_chunk(seal: Seal, message: ChunkMessage) -> Any:
-    """The response that the detokenizer reads."""
-    return _response(DETOKENIZER_INPUTS, {SEALED_CHUNK: seal.close(message.pack())})
-
-
-def _direct_response(uid: str, chunk: TokenChunk) -> Any:
-    """The response that a direct caller of generation reads."""
-    details = {
-        "uid": uid,
-        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
-        "num_input_tokens": chunk.num_prompt_tokens,
-        "error": "",
-    }
-    values = {
-        "output_ids": chunk.token_ids,
-        "output_log_probs": chunk.log_probs,
-        **_prompt_values(chunk.prompt_log_probs),
-        CHUNK: [json.dumps(details)],
-    }
-    return _response(DIRECT_OUTPUTS, values)
-
-
-class UnaryResponder:
-    """The Responder of lightllm_unary: sends one response, which `decode` makes."""
-
-    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None], tokenizer: Tokenizer) -> None:
-        self._sender = ServerSender(request)
-        self._decode = decode
-        self._tokenizer = tokenizer
-
-    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
-        if chunk.error is not None:
-            self._sender.send(error_response(chunk.error), final=True)
-            return
-        response = self._decode(chunk)
-        assert response is not None, "the last chunk always gives a response"
-        self._sender.send(client_response(response, self._tokenizer), final=True)
-
-    def probe(self) -> None:
-        raise AssertionError("a unary call has no detokenizer to probe")
-
-    def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()

@@ -18,15 +18,18 @@ PROMPT_OUTPUTS: Tensors = {
     "prompt_top_token_ids": ("INT32", -1),
     "prompt_top_log_probs": ("FP32", -1),
 }
+# A response has one answer, or all n of a request that does not stream: then outputs of size -1 have n values, and
+# those of the answers' tokens follow each other.
 PUBLIC_OUTPUTS: Tensors = {
-    "text_output": ("STRING", 1),
-    "finish_reason": ("STRING", 1),
+    "text_output": ("STRING", -1),
+    "finish_reason": ("STRING", -1),
     "num_input_tokens": ("INT32", 1),
-    "num_output_tokens": ("INT32", 1),
+    "num_output_tokens": ("INT32", -1),
     "output_ids": ("INT32", -1),
     "output_log_probs": ("FP32", -1),
-    "cumulative_logprob": ("FP32", 1),
-    "logprobs": ("STRING", 1),
+    "cumulative_logprob": ("FP32", -1),
+    "logprobs": ("STRING", -1),
+    "sequence_index": ("INT32", -1),
     **PROMPT_OUTPUTS,
 }
 # tokenizer ──> generation. ENSEMBLE is a sealed EnsembleContext; its presence says that a detokenizer follows.
