@@ -115,6 +115,7 @@ CHUNK_VALUES = msgpack.unpackb(ChunkMessage("u", CHUNKS[0], b"state").pack())
 WRONG_CHUNKS = [
     (0, 7), (1, [-1]), (1, [2**31]), (1, [1.0]), (1, [True]), (1, "ids"), (2, [-0.5]), (2, [1, 2]), (3, "weary"),
     (4, -1), (4, 1.5), (5, None), (6, "state"), (7, 1), (8, None),
+    (6, [b"1234"]), (6, [b"123", b"", b""]), (6, [b"1234", b"1234", b""]), (6, [1, 2, 3]), (10, [7]), (10, b""),
 ]  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_what_is_no_chunk(position: int, value: Any) -> None:
 STATE_VALUES = msgpack.unpackb(STATE.pack(), unicode_errors="surrogatepass")
 WRONG_STATES = [
     (0, [7]), (0, "stop"), (1, 1.0), (2, 1), (3, ["2"]), (4, None), (5, [[], 5, False]), (5, [None, 5, False, ""]),
-    (5, "text"), (6, [0.5]), (7, [1]), (8, "9"), (9, 0),
+    (5, "text"), (6, [0.5]), (7, [1]), (8, "9"), (9, 0), (10, 0.5),
 ]  # fmt: skip
 
 
