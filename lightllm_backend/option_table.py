@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS
+from lightllm_backend.request import MAX_ANSWERS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
@@ -182,13 +182,18 @@ def boolean_or_count(value: Any) -> bool:
 
 def log_prob_count(value: Any) -> int:
     """Convert `logprobs`, the number of log probabilities beside the sampled token's; true is 0, and false is -1."""
+    boolean_or_count(value)  # raises an error for a number below 0
+    return count_or_boolean(value)
+
+
+def count_or_boolean(value: Any) -> int:
+    """Convert a count; true is 0, and false is -1, which stands for none."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
         return 0 if boolean(value) else -1
-    boolean_or_count(value)  # raises an error for anything but a count
     return integer(value)
 
 
-SCALARS = (boolean, integer, number, boolean_or_count, log_prob_count)
+SCALARS = (boolean, integer, number, boolean_or_count, log_prob_count, count_or_boolean)
 
 # Rows
 
@@ -238,7 +243,7 @@ OPTIONS: dict[str, Option] = {
         help="Send the tokens as they come, in several responses.",
     ),
     "max_tokens": _int(
-        1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",),
+        1, MAX_INT32, "0 (with prompt_logprobs), or ", lowest=0, tensor=_INT32, keys=("max_new_tokens",),
         help="Tokens to generate at most; with the prompt at most max_req_total_len.",
     ),
     "do_sample": _bool(
@@ -325,12 +330,21 @@ OPTIONS: dict[str, Option] = {
         help="Ask for the log probability of each new token.",
     ),
     "logprobs": Option(
-        log_prob_count, f"true, false or a count from 0 to {MAX_TOP_LOGPROBS}", lambda v: v <= MAX_TOP_LOGPROBS,
+        log_prob_count, f"true, false or a count from 0 to {MAX_TOP_LOG_PROBS}", lambda v: v <= MAX_TOP_LOG_PROBS,
         help="Asks for log probabilities too, and a count is top_logprobs; return_log_probs: false overrides it.",
     ),
     "top_logprobs": _int(
-        0, MAX_TOP_LOGPROBS, tensor=_INT32,
+        0, MAX_TOP_LOG_PROBS, tensor=_INT32,
         help="So many of the likeliest tokens beside each new one; asks for log probabilities too.",
+    ),
+    "prompt_logprobs": Option(
+        count_or_boolean, f"true, false (or -1), or an integer from 0 to {MAX_TOP_LOG_PROBS}",
+        lambda v: -1 <= v <= MAX_TOP_LOG_PROBS, _INT32,
+        help="Log probabilities of the prompt and of this many likeliest tokens; -1: none.",
+    ),
+    "n": _int(
+        1, MAX_ANSWERS, tensor=_INT32, aliases=("num_return_sequences",),
+        help="Answers to make to the prompt, which is computed once; answer i draws with seed + i.",
     ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
@@ -346,7 +360,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 
 _ALWAYS_THERE = "that output is always there"
-_ONE_ANSWER = "a request has one answer"
+_NO_BEAM_SEARCH = "there is no beam search"
 _NO_BEAMS = "of use in beam search only"
 _NO_CONSTRAINT = "output cannot be constrained"
 _NO_LOGITS = "logits are not returned"
@@ -358,11 +372,9 @@ OTHERS: dict[str, Option] = {
     "return_num_input_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_num_output_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_finish_reason": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
-    "n": _only(integer, 1, _ONE_ANSWER),
-    "best_of": _only(integer, 1, _ONE_ANSWER),
-    "beam_width": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "num_return_sequences": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "use_beam_search": _only(boolean, False, _ONE_ANSWER),
+    "best_of": Option(integer, "the value of n (the best of more is not chosen)", lambda v: 1 <= v <= MAX_ANSWERS),
+    "beam_width": _only(integer, 1, _NO_BEAM_SEARCH, tensor=_INT32),
+    "use_beam_search": _only(boolean, False, _NO_BEAM_SEARCH),
     "length_penalty": _without_effect(number, "any number", _NO_BEAMS, tensor=_FP32),
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
@@ -378,7 +390,6 @@ OTHERS: dict[str, Option] = {
     "guided_json": Option(lambda value: value, f"empty text ({_NO_CONSTRAINT})", lambda v: v == ""),
     "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
-    "prompt_logprobs": _null("the prompt's log probabilities are not returned"),
     "return_context_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_generation_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_perf_metrics": _only(boolean, False, "the metrics endpoint has them", tensor=_BOOL),

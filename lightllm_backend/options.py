@@ -39,6 +39,8 @@ _PLAIN_TYPES = {
 }
 # Messages show at most this much of a client's text.
 _SHOWN_CHARACTERS = 80
+# Of one prompt, those of the likeliest tokens included; with the tokens' ids they take 8 MiB.
+MAX_PROMPT_LOG_PROBS = 2**20
 
 # Request parameters that Triton server itself or the launch command's probe adds.
 _RESERVED = {
@@ -98,6 +100,10 @@ def parse_request(
         raise _invalid(
             f"{given['min_tokens'].key} is {sampling.min_tokens}; allowed: from 0 to {most} ({sampling.max_tokens})"
         )
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
+        raise _invalid(f"{given['max_tokens'].key} is 0; allowed: an integer from 1, or 0 with prompt_logprobs")
+    if "best_of" in given and values["best_of"] != sampling.n:
+        raise _invalid(f"{given['best_of'].key} is {values['best_of']}; allowed: the value of n ({sampling.n})")
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})
     return ParsedRequest(values.get("text_input"), values.get("input_ids"), options)
 
@@ -143,6 +149,8 @@ def options_from_plain(values: list[Any]) -> RequestOptions:
         if not _has_type(value, _PLAIN_TYPES[name]) or (name in OPTIONS and not OPTIONS[name].holds(value)):
             raise ValueError(f"{name} is {show(value)}")
     sampling = SamplingParams(**{name: named[name] for name in _SAMPLING_NAMES})
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
+        raise ValueError("max_tokens is 0 without prompt_logprobs")
     if sampling.seed < 0 or sampling.min_tokens > sampling.max_tokens:
         raise ValueError(f"the seed is {sampling.seed}, min_tokens {sampling.min_tokens}")
     return RequestOptions(sampling, **{name: named[name] for name in _OPTION_NAMES})
@@ -182,6 +190,18 @@ def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None
         raise _invalid(f"{asked}; allowed: at most {limits.max_input} prompt tokens ({limits.max_input_source})")
     if num_input + max_tokens > limits.max_total:
         raise _invalid(f"{asked}; allowed: at most {limits.max_total} in all ({limits.max_total_source})")
+
+
+def check_prompt_logprobs(num_input: int, num_top: int, vocab_size: int) -> None:
+    """Refuse more log probabilities of a prompt than one response may hold, or than there are tokens to compare."""
+    if num_top > vocab_size:
+        raise _invalid(f"prompt_logprobs is {num_top}; allowed: at most {vocab_size}, the size of the vocabulary")
+    count = num_input * (1 + num_top)
+    if count > MAX_PROMPT_LOG_PROBS:
+        raise _invalid(
+            f"the prompt has {num_input} tokens and prompt_logprobs is {num_top}: {count} log probabilities;"
+            f" allowed: at most {MAX_PROMPT_LOG_PROBS}"
+        )
 
 
 def show(value: Any) -> str:

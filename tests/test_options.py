@@ -52,7 +52,7 @@ GIVEN = {
     "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25,
     "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2,
     "ignore_eos": True, "logit_bias": ((5, -100.0), (7, 1.5)), "stop_words": ("x", "y"),
-    "stop_token_ids": (7, 0), "return_log_probs": True, "top_logprobs": 4,
+    "stop_token_ids": (7, 0), "return_log_probs": True, "top_logprobs": 4, "prompt_logprobs": 4, "n": 3,
 }  # fmt: skip
 
 
@@ -112,6 +112,12 @@ def test_token_ids_instead_of_text() -> None:
     assert "which holds 1048577 ids; allowed: " in refusal({"input_ids": [1] * (2**20 + 1)})
 
 
+def test_best_of_is_n() -> None:
+    assert sampling(n=3, best_of=3).n == 3
+    assert sampling(best_of=1).n == 1
+    assert refusal({"text_input": "a", "n": 2, "best_of": 3}) == "best_of is 3; allowed: the value of n (2)"
+
+
 def test_exactly_one_prompt() -> None:
     assert refusal({}).startswith("none of text_input and input_ids given")
     assert refusal({"text_input": "a", "input_ids": [1]}).startswith("both of text_input and input_ids given")
@@ -123,6 +129,8 @@ def test_exactly_one_prompt() -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
+        ("prompt_logprobs", [0, 20, -1, "7", 7.0, True, "false"], [21, -2, 1.5, "x", [1], {}, ""]),
+        ("n", [1, 16, "2", 4.0], [0, 17, -1, 1.5, "x", True, [1]]),
         ("max_tokens", [1, 2**31 - 1, "7", " 7 ", 7.0], [0, -1, 2**31, 1.5, "7.5", "x", True, [1], {}]),
         ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
         ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),
@@ -166,10 +174,9 @@ def test_exactly_one_prompt() -> None:
             ],
         ),
         ("ignore_eos", [True, 0, 1, "true", "False", " 1 "], [2, -1, "yes", [True], 0.5]),
-        ("n", [1, "1"], [0, 2, "2"]),
         ("best_of", [1], [2]),
         ("beam_width", [1], [4]),
-        ("num_return_sequences", [1], [3]),
+        ("num_return_sequences", [1, 3], [0, 17]),
         ("logprobs", [0, 1, 20, True, "3", 2.0], [-1, 21, 0.5, "many", [1]]),
         ("top_logprobs", [0, 20, "3"], [-1, 21, True, 0.5]),
         ("return_finish_reason", [True, "false"], ["x", 3]),

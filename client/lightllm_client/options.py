@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     skip_special_tokens: bool
     return_log_probs: bool
     top_logprobs: int
+    prompt_logprobs: int
+    n: int
     tenant: str
     priority: int
 
@@ -56,6 +58,8 @@ DATATYPES: dict[str, str] = {
     "skip_special_tokens": "BOOL",
     "return_log_probs": "BOOL",
     "top_logprobs": "INT32",
+    "prompt_logprobs": "INT32",
+    "n": "INT32",
     "tenant": "BYTES",
     "priority": "INT32",
 }
@@ -88,6 +92,8 @@ HELP: dict[str, str] = {
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
     "top_logprobs": "So many of the likeliest tokens beside each new one; asks for log probabilities too (default: 0).",
+    "prompt_logprobs": "Log probabilities of the prompt and of this many likeliest tokens; -1: none (default: -1).",
+    "n": "Answers to make to the prompt, which is computed once; answer i draws with seed + i (default: 1).",
     "tenant": "Whose share of the server the request takes; requests that name no tenant share one.",
     "priority": "The lowest of a tenant's waiting requests goes first; a level is worth 10 s of waiting (default: 0).",
 }

@@ -34,6 +34,13 @@ _SCALARS: dict[str, _Scalar] = {
 }
 
 
+class PromptLogProbs(NamedTuple):
+    """The log probability of each prompt token but the first, and of the likeliest tokens in the place of each."""
+
+    log_probs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]  # pairs of token id and log probability, the likeliest first
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One response of a streamed request: its text and tokens are those since the previous one."""
@@ -45,8 +52,13 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
+    prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
+    index: int = 0  # the number of the answer that the chunk belongs to, if n asks for several
     # For each token the likeliest ids with their log probabilities, likeliest first; empty unless top_logprobs.
     top_log_probs: tuple[dict[int, float], ...] = ()
+
+
+_TOP = ("prompt_top_token_ids", "prompt_top_log_probs")
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,16 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
     top_log_probs: tuple[dict[int, float], ...] = ()
+
+    @classmethod
+    def join_several(cls, chunks: Iterable[Chunk]) -> list[Generation]:
+        """The whole answers of one request's chunks, in order of their numbers."""
+        parts: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            parts.setdefault(chunk.index, []).append(chunk)
+        return [cls.join(parts[index]) for index in sorted(parts)]
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
@@ -76,6 +97,7 @@ class Generation:
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=sum(part.num_output_tokens for part in parts),
             top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
+            prompt_log_probs=parts[0].prompt_log_probs,
         )
 
 
@@ -112,6 +134,14 @@ def chunk_from_response(response: Any) -> Chunk:
             raise Internal(f"the server's response has no output {name}")
         return tensor
 
+    def prompt_log_probs() -> PromptLogProbs | None:
+        log_probs = result.as_numpy("prompt_log_probs")
+        if log_probs is None or not len(log_probs):
+            return None
+        ids, values = (output(name).reshape(len(log_probs), -1).tolist() for name in _TOP)
+        pairs = (tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True))
+        return PromptLogProbs(tuple(log_probs.tolist()), tuple(pairs))
+
     return Chunk(
         text=output("text_output")[0].decode("utf-8", errors="replace"),
         token_ids=tuple(output("output_ids").tolist()),
@@ -121,6 +151,8 @@ def chunk_from_response(response: Any) -> Chunk:
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
         top_log_probs=_top_log_probs(result),
+        prompt_log_probs=prompt_log_probs(),
+        index=int(output("sequence_index")[0]),
     )
 
 

@@ -220,7 +220,7 @@ class Stream:
         assert chunk is not None
         if chunk.error is not None and chunk.token_ids:
             # The ensemble drops the tokens of a response that is an error, so the error goes alone.
-            error = chunk.first(0)
+            error = replace(chunk.first(0), prompt_log_probs=None)
             if not self._delivery.streaming:
                 return error
             chunk, self._pending = replace(chunk, finish_reason=None, error=None), error
@@ -258,4 +258,5 @@ def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
         log_probs=pending.log_probs + chunk.log_probs,
         top_log_probs=pending.top_log_probs + chunk.top_log_probs,
         queue_seconds=pending.queue_seconds,
+        prompt_log_probs=pending.prompt_log_probs,
     )

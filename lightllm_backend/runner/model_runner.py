@@ -16,10 +16,11 @@ from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer
-from lightllm_backend.request import MAX_TOP_LOGPROBS, TOP_LOG_PROB
+from lightllm_backend.request import MAX_TOP_LOG_PROBS, TOP_LOG_PROB
 from lightllm_backend.router.batch import Batch, StepResult, TopLogProbs
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.prompt_scores import DeviceScores
 from lightllm_backend.runner.sampler import Sampled, Sampler, Top
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
@@ -35,7 +36,7 @@ class _ResultBuffer:
     def __init__(self, num_rows: int) -> None:
         self.token_ids = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
         self.log_probs = torch.empty(num_rows, dtype=torch.float32, pin_memory=True)
-        most = num_rows * MAX_TOP_LOGPROBS
+        most = num_rows * MAX_TOP_LOG_PROBS
         self.top_token_ids = torch.empty(most, dtype=torch.int32, pin_memory=True)
         self.top_log_probs = torch.empty(most, dtype=torch.float32, pin_memory=True)
         self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -60,8 +61,15 @@ def _copy(source: Tensor, memory: Tensor) -> Tensor:
 class PendingStep:
     """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`."""
 
-    def __init__(self, sampled: Sampled, buffer: _ResultBuffer | None = None, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        sampled: Sampled,
+        scores: DeviceScores | None = None,
+        buffer: _ResultBuffer | None = None,
+        seconds: float = 0.0,
+    ) -> None:
         self._buffer, self._seconds = buffer, seconds
+        self._scores = scores and scores.to_host()
         if buffer is not None:
             buffer.step = self
             sampled = buffer.fetch(sampled)
@@ -83,6 +91,7 @@ class PendingStep:
             token_ids.numpy().copy(),
             None if log_probs is None else log_probs.numpy().copy(),
             self._seconds,
+            self._scores.split() if self._scores else (),
             None if top is None else TopLogProbs(top.samples, _pairs(top)),
         )
 
@@ -110,11 +119,11 @@ class ResultRing:
             self._buffers[self._turn].begun.record()
         self._begun = time.perf_counter()
 
-    def fetch(self, sampled: Sampled) -> PendingStep:
-        """Start the copy of what the step has sampled to the host."""
+    def fetch(self, sampled: Sampled, scores: DeviceScores | None) -> PendingStep:
+        """Start the copy of what the step has sampled, and of its scores, to the host."""
         if not self._buffers:
-            return PendingStep(sampled, seconds=time.perf_counter() - self._begun)
-        return PendingStep(sampled, self._buffers[self._turn])
+            return PendingStep(sampled, scores, seconds=time.perf_counter() - self._begun)
+        return PendingStep(sampled, scores, self._buffers[self._turn])
 
 
 class ModelRunner:
@@ -165,13 +174,13 @@ class ModelRunner:
             new_rows = [admission.row for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)
             self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted], self._staging)
-        output = self.graphs.run(batch) if self.graphs else None
-        logits, token_ids, indices = output or self._step.run(batch)
+        output = self.graphs.run(batch) if self.graphs and not batch.scored else None
+        logits, token_ids, indices, scores = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
         token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
-            return self._results.fetch(Sampled(token_ids))
+            return self._results.fetch(Sampled(token_ids), scores)
         lengths = (batch.starts + batch.lengths)[batch.samples]
         sampled = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
         self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], sampled.token_ids)
-        return self._results.fetch(sampled)
+        return self._results.fetch(sampled, scores)

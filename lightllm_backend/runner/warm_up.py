@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lightllm_backend.request import SamplingParams
-from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.request import MAX_TOP_LOG_PROBS, SamplingParams
+from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.step_arrays import Bucket
 
@@ -46,7 +46,10 @@ def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[
     """The batches that need the most workspace: the most decodes beside the most prompt tokens."""
     num_prefills = min(max(1, batch_max_tokens // max_input), num_rows)
     prompts = [min(max_input, batch_max_tokens)] * num_prefills
-    return [example_batch(num_rows - num_prefills, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+    decodes = num_rows - num_prefills
+    batches = [example_batch(decodes, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+    scored = tuple(ScoredChunk(decodes + index, length - 1, MAX_TOP_LOG_PROBS) for index, length in enumerate(prompts))
+    return [*batches, replace(batches[0], scored=scored)]
 
 
 def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, buckets: Sequence[Bucket]) -> None:
