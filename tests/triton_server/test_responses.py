@@ -57,7 +57,7 @@ def test_logprobs_are_as_vllm_backend_has_them() -> None:
         {"2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"}},
     ]
     likeliest = top_log_probs([(7, -0.5), (9, -1.5)], [(4, -0.25), (5, -1.75)])
-    assert logprobs(Response("ab", "", 3, [7, 2], [-0.5, -2.0], -2.5, likeliest)) == [
+    assert logprobs(Response("ab", "", 3, [7, 2], [-0.5, -2.0], -2.5, top_log_probs=likeliest)) == [
         {
             "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7 False>"},
             "9": {"logprob": -1.5, "rank": 2, "decoded_token": "<9 False>"},
@@ -71,7 +71,7 @@ def test_logprobs_are_as_vllm_backend_has_them() -> None:
 
 
 def top_log_probs(*of_tokens: list[tuple[int, float]]) -> bytes:
-    return np.array(of_tokens, TOP_LOG_PROB).tobytes()
+    return np.array(list(of_tokens), TOP_LOG_PROB).tobytes()
 
 
 def sending_request(sent: list[Any]) -> Any:
