@@ -19,6 +19,8 @@ CLIENT_OPTIONS = Path(__file__).parents[1] / "client" / "lightllm_client" / "opt
 # The first three are arguments of the client's methods, stop_token_ids does what end_id does, and return_log_probs what
 # return_cumulative_logprob does.
 _LEFT_OUT = ("text_input", "input_ids", "stream", "end_id", "return_cumulative_logprob")
+# Options whose tensors hold JSON, with the types that the client takes.
+_JSON = {"logit_bias": "Mapping[int, float]"}
 _PYTHON_TYPES = {"BOOL": "bool", "INT32": "int", "UINT64": "int", "FP32": "float", "STRING": "str"}
 _HEAD = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -26,7 +28,7 @@ _HEAD = '''\
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 
@@ -43,7 +45,7 @@ def source() -> str:
     lists = [name for name, (_, size) in tensors.items() if size == -1]
     annotations = []
     for name, (datatype, _) in tensors.items():
-        one = _PYTHON_TYPES[datatype]
+        one = _JSON.get(name, _PYTHON_TYPES[datatype])
         annotations.append(f"    {name}: {f'{one} | Sequence[{one}]' if name in lists else one}\n")
     return (
         _HEAD
@@ -52,6 +54,8 @@ def source() -> str:
         + _dictionary("DATATYPES", datatypes.items())
         + "\n# These take any number of values; one value needs no list around it.\n"
         + f"LISTS = ({', '.join(map(_quoted, lists))})\n"
+        + "\n# These are sent as JSON.\n"
+        + f"JSON = ({', '.join(map(_quoted, _JSON))},)\n"
         + "\n# What each option does, as the command line says it.\n"
         + _dictionary("HELP", ((name, _help(name)) for name in tensors))
     )
@@ -60,9 +64,9 @@ def source() -> str:
 def _help(name: str) -> str:
     """The table's help with the server's default, in the words of a command line."""
     text, default = OPTIONS[name].help, DEFAULTS.get(name)
-    if default == ():
+    if default == () and name not in _JSON:
         return f"{text} May be given several times."
-    if default in (None, ""):
+    if default in (None, "", ()):
         return text
     if isinstance(default, bool):
         default = "yes" if default else "no"

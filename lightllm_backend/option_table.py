@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS
+from lightllm_backend.request import MAX_ANSWERS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
+MAX_LOGIT_BIAS = 100.0  # and the least is its negative, as in OpenAI's API
 MAX_TENANT_LENGTH = 64
 # As Unicode counts them, with its line and paragraph separators: a tenant's name may stand in logs and metrics.
 _CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -137,6 +138,32 @@ def token_ids(value: Any) -> tuple[int, ...]:
     return converted
 
 
+def logit_biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Convert an object of token id to bias, or a list of such pairs, to pairs."""
+    if isinstance(value, str):
+        value = parse_json(value)
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (list, tuple)) for pair in pairs):
+        raise ValueError
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise NotExact(f"which holds {len(pairs)} biases")
+    converted = tuple((integer(token_id), number(bias)) for token_id, bias in pairs)
+    seen: set[int] = set()
+    for token_id, bias in converted:
+        if not are_logit_biases(((token_id, bias),)):
+            raise NotExact(f"which holds {token_id}: {bias:g}")
+        if token_id in seen:
+            raise NotExact(f"which holds {token_id} twice")
+        seen.add(token_id)
+    return converted
+
+
+def are_logit_biases(pairs: tuple[tuple[int, float], ...]) -> bool:
+    """Whether these are allowed biases of different tokens."""
+    in_range = all(0 <= token_id <= MAX_INT32 and abs(bias) <= MAX_LOGIT_BIAS for token_id, bias in pairs)
+    return in_range and len(dict(pairs)) == len(pairs) <= MAX_LOGIT_BIASES
+
+
 def texts(value: Any) -> tuple[str, ...]:
     """Convert one string or a list of strings; drop empty ones."""
     items = [value] if isinstance(value, str) else value
@@ -159,15 +186,20 @@ def boolean_or_count(value: Any) -> bool:
         return count > 0
 
 
-def wants_log_probs(value: Any) -> bool:
-    """Convert `logprobs`, the number of log probabilities beside the sampled token's: 0 too asks for one."""
+def log_prob_count(value: Any) -> int:
+    """Convert `logprobs`, the number of log probabilities beside the sampled token's; true is 0, and false is -1."""
+    boolean_or_count(value)  # raises an error for a number below 0
+    return count_or_boolean(value)
+
+
+def count_or_boolean(value: Any) -> int:
+    """Convert a count; true is 0, and false is -1, which stands for none."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
-        return boolean(value)
-    boolean_or_count(value)  # raises an error for anything but a count
-    return True
+        return 0 if boolean(value) else -1
+    return integer(value)
 
 
-SCALARS = (boolean, integer, number, boolean_or_count, wants_log_probs)
+SCALARS = (boolean, integer, number, boolean_or_count, log_prob_count, count_or_boolean)
 
 # Rows
 
@@ -217,7 +249,7 @@ OPTIONS: dict[str, Option] = {
         help="Send the tokens as they come, in several responses.",
     ),
     "max_tokens": _int(
-        1, MAX_INT32, tensor=_INT32, keys=("max_new_tokens",),
+        1, MAX_INT32, "0 (with prompt_logprobs), or ", lowest=0, tensor=_INT32, keys=("max_new_tokens",),
         help="Tokens to generate at most; with the prompt at most max_req_total_len.",
     ),
     "do_sample": _bool(
@@ -236,6 +268,10 @@ OPTIONS: dict[str, Option] = {
         1, MAX_INT32, "-1 or 0 (off), or ", lowest=-1, tensor=_INT32,
         help="Draw from this many of the likeliest tokens.",
     ),
+    "min_p": Option(
+        number, "0 ≤ min_p ≤ 1", lambda v: 0 <= v <= 1, _FP32,
+        help="Draw from tokens at least min_p times as likely as the likeliest, before top_k and top_p.",
+    ),
     "presence_penalty": Option(
         number, "a finite number", math.isfinite, _FP32,
         help="Subtracted from the logit of each token generated before.",
@@ -247,6 +283,13 @@ OPTIONS: dict[str, Option] = {
     "repetition_penalty": Option(
         number, "a finite number > 0", lambda v: 0 < v < math.inf, _FP32,
         help="Divides the likelihood of tokens of the prompt and the answer.",
+    ),
+    "logit_bias": Option(
+        logit_biases,
+        f"an object (or a list of pairs) of at most {MAX_LOGIT_BIASES} ids of the model's vocabulary, ≥ 0, with biases"
+        f" from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+        are_logit_biases, _STRING,
+        help="Added to the logits of these token ids, before penalties; as JSON in the tensor and in parameters.",
     ),
     "seed": _int(
         0, 2**64 - 1, "-1 (drawn), or ", lowest=-1, tensor=("UINT64", 1), aliases=("random_seed",),
@@ -293,8 +336,21 @@ OPTIONS: dict[str, Option] = {
         help="Ask for the log probability of each new token.",
     ),
     "logprobs": Option(
-        wants_log_probs, "true, false or a count ≥ 0",
-        help="Asks for log probabilities too, even with 0; return_log_probs overrides it.",
+        log_prob_count, f"true, false or a count from 0 to {MAX_TOP_LOG_PROBS}", lambda v: v <= MAX_TOP_LOG_PROBS,
+        help="Asks for log probabilities too, and a count is top_logprobs; return_log_probs: false overrides it.",
+    ),
+    "top_logprobs": _int(
+        0, MAX_TOP_LOG_PROBS, tensor=_INT32,
+        help="So many of the likeliest tokens beside each new one; asks for log probabilities too.",
+    ),
+    "prompt_logprobs": Option(
+        count_or_boolean, f"true, false (or -1), or an integer from 0 to {MAX_TOP_LOG_PROBS}",
+        lambda v: -1 <= v <= MAX_TOP_LOG_PROBS, _INT32,
+        help="Log probabilities of the prompt and of this many likeliest tokens; -1: none.",
+    ),
+    "n": _int(
+        1, MAX_ANSWERS, tensor=_INT32, aliases=("num_return_sequences",),
+        help="Answers to make to the prompt, which is computed once; answer i draws with seed + i.",
     ),
     "return_cumulative_logprob": _bool(tensor=_BOOL, help="Asks for log probabilities too."),
     "return_details": _bool(help="Asks for log probabilities too."),
@@ -311,7 +367,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 
 _ALWAYS_THERE = "that output is always there"
-_ONE_ANSWER = "a request has one answer"
+_NO_BEAM_SEARCH = "there is no beam search"
 _NO_BEAMS = "of use in beam search only"
 _NO_CONSTRAINT = "output cannot be constrained"
 _NO_LOGITS = "logits are not returned"
@@ -323,17 +379,13 @@ OTHERS: dict[str, Option] = {
     "return_num_input_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_num_output_tokens": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
     "return_finish_reason": _without_effect(boolean, "true or false", _ALWAYS_THERE, tensor=_BOOL),
-    "n": _only(integer, 1, _ONE_ANSWER),
-    "best_of": _only(integer, 1, _ONE_ANSWER),
-    "beam_width": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "num_return_sequences": _only(integer, 1, _ONE_ANSWER, tensor=_INT32),
-    "use_beam_search": _only(boolean, False, _ONE_ANSWER),
+    "best_of": Option(integer, "the value of n (the best of more is not chosen)", lambda v: 1 <= v <= MAX_ANSWERS),
+    "beam_width": _only(integer, 1, _NO_BEAM_SEARCH, tensor=_INT32),
+    "use_beam_search": _only(boolean, False, _NO_BEAM_SEARCH),
     "length_penalty": _without_effect(number, "any number", _NO_BEAMS, tensor=_FP32),
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
     "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
-    "min_p": _only(number, 0.0, "there is no min_p"),
-    "logit_bias": _empty("logits cannot be biased"),
     "embedding_bias_words": _empty("logits cannot be biased", texts, tensor=_STRINGS),
     "embedding_bias_weights": _empty("logits cannot be biased", tensor=("FP32", -1)),
     "allowed_token_ids": _empty(_NO_CONSTRAINT),
@@ -345,7 +397,6 @@ OTHERS: dict[str, Option] = {
     "guided_json": Option(lambda value: value, f"empty text ({_NO_CONSTRAINT})", lambda v: v == ""),
     "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
-    "prompt_logprobs": _null("the prompt's log probabilities are not returned"),
     "return_context_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_generation_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_perf_metrics": _only(boolean, False, "the metrics endpoint has them", tensor=_BOOL),

@@ -8,6 +8,7 @@ wins over the JSON, the JSON over parameters. An unknown name or a wrong value r
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import random
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from lightllm_backend.option_table import (
     Option,
     parse_json,
 )
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams
+from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams, as_tuples
 
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
@@ -38,6 +39,8 @@ _PLAIN_TYPES = {
 }
 # Messages show at most this much of a client's text.
 _SHOWN_CHARACTERS = 80
+# Of one prompt, those of the likeliest tokens included; with the tokens' ids they take 8 MiB.
+MAX_PROMPT_LOG_PROBS = 2**20
 
 # Request parameters that Triton server itself or the launch command's probe adds.
 _RESERVED = {
@@ -97,6 +100,10 @@ def parse_request(
         raise _invalid(
             f"{given['min_tokens'].key} is {sampling.min_tokens}; allowed: from 0 to {most} ({sampling.max_tokens})"
         )
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
+        raise _invalid(f"{given['max_tokens'].key} is 0; allowed: an integer from 1, or 0 with prompt_logprobs")
+    if "best_of" in given and values["best_of"] != sampling.n:
+        raise _invalid(f"{given['best_of'].key} is {values['best_of']}; allowed: the value of n ({sampling.n})")
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})
     return ParsedRequest(values.get("text_input"), values.get("input_ids"), options)
 
@@ -114,8 +121,12 @@ def _derive(values: dict[str, Any]) -> None:
         stop_token_ids = values["stop_token_ids"] = (*values.get("stop_token_ids", ()), end_id)
         if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise _invalid(f"stop_token_ids and end_id are {len(stop_token_ids)} ids; allowed: {MAX_STOP_TOKEN_IDS}")
+    count = values.get("logprobs", -1)
+    is_asked = values.get("return_log_probs", count >= 0)
+    values.setdefault("top_logprobs", max(count, 0) if is_asked else 0)
     values["return_log_probs"] = (
-        values.get("return_log_probs", values.get("logprobs", False))
+        is_asked
+        or values["top_logprobs"] > 0
         or values.get("return_cumulative_logprob", False)
         or values.get("return_details", False)
     )
@@ -133,25 +144,28 @@ def options_from_plain(values: list[Any]) -> RequestOptions:
     """Make the options from plain values, whose tuples may be lists. Raise ValueError unless each is what it can be."""
     if type(values) is not list or len(values) != len(_PLAIN_TYPES):
         raise ValueError("these are not the values of a request's options")
-    named: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in zip(_PLAIN_TYPES, values, strict=True)
-    }
+    named: dict[str, Any] = {name: as_tuples(value) for name, value in zip(_PLAIN_TYPES, values, strict=True)}
     for name, value in named.items():
         if not _has_type(value, _PLAIN_TYPES[name]) or (name in OPTIONS and not OPTIONS[name].holds(value)):
             raise ValueError(f"{name} is {show(value)}")
     sampling = SamplingParams(**{name: named[name] for name in _SAMPLING_NAMES})
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
+        raise ValueError("max_tokens is 0 without prompt_logprobs")
     if sampling.seed < 0 or sampling.min_tokens > sampling.max_tokens:
         raise ValueError(f"the seed is {sampling.seed}, min_tokens {sampling.min_tokens}")
     return RequestOptions(sampling, **{name: named[name] for name in _OPTION_NAMES})
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Whether the value is of exactly this type: a class, a union of them, or a tuple of one class."""
+    """Whether the value is of exactly this type: a class, a union of types, or a tuple of them."""
     if isinstance(kind, UnionType):
         return any(_has_type(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        return type(value) is tuple and all(type(item) is get_args(kind)[0] for item in value)
+        if type(value) is not tuple:
+            return False
+        first, *others = get_args(kind)
+        kinds = [first] * len(value) if others == [...] else [first, *others]
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     return type(value) is kind
 
 
@@ -178,10 +192,25 @@ def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None
         raise _invalid(f"{asked}; allowed: at most {limits.max_total} in all ({limits.max_total_source})")
 
 
+def check_prompt_logprobs(num_input: int, num_top: int, vocab_size: int) -> None:
+    """Refuse more log probabilities of a prompt than one response may hold, or than there are tokens to compare."""
+    if num_top > vocab_size:
+        raise _invalid(f"prompt_logprobs is {num_top}; allowed: at most {vocab_size}, the size of the vocabulary")
+    count = num_input * (1 + num_top)
+    if count > MAX_PROMPT_LOG_PROBS:
+        raise _invalid(
+            f"the prompt has {num_input} tokens and prompt_logprobs is {num_top}: {count} log probabilities;"
+            f" allowed: at most {MAX_PROMPT_LOG_PROBS}"
+        )
+
+
 def show(value: Any) -> str:
     """Format any value for a message, in at most 80 characters."""
+    # The rest would be formatted for nothing.
     if isinstance(value, (str, list, tuple)):
-        value = value[: _SHOWN_CHARACTERS + 1]  # the rest would be formatted for nothing
+        value = value[: _SHOWN_CHARACTERS + 1]
+    elif isinstance(value, dict):
+        value = dict(itertools.islice(value.items(), _SHOWN_CHARACTERS + 1))
     return _short(str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str))
 
 

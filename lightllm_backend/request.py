@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_STOP_TOKEN_IDS = 32
+MAX_LOGIT_BIASES = 300
+MAX_TOP_LOG_PROBS = 20
+MAX_ANSWERS = 16
+# A likely token and its log probability, as numpy describes the bytes.
+TOP_LOG_PROB = [("token_id", "<i4"), ("log_prob", "<f4")]
+TOP_LOG_PROB_BYTES = 8
 
 
 class FinishReason(str, Enum):
@@ -42,6 +48,11 @@ class RequestError(Exception):
         return cls(code, message) if code in cls.CODES else cls("INTERNAL", text)
 
 
+def as_tuples(value: Any) -> Any:
+    """Turn the lists in a plain value, at any depth, into tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters that choose the next token and end the sequence. options.py has checked the values."""
@@ -51,6 +62,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1  # -1 or 0: off
+    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -59,17 +71,26 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKEN_IDS; each ends the sequence like EOS
+    logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_LOGIT_BIASES different token ids, each with its bias
     return_log_probs: bool = False
+    top_logprobs: int = 0  # so many of the likeliest tokens beside each; not without return_log_probs
+    # How many of the likeliest tokens each prompt token is compared with; -1: no log probabilities of the prompt.
+    prompt_logprobs: int = -1
+    n: int = 1  # answers to the prompt
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Build the params from JSON or msgpack, which turn tuples into lists."""
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**fields)
+        return cls(**{name: as_tuples(value) for name, value in values.items()})
 
     def ending_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the ids that end the sequence: the model's EOS, unless ignored, and the request's own."""
         return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
+
+    @property
+    def max_sampled(self) -> int:
+        """The most tokens that the engine samples. With max_tokens 0 it samples one, which nobody gets."""
+        return max(self.max_tokens, 1)
 
     @property
     def greedy(self) -> bool:
@@ -118,6 +139,33 @@ class Request:
     priority: int = 0  # among the requests of its tenant; the lowest goes first
     ticket: int = 0  # what the tokenizer step has counted it as; see engine_load.py
 
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """The uid of each of the n answers; the first is the request's own."""
+        return (self.uid, *(f"{self.uid}/{index}" for index in range(1, self.sampling.n)))
+
+    def copies(self) -> list[Request]:
+        """A request for each of the n answers. Answer i draws as it would alone with seed + i.
+
+        The log probabilities of the prompt come with the first one.
+        """
+        sampling = self.sampling
+        if sampling.n == 1:
+            return [self]
+        first = replace(sampling, n=1)
+        others = (
+            replace(first, seed=(sampling.seed + index) % 2**64, prompt_logprobs=-1) for index in range(1, sampling.n)
+        )
+        return [replace(self, uid=uid, sampling=one) for uid, one in zip(self.uids, (first, *others), strict=True)]
+
+
+class PromptLogProbs(NamedTuple):
+    """The log probabilities of a prompt's tokens but the first, packed as numpy packs them, since they may be many."""
+
+    log_probs: bytes = b""  # [tokens] float32
+    top_ids: bytes = b""  # [tokens, k] int32, the k likeliest tokens in the place of each, the likeliest first
+    top_log_probs: bytes = b""  # [tokens, k] float32
+
 
 @dataclass(slots=True)
 class TokenChunk:
@@ -134,3 +182,16 @@ class TokenChunk:
     num_prompt_tokens: int = 0
     queue_seconds: float | None = None  # on the first chunk only: the wait for admission
     error: RequestError | None = None  # with CANCELLED (a deadline) and FAILED
+    prompt_log_probs: PromptLogProbs | None = None  # on the first chunk only, if the request asks for them
+    # The likeliest tokens in place of each token id: packed TOP_LOG_PROBs [tokens, k], likeliest first; or none.
+    top_log_probs: bytes = b""
+
+    def first(self, count: int) -> TokenChunk:
+        """The chunk with its first `count` tokens alone."""
+        bytes_each = len(self.top_log_probs) // max(1, len(self.token_ids))
+        return replace(
+            self,
+            token_ids=self.token_ids[:count],
+            log_probs=self.log_probs[:count],
+            top_log_probs=self.top_log_probs[: bytes_each * count],
+        )

@@ -49,9 +49,10 @@ def test_defaults_but_for_the_seed_which_is_drawn() -> None:
 # Names and aliases
 
 GIVEN = {
-    "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "presence_penalty": 0.25,
-    "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2, "ignore_eos": True,
-    "stop_words": ("x", "y"), "stop_token_ids": (7, 0), "return_log_probs": True,
+    "max_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25,
+    "presence_penalty": 0.25, "frequency_penalty": -0.25, "repetition_penalty": 1.5, "seed": 9, "min_tokens": 2,
+    "ignore_eos": True, "logit_bias": ((5, -100.0), (7, 1.5)), "stop_words": ("x", "y"),
+    "stop_token_ids": (7, 0), "return_log_probs": True, "top_logprobs": 4, "prompt_logprobs": 4, "n": 3,
 }  # fmt: skip
 
 
@@ -111,6 +112,12 @@ def test_token_ids_instead_of_text() -> None:
     assert "which holds 1048577 ids; allowed: " in refusal({"input_ids": [1] * (2**20 + 1)})
 
 
+def test_best_of_is_n() -> None:
+    assert sampling(n=3, best_of=3).n == 3
+    assert sampling(best_of=1).n == 1
+    assert refusal({"text_input": "a", "n": 2, "best_of": 3}) == "best_of is 3; allowed: the value of n (2)"
+
+
 def test_exactly_one_prompt() -> None:
     assert refusal({}).startswith("none of text_input and input_ids given")
     assert refusal({"text_input": "a", "input_ids": [1]}).startswith("both of text_input and input_ids given")
@@ -122,22 +129,56 @@ def test_exactly_one_prompt() -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
+        ("prompt_logprobs", [0, 20, -1, "7", 7.0, True, "false"], [21, -2, 1.5, "x", [1], {}, ""]),
+        ("n", [1, 16, "2", 4.0], [0, 17, -1, 1.5, "x", True, [1]]),
         ("max_tokens", [1, 2**31 - 1, "7", " 7 ", 7.0], [0, -1, 2**31, 1.5, "7.5", "x", True, [1], {}]),
         ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
         ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),
         ("top_k", [-1, 0, 1, "40", 3.0], [-2, 0.5, "x", True, 2**31]),
+        ("min_p", [0, 1, "0.5"], [-0.1, 1.5, float("nan"), "x", True]),
         ("presence_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", 10**400]),
         ("frequency_penalty", [-2.0, 0, "1.5"], [float("nan"), float("inf"), float("-inf"), "x", [1]]),
         ("repetition_penalty", [0.5, 1, "2"], [0, -1, float("nan"), float("inf"), "x"]),
         ("seed", [-1, 0, 2**64 - 1, "12", str(2**64 - 1), 2.0**53], [-2, 2**64, 0.5, "x", "9" * 30, 2.0**60]),
         ("end_id", [-1, 0, 2, "2"], [-2, 2**31, "x", 0.5]),
         ("stop_token_ids", [[], [0], [1, "2"], [7] * 32, "[1, 2]"], [[7] * 33, [-1], [2**31], ["a"], 3, "x", {}]),
+        (
+            "logit_bias",
+            [
+                {},
+                {"5": -100},
+                {5: 100.0},
+                '{"5": "1.5", "0": 0}',
+                [],
+                [[5, 1]],
+                "[[5, 1], [6, -1]]",
+                [(2**31 - 1, 0.5)],
+            ],
+            [
+                {"5": 100.5},
+                {"5": -101},
+                {"-1": 1},
+                {"x": 1},
+                {str(2**31): 1},
+                {"5": None},
+                {"5": float("nan")},
+                5,
+                "x",
+                [5, 1],
+                [[5]],
+                [[5, 1, 2]],
+                ["51"],
+                [[5, 1], [5, 2]],
+                {"5": 1, "05": 2},
+                dict.fromkeys(range(301), 1),
+            ],
+        ),
         ("ignore_eos", [True, 0, 1, "true", "False", " 1 "], [2, -1, "yes", [True], 0.5]),
-        ("n", [1, "1"], [0, 2, "2"]),
         ("best_of", [1], [2]),
         ("beam_width", [1], [4]),
-        ("num_return_sequences", [1], [3]),
-        ("logprobs", [0, 1, 5, True, "3", 2.0], [-1, 0.5, "many", [1]]),
+        ("num_return_sequences", [1, 3], [0, 17]),
+        ("logprobs", [0, 1, 20, True, "3", 2.0], [-1, 21, 0.5, "many", [1]]),
+        ("top_logprobs", [0, 20, "3"], [-1, 21, True, 0.5]),
         ("return_finish_reason", [True, "false"], ["x", 3]),
     ],
 )
@@ -176,6 +217,24 @@ def test_numbers_may_be_strings(text: str, value: Any) -> None:
 def test_who_asks_for_log_probabilities(asked: dict[str, Any], returned: bool) -> None:
     parsed = parse_request({"text_input": "a"}, json.dumps(asked))
     assert parsed.options.sampling.return_log_probs is returned
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ({"top_logprobs": 3}, 3),
+        *(({"logprobs": one}, count) for one, count in ((5, 5), ("1", 1), (0, 0), (True, 0), (False, 0))),
+        ({"logprobs": 5, "top_logprobs": 2}, 2),
+        ({"logprobs": 5, "return_log_probs": True}, 5),
+        ({"logprobs": 5, "return_log_probs": False}, 0),
+        ({"top_logprobs": 2, "return_log_probs": False}, 2),
+        ({"return_log_probs": 5}, 0),
+    ],
+)
+def test_who_asks_for_the_likeliest_tokens(asked: dict[str, Any], count: int) -> None:
+    parsed = parse_request({"text_input": "a"}, json.dumps(asked)).options.sampling
+    assert parsed.top_logprobs == count
+    assert parsed.return_log_probs or not count
 
 
 def test_min_tokens_may_not_be_more_than_max_tokens() -> None:
@@ -233,6 +292,7 @@ STATED: dict[str, Callable[[float], bool]] = {
     "a finite temperature ≥ 0": lambda value: 0 <= value < math.inf,
     "a finite number > 0": lambda value: 0 < value < math.inf,
     "0 < top_p ≤ 1": lambda value: 0 < value <= 1,
+    "0 ≤ min_p ≤ 1": lambda value: 0 <= value <= 1,
 }
 
 

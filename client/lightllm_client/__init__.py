@@ -16,7 +16,7 @@ from lightllm_client.errors import (
 )
 from lightllm_client.options import Options
 from lightllm_client.sync_client import ChunkStream, LightLLMClient
-from lightllm_client.tensors import Chunk, Generation
+from lightllm_client.tensors import Chunk, Generation, PromptLogProbs
 
 __version__ = "0.2.0"
 
@@ -34,5 +34,6 @@ __all__ = [
     "LightLLMError",
     "NotFound",
     "Options",
+    "PromptLogProbs",
     "Unavailable",
 ]

@@ -198,6 +198,9 @@ def write_statistics(generation: Generation, first: float, seconds: float) -> No
             for token, log_prob in zip(generation.token_ids, generation.log_probs, strict=True)
         )
         print(f"log probabilities: {pairs}; sum {generation.cumulative_logprob:.4f}", file=sys.stderr)
+    for token_id, likeliest in zip(generation.token_ids, generation.top_log_probs, strict=False):
+        pairs = " ".join(f"{other}:{log_prob:.4f}" for other, log_prob in likeliest.items())
+        print(f"likeliest in place of {token_id}: {pairs}", file=sys.stderr)
     print(
         f"{generation.num_input_tokens} tokens in, {generation.num_output_tokens} out in {seconds:.2f} s"
         f" ({generation.num_output_tokens / seconds:.1f} tokens/s, first text after {first:.2f} s),"

@@ -33,11 +33,11 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
     `client.stream(...)` does. A closed stream has no more chunks.
     """
 
-    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None) -> None:
+    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None, options: Options) -> None:
         self._call = call
         self._endpoint = endpoint
         self._timeout = timeout
-        self._state = StreamState()
+        self._state = StreamState(options)
         self._loop = asyncio.get_running_loop()
         self._client_closed = False
 
@@ -148,8 +148,16 @@ class AsyncLightLLMClient:
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Generation:
         """The whole answer to a prompt, which is text or token ids; `Options` lists the options."""
+        self._endpoint.check_one_answer(options)
         async with self._start(prompt, False, timeout, options) as chunks:
             return Generation.join([chunk async for chunk in chunks])
+
+    async def generate_several(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> list[Generation]:
+        """The whole answers to a prompt, as many as the option `n` says, in order of their seeds."""
+        async with self._start(prompt, True, timeout, options) as chunks:
+            return Generation.join_several([chunk async for chunk in chunks])
 
     def stream(
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
@@ -198,6 +206,6 @@ class AsyncLightLLMClient:
         request = self._endpoint.infer_request(prompt, stream, options)
         seconds = self._endpoint.seconds(timeout)
         call = self._connected().ModelStreamInfer(iter([request]), timeout=seconds)
-        chunks = AsyncChunkStream(call, self._endpoint, seconds)
+        chunks = AsyncChunkStream(call, self._endpoint, seconds, options)
         self._streams.add(chunks)
         return chunks

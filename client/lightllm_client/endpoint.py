@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2
 from lightllm_client.errors import (
     DeadlineExceeded,
     Internal,
+    InvalidArgument,
     LightLLMError,
     Unavailable,
     error_from_message,
@@ -58,6 +59,12 @@ class Endpoint:
         """The one message of a request."""
         return infer_request(self.model, prompt, stream, options)
 
+    @staticmethod
+    def check_one_answer(options: Options) -> None:
+        """Refuse options that ask for several answers."""
+        if options.get("n", 1) != 1:
+            raise InvalidArgument(f"n is {options['n']!r}; allowed: 1, or generate_several")
+
     def health_request(self) -> Any:
         """The message that asks the model `health`."""
         return service_pb2.ModelInferRequest(model_name="health")
@@ -78,6 +85,9 @@ class StreamState:
     finished = False
     closed = False
 
+    def __init__(self, options: Options) -> None:
+        self._num_open = int(options.get("n", 1))  # answers that have not ended
+
     def take(self, message: Any) -> Chunk | None:
         """The chunk in a message of the server, None if it holds none; raises the error that it reports."""
         if message.error_message:
@@ -86,7 +96,8 @@ class StreamState:
         if not message.infer_response.outputs:
             return None
         chunk = chunk_from_response(message.infer_response)
-        self.finished = chunk.finish_reason != ""
+        self._num_open -= chunk.finish_reason != ""
+        self.finished = self._num_open <= 0
         return chunk
 
     def end(self) -> None:

@@ -28,11 +28,11 @@ class ChunkStream(Iterator[Chunk]):
     last reference, as `break` in a loop over `client.stream(...)` does. A closed stream has no more chunks.
     """
 
-    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None) -> None:
+    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None, options: Options) -> None:
         self._call = call
         self._endpoint = endpoint
         self._timeout = timeout
-        self._state = StreamState()
+        self._state = StreamState(options)
 
     def __next__(self) -> Chunk:
         while not self._state.closed:
@@ -104,8 +104,16 @@ class LightLLMClient:
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Generation:
         """The whole answer to a prompt, which is text or token ids; `Options` lists the options."""
+        self._endpoint.check_one_answer(options)
         with self._start(prompt, False, timeout, options) as chunks:
             return Generation.join(chunks)
+
+    def generate_several(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+    ) -> list[Generation]:
+        """The whole answers to a prompt, as many as the option `n` says, in order of their seeds."""
+        with self._start(prompt, True, timeout, options) as chunks:
+            return Generation.join_several(chunks)
 
     def stream(
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
@@ -140,4 +148,5 @@ class LightLLMClient:
     def _start(self, prompt: str | Sequence[int], stream: bool, timeout: float | None, options: Options) -> ChunkStream:
         request = self._endpoint.infer_request(prompt, stream, options)
         seconds = self._endpoint.seconds(timeout)
-        return ChunkStream(self._stub.ModelStreamInfer(iter([request]), timeout=seconds), self._endpoint, seconds)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=seconds)
+        return ChunkStream(call, self._endpoint, seconds, options)

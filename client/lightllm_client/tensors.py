@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 
 from lightllm_client.errors import Internal, InvalidArgument
-from lightllm_client.options import DATATYPES, LISTS, Options
+from lightllm_client.options import DATATYPES, JSON, LISTS, Options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +34,13 @@ _SCALARS: dict[str, _Scalar] = {
 }
 
 
+class PromptLogProbs(NamedTuple):
+    """The log probability of each prompt token but the first, and of the likeliest tokens in the place of each."""
+
+    log_probs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]  # pairs of token id and log probability, the likeliest first
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One response of a streamed request: its text and tokens are those since the previous one."""
@@ -44,6 +52,13 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
+    prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
+    index: int = 0  # the number of the answer that the chunk belongs to, if n asks for several
+    # For each token the likeliest ids with their log probabilities, likeliest first; empty unless top_logprobs.
+    top_log_probs: tuple[dict[int, float], ...] = ()
+
+
+_TOP = ("prompt_top_token_ids", "prompt_top_log_probs")
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,16 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
+    top_log_probs: tuple[dict[int, float], ...] = ()
+
+    @classmethod
+    def join_several(cls, chunks: Iterable[Chunk]) -> list[Generation]:
+        """The whole answers of one request's chunks, in order of their numbers."""
+        parts: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            parts.setdefault(chunk.index, []).append(chunk)
+        return [cls.join(parts[index]) for index in sorted(parts)]
 
     @classmethod
     def join(cls, chunks: Iterable[Chunk]) -> Generation:
@@ -71,6 +96,8 @@ class Generation:
             finish_reason=last.finish_reason,
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=sum(part.num_output_tokens for part in parts),
+            top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
+            prompt_log_probs=parts[0].prompt_log_probs,
         )
 
 
@@ -107,6 +134,14 @@ def chunk_from_response(response: Any) -> Chunk:
             raise Internal(f"the server's response has no output {name}")
         return tensor
 
+    def prompt_log_probs() -> PromptLogProbs | None:
+        log_probs = result.as_numpy("prompt_log_probs")
+        if log_probs is None or not len(log_probs):
+            return None
+        ids, values = (output(name).reshape(len(log_probs), -1).tolist() for name in _TOP)
+        pairs = (tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True))
+        return PromptLogProbs(tuple(log_probs.tolist()), tuple(pairs))
+
     return Chunk(
         text=output("text_output")[0].decode("utf-8", errors="replace"),
         token_ids=tuple(output("output_ids").tolist()),
@@ -115,16 +150,38 @@ def chunk_from_response(response: Any) -> Chunk:
         finish_reason=output("finish_reason")[0].decode("utf-8", errors="replace"),
         num_input_tokens=int(output("num_input_tokens")[0]),
         num_output_tokens=int(output("num_output_tokens")[0]),
+        top_log_probs=_top_log_probs(result),
+        prompt_log_probs=prompt_log_probs(),
+        index=int(output("sequence_index")[0]),
     )
 
 
+def _top_log_probs(result: InferResult) -> tuple[dict[int, float], ...]:
+    """The likeliest ids of each token with their log probabilities; none of a server that does not know them."""
+    token_ids, log_probs = result.as_numpy("top_token_ids"), result.as_numpy("top_log_probs")
+    if token_ids is None or log_probs is None or not len(token_ids):
+        return ()
+    rows = int(result.as_numpy("num_output_tokens")[0]), -1
+    pairs = zip(token_ids.reshape(rows).tolist(), log_probs.reshape(rows).tolist(), strict=True)
+    return tuple(dict(zip(ids, values, strict=True)) for ids, values in pairs)
+
+
 def _items(name: str, value: Any) -> Sequence[object]:
+    if name in JSON and not isinstance(value, str):
+        return [_biases_as_json(name, value)]
     one, several = (str, "strings") if DATATYPES[name] == "BYTES" else (Integral, "integers")
     if name not in LISTS or isinstance(value, one):
         return [value]
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes, bytearray)):
         raise InvalidArgument(f"{name} is {value!r}; allowed: one or a sequence of {several}")
     return list(value)
+
+
+def _biases_as_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps({int(token_id): float(bias) for token_id, bias in value.items()})
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise InvalidArgument(f"{name} is {value!r}; allowed: a mapping of token ids to numbers, or its JSON") from None
 
 
 def _encode(name: str, datatype: str, items: Sequence[object]) -> bytes:

@@ -20,7 +20,7 @@ from lightllm_backend.messages.engine_messages import (
     Submit,
     Tokens,
 )
-from lightllm_backend.options import check_lengths, check_token_ids
+from lightllm_backend.options import check_lengths, check_prompt_logprobs, check_token_ids
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
@@ -61,14 +61,14 @@ class EngineClient:
         self._address = address
         self._on_stats = on_stats
         self._on_up = on_up
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the five below
+        self._next_number = 0
         self._channel: Channel | None = None
         self._info: EngineInfo | None = None
         self._outstanding: dict[int, _Outstanding] = {}  # by the request's number in the messages
         self._closed = False
         self._ready = threading.Event()
         self._uids = itertools.count()
-        self._numbers = itertools.count()
         self._reader = threading.Thread(target=self._read_for_ever, name="engine-client", daemon=True)
         self._reader.start()
 
@@ -90,6 +90,7 @@ class EngineClient:
     def submit(self, request: Request, on_chunk: OnChunk) -> None:
         """Send a request whose uid is from `new_uid`. Its chunks may come before this returns.
 
+        `on_chunk` gets the chunks of all its answers, each with its answer's uid (`Request.uids`).
         Raises RequestError: UNAVAILABLE if there is no worker or it has too much to read, INVALID_ARG for a request
         that can never run. It never waits for the worker.
         """
@@ -97,28 +98,33 @@ class EngineClient:
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
         check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
         check_token_ids("stop_token_ids (or end_id)", request.sampling.stop_token_ids, info.vocab_size)
-        number = next(self._numbers)
+        check_token_ids("logit_bias", tuple(token_id for token_id, _ in request.sampling.logit_bias), info.vocab_size)
+        if request.sampling.prompt_logprobs >= 0:
+            check_prompt_logprobs(len(request.prompt_ids), request.sampling.prompt_logprobs, info.vocab_size)
+        uids = request.uids
         with self._lock:
             channel = self._channel
             if channel is None:
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again")
             if channel.num_unsent > MAX_UNREAD_BYTES:
                 raise RequestError("UNAVAILABLE", "the engine takes no requests at present; try again")
-            self._outstanding[number] = _Outstanding(request.uid, len(request.prompt_ids), on_chunk)
+            number, self._next_number = self._next_number, self._next_number + len(uids)
+            for place, uid in enumerate(uids):
+                self._outstanding[number + place] = _Outstanding(uid, len(request.prompt_ids), on_chunk)
         try:
             channel.send(Submit(request, number))
         except ChannelClosed:
             with self._lock:
-                known = self._outstanding.pop(number, None)
-            if known:  # else the reader has already ended it
+                known = [self._outstanding.pop(number + place, None) for place in range(len(uids))]
+            if any(known):  # else the reader has already ended it
                 raise RequestError("UNAVAILABLE", "the engine is not up; try again") from None
 
     def cancel(self, uid: str) -> None:
-        """Cancel a request whose client is gone. Its last chunk still comes."""
+        """Cancel an answer whose client is gone. Its last chunk still comes."""
         self._send(Cancel(uid))
 
     def stop(self, uid: str) -> None:
-        """Stop a request in which a stop string was found. Its last chunk still comes."""
+        """Stop an answer in which a stop string was found. Its last chunk still comes."""
         self._send(Stop(uid))
 
     def close(self) -> None:

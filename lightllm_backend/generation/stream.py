@@ -220,7 +220,7 @@ class Stream:
         assert chunk is not None
         if chunk.error is not None and chunk.token_ids:
             # The ensemble drops the tokens of a response that is an error, so the error goes alone.
-            error = replace(chunk, token_ids=[], log_probs=[])
+            error = replace(chunk.first(0), prompt_log_probs=None)
             if not self._delivery.streaming:
                 return error
             chunk, self._pending = replace(chunk, finish_reason=None, error=None), error
@@ -245,9 +245,7 @@ class Stream:
         if not text.stopped or chunk.error is not None:
             return None
         kept = text.num_tokens - before
-        return replace(
-            chunk, token_ids=chunk.token_ids[:kept], log_probs=chunk.log_probs[:kept], finish_reason=FinishReason.STOP
-        )
+        return replace(chunk.first(kept), finish_reason=FinishReason.STOP)
 
 
 def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
@@ -258,5 +256,7 @@ def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
         chunk,
         token_ids=pending.token_ids + chunk.token_ids,
         log_probs=pending.log_probs + chunk.log_probs,
+        top_log_probs=pending.top_log_probs + chunk.top_log_probs,
         queue_seconds=pending.queue_seconds,
+        prompt_log_probs=pending.prompt_log_probs,
     )

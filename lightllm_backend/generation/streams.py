@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.send_queue import SendQueue
@@ -55,6 +56,7 @@ class Streams:
         self._observer = observer
         self._send_queue = SendQueue()
         self._streams: dict[str, Stream] = {}  # by uid, until the last chunk is sent
+        self._answers: dict[str, tuple[str, ...]] = {}  # all uids of a request with several answers, by each of them
         self._closing = threading.Event()
         self._listener = listen(address) if address else None
         threading.Thread(target=self._watch_clients, name="watch-clients", daemon=True).start()
@@ -63,45 +65,69 @@ class Streams:
 
     def submit(
         self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
-        responder_for: Callable[[str], Responder], flow_control: bool, text: TextStream,
+        responder_for: Callable[[str, int], Responder], flow_control: bool, new_text: Callable[[], TextStream],
         urgent: bool = False, ticket: int = 0,
     ) -> None:  # fmt: skip
-        """Submit a request to the engine. Raises RequestError if it is refused; then the responder is never used.
+        """Submit a request to the engine. Raises RequestError if it is refused; then no responder is used.
 
-        text: the answer's text before its first token, in which stop strings are found. urgent: it is a probe, which
-        waits behind no other request and counts in no metric.
+        Each of its answers is a stream of its own. responder_for: makes the responder of the answer with this uid and
+        number. new_text: makes an answer's text before its first token, in which stop strings are found. urgent: it is
+        a probe, which waits behind no other request and counts in no metric.
         """
         sampling = options.sampling
-        stop_text = text if sampling.stop_words else None
-        uid = self._engine.new_uid()
-        stream = Stream(
-            responder_for(uid), options.stream, flow_control, stop_text,
-            _Unobserved() if urgent else self._observer, self._send_queue,
-            on_end=lambda: self._streams.pop(uid, None),
+        observer = _Unobserved() if urgent else self._observer
+        request = Request(
+            self._engine.new_uid(), tuple(prompt_ids), sampling, deadline, urgent, options.tenant, options.priority,
+            ticket,
         )  # fmt: skip
+        streams = {
+            uid: Stream(
+                responder_for(uid, number), options.stream, flow_control, new_text() if sampling.stop_words else None,
+                observer, self._send_queue, on_end=partial(self._forget, uid),
+            )
+            for number, uid in enumerate(request.uids)
+        }  # fmt: skip
 
         def on_chunk(chunk: TokenChunk) -> None:
+            stream = streams[chunk.uid]
             try:
+                if chunk.error is not None and len(streams) > 1:
+                    self._lose(chunk.uid)  # the first error ends the response of all
                 if stream.on_chunk(chunk):
-                    self._engine.stop(uid)
+                    self._engine.stop(chunk.uid)
             except Exception as error:  # it ends this request alone, not the thread that reads all requests' tokens
-                log.exception("the tokens of request %s cannot be handled", uid)
+                log.exception("the tokens of request %s cannot be handled", chunk.uid)
                 failure = RequestError("INTERNAL", f"the tokens could not be handled: {error!r}")
-                stream.fail(TokenChunk(uid, [], [], FinishReason.FAILED, len(prompt_ids), error=failure))
-                self._engine.cancel(uid)
+                stream.fail(TokenChunk(chunk.uid, [], [], FinishReason.FAILED, len(prompt_ids), error=failure))
+                self._cancel(chunk.uid)
 
-        self._streams[uid] = stream
+        self._streams.update(streams)
+        if len(streams) > 1:
+            self._answers.update(dict.fromkeys(streams, request.uids))
         try:
-            request = Request(
-                uid, tuple(prompt_ids), sampling, deadline, urgent, options.tenant, options.priority, ticket
-            )
             self._engine.submit(request, on_chunk)
         except RequestError:
-            del self._streams[uid]
+            for uid in streams:
+                self._forget(uid)
             raise
 
+    def _forget(self, uid: str) -> None:
+        self._streams.pop(uid, None)
+        self._answers.pop(uid, None)
+
+    def _lose(self, uid: str) -> None:
+        """Expect no acknowledgement for any answer of the request that this one belongs to."""
+        for one in self._answers.get(uid, (uid,)):
+            if stream := self._streams.get(one):
+                stream.lost()
+
+    def _cancel(self, uid: str) -> None:
+        """Cancel all answers of the request that this one belongs to."""
+        for one in self._answers.get(uid, (uid,)):
+            self._engine.cancel(one)
+
     def count_open(self) -> int:
-        """The number of requests whose last chunk has not been sent."""
+        """The number of answers whose last chunk has not been sent."""
         return len(self._streams)
 
     def close(self) -> None:
@@ -124,7 +150,7 @@ class Streams:
             for uid, stream in streams:
                 try:
                     if stream.last_check <= checked_before and stream.check_client():
-                        self._engine.cancel(uid)
+                        self._cancel(uid)
                 except Exception:
                     log.exception("the client of request %s cannot be checked", uid)
 
@@ -158,8 +184,8 @@ class Streams:
                     stream.delivered(message.state)
                     continue
                 if isinstance(message, DecodingFailed):
-                    stream.lost()
-                self._engine.cancel(message.uid)
+                    self._lose(message.uid)
+                self._cancel(message.uid)
         except Exception as error:
             channel.close()  # the detokenizer connects anew
             if not isinstance(error, ChannelClosed):

@@ -204,6 +204,13 @@ class Kernels(Protocol):
         A token that occurs in the prompt has the bit IN_PROMPT.
         """
 
+    def add_logit_bias(self, logits: Tensor, rows: Tensor, counts: Tensor, token_ids: Tensor, biases: Tensor) -> None:
+        """Adds biases to `logits` [sequences, vocab] float32, in place.
+
+        Sequence i has the first `counts[i]` entries of row `rows[i]` of the tables `token_ids` [table rows, width]
+        int32, all different, and `biases` [table rows, width] float32. `rows` and `counts` are [sequences] int32.
+        """
+
     def apply_penalties(
         self,
         logits: Tensor,
@@ -231,12 +238,20 @@ class Kernels(Protocol):
         """
 
     def sample(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
     ) -> Tensor:
         """Draws a token from each row of `logits` [sequences, vocab] float32: [sequences] int32.
 
-        `temperature` and `top_p` are [sequences] float32, `top_k` and `position` int32, `seed` int64. Temperature 0
-        takes the first greatest logit. Otherwise one uniform number, a function of seed and position alone, picks from
-        the distribution in vocabulary order. Top-k (0: off) keeps the k greatest logits, then top-p the fewest whose
-        share of the rest is p; equals of the last one kept are kept.
+        `temperature`, `top_p` and `min_p` are [sequences] float32, `top_k` and `position` int32, `seed` int64.
+        Temperature 0 takes the first greatest logit. Otherwise one uniform number, a function of seed and position
+        alone, picks from the distribution in vocabulary order. Min-p (0: off) keeps the tokens that are at least
+        min_p times as likely as the likeliest, then top-k (0: off) the k greatest logits, then top-p the fewest whose
+        share of the rest is p; equals of the last one kept are kept. The order is vLLM's.
         """

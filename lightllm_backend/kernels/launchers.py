@@ -15,12 +15,14 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.linear.sum_splits import sum_splits
 from lightllm_backend.kernels.norm.layer_norm import layer_norm
 from lightllm_backend.kernels.norm.rms_norm import rms_norm
+from lightllm_backend.kernels.sampling.add_logit_bias import add_logit_bias
 from lightllm_backend.kernels.sampling.apply_penalties import apply_penalties
 from lightllm_backend.kernels.sampling.choose_greedily import choose_greedily
 from lightllm_backend.kernels.sampling.count_tokens import count_tokens
 from lightllm_backend.kernels.sampling.sample import sample
 
 __all__ = [
+    "add_logit_bias",
     "all_reduce_rms_norm",
     "apply_penalties",
     "choose_greedily",

@@ -12,9 +12,16 @@ from lightllm_backend.kernels.attention.reference import (
 from lightllm_backend.kernels.collective.reference import all_reduce_rms_norm
 from lightllm_backend.kernels.linear.reference import gated_linear, linear, linear_splits, sum_splits
 from lightllm_backend.kernels.norm.reference import layer_norm, rms_norm
-from lightllm_backend.kernels.sampling.reference import apply_penalties, choose_greedily, count_tokens, sample
+from lightllm_backend.kernels.sampling.reference import (
+    add_logit_bias,
+    apply_penalties,
+    choose_greedily,
+    count_tokens,
+    sample,
+)
 
 __all__ = [
+    "add_logit_bias",
     "all_reduce_rms_norm",
     "apply_penalties",
     "choose_greedily",

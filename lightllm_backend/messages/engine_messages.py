@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.channel import Message
-from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams, TokenChunk
+from lightllm_backend.request import FinishReason, PromptLogProbs, Request, RequestError, SamplingParams, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
 
@@ -35,7 +35,7 @@ class EngineInfo:
 
 @dataclass
 class Submit(Message):
-    """A new request. Tokens call it by its number, which is the client's choice."""
+    """A new request. Tokens call its answers by `number` and the numbers after it, which are the client's choice."""
 
     request: Request
     number: int
@@ -138,14 +138,19 @@ class Stats(Message):
 def _pack_chunk(chunk: TokenChunk) -> tuple[Any, ...]:
     reason = chunk.finish_reason.value if chunk.finish_reason else None
     error = str(chunk.error) if chunk.error else None
-    return chunk.uid, chunk.token_ids, chunk.log_probs, reason, chunk.num_prompt_tokens, chunk.queue_seconds, error
+    return (
+        chunk.uid, chunk.token_ids, chunk.log_probs, reason, chunk.num_prompt_tokens, chunk.queue_seconds, error,
+        chunk.prompt_log_probs,
+        chunk.top_log_probs,
+    )  # fmt: skip
 
 
 def _unpack_chunk(
     uid: str, token_ids: list[int], log_probs: list[float], reason: str | None, num_prompt_tokens: int,
-    queue_seconds: float | None, error: str | None,
+    queue_seconds: float | None, error: str | None, prompt_log_probs: list[bytes] | None, top_log_probs: bytes,
 ) -> TokenChunk:  # fmt: skip
     return TokenChunk(
         uid, token_ids, log_probs, FinishReason(reason) if reason else None, num_prompt_tokens, queue_seconds,
-        RequestError.parse(error) if error else None,
+        RequestError.parse(error) if error else None, PromptLogProbs(*prompt_log_probs) if prompt_log_probs else None,
+        top_log_probs,
     )  # fmt: skip

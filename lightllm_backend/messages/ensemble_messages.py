@@ -7,6 +7,7 @@ Each message checks the types and ranges of what it unpacks, even though the sea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,14 @@ import msgpack
 
 from lightllm_backend.option_table import MAX_INT32
 from lightllm_backend.options import options_from_plain, options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, TokenChunk
+from lightllm_backend.request import (
+    TOP_LOG_PROB_BYTES,
+    FinishReason,
+    PromptLogProbs,
+    RequestError,
+    RequestOptions,
+    TokenChunk,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class EnsembleContext:
         return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-_CHUNK_TYPES = (str, list, list, str, int, str, bytes, bool, bool)
+_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool, list, bytes)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class ChunkMessage:
     chunk: TokenChunk | None  # None: a probe, nothing but a question
     state: bytes = b""  # a packed DecodeState
     check_client: bool = False  # look whether the client has gone
+    others: Sequence[bytes] = ()  # packed messages of the request's other answers, for the same response
 
     def pack(self) -> bytes:
         chunk = self.chunk or TokenChunk(self.uid, [], [])
@@ -65,9 +74,12 @@ class ChunkMessage:
                 chunk.finish_reason.value if chunk.finish_reason else "",
                 chunk.num_prompt_tokens,
                 str(chunk.error) if chunk.error else "",
+                chunk.prompt_log_probs or [],
                 self.state,
                 self.check_client,
                 self.chunk is None,
+                self.others,
+                chunk.top_log_probs,
             ),
             unicode_errors="replace",  # an error may tell what UTF-8 cannot spell
         )
@@ -79,10 +91,13 @@ class ChunkMessage:
         values = msgpack.unpackb(packed)
         if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
             raise ValueError("these are not the values of a chunk")
-        uid, token_ids, log_probs, reason, num_prompt_tokens, error, state, check_client, probe = values
+        uid, token_ids, log_probs, reason, num_prompt_tokens, error, prompt, state, check_client, probe, *rest = values
+        others, top_log_probs = rest
         if probe:
             return cls(uid, None, state, check_client)
-        _check_tokens(token_ids, log_probs)
+        if any(type(other) is not bytes for other in others):
+            raise ValueError("another answer's message is not packed")
+        _check_tokens(token_ids, log_probs, top_log_probs)
         if num_prompt_tokens < 0:
             raise ValueError(f"the prompt has {num_prompt_tokens} tokens")
         chunk = TokenChunk(
@@ -92,13 +107,30 @@ class ChunkMessage:
             FinishReason(reason) if reason else None,
             num_prompt_tokens,
             error=RequestError.parse(error) if error else None,
+            prompt_log_probs=_prompt_log_probs(prompt) if prompt else None,
+            top_log_probs=top_log_probs,
         )
-        return cls(uid, chunk, state, check_client)
+        return cls(uid, chunk, state, check_client, tuple(others))
+
+    def all(self) -> list[ChunkMessage]:
+        """This message and those that go with it."""
+        return [self, *map(ChunkMessage.unpack, self.others)]
 
 
-def _check_tokens(token_ids: list[Any], log_probs: list[Any]) -> None:
+def _prompt_log_probs(packed: list[Any]) -> PromptLogProbs:
+    if len(packed) != 3 or any(type(array) is not bytes for array in packed):
+        raise ValueError("the log probabilities of the prompt are not three arrays")
+    log_probs, top_ids, top_log_probs = packed
+    if len(log_probs) % 4 or len(top_ids) != len(top_log_probs) or (log_probs and len(top_ids) % len(log_probs)):
+        raise ValueError("the log probabilities of the prompt are not a number for each token")
+    return PromptLogProbs(log_probs, top_ids, top_log_probs)
+
+
+def _check_tokens(token_ids: list[Any], log_probs: list[Any], top_log_probs: bytes) -> None:
     for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id <= MAX_INT32:
             raise ValueError(f"a token id is {token_id!r}")
     if log_probs and (len(log_probs) != len(token_ids) or any(type(value) is not float for value in log_probs)):
         raise ValueError("the log probabilities are not a number for each token id")
+    if top_log_probs and (not token_ids or len(top_log_probs) % (TOP_LOG_PROB_BYTES * len(token_ids))):
+        raise ValueError("the likeliest tokens are not equally many for each token id")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
-from lightllm_backend.models.layers import StepInput
+from lightllm_backend.models.layers import HiddenStates, StepInput
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import ARCHITECTURES, check_architecture
 from lightllm_backend.models.weights import HasWeights
@@ -36,6 +36,15 @@ class CausalLM(HasWeights, Protocol):
 
     def forward(self, step: StepInput) -> Tensor:
         """Write the new K and V into the pool and return the logits [m, vocab] of `step.last_tokens`."""
+
+    def hidden_states(self, step: StepInput) -> HiddenStates:
+        """The first half of `forward`: write the new K and V, and return the hidden states of all tokens."""
+
+    def logits(self, hidden_states: HiddenStates, tokens: Tensor | None) -> Tensor:
+        """The second half: the logits [m, vocab] of these tokens [m] int64, or of all, in order.
+
+        May be called again unless `tokens` is None, which changes the hidden states.
+        """
 
 
 def model_class(architecture: str) -> type[CausalLM]:

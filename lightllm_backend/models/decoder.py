@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightllm_backend.models.layers import KVLayer, Rotation, StepInput
+from lightllm_backend.models.layers import HiddenStates, KVLayer, Rotation, StepInput
 from lightllm_backend.models.vocabulary import Embedding, Head, select_tokens
 from lightllm_backend.models.weights import HEAD, WeightSlot
 
@@ -81,6 +81,9 @@ class Decoder(ABC):
         """The rotary embeddings of the step's tokens."""
 
     def forward(self, step: StepInput) -> Tensor:
+        return self.logits(self.hidden_states(step), step.last_tokens)
+
+    def hidden_states(self, step: StepInput) -> HiddenStates:
         rotation = self.rotation(step)
         residual = self.embed(step.input_ids)
         x, added = residual, None
@@ -90,7 +93,10 @@ class Decoder(ABC):
             x = layer.attention(x, rotation, kv, step)
             x = layer.mlp(layer.mlp_norm(x, residual))
             added = residual
-        return self.head(self.norm(*select_tokens(x, residual, step.last_tokens)))
+        return x, residual
+
+    def logits(self, hidden_states: HiddenStates, tokens: Tensor | None) -> Tensor:
+        return self.head(self.norm(*select_tokens(*hidden_states, tokens)))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding_weight_map()

@@ -25,6 +25,10 @@ from lightllm_backend.parallel import TensorParallel
 # Cosines and sines [tokens, head_dim / 2] float32; [tokens, 0] in a model without rotary embeddings.
 Rotation = tuple[Tensor, Tensor]
 
+# What the last layer leaves: its output [tokens, hidden_size], or parts of it [parts, tokens, hidden_size] for the norm
+# to sum, and the residual [tokens, hidden_size] that the norm adds to it.
+HiddenStates = tuple[Tensor, Tensor]
+
 
 class KVLayer(NamedTuple):
     """One layer's part of the KV pool."""

@@ -42,9 +42,9 @@ def candidate_demand(sequence: Sequence, planned: int, num_shared: int, batch_ma
     sampling, num_generated = sequence.request.sampling, sequence.num_generated
     return Demand(
         held=np.array([sequence.known_length - num_shared - steps]),
-        remaining=np.array([sampling.max_tokens - num_generated - 1 + steps]),
-        num_generated=np.array([sampling.max_tokens - 1 if sampling.ignore_eos else num_generated]),
-        max_tokens=np.array([sampling.max_tokens]),
+        remaining=np.array([sampling.max_sampled - num_generated - 1 + steps]),
+        num_generated=np.array([sampling.max_sampled - 1 if sampling.ignore_eos else num_generated]),
+        max_tokens=np.array([sampling.max_sampled]),
         quantiles=sequence.quantiles[np.newaxis],
     )
 

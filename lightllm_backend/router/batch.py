@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,14 @@ class Admission:
     cached_slots: tuple[int, ...] = ()  # of the first tokens, from the prefix cache
 
 
+class ScoredChunk(NamedTuple):
+    """A prompt chunk whose tokens' successors get log probabilities."""
+
+    batch_index: int  # of the sequence
+    num_tokens: int  # the first so many tokens of the chunk have a successor in the prompt
+    num_top: int  # how many of the likeliest tokens in the successor's place are wanted too
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """The sequences of one step: first those that decode a token, then those that prefill a chunk of their prompt.
@@ -36,6 +45,34 @@ class Batch:
     samples: NDArray[np.bool_]  # [n] whether the step samples a token: for decodes and last chunks of prompts
     num_decodes: int
     admitted: tuple[Admission, ...]  # for the runner to upload before this step
+    scored: tuple[ScoredChunk, ...] = ()
+
+
+class Scores(NamedTuple):
+    """Log probabilities of t prompt tokens, in the model's own distribution."""
+
+    log_probs: NDArray[np.float32]  # [t]
+    top_ids: NDArray[np.int32]  # [t, k] the k likeliest tokens in the place of each, the likeliest first
+    top_log_probs: NDArray[np.float32]  # [t, k]
+
+    @classmethod
+    def empty(cls, count: int, num_top: int) -> Scores:
+        return cls(
+            np.empty(count, dtype=np.float32),
+            np.empty((count, num_top), dtype=np.int32),
+            np.empty((count, num_top), dtype=np.float32),
+        )
+
+
+class TopLogProbs(NamedTuple):
+    """The likeliest tokens of a step's sequences that ask for them."""
+
+    samples: NDArray[np.int64]  # [m] which of the step's sampled tokens
+    pairs: NDArray[Any]  # [m, k] TOP_LOG_PROB, the likeliest first; k is the most that any of them asks for
+
+    def by_sample(self) -> dict[int, NDArray[Any]]:
+        """The pairs [k] of each."""
+        return dict(zip(self.samples.tolist(), self.pairs, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +82,8 @@ class StepResult:
     token_ids: NDArray[np.int32]  # [n_sampled]
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
     seconds: float = 0.0  # on the device
+    scores: tuple[Scores, ...] = ()  # of the batch's scored chunks, in order
+    top_log_probs: TopLogProbs | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 from lightllm_backend.router.request_table import RequestTable
 
 
@@ -20,6 +20,8 @@ class PromptChunk(NamedTuple):
     start: int
     slots: NDArray[np.int32]
     is_last: bool
+    num_scored: int  # tokens whose successors get log probabilities
+    num_top: int  # see ScoredChunk
 
 
 class Decodes(NamedTuple):
@@ -45,6 +47,7 @@ class PlannedStep(NamedTuple):
     may_end: NDArray[np.bool_]  # [n_sampled] an ending id may end the sequence: min_tokens is reached
     ending_ids: NDArray[np.int32]  # [n_sampled, ids] EOS and stop ids, padded with NO_TOKEN
     is_final: NDArray[np.bool_]  # [n_sampled] the token is the last of max_tokens
+    scored_arrivals: tuple[int, ...]  # arrival indices of the batch's scored chunks
 
     @classmethod
     def of(cls, batch: Batch, table: RequestTable) -> PlannedStep:
@@ -62,6 +65,7 @@ class PlannedStep(NamedTuple):
             may_end=positions >= table.may_end_from[rows],
             ending_ids=table.ending_ids[rows, : table.num_ending_ids[rows].max(initial=0)],
             is_final=table.remaining[rows] == 0,
+            scored_arrivals=tuple(int(table.arrival_indices[batch.rows[chunk.batch_index]]) for chunk in batch.scored),
         )
 
 
@@ -74,6 +78,11 @@ def make_batch(decodes: Decodes, chunks: Sequential[PromptChunk], admitted: Sequ
         samples=_followed_by(np.ones(len(decodes.rows), dtype=np.bool_), [chunk.is_last for chunk in chunks]),
         num_decodes=len(decodes.rows),
         admitted=tuple(admitted),
+        scored=tuple(
+            ScoredChunk(len(decodes.rows) + index, chunk.num_scored, chunk.num_top)
+            for index, chunk in enumerate(chunks)
+            if chunk.num_scored
+        ),
     )
 
 

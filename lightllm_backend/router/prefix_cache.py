@@ -171,6 +171,21 @@ class PrefixCache:
         self.num_evictable -= len(slots)
         return slots
 
+    def drop(self, tenant: str) -> Ids:
+        """Evict this tenant's tree, of which nobody holds a node, and return its slots."""
+        root = self._tenant_roots.pop(tenant, None)
+        waiting: list[Node] = [root] if root else []
+        dropped = [self._root.slots]
+        while waiting:
+            node = waiting.pop()
+            assert not node.holders, "a tree is dropped while it is in use"
+            waiting.extend(node.children.values())
+            dropped.append(node.slots)
+            node.children, node.parent = {}, None
+        slots: Ids = np.concatenate(dropped)
+        self.num_evictable -= len(slots)
+        return slots
+
     def nodes(self) -> Iterator[Node]:
         """All nodes except roots, parents before children."""
         roots = [self._root, *self._tenant_roots.values()]

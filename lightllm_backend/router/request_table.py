@@ -60,9 +60,9 @@ class RequestTable:
         self.arrival_indices[row] = sequence.arrival_index
         self.quantiles[row] = sequence.quantiles
         self.prompt_lengths[row] = sequence.prompt_length
-        self.max_tokens[row] = sampling.max_tokens
+        self.max_tokens[row] = sampling.max_sampled
         self.cached[row] = len(prefix_slots)
-        self.remaining[row] = sampling.max_tokens - sequence.num_generated - 1
+        self.remaining[row] = sampling.max_sampled - sequence.num_generated - 1
         self.decoding[row] = False
         self.ignores_eos[row] = sampling.ignore_eos
         # EOS may end the sequence from generated token min_tokens + 1 on; at token 1, prompt_length tokens are cached.

@@ -69,6 +69,7 @@ class Router:
         self._reserve = math.ceil(tenant_reserve * max_running), math.ceil(tenant_reserve * capacity)
         self._live: dict[str, Sequence] = {}  # by uid; the sequences that have not ended
         self._by_arrival_index: dict[int, Sequence] = {}  # the same sequences
+        self._num_answers: dict[str, int] = {}  # that have not ended, of requests with several, by the tree they share
         self._queue = FairQueue(tenant_weights)
         self._prefilling: Sequence | None = None  # the one whose prompt is cut; admission waits for it
         self._in_flight: deque[PlannedStep] = deque()
@@ -87,16 +88,32 @@ class Router:
     # Requests of clients
 
     def submit(self, request: Request, handle: int = 0) -> None:
-        """Queue the request, or raise the RequestError that answers it. Outputs name it by `handle`."""
-        arrival_index = next(self._urgent_indices if request.urgent else self._arrival_indices)
-        sequence = Sequence(request, handle, arrival_index, self._clock(), self._policy.draw_quantiles())
+        """Queue the request, or raise the RequestError that answers it.
+
+        Outputs name its first answer by `handle`, the second by `handle` + 1 and so on. All but the first join the
+        queue, in front, when the first is admitted: they then find the prompt's K and V in the prefix cache, or in a
+        tree of their own if the cache is off.
+        """
+        indices = self._urgent_indices if request.urgent else self._arrival_indices
+        tree = request.uid if request.sampling.n > 1 else ""
+        sequence, *copies = (
+            Sequence(one, handle + number, next(indices), self._clock(), self._policy.draw_quantiles(), tree=tree)
+            for number, one in enumerate(request.copies())
+        )
         try:
             self._check_admissible(sequence)
         except RequestError:
             self._requests[FinishReason.REJECTED.value] += 1
             raise
-        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = sequence
+        sequence.copies = copies
+        self._register(sequence)
         self._queue.add(sequence)
+        if tree:
+            self._num_answers[tree] = len(copies) + 1
+
+    def _register(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._live[request.uid] = self._by_arrival_index[sequence.arrival_index] = sequence
         if request.deadline is not None:
             self._deadlines.add(request.deadline, request.uid)
 
@@ -145,16 +162,24 @@ class Router:
         stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
+        self._take_scores(step, result)
         self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
+        top = result.top_log_probs.by_sample() if result.top_log_probs else {}
         for index in (~goes_on).nonzero()[0].tolist():
             sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
                 continue  # it has ended since
+            sampling = sequence.request.sampling
+            if sampling.max_tokens == 0:
+                self.finish(sequence, FinishReason.LENGTH)
+                continue
             self._generated_tokens_total += 1
-            log_probs = []
-            if sequence.request.sampling.return_log_probs and result.log_probs is not None:
+            log_probs, likeliest = [], b""
+            if sampling.return_log_probs and result.log_probs is not None:
                 log_probs.append(float(result.log_probs[index]))
+            if index in top:
+                likeliest = top[index][: sampling.top_logprobs].tobytes()
             sampled = [int(token_ids[index])]
             if sequence.state is SequenceState.PREEMPTED:
                 sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
@@ -162,12 +187,18 @@ class Router:
             if ends[index]:
                 self._record_length(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
                 reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
-                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs)
+                self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs, top_log_probs=likeliest)
             else:
-                self._chunks.append(sequence.make_chunk(sampled, log_probs))
+                self._chunks.append(sequence.make_chunk(sampled, log_probs, top_log_probs=likeliest))
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
+
+    def _take_scores(self, step: PlannedStep, result: StepResult) -> None:
+        for chunk, arrival_index, scores in zip(step.batch.scored, step.scored_arrivals, result.scores, strict=True):
+            sequence = self._by_arrival_index.get(arrival_index)
+            if sequence is not None:
+                sequence.take_scores(int(step.batch.starts[chunk.batch_index]), scores)
 
     def drain_finished(self) -> list[TokenChunk]:
         """Return the pending chunks: those of sequences that ended outside a step."""
@@ -181,6 +212,7 @@ class Router:
         error: RequestError | None = None,
         token_ids: list[int] | None = None,
         log_probs: list[float] | None = None,
+        top_log_probs: bytes = b"",
     ) -> None:
         """End a sequence: release its slots and its row, and make its last chunk. There is no other way to end."""
         assert sequence.state is not SequenceState.FINISHED, "a sequence ends once"
@@ -190,9 +222,16 @@ class Router:
         if sequence is self._prefilling:
             self._prefilling = None
         self._release(sequence)
-        sequence.state = SequenceState.FINISHED
-        self._requests[reason.value] += 1
-        self._chunks.append(sequence.make_chunk(token_ids or [], log_probs or [], reason, error))
+        self._chunks.append(sequence.make_chunk(token_ids or [], log_probs or [], reason, error, top_log_probs))
+        self._chunks += [copy.make_chunk([], [], reason, error) for copy in sequence.copies]
+        for ended in (sequence, *sequence.copies):
+            ended.state = SequenceState.FINISHED
+            self._requests[reason.value] += 1
+            if ended.tree:
+                self._num_answers[ended.tree] -= 1
+        if sequence.tree and not self._num_answers[sequence.tree]:
+            del self._num_answers[sequence.tree]
+            self._pool.drop_tree(sequence.tree)
 
     def fail_all(self, error: RequestError) -> None:
         """End every sequence with the error after a failed step. The batches in flight are never applied."""
@@ -269,7 +308,7 @@ class Router:
         request = sequence.request
         if self._closed:
             raise self._closed
-        if request.uid in self._live:
+        if request.uid in self._live or request.uid in self._num_answers:
             raise RequestError("INVALID_ARG", f"uid {request.uid!r} belongs to a request that has not ended")
         if sequence.max_slots > self._pool.capacity:
             raise RequestError(
@@ -356,17 +395,21 @@ class Router:
             chunks.append(self._plan_chunk(self._prefilling, budget))
             budget -= len(chunks[0].slots)
         admitted: list[Admission] = []
-        gate = None
+        gate: Gate | None = None
         while budget > 0 and (sequence := self._queue.next()) is not None and not sequence.num_due:
             rows, slots = self._reserve if self._queue.runs_others(sequence) else (0, 0)
             if self._table.num_free_rows <= rows:
                 break
+            # The cache has K and V, but not the hidden states that log probabilities come from.
+            reusable = sequence.known_ids[:1] if sequence.scores_prompt else sequence.known_ids
+            prefix = self._pool.find(reusable, sequence.request.tenant, sequence.tree)
             # A cut prompt takes the whole budget, so here all running sequences decode.
-            gate = gate or Gate(self._policy, self._table.demand(self._pool.shared))
-            prefix = self._pool.find(sequence.known_ids, sequence.request.tenant)
+            if gate is None or prefix.num_sole:
+                gate = Gate(self._policy, self._table.demand(self._pool.shared_beside(prefix)))
             planned = min(sequence.known_length, prefix.length + budget)
-            demand = candidate_demand(sequence, planned, prefix.num_shared, self._batch_max_tokens)
-            if not gate.admits(demand, self._pool.plannable - slots):
+            num_held = prefix.num_shared + prefix.num_sole
+            demand = candidate_demand(sequence, planned, num_held, self._batch_max_tokens)
+            if not gate.admits(demand, self._pool.plannable - prefix.num_sole - slots):
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
@@ -380,6 +423,11 @@ class Router:
         self._queue.start(sequence, sequence.known_length - prefix.length)
         if sequence.state is SequenceState.QUEUED:
             sequence.queue_seconds = self._clock() - sequence.arrival_time
+        copies, sequence.copies = sequence.copies, []
+        for copy in copies:
+            self._register(copy)
+            copy.state = SequenceState.PREEMPTED
+            self._queue.put_back(copy)
         slots = prefix.slots()
         row = self._table.take_row(sequence, slots)
         self._pool.hold(row, prefix)
@@ -398,4 +446,5 @@ class Router:
         self._table.decoding[row] = is_last
         sequence.state = SequenceState.RUNNING if is_last else SequenceState.PREFILLING
         self._prefilling = None if is_last else sequence
-        return PromptChunk(row, start, slots, is_last)
+        num_scored = min(length, sequence.prompt_length - 1 - start) if sequence.scores_prompt else 0
+        return PromptChunk(row, start, slots, is_last, num_scored, sequence.request.sampling.prompt_logprobs)

@@ -9,7 +9,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
+from lightllm_backend.request import FinishReason, PromptLogProbs, Request, RequestError, TokenChunk
+from lightllm_backend.router.batch import Scores
 
 
 class SequenceState(Enum):
@@ -19,7 +20,8 @@ class SequenceState(Enum):
     """
 
     QUEUED = "queued"
-    PREEMPTED = "preempted"  # back in the queue, because the pool was full
+    # In front of the queue: because the pool was full, or as a further answer to a prompt whose first one runs.
+    PREEMPTED = "preempted"
     PREFILLING = "prefilling"  # some of its known tokens are not planned yet
     RUNNING = "running"  # all its known tokens are planned; it decodes
     FINISHED = "finished"
@@ -45,6 +47,10 @@ class Sequence:
     # tokens that come later.
     known_ids: NDArray[np.int32] = field(init=False)
     num_due: int = 0  # tokens still to come from steps that were in flight when it was preempted
+    # Further answers to its prompt. They wait outside the queue until this one is admitted, and end if it ends before.
+    copies: list[Sequence] = field(default_factory=list)
+    tree: str = ""  # the name of a tree of the prefix cache that it shares with the request's other answers alone
+    scores: Scores | None = None  # of the prompt's tokens but the first, so far as steps have computed them
 
     def __post_init__(self) -> None:
         self.known_ids = np.array(self.request.prompt_ids, dtype=np.int32)
@@ -65,7 +71,19 @@ class Sequence:
     @property
     def max_slots(self) -> int:
         """The most token slots it can hold. The last token of max_tokens is never fed back and needs no slot."""
-        return self.prompt_length + self.request.sampling.max_tokens - 1
+        return self.prompt_length + self.request.sampling.max_sampled - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its next prefill computes log probabilities of the prompt: until the first token is known."""
+        return self.request.sampling.prompt_logprobs >= 0 and self.num_generated == 0
+
+    def take_scores(self, start: int, scores: Scores) -> None:
+        """Record what a step has computed behind the prompt tokens from `start` on; after a preemption, once more."""
+        if self.scores is None:
+            self.scores = Scores.empty(self.prompt_length - 1, self.request.sampling.prompt_logprobs)
+        for mine, new in zip(self.scores, scores, strict=True):
+            mine[start : start + len(new)] = new
 
     def make_chunk(
         self,
@@ -73,8 +91,15 @@ class Sequence:
         log_probs: list[float],
         finish_reason: FinishReason | None = None,
         error: RequestError | None = None,
+        top_log_probs: bytes = b"",
     ) -> TokenChunk:
-        """Make the next chunk of the answer. The first chunk carries the time in the queue."""
+        """Make the next chunk of the answer. The first chunk carries what comes once."""
         waited, self.queue_seconds = self.queue_seconds, None
+        scores, self.scores = self.scores, None
         request = self.request
-        return TokenChunk(request.uid, token_ids, log_probs, finish_reason, len(request.prompt_ids), waited, error)
+        is_complete = bool(token_ids) or finish_reason is FinishReason.LENGTH
+        prompt = PromptLogProbs(*(array.tobytes() for array in scores)) if scores and is_complete else None
+        num_prompt_tokens = len(request.prompt_ids)
+        return TokenChunk(
+            request.uid, token_ids, log_probs, finish_reason, num_prompt_tokens, waited, error, prompt, top_log_probs
+        )

@@ -20,7 +20,10 @@ class Prefix(NamedTuple):
 
     end: Node
     length: int
-    num_shared: int  # tokens that at least two sequences already hold
+    num_shared: int = 0  # tokens that at least two sequences already hold
+    num_sole: int = 0  # tokens that one sequence alone holds so far, the one in row `sole_holder`
+    sole_holder: int = 0
+    is_kept: bool = False  # whether the sequence's own tokens will join the tree
 
     def slots(self) -> NDArray[np.int32]:
         return np.concatenate([np.empty(0, dtype=np.int32), *[node.slots for node in self.end.path()][::-1]])
@@ -44,6 +47,7 @@ class SlotPool:
         self._cache = PrefixCache(num_rows)
         self._ends = [self._cache.root] * num_rows  # [rows] the last node that the row holds
         self._num_cached = np.zeros(num_rows, dtype=np.int64)  # [rows] slots of the row that the cache owns
+        self._is_kept = np.zeros(num_rows, dtype=np.bool_)  # [rows] whether the row's tokens join a tree
 
     @property
     def available(self) -> int:
@@ -76,25 +80,44 @@ class SlotPool:
             self._allocator.free(self._cache.evict(min(missing + in_advance, self._cache.num_evictable)))
         return self._allocator.allocate(count)
 
-    def find(self, token_ids: NDArray[np.int32], tenant: str = "") -> Prefix:
-        """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute."""
-        if not self._with_cache:
-            return Prefix(self._cache.root, 0, 0)
-        root = self._cache.root_of(tenant) if self._by_tenant else self._cache.root
+    def shared_beside(self, prefix: Prefix) -> NDArray[np.int64]:
+        """[rows] how many of each row's slots other rows would hold too if one more began with this prefix."""
+        shared = self._cache.shared.copy()
+        shared[prefix.sole_holder] += prefix.num_sole
+        return shared
+
+    def find(self, token_ids: NDArray[np.int32], tenant: str = "", tree: str = "") -> Prefix:
+        """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute.
+
+        tree: if the cache is off, where to look instead; `drop_tree` ends it.
+        """
+        if self._with_cache:
+            root = self._cache.root_of(tenant) if self._by_tenant else self._cache.root
+        elif tree:
+            root = self._cache.root_of(tree)
+        else:
+            return Prefix(self._cache.root, 0)
         end, length = self._cache.find(token_ids[:-1], root)
-        return Prefix(end, length, sum(len(node.token_ids) for node in end.path() if len(node.holders) > 1))
+        num_shared = num_sole = sole_holder = 0
+        for node in end.path():
+            if len(node.holders) > 1:
+                num_shared += len(node.token_ids)
+            elif node.holders:  # the same for all of these, as it holds the way to the root
+                num_sole += len(node.token_ids)
+                [sole_holder] = node.holders
+        return Prefix(end, length, num_shared, num_sole, sole_holder, True)
 
     def hold(self, row: int, prefix: Prefix) -> None:
         """Let the row begin with this prefix."""
         self._cache.hold(prefix.end, row)
-        self._ends[row], self._num_cached[row] = prefix.end, prefix.length
+        self._ends[row], self._num_cached[row], self._is_kept[row] = prefix.end, prefix.length, prefix.is_kept
 
     def publish(self, row: int) -> None:
         """Share the row's planned tokens through the cache.
 
         Later steps may use them, and so may the current one: it writes all new K and V before it reads any.
         """
-        if self._with_cache:
+        if self._is_kept[row]:
             first = self._num_cached[row]
             slots = self._table.slots_of(row)[first:]
             token_ids = self._table.known_token_ids(row)[first : first + len(slots)]
@@ -106,7 +129,7 @@ class SlotPool:
         """Take back all slots of the row."""
         end, first = self._ends[row], self._num_cached[row]
         slots = self._table.slots_of(row)[first:]
-        if self._with_cache:
+        if self._is_kept[row]:
             # With steps in flight, a token may have a slot before its id is known; the cache cannot take it.
             token_ids = self._table.known_token_ids(row)[first:][: len(slots)]
             duplicates = self._cache.insert(end, token_ids, slots[: len(token_ids)])
@@ -114,6 +137,11 @@ class SlotPool:
         self._allocator.free(slots)
         self._cache.release(end, row)
         self._ends[row], self._num_cached[row] = self._cache.root, 0
+
+    def drop_tree(self, tree: str) -> None:
+        """Evict what sequences without a cache have shared, once all of them have ended."""
+        if not self._with_cache:
+            self._allocator.free(self._cache.drop(tree))
 
     def on_free(self, call: Callable[[NDArray[np.int32]], None]) -> None:
         """Call this with the slots whenever some become free."""
@@ -150,7 +178,7 @@ class SlotPool:
         self._allocator.check(np.concatenate([np.empty(0, dtype=np.int32), *own, *cached]))
         self._cache.check()
         for row in rows:
-            path = Prefix(self._ends[row], 0, 0).slots()
+            path = Prefix(self._ends[row], 0).slots()
             assert np.array_equal(path, self._table.slots_of(row)[: self._num_cached[row]]), (
                 "a row's slots are not its path's"
             )

@@ -58,7 +58,7 @@ class CudaGraphs:
     def _capture(self, bucket: Bucket, inputs: Tensor, pool: Any) -> _Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, token_ids, indices = self._step.launch(inputs, bucket)
+            logits, token_ids, indices, _ = self._step.launch(inputs, bucket)
         return _Capture(graph, inputs, ForwardOutput(_without_owner(logits), _without_owner(token_ids), indices))
 
 

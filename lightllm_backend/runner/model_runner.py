@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer
-from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.request import MAX_TOP_LOG_PROBS, TOP_LOG_PROB
+from lightllm_backend.router.batch import Batch, StepResult, TopLogProbs
 from lightllm_backend.runner.cuda_graphs import CudaGraphs
 from lightllm_backend.runner.device_tables import DeviceTables
-from lightllm_backend.runner.sampler import Sampler
+from lightllm_backend.runner.prompt_scores import DeviceScores
+from lightllm_backend.runner.sampler import Sampled, Sampler, Top
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
 from lightllm_backend.runner.step_arrays import EMPTY_BATCH, Bucket
@@ -26,29 +31,50 @@ _RESULTS_IN_FLIGHT = 4
 
 
 class _ResultBuffer:
-    """Pinned memory for one step's token ids and log probabilities, with events for its begin and its end."""
+    """Pinned memory for what one step samples, with events for its begin and its end."""
 
     def __init__(self, num_rows: int) -> None:
         self.token_ids = torch.empty(num_rows, dtype=torch.int32, pin_memory=True)
         self.log_probs = torch.empty(num_rows, dtype=torch.float32, pin_memory=True)
+        most = num_rows * MAX_TOP_LOG_PROBS
+        self.top_token_ids = torch.empty(most, dtype=torch.int32, pin_memory=True)
+        self.top_log_probs = torch.empty(most, dtype=torch.float32, pin_memory=True)
         self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self.step: PendingStep | None = None  # the step that fills the buffer
+
+    def fetch(self, sampled: Sampled) -> Sampled:
+        """Start the copy into the buffer."""
+        token_ids, log_probs, top = sampled
+        return Sampled(
+            _copy(token_ids, self.token_ids),
+            None if log_probs is None else _copy(log_probs, self.log_probs),
+            top
+            and Top(top.samples, _copy(top.token_ids, self.top_token_ids), _copy(top.log_probs, self.top_log_probs)),
+        )
+
+
+def _copy(source: Tensor, memory: Tensor) -> Tensor:
+    """Start the copy of a tensor to the beginning of flat memory."""
+    return memory[: source.numel()].view(source.shape).copy_(source, non_blocking=True)
 
 
 class PendingStep:
     """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`."""
 
     def __init__(
-        self, token_ids: Tensor, log_probs: Tensor | None, buffer: _ResultBuffer | None = None, seconds: float = 0.0
+        self,
+        sampled: Sampled,
+        scores: DeviceScores | None = None,
+        buffer: _ResultBuffer | None = None,
+        seconds: float = 0.0,
     ) -> None:
         self._buffer, self._seconds = buffer, seconds
+        self._scores = scores and scores.to_host()
         if buffer is not None:
             buffer.step = self
-            token_ids = buffer.token_ids[: len(token_ids)].copy_(token_ids, non_blocking=True)
-            if log_probs is not None:
-                log_probs = buffer.log_probs[: len(log_probs)].copy_(log_probs, non_blocking=True)
+            sampled = buffer.fetch(sampled)
             buffer.done.record()
-        self._token_ids, self._log_probs = token_ids, log_probs
+        self._sampled = sampled
 
     def is_done(self) -> bool:
         """Whether `result` would return at once."""
@@ -60,8 +86,21 @@ class PendingStep:
             assert self._buffer.step is self, "a result is read before too many further steps are launched"
             self._buffer.done.synchronize()
             self._seconds = self._buffer.begun.elapsed_time(self._buffer.done) / 1e3
-        log_probs = None if self._log_probs is None else self._log_probs.numpy().copy()
-        return StepResult(self._token_ids.numpy().copy(), log_probs, self._seconds)
+        token_ids, log_probs, top = self._sampled
+        return StepResult(
+            token_ids.numpy().copy(),
+            None if log_probs is None else log_probs.numpy().copy(),
+            self._seconds,
+            self._scores.split() if self._scores else (),
+            None if top is None else TopLogProbs(top.samples, _pairs(top)),
+        )
+
+
+def _pairs(top: Top) -> NDArray[Any]:
+    """Copy the likeliest tokens [a, k] into an array of TOP_LOG_PROB."""
+    pairs = np.empty(tuple(top.token_ids.shape), dtype=TOP_LOG_PROB)
+    pairs["token_id"], pairs["log_prob"] = top.token_ids.numpy(), top.log_probs.numpy()
+    return pairs
 
 
 class ResultRing:
@@ -80,11 +119,11 @@ class ResultRing:
             self._buffers[self._turn].begun.record()
         self._begun = time.perf_counter()
 
-    def fetch(self, token_ids: Tensor, log_probs: Tensor | None = None) -> PendingStep:
-        """Start the copy of the step's token ids [n] int32 and log probabilities [n] float32 to the host."""
+    def fetch(self, sampled: Sampled, scores: DeviceScores | None) -> PendingStep:
+        """Start the copy of what the step has sampled, and of its scores, to the host."""
         if not self._buffers:
-            return PendingStep(token_ids, log_probs, seconds=time.perf_counter() - self._begun)
-        return PendingStep(token_ids, log_probs, self._buffers[self._turn])
+            return PendingStep(sampled, scores, seconds=time.perf_counter() - self._begun)
+        return PendingStep(sampled, scores, self._buffers[self._turn])
 
 
 class ModelRunner:
@@ -110,7 +149,7 @@ class ModelRunner:
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # None: every step launches kernel by kernel
-        self._sampler = Sampler(kernels, num_rows, eos_ids)
+        self._sampler = Sampler(kernels, num_rows, eos_ids, device)
 
     @property
     def table_bytes(self) -> int:
@@ -134,14 +173,14 @@ class ModelRunner:
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)
-            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted])
-        output = self.graphs.run(batch) if self.graphs else None
-        logits, token_ids, indices = output or self._step.run(batch)
+            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted], self._staging)
+        output = self.graphs.run(batch) if self.graphs and not batch.scored else None
+        logits, token_ids, indices, scores = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
         token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
-            return self._results.fetch(token_ids)
+            return self._results.fetch(Sampled(token_ids), scores)
         lengths = (batch.starts + batch.lengths)[batch.samples]
-        token_ids, log_probs = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
-        self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], token_ids)
-        return self._results.fetch(token_ids, log_probs)
+        sampled = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
+        self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], sampled.token_ids)
+        return self._results.fetch(sampled, scores)

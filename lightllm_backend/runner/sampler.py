@@ -1,28 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampler: penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
+"""Sampler: biases and penalties, then a greedy choice or a draw, for all sequences of a step in a few launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.logit_biases import LogitBiases
 from lightllm_backend.runner.staging import Staging
 
-_FLOATS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = ("top_k", "min_tokens")
 _NO_TOKEN = -1
+
+
+class Top(NamedTuple):
+    """The k likeliest tokens of the sequences that ask for any, likeliest first."""
+
+    samples: NDArray[np.int64]  # [a] which of the m sequences
+    token_ids: Tensor  # [a, k] int32
+    log_probs: Tensor  # [a, k] float32
+
+
+class Sampled(NamedTuple):
+    """The tokens of m sequences."""
+
+    token_ids: Tensor  # [m] int32
+    log_probs: Tensor | None = None  # [m] float32
+    top: Top | None = None
 
 
 class Sampler:
     """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
-    def __init__(self, kernels: Kernels, num_rows: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, kernels: Kernels, num_rows: int, eos_ids: Sequence[int], device: torch.device) -> None:
         self._kernels = kernels
         self._eos_ids = tuple(eos_ids)
         self._floats = np.zeros((len(_FLOATS), num_rows), dtype=np.float32)
@@ -33,9 +52,11 @@ class Sampler:
         self._drawn = np.zeros(num_rows, dtype=bool)
         self._penalised = np.zeros(num_rows, dtype=bool)
         self._log_probs = np.zeros(num_rows, dtype=bool)
-        self._plain_greedy = np.ones(num_rows, dtype=bool)  # neither drawn nor penalised, and without log probabilities
+        self._top_logprobs = np.zeros(num_rows, dtype=np.int32)
+        self._biases = LogitBiases(num_rows, device)
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # the model's own likeliest token is all that is asked for
 
-    def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+    def admit(self, rows: Sequence[int], params: Sequence[SamplingParams], staging: Staging) -> None:
         """Set the sampling parameters of the new owners of `rows`."""
         for row, sampling in zip(rows, params, strict=True):
             self._floats[:, row] = [getattr(sampling, name) for name in _FLOATS]
@@ -50,7 +71,11 @@ class Sampler:
             self._drawn[row] = self._floats[0, row] != 0
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
-            self._plain_greedy[row] = not (self._drawn[row] or self._penalised[row] or self._log_probs[row])
+            self._top_logprobs[row] = sampling.top_logprobs
+            self._plain_greedy[row] = not (
+                self._drawn[row] or self._penalised[row] or self._log_probs[row] or sampling.logit_bias
+            )
+        self._biases.admit(rows, params, staging)
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
@@ -63,34 +88,45 @@ class Sampler:
         lengths: NDArray[np.int32],
         tables: DeviceTables,
         staging: Staging,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sample token ids [m] int32, with log probabilities [m] float32 if any sequence asks for them.
+    ) -> Sampled:
+        """Sample a token for each sequence, with log probabilities if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
-        one. The log probabilities are those of the model's distribution, before penalties and temperature.
+        one. The log probabilities are those of the model's distribution, before biases, penalties and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
+        is_biased = self._biases.counts[rows].any()
+        asking = self._top_logprobs[rows].nonzero()[0]  # for the likeliest tokens
         ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
-            temperature, top_p, presence, frequency, repetition, top_k, min_tokens, seeds,
-            prompt_lengths, device_rows, device_lengths, device_ending_ids,
+            temperature, top_p, min_p, presence, frequency, repetition, top_k, min_tokens, seeds,
+            prompt_lengths, device_rows, device_lengths, bias_counts, device_asking, device_ending_ids,
         ) = staging.upload(
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
-            tables.prompt_lengths[rows], rows, lengths, ending_ids.ravel(),
+            tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], asking, ending_ids.ravel(),
         )  # fmt: skip
         original = logits = logits.float().contiguous()
+        if with_log_probs and (is_biased or is_penalised):
+            logits = logits.clone()
+        if is_biased:  # before penalties, as in vLLM
+            self._kernels.add_logit_bias(logits, device_rows, bias_counts, self._biases.token_ids, self._biases.biases)
         if is_penalised:
-            logits = logits.clone() if with_log_probs else logits
             self._kernels.apply_penalties(
                 logits, tables.token_ids[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens,
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if self._drawn[rows].any():
-            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, seeds, device_lengths)
+            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths)
         else:
             token_ids = logits.argmax(-1).int()
         if not with_log_probs:
-            return token_ids, None
+            return Sampled(token_ids)
+        log_sums = original.logsumexp(-1)
         chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
-        return token_ids, chosen - original.logsumexp(-1)
+        if len(asking) == 0:
+            return Sampled(token_ids, chosen - log_sums)
+        count = min(int(self._top_logprobs[rows].max()), original.shape[1])
+        values, ids = original.index_select(0, device_asking).topk(count, -1)
+        top_log_probs = values - log_sums.index_select(0, device_asking).unsqueeze(1)
+        return Sampled(token_ids, chosen - log_sums, Top(asking, ids.int(), top_log_probs))

@@ -14,6 +14,7 @@ from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_tables import DeviceTables
+from lightllm_backend.runner.prompt_scores import DeviceScores, ScoredTokens, score
 from lightllm_backend.runner.prompt_tiling import tile_whole_prompts
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step_arrays import Bucket, StepArrays, fill
@@ -25,6 +26,7 @@ class ForwardOutput(NamedTuple):
     logits: Tensor  # [n, vocab]
     token_ids: Tensor  # [n] int32, the greedy choices, already written to the table
     indices: Tensor  # [n] int64, indices of the choices in the flattened table
+    scores: DeviceScores | None = None  # of the batch's scored chunks
 
 
 class Step:
@@ -56,12 +58,20 @@ class Step:
         if bucket is not None:
             return self.launch(self.upload(batch, bucket), bucket)
         bucket = Bucket.of(batch)
-        return self.launch(self.upload(batch, bucket), bucket, tile_whole_prompts(batch, self._staging))
+        scored = ScoredTokens.of(batch, self._tables, self._staging) if batch.scored else None
+        return self.launch(self.upload(batch, bucket), bucket, tile_whole_prompts(batch, self._staging), scored)
 
-    def launch(self, inputs: Tensor, bucket: Bucket, prompts: WholePromptTiles | None = None) -> ForwardOutput:
+    def launch(
+        self,
+        inputs: Tensor,
+        bucket: Bucket,
+        prompts: WholePromptTiles | None = None,
+        scored: ScoredTokens | None = None,
+    ) -> ForwardOutput:
         """Launch the kernels of a step on uploaded `inputs`.
 
-        It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`.
+        It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`
+        and `scored`.
         """
         arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
@@ -84,6 +94,12 @@ class Step:
             kv_layers=self._kv_layers,
             whole_prompts=prompts,
         )
-        logits = self._model.forward(step)
+        scores = None
+        if scored is None:
+            logits = self._model.forward(step)
+        else:
+            hidden_states = self._model.hidden_states(step)
+            scores = score(scored, lambda tokens: self._model.logits(hidden_states, tokens), all_token_ids)
+            logits = self._model.logits(hidden_states, step.last_tokens)
         token_ids = self._kernels.choose_greedily(logits, arrays.sampled_indices, all_token_ids)
-        return ForwardOutput(logits, token_ids, arrays.sampled_indices)
+        return ForwardOutput(logits, token_ids, arrays.sampled_indices, scores)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lightllm_backend.request import SamplingParams
-from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.request import MAX_TOP_LOG_PROBS, SamplingParams
+from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 from lightllm_backend.runner.model_runner import ModelRunner
 from lightllm_backend.runner.step_arrays import Bucket
 
@@ -23,18 +23,22 @@ _PROMPT_TOKENS = 2048
 _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
 _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
-_WITH_LOG_PROBS = SamplingParams(return_log_probs=True)
+_BIASED = SamplingParams(logit_bias=((0, 1.0),))
+_WITH_LOG_PROBS = SamplingParams(return_log_probs=True, top_logprobs=1)
 # Uses every part of the sampler.
 _EVERYTHING = SamplingParams(
     do_sample=True,
     temperature=0.7,
     top_p=0.9,
     top_k=50,
+    min_p=0.01,
     presence_penalty=0.1,
     frequency_penalty=0.1,
     repetition_penalty=1.1,
     min_tokens=1,
+    logit_bias=((0, 1.0),),
     return_log_probs=True,
+    top_logprobs=20,
 )
 
 
@@ -42,7 +46,10 @@ def worst_batches(num_rows: int, max_input: int, batch_max_tokens: int) -> list[
     """The batches that need the most workspace: the most decodes beside the most prompt tokens."""
     num_prefills = min(max(1, batch_max_tokens // max_input), num_rows)
     prompts = [min(max_input, batch_max_tokens)] * num_prefills
-    return [example_batch(num_rows - num_prefills, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+    decodes = num_rows - num_prefills
+    batches = [example_batch(decodes, prompts, sampling) for sampling in (_GREEDY, _EVERYTHING)]
+    scored = tuple(ScoredChunk(decodes + index, length - 1, MAX_TOP_LOG_PROBS) for index, length in enumerate(prompts))
+    return [*batches, replace(batches[0], scored=scored)]
 
 
 def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, buckets: Sequence[Bucket]) -> None:
@@ -56,7 +63,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     # Powers of two are enough: the choice of kernels depends on them. A launch that compiles is slow, so not all steps.
     chosen = {(bucket.tokens, bucket.prefills > 0): bucket for bucket in buckets if bucket.tokens.bit_count() == 1}
     # Without log probabilities, which would be looked up by token ids that no kernel has written.
-    sampled = replace(_EVERYTHING, return_log_probs=False)
+    sampled = replace(_EVERYTHING, return_log_probs=False, top_logprobs=0)
 
     def launch() -> None:
         for bucket in chosen.values():
@@ -77,7 +84,7 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
     """
     batch_sizes = _sizes(num_rows, 2.0)
     for size in batch_sizes:
-        for sampling in (_GREEDY, _DRAWN, _PENALISED, _WITH_LOG_PROBS, _EVERYTHING):
+        for sampling in (_GREEDY, _DRAWN, _PENALISED, _BIASED, _WITH_LOG_PROBS, _EVERYTHING):
             runner.launch(example_batch(size, [], sampling)).result()
     longest = min(max_input, batch_max_tokens)
     prompt = min(longest, _PROMPT_TOKENS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgpack
 
-from lightllm_backend.request import FinishReason, RequestOptions, TokenChunk
+from lightllm_backend.request import FinishReason, PromptLogProbs, RequestOptions, TokenChunk
 from lightllm_backend.text.text_stream import TextState, TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
 
@@ -29,6 +29,8 @@ class DecodeState:
     held_log_probs: list[float] = field(default_factory=list)
     num_input_tokens: int = 0
     cumulative_logprob: float = 0.0
+    index: int = 0  # number of the answer among those to the same prompt
+    held_top_log_probs: bytes = b""
 
     @classmethod
     def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
@@ -68,7 +70,7 @@ class DecodeState:
 
 # The types of a DecodeState's values, with a text and without.
 _STATE_TYPES = tuple(
-    (list, int, bool, list, str, text, list, list, int, float) for text in (list, type(None))
+    (list, int, bool, list, str, text, list, list, int, float, int, bytes) for text in (list, type(None))
 )  # fmt: skip
 
 
@@ -82,6 +84,9 @@ class Response:
     output_ids: list[int]
     output_log_probs: list[float]
     cumulative_logprob: float
+    prompt_log_probs: PromptLogProbs | None = None  # on the first response only, if the request asks for them
+    index: int = 0  # number of the answer among those to the same prompt
+    top_log_probs: bytes = b""  # packed TOP_LOG_PROBs [len(output_ids), k], or none
 
 
 class ResponseDecoder:
@@ -97,10 +102,11 @@ class ResponseDecoder:
         self._state = state
 
     def decode(self, chunk: TokenChunk) -> Response | None:
-        """Return the response to send now, or None if there is no new text. The last chunk always gives a response."""
+        """Return the response to send now, or None if there is nothing new to show. The last chunk always gives one."""
         state = self._state
         state.held_ids += chunk.token_ids
         state.held_log_probs += chunk.log_probs
+        state.held_top_log_probs += chunk.top_log_probs
         state.num_input_tokens = chunk.num_prompt_tokens
         state.cumulative_logprob += sum(chunk.log_probs)
         ids = chunk.token_ids
@@ -108,9 +114,10 @@ class ResponseDecoder:
             text = self._text.push(ids[:-1]) + self._text.push_eos(ids[-1])
         else:
             text = self._text.push(ids)
+        prompt = chunk.prompt_log_probs
         if chunk.finish_reason is not None:
-            return self._respond(text + self._text.flush(), chunk.finish_reason.value)
-        return self._respond(text, "") if text else None
+            return self._respond(text + self._text.flush(), chunk.finish_reason.value, prompt)
+        return self._respond(text, "", prompt) if text or prompt else None
 
     def flush(self) -> Response | None:
         """Return the text and tokens still held back when an error ends the request, or None."""
@@ -122,7 +129,7 @@ class ResponseDecoder:
         self._state.text = self._text.state()
         return self._state
 
-    def _respond(self, text: str, finish_reason: str) -> Response:
+    def _respond(self, text: str, finish_reason: str, prompt: PromptLogProbs | None = None) -> Response:
         state = self._state
         response = Response(
             state.prefix + text,
@@ -131,6 +138,9 @@ class ResponseDecoder:
             state.held_ids,
             state.held_log_probs,
             state.cumulative_logprob,
+            prompt,
+            state.index,
+            state.held_top_log_probs,
         )
-        state.prefix, state.held_ids, state.held_log_probs = "", [], []
+        state.prefix, state.held_ids, state.held_log_probs, state.held_top_log_probs = "", [], [], b""
         return response

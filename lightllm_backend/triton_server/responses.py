@@ -6,15 +6,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Seal
-from lightllm_backend.request import RequestError, TokenChunk
-from lightllm_backend.text.response import DecodeState, Response
+from lightllm_backend.request import TOP_LOG_PROB, PromptLogProbs, RequestError, TokenChunk
+from lightllm_backend.text.response import Response
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.triton_server.requests import token_id_bytes
 from lightllm_backend.triton_server.setup import readable
@@ -24,9 +24,11 @@ from lightllm_backend.triton_server.tensors import (
     DIRECT_OUTPUTS,
     ENSEMBLE,
     HEALTH_OUTPUTS,
+    PROMPT_OUTPUTS,
     PUBLIC_OUTPUTS,
     SEALED_CHUNK,
     TOKENIZER_OUTPUTS,
+    TOP_LOG_PROBS,
     Tensors,
 )
 
@@ -35,6 +37,7 @@ with contextlib.suppress(ImportError):  # only a stub has it; tests put a stand-
 
 _NUMPY_TYPES: dict[str, Any] = {
     "STRING": np.object_, "INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "UINT64": np.uint64,
+    "UINT8": np.uint8,
 }  # fmt: skip
 
 log = logging.getLogger("lightllm")
@@ -48,7 +51,23 @@ def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) 
 
 def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
     """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
-    values: dict[str, list[Any]] = {
+    values = _values(response, tokenizer)
+    if kept is None:
+        return _response(PUBLIC_OUTPUTS, values)
+    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
+
+
+def answers_response(responses: Sequence[Response], tokenizer: Tokenizer) -> Any:
+    """The one response to a request with several answers, in order."""
+    first, *others = (_values(response, tokenizer) for response in responses)
+    for values in others:
+        for name in PUBLIC_OUTPUTS.keys() - PROMPT_OUTPUTS.keys() - {"num_input_tokens"}:
+            first[name] = first[name] + values[name]
+    return _response(PUBLIC_OUTPUTS, first)
+
+
+def _values(response: Response, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
         "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
@@ -57,20 +76,23 @@ def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors 
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
+        **_top_log_probs(response.top_log_probs),
+        "sequence_index": [response.index],
+        **_prompt_values(response.prompt_log_probs),
     }
-    if kept is None:
-        return _response(PUBLIC_OUTPUTS, values)
-    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
 
 
 # Outputs with few values, and what those have that nobody asked for.
-_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens"])
-_UNASKED: dict[str, list[Any]] = {"output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"]}
+_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens", "sequence_index"])
+_UNASKED: dict[str, Any] = {
+    "output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"], "top_token_ids": [], "top_log_probs": [],
+    **dict.fromkeys(PROMPT_OUTPUTS, b""),
+}  # fmt: skip
 _MOST_KEPT = 512  # each takes some hundred bytes of shared memory
 
 
 class KeptTensors:
-    """Makes the tensors of client responses, and keeps those that are the same in many: six of the eight.
+    """Makes the tensors of client responses, and keeps those that are the same in many: all but two.
 
     The backend copies a tensor into shared memory when it is first sent, and not again. Two threads must not send one
     at the same time, so each thread has its own.
@@ -79,7 +101,7 @@ class KeptTensors:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, Any], Any] = {}
 
-    def tensor(self, name: str, value: list[Any]) -> Any:
+    def tensor(self, name: str, value: Any) -> Any:
         if name in _REPEATED:
             key = (name, value[0])
         elif _UNASKED.get(name) == value:
@@ -102,16 +124,29 @@ def health_response(report: str) -> Any:
 def _logprobs_json(response: Response, tokenizer: Tokenizer) -> str:
     """The log probabilities in the format of vllm_backend's output `logprobs`: an object a token, by token id; or null.
 
-    The rank, which vLLM also gives, is not known here.
+    Each object has the sampled token, then the likeliest ones. The rank of a token beyond these is not known.
     """
     if not response.output_log_probs:
         return "null"
-    return json.dumps(
-        [
-            {token_id: {"logprob": log_prob, "rank": None, "decoded_token": tokenizer.decode([token_id], False)}}
-            for token_id, log_prob in zip(response.output_ids, response.output_log_probs, strict=True)
-        ]
-    )
+    pairs = np.frombuffer(response.top_log_probs, TOP_LOG_PROB).reshape(len(response.output_ids), -1).tolist()
+    tokens = []
+    for token_id, log_prob, likeliest in zip(response.output_ids, response.output_log_probs, pairs, strict=True):
+        known = {token_id: (log_prob, None)} | {other: (its, rank) for rank, (other, its) in enumerate(likeliest, 1)}
+        tokens.append(
+            {
+                one: {"logprob": its, "rank": rank, "decoded_token": tokenizer.decode([one], False)}
+                for one, (its, rank) in known.items()
+            }
+        )
+    return json.dumps(tokens)
+
+
+def _top_log_probs(packed: bytes) -> dict[str, list[Any]]:
+    """The tensors of packed TOP_LOG_PROBs."""
+    if not packed:
+        return {name: [] for name in TOP_LOG_PROBS}
+    pairs = np.frombuffer(packed, TOP_LOG_PROB)
+    return {"top_token_ids": pairs["token_id"].tolist(), "top_log_probs": pairs["log_prob"].tolist()}
 
 
 def error_response(error: Exception) -> Any:
@@ -126,6 +161,10 @@ def error_response(error: Exception) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(readable(str(error)), code))
 
 
+def _prompt_values(prompt: PromptLogProbs | None) -> dict[str, bytes]:
+    return dict(zip(PROMPT_OUTPUTS, prompt or PromptLogProbs(), strict=True))
+
+
 def _response(names: Tensors, values: dict[str, Any]) -> Any:
     return pb_utils.InferenceResponse(output_tensors=[_tensor(names, name, values[name]) for name in names])
 
@@ -135,11 +174,34 @@ def _tensor(names: Tensors, name: str, value: Any) -> Any:
 
 
 def _array(kind: str, value: Any) -> Any:
-    """The tensor's contents: bytes for UINT8, else a list."""
-    if kind == "UINT8":
-        return np.frombuffer(value, dtype=np.uint8)
+    """The tensor's contents, from a list or from packed bytes."""
+    if isinstance(value, bytes):
+        return np.frombuffer(value, dtype=_NUMPY_TYPES[kind])
     items = [item.encode() for item in value] if kind == "STRING" else value
     return np.array(items, dtype=_NUMPY_TYPES[kind])
+
+
+def sealed_chunk(seal: Seal, message: ChunkMessage) -> Any:
+    """The response that the detokenizer reads."""
+    return _response(DETOKENIZER_INPUTS, {SEALED_CHUNK: seal.close(message.pack())})
+
+
+def direct_response(chunk: TokenChunk) -> Any:
+    """The response that a direct caller of generation reads."""
+    details = {
+        "uid": chunk.uid,
+        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
+        "num_input_tokens": chunk.num_prompt_tokens,
+        "error": "",
+    }
+    values = {
+        "output_ids": chunk.token_ids,
+        "output_log_probs": chunk.log_probs,
+        **_top_log_probs(chunk.top_log_probs),
+        **_prompt_values(chunk.prompt_log_probs),
+        CHUNK: [json.dumps(details)],
+    }
+    return _response(DIRECT_OUTPUTS, values)
 
 
 class ServerSender:
@@ -162,70 +224,3 @@ class ServerSender:
     def is_cancelled(self) -> bool:
         """Whether the client has cancelled the request. After the last response this crashes the server."""
         return bool(self._sender.is_cancelled())
-
-
-class GenerationResponder:
-    """The Responder of generation: sends chunks to the detokenizer or to a direct caller, who gets errors as errors."""
-
-    def __init__(self, request: Any, uid: str, state: DecodeState, seal: Seal | None) -> None:
-        """seal: of chunks for the detokenizer; None for a direct call, which has none."""
-        self._sender = ServerSender(request)
-        self._uid = uid
-        self._first_state = state.pack()
-        self._seal = seal
-
-    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:
-        final = chunk.finish_reason is not None
-        if self._seal:
-            state = self._first_state if state is None else state
-            response = _sealed_chunk(self._seal, ChunkMessage(self._uid, chunk, state, check_client))
-        else:
-            response = error_response(chunk.error) if chunk.error is not None else _direct_response(self._uid, chunk)
-        self._sender.send(response, final)
-
-    def probe(self) -> None:
-        assert self._seal, "a direct call has no detokenizer to probe"
-        self._sender.send(_sealed_chunk(self._seal, ChunkMessage(self._uid, None, check_client=True)), final=False)
-
-    def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()
-
-
-def _sealed_chunk(seal: Seal, message: ChunkMessage) -> Any:
-    """The response that the detokenizer reads."""
-    return _response(DETOKENIZER_INPUTS, {SEALED_CHUNK: seal.close(message.pack())})
-
-
-def _direct_response(uid: str, chunk: TokenChunk) -> Any:
-    """The response that a direct caller of generation reads."""
-    details = {
-        "uid": uid,
-        "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
-        "num_input_tokens": chunk.num_prompt_tokens,
-        "error": "",
-    }
-    values = {"output_ids": chunk.token_ids, "output_log_probs": chunk.log_probs, CHUNK: [json.dumps(details)]}
-    return _response(DIRECT_OUTPUTS, values)
-
-
-class UnaryResponder:
-    """The Responder of lightllm_unary: sends one response, which `decode` makes."""
-
-    def __init__(self, request: Any, decode: Callable[[TokenChunk], Response | None], tokenizer: Tokenizer) -> None:
-        self._sender = ServerSender(request)
-        self._decode = decode
-        self._tokenizer = tokenizer
-
-    def send(self, chunk: TokenChunk, state: bytes | None, check_client: bool) -> None:  # noqa: ARG002, as a Responder's
-        if chunk.error is not None:
-            self._sender.send(error_response(chunk.error), final=True)
-            return
-        response = self._decode(chunk)
-        assert response is not None, "the last chunk always gives a response"
-        self._sender.send(client_response(response, self._tokenizer), final=True)
-
-    def probe(self) -> None:
-        raise AssertionError("a unary call has no detokenizer to probe")
-
-    def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()

@@ -12,15 +12,28 @@ Tensors = dict[str, tuple[str, int]]
 
 SAMPLING_PARAMETERS = "sampling_parameters"
 PUBLIC_INPUTS: Tensors = {**OPTION_TENSORS, SAMPLING_PARAMETERS: ("STRING", 1)}
+# Of each new token the k likeliest, likeliest first: [num_output_tokens, k], flat.
+TOP_LOG_PROBS: Tensors = {"top_token_ids": ("INT32", -1), "top_log_probs": ("FP32", -1)}
+# Of the prompt's tokens but the first. The last two have k values for each token, the likeliest first.
+PROMPT_OUTPUTS: Tensors = {
+    "prompt_log_probs": ("FP32", -1),
+    "prompt_top_token_ids": ("INT32", -1),
+    "prompt_top_log_probs": ("FP32", -1),
+}
+# A response has one answer, or all n of a request that does not stream: then outputs of size -1 have n values, and
+# those of the answers' tokens follow each other.
 PUBLIC_OUTPUTS: Tensors = {
-    "text_output": ("STRING", 1),
-    "finish_reason": ("STRING", 1),
+    "text_output": ("STRING", -1),
+    "finish_reason": ("STRING", -1),
     "num_input_tokens": ("INT32", 1),
-    "num_output_tokens": ("INT32", 1),
+    "num_output_tokens": ("INT32", -1),
     "output_ids": ("INT32", -1),
     "output_log_probs": ("FP32", -1),
-    "cumulative_logprob": ("FP32", 1),
-    "logprobs": ("STRING", 1),
+    "cumulative_logprob": ("FP32", -1),
+    "logprobs": ("STRING", -1),
+    **TOP_LOG_PROBS,
+    "sequence_index": ("INT32", -1),
+    **PROMPT_OUTPUTS,
 }
 # tokenizer ──> generation. ENSEMBLE is a sealed EnsembleContext; its presence says that a detokenizer follows.
 ENSEMBLE = "ensemble"
@@ -32,7 +45,13 @@ SEALED_CHUNK = "sealed_chunk"
 DETOKENIZER_INPUTS: Tensors = {SEALED_CHUNK: ("UINT8", -1)}
 # A direct caller of generation gets the tokens, and a JSON object with the rest, in place of the sealed chunk.
 CHUNK = "chunk"
-DIRECT_OUTPUTS: Tensors = {"output_ids": ("INT32", -1), "output_log_probs": ("FP32", -1), CHUNK: ("STRING", 1)}
+DIRECT_OUTPUTS: Tensors = {
+    "output_ids": ("INT32", -1),
+    "output_log_probs": ("FP32", -1),
+    **TOP_LOG_PROBS,
+    **PROMPT_OUTPUTS,
+    CHUNK: ("STRING", 1),
+}
 HEALTH_OUTPUTS: Tensors = {"report": ("STRING", 1)}
 
 MODEL_TENSORS: dict[str, tuple[Tensors, Tensors]] = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from lightllm_backend.messages.channel import Channel, ChannelClosed, Message, frame_of, listen
 from lightllm_backend.request import SamplingParams
-from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 
 CONNECT_PAUSE_SECONDS = 0.02  # rank 0 listens before it loads the model, so hardly anybody waits
 FLUSH_SECONDS = 1.0  # for the last batch, which rank 0 has launched; a follower that stands still does not read it
@@ -33,11 +33,11 @@ class RunBatch(Message):
         batch = self.batch
         arrays = (batch.rows, batch.starts, batch.lengths, batch.slots, batch.samples)
         admitted = [_pack_admission(admission) for admission in batch.admitted]
-        return *(array.tobytes() for array in arrays), batch.num_decodes, admitted
+        return *(array.tobytes() for array in arrays), batch.num_decodes, admitted, batch.scored
 
     @classmethod
     def unpack(cls, *packed: Any) -> RunBatch:
-        *integers, samples, num_decodes, admitted = packed
+        *integers, samples, num_decodes, admitted, scored = packed
         rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
         batch = Batch(
             rows,
@@ -47,6 +47,7 @@ class RunBatch(Message):
             np.frombuffer(samples, dtype=np.bool_),
             num_decodes,
             tuple(_unpack_admission(*admission) for admission in admitted),
+            tuple(ScoredChunk(*chunk) for chunk in scored),
         )
         return cls(batch)
 

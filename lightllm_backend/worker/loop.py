@@ -90,7 +90,7 @@ def receive(server: EngineServer, router: Router, load: EngineLoad, vitals: Vita
             try:
                 router.submit(message.request, message.number)
             except RequestError as error:
-                refused.append(TokenChunk(message.request.uid, [], [], FinishReason.REJECTED, error=error))
+                refused += [TokenChunk(uid, [], [], FinishReason.REJECTED, error=error) for uid in message.request.uids]
         elif isinstance(message, Cancel):
             router.cancel(message.uid)
         elif isinstance(message, Stop):

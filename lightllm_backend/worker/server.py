@@ -129,7 +129,7 @@ class EngineServer:
             for message in client.receive_available():
                 if isinstance(message, Submit):
                     message.number |= self._clients[client] << NUMBER_BITS
-                    self._handles[message.request.uid] = message.number
+                    self._handles.update(zip(message.request.uids, itertools.count(message.number), strict=False))
                 yield message
         except Exception as error:
             if not isinstance(error, ChannelClosed):

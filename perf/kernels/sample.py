@@ -22,6 +22,7 @@ def case(place: Place, kind: str, sequences: int, vocab_size: int) -> Case:
             "temperature": place.full(temperature, sequences),
             "top_k": place.full(top_k, sequences, dtype=torch.int32),
             "top_p": place.full(top_p, sequences),
+            "min_p": place.full(0.0, sequences),
             "seed": place.integers(0, 2**62, sequences, dtype=torch.int64),
             "position": place.integers(0, 4096, sequences),
         }

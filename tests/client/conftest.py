@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import grpc
@@ -96,8 +97,8 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         elif prompt.startswith("silent"):
             return
         elif stream:
-            for index in range(count):
-                yield response(recorded, index, index + 1, "length" if index + 1 == count else "")
+            for index, number in product(range(count), range(recorded.value("n", 1))):
+                yield response(recorded, index, index + 1, "length" if index + 1 == count else "", number)
             yield service_pb2.ModelStreamInferResponse()  # a FINAL flag by itself, as the server may send it
         else:
             yield response(recorded, 0, count, "length")
@@ -119,10 +120,11 @@ def decode_inputs(request: Any) -> dict[str, tuple[str, list[int], list[Any]]]:
     return tensors
 
 
-def response(recorded: Recorded, start: int, end: int, finish_reason: str) -> Any:
+def response(recorded: Recorded, start: int, end: int, finish_reason: str, number: int = 0) -> Any:
     """The words from start to end, as the ensemble would send them."""
     indices = range(start, end)
     log_probs = [-0.5 for _ in indices] if recorded.value("return_log_probs", False) else []
+    likeliest = [(index + rank, -0.5 - rank) for index in indices for rank in range(recorded.value("top_logprobs", 0))]
     infer_response = service_pb2.ModelInferResponse(model_name=recorded.model)
 
     def add(name: str, datatype: str, size: int, content: bytes) -> None:
@@ -138,7 +140,10 @@ def response(recorded: Recorded, start: int, end: int, finish_reason: str) -> An
     add("num_output_tokens", "INT32", 1, struct.pack("<i", len(indices)))
     add("output_ids", "INT32", len(indices), np.array(indices, np.int32).tobytes())
     add("output_log_probs", "FP32", len(log_probs), np.array(log_probs, np.float32).tobytes())
+    add("top_token_ids", "INT32", len(likeliest), np.array([one for one, _ in likeliest], np.int32).tobytes())
+    add("top_log_probs", "FP32", len(likeliest), np.array([one for _, one in likeliest], np.float32).tobytes())
     add("cumulative_logprob", "FP32", 1, struct.pack("<f", -0.5 * end if log_probs else 0))
+    add("sequence_index", "INT32", 1, struct.pack("<i", number))
     return service_pb2.ModelStreamInferResponse(infer_response=infer_response)
 
 

@@ -78,7 +78,19 @@ def test_text_is_written_as_it_is_made(fake_server):
 def test_every_option_is_sent(call, fake_server):
     result = call(
         *("generate", "What?", "--max-tokens", "3", "--do-sample", "--temperature", "0.5", "--top-p", "0.25"),
-        *("--top-k", "40", "--presence-penalty", "1", "--frequency-penalty", "-1", "--repetition-penalty", "1.5"),
+        *(
+            "--top-k",
+            "40",
+            "--min-p",
+            "0.25",
+            "--presence-penalty",
+            "1",
+            "--frequency-penalty",
+            "-1",
+            "--repetition-penalty",
+            "1.5",
+        ),
+        *("--logit-bias", '{"5": -100}', "--top-logprobs", "2"),
         *("--seed", str(2**64 - 1), "--min-tokens", "2", "--ignore-eos", "--stop-words", "a", "--stop-words", "b"),
         *("--stop-token-ids", "5", "--stop-token-ids", "0"),
         *("--no-exclude-input-in-output", "--no-parse-special", "--no-skip-special-tokens", "--return-log-probs"),
@@ -92,9 +104,11 @@ def test_every_option_is_sent(call, fake_server):
         "temperature": [0.5],
         "top_p": [0.25],
         "top_k": [40],
+        "min_p": [0.25],
         "presence_penalty": [1],
         "frequency_penalty": [-1],
         "repetition_penalty": [1.5],
+        "logit_bias": ['{"5": -100}'],
         "seed": [2**64 - 1],
         "min_tokens": [2],
         "ignore_eos": [True],
@@ -104,6 +118,7 @@ def test_every_option_is_sent(call, fake_server):
         "parse_special": [False],
         "skip_special_tokens": [False],
         "return_log_probs": [True],
+        "top_logprobs": [2],
     }
 
 
@@ -114,9 +129,12 @@ def test_what_is_not_given_is_not_sent(call, fake_server):
 
 @pytest.mark.parametrize("streaming", ["--stream", "--no-stream"])
 def test_verbose_writes_statistics_to_standard_error(call, streaming):
-    result = call("generate", "What?", "--max-tokens", "2", "--verbose", "--return-log-probs", streaming)
+    result = call(
+        "generate", "What?", "--max-tokens", "2", "--verbose", "--return-log-probs", "--top-logprobs", "2", streaming
+    )
     assert result.stdout == "The capital\n"
     assert "log probabilities: 0:-0.5000 1:-0.5000; sum -1.0000" in result.stderr
+    assert "likeliest in place of 1: 1:-0.5000 2:-1.5000" in result.stderr
     assert "7 tokens in, 2 out in" in result.stderr
     assert "finish reason: length" in result.stderr
 

@@ -18,9 +18,11 @@ EXAMPLES = {
     "temperature": (0.5, ("FP32", [1], [0.5])),
     "top_p": (0.25, ("FP32", [1], [0.25])),
     "top_k": (-1, ("INT32", [1], [-1])),
+    "min_p": (0.5, ("FP32", [1], [0.5])),
     "presence_penalty": (-1, ("FP32", [1], [-1.0])),
     "frequency_penalty": (1.5, ("FP32", [1], [1.5])),
     "repetition_penalty": (1.25, ("FP32", [1], [1.25])),
+    "logit_bias": ({np.int64(5): -100, 7: 0.5}, ("BYTES", [1], ['{"5": -100.0, "7": 0.5}'])),
     "seed": (2**64 - 1, ("UINT64", [1], [2**64 - 1])),
     "min_tokens": (np.int64(3), ("INT32", [1], [3])),
     "ignore_eos": (np.bool_(True), ("BOOL", [1], [True])),
@@ -30,6 +32,9 @@ EXAMPLES = {
     "parse_special": (False, ("BOOL", [1], [False])),
     "skip_special_tokens": (False, ("BOOL", [1], [False])),
     "return_log_probs": (True, ("BOOL", [1], [True])),
+    "top_logprobs": (3, ("INT32", [1], [3])),
+    "prompt_logprobs": (5, ("INT32", [1], [5])),
+    "n": (1, ("INT32", [1], [1])),
     "tenant": ("Ünit 7", ("BYTES", [1], ["Ünit 7"])),
     "priority": (-3, ("INT32", [1], [-3])),
 }
@@ -105,6 +110,8 @@ def test_an_empty_prompt_is_left_to_the_server_to_refuse():
         ({"stop_token_ids": [2, "3"]}, "stop_token_ids is '3'; allowed: an integer"),
         ({"stop_token_ids": True}, "stop_token_ids is True; allowed: an integer"),
         ({"stop_words": "\ud800"}, "stop_words has the lone surrogate"),
+        ({"logit_bias": [(5, 1)]}, "logit_bias is .*; allowed: a mapping of token ids to numbers, or its JSON"),
+        ({"logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; allowed: a mapping"),
         ({"max_token": 3}, "max_token is not an option; allowed: max_tokens, do_sample"),
     ],
 )
@@ -138,3 +145,12 @@ def test_joined_chunks_take_totals_and_the_last_state():
     first = Chunk("a", (1, 2), (-1.0, -2.0), -3.0, "", 5, 2)
     last = Chunk("b", (3,), (-0.5,), -3.5, "stop", 5, 1)
     assert Generation.join([first, last]) == Generation("ab", (1, 2, 3), (-1.0, -2.0, -0.5), -3.5, "stop", 5, 3)
+
+
+def test_the_likeliest_tokens_are_those_of_each_token(fake_server):
+    with LightLLMClient(fake_server.url) as client:
+        chunks = list(client.stream("What?", max_tokens=3, top_logprobs=2))
+        whole = client.generate("What?", max_tokens=3, top_logprobs=2)
+    assert chunks[1].top_log_probs == ({1: -0.5, 2: -1.5},)
+    assert whole.top_log_probs == ({0: -0.5, 1: -1.5}, {1: -0.5, 2: -1.5}, {2: -0.5, 3: -1.5})
+    assert Generation.join(chunks) == whole

@@ -246,3 +246,13 @@ def test_one_streams_end_leaves_the_others_alone(client, fake_server):
         assert fake_server.requests[1].cancelled.wait(SOON)
         assert next(kept).finish_reason == ""
         assert not fake_server.requests[0].cancelled.is_set()
+
+
+def test_several_answers(fake_server):
+    with LightLLMClient(fake_server.url) as client:
+        first, second = client.generate_several("What?", max_tokens=3, n=2)
+        assert first == second
+        assert first.token_ids == (0, 1, 2)
+        assert [chunk.index for chunk in client.stream("What?", max_tokens=2, n=2)] == [0, 1, 0, 1]
+        with pytest.raises(InvalidArgument, match=r"n is 2; allowed: 1, or generate_several"):
+            client.generate("What?", n=2)

@@ -15,7 +15,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from lightllm_backend.triton_server.tensors import PUBLIC_INPUTS
+from lightllm_backend.triton_server.tensors import PROMPT_OUTPUTS, PUBLIC_INPUTS, TOP_LOG_PROBS
 from tests.e2e.server import TritonServer
 
 LIMIT_SECONDS = 120.0
@@ -25,6 +25,9 @@ NUMPY_TYPES: dict[str, Any] = {
     "UINT8": np.uint8,
 }  # fmt: skip
 BETWEEN_STEPS = {"ensemble": "UINT8", "sealed_chunk": "UINT8"}
+LISTS = {
+    "input_ids", "output_ids", "output_log_probs", *TOP_LOG_PROBS, *PROMPT_OUTPUTS, *BETWEEN_STEPS,
+}  # fmt: skip
 DATATYPES = {name: datatype.replace("STRING", "BYTES") for name, (datatype, _) in PUBLIC_INPUTS.items()} | BETWEEN_STEPS
 
 
@@ -126,7 +129,7 @@ def outputs(result: Any, names: Sequence[str]) -> dict[str, Any]:
     values = {}
     for name in names:
         items = [item.decode() if isinstance(item, bytes) else item for item in result.as_numpy(name).tolist()]
-        values[name] = items if name in ("input_ids", "output_ids", "output_log_probs", *BETWEEN_STEPS) else items[0]
+        values[name] = items if name in LISTS or len(items) > 1 else items[0]
     return values
 
 

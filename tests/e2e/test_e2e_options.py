@@ -27,6 +27,8 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("temperature", 3.0, {"text_input": STORY, "do_sample": True, "seed": 3}),
     ("top_p", 0.01, {"text_input": STORY, **SAMPLED}),
     ("top_k", 1, {"text_input": STORY, **SAMPLED}),
+    ("min_p", 1.0, {"text_input": STORY, **SAMPLED}),
+    ("logit_bias", '{"253": -100}', {"text_input": STORY}),
     ("seed", 2**64 - 1, {"text_input": STORY, "do_sample": True, "temperature": 3.0}),
     ("presence_penalty", 20.0, {"text_input": COUNTING}),
     ("frequency_penalty", 20.0, {"text_input": COUNTING}),
@@ -39,6 +41,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("parse_special", False, {"text_input": CHAT}),
     ("skip_special_tokens", False, {"text_input": CHAT, "ignore_eos": True}),
     ("return_log_probs", True, {"text_input": STORY}),
+    ("top_logprobs", 2, {"text_input": STORY}),
     ("stream", True, {"text_input": STORY}),
 ]
 ALIASES = [
@@ -46,7 +49,7 @@ ALIASES = [
     ("stop", "stop_words", "1", COUNTING),
     ("stop_sequences", "stop_words", '["7", "1"]', COUNTING),
     ("min_new_tokens", "min_tokens", 3, COUNTING),
-    ("logprobs", "return_log_probs", 2, STORY),
+    ("logprobs", "top_logprobs", 2, STORY),
     ("return_logprobs", "return_log_probs", True, STORY),
     ("return_details", "return_log_probs", True, STORY),
     ("streaming", "stream", True, STORY),
@@ -61,6 +64,7 @@ def answer(responses: list[dict[str, Any]]) -> dict[str, Any]:
         "text": "".join(one["text_output"] for one in responses),
         "ids": [token_id for one in responses for token_id in one["output_ids"]],
         "has_log_probs": any(one["output_log_probs"] for one in responses),
+        "top_token_ids": [token_id for one in responses for token_id in one["top_token_ids"]],
         "num_input_tokens": responses[-1]["num_input_tokens"],
     }
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 PROMPT = "The capital of Japan is"
 OUTPUTS = {
     "text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "output_ids", "output_log_probs",
-    "cumulative_logprob", "logprobs",
+    "cumulative_logprob", "logprobs", "top_token_ids", "top_log_probs",
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def expected(full_client: LightLLMClient, reference: Reference) -> dict[str, Any
         "output_log_probs": [],
         "cumulative_logprob": 0.0,
         "logprobs": "null",
+        "top_token_ids": [],
+        "top_log_probs": [],
     }
 
 
@@ -43,7 +45,7 @@ def joined(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """One response out of a stream's; over HTTP the server writes a list of one item as that item."""
     lists = {
         name: [item for one in responses for item in (one[name] if isinstance(one[name], list) else [one[name]])]
-        for name in ("output_ids", "output_log_probs")
+        for name in ("output_ids", "output_log_probs", "top_token_ids", "top_log_probs")
     }
     return {
         **responses[-1],

@@ -106,7 +106,8 @@ class FakeEngine:
         self.cancelled.append(uid)
 
     def make(self, uid: str, ids: list[int], reason: FinishReason | None = None, **fields: Any) -> None:
-        self.on_chunk[uid](TokenChunk(uid, ids, fields.pop("log_probs", []), reason, **fields))
+        on_chunk = self.on_chunk[uid.partition("/")[0]]
+        on_chunk(TokenChunk(uid, ids, fields.pop("log_probs", []), reason, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +155,13 @@ def chunk(ids: list[int], reason: FinishReason | None = None, **fields: Any) -> 
 def test_tokens_made_while_a_chunk_is_on_its_way_are_one_chunk() -> None:
     stream, responder, observer = stream_of()
     stream.on_chunk(chunk([1], log_probs=[-1.0], queue_seconds=0.5))
-    stream.on_chunk(chunk([2], log_probs=[-2.0]))
-    stream.on_chunk(chunk([3], log_probs=[-3.0]))
+    stream.on_chunk(chunk([2], log_probs=[-2.0], top_log_probs=b"2"))
+    stream.on_chunk(chunk([3], log_probs=[-3.0], top_log_probs=b"3"))
     assert responder.ids == [[1]]
     stream.delivered()
     assert responder.ids == [[1], [2, 3]]
     assert responder.last.log_probs == [-2.0, -3.0]
+    assert responder.last.top_log_probs == b"23"
     stream.delivered()
     stream.on_chunk(chunk([4]))
     assert responder.ids == [[1], [2, 3], [4]]
@@ -307,9 +309,10 @@ def test_a_stop_string_over_chunks_ends_the_request_and_drops_what_follows(token
     stream, responder = stop_stream(tokenizer)
     ids = [tokenizer.encode(letter)[0] for letter in "aENDxy"]
     assert not stream.on_chunk(chunk(ids[:2]))
-    assert stream.on_chunk(chunk(ids[2:], log_probs=[-1.0, -2.0, -3.0, -4.0]))
+    assert stream.on_chunk(chunk(ids[2:], log_probs=[-1.0, -2.0, -3.0, -4.0], top_log_probs=b"aabbccdd"))
     assert responder.ids == [ids[:2], ids[2:4]]
     assert responder.last.log_probs == [-1.0, -2.0]
+    assert responder.last.top_log_probs == b"aabb"
     assert responder.last.finish_reason is FinishReason.STOP
     assert not stream.on_chunk(chunk([1], FinishReason.STOP)), "the engine's own end comes after ours"
     assert len(responder.sent) == 2
@@ -412,7 +415,7 @@ def submit(streams: Streams, tokenizer: Tokenizer, flow_control: bool = True, **
     responder = FakeResponder()
     options = RequestOptions(SamplingParams(**sampling), stream=True)
     text = TextStream.of(tokenizer, options, [1, 2])
-    streams.submit([1, 2], options, 12.5, lambda uid: responder, flow_control, text)
+    streams.submit([1, 2], options, 12.5, lambda uid, number: responder, flow_control, lambda: text)
     return responder
 
 
@@ -426,12 +429,41 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     assert poll(lambda: streams._streams == {})
 
 
+def test_each_answer_has_its_stream_and_all_are_cancelled_together(
+    streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    responders: dict[str, FakeResponder] = {}
+
+    def responder_for(uid: str, number: int) -> FakeResponder:
+        responders[uid] = FakeResponder()
+        assert uid == ("u0" if number == 0 else f"u0/{number}")
+        return responders[uid]
+
+    sampling = SamplingParams(n=3, stop_words=("never",))
+    options = RequestOptions(sampling, stream=True)
+    streams.submit([1, 2], options, None, responder_for, True, lambda: TextStream.of(tokenizer, options, [1, 2]))
+    channel = introduced(streams)
+    for number, uid in enumerate(responders):
+        engine.make(uid, [number])
+    assert poll(lambda: [one.ids for one in responders.values()] == [[[0]], [[1]], [[2]]])
+    channel.send(Delivered("u0/1", b"one"))
+    engine.make("u0/1", [7])
+    assert poll(lambda: responders["u0/1"].states == [None, b"one"])
+    channel.send(ClientGone("u0/2"))
+    assert poll(lambda: sorted(engine.cancelled) == ["u0", "u0/1", "u0/2"])
+    failure = RequestError("CANCELLED", "too late")
+    for uid in responders:
+        engine.make(uid, [], FinishReason.CANCELLED, error=failure)
+    assert poll(lambda: streams._streams == {} == streams._answers)
+    channel.close()
+
+
 def test_a_request_keeps_its_tenant_and_its_priority(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     options = RequestOptions(tenant="a", priority=-3)
     text = TextStream.of(tokenizer, options, [1, 2])
-    streams.submit([1, 2], options, None, lambda uid: FakeResponder(), False, text)
+    streams.submit([1, 2], options, None, lambda uid, number: FakeResponder(), False, lambda: text)
     assert (engine.requests["u0"].tenant, engine.requests["u0"].priority) == ("a", -3)
 
 

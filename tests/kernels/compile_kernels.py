@@ -114,9 +114,10 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     if with_variants:
         launch_large_batches(q, k, table, lengths)
         launch_variants(q, k, table, lengths, starts)
+    launchers.add_logit_bias(logits, lengths, lengths, table[:, :300].contiguous(), torch.zeros(4, 300))
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths[:, None])
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
-    launchers.sample(logits, floats, lengths, floats, lengths.long(), lengths)
+    launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
 
 
 def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:

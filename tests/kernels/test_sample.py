@@ -18,7 +18,7 @@ VECTORS = [
 ]
 
 
-def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0, position=0):
+def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0, position=0, min_p=0.0):
     """Scalars hold for all rows."""
     rows, device = logits.shape[0], logits.device
 
@@ -30,6 +30,7 @@ def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0
         column(temperature, torch.float32),
         column(top_k, torch.int32),
         column(top_p, torch.float32),
+        column(min_p, torch.float32),
         column(seed, torch.int64),
         column(position, torch.int32),
     )
@@ -115,6 +116,49 @@ def test_what_is_kept(implementation, top_k, top_p, kept, device):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("min_p", "top_k", "top_p", "kept"),
+    [
+        (1.0, -1, 1.0, {4}),
+        (0.49, -1, 1.0, {1, 4, 6}),  # 0.2 of 0.4 is 0.5
+        (0.51, -1, 1.0, {4}),
+        (0.24, -1, 1.0, {0, 1, 4, 6}),
+        (0.49, 1, 1.0, {4}),
+        (0.49, 4, 1.0, {1, 4, 6}),
+        (0.49, -1, 0.49, {4}),  # 0.4 of the 0.8 that min-p has left is 0.5
+        (0.49, -1, 0.51, {1, 4, 6}),
+        (0.24, 2, 0.51, {1, 4, 6}),
+    ],
+)
+def test_what_min_p_keeps(implementation, min_p, top_k, top_p, kept, device):
+    probabilities = torch.tensor([0.1, 0.2, 0.06, 0.04, 0.4, 0.0, 0.2], device=device)
+    logits = probabilities.log().repeat(24, 1)
+    out = _sample(implementation, logits, 1.0, top_k, top_p, seed=5, position=list(range(24)), min_p=min_p)
+    assert set(out.tolist()) == kept
+
+
+@BOTH
+@pytest.mark.parametrize(("temperature", "min_p", "top_k", "top_p"), [(0.7, 0.2, 0, 1.0), (1.5, 0.1, 7, 0.8)])
+def test_min_p_is_that_of_transformers_before_the_others(implementation, temperature, min_p, top_k, top_p, device):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(1, 16, device=device) * 2
+    warpers = [
+        processors.TemperatureLogitsWarper(temperature),
+        processors.MinPLogitsWarper(min_p),
+        *([processors.TopKLogitsWarper(top_k)] if top_k else []),
+        *([processors.TopPLogitsWarper(top_p)] if top_p < 1 else []),
+    ]
+    exact = logits.clone()
+    for warper in warpers:
+        exact = warper(None, exact)
+    draws = 20_000 if implementation is reference or device.type == "cuda" else 100
+    out = _sample(implementation, logits.repeat(draws, 1), temperature, top_k, top_p, 3, list(range(draws)), min_p)
+    statistic, freedom = _chi_square(out.cpu(), exact.softmax(-1)[0].cpu())
+    assert freedom > 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@BOTH
 def test_signed_zeros_tie(implementation, device):
     logits = torch.tensor([[-0.0, 0.0, -1.0, -0.0]], device=device).repeat(32, 1)
     out = _sample(implementation, logits, top_k=1, position=list(range(32)))
@@ -158,9 +202,10 @@ def test_kernel_matches_the_reference(vocab_size, device):
     temperature = [0.0, 0.3, 1.0, 1.7] * 3
     top_k = [-1, 1, 40, 5, 0, 2, 900, vocab_size, vocab_size + 1, 3, -1, 7]
     top_p = [1.0, 0.9, 0.5, 0.05, 0.999, 1.0, 0.7, 0.3, 1e-9, 1.0, 0.99, 0.8]
+    min_p = [0.0, 0.1, 0.5, 0.0, 1.0, 0.01] * 2
     seed, position = list(range(12)), list(range(100, 112))
-    expected = _sample(reference, logits, temperature, top_k, top_p, seed, position)
-    out = _sample(launchers, logits, temperature, top_k, top_p, seed, position)
+    expected = _sample(reference, logits, temperature, top_k, top_p, seed, position, min_p)
+    out = _sample(launchers, logits, temperature, top_k, top_p, seed, position, min_p)
     assert out.tolist() == expected.tolist()
 
 

@@ -47,9 +47,9 @@ def over_the_wire(ends: tuple[Channel, Channel], message: Message) -> Message:
             "ü-1",
             (0, 2**31 - 1),
             SamplingParams(
-                max_tokens=7, do_sample=True, temperature=0.5, top_p=0.25, top_k=3, presence_penalty=-1.0,
+                max_tokens=7, do_sample=True, temperature=0.5, top_p=0.25, top_k=3, min_p=0.5, presence_penalty=-1.0,
                 frequency_penalty=0.5, repetition_penalty=2.0, seed=2**64 - 1, min_tokens=2, ignore_eos=True,
-                stop_words=("a", "🎉"), return_log_probs=True,
+                stop_words=("a", "🎉"), logit_bias=((5, -100.0), (0, 0.5)), return_log_probs=True, top_logprobs=20,
             ),
             deadline=12.5,
             urgent=True,
@@ -69,6 +69,7 @@ def test_a_request_arrives_as_it_was(ends: tuple[Channel, Channel], request_: Re
         TokenChunk("u", [1, 2], [-0.5, -1.25], None, 5, 0.25),
         TokenChunk("u", [], [], FinishReason.LENGTH, 5),
         TokenChunk("u", [7], [], FinishReason.STOP),
+        TokenChunk("u", [7, 8], [-0.5, -1.0], top_log_probs=bytes(range(32))),
     ],
 )
 def test_a_chunk_arrives_as_it_was(ends: tuple[Channel, Channel], chunk: TokenChunk) -> None:

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.options import options_from_plain, options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import (
+    FinishReason,
+    PromptLogProbs,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    TokenChunk,
+)
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextState
 
@@ -33,6 +40,7 @@ def test_a_context_survives(options: RequestOptions) -> None:
 
 CHUNKS = [
     TokenChunk("u", [1, 2**31 - 1], [-0.5, -math.inf], None, 3),
+    TokenChunk("u", [1], [], prompt_log_probs=PromptLogProbs(b"1234", b"12345678", b"87654321")),
     TokenChunk("u", [], [], FinishReason.FAILED, 0, error=RequestError("INTERNAL", "ä: broken")),
     None,
 ]
@@ -66,9 +74,12 @@ def changed(values: list[Any], position: int, value: Any) -> bytes:
 
 
 WRONG_OPTIONS = [
-    ("max_tokens", 0), ("max_tokens", 1.0), ("max_tokens", True), ("temperature", -0.5), ("temperature", math.nan),
+    ("max_tokens", 0), ("prompt_logprobs", 21),
+    ("max_tokens", 1.0), ("max_tokens", True), ("temperature", -0.5), ("temperature", math.nan),
     ("temperature", 1), ("top_p", 0.0), ("top_k", -2), ("presence_penalty", math.inf), ("repetition_penalty", 0.0),
     ("seed", -1), ("seed", "7"), ("min_tokens", 8), ("ignore_eos", 1), ("stop_words", "x"), ("stop_words", [7]),
+    ("logit_bias", [5, 1.0]), ("logit_bias", [[5, 101.0]]), ("logit_bias", [[5, 1.0, 1.0]]),
+    ("logit_bias", [[5.0, 1.0]]), ("logit_bias", [[5, 1.0], [5, 2.0]]), ("min_p", -0.5), ("top_logprobs", 21),
     ("stop_words", ["x"] * 33), ("stop_token_ids", [0] * 33), ("stop_token_ids", [0.5]), ("stop_token_ids", None),
 ]  # fmt: skip
 
@@ -105,7 +116,8 @@ def test_what_is_no_context(packed: Any) -> None:
 CHUNK_VALUES = msgpack.unpackb(ChunkMessage("u", CHUNKS[0], b"state").pack())
 WRONG_CHUNKS = [
     (0, 7), (1, [-1]), (1, [2**31]), (1, [1.0]), (1, [True]), (1, "ids"), (2, [-0.5]), (2, [1, 2]), (3, "weary"),
-    (4, -1), (4, 1.5), (5, None), (6, "state"), (7, 1), (8, None),
+    (4, -1), (4, 1.5), (5, None), (7, "state"), (8, 1), (9, None), (11, b"12345678"), (11, []),
+    (6, [b"1234"]), (6, [b"123", b"", b""]), (6, [b"1234", b"1234", b""]), (6, [1, 2, 3]), (10, [7]), (10, b""),
 ]  # fmt: skip
 
 
@@ -118,7 +130,7 @@ def test_what_is_no_chunk(position: int, value: Any) -> None:
 STATE_VALUES = msgpack.unpackb(STATE.pack(), unicode_errors="surrogatepass")
 WRONG_STATES = [
     (0, [7]), (0, "stop"), (1, 1.0), (2, 1), (3, ["2"]), (4, None), (5, [[], 5, False]), (5, [None, 5, False, ""]),
-    (5, "text"), (6, [0.5]), (7, [1]), (8, "9"), (9, 0),
+    (5, "text"), (6, [0.5]), (7, [1]), (8, "9"), (9, 0), (10, 0.5), (11, ""),
 ]  # fmt: skip
 
 

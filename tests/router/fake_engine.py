@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lightllm_backend.request import FinishReason, Request, SamplingParams, TokenChunk
+from lightllm_backend.request import MAX_ANSWERS, FinishReason, Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
 
@@ -128,16 +128,22 @@ class EngineLoop:
 
 
 def submit(router: Router, request: Request) -> None:
-    """With a handle that is the uid in another form."""
-    router.submit(request, int.from_bytes(request.uid.encode(), "big"))
+    """With a handle that is the uid, and the number of the answer, in another form."""
+    router.submit(request, int.from_bytes(request.uid.encode(), "big") * MAX_ANSWERS)
 
 
 def as_chunks(output: RouterOutput) -> list[TokenChunk]:
     """All that a step gives to clients, whichever way."""
     pairs = zip(output.handles.tolist(), output.token_ids.tolist(), strict=True)
-    uids_and_tokens = [(handle.to_bytes(8, "big").lstrip(b"\0").decode(), token) for handle, token in pairs]
+    uids_and_tokens = [(_uid(handle), token) for handle, token in pairs]
     assert not {uid for uid, _ in uids_and_tokens} & {chunk.uid for chunk in output.chunks}
     return [TokenChunk(uid, [token], []) for uid, token in uids_and_tokens] + output.chunks
+
+
+def _uid(handle: int) -> str:
+    name, number = divmod(handle, MAX_ANSWERS)
+    uid = name.to_bytes(8, "big").lstrip(b"\0").decode()
+    return f"{uid}/{number}" if number else uid
 
 
 def make_request(

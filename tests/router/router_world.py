@@ -67,8 +67,14 @@ class Life:
     may_end: set[FinishReason] = field(default_factory=lambda: {FinishReason.STOP, FinishReason.LENGTH})
     cut: bool = False  # it may end before its answer is complete
     begun: bool = False
-    preempted: bool = False
+    preempted: bool = False  # it goes before those that are not; so does a further answer once the first one runs
+    first: Life | None = None  # of a further answer to the same prompt, the first one
     ended: FinishReason | None = None
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is not in the queue yet."""
+        return self.first is not None and not self.first.begun
 
     def place(self) -> tuple[float, ...]:
         """What the requests of a tenant are ordered by."""
@@ -102,7 +108,6 @@ class World:
 
     def submit(self, request: Request) -> bool:
         """Submit; whether the Router takes it, which the model foresees."""
-        self._numbers += 1
         waiting = [life for life in self.live.values() if self._waits(life)]
         full = len(waiting) >= self.conditions.max_queue_size and not request.urgent
         too_large = len(request.prompt_ids) + request.sampling.max_tokens - 1 > self.conditions.capacity
@@ -119,8 +124,12 @@ class World:
         if refusal is not None:
             self.num_refused += 1
             return False
-        self.live[request.uid] = Life(request, (self.now, self._numbers))
-        self.num_accepted += 1
+        first = None
+        for one in request.copies():
+            self._numbers += 1
+            life = self.live[one.uid] = Life(one, (self.now, self._numbers), first=first)
+            first = first or life
+            self.num_accepted += 1
         self.collect()
         assert displaced is None or displaced.ended, "nobody has left the full queue"
         return True
@@ -134,10 +143,16 @@ class World:
             self.collect()
 
     def cancel(self, uid: str) -> None:
-        self._end_early(uid, self.router.cancel, FinishReason.CANCELLED)
+        """All answers to the prompt, as a client does, the first one first."""
+        uid = uid.partition("/")[0]
+        for one in [one for one in self.live if one.partition("/")[0] == uid]:
+            self._end_early(one, self.router.cancel, FinishReason.CANCELLED)
 
     def stop(self, uid: str) -> None:
-        self._end_early(uid, self.router.stop, FinishReason.STOP)
+        """An answer that a stop string ends has begun, if its prompt has further answers."""
+        life = self.live[uid]
+        if life.begun or (not any(other.first is life for other in self.live.values()) and not life.outside):
+            self._end_early(uid, self.router.stop, FinishReason.STOP)
 
     def wait(self, seconds: float) -> None:
         """Let time pass; deadlines and the queue's timeout end requests in the next step."""
@@ -193,7 +208,8 @@ class World:
         stats = self.router.stats()
         self.most_used = max(self.most_used, stats.kv_tokens_used)
         assert stats.kv_tokens_used <= self.conditions.capacity
-        assert stats.queued_requests + stats.running_requests == len(self.live)
+        outside = sum(life.outside for life in self.live.values())
+        assert stats.queued_requests + stats.running_requests + outside == len(self.live)
         self._note_preemptions(stats.preemptions_total)
         self.router.check_integrity()
         if batch is None:
@@ -213,13 +229,15 @@ class World:
         for admission in batch.admitted:
             life = self.live[owners[admission.row].request.uid]
             request = life.request
-            life.preempted = life.begun  # perhaps in this very step
+            life.preempted = life.begun or life.first is not None  # perhaps in this very step
             others = [
                 other for other in self.live.values()
                 if self._waits(other) and other.request.tenant == request.tenant and not other.request.urgent
             ]  # fmt: skip
             assert request.urgent or all(life.place() <= other.place() for other in others), "somebody is overtaken"
             life.begun, life.preempted = True, False
+            for other in self.live.values():
+                other.preempted |= other.first is life and not other.begun
             if self.conditions.prefix_cache == "tenant":
                 writers = {self._written_by[slot] for slot in admission.cached_slots}
                 assert writers <= {request.tenant}, "a tenant finds what another has left"
@@ -229,8 +247,8 @@ class World:
             assert self.conditions.policy != "exact", "nobody is preempted where admission is exact"
             self.preemptions = total
             for life in self.live.values():
-                sequence = self.router._live[life.request.uid]
-                life.preempted = life.begun and sequence in self.router._queue
+                if not life.outside and (life.begun or life.first):
+                    life.preempted = self.router._live[life.request.uid] in self.router._queue
 
     def _apply(self) -> None:
         batch, result = self._in_flight.popleft()
@@ -257,13 +275,13 @@ class World:
                 self.num_ended += 1
 
     def _waits(self, life: Life) -> bool:
-        return life.preempted or not life.begun
+        return not life.outside and (life.preempted or not life.begun)
 
     def _displaced_by(self, request: Request) -> Life | None:
         """Brute force: the last of the tenant with most waiting requests by weight, if the newcomer's has fewer."""
         queues: dict[str, list[Life]] = {request.tenant: []}
         for life in self.live.values():
-            if not life.begun and not life.request.urgent:
+            if not life.begun and not life.first and not life.request.urgent:
                 queues.setdefault(life.request.tenant, []).append(life)
         lengths = {tenant: len(queue) / WEIGHTS.get(tenant, 1.0) for tenant, queue in queues.items()}
         own = (len(queues[request.tenant]) + 1) / WEIGHTS.get(request.tenant, 1.0)
@@ -286,8 +304,9 @@ class World:
         self.router.check_integrity()
 
     def _may_end(self, life: Life, reason: FinishReason) -> None:
-        life.cut = True
-        life.may_end.add(reason)
+        for one in (life, *(other for other in self.live.values() if other.first is life and other.outside)):
+            one.cut = True
+            one.may_end.add(reason)
 
 
 # Random lives
@@ -334,6 +353,7 @@ def live_one_moment(world: World, rng: random.Random, number: int) -> None:
                 min_tokens=rng.choice([0, 0, 3]),
                 ignore_eos=rng.random() < 0.2,
                 return_log_probs=rng.random() < 0.2,
+                n=rng.choice([1, 1, 1, 2, 4]),
             )
         )
     if world.live and rng.random() < 0.06:

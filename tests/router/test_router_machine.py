@@ -52,6 +52,7 @@ class RouterMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         min_tokens=st.integers(0, 2),
         return_log_probs=st.booleans(),
+        n=st.sampled_from([1, 1, 3]),
         copies=st.integers(1, 3),
     )
     def submit(self, deadline: int | None, copies: int, **request: object) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.request import FinishReason, Request, SamplingParams
+from lightllm_backend.request import FinishReason, PromptLogProbs, Request, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine, load_engine
 from lightllm_backend.worker.main import build_router
@@ -23,7 +23,9 @@ from lightllm_backend.worker.main import build_router
 class Answer:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    top_log_probs: bytes = b""
     reason: FinishReason | None = None
+    prompt: PromptLogProbs | None = None
 
 
 def save_random_llama(directory: Path, **changes: object) -> Path:
@@ -90,6 +92,9 @@ def run(
             answer = answers[int(chunk.uid)]
             answer.token_ids += chunk.token_ids
             answer.log_probs += chunk.log_probs
+            answer.top_log_probs += chunk.top_log_probs
+            assert answer.prompt is None or chunk.prompt_log_probs is None, "they come once"
+            answer.prompt = answer.prompt or chunk.prompt_log_probs
             assert answer.reason is None, "nothing comes after the end"
             answer.reason = chunk.finish_reason
         router.check_integrity()

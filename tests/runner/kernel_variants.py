@@ -103,7 +103,8 @@ def serve(runner: ModelRunner, num_requests: int) -> None:
     router = Router(20000, NUM_ROWS, BATCH_MAX_TOKENS, num_requests, frozenset([2]))
     kinds = [
         {}, {}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, {"min_tokens": 2},
-        {"min_tokens": 2, "stop_token_ids": (4, 5, 6)}, {"presence_penalty": 0.5}, {"return_log_probs": True},
+        {"min_tokens": 2, "stop_token_ids": (4, 5, 6)}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)},
+        {"return_log_probs": True},
     ]  # fmt: skip
     submitted = 0
     while submitted < num_requests or router.has_work:

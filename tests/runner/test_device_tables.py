@@ -112,8 +112,8 @@ def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> No
         widths.append((tokens.shape, tokens.stride()))
         reference.apply_penalties(logits, tokens, *arguments)
 
-    sampler = Sampler(SimpleNamespace(apply_penalties=apply_penalties), 3, [2])
-    sampler.admit([0, 1], [SamplingParams(repetition_penalty=2.0)] * 2)
+    sampler = Sampler(SimpleNamespace(apply_penalties=apply_penalties), 3, [2], CPU)
+    sampler.admit([0, 1], [SamplingParams(repetition_penalty=2.0)] * 2, Staging(CPU))
     tables = DeviceTables(num_rows=3, max_length=131072, device=CPU)
     tables.token_ids[:2, :9] = 4
     logits = torch.tensor([[1.0, 1, 1, 1.5, 2, 1]] * 2)

@@ -5,11 +5,12 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.request import TOP_LOG_PROB, FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
@@ -59,8 +60,9 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
 @pytest.mark.parametrize("batch_max_tokens", [64, 7])
 def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None:
     everything = SamplingParams(
-        max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, presence_penalty=0.5,
+        max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
+        logit_bias=((7, 2.0), (50, -100.0)), top_logprobs=2,
     )  # fmt: skip
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
     sampling[::3] = [SamplingParams(max_tokens=30)] * 4
@@ -71,6 +73,7 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     for answer, expected in zip(answers, undisturbed, strict=True):
         assert (answer.token_ids, answer.reason) == (expected.token_ids, expected.reason)
         assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+        assert len(answer.top_log_probs) == len(expected.top_log_probs)
 
 
 def test_log_probs_are_the_models_own(engine, directory) -> None:
@@ -90,6 +93,21 @@ def test_log_probs_are_the_models_own(engine, directory) -> None:
         chosen = truth.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert torch.allclose(torch.tensor(answer.log_probs), chosen, atol=1e-4)
     assert answers[1].log_probs == answers[3].log_probs == []
+
+
+def test_the_likeliest_tokens_are_the_models_own(engine, directory) -> None:
+    """Beside requests that ask for none, or for others, and whatever changes the choice."""
+    plain = SamplingParams(max_tokens=6, ignore_eos=True, return_log_probs=True)
+    drawn = replace(plain, do_sample=True, temperature=2.0, seed=5, logit_bias=((9, 50.0),), top_logprobs=20)
+    sampling = [replace(plain, top_logprobs=3), replace(plain, return_log_probs=False), drawn, plain]
+    answers = run(engine, PROMPTS[:4], sampling, arrivals=[0, 0, 2, 3])
+    assert answers[1].top_log_probs == answers[3].top_log_probs == b""
+    for index, count in ((0, 3), (2, 20)):
+        pairs = np.frombuffer(answers[index].top_log_probs, TOP_LOG_PROB).reshape(6, count)
+        truth = transformers_logits(directory, PROMPTS[index], answers[index].token_ids).log_softmax(-1).topk(count)
+        assert pairs["token_id"].tolist() == truth.indices.tolist()
+        assert pairs["log_prob"] == pytest.approx(truth.values.numpy(), abs=1e-4)
+    assert np.frombuffer(answers[0].top_log_probs, TOP_LOG_PROB)["log_prob"][::3].tolist() == answers[0].log_probs
 
 
 def test_a_seeded_request_does_not_depend_on_its_neighbours(engine) -> None:
@@ -187,3 +205,21 @@ def test_the_setting_turns_the_prefix_cache_off(engine) -> None:
         router = build_router(EngineConfig(running_max_req_size=16, **config), engine.info, 4096, alike)
         run(engine, [[5] * 10], SamplingParams(max_tokens=3, ignore_eos=True), router=router)
         assert router.stats().kv_tokens_cached == kept
+
+
+def test_logit_biases_are_those_of_transformers(engine, directory) -> None:
+    """Greedy, beside the repetition penalty that comes after; and a row's next owner has none of them."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    free = SamplingParams(max_tokens=8, ignore_eos=True)
+    unbiased = run(engine, PROMPTS[:4], free)
+    biases = [{answer.token_ids[0]: -100.0, 50 + index: 9.0, 3: -0.5} for index, answer in enumerate(unbiased)]
+    params = [replace(free, logit_bias=tuple(one.items()), repetition_penalty=1.3) for one in biases]
+    answers = run(engine, PROMPTS[:4], [*params[:3], free], arrivals=[0, 1, 2, 2])
+    assert answers[3].token_ids == unbiased[3].token_ids
+    for prompt, answer, biased in zip(PROMPTS[:3], answers, biases, strict=False):
+        bias = processors.SequenceBiasLogitsProcessor({(token,): value for token, value in biased.items()})
+        penalty = processors.RepetitionPenaltyLogitsProcessor(1.3)
+        for index, logits in enumerate(transformers_logits(directory, prompt, answer.token_ids)):
+            ids = torch.tensor([[*prompt, *answer.token_ids[:index]]])
+            assert int(penalty(ids, bias(ids, logits[None])).argmax()) == answer.token_ids[index]
+    assert [answer.token_ids for answer in run(engine, PROMPTS[:4], free)] == [one.token_ids for one in unbiased]

@@ -4,9 +4,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lightllm_backend.request import FinishReason, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import TOP_LOG_PROB, FinishReason, RequestOptions, SamplingParams, TokenChunk
 from lightllm_backend.text.response import DecodeState, Response, ResponseDecoder
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
@@ -34,7 +35,9 @@ class Client:
         if self._travels:
             packed = self.decoder.state().pack()
             self.decoder = ResponseDecoder(self._tokenizer, DecodeState.unpack(packed))
-        return self.decoder.decode(TokenChunk("u", ids, log_probs or [], reason, num_prompt_tokens=3))
+        top_log_probs = np.array(list(zip(ids, log_probs or [], strict=False)), TOP_LOG_PROB).tobytes()
+        chunk = TokenChunk("u", ids, log_probs or [], reason, num_prompt_tokens=3, top_log_probs=top_log_probs)
+        return self.decoder.decode(chunk)
 
 
 ClientOf = Callable[[DecodeState], Client]
@@ -129,8 +132,10 @@ def test_log_probs_are_of_the_response_and_their_sum_of_all_so_far(client_of: Cl
     assert client.push(ids[:1], log_probs=[-0.5]) is None
     first = final(client.push(ids[1:], log_probs=[-0.25]))
     assert (first.output_log_probs, first.cumulative_logprob) == ([-0.5, -0.25], -0.75)
+    assert np.frombuffer(first.top_log_probs, TOP_LOG_PROB).tolist() == [(ids[0], -0.5), (ids[1], -0.25)]
     last = final(client.push(client.ids("a"), FinishReason.LENGTH, [-1.0]))
     assert (last.output_log_probs, last.cumulative_logprob) == ([-1.0], -1.75)
+    assert np.frombuffer(last.top_log_probs, TOP_LOG_PROB)["log_prob"].tolist() == [-1.0]
 
 
 def test_flush_gives_what_an_error_would_lose_once(client_of: ClientOf) -> None:

@@ -11,13 +11,13 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from lightllm_backend.triton_server import model_configs
-from lightllm_backend.triton_server.tensors import BATCHED_ENSEMBLE, BATCHED_OUTPUT_NAMES, MODEL_TENSORS
+from lightllm_backend.triton_server.tensors import BATCHED_ENSEMBLE, BATCHED_OUTPUT_NAMES, DIRECT_OUTPUTS, MODEL_TENSORS
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 STEPS = ("tokenizer", "generation", "detokenizer")
 
 # What generation takes from those who call it by itself, and gives them; the ensemble has no use for it.
-FOR_DIRECT_CALLERS = {"generation": {"sampling_parameters", "output_ids", "output_log_probs", "chunk"}}
+FOR_DIRECT_CALLERS = {"generation": {"sampling_parameters", *DIRECT_OUTPUTS}}
 
 
 def read_config(model: str) -> Any:

@@ -14,9 +14,17 @@ import pytest
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
 from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.options import options_to_plain
-from lightllm_backend.request import FinishReason, RequestError, RequestOptions, SamplingParams, TokenChunk
+from lightllm_backend.request import (
+    TOP_LOG_PROB,
+    FinishReason,
+    PromptLogProbs,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    TokenChunk,
+)
 from lightllm_backend.text.response import DecodeState, Response
-from lightllm_backend.triton_server import requests, responses
+from lightllm_backend.triton_server import requests, responders, responses
 from lightllm_backend.triton_server.requests import read_chunk, read_generation_request, token_id_bytes
 
 TOKENS_SEAL, CHUNK_SEAL = Seal(b"k" * 32, Purpose.TOKENS), Seal(b"k" * 32, Purpose.CHUNK)
@@ -48,6 +56,22 @@ def test_logprobs_are_as_vllm_backend_has_them() -> None:
         {"7": {"logprob": -0.5, "rank": None, "decoded_token": "<7 False>"}},
         {"2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"}},
     ]
+    likeliest = top_log_probs([(7, -0.5), (9, -1.5)], [(4, -0.25), (5, -1.75)])
+    assert logprobs(Response("ab", "", 3, [7, 2], [-0.5, -2.0], -2.5, top_log_probs=likeliest)) == [
+        {
+            "7": {"logprob": -0.5, "rank": 1, "decoded_token": "<7 False>"},
+            "9": {"logprob": -1.5, "rank": 2, "decoded_token": "<9 False>"},
+        },
+        {
+            "2": {"logprob": -2.0, "rank": None, "decoded_token": "<2 False>"},
+            "4": {"logprob": -0.25, "rank": 1, "decoded_token": "<4 False>"},
+            "5": {"logprob": -1.75, "rank": 2, "decoded_token": "<5 False>"},
+        },
+    ]
+
+
+def top_log_probs(*of_tokens: list[tuple[int, float]]) -> bytes:
+    return np.array(list(of_tokens), TOP_LOG_PROB).tobytes()
 
 
 def sending_request(sent: list[Any]) -> Any:
@@ -59,8 +83,10 @@ def sending_request(sent: list[Any]) -> Any:
 def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
     sent: list[Any] = []
     first = DecodeState(stop_words=("x",), prefix="Q: ")
-    responder = responses.GenerationResponder(sending_request(sent), "u", first, CHUNK_SEAL)
-    begun = TokenChunk("u", [7, 2**31 - 1], [-1.0, -0.1], num_prompt_tokens=3)
+    answers = responders.GenerationResponder.sender(sending_request(sent), RequestOptions(), CHUNK_SEAL)
+    responder = responders.GenerationResponder(answers, 0, "u", first, CHUNK_SEAL)
+    likeliest = top_log_probs([(1, -0.5)], [(2**31 - 1, -0.1)])
+    begun = TokenChunk("u", [7, 2**31 - 1], [-1.0, -0.1], num_prompt_tokens=3, top_log_probs=likeliest)
     ended = TokenChunk("u", [], [], FinishReason.FAILED, 3, error=RequestError("INTERNAL", "broken"))
     responder.send(begun, None, check_client=False)
     responder.send(ended, b"state", check_client=True)
@@ -80,13 +106,21 @@ def test_a_chunk_says_all_that_the_detokenizer_must_know() -> None:
 @pytest.mark.usefixtures("backend")
 def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
     sent: list[Any] = []
-    responder = responses.GenerationResponder(sending_request(sent), "u", DecodeState(), None)
-    responder.send(TokenChunk("u", [7], [], num_prompt_tokens=3), b"", check_client=True)
+    responder = responders.DirectResponder(
+        responders.DirectResponder.sender(sending_request(sent), RequestOptions()), 0
+    )
+    floats, ids = np.array([-0.5, -1.5], np.float32).tobytes(), np.array([3, 4], np.int32).tobytes()
+    scores, likeliest = PromptLogProbs(floats, ids, floats), top_log_probs([(1, -0.5), (7, -2.0)])
+    chunk = TokenChunk("u", [7], [-2.0], num_prompt_tokens=3, prompt_log_probs=scores, top_log_probs=likeliest)
+    responder.send(chunk, b"", check_client=True)
     tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in sent[0].inputs()}
     assert json.loads(tensors.pop("chunk")[0]) == {
         "uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""
     }  # fmt: skip
-    assert tensors == {"output_ids": [7], "output_log_probs": []}
+    assert tensors == {
+        "output_ids": [7], "output_log_probs": [-2.0], "top_token_ids": [1, 7], "top_log_probs": [-0.5, -2.0],
+        "prompt_log_probs": [-0.5, -1.5], "prompt_top_token_ids": [3, 4], "prompt_top_log_probs": [-0.5, -1.5],
+    }  # fmt: skip
 
 
 OPTIONS = RequestOptions(SamplingParams(max_tokens=3, seed=4), stream=True)
@@ -177,6 +211,69 @@ def test_a_timeout_of_another_type_is_refused(timeout: str, shown: str) -> None:
     with pytest.raises(RequestError) as refused:
         requests.read_deadline(request_of(f'{{"timeout": {timeout}}}'))
     assert str(refused.value) == f"INVALID_ARG: timeout is {shown}; allowed: an integer ≥ 0, of microseconds"
+
+
+def answered(stream: bool) -> tuple[list[Any], list[responders.GenerationResponder]]:
+    """What a request with three answers sends, as pairs of a response and whether it is final, and its responders."""
+    sent: list[Any] = []
+    sender = SimpleNamespace(send=lambda response=None, flags=0: sent.append((response, bool(flags))))
+    request = SimpleNamespace(get_response_sender=lambda: sender)
+    options = RequestOptions(SamplingParams(n=3), stream=stream)
+    answers = responders.GenerationResponder.sender(request, options, CHUNK_SEAL)
+    return sent, [
+        responders.GenerationResponder(answers, number, f"u/{number}", DecodeState(), CHUNK_SEAL) for number in range(3)
+    ]
+
+
+def last_chunk(number: int, error: RequestError | None = None) -> TokenChunk:
+    reason = FinishReason.FAILED if error else FinishReason.STOP
+    return TokenChunk(f"u/{number}", [] if error else [number], [], reason, 3, error=error)
+
+
+@pytest.mark.usefixtures("backend")
+def test_answers_that_stream_share_a_sender_and_the_last_end_is_final() -> None:
+    sent, each = answered(stream=True)
+    for number in (1, 0, 2):
+        each[number].send(TokenChunk("u", [number], []), None, check_client=False)
+    for number in (1, 0, 2):
+        each[number].send(last_chunk(number), b"", check_client=False)
+    assert [final for _, final in sent] == [False] * 5 + [True]
+    messages = [read_chunk(response, CHUNK_SEAL) for response, _ in sent]
+    assert [DecodeState.unpack(message.state).index for message in messages[:3]] == [1, 0, 2]
+
+
+@pytest.mark.usefixtures("backend")
+def test_answers_that_do_not_stream_come_in_one_response() -> None:
+    sent, each = answered(stream=False)
+    for number in (1, 2, 0):
+        each[number].send(last_chunk(number), None, check_client=False)
+    [(response, final)] = sent
+    messages = read_chunk(response, CHUNK_SEAL).all()
+    assert final
+    assert [message.chunk and message.chunk.token_ids for message in messages] == [[0], [1], [2]]
+    parts = [
+        Response("a", "stop", 3, [7, 8], [-1.0, -2.0], -3.0),
+        Response("b", "length", 3, [9], [-0.5], -0.5, index=1),
+    ]
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: "t")
+    made = {one.name(): one.as_numpy().tolist() for one in responses.answers_response(parts, tokenizer).inputs()}
+    assert (made["text_output"], made["sequence_index"], made["num_output_tokens"]) == ([b"a", b"b"], [0, 1], [2, 1])
+    assert (made["output_ids"], made["cumulative_logprob"]) == ([7, 8, 9], [-3.0, -0.5])
+    assert (made["num_input_tokens"], len(made["logprobs"])) == ([3], 2)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_one_answer_is_the_only_one(stream: bool) -> None:
+    sent, each = answered(stream)
+    for number in (1, 2, 0):
+        each[number].send(last_chunk(number, RequestError("CANCELLED", "late")), None, check_client=False)
+    [response] = [response for response, _ in sent if response is not None]
+    error = read_chunk(response, CHUNK_SEAL).chunk.error
+    assert error is not None
+    assert error.code == "CANCELLED"
+    assert [final for _, final in sent][-1]
+    assert len(sent) == 1 + stream
 
 
 @pytest.mark.usefixtures("backend")

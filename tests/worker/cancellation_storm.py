@@ -229,7 +229,7 @@ class Storm:
         deadline = None if seconds is None else time.monotonic() + seconds
         made: list[Client] = []
 
-        def responder_for(uid: str) -> Client:
+        def responder_for(uid: str, number: int) -> Client:
             if way not in (None, "gone in the ensemble"):
                 self._cancellable.add(uid)
             made.append(Client(self, uid, way, last + 1, chosen.randint(0, 60)))
@@ -238,7 +238,7 @@ class Storm:
         prompt = [chosen.randint(0, 9) for _ in range(length - 1)] + [last]
         options = RequestOptions(sampling, stream=chosen.random() < 0.8)
         text = TextStream(self.tokenizer, stops)
-        self.streams.submit(prompt, options, deadline, responder_for, way != "gone as a direct caller", text)
+        self.streams.submit(prompt, options, deadline, responder_for, way != "gone as a direct caller", lambda: text)
         return made[0]
 
     def act(self, client: Client) -> None:

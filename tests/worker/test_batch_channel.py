@@ -14,8 +14,9 @@ from lightllm_backend.router.batch import Admission, Batch
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
 
 EVERYTHING = SamplingParams(
-    max_tokens=7, do_sample=True, temperature=0.7, top_p=0.9, top_k=50, presence_penalty=0.1, frequency_penalty=0.2,
-    repetition_penalty=1.1, seed=2**64 - 1, min_tokens=3, ignore_eos=True, stop_words=("a", "ß"), return_log_probs=True,
+    max_tokens=7, do_sample=True, temperature=0.7, top_p=0.9, top_k=50, min_p=0.1, presence_penalty=0.1,
+    frequency_penalty=0.2, repetition_penalty=1.1, seed=2**64 - 1, min_tokens=3, ignore_eos=True, stop_words=("a", "ß"),
+    logit_bias=((5, -100.0), (70000, 0.5)), return_log_probs=True, top_logprobs=20,
 )  # fmt: skip
 
 

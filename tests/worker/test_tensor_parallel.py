@@ -17,6 +17,7 @@ from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.request import FinishReason, SamplingParams
 from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
+from tests.runner.test_prompt_scores import check
 from tests.worker.process_harness import TIMEOUT, configuration, started, workers
 
 MAX_TOKENS = 12
@@ -53,6 +54,9 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
         greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
         assert [answer.tokens for answer in greedy] == expected
         assert [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)] == sampled
+        asking = SamplingParams(max_tokens=0, prompt_logprobs=3)
+        for prompt, answer in zip(PROMPTS, engine.answer(PROMPTS, asking), strict=True):
+            check(directory, prompt, 3, answer.chunks[0].prompt_log_probs)
     assert workers() == []
     assert shared_memory() <= shared_before
 

@@ -25,6 +25,13 @@ def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: 
     return torch.where(in_prompt > 0, count + IN_PROMPT, count)
 
 
+def add_logit_bias(logits: Tensor, rows: Tensor, counts: Tensor, token_ids: Tensor, biases: Tensor) -> None:
+    entry = torch.arange(token_ids.shape[1], device=logits.device)
+    sequences, entries = (entry < counts[:, None]).nonzero(as_tuple=True)
+    places = rows[sequences].long(), entries
+    logits[sequences, token_ids[places].long()] += biases[places]
+
+
 def apply_penalties(
     logits: Tensor,
     tokens: Tensor,
@@ -57,21 +64,31 @@ def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
     return tokens
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
     tokens = logits.argmax(-1)
     is_drawn = temperature > 0
     if is_drawn.any():
         # A row without a finite maximum has no distribution to draw from.
         drawn = (is_drawn & logits.amax(-1).isfinite()).nonzero().squeeze(1)
         uniform = _uniform(seed[drawn], position[drawn])
-        tokens[drawn] = _draw(logits[drawn], temperature[drawn, None], top_k[drawn], top_p[drawn, None], uniform)
+        shares = top_p[drawn, None], min_p[drawn, None]
+        tokens[drawn] = _draw(logits[drawn], temperature[drawn, None], top_k[drawn], *shares, uniform)
     return tokens.to(torch.int32)
 
 
-def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     maximum = logits.amax(-1, keepdim=True)
     weights = torch.exp((logits - maximum) / temperature)
+    weights = torch.where(logits < maximum + temperature * min_p.log(), 0.0, weights)
     has_top_k = (top_k > 0) & (top_k < vocab_size)
     if has_top_k.any():
         last = torch.where(has_top_k, top_k, 1).long()
@@ -79,7 +96,7 @@ def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uni
         threshold = greatest.gather(1, last[:, None] - 1)
         weights = torch.where(has_top_k[:, None] & (logits < threshold), 0.0, weights)
     if (top_p < 1).any():
-        # Tokens that top-k has dropped have no weight and come last.
+        # Tokens that min-p and top-k have dropped have no weight and come last.
         kept = torch.where(weights > 0, logits, -torch.inf)
         needed = top_p.double() * weights.sum(-1, keepdim=True, dtype=torch.float64)
         threshold = _top_p_threshold(kept, maximum, temperature, needed)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Draws the next token: temperature, top-k and top-p without sorting, and a counter-based random number (Philox)."""
+"""Draws the next token: temperature, min-p, top-k and top-p without sorting, and a counted random number (Philox)."""
 
 import torch
 import triton
@@ -104,6 +104,7 @@ def sample_kernel(
     temperatures,
     top_ks,
     top_ps,
+    min_ps,
     seeds,
     positions,
     tokens,
@@ -122,6 +123,10 @@ def sample_kernel(
         temperature = tl.maximum(temperature, 1e-20)
         threshold = _order(tl.full([1], float("-inf"), dtype=tl.float32))
         threshold = tl.max(threshold, 0).to(tl.int64)
+        min_p = tl.load(min_ps + sequence)
+        if min_p > 0:
+            lowest = tl.zeros([1], dtype=tl.float32) + maximum + temperature * tl.log(min_p)
+            threshold = tl.max(_order(lowest), 0).to(tl.int64)
         highest = tl.max(_order(tl.zeros([1], dtype=tl.float32) + maximum), 0).to(tl.int64)
         top_k = tl.load(top_ks + sequence)
         if (top_k > 0) & (top_k < vocab_size):
@@ -140,7 +145,15 @@ def sample_kernel(
     tl.store(tokens + sequence, token)
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
     sequences, vocab_size = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
@@ -153,6 +166,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
         temperature,
         top_k,
         top_p,
+        min_p,
         seed,
         position,
         tokens,

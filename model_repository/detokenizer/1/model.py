@@ -14,7 +14,13 @@ from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.response import DecodeState, ResponseDecoder
 from lightllm_backend.triton_server.requests import read_chunk
-from lightllm_backend.triton_server.responses import KeptTensors, ServerSender, client_response, error_response
+from lightllm_backend.triton_server.responses import (
+    KeptTensors,
+    ServerSender,
+    answers_response,
+    client_response,
+    error_response,
+)
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, starting
 
 
@@ -55,17 +61,24 @@ class TritonPythonModel:
             sender.send(None, final=True)
             self.returns.send(Delivered(uid, None))
             return
-        decoder = ResponseDecoder(self.tokenizer, DecodeState.unpack(message.state))
+        decoder = self.decoder(message)
         if chunk.error is not None:
             held = decoder.flush()
             if held:
                 sender.send(client_response(held, self.tokenizer, self.kept_tensors), final=False)
             sender.send(error_response(chunk.error), final=True)
             return
+        if message.others:
+            responses = [self.decoder(one).decode(one.chunk) for one in message.all()]
+            sender.send(answers_response(responses, self.tokenizer), final=True)
+            return
         response = decoder.decode(chunk)
         sender.send(response and client_response(response, self.tokenizer, self.kept_tensors), final=True)
         if chunk.finish_reason is None:  # generation needs no acknowledgement of the last chunk
             self.returns.send(Delivered(uid, decoder.state().pack()))
+
+    def decoder(self, message):
+        return ResponseDecoder(self.tokenizer, DecodeState.unpack(message.state))
 
     def finalize(self):
         self.vitals.close()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generation step: submits token ids to the engine, another process, and sends its chunks on. Only I/O."""
 
+from functools import partial
+
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.generation.supervisor import EngineSupervisor
@@ -17,7 +19,8 @@ from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.triton_server.requests import is_probe, read_generation_request
-from lightllm_backend.triton_server.responses import GenerationResponder, ServerSender, error_response
+from lightllm_backend.triton_server.responders import DirectResponder, GenerationResponder
+from lightllm_backend.triton_server.responses import ServerSender, error_response
 from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
 
 CONNECT_SECONDS = 60.0  # generous, since the supervisor has already reported a ready engine
@@ -58,12 +61,18 @@ class TritonPythonModel:
     def submit(self, request):
         token_ids, options, deadline, context = read_generation_request(request, self.tokens_seal)
         in_ensemble = context is not None
-        text = TextStream.of(self.tokenizer, options, token_ids)
-        eos_ids = self.engine.wait_ready(timeout=0).eos_ids
-        state = DecodeState.of(options, eos_ids, context.prompt_text if in_ensemble else "", text)
+        new_text = partial(TextStream.of, self.tokenizer, options, token_ids)
+        if in_ensemble:
+            eos_ids = self.engine.wait_ready(timeout=0).eos_ids
+            state = DecodeState.of(options, eos_ids, context.prompt_text, new_text())
+            answers = GenerationResponder.sender(request, options, self.chunk_seal)
+        else:
+            answers = DirectResponder.sender(request, options)
 
-        def responder(uid):
-            return GenerationResponder(request, uid, state, self.chunk_seal if in_ensemble else None)
+        def responder(uid, number):
+            if in_ensemble:
+                return GenerationResponder(answers, number, uid, state, self.chunk_seal)
+            return DirectResponder(answers, number)
 
         ticket = context.ticket if in_ensemble else 0
         try:
@@ -73,7 +82,7 @@ class TritonPythonModel:
                 deadline,
                 responder,
                 flow_control=in_ensemble,
-                text=text,
+                new_text=new_text,
                 urgent=is_probe(request),
                 ticket=ticket,
             )

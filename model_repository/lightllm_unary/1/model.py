@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model for unary calls: encodes, submits to the ensemble's engine and decodes; one response per request."""
 
+from dataclasses import replace
+from functools import partial
+
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.messages.run_directory import engine_address, run_directory
@@ -9,7 +12,7 @@ from lightllm_backend.text.response import DecodeState, ResponseDecoder
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.triton_server.entrance import Entrance
 from lightllm_backend.triton_server.requests import is_probe
-from lightllm_backend.triton_server.responses import UnaryResponder
+from lightllm_backend.triton_server.responders import UnaryResponder
 from lightllm_backend.triton_server.setup import engine_config, known_lengths, load_tokenizer, make_metrics, starting
 
 
@@ -32,17 +35,21 @@ class TritonPythonModel:
 
     def submit(self, entered):
         options, prompt = entered.parsed.without_streaming().options, entered.prompt
-        text = TextStream.of(self.tokenizer, options, prompt.token_ids)
-        state = DecodeState.of(options, self.engine.wait_ready(timeout=0).eos_ids, prompt.echo, text)
-        decoder = ResponseDecoder(self.tokenizer, state)
-        responder = UnaryResponder(entered.request, decoder.decode, self.tokenizer)
+        new_text = partial(TextStream.of, self.tokenizer, options, prompt.token_ids)
+        eos_ids = self.engine.wait_ready(timeout=0).eos_ids
+        answers = UnaryResponder.sender(entered.request, options.sampling.n, self.tokenizer)
+
+        def responder(_uid, number):
+            state = replace(DecodeState.of(options, eos_ids, prompt.echo, new_text()), index=number)
+            return UnaryResponder(answers, number, ResponseDecoder(self.tokenizer, state).decode)
+
         self.streams.submit(
             prompt.token_ids,
             options,
             entered.deadline,
-            lambda uid: responder,
+            responder,
             flow_control=False,
-            text=text,
+            new_text=new_text,
             urgent=is_probe(entered.request),
         )
 
