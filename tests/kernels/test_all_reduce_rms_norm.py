@@ -201,7 +201,7 @@ def test_ranks_wait_for_each_other(tmp_path, device):
     root = Path(__file__).parents[2]
     processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=root) for rank in range(3)]
     try:
-        assert [process.wait(timeout=100) for process in processes] == [0, 0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
     finally:
         for process in processes:
             process.kill()

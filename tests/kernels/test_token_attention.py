@@ -116,7 +116,7 @@ def test_reference_variants_are_naive_attention(variant, shape):
 def test_kernel_variants_match_the_reference(variant, shape, splits, dtype, device, monkeypatch):
     for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
-    step = _step(CONTEXTS[2], shape, dtype, device, variant.int8, rotary_dim=8)
+    step = _step([70, 0, 35, 2], shape, dtype, device, variant.int8, rotary_dim=8)
     _check_kernel(*step, variant.options(step[1], shape[0]), TOLERANCE[dtype])
 
 
