@@ -16,7 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.request import MAX_ANSWERS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
+from lightllm_backend.request import (
+    AS_MANY_AS_FIT,
+    MAX_ANSWERS,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOG_PROBS,
+)
 
 MAX_STOP_WORDS = 32
 MAX_STOP_WORD_BYTES = 1024
@@ -248,8 +254,9 @@ OPTIONS: dict[str, Option] = {
         tensor=_BOOL, keys=("streaming",),
         help="Send the tokens as they come, in several responses.",
     ),
-    "max_tokens": _int(
-        1, MAX_INT32, "0 (with prompt_logprobs), or ", lowest=0, tensor=_INT32, keys=("max_new_tokens",),
+    "max_tokens": Option(
+        integer, f"-1 (as many as fit), 0 (with prompt_logprobs), or an integer from 1 to {MAX_INT32}",
+        lambda v: AS_MANY_AS_FIT <= v <= MAX_INT32, _INT32, keys=("max_new_tokens",),
         help="Tokens to generate at most; with the prompt at most max_req_total_len.",
     ),
     "do_sample": _bool(
@@ -371,6 +378,7 @@ _NO_BEAM_SEARCH = "there is no beam search"
 _NO_BEAMS = "of use in beam search only"
 _NO_CONSTRAINT = "output cannot be constrained"
 _NO_LOGITS = "logits are not returned"
+_BIAS_BY_ID = "logit_bias takes token ids"
 _NO_DRAFT = "there is no draft model"
 _NO_ADAPTER = "there are no LoRA adapters"
 
@@ -386,8 +394,8 @@ OTHERS: dict[str, Option] = {
     "early_stopping": _without_effect(boolean, "true or false", _NO_BEAMS),
     "pad_id": _without_effect(integer, "any integer", "nothing is padded", tensor=_INT32),
     "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
-    "embedding_bias_words": _empty("logits cannot be biased", texts, tensor=_STRINGS),
-    "embedding_bias_weights": _empty("logits cannot be biased", tensor=("FP32", -1)),
+    "embedding_bias_words": _empty(_BIAS_BY_ID, texts, tensor=_STRINGS),
+    "embedding_bias_weights": _empty(_BIAS_BY_ID, tensor=("FP32", -1)),
     "allowed_token_ids": _empty(_NO_CONSTRAINT),
     "guided_decoding": _empty(_NO_CONSTRAINT),
     "structured_outputs": _empty(_NO_CONSTRAINT),

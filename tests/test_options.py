@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -12,17 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightllm_backend.config import EngineConfig
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.option_table import ALL_OPTIONS, OPTIONS, OTHERS
 from lightllm_backend.options import (
     check_lengths,
     check_prompt_bytes,
     check_token_ids,
+    fitted,
     options_from_plain,
     options_to_plain,
     parse_request,
 )
-from lightllm_backend.request import RequestError, RequestOptions, SamplingParams
+from lightllm_backend.request import Request, RequestError, RequestOptions, SamplingParams
 
 
 def sampling(**values: Any) -> SamplingParams:
@@ -131,7 +134,7 @@ def test_exactly_one_prompt() -> None:
     [
         ("prompt_logprobs", [0, 20, -1, "7", 7.0, True, "false"], [21, -2, 1.5, "x", [1], {}, ""]),
         ("n", [1, 16, "2", 4.0], [0, 17, -1, 1.5, "x", True, [1]]),
-        ("max_tokens", [1, 2**31 - 1, "7", " 7 ", 7.0], [0, -1, 2**31, 1.5, "7.5", "x", True, [1], {}]),
+        ("max_tokens", [1, -1, 2**31 - 1, "7", " 7 ", 7.0], [0, -2, 2**31, 1.5, "7.5", "x", True, [1], {}]),
         ("temperature", [0, 0.0, 2, "0.5", 1e-9], [-0.1, float("nan"), float("inf"), "x", "nan", True, [0.5]]),
         ("top_p", [1e-6, 1, "0.5"], [0, -0.5, 1.5, float("nan"), float("inf"), "x", False]),
         ("top_k", [-1, 0, 1, "40", 3.0], [-2, 0.5, "x", True, 2**31]),
@@ -331,6 +334,7 @@ NEUTRAL: dict[str, tuple[list[Any], list[Any]]] = {
     "-1": ([-1, None], [0, 2, "x"]),
     "any number": ([0.5, 1, None], ["x", True]),
     "any integer": ([-1, 0, 50256, None], ["x", 0.5]),
+    "the value of n": ([1, "1", None], [0, 17, "x"]),
     "empty": (["", [], None], ["x", ["x"], 3]),
     "null": ([None], ["", 0, 1, -1]),
     "[any, 1.0]": ([[1, 1.0], [5, 1], None], [[1, 1.5], [1], 1.0, "x"]),
@@ -451,7 +455,7 @@ def test_an_unknown_name_gets_a_hint_and_the_list() -> None:
 
 def test_a_long_value_is_shown_short() -> None:
     message = refusal({"text_input": "a"}, json.dumps({"max_tokens": "9" * 5000}))
-    assert len(message) < 200
+    assert len(message) < 220
 
 
 def test_a_nested_value_is_refused() -> None:
@@ -581,3 +585,13 @@ def test_lengths_at_their_limits_and_beyond() -> None:
         with pytest.raises(RequestError) as error:
             check_lengths(num_input, max_tokens, limits)
         assert named in str(error.value)
+
+
+def test_as_many_tokens_as_fit() -> None:
+    limits = LengthLimits.of(EngineConfig(), 20)
+    asked = parse_request({"input_ids": [1, 2, 3], "max_tokens": -1, "min_tokens": 5}).options.sampling
+    request = Request("u", (1, 2, 3), asked)
+    assert fitted(request, limits) == replace(request, sampling=replace(asked, max_tokens=17))
+    assert fitted(replace(request, prompt_ids=(1,) * 20), limits).sampling.max_tokens == 1, "and the prompt is too long"
+    small = replace(request, sampling=replace(asked, max_tokens=5))
+    assert fitted(small, limits) is small

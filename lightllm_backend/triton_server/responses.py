@@ -51,43 +51,52 @@ def tokens_response(token_ids: list[int], context: EnsembleContext, seal: Seal) 
 
 def client_response(response: Response, tokenizer: Tokenizer, kept: KeptTensors | None = None) -> Any:
     """The response that a client reads. kept: tensors to use again, of the one thread that sends them."""
-    values = _values(response, tokenizer)
     if kept is None:
-        return _response(PUBLIC_OUTPUTS, values)
-    return pb_utils.InferenceResponse(output_tensors=[kept.tensor(name, value) for name, value in values.items()])
+        return _response(PUBLIC_OUTPUTS, _values(response, tokenizer))
+    return pb_utils.InferenceResponse(output_tensors=kept.tensors(response, tokenizer))
 
 
 def answers_response(responses: Sequence[Response], tokenizer: Tokenizer) -> Any:
     """The one response to a request with several answers, in order."""
     first, *others = (_values(response, tokenizer) for response in responses)
     for values in others:
-        for name in PUBLIC_OUTPUTS.keys() - PROMPT_OUTPUTS.keys() - {"num_input_tokens"}:
+        for name in PUBLIC_OUTPUTS.keys() - PROMPT_OUTPUTS.keys() - _OF_THE_PROMPT:
             first[name] = first[name] + values[name]
     return _response(PUBLIC_OUTPUTS, first)
 
 
 def _values(response: Response, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {**_new_values(response), **_common_values(response), **_asked_values(response, tokenizer)}
+
+
+def _new_values(response: Response) -> dict[str, Any]:
+    """What is seldom the same in two responses."""
+    return {"text_output": [response.text_output], "output_ids": response.output_ids}
+
+
+def _common_values(response: Response) -> dict[str, list[Any]]:
+    """What has one of a few values."""
     return {
-        "text_output": [response.text_output],
         "finish_reason": [response.finish_reason],
         "num_input_tokens": [response.num_input_tokens],
+        "num_cached_tokens": [response.num_cached_tokens],
         "num_output_tokens": [len(response.output_ids)],
-        "output_ids": response.output_ids,
+        "sequence_index": [response.index],
+    }
+
+
+def _asked_values(response: Response, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is empty, or 0, unless the request asks for it."""
+    return {
         "output_log_probs": response.output_log_probs,
         "cumulative_logprob": [response.cumulative_logprob],
         "logprobs": [_logprobs_json(response, tokenizer)],
         **_top_log_probs(response.top_log_probs),
-        "sequence_index": [response.index],
         **_prompt_values(response.prompt_log_probs),
     }
 
 
-# Outputs with few values, and what those have that nobody asked for.
-_REPEATED = frozenset(["finish_reason", "num_input_tokens", "num_output_tokens", "sequence_index"])
-_UNASKED: dict[str, Any] = {
-    "output_log_probs": [], "cumulative_logprob": [0.0], "logprobs": ["null"], "top_token_ids": [], "top_log_probs": [],
-    **dict.fromkeys(PROMPT_OUTPUTS, b""),
-}  # fmt: skip
+_OF_THE_PROMPT = frozenset(["num_input_tokens", "num_cached_tokens"])
 _MOST_KEPT = 512  # each takes some hundred bytes of shared memory
 
 
@@ -99,20 +108,27 @@ class KeptTensors:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, Any], Any] = {}
+        self._common: dict[tuple[str, Any], Any] = {}
+        self._unasked: list[Any] = []  # of a response whose request asks for nothing more
 
-    def tensor(self, name: str, value: Any) -> Any:
-        if name in _REPEATED:
-            key = (name, value[0])
-        elif _UNASKED.get(name) == value:
-            key = (name, None)
-        else:
-            return _tensor(PUBLIC_OUTPUTS, name, value)
-        tensor = self._kept.get(key)
+    def tensors(self, response: Response, tokenizer: Tokenizer) -> list[Any]:
+        tensors = [_tensor(PUBLIC_OUTPUTS, name, value) for name, value in _new_values(response).items()]
+        tensors += [self._common_tensor(name, value) for name, value in _common_values(response).items()]
+        asked = response.output_log_probs or response.cumulative_logprob or response.prompt_log_probs
+        if not asked and self._unasked:
+            return tensors + self._unasked
+        others = [_tensor(PUBLIC_OUTPUTS, name, value) for name, value in _asked_values(response, tokenizer).items()]
+        if not asked:
+            self._unasked = others
+        return tensors + others
+
+    def _common_tensor(self, name: str, value: list[Any]) -> Any:
+        key = (name, value[0])
+        tensor = self._common.get(key)
         if tensor is None:
-            if len(self._kept) >= _MOST_KEPT:
-                del self._kept[next(iter(self._kept))]  # the oldest
-            tensor = self._kept[key] = _tensor(PUBLIC_OUTPUTS, name, value)
+            if len(self._common) >= _MOST_KEPT:
+                del self._common[next(iter(self._common))]  # the oldest
+            tensor = self._common[key] = _tensor(PUBLIC_OUTPUTS, name, value)
         return tensor
 
 
@@ -192,6 +208,7 @@ def direct_response(chunk: TokenChunk) -> Any:
         "uid": chunk.uid,
         "finish_reason": chunk.finish_reason.value if chunk.finish_reason else "",
         "num_input_tokens": chunk.num_prompt_tokens,
+        "num_cached_tokens": chunk.num_cached_tokens,
         "error": "",
     }
     values = {

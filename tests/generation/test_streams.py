@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -471,8 +472,8 @@ def test_a_probe_counts_in_no_metric(engine: FakeEngine, tokenizer: Tokenizer) -
     observer, options = FakeObserver(), RequestOptions()
     streams = Streams(engine, observer)  # type: ignore[arg-type]
     for urgent in (True, False):
-        text = TextStream.of(tokenizer, options, [1, 2])
-        streams.submit([1, 2], options, None, lambda uid: FakeResponder(), False, text, urgent)
+        new_text = partial(TextStream.of, tokenizer, options, [1, 2])
+        streams.submit([1, 2], options, None, lambda uid, number: FakeResponder(), False, new_text, urgent)
     engine.make("u0", [5], FinishReason.CANCELLED)
     assert (observer.first, observer.ended) == ([], [])
     engine.make("u1", [5], FinishReason.LENGTH)

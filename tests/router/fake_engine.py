@@ -128,7 +128,7 @@ class EngineLoop:
 
 
 def submit(router: Router, request: Request) -> None:
-    """With a handle that is the uid, and the number of the answer, in another form."""
+    """With a handle that is the uid, of at most seven bytes, and the number of the answer, in another form."""
     router.submit(request, int.from_bytes(request.uid.encode(), "big") * MAX_ANSWERS)
 
 

@@ -208,16 +208,15 @@ class World:
         stats = self.router.stats()
         self.most_used = max(self.most_used, stats.kv_tokens_used)
         assert stats.kv_tokens_used <= self.conditions.capacity
-        outside = sum(life.outside for life in self.live.values())
-        assert stats.queued_requests + stats.running_requests + outside == len(self.live)
         self._note_preemptions(stats.preemptions_total)
         self.router.check_integrity()
-        if batch is None:
-            return
-        assert batch.lengths[batch.num_decodes :].sum() <= self.conditions.batch_max_tokens
-        assert len(batch.rows) <= self.conditions.max_running
-        self._check_admissions(batch)
-        self._in_flight.append((batch, self.runner.step(batch)))
+        if batch is not None:
+            assert batch.lengths[batch.num_decodes :].sum() <= self.conditions.batch_max_tokens
+            assert len(batch.rows) <= self.conditions.max_running
+            self._check_admissions(batch)
+            self._in_flight.append((batch, self.runner.step(batch)))
+        outside = sum(life.outside for life in self.live.values())  # others join with their first one's admission
+        assert stats.queued_requests + stats.running_requests + outside == len(self.live)
 
     def _check_admissions(self, batch: Batch) -> None:
         owners = self.router._table.owners
@@ -291,7 +290,7 @@ class World:
         # Among equals any may be chosen: the one that the Router has chosen is known by its end.
         lasts = [max(queues[tenant], key=Life.place) for tenant in longest]
         chosen = self.router._queue.displaced_by(Sequence(request, 0, 0, self.now, np.zeros(1)))
-        [displaced] = [life for life in lasts if chosen is not None and chosen.request is life.request]
+        [displaced] = [life for life in lasts if chosen is not None and chosen.request.uid == life.request.uid]
         return displaced
 
     def _end_early(self, uid: str, end: Callable[[str], None], reason: FinishReason) -> None:
@@ -330,7 +329,7 @@ def make_request(
     number: int, family: int, prompt_length: int, max_tokens: int, tenant: str, priority: int = 0,
     deadline: float | None = None, urgent: bool = False, **sampling: object,
 ) -> Request:  # fmt: skip
-    """Within a family, one prompt begins with another; the handle in outputs holds a uid of at most eight bytes."""
+    """Within a family, one prompt begins with another; the handle in outputs holds a uid of at most seven bytes."""
     prompt = tuple((family + position * position) % VOCABULARY for position in range(prompt_length))
     params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
     return Request(f"{number:x}", prompt, params, deadline, urgent, tenant, priority)

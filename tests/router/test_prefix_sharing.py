@@ -42,6 +42,8 @@ def test_a_prompt_that_is_known_is_not_computed_again(depth: int) -> None:
     # At least the last token of a prompt must be computed, since the next one is sampled behind it.
     assert computed(loop) == [20, 1, 5, 20]
     assert loop.router.stats().prompt_tokens_total == 46
+    told = [[chunk.num_cached_tokens for chunk in loop.chunks[uid]][:2] for uid in "abcd"]
+    assert told == [[0, 0], [19, 0], [20, 0], [0, 0]], "in the first chunk alone"
     assert_answered(loop, first, second, longer, other)
 
 

@@ -192,7 +192,7 @@ def test_a_much_longer_sequence_may_join_those_that_run(depth: int) -> None:
 def test_prefill_and_decode_both_progress_in_every_step(depth: int) -> None:
     loop = make_loop(depth, capacity=400, batch_max_tokens=4)
     for index in range(3):
-        loop.submit(make_request(f"running{index}", 1, max_tokens=40))
+        loop.submit(make_request(f"short{index}", 1, max_tokens=40))
     loop.step()
     for index in range(4):
         loop.submit(make_request(f"long{index}", 30, max_tokens=2))

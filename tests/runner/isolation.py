@@ -40,6 +40,7 @@ class Outcome:
 def mixed_requests(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts of three families and of none; greedy, sampled, with penalties and with log probabilities."""
     chosen = random.Random(seed)
+    extra = random.Random(seed + 1)  # of its own, so that prompts and lengths, which decide what is shared, stay
     families = [[chosen.randrange(3, 199) for _ in range(40)] for _ in range(3)]
     prompts, params = [], []
     for number in range(count):
@@ -47,17 +48,12 @@ def mixed_requests(count: int, seed: int) -> tuple[list[list[int]], list[Samplin
         own = [chosen.randrange(3, 199) for _ in range(chosen.randint(1, MAX_PROMPT - len(beginning)))]
         options: dict[str, Any] = {"max_tokens": chosen.randint(1, MAX_TOKENS), "ignore_eos": chosen.random() < 0.5}
         if chosen.random() < 0.5:
-            options |= {
-                "do_sample": True,
-                "temperature": 1.3,
-                "top_p": 0.95,
-                "min_p": chosen.choice([0.0, 0.02]),
-                "seed": number,
-            }
+            min_p = extra.choice([0.0, 0.02])
+            options |= {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "min_p": min_p, "seed": number}
         if chosen.random() < 0.3:
             options |= {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "return_log_probs": True}
-        if chosen.random() < 0.2:
-            options["logit_bias"] = tuple((token, chosen.uniform(-5.0, 5.0)) for token in chosen.sample(range(199), 9))
+        if extra.random() < 0.2:
+            options["logit_bias"] = tuple((token, extra.uniform(-5.0, 5.0)) for token in extra.sample(range(199), 9))
         prompts.append(beginning + own)
         params.append(SamplingParams(**options))
     return prompts, params

@@ -118,6 +118,6 @@ def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> No
     tables.token_ids[:2, :9] = 4
     logits = torch.tensor([[1.0, 1, 1, 1.5, 2, 1]] * 2)
     rows, lengths = np.array([0, 1], np.int32), np.array([5, 9], np.int32)
-    tokens, _ = sampler.sample(logits, rows, lengths, tables, Staging(CPU))
-    assert tokens.tolist() == [3, 3]
+    sampled = sampler.sample(logits, rows, lengths, tables, Staging(CPU))
+    assert sampled.token_ids.tolist() == [3, 3]
     assert widths == [((4, 9), (131072, 1))]

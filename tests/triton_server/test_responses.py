@@ -115,7 +115,7 @@ def test_a_direct_caller_of_generation_reads_what_concerns_it() -> None:
     responder.send(chunk, b"", check_client=True)
     tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in sent[0].inputs()}
     assert json.loads(tensors.pop("chunk")[0]) == {
-        "uid": "u", "finish_reason": "", "num_input_tokens": 3, "error": ""
+        "uid": "u", "finish_reason": "", "num_input_tokens": 3, "num_cached_tokens": 0, "error": ""
     }  # fmt: skip
     assert tensors == {
         "output_ids": [7], "output_log_probs": [-2.0], "top_token_ids": [1, 7], "top_log_probs": [-0.5, -2.0],
@@ -297,4 +297,4 @@ def test_kept_tensors_are_the_same_as_new_ones() -> None:
     first, second = (responses.client_response(made[0], tokenizer, kept).inputs() for _ in range(2))
     shared = {one.name() for one, other in zip(first, second, strict=True) if one is other}
     assert shared == set(responses.PUBLIC_OUTPUTS) - {"text_output", "output_ids"}
-    assert len(kept._kept) <= 512
+    assert len(kept._common) <= 512
