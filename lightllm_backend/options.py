@@ -27,7 +27,15 @@ from lightllm_backend.option_table import (
     Option,
     parse_json,
 )
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS, RequestError, RequestOptions, SamplingParams, as_tuples
+from lightllm_backend.request import (
+    AS_MANY_AS_FIT,
+    MAX_STOP_TOKEN_IDS,
+    Request,
+    RequestError,
+    RequestOptions,
+    SamplingParams,
+    as_tuples,
+)
 
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
@@ -95,7 +103,7 @@ def parse_request(
     values = {name: one.value for name, one in given.items()}
     _derive(values)
     sampling = SamplingParams(**{name: values[name] for name in _SAMPLING_NAMES if name in values})
-    if sampling.min_tokens > sampling.max_tokens:
+    if sampling.min_tokens > sampling.max_tokens != AS_MANY_AS_FIT:
         most = given["max_tokens"].key if "max_tokens" in given else "max_tokens"
         raise _invalid(
             f"{given['min_tokens'].key} is {sampling.min_tokens}; allowed: from 0 to {most} ({sampling.max_tokens})"
@@ -151,7 +159,7 @@ def options_from_plain(values: list[Any]) -> RequestOptions:
     sampling = SamplingParams(**{name: named[name] for name in _SAMPLING_NAMES})
     if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
         raise ValueError("max_tokens is 0 without prompt_logprobs")
-    if sampling.seed < 0 or sampling.min_tokens > sampling.max_tokens:
+    if sampling.seed < 0 or sampling.min_tokens > sampling.max_tokens != AS_MANY_AS_FIT:
         raise ValueError(f"the seed is {sampling.seed}, min_tokens {sampling.min_tokens}")
     return RequestOptions(sampling, **{name: named[name] for name in _OPTION_NAMES})
 
@@ -179,6 +187,15 @@ def check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> N
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise _invalid(f"{name} holds {token_id}; allowed: 0 ≤ id < {vocab_size}")
+
+
+def fitted(request: Request, limits: LengthLimits) -> Request:
+    """Replace a max_tokens of AS_MANY_AS_FIT by what fits behind the prompt, at least 1."""
+    sampling = request.sampling
+    if sampling.max_tokens != AS_MANY_AS_FIT:
+        return request
+    max_tokens = max(1, limits.max_total - len(request.prompt_ids))
+    return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
 
 def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None:

@@ -15,6 +15,7 @@ MAX_ANSWERS = 16
 # A likely token and its log probability, as numpy describes the bytes.
 TOP_LOG_PROB = [("token_id", "<i4"), ("log_prob", "<f4")]
 TOP_LOG_PROB_BYTES = 8
+AS_MANY_AS_FIT = -1  # of max_tokens, until the engine's client has replaced it
 
 
 class FinishReason(str, Enum):
@@ -185,6 +186,7 @@ class TokenChunk:
     prompt_log_probs: PromptLogProbs | None = None  # on the first chunk only, if the request asks for them
     # The likeliest tokens in place of each token id: packed TOP_LOG_PROBs [tokens, k], likeliest first; or none.
     top_log_probs: bytes = b""
+    num_cached_tokens: int = 0  # on the first chunk only: prompt tokens that the prefix cache had
 
     def first(self, count: int) -> TokenChunk:
         """The chunk with its first `count` tokens alone."""

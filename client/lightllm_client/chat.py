@@ -63,6 +63,11 @@ class ChatTemplate:
         adds_bos = _adds_bos(directory, config, special_tokens.get("bos_token"))
         return cls(_template_sources(directory, config), special_tokens, adds_bos)
 
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The text of each template, by its name."""
+        return self._sources
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

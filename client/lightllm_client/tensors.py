@@ -52,6 +52,7 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
+    num_cached_tokens: int = 0  # of the prompt, which the server's prefix cache had
     prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
     index: int = 0  # the number of the answer that the chunk belongs to, if n asks for several
     # For each token the likeliest ids with their log probabilities, likeliest first; empty unless top_logprobs.
@@ -72,6 +73,7 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int = 0
     prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
     top_log_probs: tuple[dict[int, float], ...] = ()
 
@@ -98,6 +100,7 @@ class Generation:
             num_output_tokens=sum(part.num_output_tokens for part in parts),
             top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
             prompt_log_probs=parts[0].prompt_log_probs,
+            num_cached_tokens=last.num_cached_tokens,
         )
 
 
@@ -142,6 +145,7 @@ def chunk_from_response(response: Any) -> Chunk:
         pairs = (tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True))
         return PromptLogProbs(tuple(log_probs.tolist()), tuple(pairs))
 
+    cached = result.as_numpy("num_cached_tokens")
     return Chunk(
         text=output("text_output")[0].decode("utf-8", errors="replace"),
         token_ids=tuple(output("output_ids").tolist()),
@@ -153,6 +157,8 @@ def chunk_from_response(response: Any) -> Chunk:
         top_log_probs=_top_log_probs(result),
         prompt_log_probs=prompt_log_probs(),
         index=int(output("sequence_index")[0]),
+        # Servers of version 0.2 do not tell.
+        num_cached_tokens=0 if cached is None else int(cached[0]),
     )
 
 

@@ -20,7 +20,7 @@ from lightllm_backend.messages.engine_messages import (
     Submit,
     Tokens,
 )
-from lightllm_backend.options import check_lengths, check_prompt_logprobs, check_token_ids
+from lightllm_backend.options import check_lengths, check_prompt_logprobs, check_token_ids, fitted
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
@@ -95,6 +95,7 @@ class EngineClient:
         that can never run. It never waits for the worker.
         """
         info = self.wait_ready(timeout=0)
+        request = fitted(request, info.lengths)
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
         check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
         check_token_ids("stop_token_ids (or end_id)", request.sampling.stop_token_ids, info.vocab_size)

@@ -259,4 +259,5 @@ def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
         top_log_probs=pending.top_log_probs + chunk.top_log_probs,
         queue_seconds=pending.queue_seconds,
         prompt_log_probs=pending.prompt_log_probs,
+        num_cached_tokens=pending.num_cached_tokens,
     )

@@ -142,15 +142,17 @@ def _pack_chunk(chunk: TokenChunk) -> tuple[Any, ...]:
         chunk.uid, chunk.token_ids, chunk.log_probs, reason, chunk.num_prompt_tokens, chunk.queue_seconds, error,
         chunk.prompt_log_probs,
         chunk.top_log_probs,
+        chunk.num_cached_tokens,
     )  # fmt: skip
 
 
 def _unpack_chunk(
     uid: str, token_ids: list[int], log_probs: list[float], reason: str | None, num_prompt_tokens: int,
     queue_seconds: float | None, error: str | None, prompt_log_probs: list[bytes] | None, top_log_probs: bytes,
+    num_cached_tokens: int,
 ) -> TokenChunk:  # fmt: skip
     return TokenChunk(
         uid, token_ids, log_probs, FinishReason(reason) if reason else None, num_prompt_tokens, queue_seconds,
         RequestError.parse(error) if error else None, PromptLogProbs(*prompt_log_probs) if prompt_log_probs else None,
-        top_log_probs,
+        top_log_probs, num_cached_tokens,
     )  # fmt: skip

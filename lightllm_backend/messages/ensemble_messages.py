@@ -51,7 +51,7 @@ class EnsembleContext:
         return cls(options_from_plain(options), prompt_text, deadline, ticket)
 
 
-_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool, list, bytes)
+_CHUNK_TYPES = (str, list, list, str, int, str, list, bytes, bool, bool, list, bytes, int)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class ChunkMessage:
                 self.chunk is None,
                 self.others,
                 chunk.top_log_probs,
+                chunk.num_cached_tokens,
             ),
             unicode_errors="replace",  # an error may tell what UTF-8 cannot spell
         )
@@ -92,7 +93,7 @@ class ChunkMessage:
         if type(values) is not list or tuple(map(type, values)) != _CHUNK_TYPES:
             raise ValueError("these are not the values of a chunk")
         uid, token_ids, log_probs, reason, num_prompt_tokens, error, prompt, state, check_client, probe, *rest = values
-        others, top_log_probs = rest
+        others, top_log_probs, num_cached = rest
         if probe:
             return cls(uid, None, state, check_client)
         if any(type(other) is not bytes for other in others):
@@ -100,6 +101,8 @@ class ChunkMessage:
         _check_tokens(token_ids, log_probs, top_log_probs)
         if num_prompt_tokens < 0:
             raise ValueError(f"the prompt has {num_prompt_tokens} tokens")
+        if not 0 <= num_cached <= num_prompt_tokens:
+            raise ValueError(f"{num_cached} of {num_prompt_tokens} tokens are cached")
         chunk = TokenChunk(
             uid,
             token_ids,
@@ -109,6 +112,7 @@ class ChunkMessage:
             error=RequestError.parse(error) if error else None,
             prompt_log_probs=_prompt_log_probs(prompt) if prompt else None,
             top_log_probs=top_log_probs,
+            num_cached_tokens=num_cached,
         )
         return cls(uid, chunk, state, check_client, tuple(others))
 

@@ -423,6 +423,7 @@ class Router:
         self._queue.start(sequence, sequence.known_length - prefix.length)
         if sequence.state is SequenceState.QUEUED:
             sequence.queue_seconds = self._clock() - sequence.arrival_time
+            sequence.num_cached_tokens = prefix.length
         copies, sequence.copies = sequence.copies, []
         for copy in copies:
             self._register(copy)

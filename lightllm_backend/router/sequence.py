@@ -43,6 +43,7 @@ class Sequence:
     state: SequenceState = SequenceState.QUEUED
     row: int | None = None
     queue_seconds: float | None = None  # set at admission; the first chunk takes it
+    num_cached_tokens: int = 0  # of the prompt, set at the first admission; the first chunk takes it
     # [n] the token ids to prefill: the prompt, and the tokens generated before a preemption. The request table has the
     # tokens that come later.
     known_ids: NDArray[np.int32] = field(init=False)
@@ -95,11 +96,20 @@ class Sequence:
     ) -> TokenChunk:
         """Make the next chunk of the answer. The first chunk carries what comes once."""
         waited, self.queue_seconds = self.queue_seconds, None
+        num_cached_tokens, self.num_cached_tokens = self.num_cached_tokens, 0
         scores, self.scores = self.scores, None
         request = self.request
         is_complete = bool(token_ids) or finish_reason is FinishReason.LENGTH
         prompt = PromptLogProbs(*(array.tobytes() for array in scores)) if scores and is_complete else None
-        num_prompt_tokens = len(request.prompt_ids)
         return TokenChunk(
-            request.uid, token_ids, log_probs, finish_reason, num_prompt_tokens, waited, error, prompt, top_log_probs
+            request.uid,
+            token_ids,
+            log_probs,
+            finish_reason,
+            len(request.prompt_ids),
+            waited,
+            error,
+            prompt,
+            top_log_probs,
+            num_cached_tokens,
         )

@@ -31,6 +31,7 @@ class DecodeState:
     cumulative_logprob: float = 0.0
     index: int = 0  # number of the answer among those to the same prompt
     held_top_log_probs: bytes = b""
+    num_cached_tokens: int = 0
 
     @classmethod
     def of(cls, options: RequestOptions, eos_ids: Sequence[int], prompt_text: str, text: TextStream) -> DecodeState:
@@ -70,7 +71,7 @@ class DecodeState:
 
 # The types of a DecodeState's values, with a text and without.
 _STATE_TYPES = tuple(
-    (list, int, bool, list, str, text, list, list, int, float, int, bytes) for text in (list, type(None))
+    (list, int, bool, list, str, text, list, list, int, float, int, bytes, int) for text in (list, type(None))
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class Response:
     prompt_log_probs: PromptLogProbs | None = None  # on the first response only, if the request asks for them
     index: int = 0  # number of the answer among those to the same prompt
     top_log_probs: bytes = b""  # packed TOP_LOG_PROBs [len(output_ids), k], or none
+    num_cached_tokens: int = 0
 
 
 class ResponseDecoder:
@@ -108,6 +110,7 @@ class ResponseDecoder:
         state.held_log_probs += chunk.log_probs
         state.held_top_log_probs += chunk.top_log_probs
         state.num_input_tokens = chunk.num_prompt_tokens
+        state.num_cached_tokens = state.num_cached_tokens or chunk.num_cached_tokens  # the first chunk tells
         state.cumulative_logprob += sum(chunk.log_probs)
         ids = chunk.token_ids
         if chunk.finish_reason is FinishReason.STOP and ids and ids[-1] in state.eos_ids:
@@ -141,6 +144,7 @@ class ResponseDecoder:
             prompt,
             state.index,
             state.held_top_log_probs,
+            state.num_cached_tokens,
         )
         state.prefix, state.held_ids, state.held_log_probs, state.held_top_log_probs = "", [], [], b""
         return response

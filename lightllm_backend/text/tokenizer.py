@@ -41,6 +41,7 @@ class Tokenizer(ABC):
     token_bytes: TokenBytes | None = None  # how much text a token stands for; None: no limit is known
     tokens_past_model: Mapping[int, str] = {}  # tokens without an embedding in the model; see `load`
     _special_ids: Mapping[str, int]  # the id of each special token, by its spelling
+    _all_special: frozenset[int]
     _any_special: re.Pattern[str]
 
     @staticmethod
@@ -61,22 +62,23 @@ class Tokenizer(ABC):
             tokenizer.tokens_past_model = {token_id: token for token_id, token in past_model.items() if token}
         return tokenizer
 
-    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+    def encode(self, text: str, parse_special: bool = True, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text, with BOS and EOS if the model's files ask for them.
 
-        If `parse_special` is false, the spelling of a special token counts as plain text.
+        If `add_special_tokens` is false, it gets neither. If `parse_special` is false, the spelling of a special token
+        counts as plain text.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text has a lone surrogate at character {error.start}") from error
-        token_ids = self._encode(text, parse_special)
+        token_ids = self._encode(text, parse_special, add_special_tokens)
         if self.tokens_past_model:
             self._check_model_has(token_ids)
         return token_ids
 
     @abstractmethod
-    def _encode(self, text: str, parse_special: bool) -> list[int]: ...
+    def _encode(self, text: str, parse_special: bool, add_special_tokens: bool) -> list[int]: ...
 
     @abstractmethod
     def token(self, token_id: int) -> str:
@@ -116,6 +118,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._all_special
+
     def spells_special(self, text: str) -> bool:
         """Whether a text contains the spelling of a special token."""
         return self._any_special.search(text) is not None
@@ -130,6 +135,7 @@ class Tokenizer(ABC):
 
     def _set_special(self, special_tokens: Mapping[int, str]) -> None:
         self._special_ids = {spelling: token_id for token_id, spelling in special_tokens.items() if spelling}
+        self._all_special = frozenset(self._special_ids.values())
         self._any_special = any_of(self._special_ids)
 
     def _check_model_has(self, token_ids: Iterable[int]) -> None:
@@ -239,11 +245,13 @@ class _JsonTokenizer(Tokenizer):
             )
         return None
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
+    def _encode(self, text: str, parse_special: bool, add_special_tokens: bool) -> list[int]:
         inner = self._inner if parse_special else self._without_special
         if len(text) < LONG_TEXT:
-            return inner.encode(text).ids
-        [encoding] = inner.encode_batch_fast([text])  # unlike `encode`, this releases the GIL
+            return inner.encode(text, add_special_tokens=add_special_tokens).ids
+        [encoding] = inner.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )  # unlike `encode`, this releases the GIL
         return list(encoding.ids)
 
     @property
@@ -333,8 +341,8 @@ class _SentencePieceTokenizer(Tokenizer):
         token = self.token(token_id)
         return token.encode() if token_id in self._added else spell_piece(token)
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        ids = list(self._head)
+    def _encode(self, text: str, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        ids = list(self._head) if add_special_tokens else []
         for piece in self._splitter.split(text, parse_special):
             if isinstance(piece, int):
                 ids.append(piece)
@@ -342,7 +350,7 @@ class _SentencePieceTokenizer(Tokenizer):
                 # sentencepiece puts a space before the text; only the first piece gets it.
                 with_prefix = piece.start == 0 or self._prefix_after_special
                 ids += (self._inner if with_prefix else self._without_prefix).encode(piece.text)
-        return ids + self._tail
+        return ids + self._tail if add_special_tokens else ids
 
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder:
         return self._spelling.decoder(skip_special_tokens)
@@ -364,8 +372,9 @@ class _TransformersTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._set_special({vocabulary[token]: token for token in self._inner.all_special_tokens if token in vocabulary})
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        return list(self._inner(text, split_special_tokens=not parse_special).input_ids)
+    def _encode(self, text: str, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        encoded = self._inner(text, split_special_tokens=not parse_special, add_special_tokens=add_special_tokens)
+        return list(encoded.input_ids)
 
     def token(self, token_id: int) -> str:
         return str(self._inner.convert_ids_to_tokens(token_id)) if 0 <= token_id < self.vocab_size else ""

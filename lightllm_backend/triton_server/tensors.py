@@ -26,6 +26,7 @@ PUBLIC_OUTPUTS: Tensors = {
     "text_output": ("STRING", -1),
     "finish_reason": ("STRING", -1),
     "num_input_tokens": ("INT32", 1),
+    "num_cached_tokens": ("INT32", 1),
     "num_output_tokens": ("INT32", -1),
     "output_ids": ("INT32", -1),
     "output_log_probs": ("FP32", -1),

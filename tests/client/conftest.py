@@ -137,6 +137,7 @@ def response(recorded: Recorded, start: int, end: int, finish_reason: str, numbe
     ):
         add(name, "BYTES", 1, struct.pack("<I", len(text.encode())) + text.encode())
     add("num_input_tokens", "INT32", 1, struct.pack("<i", 7))
+    add("num_cached_tokens", "INT32", 1, struct.pack("<i", 2))
     add("num_output_tokens", "INT32", 1, struct.pack("<i", len(indices)))
     add("output_ids", "INT32", len(indices), np.array(indices, np.int32).tobytes())
     add("output_log_probs", "FP32", len(log_probs), np.array(log_probs, np.float32).tobytes())

@@ -42,6 +42,7 @@ def test_generate_returns_the_whole_answer(client, fake_server):
         finish_reason="length",
         num_input_tokens=7,
         num_output_tokens=8,
+        num_cached_tokens=2,
     )
     assert fake_server.requests[0].model == "lightllm"
     assert fake_server.requests[0].tensors["stream"] == ("BOOL", [1], [False])

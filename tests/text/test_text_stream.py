@@ -181,8 +181,8 @@ class Windowed(Tokenizer):
         self.vocab_size = 512
         self._set_special({0: "<unk>", 1: "<s>", 2: "</s>", 3: "<pad>"})
 
-    def _encode(self, text: str, parse_special: bool) -> list[int]:
-        return BYTE_LEVEL.encode(text, parse_special)
+    def _encode(self, text: str, parse_special: bool, add_special_tokens: bool) -> list[int]:
+        return BYTE_LEVEL.encode(text, parse_special, add_special_tokens)
 
     def token(self, token_id: int) -> str:
         return BYTE_LEVEL.token(token_id)

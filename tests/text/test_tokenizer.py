@@ -96,6 +96,16 @@ def test_special_tokens_are_tokens_only_if_they_may_be():
     assert tokenizer.decode([2], skip_special_tokens=False) == "</s>"
 
 
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+@pytest.mark.parametrize("text", ["Hello world", "<s>at the start", "a long text " * 100])
+def test_special_tokens_around_a_text_can_be_left_out(mode: str, text: str):
+    tokenizer = Tokenizer.load(DATA / "llama", mode)
+    bos, *rest = tokenizer.encode(text)
+    assert tokenizer.is_special(bos)
+    assert not tokenizer.is_special(rest[-1])
+    assert tokenizer.encode(text, add_special_tokens=False) == rest
+
+
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text])
 def test_sentencepiece_alone_encodes_as_sentencepiece(model_dir, text: str):
     tokenizer = Tokenizer.load(model_dir("llama", remove=("tokenizer.json",)))
