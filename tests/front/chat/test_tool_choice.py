@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tool_choice becomes what the template gets, and the schema that a forced call follows."""
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from lightllm_backend.front.chat.tool_choice import ToolChoice, read_tool_choice
+from lightllm_backend.front.errors import ApiError
+
+TREE = {
+    "type": "object",
+    "properties": {"root": {"$ref": "#/$defs/Node"}, "kind": {"enum": [{"$ref": "#"}]}},
+    "required": ["root"],
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}},
+            "required": ["value"],
+        }
+    },
+}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "plant", "parameters": TREE}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_who_may_call() -> None:
+    assert read_tool_choice(None, None) == read_tool_choice([], "auto") == ToolChoice()
+    assert read_tool_choice(TOOLS, "none") == ToolChoice()
+    assert read_tool_choice(TOOLS, None) == read_tool_choice(TOOLS, "auto") == ToolChoice(TOOLS)
+    assert read_tool_choice(TOOLS, None).names == {"plant", "now"}
+
+
+CALL = {"name": "plant", "parameters": {"root": {"value": 1, "next": {"value": 2}}, "kind": {"$ref": "#"}}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "several", "good", "bad"),
+    [
+        ("required", True, [[CALL], [CALL, {"name": "now", "parameters": {}}]], [[], CALL, [{"name": "now"}]]),
+        ("required", False, [CALL, {"name": "now", "parameters": {}}], [[CALL], {"name": "then", "parameters": {}}]),
+        (
+            named("plant"),
+            True,
+            [CALL],
+            [{"name": "now", "parameters": {}}, {**CALL, "parameters": {"root": {"value": "1"}}}, {**CALL, "x": 1}],
+        ),
+    ],
+)
+def test_a_forced_call_follows_a_schema(choice: Any, several: bool, good: list[Any], bad: list[Any]) -> None:
+    schema = read_tool_choice(TOOLS, choice, several).schema
+    assert [follows(schema, value) for value in (*good, *bad)] == [True] * len(good) + [False] * len(bad)
+
+
+def follows(schema: Any, value: Any) -> bool:
+    """Whether the library that constrains the output lets a model write this value."""
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = tokenizer.tokenize_str(json.dumps(value))
+    return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "field", "words"),
+    [
+        (None, "required", "tool_choice", "tools is empty"),
+        (TOOLS, named("then"), "tool_choice", "the function plant, the function now"),
+        (TOOLS, "always", "tool_choice", "none, auto, required"),
+        (TOOLS, {"type": "allowed_tools"}, "tool_choice", "none, auto, required"),
+        ([TOOLS[1], TOOLS[1]], "auto", "tools", "different names"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tools: Any, choice: Any, field: str, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as refused:
+        read_tool_choice(tools, choice)
+    assert (refused.value.status, refused.value.param) == (400, field)
