@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes of LightLLM's API: /generate, /generate_stream, /health, /healthz, /token_load and /tokens.
+
+Errors have LightLLM's form, `{"message": …}`, and what the request has wrong its status 417. Of what LightLLM has no
+answer for, a full queue or a server that has no engine, the status is that of the rest of the front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
+from starlette.responses import JSONResponse, Response
+
+from lightllm_backend.front.answers import CLIENT_GONE, ClientGone, EventStream, until_hang_up
+from lightllm_backend.front.errors import ApiError, from_engine
+from lightllm_backend.front.lightllm.answers import TokenEntries, body_of, event, to_event, to_json
+from lightllm_backend.front.lightllm.parameters import (
+    GenerateRequest,
+    read_boolean,
+    read_generate_request,
+    refusal,
+)
+from lightllm_backend.front.state import Front, front_of, tenant_of
+from lightllm_backend.option_table import parse_json
+from lightllm_backend.options import check_prompt_bytes, show
+from lightllm_backend.request import RequestError
+from lightllm_backend.text.tokenizer import LONG_TEXT
+from lightllm_backend.text.tokenizer_settings import TokenizerError
+from lightllm_client import AsyncChunkStream, Chunk, Generation, LightLLMError
+
+
+class _Route(APIRoute):
+    """A route whose errors are LightLLM's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (ApiError, LightLLMError, RequestError, TokenizerError) as error:
+                failed = _api_error(error)
+                return JSONResponse({"message": failed.message}, failed.status, failed.headers)
+            except ClientGone:
+                return Response(status_code=CLIENT_GONE)
+
+        return handle
+
+
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, LightLLMError):
+        error = from_engine(error)
+    if not isinstance(error, ApiError):  # the prompt or a parameter is wrong
+        return ApiError(HTTPStatus.EXPECTATION_FAILED, error.message if isinstance(error, RequestError) else str(error))
+    if error.status == HTTPStatus.BAD_REQUEST:
+        error.status = HTTPStatus.EXPECTATION_FAILED
+    return error
+
+
+router = APIRouter(route_class=_Route, tags=["LightLLM"])
+
+
+def _body_of(**properties: Any) -> dict[str, Any]:
+    """Describe a JSON body, which the handlers read themselves: LightLLM's clients need not name its content type."""
+    schema = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+_GENERATE_BODY = _body_of(
+    inputs={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]},
+    parameters={"type": "object"},
+    multimodal_params={"type": "object"},
+)
+
+
+@router.post("/generate", openapi_extra=_GENERATE_BODY)
+async def generate(request: Request) -> Response:
+    """Answer a prompt."""
+    front = front_of(request)
+    asked = read_generate_request(await _json_body(request), tenant_of(request))
+    return await until_hang_up(request, _generate(front, asked))
+
+
+@router.post("/generate_stream", openapi_extra=_GENERATE_BODY)
+async def generate_stream(request: Request) -> Response:
+    """Answer a prompt with an event for each token."""
+    front = front_of(request)
+    asked = read_generate_request(await _json_body(request), tenant_of(request))
+    if asked.n != 1:
+        raise refusal(f"n is {asked.n}; allowed: 1 (a stream has one answer)")
+    stream = front.client.stream(await _prompt(front, asked), **asked.options_of(0, with_log_probs=True))
+    first = await anext(stream)  # an error before it is the whole answer
+    return EventStream(_events(_entries_of(front, asked), first, stream))
+
+
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
+@router.get("/healthz")
+async def health(request: Request) -> Response:
+    """Say whether the server works."""
+    try:
+        await front_of(request).client.health()
+    except LightLLMError:
+        return JSONResponse({"message": "Error"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    return JSONResponse({"message": "Ok"})
+
+
+@router.get("/token_load")
+async def token_load(request: Request) -> Response:
+    """Say how full the KV pool is, from 0 to 1."""
+    load = await front_of(request).engine_load.read()
+    used, total = load["kv_tokens_used"], load["kv_tokens_total"]
+    if used is None or not total:
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine does not tell its load")
+    # LightLLM estimates the load to come as well; this engine admits a request only if it fits to its end.
+    return JSONResponse(dict.fromkeys(("current_load", "logical_max_load", "dynamic_max_load"), used / total))
+
+
+@router.get("/tokens", include_in_schema=False)
+@router.post("/tokens", openapi_extra=_body_of(text={"type": "string"}, parameters={"type": "object"}))
+async def tokens(request: Request) -> Response:
+    """Count the tokens of a text."""
+    body = await _json_body(request)
+    for name in body:
+        if name not in ("text", "parameters", "multimodal_params"):
+            raise refusal(f"{show(name)} is not a field; allowed: text, parameters")
+    text, parameters = body.get("text"), body.get("parameters") or {}
+    if not isinstance(text, str):
+        raise refusal(f"text is {show(text)}; allowed: a string")
+    if not isinstance(parameters, dict) or not parameters.keys() <= {"add_special_tokens"}:
+        raise refusal(f"parameters is {show(parameters)}; allowed: an object with add_special_tokens, or empty")
+    add_special_tokens = read_boolean(parameters, "add_special_tokens", True)
+    return JSONResponse({"ntokens": len(await _encode(front_of(request), text, add_special_tokens))})
+
+
+async def _json_body(request: Request) -> dict[str, Any]:
+    try:
+        body = parse_json((await request.body()).decode())
+    except ValueError as error:
+        raise refusal(f"the body is not JSON ({error}); allowed: a JSON object") from None
+    if not isinstance(body, dict):
+        raise refusal(f"the body is {show(body)}; allowed: a JSON object")
+    return body
+
+
+async def _encode(front: Front, text: str, add_special_tokens: bool) -> list[int]:
+    check_prompt_bytes(len(text.encode(errors="replace")), front.config.max_prompt_bytes)
+    if len(text) < LONG_TEXT:
+        return front.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(front.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+async def _prompt(front: Front, asked: GenerateRequest) -> str | tuple[int, ...]:
+    """Return the prompt for the engine, which puts special tokens around every text."""
+    if isinstance(asked.prompt, str) and not asked.add_special_tokens:
+        return tuple(await _encode(front, asked.prompt, add_special_tokens=False))
+    return asked.prompt
+
+
+async def _generate(front: Front, asked: GenerateRequest) -> Response:
+    prompt = await _prompt(front, asked)
+    tasks = [asyncio.create_task(_answer(front, asked, prompt, number)) for number in range(asked.n)]
+    try:
+        answers = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    entries = [entries for _, entries in answers] if asked.return_details else []
+    return Response(to_json(body_of([whole for whole, _ in answers], entries)), media_type="application/json")
+
+
+async def _answer(
+    front: Front, asked: GenerateRequest, prompt: str | tuple[int, ...], number: int
+) -> tuple[Generation, list[dict[str, Any]]]:
+    """Return the answer `number`, and the entries of its tokens if the request wants them."""
+    options = asked.options_of(number, with_log_probs=asked.return_details)
+    if not asked.return_details:
+        return await front.client.generate(prompt, **options), []
+    async with front.client.stream(prompt, **options) as stream:
+        chunks = [chunk async for chunk in stream]
+    maker = _entries_of(front, asked)
+    return Generation.join(chunks), [entry for chunk in chunks for entry in maker.take(chunk)]
+
+
+def _entries_of(front: Front, asked: GenerateRequest) -> TokenEntries:
+    return TokenEntries(front.tokenizer, asked.options.get("skip_special_tokens", True))
+
+
+async def _events(maker: TokenEntries, first: Chunk, stream: AsyncChunkStream) -> AsyncGenerator[bytes, None]:
+    async with stream:
+        try:
+            chunk: Chunk | None = first
+            while chunk is not None:
+                entries = maker.take(chunk)
+                for entry in entries:
+                    is_last = entry is entries[-1]
+                    yield event(entry, chunk.finish_reason if is_last and chunk.finish_reason else None)
+                chunk = await anext(stream, None)
+        except LightLLMError as error:
+            yield to_event({"message": from_engine(error).message})
