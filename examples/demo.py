@@ -45,9 +45,10 @@ def free_ports(count: int) -> list[int]:
 
 def start_server(ports: list[int]) -> subprocess.Popen[bytes]:
     """The launch command with the embedded model, whatever the environment names."""
-    http_port, grpc_port, metrics_port = map(str, ports)
+    http_port, grpc_port, metrics_port, openai_port = map(str, ports)
     command = [sys.executable, "-m", "lightllm_backend.serve", "--model_dir", "", "--host", "127.0.0.1"]
     command += ["--http_port", http_port, "--grpc_port", grpc_port, "--metrics_port", metrics_port]
+    command += ["--openai_port", openai_port]
     return subprocess.Popen(command)
 
 
@@ -92,10 +93,16 @@ def curl_call(prompt: str) -> str:
     return f"curl -N 127.0.0.1:8000/v2/models/lightllm/generate_stream -d {shlex.quote(body)}"
 
 
+def openai_call() -> str:
+    """The same question to OpenAI's API as a command for the terminal."""
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": MAX_TOKENS, "temperature": 0})
+    return f"curl 127.0.0.1:9000/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
 def main() -> int:
     """Run the demo; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the server is stopped
-    ports = free_ports(3)
+    ports = free_ports(4)
     server = start_server(ports)
     try:
         with LightLLMClient(f"127.0.0.1:{ports[1]}", timeout=120) as client:
@@ -104,6 +111,8 @@ def main() -> int:
             prompt = ask(client)
         print("The same, from a server that `./build.sh serve` runs, with curl:\n")
         print(f"{curl_call(prompt)}\n")
+        print("in OpenAI's API, of `./build.sh serve --openai_port 9000`:\n")
+        print(f"{openai_call()}\n")
         print("and in Python, with .venv activated:\n")
         print(PYTHON_CALL, flush=True)
         return 0

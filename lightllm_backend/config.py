@@ -9,12 +9,14 @@ environment, so this file reads two sources. The config is immutable and holds n
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
 PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch command's probes
+API_KEY_VARIABLE = "LIGHTLLM_API_KEY"  # API keys of the front; no setting, since every user can read command lines
 
 TOKENIZER_MODES = ("auto", "slow")
 # The APIs of Triton server that change or read what belongs to all clients, as its options spell them.
@@ -22,6 +24,7 @@ ADMINISTRATION_APIS = ("logging", "model-repository", "shared-memory", "trace")
 
 # Environment variables with the prefix that are not settings: paths, a debug mode, and versions for build.sh.
 _OTHER_VARIABLES = {
+    "API_KEY",
     "CACHE",
     "IMAGE",
     "LAUNCHER",
@@ -52,7 +55,7 @@ def _count(default: int | None, help: str, least: int = 1) -> Any:
     return _setting(default, help, f"a whole number ≥ {least}", lambda value: value >= least)
 
 
-def _port(default: int, help: str) -> Any:
+def _port(default: int | None, help: str) -> Any:
     return _setting(default, help, "a port, 1 … 65535", lambda value: 1 <= value <= 65535)
 
 
@@ -150,6 +153,37 @@ class EngineConfig:
     http_port: int = _port(8000, "HTTP port (launch command only)")
     grpc_port: int = _port(8001, "gRPC port (launch command only)")
     metrics_port: int = _port(8002, "metrics port (launch command only)")
+    openai_port: int | None = _port(
+        None, "port of the front: OpenAI's API, LightLLM's and the page (default: no front)"
+    )
+    front_processes: int = _count(1, "processes of the front, which share its port")
+    served_model_name: str | None = _setting(
+        None,
+        "name of the model in OpenAI's API (default: the name of its directory)",
+        "a name that is not empty",
+        lambda v: v.strip() != "",
+    )
+    api_key_file: str | None = _setting(
+        None, f"file with the front's API keys, one a line; also: {API_KEY_VARIABLE} (default: none is asked for)"
+    )
+    cors_origins: tuple[str, ...] | None = _setting(
+        None,
+        "origins whose pages may call the front, comma-separated (default: the front's own)",
+        "* or origins like https://example.com, separated by commas",
+        lambda v: all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in v),
+    )
+    tool_call_parser: str = _choice(
+        "auto",
+        "form of the tool calls in the model's text (auto: by its chat template)",
+        "auto",
+        "hermes",
+        "llama3",
+        "none",
+    )
+    reasoning_parser: str = _choice(
+        "auto", "form of the reasoning in the model's text (auto: by its chat template)", "auto", "think", "none"
+    )
+    max_body_bytes: int = _count(8 << 20, "maximum size of a request to the front, in bytes")
     restart: int = _count(3, "starts of a new server after failures in a row (launch command only)", 0)
     shutdown_timeout_s: float = _setting(
         30.0,
@@ -180,6 +214,11 @@ class EngineConfig:
                 raise _unknown(variable, "the environment")
             values[key.lower()] = value
         return cls(**{key: _parse(key, value) for key, value in values.items() if value != ""})
+
+    def local_address(self, port: int) -> str:
+        """Return the address of a port for a client on this machine, also if the server listens on all interfaces."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def environment(self) -> dict[str, str]:
         """Return the settings that differ from the defaults, as environment variables for `build`."""

@@ -27,10 +27,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lightllm_backend.config import ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
+from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
+from lightllm_backend.launch.fronts import check_front, front_environment
 from lightllm_backend.launch.server import Launch
 from lightllm_backend.launch.service import Service
 from lightllm_backend.messages.run_directory import RunDirectoryError, check_run_directory
@@ -96,6 +97,7 @@ def prepare(
     ModelConfig.from_directory(model_dir).check_ranks(config.tp)
     load_tokenizer(model_dir, config)
     check_ports(config)
+    check_front(config)
     server_arguments = [
         f"--model-repository={repository}",
         *(f"--{service}-address={config.host}" for service in ("http", "grpc", "metrics")),
@@ -106,18 +108,23 @@ def prepare(
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
         *arguments,  # the last value of a repeated option wins
     ]
+    # Only the front needs its keys.
+    without_keys = {name: value for name, value in merged.items() if name != API_KEY_VARIABLE}
     argv, server_environment = tritonserver.command(
         server_arguments,
-        {**merged, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python, PROBE_KEY_VARIABLE: secrets.token_hex(16)},
+        {**without_keys, f"{ENVIRONMENT_PREFIX}WORKER_PYTHON": python, PROBE_KEY_VARIABLE: secrets.token_hex(16)},
     )
-    return Launch(config, model_dir, argv, server_environment)
+    front = front_environment(config, model_dir, environment) if config.openai_port is not None else {}
+    return Launch(config, model_dir, argv, server_environment, front)
 
 
 def check_ports(config: EngineConfig) -> None:
     """Check the ports now: the server would notice an occupied port only minutes later, with the model loaded."""
-    ports = {name: getattr(config, name) for name in ("http_port", "grpc_port", "metrics_port")}
+    names = ("http_port", "grpc_port", "metrics_port", "openai_port")
+    ports = {name: port for name in names if (port := getattr(config, name)) is not None}
     if len(set(ports.values())) < len(ports):
-        raise ServeError(f"{', '.join(f'{name} is {port}' for name, port in ports.items())}; allowed: three ports")
+        given = ", ".join(f"{name} is {port}" for name, port in ports.items())
+        raise ServeError(f"{given}; allowed: {'three' if len(ports) == 3 else 'four'} ports")
     for name, port in ports.items():
         try:
             family, kind, _, _, address = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM)[0]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
@@ -29,11 +29,11 @@ class Launch:
     model_dir: Path
     argv: list[str]
     environment: dict[str, str]
+    front_environment: dict[str, str] = field(default_factory=dict)
 
     def address(self, port: int) -> str:
-        """Return the address of a port for a client on this machine, also if the server listens on all interfaces."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        """Return the address of a port for a client on this machine."""
+        return self.config.local_address(port)
 
 
 class Server:

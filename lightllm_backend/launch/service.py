@@ -18,6 +18,7 @@ from lightllm_backend.config import PROBE_KEY_VARIABLE
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.launch import health
 from lightllm_backend.launch.closing import EngineCloser, Progress, wait_delivered
+from lightllm_backend.launch.fronts import Fronts
 from lightllm_backend.launch.health import Health, http_call
 from lightllm_backend.launch.server import STOP_SECONDS, Launch, Server
 from lightllm_backend.launch.slow_readers import limit_unread_seconds
@@ -44,6 +45,7 @@ class Service:
         self._launch = launch
         self._say = say
         self._address = launch.address(launch.config.http_port)
+        self._fronts: Fronts | None = None
         self._signals = 0
         self._code = STOPPED
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -51,6 +53,18 @@ class Service:
 
     def run(self) -> int:
         """Serve until the end; return the exit code."""
+        try:
+            if self._launch.config.openai_port is not None:
+                self._fronts = Fronts(self._launch.config, self._launch.front_environment, self._say)
+            return self._run_servers()
+        except OSError as error:
+            self._say(f"error: the front cannot be started: {error}")
+            return FAILED
+        finally:
+            self._stop_fronts(0.0)
+
+    def _run_servers(self) -> int:
+        """Run one server after the other; return the exit code."""
         failures, restart, has_served = 0, self._launch.config.restart, False
         while True:
             seconds = self._run_server()
@@ -163,10 +177,17 @@ class Service:
             closer.close_engine(reason)
         if self._signals == 1:
             wait_delivered(server.directory, TELL_SECONDS)
+        self._stop_fronts(TELL_SECONDS if self._signals == 1 else 0.0)
         seconds = STOP_SECONDS if self._signals == 1 else 0.0
         if not server.stop(seconds) and seconds:
             self._say(f"tritonserver did not end within {seconds:g} s and was killed")
         return STOPPED if is_drained else CUT
+
+    def _stop_fronts(self, seconds: float) -> None:
+        """Stop the front, which passes on within `seconds` what the server has answered."""
+        fronts, self._fronts = self._fronts, None
+        if fronts:
+            fronts.stop(seconds)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._signals += 1
@@ -202,6 +223,7 @@ def summary(launch: Launch, info: EngineInfo) -> Table:
         "at once": f"at most {config.running_max_req_size:,} requests, {config.max_queue_size:,} more in the queue",
         "HTTP": f"http://{launch.address(config.http_port)}/v2/models/lightllm",
         "gRPC": launch.address(config.grpc_port),
+        **({} if config.openai_port is None else {"front": f"http://{launch.address(config.openai_port)}/v1"}),
         "metrics": f"http://{launch.address(config.metrics_port)}/metrics",
     }
     table = Table(show_header=False)

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import safetensors.torch
 import tokenizers
@@ -18,6 +19,7 @@ import transformers
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_client import LightLLMClient
+from tests.e2e.front import FrontProcess
 from tests.e2e.server import TritonServer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -88,6 +90,17 @@ def small_server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def client(server: TritonServer) -> Iterator[LightLLMClient]:
     with LightLLMClient(server.grpc_url, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a front beside `server`."""
+    front = FrontProcess(server, tmp_path_factory.mktemp("front") / "log")
+    try:
+        with httpx.Client(base_url=front.wait_ready().url, timeout=120, trust_env=False) as client:
+            yield client
+    finally:
+        front.stop()
 
 
 @pytest.fixture(scope="session")

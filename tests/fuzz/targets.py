@@ -20,6 +20,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.front.lightllm.parameters import LIGHTLLM_PARAMETERS, MAX_ANSWERS, read_generate_request
 from lightllm_backend.messages.channel import Channel, Message, frame_of
 from lightllm_backend.messages.engine_messages import Cancel, Submit, Tokens
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
@@ -36,6 +37,7 @@ from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server.setup import repository_parameters
 from lightllm_client.chat import ChatTemplate, ChatTemplateError
+from lightllm_client.tensors import infer_request
 from tests.fuzz.values import damaged, integers, json_texts, json_values, mutated, scalars, texts
 
 DATA = Path(__file__).parents[1] / "data"
@@ -383,6 +385,24 @@ def check_pbtxt(directory: Path, data: bytes) -> None:
         readable(error)
 
 
+# The front's requests in LightLLM's form
+
+_lightllm_parameters = mutated({"max_new_tokens": 3, "do_sample": True}, LIGHTLLM_PARAMETERS)
+_lightllm_bodies = mutated({"inputs": "a"}, ("parameters", "multimodal_params")) | st.fixed_dictionaries(
+    {"inputs": st.just("a") | json_values, "parameters": _lightllm_parameters}
+)
+
+
+def check_lightllm_body(body: dict[str, Any]) -> None:
+    """A body that is accepted becomes a request that the client can send."""
+    try:
+        asked = read_generate_request(body)
+        infer_request("lightllm", asked.prompt, True, asked.options_of(0, True))
+        assert 1 <= asked.n <= MAX_ANSWERS
+    except RequestError as error:
+        readable(error, "INVALID_ARG: ")
+
+
 TARGETS = {
     "options": Target(_requests, check_options),
     "channel": Target(_frames, check_frame),
@@ -395,5 +415,6 @@ TARGETS = {
     "chat": Target(_chats, check_chat),
     "chat files": Target(_tokenizers, in_directory(check_chat_files)),
     "settings": Target(_settings, check_settings),
+    "LightLLM's API": Target(_lightllm_bodies, check_lightllm_body),
     "config.pbtxt": Target(damaged(_PBTXT), in_directory(check_pbtxt)),
 }

@@ -18,6 +18,7 @@ import pytest
 
 from lightllm_backend.launch.guard import identity
 from tests.launch.command_line import options
+from tests.launch.conftest import free_ports
 from tests.polling import poll
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +168,26 @@ def test_it_says_what_was_chosen_and_stops_when_it_is_asked_to(
     assert "error" not in command.log()
     assert set((tmp_path / "closed").read_text().splitlines()) == {"the server is shutting down, True"}
     assert command.has_left_nothing()
+
+
+def test_the_front_runs_beside_it(start: Start) -> None:
+    [port] = free_ports(1)
+    command = start(openai_port=port)
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(20)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return False
+            probe.sendall(b"GET /v1/models HTTP/1.1\r\nhost: front\r\nconnection: close\r\n\r\n")
+            return probe.recv(100).startswith(b"HTTP/1.1 200")
+
+    assert command.says("curl")
+    assert f"http://127.0.0.1:{port}/v1" in command.log()
+    assert poll(answers, 60), command.log()
+    command.process.terminate()
+    assert command.process.wait(20) == 0
+    assert not answers()
 
 
 # Replaced

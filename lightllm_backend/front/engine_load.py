@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's load, as Triton server's metrics endpoint tells it. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import re
+import time
+
+MAX_AGE_S = 1.0  # however many pages are open, Triton server is asked once in so long
+ANSWER_SECONDS = 2.0  # a server that has not answered by then counts as down
+MAX_BYTES = 4 << 20
+GAUGES = ("running_requests", "queued_requests", "kv_tokens_used", "kv_tokens_cached", "kv_tokens_total")
+
+
+class EngineLoad:
+    """Reads the metrics at host:port, at most once in MAX_AGE_S seconds."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._reading = asyncio.Lock()
+        self._read_at = -MAX_AGE_S
+        self._load: dict[str, int | bool | None] = {}
+
+    async def read(self) -> dict[str, int | bool | None]:
+        """Return `up`, whether the engine takes requests, and the values of GAUGES; None is what nobody knows."""
+        async with self._reading:
+            if time.monotonic() >= self._read_at + MAX_AGE_S:
+                self._load = load_from_metrics(await asyncio.to_thread(_metrics, self._address))
+                self._read_at = time.monotonic()
+            return self._load
+
+
+def load_from_metrics(text: str) -> dict[str, int | bool | None]:
+    """Pick the engine's load from metrics in Prometheus' text format."""
+    samples = dict(re.findall(r"^lightllm_(\w+)(?:\{\})? (\S+)$", text, re.MULTILINE))
+    gauges = {name: int(float(samples[name])) if name in samples else None for name in GAUGES}
+    return {"up": float(samples["engine_up"]) == 1 if "engine_up" in samples else None, **gauges}
+
+
+def _metrics(address: str) -> str:
+    """Return the metrics' text, or "" if the server does not answer."""
+    connection = http.client.HTTPConnection(address, timeout=ANSWER_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read(MAX_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()

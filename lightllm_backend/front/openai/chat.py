@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from lightllm_backend.front.answers import EventStream, until_hang_up
+from lightllm_backend.front.chat.deltas import Delta, DeltaParser
+from lightllm_backend.front.chat.deltas import Message as Parsed
+from lightllm_backend.front.chat.parsers import make_parser
+from lightllm_backend.front.chat.tool_choice import ToolChoice, read_tool_choice
+from lightllm_backend.front.errors import ERROR_RESPONSES, ApiError, refusal
+from lightllm_backend.front.openai.events import Events, choice_json, text_json
+from lightllm_backend.front.openai.generate import Job, Usage
+from lightllm_backend.front.openai.logprobs import chat_logprobs
+from lightllm_backend.front.openai.models import check_model
+from lightllm_backend.front.openai.sampling import engine_options, seeds, supported
+from lightllm_backend.front.openai.schema import ChatCompletionRequest, Message, NamedTool
+from lightllm_backend.front.state import Front, front_of, tenant_of
+from lightllm_backend.request import AS_MANY_AS_FIT
+from lightllm_client import Chunk, Generation
+from lightllm_client.chat import ChatTemplateError
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+# Names that `ChatTemplate.render` and the templates' own variables have taken.
+_TAKEN = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "self",
+}
+
+
+@router.post("/chat/completions", response_model=None, responses=ERROR_RESPONSES)
+async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation."""
+    front = front_of(request)
+    check_model(front, body.model)
+    choice = _tool_choice(front, body)
+    options = _options(body, tenant_of(request), choice)
+    prompt = render(front, body, choice)
+    job = Job(front, [prompt], options, seeds(body, body.n or 1), "chatcmpl")
+
+    def parser() -> DeltaParser:
+        return make_parser(
+            _template_text(front),
+            prompt,
+            choice,
+            front.config.tool_call_parser,
+            front.config.reasoning_parser,
+            is_constrained="structured_output" in options,
+        )
+
+    if body.stream:
+        return EventStream(_events(job, body, parser))
+    answers = await until_hang_up(request, job.whole())
+    return JSONResponse(_answer(job, body, answers, parser))
+
+
+def _tool_choice(front: Front, body: ChatCompletionRequest) -> ToolChoice:
+    """Read what the model may call, and must."""
+    choice = read_tool_choice(
+        None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools],
+        body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice,
+        several=body.parallel_tool_calls is not False,
+    )
+    if choice.tools is not None and choice.schema is None and "tools" not in _template_text(front):
+        names = ", ".join(sorted(choice.names))
+        raise refusal("tools", names, "none, since the model's chat template has no place for tools")
+    return choice
+
+
+def _template_text(front: Front) -> str:
+    return "\n".join(front.chat_template.sources.values()) if front.chat_template is not None else ""
+
+
+def render(front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str:
+    """Return the prompt of a conversation; raise ApiError 400 if the model's template refuses it."""
+    if front.chat_template is None:
+        raise ApiError(400, f"the model has no chat template: {front.no_chat_template}", "messages")
+    variables = dict(body.chat_template_kwargs or {})
+    if taken := _TAKEN & variables.keys():
+        raise refusal("chat_template_kwargs", sorted(taken)[0], "variables of the template, without the others' names")
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    try:
+        return front.chat_template.render(
+            [_plain(message) for message in body.messages],
+            body.add_generation_prompt,
+            tools=choice.tools,
+            documents=body.documents,
+            continue_final_message=bool(body.continue_final_message),
+            chat_template=body.chat_template,
+            **variables,
+        )
+    except ChatTemplateError as error:
+        raise ApiError(400, f"messages: {error}", "messages") from None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """Return a message as templates know it: its content is text, and the arguments of calls are objects."""
+    plain = message.model_dump(exclude_none=True)
+    if isinstance(message.content, list):
+        plain["content"] = "\n".join(part.text or part.refusal or "" for part in message.content)
+    for call in plain.get("tool_calls", ()):
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            try:
+                call["function"]["arguments"] = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                raise refusal(
+                    "messages.tool_calls.function.arguments", arguments, "the text of a JSON object"
+                ) from None
+    return plain
+
+
+def _options(body: ChatCompletionRequest, tenant: str, choice: ToolChoice) -> dict[str, Any]:
+    given = [number for number in (body.max_completion_tokens, body.max_tokens) if number is not None]
+    options = engine_options(body, given[0] if given else AS_MANY_AS_FIT, tenant)
+    if body.top_logprobs and not body.logprobs:
+        raise refusal("top_logprobs", body.top_logprobs, "0, unless logprobs is true")
+    if body.logprobs:
+        options["return_log_probs"] = True
+        if body.top_logprobs:
+            options["top_logprobs"] = body.top_logprobs
+    if choice.schema is not None:
+        given_choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+        name = supported("structured_output", "tool_choice", given_choice, "none or auto")
+        if name in options:
+            raise refusal("tool_choice", "required", "none or auto beside a field that constrains the answer")
+        options[name] = json.dumps({"json_schema": choice.schema})
+    return options
+
+
+def _logprobs(job: Job, body: ChatCompletionRequest, part: Chunk | Generation) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    return chat_logprobs(job.front.token_texts, part.token_ids, part.log_probs, part.top_log_probs)
+
+
+def _finish_reason(reason: str, has_calls: bool) -> str:
+    return "tool_calls" if has_calls and reason == "stop" else reason
+
+
+def _answer(
+    job: Job, body: ChatCompletionRequest, answers: list[Generation], make: Callable[[], DeltaParser]
+) -> dict[str, Any]:
+    usage = Usage(len(job.seeds))
+    choices = []
+    for index, answer in enumerate(answers):
+        usage.add(index, answer)
+        parser = make()
+        message = Parsed.join(_shown(body, parser.feed(answer.text) + parser.finish()))
+        choices.append(
+            {
+                "index": index,
+                "message": message.to_plain(),
+                "logprobs": _logprobs(job, body, answer),
+                "finish_reason": _finish_reason(answer.finish_reason, message.tool_calls is not None),
+            }
+        )
+    return {
+        "id": job.id,
+        "object": "chat.completion",
+        "created": job.created,
+        "model": job.front.model_name,
+        "choices": choices,
+        "usage": usage.as_json(),
+    }
+
+
+def _shown(body: ChatCompletionRequest, deltas: list[Delta]) -> list[Delta]:
+    if body.include_reasoning is False:
+        return [delta for delta in deltas if not delta.reasoning_content]
+    return deltas
+
+
+async def _events(
+    job: Job, body: ChatCompletionRequest, make: Callable[[], DeltaParser]
+) -> AsyncGenerator[bytes, None]:
+    usage = Usage(len(job.seeds))
+    events = Events(job, "chat.completion.chunk", body, usage)
+    parsers: dict[int, DeltaParser] = {}
+    callers: set[int] = set()  # the answers that call tools
+    async for index, chunk in job.chunks():
+        usage.add(index, chunk)
+        # What one chunk of the engine gives is sent together: the role at first, the text, the end at last.
+        parts = []
+        if index not in parsers:
+            parsers[index] = make()
+            parts.append(choice_json(index, '"delta": {"role": "assistant", "content": ""}', "", None))
+        deltas = parsers[index].feed(chunk.text)
+        if chunk.finish_reason:
+            deltas += parsers[index].finish()
+        logprobs = _logprobs(job, body, chunk) if chunk.token_ids else None
+        contents = [_delta_json(delta) for delta in _shown(body, deltas)]
+        if not contents and logprobs is not None:  # of text that is held back
+            contents = ['"delta": {}']
+        for content in contents:
+            parts.append(choice_json(index, content, "", logprobs))
+            logprobs = None
+        if any(delta.tool_call is not None for delta in deltas):
+            callers.add(index)
+        if chunk.finish_reason:
+            reason = _finish_reason(chunk.finish_reason, index in callers)
+            parts.append(choice_json(index, '"delta": {}', reason, None))
+        if parts:
+            yield "".join(map(events.event, parts)).encode()
+    yield events.last()
+
+
+def _delta_json(delta: Delta) -> str:
+    if delta.content:
+        return f'"delta": {{"content": {text_json(delta.content)}}}'
+    return f'"delta": {json.dumps(delta.to_plain(), ensure_ascii=False)}'

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of OpenAI's API, and vLLM's, as options of the engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightllm_backend.front.errors import ApiError, refusal
+from lightllm_backend.front.openai.schema import SamplingFields
+from lightllm_client.options import DATATYPES
+
+# Fields that are options of the engine by the same name.
+_SAME = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "allowed_token_ids",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "priority",
+)
+
+
+def engine_options(body: SamplingFields, max_tokens: int, tenant: str) -> dict[str, Any]:
+    """Translate a body's fields; raise ApiError 400 for one that the engine does not support."""
+    # OpenAI's default is to sample; the engine's own is to take the likeliest token.
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 1.0}
+    if body.temperature is not None:
+        options["temperature"] = body.temperature
+    for name in _SAME:
+        value = getattr(body, name)
+        if value is not None:
+            options[supported(name, name, value)] = value
+    if body.stop:
+        options["stop_words"] = [body.stop] if isinstance(body.stop, str) else [word for word in body.stop if word]
+    if body.logit_bias:
+        options["logit_bias"] = json.dumps(body.logit_bias)
+    if constraint := _constraint(body):
+        field, value = constraint
+        options[supported("structured_output", field, value)] = json.dumps(value)
+    if tenant:
+        options["tenant"] = tenant
+    return options
+
+
+def seeds(body: SamplingFields, number: int) -> list[int | None]:
+    """Return a seed for each of the copies of an answer: `seed`, `seed` + 1 and so on, or None to draw them."""
+    if body.seed is None:
+        return [None] * number
+    return [(body.seed + copy) % 2**64 for copy in range(number)]
+
+
+def supported(option: str, field: str, value: Any, allowed: str = "nothing") -> str:
+    """Return the name of an option of the engine; raise ApiError 400 by the field's name if the engine lacks it."""
+    if option not in DATATYPES:
+        raise refusal(field, value, f"{allowed}, since the engine does not support it")
+    return option
+
+
+def _constraint(body: SamplingFields) -> tuple[str, dict[str, Any]] | None:
+    """Return the field that constrains the answer, and the constraint: an object with the one key of its kind."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if (form := body.response_format) is not None and form.type != "text":
+        if form.type == "json_object":
+            found.append(("response_format", {"json_object": True}))
+        elif form.json_schema is None or form.json_schema.schema_ is None:
+            raise ApiError(
+                400, "response_format.json_schema.schema is missing; allowed: a JSON schema", "response_format"
+            )
+        else:
+            found.append(("response_format", {"json_schema": form.json_schema.schema_}))
+    if body.structured_outputs is not None:
+        given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+        for name, value in given.items():
+            found.append((f"structured_outputs.{name}", _of_kind(name, value, f"structured_outputs.{name}")))
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(body, f"guided_{name}")
+        if value is not None:
+            found.append((f"guided_{name}", _of_kind(name, value, f"guided_{name}")))
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise ApiError(400, f"{names} are given together; allowed: one of them", found[1][0])
+    return found[0] if found else None
+
+
+def _of_kind(name: str, value: Any, field: str) -> dict[str, Any]:
+    if name != "json":
+        return {name: value}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise refusal(field, value, "a JSON schema, as an object or as text") from None
+    return {"json_schema": value}

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/chat/completions over a pretended engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lightllm_backend.front.state import Front
+from lightllm_client.chat import ChatTemplate
+from lightllm_client.options import DATATYPES
+from tests.front.pretended import Caller, PretendedClient, chunk
+
+PATH = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def test_the_whole_answer(call: Caller, client: PretendedClient) -> None:
+    answer = call.post(PATH, {**HELLO, "model": "tiny"}).json()
+    assert answer["object"] == "chat.completion"
+    message = {"role": "assistant", "content": "Hello", "refusal": None}
+    assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert client.calls == [("<user>Hi\n<assistant>", {"max_tokens": -1, "temperature": 1.0})]
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason(call: Caller) -> None:
+    events = call.events(PATH, HELLO)
+    assert [(event["choices"][0]["delta"], event["choices"][0]["finish_reason"]) for event in events] == [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "Hel"}, None),
+        ({"content": "lo"}, None),
+        ({}, "stop"),
+    ]
+
+
+def test_what_the_template_gets(call: Caller, client: PretendedClient) -> None:
+    def prompt(*messages: dict[str, Any], **fields: Any) -> str:
+        response = call.post(PATH, {"messages": list(messages), **fields})
+        assert response.status_code == 200, response.text
+        text: str = client.calls[-1][0]
+        return text
+
+    user = {"role": "user", "content": "Hi"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    function = {"name": "f", "arguments": '{"x": 7}'}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    assert prompt(parts) == "<user>a\nb\n<assistant>"
+    assert prompt(user, called) == "<user>Hi\n<assistant>7\n<assistant>"
+    assert prompt(user, tools=[tool]) == "<user>Hi\ntools=1\n<assistant>"
+    assert prompt(user, tools=[tool], tool_choice="none") == "<user>Hi\n<assistant>"
+    assert prompt(user, chat_template_kwargs={"extra": "e"}) == "<user>Hi\ne<assistant>"
+    assert prompt(user, add_generation_prompt=False) == "<user>Hi\n"
+    continued = prompt(user, {"role": "assistant", "content": "So"}, continue_final_message=True)
+    assert continued == "<user>Hi\n<assistant>So"
+
+
+def test_max_completion_tokens_goes_before_max_tokens(call: Caller, client: PretendedClient) -> None:
+    call.post(PATH, {**HELLO, "max_tokens": 3, "max_completion_tokens": 4})
+    assert client.calls[0][1]["max_tokens"] == 4
+
+
+def test_log_probabilities(call: Caller, client: PretendedClient) -> None:
+    client.items = [chunk("a", 65, finish_reason="stop", log_probs=(-0.5,))]
+    [choice] = call.post(PATH, {**HELLO, "logprobs": True}).json()["choices"]
+    [entry] = choice["logprobs"]["content"]
+    assert (entry["logprob"], entry["top_logprobs"]) == (-0.5, [])
+    assert bytes(entry["bytes"]).decode() == entry["token"]
+    assert call.refusal(PATH, {**HELLO, "top_logprobs": 2})["param"] == "top_logprobs"
+    client.items = [replace(client.items[0], top_log_probs=({66: -0.25, 65: -0.5},))]
+    [choice] = call.post(PATH, {**HELLO, "logprobs": True, "top_logprobs": 2}).json()["choices"]
+    [entry] = choice["logprobs"]["content"]
+    assert [top["logprob"] for top in entry["top_logprobs"]] == [-0.25, -0.5]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+THINKING = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}{# <tool_call> </think> #}"
+CALL = '<tool_call>{"name": "f", "arguments": {"x": 7}}</tool_call>'
+
+
+@pytest.fixture
+def thinking(front: Front, client: PretendedClient) -> Caller:
+    """A model that thinks, then says something, then calls a function."""
+    text = f"<think>So.</think>Yes.\n{CALL}"
+    client.items = [chunk(piece, 65) for piece in (text[:9], text[9:30], text[30:])]
+    client.items.append(chunk("", 66, finish_reason="stop"))
+    return Caller(replace(front, chat_template=ChatTemplate(THINKING, {})))
+
+
+def test_reasoning_and_tool_calls_of_the_whole_answer(thinking: Caller) -> None:
+    [choice] = thinking.post(PATH, {**HELLO, "tools": [TOOL]}).json()["choices"]
+    [called] = choice["message"].pop("tool_calls")
+    assert choice["message"] == {
+        "role": "assistant", "content": "Yes.", "refusal": None, "reasoning_content": "So.",
+    }  # fmt: skip
+    assert called == {"id": called["id"], "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}
+    assert choice["finish_reason"] == "tool_calls"
+    [choice] = thinking.post(PATH, {**HELLO, "include_reasoning": False}).json()["choices"]
+    assert choice["message"] == {"role": "assistant", "content": f"Yes.\n{CALL}", "refusal": None}
+    assert choice["finish_reason"] == "stop"
+
+
+def test_reasoning_and_tool_calls_of_a_stream(thinking: Caller) -> None:
+    choices = [event["choices"][0] for event in thinking.events(PATH, {**HELLO, "tools": [TOOL]})]
+    deltas = [choice["delta"] for choice in choices]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "So."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
+    head, *rest = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert (head["index"], head["type"], head["function"]) == (0, "function", {"name": "f", "arguments": ""})
+    assert head["id"].startswith("call_")
+    assert "".join(call["function"]["arguments"] for call in rest) == '{"x": 7}'
+    assert (deltas[-1], choices[-1]["finish_reason"]) == ({}, "tool_calls")
+
+
+def test_log_probabilities_of_text_that_is_held_back(thinking: Caller, client: PretendedClient) -> None:
+    client.items = [chunk("<tool", 65, log_probs=(-0.5,)), chunk("!", 66, finish_reason="stop", log_probs=(-0.25,))]
+    choices = [event["choices"][0] for event in thinking.events(PATH, {**HELLO, "tools": [TOOL], "logprobs": True})]
+    entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+    assert [entry["logprob"] for entry in entries] == [-0.5, -0.25]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "<tool!"
+
+
+@pytest.mark.skipif("structured_output" not in DATATYPES, reason="the engine cannot constrain its output")
+def test_a_forced_call_constrains_the_answer(thinking: Caller, client: PretendedClient) -> None:
+    client.items = [chunk('{"name": "f", "parameters": {}}', 65, finish_reason="stop")]
+    named = {"type": "function", "function": {"name": "f"}}
+    [choice] = thinking.post(PATH, {**HELLO, "tools": [TOOL], "tool_choice": named}).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    schema = json.loads(client.calls[0][1]["structured_output"])["json_schema"]
+    assert schema["properties"]["name"] == {"const": "f"}
+    both = {**HELLO, "tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}
+    assert thinking.refusal(PATH, both)["param"] == "tool_choice"
+
+
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "param", "words"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "a string, or a list of parts"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role", "is missing"),
+        ({"messages": [IMAGE]}, "messages.0.content", "parts of type text only, not image_url"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
+        ({"tool_choice": "maybe"}, "tool_choice", "none, auto, required, or"),
+        ({"tool_choice": "required"}, "tool_choice", "since tools is empty"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "none or auto, since the engine"),
+        ({"tools": [TOOL, TOOL]}, "tools", "functions with different names"),
+        ({"chat_template": "other"}, "messages", "there is no chat template 'other'"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),
+        ({"functions": []}, "functions", "null (use tools)"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ],
+)
+def test_refusals(call: Caller, changed: dict[str, Any], param: str, words: str) -> None:
+    error = call.refusal(PATH, {**HELLO, **changed})
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_a_template_without_tools(front: Front) -> None:
+    caller = Caller(replace(front, chat_template=ChatTemplate("{{ messages }}", {})))
+    error = caller.refusal(PATH, {**HELLO, "tools": [TOOL]})
+    assert (error["param"], "no place for tools" in error["message"]) == ("tools", True)
+
+
+def test_a_model_without_a_chat_template(front: Front) -> None:
+    error = Caller(replace(front, chat_template=None, no_chat_template="no file")).refusal(PATH, HELLO)
+    assert error["message"] == "the model has no chat template: no file"

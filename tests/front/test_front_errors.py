@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statuses and forms of errors, and what the guard does before any handler."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.front.errors import from_engine
+from lightllm_backend.front.security import read_api_keys, tenant_name
+from lightllm_backend.front.state import Front
+from lightllm_client import (
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    LightLLMError,
+    NotFound,
+    Unavailable,
+)
+from tests.front.pretended import Caller, PretendedClient
+
+BODY = {"prompt": "Hi"}
+TOO_LONG = "the prompt has 9 tokens and max_tokens is 1; allowed: at most 8 prompt tokens (x)"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "param", "code"),
+    [
+        (InvalidArgument("stop_words is 7; allowed: text"), 400, "stop", None),
+        (InvalidArgument(TOO_LONG), 400, "prompt", "context_length_exceeded"),
+        (NotFound("no such model"), 404, None, "model_not_found"),
+        (Unavailable("the queue is full (3 requests)"), 429, None, "rate_limit_exceeded"),
+        (Unavailable("the engine is not up; try again"), 503, None, "unavailable"),
+        (Cancelled("the request's deadline has passed"), 504, None, "deadline_exceeded"),
+        (DeadlineExceeded("late"), 504, None, "deadline_exceeded"),
+        (Internal("broken"), 500, None, "engine_error"),
+        (LightLLMError("strange"), 500, None, "engine_error"),
+    ],
+)
+def test_errors_of_the_engine(error: LightLLMError, status: int, param: str | None, code: str | None) -> None:
+    mapped = from_engine(error)
+    assert (mapped.status, mapped.param, mapped.code) == (status, param, code)
+    assert ("retry-after" in mapped.headers) == (status in (429, 503))
+
+
+def test_paths_and_methods(call: Caller) -> None:
+    assert call("GET", "/v1/nothing").status_code == 404
+    response = call("PUT", "/v1/models")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET")
+    assert response.json()["error"]["message"] == 'PUT "/v1/models": Method Not Allowed'
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"prompt": ' + b"[" * 10**5, b"[]", b"7", b""])
+def test_a_body_that_is_no_json_object(call: Caller, content: bytes) -> None:
+    response = call("POST", "/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_document_names_every_status(call: Caller) -> None:
+    document = call("GET", "/openapi.json").json()
+    completions = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(completions) == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
+    assert set(completions["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert set(document["paths"]["/v1/models/{name}"]["get"]["responses"]) == {"200", "401", "404", "500"}
+
+
+def test_models(call: Caller) -> None:
+    [model] = call("GET", "/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("tiny", 64)
+    assert call("GET", "/v1/models/tiny").json() == model
+    assert call("GET", "/v1/models/other/name").status_code == 404
+
+
+def test_api_keys(front: Front, client: PretendedClient) -> None:
+    call = Caller(front, ("secret", "other"))
+    wrong: list[dict[str, str]] = [{}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}]
+    for headers in wrong:
+        response = call.post("/v1/completions", BODY, headers=headers)
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert "secret" not in response.text
+    assert call.post("/v1/completions", BODY, headers={"authorization": "Bearer secret"}).status_code == 200
+    assert client.calls[-1][1]["tenant"] == tenant_name("secret")
+    assert "secret" not in tenant_name("secret")
+    assert call("GET", "/openapi.json").status_code == 200
+
+
+def test_where_keys_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the team\n one \n\ntwo\n")
+    config = EngineConfig(api_key_file=str(file))
+    assert read_api_keys(config, {"LIGHTLLM_API_KEY": "three, four"}) == {"one", "two", "three", "four"}
+    assert read_api_keys(EngineConfig(), {}) == set()
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_api_keys(config, {})
+    with pytest.raises(ConfigError, match="No such file"):
+        read_api_keys(EngineConfig(api_key_file="/nowhere"), {})
+
+
+def test_request_ids_are_repeated(call: Caller) -> None:
+    def request_id(path: str, sent: str) -> str:
+        return call("GET", path, headers={"x-request-id": sent}).headers["x-request-id"]
+
+    assert request_id("/v1/models", "mine") == request_id("/v1/nothing", "mine") == "mine"
+    made = {request_id("/v1/models", "a" * 200) for _ in range(2)}
+    assert {len(one) for one in made} == {32}
+
+
+def test_a_body_that_is_too_large(front: Front) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"a" * 10
+
+    call = Caller(replace(front, config=EngineConfig(max_body_bytes=100)))
+    told = "the body is too large; allowed: at most 100 bytes (max_body_bytes)"
+    assert call.refusal("/v1/completions", {"prompt": "a" * 100}, status=413)["message"] == told
+    response = call("POST", "/v1/completions", content=parts(), headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["message"]) == (413, told)
+
+
+def test_pages_of_other_origins(front: Front) -> None:
+    asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    header = "access-control-allow-origin"
+    assert header not in Caller(front)("OPTIONS", "/v1/models", headers=asked).headers
+    call = Caller(replace(front, config=EngineConfig(cors_origins=("https://a.example",))), ("secret",))
+    assert call("OPTIONS", "/v1/models", headers=asked).headers[header] == "https://a.example"
+    assert header not in call("GET", "/v1/models", headers={"origin": "https://b.example"}).headers
