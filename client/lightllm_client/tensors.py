@@ -145,7 +145,8 @@ def chunk_from_response(response: Any) -> Chunk:
         pairs = (tuple(zip(*both, strict=True)) for both in zip(ids, values, strict=True))
         return PromptLogProbs(tuple(log_probs.tolist()), tuple(pairs))
 
-    cached = result.as_numpy("num_cached_tokens")
+    # Servers of version 0.2 do not tell.
+    index, cached = result.as_numpy("sequence_index"), result.as_numpy("num_cached_tokens")
     return Chunk(
         text=output("text_output")[0].decode("utf-8", errors="replace"),
         token_ids=tuple(output("output_ids").tolist()),
@@ -156,8 +157,7 @@ def chunk_from_response(response: Any) -> Chunk:
         num_output_tokens=int(output("num_output_tokens")[0]),
         top_log_probs=_top_log_probs(result),
         prompt_log_probs=prompt_log_probs(),
-        index=int(output("sequence_index")[0]),
-        # Servers of version 0.2 do not tell.
+        index=0 if index is None else int(index[0]),
         num_cached_tokens=0 if cached is None else int(cached[0]),
     )
 
