@@ -28,7 +28,7 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("top_p", 0.01, {"text_input": STORY, **SAMPLED}),
     ("top_k", 1, {"text_input": STORY, **SAMPLED}),
     ("min_p", 1.0, {"text_input": STORY, **SAMPLED}),
-    ("logit_bias", '{"253": -100}', {"text_input": STORY}),
+    ("logit_bias", '{"19081": 100}', {"text_input": STORY}),
     ("seed", 2**64 - 1, {"text_input": STORY, "do_sample": True, "temperature": 3.0}),
     ("presence_penalty", 20.0, {"text_input": COUNTING}),
     ("frequency_penalty", 20.0, {"text_input": COUNTING}),
