@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Chunk:
     finish_reason: str  # "" until the last chunk, then "stop", "length" or "cancelled"
     num_input_tokens: int
     num_output_tokens: int  # new in this chunk
-    num_cached_tokens: int = 0  # of the prompt, which the server's prefix cache had
+    num_cached_tokens: int = field(default=0, compare=False)  # of the prompt, which the server's prefix cache had
     prompt_log_probs: PromptLogProbs | None = None  # on the first chunk, if prompt_logprobs asks for them
     index: int = 0  # the number of the answer that the chunk belongs to, if n asks for several
     # For each token the likeliest ids with their log probabilities, likeliest first; empty unless top_logprobs.
@@ -73,7 +73,7 @@ class Generation:
     finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = field(default=0, compare=False)
     prompt_log_probs: PromptLogProbs | None = None  # if prompt_logprobs asks for them
     top_log_probs: tuple[dict[int, float], ...] = ()
 

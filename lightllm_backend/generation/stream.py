@@ -257,6 +257,7 @@ def _join(pending: TokenChunk | None, chunk: TokenChunk) -> TokenChunk:
         token_ids=pending.token_ids + chunk.token_ids,
         log_probs=pending.log_probs + chunk.log_probs,
         top_log_probs=pending.top_log_probs + chunk.top_log_probs,
+        num_prompt_tokens=pending.num_prompt_tokens,  # the chunk of an engine that is gone has none
         queue_seconds=pending.queue_seconds,
         prompt_log_probs=pending.prompt_log_probs,
         num_cached_tokens=pending.num_cached_tokens,

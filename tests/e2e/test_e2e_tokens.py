@@ -189,16 +189,16 @@ def test_a_request_joins_while_another_runs(full_client: LightLLMClient) -> None
     assert answer.num_output_tokens == 4
 
 
-def test_answers_to_one_prompt_are_those_of_their_seeds(server: TritonServer, client: LightLLMClient) -> None:
+def test_answers_to_one_prompt_are_those_of_their_seeds(full_server: TritonServer, full_client: LightLLMClient) -> None:
     prompt = "Once upon a time"
     sampling: dict[str, Any] = {"max_tokens": 6, "do_sample": True, "temperature": 1.5, "return_log_probs": True}
-    alone = [client.generate(prompt, seed=seed, **sampling) for seed in (7, 8, 9)]
-    several = client.generate_several(prompt, seed=7, n=3, **sampling)
+    alone = [full_client.generate(prompt, seed=seed, **sampling) for seed in (7, 8, 9)]
+    several = full_client.generate_several(prompt, seed=7, n=3, **sampling)
     assert [one.token_ids for one in several] == [one.token_ids for one in alone]
     body = {"text_input": prompt, "seed": 7, "num_return_sequences": 3, **sampling}
-    unary = infer_grpc(server, body)
-    status, generated = generate(server, body)
-    [streamed] = stream_grpc(server, body)
+    unary = infer_grpc(full_server, body)
+    status, generated = generate(full_server, body)
+    [streamed] = stream_grpc(full_server, body)
     assert unary == streamed
     assert (status, generated["text_output"]) == (200, unary["text_output"])
     assert unary["text_output"] == [one.text for one in alone]
@@ -208,26 +208,26 @@ def test_answers_to_one_prompt_are_those_of_their_seeds(server: TritonServer, cl
     assert unary["cumulative_logprob"] == pytest.approx([one.cumulative_logprob for one in alone], abs=1e-3)
 
 
-def test_a_deadline_ends_all_answers_with_one_error(server: TritonServer) -> None:
+def test_a_deadline_ends_all_answers_with_one_error(full_server: TritonServer) -> None:
     body = {"text_input": "Once", "max_tokens": 1000, "n": 4, "ignore_eos": True, "stream": True}
     with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
-        stream_grpc(server, body, timeout=1_500_000)
+        stream_grpc(full_server, body, timeout=1_500_000)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_log_probabilities_of_a_prompt_are_those_of_transformers(
-    server: TritonServer, client: LightLLMClient, reference: Reference, max_tokens: int
+    full_server: TritonServer, full_client: LightLLMClient, reference: Reference, max_tokens: int
 ) -> None:
     prompt = PROMPTS[3]
     ids = reference.encode(prompt)
     truth = reference.logits(ids[:1], ids[1:]).log_softmax(-1)
-    generation = client.generate(prompt, max_tokens=max_tokens, prompt_logprobs=2)
+    generation = full_client.generate(prompt, max_tokens=max_tokens, prompt_logprobs=2)
     assert (generation.num_output_tokens, generation.finish_reason) == (max_tokens, "length")
     scores = generation.prompt_log_probs
     assert scores is not None
     chosen = truth.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
     assert torch.allclose(torch.tensor(scores.log_probs), chosen, atol=1e-3)
     assert [[token_id for token_id, _ in pairs] for pairs in scores.top] == truth.topk(2).indices.tolist()
-    unary = infer_grpc(server, {"text_input": prompt, "max_tokens": max_tokens, "prompt_logprobs": 0})
+    unary = infer_grpc(full_server, {"text_input": prompt, "max_tokens": max_tokens, "prompt_logprobs": 0})
     assert unary["prompt_log_probs"] == pytest.approx(list(scores.log_probs), abs=1e-4)
     assert unary["prompt_top_token_ids"] == []

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """tool_choice becomes what the template gets, and the schema that a forced call follows."""
 
-import json
 from typing import Any
 
+import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
 
 from lightllm_backend.front.chat.tool_choice import ToolChoice, read_tool_choice
 from lightllm_backend.front.errors import ApiError
@@ -61,12 +60,8 @@ def test_a_forced_call_follows_a_schema(choice: Any, several: bool, good: list[A
 
 
 def follows(schema: Any, value: Any) -> bool:
-    """Whether the library that constrains the output lets a model write this value."""
-    tokenizer = LLTokenizer("byte")
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema)))
-    assert not matcher.is_error(), matcher.get_error()
-    tokens = tokenizer.tokenize_str(json.dumps(value))
-    return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+    """Whether the value is valid by the schema."""
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
 
 
 @pytest.mark.parametrize(
