@@ -47,7 +47,7 @@ _PLAIN_TYPES = {
 }
 # Messages show at most this much of a client's text.
 _SHOWN_CHARACTERS = 80
-# Of one prompt, those of the likeliest tokens included; with the tokens' ids they take 8 MiB.
+# One prompt has at most this many, with those of the likeliest tokens; with the tokens' ids they take 8 MiB.
 MAX_PROMPT_LOG_PROBS = 2**20
 
 # Request parameters that Triton server itself or the launch command's probe adds.

@@ -12,9 +12,9 @@ Tensors = dict[str, tuple[str, int]]
 
 SAMPLING_PARAMETERS = "sampling_parameters"
 PUBLIC_INPUTS: Tensors = {**OPTION_TENSORS, SAMPLING_PARAMETERS: ("STRING", 1)}
-# Of each new token the k likeliest, likeliest first: [num_output_tokens, k], flat.
+# The k likeliest tokens for each new token, likeliest first: [num_output_tokens, k], flat.
 TOP_LOG_PROBS: Tensors = {"top_token_ids": ("INT32", -1), "top_log_probs": ("FP32", -1)}
-# Of the prompt's tokens but the first. The last two have k values for each token, the likeliest first.
+# They describe each prompt token but the first. The last two have k values for each, the likeliest first.
 PROMPT_OUTPUTS: Tensors = {
     "prompt_log_probs": ("FP32", -1),
     "prompt_top_token_ids": ("INT32", -1),
