@@ -129,7 +129,7 @@ def test_idle_ranks_use_no_processor(directory) -> None:
         before = [sum(one.cpu_times()[:2]) for one in ranks]
         time.sleep(2)
         used = [sum(one.cpu_times()[:2]) - start for one, start in zip(ranks, before, strict=True)]
-    assert used[1] <= 0.04, "a follower waits without looking"
+    assert used[1] < 0.2, "a follower waits without looking, and one that looks uses two seconds"
     assert used[0] < 0.5
 
 
