@@ -21,7 +21,7 @@ def test_nothing_is_left_of_requests_that_are_cancelled(tmp_path: Path, monkeypa
     try:
         storm.run(300, doomed_every=50, killed_every=200)
         for _ in range(8):  # more of them, should a rare state not have been met yet
-            if STATES <= set(storm.states):
+            if set(storm.states) >= STATES:
                 break
             storm.run(100, doomed_every=50, killed_every=200)
         left = storm.come_to_rest()
