@@ -79,12 +79,13 @@ class Progress:
         return before == now and not any(one.busy_since for one in self._readings if one.role == role)
 
 
-def wait_delivered(directory: Path, seconds: float) -> None:
-    """Wait until every answer has been sent, for `seconds` at most."""
+def wait_delivered(directory: Path, seconds: float) -> bool:
+    """Wait until every answer has been sent, for `seconds` at most; return whether it has."""
     end = time.monotonic() + seconds
     progress = Progress(directory)
     progress.look()
     while time.monotonic() < end:
         progress.look()
         if progress.delivered:
-            break
+            return True
+    return False

@@ -31,6 +31,9 @@ STOPPED, FAILED, CUT = 0, 1, 3
 
 LOOK_SECONDS = 0.1  # from one look at the server, and at signals, to the next
 PROGRESS_SECONDS = 10.0
+# For a server that has answered everything to write out what its connections still hold. To unload its models takes it
+# seconds more and serves nobody: they keep nothing, and the guard removes what a killed server leaves.
+ANSWERED_STOP_SECONDS = 2.0
 TELL_SECONDS = 3.0  # for the clients of a server that is stopped to hear it
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a restart; the pause doubles with each failure in a row
 STEADY_SECONDS = 300.0  # a server that has served for so long has not failed in a row
@@ -47,6 +50,7 @@ class Service:
         self._address = launch.address(launch.config.http_port)
         self._fronts: Fronts | None = None
         self._signals = 0
+        self._was_killed = False
         self._code = STOPPED
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -107,7 +111,7 @@ class Service:
         code = server.end()
         if not self._signals:
             self._say(f"error: tritonserver has ended, with exit code {code}")
-        elif code:
+        elif code and not self._was_killed:
             self._say(f"tritonserver has ended, with exit code {code}" + "; no request ran" * (self._code == STOPPED))
         return seconds
 
@@ -175,11 +179,11 @@ class Service:
         if not is_drained:
             self._say(f"ending requests before they are complete: {progress.num_open}")
             closer.close_engine(reason)
-        if self._signals == 1:
-            wait_delivered(server.directory, TELL_SECONDS)
+        has_answered = self._signals == 1 and wait_delivered(server.directory, TELL_SECONDS)
         self._stop_fronts(TELL_SECONDS if self._signals == 1 else 0.0)
-        seconds = STOP_SECONDS if self._signals == 1 else 0.0
-        if not server.stop(seconds) and seconds:
+        seconds = 0.0 if self._signals > 1 else ANSWERED_STOP_SECONDS if has_answered else STOP_SECONDS
+        self._was_killed = not server.stop(seconds)
+        if self._was_killed and seconds and not has_answered:
             self._say(f"tritonserver did not end within {seconds:g} s and was killed")
         return STOPPED if is_drained else CUT
 

@@ -43,7 +43,7 @@ with (folder / "starts").open("a") as starts:
 if (folder / "fails").exists():
     print("the server's own reason", file=sys.stderr)
     sys.exit(9)
-signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+signal.signal(signal.SIGTERM, lambda *_: (folder / "stubborn").exists() or os._exit(7))
 if (folder / "loads").exists():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
@@ -83,7 +83,7 @@ PROGRAM = """
 import ctypes
 from lightllm_backend import serve
 from lightllm_backend.launch import health, service
-health.PROBE_SECONDS, service.STOP_SECONDS = 0.2, 0.5
+health.PROBE_SECONDS, service.STOP_SECONDS, service.ANSWERED_STOP_SECONDS = 0.2, 0.5, 0.3
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 serve.command()
 """
@@ -258,6 +258,17 @@ def test_requests_that_run_at_the_limit_are_cut(start: Start, tmp_path: Path) ->
     assert command.process.wait(20) == 3
     assert "ending requests before they are complete: " in command.log()
     assert (tmp_path / "closed").read_text().splitlines()[-1] == "the server is shutting down, False"
+
+
+def test_a_server_that_has_answered_everything_is_not_waited_for(start: Start, tmp_path: Path) -> None:
+    command = start()
+    assert command.says("curl")
+    (tmp_path / "stubborn").touch()
+    command.process.terminate()
+    assert command.process.wait(20) == 0
+    assert "killed" not in command.log()
+    assert "exit code" not in command.log()
+    assert command.has_left_nothing()
 
 
 def test_a_second_signal_stops_at_once(start: Start, tmp_path: Path) -> None:
