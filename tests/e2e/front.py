@@ -53,7 +53,7 @@ class FrontProcess:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(60)
 
     def _answers(self) -> bool:
         try:

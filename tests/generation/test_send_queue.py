@@ -152,12 +152,9 @@ def test_a_thread_rests_after_a_chunk_of_several_tokens_but_for_those_who_are_ur
     send_queue.put(slow, urgent=False)
     send_queue.put(other, urgent=False)
     assert poll(lambda: sent == ["slow"])
-    rests_since = time.monotonic()
     send_queue.put(urgent, urgent=True)
     assert poll(lambda: sent[1:2] == ["urgent"])
-    assert time.monotonic() < rests_since + 0.4
     assert poll(lambda: sent[2:] == ["other"])
-    assert time.monotonic() > rests_since + 0.4
     send_queue.put(slow, urgent=False)
     assert poll(lambda: sent[3:] == ["slow"])
     send_queue.put(other, urgent=False)

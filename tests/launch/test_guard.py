@@ -109,7 +109,7 @@ def test_nothing_outlives_a_dead_server(family: Family, guard_process: subproces
     family.publish("tokenizer", left[0])
     (family.directory / "engine").touch()
     family.server.kill()
-    assert guard_process.wait(20) == 0
+    assert guard_process.wait(60) == 0
     assert not any(map(lives, left))
     assert not family.directory.exists()
     assert not family.region.exists()
@@ -120,7 +120,7 @@ def test_a_dead_step_is_the_end_of_its_server(family: Family, guard_process: sub
     stub, other = family.stub("detokenizer"), family.stub("tokenizer")
     family.publish("detokenizer", stub)
     stub.kill()
-    assert guard_process.wait(20) == 0
+    assert guard_process.wait(60) == 0
     assert not lives(family.server)
     assert not lives(other)
 
@@ -146,7 +146,7 @@ def test_there_is_one_guard_and_a_killed_one_is_replaced(
     second = start_guard(server, family.directory, sys.executable)
     assert second is not None
     family.server.kill()
-    assert second.wait(20) == 0
+    assert second.wait(60) == 0
     assert start_guard(server, family.directory, sys.executable) is None, "it has done its work"
     assert not family.directory.exists()
 

@@ -144,7 +144,7 @@ def start(settings: dict[str, str], repository: Path, tmp_path: Path) -> Iterato
     for command in started:
         command.process.kill()
         command.process.wait()
-        assert poll(command.has_no_server, 20)
+        assert poll(command.has_no_server)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -163,7 +163,7 @@ def test_it_says_what_was_chosen_and_stops_when_it_is_asked_to(
     assert poll((tmp_path / "probed").exists)
     assert (tmp_path / "unread_milliseconds").read_text() == "60000"
     command.process.send_signal(number)
-    assert command.process.wait(20) == 0
+    assert command.process.wait(60) == 0
     assert "tritonserver has ended, with exit code 7; no request ran" in command.log()
     assert "error" not in command.log()
     assert set((tmp_path / "closed").read_text().splitlines()) == {"the server is shutting down, True"}
@@ -186,7 +186,7 @@ def test_the_front_runs_beside_it(start: Start) -> None:
     assert f"http://127.0.0.1:{port}/v1" in command.log()
     assert poll(answers, 60), command.log()
     command.process.terminate()
-    assert command.process.wait(20) == 0
+    assert command.process.wait(60) == 0
     assert not answers()
 
 
@@ -197,7 +197,7 @@ def test_a_server_that_cannot_start_is_not_started_again(start: Start, tmp_path:
     (tmp_path / "fails").touch()
     command = start()
     assert command.says("error: tritonserver has ended, with exit code 9")
-    assert command.process.wait(20) == 1
+    assert command.process.wait(60) == 1
     assert "the server's own reason" in command.log()
     assert "error: tritonserver ended before it was ready; the lines above say why" in command.log()
     assert len(command.servers()) == 1
@@ -221,7 +221,7 @@ def test_a_server_that_fails_is_replaced_until_it_fails_too_often(start: Start, 
     assert command.says("curl", times=3), command.log()
     assert "the server is stopped: lightllm answers with status 400" in (tmp_path / "closed").read_text()
     os.kill(command.servers()[-1], signal.SIGKILL)
-    assert command.process.wait(20) == 1
+    assert command.process.wait(60) == 1
     assert "error: the server has failed; restart is 2, and this was failure 3 in a row" in command.log()
     assert command.has_left_nothing()
 
@@ -231,7 +231,7 @@ def test_a_restart_that_fails_counts(start: Start, tmp_path: Path) -> None:
     assert command.says("curl")
     (tmp_path / "fails").touch()
     os.kill(command.servers()[-1], signal.SIGKILL)
-    assert command.process.wait(20) == 1
+    assert command.process.wait(60) == 1
     assert len(command.servers()) == 2
 
 
@@ -247,7 +247,7 @@ def test_requests_that_run_have_their_time(start: Start, tmp_path: Path) -> None
     time.sleep(1.0)
     assert identity(command.servers()[0]), "it has not been stopped"
     (tmp_path / "busy").unlink()
-    assert command.process.wait(20) == 0
+    assert command.process.wait(60) == 0
 
 
 def test_requests_that_run_at_the_limit_are_cut(start: Start, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_requests_that_run_at_the_limit_are_cut(start: Start, tmp_path: Path) ->
     assert command.says("curl")
     (tmp_path / "busy").touch()
     command.process.terminate()
-    assert command.process.wait(20) == 3
+    assert command.process.wait(60) == 3
     assert "ending requests before they are complete: " in command.log()
     assert (tmp_path / "closed").read_text().splitlines()[-1] == "the server is shutting down, False"
 
@@ -265,20 +265,20 @@ def test_a_server_that_has_answered_everything_is_not_waited_for(start: Start, t
     assert command.says("curl")
     (tmp_path / "stubborn").touch()
     command.process.terminate()
-    assert command.process.wait(20) == 0
+    assert command.process.wait(60) == 0
     assert "killed" not in command.log()
     assert "exit code" not in command.log()
     assert command.has_left_nothing()
 
 
 def test_a_second_signal_stops_at_once(start: Start, tmp_path: Path) -> None:
-    command = start(shutdown_timeout_s=60)
+    command = start(shutdown_timeout_s=300)
     assert command.says("curl")
     (tmp_path / "busy").touch()
     command.process.terminate()
     assert poll((tmp_path / "closed").exists)
     command.process.send_signal(signal.SIGINT)
-    assert command.process.wait(20) == 3
+    assert command.process.wait(60) == 3
     assert command.has_left_nothing()
 
 
@@ -288,7 +288,7 @@ def test_a_server_that_loads_is_stopped(start: Start, tmp_path: Path) -> None:
     command = start()
     assert poll((tmp_path / "starts").exists)
     command.process.terminate()
-    assert command.process.wait(20) == 0
+    assert command.process.wait(60) == 0
     assert "tritonserver was loading and did not end within 0.5 s; it was killed" in command.log()
     assert not identity(command.servers()[0])
 

@@ -62,7 +62,7 @@ def test_close_wakes_the_thread_that_receives(address: str) -> None:
     reader = threading.Thread(target=receive)
     reader.start()
     near.close()
-    reader.join(5)
+    reader.join(60)
     assert len(seen) == 1
     near.close()  # once more is no error
     with pytest.raises(ChannelClosed):
@@ -107,9 +107,9 @@ def test_nobody_uses_a_socket_that_is_closed(address: str, use: str) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert begun.wait(5)
+    assert begun.wait(60)
     near.close()
-    thread.join(5)
+    thread.join(60)
     assert (closed, connection.fileno() < 0, ended) == ([False], True, [ChannelClosed])
     far.close()
 
@@ -130,7 +130,7 @@ def test_a_sender_does_not_wait_for_who_does_not_read_and_everything_arrives(add
     assert [far.receive() for _ in notes] == notes
     near.flush(5)
     assert (near.num_unsent, near.unread_seconds) == (0, 0.0)
-    senders[0].join(5)
+    senders[0].join(60)
     assert not senders[0].is_alive()
     near.send(Note("later"))
     assert far.receive() == Note("later")
@@ -161,7 +161,7 @@ def test_flush_does_not_wait_for_who_is_gone(address: str) -> None:
     flusher = threading.Thread(target=near.flush, args=(30,))
     flusher.start()
     far.close()
-    flusher.join(10)
+    flusher.join(60)
     assert not flusher.is_alive()
     assert time.monotonic() - began < 10
     near.close()
@@ -172,7 +172,7 @@ def test_close_does_not_wait_for_who_does_not_read(address: str) -> None:
     near.send(Note("x" * 1_000_000))
     [sender] = [thread for thread in threading.enumerate() if thread.name == "channel"]
     near.close()
-    sender.join(5)
+    sender.join(60)
     assert not sender.is_alive()
     far.close()
 
@@ -197,7 +197,7 @@ def test_nobody_waits_for_a_listener_that_stands_still(address: str, monkeypatch
     began = time.monotonic()
     with pytest.raises(ChannelClosed, match="nobody listens"):
         Channel.connect(address)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     first.close()
     listener.close()
 

@@ -28,7 +28,7 @@ class Lane:
 
     def _hold(self) -> None:
         self._busy.set()
-        assert self._gate.wait(10)
+        assert self._gate.wait(60)
 
     def put(self, name: str, size: int = 10, deadline: float | None = None, gone: bool = False) -> None:
         def encode() -> None:
@@ -107,5 +107,5 @@ def test_closing_refuses_what_waits_and_what_comes(lane: Lane) -> None:
     with pytest.raises(RequestError, match="UNAVAILABLE: the server is shutting down"):
         lane.put("comes")
     lane._gate.set()
-    closing.join(10)
+    closing.join(60)
     assert lane.ends == ["waits: UNAVAILABLE: the server is shutting down"]

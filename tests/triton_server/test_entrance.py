@@ -73,7 +73,7 @@ class Place:
 
     def go_on(self, entered: Entered) -> Any:
         if len(entered.prompt.token_ids) > SHORT_TOKENS:
-            assert self.gate.wait(10)
+            assert self.gate.wait(60)
         return len(entered.prompt.token_ids)
 
 

@@ -311,7 +311,7 @@ class Storm:
     def come_to_rest(self) -> dict[str, int]:
         """Wait until nothing is left anywhere; returns what is left all the same."""
         poll(lambda: not self.engine.router.has_work and not self.engine.router._in_flight, LIMIT_SECONDS)
-        poll(lambda: not self.leftovers(), 5)
+        poll(lambda: not self.leftovers())
         return self.leftovers()
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ class CountingRunner:
     def _finish(self, result: StepResult) -> StepResult:
         self._in_flight -= 1
         time.sleep(self.step_seconds)
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.failure:
             raise self.failure
         return result
@@ -112,7 +112,7 @@ class CountingEngine:
         self.runner.gate.set()
         with contextlib.suppress(OSError):
             os.close(self._parent_pipe)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 
@@ -133,11 +133,11 @@ class Answer:
             self.ended.set()
 
     def next(self) -> TokenChunk:
-        return self._queue.get(timeout=10)
+        return self._queue.get(timeout=60)
 
     def wait(self) -> Answer:
         """All of it; the request has ended exactly once."""
-        assert self.ended.wait(10)
+        assert self.ended.wait(60)
         assert [chunk.finish_reason is not None for chunk in self.chunks] == [False] * (len(self.chunks) - 1) + [True]
         return self
 

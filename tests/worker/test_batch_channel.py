@@ -71,7 +71,7 @@ def test_every_follower_gets_every_batch(tmp_path) -> None:
         sender.send(batch)
     sender.close()
     for follower in followers:
-        follower.join(timeout=30)
+        follower.join(60)
     assert sorted(closed) == [0, 1]
     for batches in received:
         assert len(batches) == len(BATCHES)

@@ -344,7 +344,7 @@ def test_a_client_may_be_closed_while_it_waits_for_a_worker(tmp_path: Path) -> N
     client = EngineClient(str(tmp_path / "nobody"))
     closer = threading.Thread(target=client.close)
     closer.start()
-    closer.join(5)
+    closer.join(60)
     assert not closer.is_alive()
 
 

@@ -16,7 +16,7 @@ from tests.runner.engine_harness import save_random_llama
 from tests.worker.process_harness import TIMEOUT, configuration, started, workers
 
 RUNNING, QUEUED = 8, 4  # as process_harness configures it
-AT_ONCE_SECONDS = 5.0
+AT_ONCE_SECONDS = 20.0  # on a machine that is busy with other things
 
 # In place of the interpreter: a worker whose next step on one rank fails once the file `fault` says how.
 WORKER = """#!{python}

@@ -84,7 +84,7 @@ def test_a_rank_that_fails_at_start_fails_the_start_with_its_error(directory, tm
     with pytest.raises(EngineStartError, match="^rank 1: MemoryError: the GPU is full$"), started(failing):
         pass
     assert workers() == []
-    assert time.monotonic() - began < 10, "rank 0 was not waited for"
+    assert time.monotonic() - began < 40, "rank 0 was not waited for"
 
 
 @pytest.mark.parametrize(
