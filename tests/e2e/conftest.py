@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,13 @@ class Reference:
     """The embedded model in transformers, in float32, and its tokenizer."""
 
     def __init__(self) -> None:
-        directory = embedded_model_directory()
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(embedded_model_directory() / "tokenizer.json"))
         self.eos_id = 2
+
+    @cached_property
+    def model(self) -> transformers.LlamaForCausalLM:
+        directory = embedded_model_directory()
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

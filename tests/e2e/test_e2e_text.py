@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of answers: streamed or not it is the same, no character is split, and stop strings cut it."""
+"""The text of answers: streamed or not it is the same, and no character is split."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 
-from lightllm_client import Generation, LightLLMClient
+from lightllm_client import Chunk, Generation, LightLLMClient
 from tests.e2e.calls import in_parallel, infer_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer
@@ -15,7 +16,6 @@ from tests.e2e.server import TritonServer
 pytestmark = pytest.mark.e2e
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PROMPT = "The capital of Japan is"
 CHAT = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\nThe capital of Japan is"
 REPEATED = {
     "emoji": "🎉🚀🎉🚀🎉🚀🎉🚀🎉🚀🎉🚀",
@@ -26,22 +26,34 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize("prompt", REPEATED.values(), ids=REPEATED)
-@pytest.mark.parametrize("exclude_input", [True, False], ids=["excluded", "echoed"])
-def test_streamed_text_is_the_unstreamed_text(
-    full_client: LightLLMClient, reference: Reference, prompt: str, exclude_input: bool
-) -> None:
-    chunks, whole = in_parallel(
-        [
-            lambda: list(full_client.stream(prompt, max_tokens=16, exclude_input_in_output=exclude_input)),
-            lambda: full_client.generate(prompt, max_tokens=16, exclude_input_in_output=exclude_input),
+class Answer(NamedTuple):
+    chunks: list[Chunk]
+    whole: Generation
+    echoed: Generation  # with the prompt in front
+
+
+@pytest.fixture(scope="module")
+def repeated(full_client: LightLLMClient) -> dict[str, Answer]:
+    """How each prompt goes on, all at once."""
+    calls: list[Callable[[], Any]] = []
+    for prompt in REPEATED.values():
+        calls += [
+            lambda prompt=prompt: list(full_client.stream(prompt, max_tokens=16)),
+            lambda prompt=prompt: full_client.generate(prompt, max_tokens=16),
+            lambda prompt=prompt: full_client.generate(prompt, max_tokens=16, exclude_input_in_output=False),
         ]
-    )
+    answers = iter(in_parallel(calls))
+    return {name: Answer(next(answers), next(answers), next(answers)) for name in REPEATED}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_streamed_text_is_the_unstreamed_text(repeated: dict[str, Answer], reference: Reference, name: str) -> None:
+    chunks, whole, echoed = repeated[name]
     # The answer goes on with the characters that it was given, or the test would show nothing.
     continuation = reference.decode(list(whole.token_ids))
     assert any(ord(character) > 0x300 for character in continuation)
-    assert whole.text == ("" if exclude_input else prompt) + continuation
-    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert whole.text == continuation
+    assert echoed.text == REPEATED[name] + continuation
     assert Generation.join(chunks) == whole
     # max_tokens may cut the last character, which then shows as what it is; nothing before may.
     assert not any(REPLACEMENT in chunk.text for chunk in chunks[:-1])
@@ -52,7 +64,7 @@ def test_streams_that_share_the_detokenizers_are_the_unary_answers(
 ) -> None:
     """The chunks of each go through several instances, none of which sees all of a character or of a stop string."""
     options = [{}, {"exclude_input_in_output": False}, {"stop_words": ["世界你", "🎉🚀🎉"]}]
-    calls = [(prompt, {**more, "max_tokens": 24}) for prompt in REPEATED.values() for more in options]
+    calls = [(prompt, {**more, "max_tokens": 16}) for prompt in REPEATED.values() for more in options]
 
     def stream(prompt: str, options: dict[str, Any]) -> Generation:
         return Generation.join(full_client.stream(prompt, return_log_probs=True, **options))
@@ -61,8 +73,8 @@ def test_streams_that_share_the_detokenizers_are_the_unary_answers(
         answer: dict[str, Any] = infer_grpc(full_server, {"text_input": prompt, "return_log_probs": True, **options})
         return answer
 
-    streamed = in_parallel([lambda call=call: stream(*call) for call in calls])
-    wholes = in_parallel([lambda call=call: unary(*call) for call in calls])
+    answers = in_parallel([lambda way=way, call=call: way(*call) for way in (stream, unary) for call in calls])
+    streamed, wholes = answers[: len(calls)], answers[len(calls) :]
     for answer, whole in zip(streamed, wholes, strict=True):
         assert (answer.text, list(answer.token_ids)) == (whole["text_output"], whole["output_ids"])
         assert (answer.finish_reason, answer.num_output_tokens) == (whole["finish_reason"], whole["num_output_tokens"])
@@ -77,8 +89,13 @@ def test_text_that_begins_inside_a_character(
     """The prompt ends with half a character, so the answer's first bytes are no character by themselves."""
     half = reference.encode(REPEATED["emoji"])[:-1]
     assert reference.decode(half).endswith(REPLACEMENT)
-    whole = full_client.generate(half, max_tokens=20, **options)
-    assert Generation.join(full_client.stream(half, max_tokens=20, **options)) == whole
+    whole, streamed = in_parallel(
+        [
+            lambda: full_client.generate(half, max_tokens=12, **options),
+            lambda: Generation.join(full_client.stream(half, max_tokens=12, **options)),
+        ]
+    )
+    assert streamed == whole
     # A character that the prompt begins is the answer's, whole or broken.
     before = reference.decode(half).rstrip(REPLACEMENT)
     assert whole.text == reference.decode([*half, *whole.token_ids]).removeprefix(before)
@@ -89,68 +106,6 @@ def test_echo_of_token_ids(full_client: LightLLMClient, reference: Reference) ->
     ids = reference.encode(REPEATED["cjk"])
     answer = full_client.generate(ids, max_tokens=4, exclude_input_in_output=False)
     assert answer.text == REPEATED["cjk"] + reference.decode(list(answer.token_ids))
-
-
-# Stop strings
-
-
-@pytest.fixture(scope="module")
-def unstopped(full_client: LightLLMClient) -> Generation:
-    answer = full_client.generate(PROMPT, max_tokens=16)
-    assert answer.finish_reason == "length"
-    return answer
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_stop_string_across_tokens(
-    full_client: LightLLMClient, reference: Reference, unstopped: Generation, stream: bool
-) -> None:
-    ids = list(unstopped.token_ids)
-    pieces = [reference.decode([token_id]) for token_id in ids]
-    stop = pieces[1] + pieces[2] + pieces[3] + pieces[4][:2]  # ends inside the fifth token
-    options = {"max_tokens": 16, "stop_words": ["never said", stop], "return_log_probs": True}
-    answer = (
-        Generation.join(full_client.stream(PROMPT, **options)) if stream else full_client.generate(PROMPT, **options)
-    )
-    assert answer.finish_reason == "stop"
-    assert answer.text == pieces[0]
-    assert list(answer.token_ids) == ids[:5], "the token that completes the stop string is the last"
-    assert answer.num_output_tokens == 5
-    assert len(answer.log_probs) == 5
-    assert answer.cumulative_logprob == pytest.approx(sum(answer.log_probs), abs=1e-4)
-
-
-def test_no_chunk_shows_the_start_of_a_stop_string(full_client: LightLLMClient, unstopped: Generation) -> None:
-    stop = unstopped.text[4:14]
-    shown = ""
-    for chunk in full_client.stream(PROMPT, max_tokens=16, stop_words=[stop]):
-        shown += chunk.text
-        assert unstopped.text[:4].startswith(shown)
-    assert shown == unstopped.text[:4]
-
-
-def test_text_held_back_for_a_stop_string_that_does_not_come(
-    full_client: LightLLMClient, unstopped: Generation
-) -> None:
-    almost = unstopped.text[-3:] + "never said"
-    answer = Generation.join(full_client.stream(PROMPT, max_tokens=16, stop_words=[almost]))
-    assert answer.finish_reason == "length"
-    assert answer.text == unstopped.text
-
-
-def test_the_earliest_stop_string_wins(full_client: LightLLMClient, unstopped: Generation) -> None:
-    words = [unstopped.text[20:24], unstopped.text[7:9]]
-    position = min(unstopped.text.index(word) for word in words)
-    answer = full_client.generate(PROMPT, max_tokens=16, stop_words=words)
-    assert answer.text == unstopped.text[:position]
-
-
-def test_min_tokens_holds_a_stop_string_back(full_client: LightLLMClient, unstopped: Generation) -> None:
-    stop = unstopped.text[:4]
-    assert full_client.generate(PROMPT, max_tokens=16, stop_words=[stop]).text == ""
-    later = full_client.generate(PROMPT, max_tokens=16, stop_words=[stop], min_tokens=8)
-    assert later.num_output_tokens >= 8
-    assert later.text.startswith(stop)
 
 
 # End of sequence
