@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ PROBE_SECONDS = 2.5  # within two seconds a busy step may take nothing for want 
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path, PROBE_SECONDS, max_queue_size=400)
+    started = LaunchCommand(tmp_path, PROBE_SECONDS, max_queue_size=200)
     try:
         yield started.wait_ready()
     finally:
@@ -28,13 +29,13 @@ def command(tmp_path: Path) -> Iterator[LaunchCommand]:
 
 
 def test_a_flood_does_not_take_a_healthy_server_down(command: LaunchCommand) -> None:
-    """Eight tokens each for many more at once than the CPU answers in several probes' time."""
+    """More at once than the queue holds, over and over, until several probes have come and gone."""
     started = time.monotonic()
-    ends = asyncio.run(flood(command.http_port, 900, max_tokens=8, seconds=300))
-    seconds = time.monotonic() - started
-    assert seconds > 3 * PROBE_SECONDS, f"the flood took {seconds:.1f} s: too short to prove anything"
+    ends = Counter[str]()
+    while time.monotonic() < started + 4 * PROBE_SECONDS:
+        ends += asyncio.run(flood(command.http_port, 450, max_tokens=2, seconds=300))
     assert set(ends) <= {"200", "400"}, ends  # answered, or the queue was full
-    assert ends["200"] >= 400
+    assert ends["200"] >= 200
     assert command.process.poll() is None, command.log()
     assert "error" not in command.log()
     with LightLLMClient(command.grpc_url, timeout=60) as client:

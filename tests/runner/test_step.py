@@ -117,7 +117,7 @@ def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> 
     for tensor in pool(plain) + pool(padded):
         # What nobody has written must not be read, nor be written by padding.
         tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
-    assert sum(check_same_steps(plain, padded, engines[0], seed) for seed in range(2)) > 50
+    assert check_same_steps(plain, padded, engines[0], seed=0) > 25
     kinds = {(bucket.decodes > 0, bucket.prefills > 0) for bucket in steps.padded}
     assert kinds == {(True, False), (False, True), (True, True)}
 
