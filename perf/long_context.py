@@ -27,7 +27,7 @@ from rich.console import Console
 from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
 from perf.cases import Case, SizeList
 from perf.engine_under_test import EngineUnderTest, engine_under_test
-from perf.record import RESULTS, circumstances, write_result
+from perf.record import RESULTS, circumstances, gpu_name, write_result
 from perf.report import long_context
 from perf.shapes import LENGTHS, SHAPES
 from perf.static_inference import measure
@@ -89,17 +89,11 @@ def main(model: str, prompt: int, batches: list[int], repeats: int, out: Path | 
         for lengths, prompt_length in (({}, prompt), (LENGTHS, None)):
             config = engine_config(directory, lengths, {"device": device})
             rows.append(run(config, batches, prompt_length, repeats))
-    gpu = _gpu_name(rows[0]["device"])
+    gpu = gpu_name(rows[0]["device"])
     result = {"benchmark": "long_context", "model": model, "prompt": prompt, "repeats": repeats, **circumstances(gpu)}
     result |= {"rows": rows}
     Console(width=160).print("\n".join(long_context(result)), markup=False, soft_wrap=True)
     write_result(out or RESULTS / f"long_context_{model}_{gpu or 'cpu'}.json".replace(" ", "_").lower(), result)
-
-
-def _gpu_name(device: str) -> str | None:
-    import torch  # the engine is another process
-
-    return str(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
 if __name__ == "__main__":

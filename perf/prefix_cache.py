@@ -26,7 +26,7 @@ from rich.table import Table
 
 from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
 from perf.engine_under_test import EngineUnderTest, engine_under_test
-from perf.record import RESULTS, circumstances, write_result
+from perf.record import RESULTS, circumstances, gpu_name, write_result
 from perf.shapes import SHAPES
 
 
@@ -88,18 +88,12 @@ def main(model: str, shared: int, own: int, burst: int, repeats: int, out: Path 
         prefix_cache, *times = row.values()
         table.add_row("yes" if prefix_cache else "no", *(f"{milliseconds:.1f}" for milliseconds in times))
     Console(width=120).print(table)
-    gpu = _gpu_name(engine.info.device)
+    gpu = gpu_name(engine.info.device)
     result = {
         "benchmark": "prefix_cache", "model": model, "shared": shared, "own": own, "burst": burst, "repeats": repeats,
         **circumstances(gpu), "rows": rows,
     }  # fmt: skip
     write_result(out or RESULTS / f"prefix_cache_{model}_{gpu or 'cpu'}.json".replace(" ", "_").lower(), result)
-
-
-def _gpu_name(device: str) -> str | None:
-    import torch  # the engine is another process
-
-    return str(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def circumstances(gpu: str | None) -> dict[str, Any]:
     }
 
 
+def gpu_name(device: str) -> str | None:
+    """The name of the GPU of an engine in another process; None if the engine computes on a CPU."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if device == "cuda" else None
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -32,6 +32,8 @@ POSITIONS = 16384
 class SleepingStep:
     """A runner's PendingStep."""
 
+    masks = None
+
     def __init__(self, result: StepResult, done_at: float) -> None:
         self._result, self._done_at = result, done_at
 
