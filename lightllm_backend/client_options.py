@@ -16,9 +16,12 @@ from lightllm_backend.request import DEFAULTS
 
 CLIENT_OPTIONS = Path(__file__).parents[1] / "client" / "lightllm_client" / "options.py"
 
-# The first three are arguments of the client's methods, stop_token_ids does what end_id does, and return_log_probs what
-# return_cumulative_logprob does.
-_LEFT_OUT = ("text_input", "input_ids", "stream", "end_id", "return_cumulative_logprob")
+# The first three are arguments of the client's methods, stop_token_ids does what end_id does, return_log_probs what
+# return_cumulative_logprob does, and structured_output what the guide does.
+_LEFT_OUT = (
+    "text_input", "input_ids", "stream", "end_id", "return_cumulative_logprob",
+    "guided_decoding_guide_type", "guided_decoding_guide",
+)  # fmt: skip
 # Options whose tensors hold JSON, with the types that the client takes.
 _JSON = {"logit_bias": "Mapping[int, float]"}
 _PYTHON_TYPES = {"BOOL": "bool", "INT32": "int", "UINT64": "int", "FP32": "float", "STRING": "str"}

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lightllm_backend import structured_output
+from lightllm_backend.client_json import NotExact, parse_json
 from lightllm_backend.request import (
     AS_MANY_AS_FIT,
     MAX_ANSWERS,
@@ -34,16 +36,9 @@ MAX_PRIORITY = 10
 MAX_INT32 = 2**31 - 1
 # More than any model that is served has positions; the engine knows its own limit.
 MAX_TOKEN_IDS = 2**20
-# Room for a prompt of 1 MiB, each byte of which is written as \u00XX. A longer one has a tensor of its own.
-MAX_JSON_BYTES = 8 * 2**20
-MAX_JSON_DEPTH = 16  # values have two levels at most
 MAX_SCALAR_CHARACTERS = 1024  # of a number or a boolean that comes as text, with any zeros and spaces
 # Above it, several integers round to the same double.
 MAX_EXACT_DOUBLE = 2**53
-
-
-class NotExact(ValueError):
-    """The type cannot hold the value. The message goes on after the value and gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +100,6 @@ def text(value: Any) -> str:
         raise ValueError
     value.encode()  # raises ValueError for a lone surrogate, which JSON can encode
     return value
-
-
-def parse_json(text: str) -> Any:
-    """Parse a client's JSON; raise ValueError with the reason if it is none, too long or too deeply nested."""
-    size = len(text.encode(errors="surrogatepass"))
-    if size > MAX_JSON_BYTES:
-        raise NotExact(f"which has {size} bytes, more than the {MAX_JSON_BYTES} of any JSON")
-    too_deep = NotExact(f"which is nested more than {MAX_JSON_DEPTH} levels deep")
-    try:
-        parsed = json.loads(text)
-    except RecursionError:
-        raise too_deep from None
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # Python's own limit, and its message is for programmers
-        raise NotExact("which holds an integer of thousands of digits") from None
-    level = [parsed]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        containers = [value for value in level if isinstance(value, (dict, list))]
-        if not containers:
-            return parsed
-        level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]
-    raise too_deep
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -338,6 +310,52 @@ OPTIONS: dict[str, Option] = {
         tensor=_BOOL,
         help="Leave special tokens out of the answer.",
     ),
+    "structured_output": Option(
+        structured_output.structured_output,
+        f"a JSON object, as an object or text of at most {structured_output.MAX_BYTES} bytes, with exactly one of "
+        "json_schema (an object or text), json_object (true), regex, choice (a list of texts) and grammar",
+        tensor=_STRING,
+        help="What the answer must follow: a JSON Schema, a regular expression, a choice or a grammar.",
+    ),
+    "allowed_token_ids": Option(
+        token_ids, f"a list of at most {MAX_TOKEN_IDS} ids of the model's vocabulary, ≥ 0", tensor=("INT32", -1),
+        help="Draw from these tokens only; not beside structured_output.",
+    ),
+    "guided_json": Option(
+        structured_output.of_kind("json_schema"), "a JSON Schema, as an object or text",
+        help="As structured_output with json_schema.",
+    ),
+    "guided_regex": Option(
+        structured_output.of_kind("regex"), "a regular expression", keys=("regular_constraint",),
+        help="As structured_output with regex.",
+    ),
+    "guided_choice": Option(
+        structured_output.of_kind("choice"), f"a list of at most {structured_output.MAX_CHOICES} texts",
+        help="As structured_output with choice.",
+    ),
+    "guided_grammar": Option(
+        structured_output.of_kind("grammar"), "a grammar, in Lark's or GBNF's notation",
+        help="As structured_output with grammar.",
+    ),
+    "response_format": Option(
+        structured_output.response_format,
+        "an object whose type is text, json_object, or json_schema with json_schema.schema",
+        help="OpenAI's object; as structured_output with json_object or json_schema.",
+    ),
+    "structured_outputs": Option(
+        structured_output.vllm_structured_outputs,
+        "an object with exactly one of json, json_object (true), regex, choice and grammar",
+        keys=("guided_decoding",),
+        help="vLLM's object; as structured_output.",
+    ),
+    "guided_decoding_guide_type": Option(
+        text, "json, json_schema, regex or ebnf_grammar", tensor=_STRING,
+        help="With guided_decoding_guide, TensorRT-LLM's: as structured_output.",
+    ),
+    "guided_decoding_guide": Option(
+        text, f"a text of at most {structured_output.MAX_BYTES} bytes", tensor=_STRING,
+        help="What guided_decoding_guide_type says: a JSON Schema, a regular expression or a grammar.",
+    ),
     "return_log_probs": Option(
         boolean_or_count, "true, false or a count (0 is false)", tensor=_BOOL, aliases=("return_logprobs",),
         help="Ask for the log probability of each new token.",
@@ -376,7 +394,6 @@ OPTIONS: dict[str, Option] = {
 _ALWAYS_THERE = "that output is always there"
 _NO_BEAM_SEARCH = "there is no beam search"
 _NO_BEAMS = "of use in beam search only"
-_NO_CONSTRAINT = "output cannot be constrained"
 _NO_LOGITS = "logits are not returned"
 _BIAS_BY_ID = "logit_bias takes token ids"
 _NO_DRAFT = "there is no draft model"
@@ -396,15 +413,6 @@ OTHERS: dict[str, Option] = {
     "bad_words": _empty("words cannot be banned", texts, tensor=_STRINGS),
     "embedding_bias_words": _empty(_BIAS_BY_ID, texts, tensor=_STRINGS),
     "embedding_bias_weights": _empty(_BIAS_BY_ID, tensor=("FP32", -1)),
-    "allowed_token_ids": _empty(_NO_CONSTRAINT),
-    "guided_decoding": _empty(_NO_CONSTRAINT),
-    "structured_outputs": _empty(_NO_CONSTRAINT),
-    "regular_constraint": _empty(_NO_CONSTRAINT),
-    "guided_grammar": _empty(_NO_CONSTRAINT),
-    # An empty schema is a constraint too: any JSON.
-    "guided_json": Option(lambda value: value, f"empty text ({_NO_CONSTRAINT})", lambda v: v == ""),
-    "guided_decoding_guide_type": _empty(_NO_CONSTRAINT, tensor=_STRING),
-    "guided_decoding_guide": _empty(_NO_CONSTRAINT, tensor=_STRING),
     "return_context_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_generation_logits": _only(boolean, False, _NO_LOGITS, tensor=_BOOL),
     "return_perf_metrics": _only(boolean, False, "the metrics endpoint has them", tensor=_BOOL),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from lightllm_backend.client_json import NotExact, parse_json
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.option_table import (
     ALL_OPTIONS,
@@ -23,9 +24,7 @@ from lightllm_backend.option_table import (
     MAX_SCALAR_CHARACTERS,
     OPTIONS,
     SCALARS,
-    NotExact,
     Option,
-    parse_json,
 )
 from lightllm_backend.request import (
     AS_MANY_AS_FIT,
@@ -36,6 +35,7 @@ from lightllm_backend.request import (
     SamplingParams,
     as_tuples,
 )
+from lightllm_backend.structured_output import of_guide
 
 _SAMPLING_NAMES = tuple(SamplingParams.__dataclass_fields__)
 _OPTION_NAMES = tuple(name for name in RequestOptions.__dataclass_fields__ if name != "sampling")
@@ -102,6 +102,7 @@ def parse_request(
 
     values = {name: one.value for name, one in given.items()}
     _derive(values)
+    values["structured_output"] = _structured_output(given)
     sampling = SamplingParams(**{name: values[name] for name in _SAMPLING_NAMES if name in values})
     if sampling.min_tokens > sampling.max_tokens != AS_MANY_AS_FIT:
         most = given["max_tokens"].key if "max_tokens" in given else "max_tokens"
@@ -138,6 +139,38 @@ def _derive(values: dict[str, Any]) -> None:
         or values.get("return_cumulative_logprob", False)
         or values.get("return_details", False)
     )
+
+
+# The options that ask for structured output, each in its own way.
+_STRUCTURED = (
+    "structured_output", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "response_format",
+    "structured_outputs", "guided_decoding_guide_type",
+)  # fmt: skip
+
+
+def _structured_output(given: Mapping[str, _Given]) -> str:
+    """Return what the answer must follow, by whichever option asks for it."""
+    asking = [name for name in _STRUCTURED if name in given and given[name].value]
+    guide = given.get("guided_decoding_guide", _Given("", "guided_decoding_guide"))
+    if guide.value and "guided_decoding_guide_type" not in asking:
+        raise _invalid(f"{guide.key} is given alone; allowed: with guided_decoding_guide_type")
+    if not asking:
+        return ""
+    name, *others = asking
+    if "allowed_token_ids" in given and given["allowed_token_ids"].value:
+        others.append("allowed_token_ids")
+    if others:
+        raise _invalid(f"{given[others[0]].key} is given beside {given[name].key}; allowed: one of them")
+    one = given[name]
+    if name != "guided_decoding_guide_type":
+        return str(one.value)
+    try:
+        return of_guide(one.value, guide.value)
+    except ValueError as error:
+        raise _invalid(
+            f"{one.key} is {show(one.value)} with {guide.key} {show(guide.value)}, {error}; "
+            f"allowed: {OPTIONS[name].allowed} with what it names"
+        ) from None
 
 
 def options_to_plain(options: RequestOptions) -> list[Any]:

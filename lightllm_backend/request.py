@@ -78,6 +78,8 @@ class SamplingParams:
     # How many of the likeliest tokens each prompt token is compared with; -1: no log probabilities of the prompt.
     prompt_logprobs: int = -1
     n: int = 1  # answers to the prompt
+    structured_output: str = ""  # what the text must follow, as structured_output.py writes it; empty: nothing
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -96,6 +98,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens are allowed."""
+        return bool(self.structured_output or self.allowed_token_ids)
 
     @property
     def penalised(self) -> bool:

@@ -28,6 +28,8 @@ class Options(TypedDict, total=False):
     exclude_input_in_output: bool
     parse_special: bool
     skip_special_tokens: bool
+    structured_output: str
+    allowed_token_ids: int | Sequence[int]
     return_log_probs: bool
     top_logprobs: int
     prompt_logprobs: int
@@ -56,6 +58,8 @@ DATATYPES: dict[str, str] = {
     "exclude_input_in_output": "BOOL",
     "parse_special": "BOOL",
     "skip_special_tokens": "BOOL",
+    "structured_output": "BYTES",
+    "allowed_token_ids": "INT32",
     "return_log_probs": "BOOL",
     "top_logprobs": "INT32",
     "prompt_logprobs": "INT32",
@@ -65,7 +69,7 @@ DATATYPES: dict[str, str] = {
 }
 
 # These take any number of values; one value needs no list around it.
-LISTS = ("stop_words", "stop_token_ids")
+LISTS = ("stop_words", "stop_token_ids", "allowed_token_ids")
 
 # These are sent as JSON.
 JSON = ("logit_bias",)
@@ -90,6 +94,8 @@ HELP: dict[str, str] = {
     "exclude_input_in_output": "Leave the prompt out of the answer (default: yes).",
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
+    "structured_output": "What the answer must follow: a JSON Schema, a regular expression, a choice or a grammar.",
+    "allowed_token_ids": "Draw from these tokens only; not beside structured_output. May be given several times.",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
     "top_logprobs": "So many of the likeliest tokens beside each new one; asks for log probabilities too (default: 0).",
     "prompt_logprobs": "Log probabilities of the prompt and of this many likeliest tokens; -1: none (default: -1).",

@@ -43,7 +43,7 @@ _TYPES = {
 }
 # The engine's names of options, where those of OpenAI's API are others.
 _FIELD_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "the prompt": "prompt"}
-_BEGINNING = re.compile(r"(the prompt|\w+) (?:is|has|holds) ")
+_BEGINNING = re.compile(r"(the prompt|\w+) (?:is|has|holds|cannot) ")
 
 
 _ERROR_SCHEMA = {
@@ -119,12 +119,16 @@ def refusal(field: str, value: Any, allowed: str) -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, f"{field} is {_shown(value)}; allowed: {allowed}", field)
 
 
-def from_engine(error: LightLLMError) -> ApiError:
-    """The error of a request that the engine has refused, or could not finish."""
+def from_engine(error: LightLLMError, constrained_by: str = "") -> ApiError:
+    """The error of a request that the engine has refused, or could not finish.
+
+    constrained_by: the field that became the engine's structured_output.
+    """
     message = error.message
     if isinstance(error, InvalidArgument):
         named = _BEGINNING.match(message)
-        param = _FIELD_NAMES.get(named[1], named[1]) if named else None
+        names = {**_FIELD_NAMES, "structured_output": constrained_by or "structured_output"}
+        param = names.get(named[1], named[1]) if named else None
         if named and param and named[1] != "the prompt":
             message = param + message[named.end(1) :]
         is_too_long = "prompt tokens (" in message or "in all (" in message

@@ -99,6 +99,7 @@ class EngineClient:
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
         check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
         check_token_ids("stop_token_ids (or end_id)", request.sampling.stop_token_ids, info.vocab_size)
+        check_token_ids("allowed_token_ids", request.sampling.allowed_token_ids, info.vocab_size)
         check_token_ids("logit_bias", tuple(token_id for token_id, _ in request.sampling.logit_bias), info.vocab_size)
         if request.sampling.prompt_logprobs >= 0:
             check_prompt_logprobs(len(request.prompt_ids), request.sampling.prompt_logprobs, info.vocab_size)

@@ -231,6 +231,13 @@ class Kernels(Protocol):
         [sequences, k] int32, padded with -1, become -inf.
         """
 
+    def apply_token_masks(self, logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
+        """Rules out tokens: what a mask does not allow becomes -inf in `logits` [sequences, vocab], in place.
+
+        `masks` [masks, ceil(vocab / 32)] int32, contiguous, have one bit a token, the least significant first: 1 allows
+        it. `mask_rows` [sequences] int32 names each sequence's mask, -1 for none.
+        """
+
     def choose_greedily(self, logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
         """The first greatest logit of each row of `logits` [sequences, vocab]: [sequences] int32.
 

@@ -17,6 +17,7 @@ from lightllm_backend.kernels.norm.layer_norm import layer_norm
 from lightllm_backend.kernels.norm.rms_norm import rms_norm
 from lightllm_backend.kernels.sampling.add_logit_bias import add_logit_bias
 from lightllm_backend.kernels.sampling.apply_penalties import apply_penalties
+from lightllm_backend.kernels.sampling.apply_token_masks import apply_token_masks
 from lightllm_backend.kernels.sampling.choose_greedily import choose_greedily
 from lightllm_backend.kernels.sampling.count_tokens import count_tokens
 from lightllm_backend.kernels.sampling.sample import sample
@@ -25,6 +26,7 @@ __all__ = [
     "add_logit_bias",
     "all_reduce_rms_norm",
     "apply_penalties",
+    "apply_token_masks",
     "choose_greedily",
     "count_tokens",
     "gated_linear",

@@ -15,6 +15,7 @@ from lightllm_backend.kernels.norm.reference import layer_norm, rms_norm
 from lightllm_backend.kernels.sampling.reference import (
     add_logit_bias,
     apply_penalties,
+    apply_token_masks,
     choose_greedily,
     count_tokens,
     sample,
@@ -24,6 +25,7 @@ __all__ = [
     "add_logit_bias",
     "all_reduce_rms_norm",
     "apply_penalties",
+    "apply_token_masks",
     "choose_greedily",
     "count_tokens",
     "gated_linear",

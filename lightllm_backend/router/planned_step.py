@@ -44,6 +44,7 @@ class PlannedStep(NamedTuple):
     positions: NDArray[np.int32]  # [n_sampled] of the token in its sequence
     holds_row: NDArray[np.bool_]  # [n_sampled] cleared when the sequence releases its row
     is_plain: NDArray[np.bool_]  # [n_sampled] emit just the token id unless the sequence ends
+    structured: NDArray[np.bool_]  # [n_sampled] the token must follow the sequence's matcher
     may_end: NDArray[np.bool_]  # [n_sampled] an ending id may end the sequence: min_tokens is reached
     ending_ids: NDArray[np.int32]  # [n_sampled, ids] EOS and stop ids, padded with NO_TOKEN
     is_final: NDArray[np.bool_]  # [n_sampled] the token is the last of max_tokens
@@ -53,7 +54,8 @@ class PlannedStep(NamedTuple):
     def of(cls, batch: Batch, table: RequestTable) -> PlannedStep:
         rows = batch.rows[batch.samples].astype(np.int64)
         positions = table.cached[rows]
-        is_plain = ~table.with_log_probs[rows]
+        structured = table.structured[rows]
+        is_plain = ~(table.with_log_probs[rows] | structured)
         is_plain[batch.num_decodes :] = False  # a first token carries its request's time in the queue
         return cls(
             batch=batch,
@@ -62,6 +64,7 @@ class PlannedStep(NamedTuple):
             positions=positions,
             holds_row=np.ones(len(rows), dtype=np.bool_),
             is_plain=is_plain,
+            structured=structured,
             may_end=positions >= table.may_end_from[rows],
             ending_ids=table.ending_ids[rows, : table.num_ending_ids[rows].max(initial=0)],
             is_final=table.remaining[rows] == 0,

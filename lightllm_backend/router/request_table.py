@@ -27,6 +27,7 @@ class RequestTable:
         self.owners: NDArray[Any] = np.full(num_rows, None, dtype=object)  # a Sequence, or None if the row is free
         self.handles = np.zeros(num_rows, dtype=np.int64)  # names of the sequences in a RouterOutput
         self.with_log_probs = np.zeros(num_rows, dtype=np.bool_)
+        self.structured = np.zeros(num_rows, dtype=np.bool_)  # the text follows a matcher
         self.arrival_indices = np.zeros(num_rows, dtype=np.int64)
         self.quantiles = np.zeros((num_rows, num_draws))  # drawn by the admission policy
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
@@ -57,6 +58,7 @@ class RequestTable:
         self.owners[row] = sequence
         self.handles[row] = sequence.handle
         self.with_log_probs[row] = sampling.return_log_probs
+        self.structured[row] = sequence.matcher is not None
         self.arrival_indices[row] = sequence.arrival_index
         self.quantiles[row] = sequence.quantiles
         self.prompt_lengths[row] = sequence.prompt_length

@@ -34,7 +34,7 @@ from lightllm_backend.router.deadlines import Deadlines
 from lightllm_backend.router.fair_queue import FairQueue
 from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChunk, make_batch
 from lightllm_backend.router.request_table import RequestTable
-from lightllm_backend.router.sequence import Sequence, SequenceState
+from lightllm_backend.router.sequence import Sequence, SequenceState, TextMatcher
 from lightllm_backend.router.slot_pool import Prefix, SlotPool
 from lightllm_backend.router.statistics import EngineStats
 
@@ -87,19 +87,22 @@ class Router:
 
     # Requests of clients
 
-    def submit(self, request: Request, handle: int = 0) -> None:
+    def submit(self, request: Request, handle: int = 0, matcher: TextMatcher | None = None) -> None:
         """Queue the request, or raise the RequestError that answers it.
 
         Outputs name its first answer by `handle`, the second by `handle` + 1 and so on. All but the first join the
         queue, in front, when the first is admitted: they then find the prompt's K and V in the prefix cache, or in a
-        tree of their own if the cache is off.
+        tree of their own if the cache is off. matcher: of structured output; each further answer has a copy.
         """
         indices = self._urgent_indices if request.urgent else self._arrival_indices
         tree = request.uid if request.sampling.n > 1 else ""
         sequence, *copies = (
-            Sequence(one, handle + number, next(indices), self._clock(), self._policy.draw_quantiles(), tree=tree)
+            Sequence(
+                one, handle + number, next(indices), self._clock(), self._policy.draw_quantiles(),
+                matcher=matcher.copy() if matcher and number else matcher, tree=tree,
+            )
             for number, one in enumerate(request.copies())
-        )
+        )  # fmt: skip
         try:
             self._check_admissible(sequence)
         except RequestError:
@@ -152,6 +155,17 @@ class Router:
         self._in_flight.append(PlannedStep.of(batch, self._table))
         return batch
 
+    def matchers(self, batch: Batch) -> list[TextMatcher | None]:
+        """Return the matchers of the sequences with structured output in the newest batch, in its order.
+
+        All batches before it must be applied. None: the sequence has ended since, and any token will do.
+        """
+        step = self._in_flight[-1]
+        assert step.batch is batch, "the batch is the newest"
+        assert len(self._in_flight) == 1, "the matchers have accepted all tokens"
+        owners = map(self._by_arrival_index.get, step.arrival_indices[step.structured].tolist())
+        return [owner.matcher if owner else None for owner in owners]
+
     def apply(self, batch: Batch, result: StepResult) -> RouterOutput:
         """Take the tokens of the oldest batch in flight. The output includes `drain_finished()`."""
         step = self._in_flight.popleft()
@@ -181,12 +195,19 @@ class Router:
             if index in top:
                 likeliest = top[index][: sampling.top_logprobs].tobytes()
             sampled = [int(token_ids[index])]
+            complete = False
+            if sequence.matcher is not None:
+                try:
+                    complete = sequence.matcher.accept(sampled[0])
+                except RequestError as error:
+                    self.finish(sequence, FinishReason.FAILED, error)
+                    continue
             if sequence.state is SequenceState.PREEMPTED:
                 sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
                 sequence.num_due -= 1
-            if ends[index]:
+            if ends[index] or complete:
                 self._record_length(sequence, int(step.positions[index]) + 1 - sequence.prompt_length)
-                reason = FinishReason.STOP if stops[index] else FinishReason.LENGTH
+                reason = FinishReason.STOP if stops[index] or complete else FinishReason.LENGTH
                 self.finish(sequence, reason, token_ids=sampled, log_probs=log_probs, top_log_probs=likeliest)
             else:
                 self._chunks.append(sequence.make_chunk(sampled, log_probs, top_log_probs=likeliest))

@@ -5,12 +5,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightllm_backend.request import FinishReason, PromptLogProbs, Request, RequestError, TokenChunk
 from lightllm_backend.router.batch import Scores
+
+
+class TextMatcher(Protocol):
+    """What the text of a sequence must follow, and how far it has come."""
+
+    def accept(self, token_id: int) -> bool:
+        """Take the next token; return whether the text is complete, so that nothing may follow.
+
+        Raises the RequestError that ends the request if the token does not fit.
+        """
+
+    def copy(self) -> TextMatcher:
+        """Return a matcher that has come as far, for another answer."""
 
 
 class SequenceState(Enum):
@@ -47,6 +61,7 @@ class Sequence:
     # [n] the token ids to prefill: the prompt, and the tokens generated before a preemption. The request table has the
     # tokens that come later.
     known_ids: NDArray[np.int32] = field(init=False)
+    matcher: TextMatcher | None = None  # of structured output; has accepted all generated tokens that are known
     num_due: int = 0  # tokens still to come from steps that were in flight when it was preempted
     # Further answers to its prompt. They wait outside the queue until this one is admitted, and end if it ends before.
     copies: list[Sequence] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from lightllm_backend.runner.sampler import Sampled, Sampler, Top
 from lightllm_backend.runner.staging import Staging
 from lightllm_backend.runner.step import Step
 from lightllm_backend.runner.step_arrays import EMPTY_BATCH, Bucket
+from lightllm_backend.runner.token_masks import TokenMasks
 
 # Results that may be unread at once; the worker has at most `overlap` + 1 = 2 steps in flight.
 _RESULTS_IN_FLIGHT = 4
@@ -59,22 +60,29 @@ def _copy(source: Tensor, memory: Tensor) -> Tensor:
 
 
 class PendingStep:
-    """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`."""
+    """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`.
 
-    def __init__(
-        self,
-        sampled: Sampled,
-        scores: DeviceScores | None = None,
-        buffer: _ResultBuffer | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        self._buffer, self._seconds = buffer, seconds
-        self._scores = scores and scores.to_host()
+    masks: [structured rows, words] int32, to be written before `ModelRunner.sample`; None: the step samples already.
+    """
+
+    def __init__(self, buffer: _ResultBuffer | None, begun: float, masks: NDArray[np.int32] | None = None) -> None:
+        self.masks = masks
+        self._buffer, self._begun, self._seconds = buffer, begun, 0.0
+        self._sampled: Sampled | None = None
+        self._scores: DeviceScores | None = None
         if buffer is not None:
             buffer.step = self
-            sampled = buffer.fetch(sampled)
-            buffer.done.record()
+
+    def fetch(self, sampled: Sampled, scores: DeviceScores | None) -> PendingStep:
+        """Start the copy of what the step has sampled, and of its scores, to the host."""
+        self._scores = scores and scores.to_host()
+        if self._buffer is not None:
+            sampled = self._buffer.fetch(sampled)
+            self._buffer.done.record()
+        else:
+            self._seconds = time.perf_counter() - self._begun
         self._sampled = sampled
+        return self
 
     def is_done(self) -> bool:
         """Whether `result` would return at once."""
@@ -82,6 +90,7 @@ class PendingStep:
 
     def result(self) -> StepResult:
         """Wait until the step is done and return its tokens. Errors of the device surface here."""
+        assert self._sampled is not None, "the step has sampled"
         if self._buffer is not None:
             assert self._buffer.step is self, "a result is read before too many further steps are launched"
             self._buffer.done.synchronize()
@@ -119,11 +128,19 @@ class ResultRing:
             self._buffers[self._turn].begun.record()
         self._begun = time.perf_counter()
 
-    def fetch(self, sampled: Sampled, scores: DeviceScores | None) -> PendingStep:
-        """Start the copy of what the step has sampled, and of its scores, to the host."""
-        if not self._buffers:
-            return PendingStep(sampled, scores, seconds=time.perf_counter() - self._begun)
-        return PendingStep(sampled, scores, self._buffers[self._turn])
+    def step(self, masks: NDArray[np.int32] | None = None) -> PendingStep:
+        """Return the step that has begun; see PendingStep."""
+        return PendingStep(self._buffers[self._turn] if self._buffers else None, self._begun, masks)
+
+
+class _Unsampled(NamedTuple):
+    """What sampling needs of a step whose forward is launched."""
+
+    logits: Tensor  # [m, vocab]
+    indices: Tensor  # [m] int64, the places of the tokens in the flattened table
+    rows: NDArray[np.int32]  # [m]
+    lengths: NDArray[np.int32]  # [m] tokens before the sampled one
+    scores: DeviceScores | None
 
 
 class ModelRunner:
@@ -140,6 +157,7 @@ class ModelRunner:
         num_rows: int,
         max_length: int,
         eos_ids: Sequence[int],
+        vocab_size: int,
         device: torch.device,
     ) -> None:
         self.overlap = 1 if device.type == "cuda" else 0
@@ -149,7 +167,10 @@ class ModelRunner:
         kv_layers = [KVLayer(*layer) for layer in storage.layers]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # None: every step launches kernel by kernel
+        self._kernels = kernels
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
+        self._masks = TokenMasks(num_rows, vocab_size, device)
+        self._unsampled: _Unsampled | None = None  # of the step last launched, if it waits for its masks
 
     @property
     def table_bytes(self) -> int:
@@ -168,19 +189,36 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
-        """Upload and launch a step: its admissions, the model and the sampler."""
+        """Upload and launch a step: its admissions, the model and, unless it has `masks` to wait for, the sampler."""
         self._results.begin()
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
+            params = [admission.sampling for admission in batch.admitted]
             self._tables.admit(batch.admitted, self._staging)
-            self._sampler.admit(new_rows, [admission.sampling for admission in batch.admitted], self._staging)
+            self._sampler.admit(new_rows, params, self._staging)
+            self._masks.admit(new_rows, params)
         output = self.graphs.run(batch) if self.graphs and not batch.scored else None
         logits, token_ids, indices, scores = output or self._step.run(batch)
         rows = batch.rows[batch.samples]
-        token_ids = token_ids[: len(rows)]
         if self._sampler.is_plain_greedy(rows):
-            return self._results.fetch(Sampled(token_ids), scores)
+            return self._results.step().fetch(Sampled(token_ids[: len(rows)]), scores)
         lengths = (batch.starts + batch.lengths)[batch.samples]
-        sampled = self._sampler.sample(logits[: len(rows)], rows, lengths, self._tables, self._staging)
-        self._tables.token_ids.view(-1).index_copy_(0, indices[: len(rows)], sampled.token_ids)
-        return self._results.fetch(sampled, scores)
+        self._unsampled = _Unsampled(logits[: len(rows)], indices[: len(rows)], rows, lengths, scores)
+        masks = self._masks.take(rows)
+        step = self._results.step(masks if len(masks) else None)
+        return step if step.masks is not None else self.sample(step)
+
+    @torch.inference_mode()
+    def sample(self, step: PendingStep) -> PendingStep:
+        """Launch the sampler of the step last launched. Its masks, if it has any, are written."""
+        assert self._unsampled is not None, "the step waits"
+        (logits, indices, rows, lengths, scores), self._unsampled = self._unsampled, None
+        all_token_ids = self._tables.token_ids.view(-1)
+        with self._masks.on_device(self._staging) as masks:
+            if masks is not None and self._sampler.is_greedy(rows):
+                self._kernels.apply_token_masks(logits, *masks)
+                token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids)
+                return step.fetch(Sampled(token_ids), scores)
+            sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, masks)
+        all_token_ids.index_copy_(0, indices, sampled.token_ids)
+        return step.fetch(sampled, scores)

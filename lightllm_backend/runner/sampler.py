@@ -38,6 +38,11 @@ class Sampled(NamedTuple):
     top: Top | None = None
 
 
+def _ends_at_once(sampling: SamplingParams, ending_ids: Sequence[int]) -> bool:
+    """Whether every token that is allowed ends the sequence."""
+    return set(sampling.allowed_token_ids) <= set(ending_ids)
+
+
 class Sampler:
     """Keeps the sampling parameters of each row on the host. A step uploads those of its rows if it needs any."""
 
@@ -54,7 +59,8 @@ class Sampler:
         self._log_probs = np.zeros(num_rows, dtype=bool)
         self._top_logprobs = np.zeros(num_rows, dtype=np.int32)
         self._biases = LogitBiases(num_rows, device)
-        self._plain_greedy = np.ones(num_rows, dtype=bool)  # the model's own likeliest token is all that is asked for
+        self._greedy = np.ones(num_rows, dtype=bool)  # the likeliest token that is allowed is all that is asked for
+        self._plain_greedy = np.ones(num_rows, dtype=bool)  # moreover all tokens are allowed
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams], staging: Staging) -> None:
         """Set the sampling parameters of the new owners of `rows`."""
@@ -64,6 +70,9 @@ class Sampler:
             if sampling.greedy:
                 self._floats[0, row] = 0.0  # the kernel takes temperature 0 as greedy
             ending_ids = sampling.ending_ids(self._eos_ids)
+            if sampling.structured_output or (sampling.allowed_token_ids and _ends_at_once(sampling, ending_ids)):
+                # The masks of structured output know min_tokens. If nothing but the end is allowed, the end wins.
+                self._integers[_INTEGERS.index("min_tokens"), row] = 0
             self._num_ending_ids[row] = len(ending_ids)
             self._ending_ids[row] = _NO_TOKEN
             self._ending_ids[row, : len(ending_ids)] = ending_ids
@@ -72,14 +81,19 @@ class Sampler:
             self._penalised[row] = sampling.penalised
             self._log_probs[row] = sampling.return_log_probs
             self._top_logprobs[row] = sampling.top_logprobs
-            self._plain_greedy[row] = not (
+            self._greedy[row] = not (
                 self._drawn[row] or self._penalised[row] or self._log_probs[row] or sampling.logit_bias
             )
+            self._plain_greedy[row] = self._greedy[row] and not sampling.masked
         self._biases.admit(rows, params, staging)
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
         return bool(self._plain_greedy[rows].all())
+
+    def is_greedy(self, rows: NDArray[np.int32]) -> bool:
+        """Whether these rows ask for nothing but the likeliest token of those that their masks allow."""
+        return bool(self._greedy[rows].all())
 
     def sample(
         self,
@@ -88,11 +102,13 @@ class Sampler:
         lengths: NDArray[np.int32],
         tables: DeviceTables,
         staging: Staging,
+        masks: tuple[Tensor, Tensor] | None = None,
     ) -> Sampled:
         """Sample a token for each sequence, with log probabilities if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
-        one. The log probabilities are those of the model's distribution, before biases, penalties and temperature.
+        one. masks: what apply_token_masks takes. The log probabilities are those of the model's distribution, before
+        biases, penalties, masks and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         is_biased = self._biases.counts[rows].any()
@@ -106,7 +122,7 @@ class Sampler:
             tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], asking, ending_ids.ravel(),
         )  # fmt: skip
         original = logits = logits.float().contiguous()
-        if with_log_probs and (is_biased or is_penalised):
+        if with_log_probs and (is_biased or is_penalised or masks is not None):
             logits = logits.clone()
         if is_biased:  # before penalties, as in vLLM
             self._kernels.add_logit_bias(logits, device_rows, bias_counts, self._biases.token_ids, self._biases.biases)
@@ -116,6 +132,8 @@ class Sampler:
                 presence, frequency, repetition, min_tokens,
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
+        if masks is not None:
+            self._kernels.apply_token_masks(logits, *masks)
         if self._drawn[rows].any():
             token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths)
         else:

@@ -120,6 +120,7 @@ class ByteSpelling:
         errors: str,
         drop_first_space: bool = False,
     ) -> None:
+        self.spell = spell
         self._with_special = _Spelling(spell)
         self._without_special = _Spelling(spell, without_text=special_ids)
         self._errors = errors

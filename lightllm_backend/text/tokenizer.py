@@ -40,6 +40,7 @@ class Tokenizer(ABC):
     vocab_size: int  # one more than the greatest id
     token_bytes: TokenBytes | None = None  # how much text a token stands for; None: no limit is known
     tokens_past_model: Mapping[int, str] = {}  # tokens without an embedding in the model; see `load`
+    _spelling: ByteSpelling | None  # None: tokens have no fixed bytes
     _special_ids: Mapping[str, int]  # the id of each special token, by its spelling
     _all_special: frozenset[int]
     _any_special: re.Pattern[str]
@@ -117,6 +118,24 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
+
+    def spellings(self) -> list[bytes] | None:
+        """Return the bytes of each token, of special ones too, by id; None if tokens have no fixed bytes."""
+        spelling = self._spelling
+        return None if spelling is None else [spelling.spell(token_id) for token_id in range(self.vocab_size)]
+
+    def definition(self) -> str | None:
+        """Return the tokenizer in the format of tokenizer.json, if it is one of the tokenizers library."""
+        return None
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the ids of a text that follows another: no BOS goes before, and no space is added."""
+        raise NotImplementedError
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of the special tokens."""
+        return sorted(self._special_ids.values())
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._all_special
@@ -214,6 +233,10 @@ class _JsonTokenizer(Tokenizer):
             elif self._inner.token_to_id(content) is not None:
                 special.append(_library_token(token))
         self._inner.add_tokens(special)
+
+    def definition(self) -> str:
+        definition: str = self._inner.to_str()
+        return definition
 
     def _byte_spelling(self) -> ByteSpelling | None:
         """Return the tokens' spelling in bytes, or None if the file's decoder has no fixed one."""
@@ -337,6 +360,9 @@ class _SentencePieceTokenizer(Tokenizer):
             return self._added[token_id].content
         return self._inner.id_to_piece(token_id) if 0 <= token_id < self._inner.get_piece_size() else ""
 
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(self._without_prefix.encode(text))
+
     def _spell(self, token_id: int) -> bytes:
         token = self.token(token_id)
         return token.encode() if token_id in self._added else spell_piece(token)
@@ -353,11 +379,14 @@ class _SentencePieceTokenizer(Tokenizer):
         return ids + self._tail if add_special_tokens else ids
 
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder:
+        assert self._spelling is not None, "set when the file was read"
         return self._spelling.decoder(skip_special_tokens)
 
 
 class _TransformersTokenizer(Tokenizer):
     """Uses the tokenizer that transformers loads from a directory: the last resort, since it imports torch."""
+
+    _spelling = None
 
     def __init__(self, directory: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer  # here, since it imports torch

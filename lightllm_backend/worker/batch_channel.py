@@ -10,10 +10,12 @@ where cores are scarce. A GPU waits for none of this: the batch is sent while th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightllm_backend.messages.channel import Channel, ChannelClosed, Message, frame_of, listen
 from lightllm_backend.request import SamplingParams
@@ -52,6 +54,13 @@ class RunBatch(Message):
         return cls(batch)
 
 
+@dataclass(eq=False)
+class Masks(Message):
+    """The token masks of the batch sent last, as raw bytes."""
+
+    masks: bytes
+
+
 class BatchSender:
     """Rank 0's end: owns the listener, open from construction, and a channel to each follower."""
 
@@ -67,8 +76,15 @@ class BatchSender:
 
     def send(self, batch: Batch) -> None:
         """Send the batch to all followers. Raises ChannelClosed if one is gone."""
+        self._send(lambda: RunBatch(batch))
+
+    def send_masks(self, masks: NDArray[np.int32]) -> None:
+        """Send the masks that the step of the batch sent last waits for."""
+        self._send(lambda: Masks(masks.tobytes()))
+
+    def _send(self, message: Callable[[], Message]) -> None:
         if self._followers:
-            frame = frame_of(RunBatch(batch))
+            frame = frame_of(message())
             for follower in self._followers:
                 follower.send_frame(frame)
 
@@ -98,6 +114,12 @@ class BatchReceiver:
         message = self._channel.receive()
         assert isinstance(message, RunBatch), message
         return message.batch
+
+    def receive_masks(self, masks: NDArray[np.int32]) -> None:
+        """Read the masks of the batch received last into `masks`; blocks as `receive` does."""
+        message = self._channel.receive()
+        assert isinstance(message, Masks), message
+        masks[:] = np.frombuffer(message.masks, dtype=np.int32).reshape(masks.shape)
 
     def close(self) -> None:
         self._channel.close()

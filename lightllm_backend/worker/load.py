@@ -148,7 +148,8 @@ class _Parts:
     def runner_with(self, num_slots: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
         storage = KVStorage(self.shape.num_layers, num_slots, *self._kv_shape, self.device)
         num_rows = self.config.running_max_req_size
-        runner = ModelRunner(self.model, storage, self.kernels, num_rows, max_length, self.eos_ids, self.device)
+        sizes = num_rows, max_length, self.eos_ids, self.shape.vocab_size
+        runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device)
         return runner, storage
 
 

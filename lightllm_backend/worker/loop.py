@@ -15,6 +15,7 @@ from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput
 from lightllm_backend.router.router import Router
+from lightllm_backend.router.sequence import TextMatcher
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
 from lightllm_backend.worker.launch_timer import LaunchTimer
 from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
@@ -22,6 +23,7 @@ from lightllm_backend.worker.statistics_log import StatisticsLog
 
 if TYPE_CHECKING:
     from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
+    from lightllm_backend.worker.structured_output import StructuredOutput
 
 # How often the loop checks whether the GPU is done while it waits for new requests. A check costs some microseconds.
 POLL_SECONDS = 0.5e-3
@@ -29,7 +31,7 @@ POLL_SECONDS = 0.5e-3
 
 def run(
     server: EngineServer, router: Router, followers: BatchSender, runner: ModelRunner, statistics: StatisticsLog,
-    vitals: Vitals, load: EngineLoad, clock: Callable[[], float] = time.monotonic,
+    vitals: Vitals, load: EngineLoad, structured: StructuredOutput, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
     """THE loop of rank 0: receive, schedule, run, apply, emit; until the process that owns this worker is gone.
 
@@ -39,26 +41,38 @@ def run(
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
     timer = LaunchTimer(clock)
+
+    def take_result() -> None:
+        done, step = in_flight.popleft()
+        result = step.result()
+        vitals.took()
+        timer.finished()
+        server.send(router.apply(done, result))
+
     try:
         while server.open:
             idle = not router.has_work and not in_flight
-            refused = receive(server, router, load, vitals, timeout=STATS_SECONDS if idle else 0.0)
+            refused = receive(server, router, load, vitals, structured, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
-                refused += receive(server, router, load, vitals, timeout=min(spare, POLL_SECONDS))
+                refused += receive(server, router, load, vitals, structured, timeout=min(spare, POLL_SECONDS))
             timer.planning()
             batch = router.next_batch()
             load.publish(*router.queue_and_limit)
             vitals.turn(busy=batch is not None or bool(in_flight))
             if batch is not None:
                 followers.send(batch)
-                in_flight.append((batch, runner.launch(batch)))
+                step = runner.launch(batch)
                 timer.launched(batch, all_admitted=not router.has_queue)
+                if step.masks is not None:
+                    # They depend on the tokens of all steps before, while this one's forward already runs.
+                    while in_flight:
+                        take_result()
+                    structured.fill(router.matchers(batch), step.masks)
+                    followers.send_masks(step.masks)
+                    runner.sample(step)
+                in_flight.append((batch, step))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
-                done, step = in_flight.popleft()
-                result = step.result()
-                vitals.took()
-                timer.finished()
-                server.send(router.apply(done, result))
+                take_result()
             server.send(RouterOutput.of_chunks(refused + router.drain_finished()))
             stats = router.stats()
             server.publish(stats)
@@ -76,26 +90,50 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
     """
     try:
         while True:
-            runner.launch(batches.receive())
+            step = runner.launch(batches.receive())
+            if step.masks is not None:
+                batches.receive_masks(step.masks)
+                runner.sample(step)
     except ChannelClosed:
         pass
 
 
-def receive(server: EngineServer, router: Router, load: EngineLoad, vitals: Vitals, timeout: float) -> list[TokenChunk]:
-    """Hand the messages that have come to the Router; returns the last chunks of requests that it refuses."""
-    refused = []
+def receive(
+    server: EngineServer, router: Router, load: EngineLoad, vitals: Vitals, structured: StructuredOutput, timeout: float
+) -> list[TokenChunk]:
+    """Hand the messages that have come to the Router; return the last chunks of requests that never reach it.
+
+    Requests with structured output come later, when that is compiled.
+    """
+    last_chunks: list[TokenChunk] = []
+
+    def submit(message: Submit, matcher: TextMatcher | RequestError | None = None) -> None:
+        try:
+            if isinstance(matcher, RequestError):
+                raise matcher
+            router.submit(message.request, message.number, matcher)
+        except RequestError as error:
+            uids = message.request.uids
+            last_chunks.extend(TokenChunk(uid, [], [], FinishReason.REJECTED, error=error) for uid in uids)
+
     for message in server.receive(timeout):
         if isinstance(message, Submit):
             load.took(message.request.ticket)
-            try:
-                router.submit(message.request, message.number)
-            except RequestError as error:
-                refused += [TokenChunk(uid, [], [], FinishReason.REJECTED, error=error) for uid in message.request.uids]
+            if not message.request.sampling.structured_output:
+                submit(message)
+            elif len(structured) >= router.queue_and_limit[1]:
+                why = f"the queue is full ({len(structured)} requests whose structured output is compiled)"
+                submit(message, RequestError("UNAVAILABLE", why))
+            else:
+                structured.add(message)
         elif isinstance(message, Cancel):
             router.cancel(message.uid)
+            last_chunks += structured.cancel(message.uid)
         elif isinstance(message, Stop):
             router.stop(message.uid)
         elif isinstance(message, CloseEngine):
             router.close(RequestError("UNAVAILABLE", message.reason), message.drain)
             vitals.refuse_requests()
-    return refused
+    for message, matcher in structured.take_done():
+        submit(message, matcher)
+    return last_chunks

@@ -16,23 +16,29 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
+from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
+from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import batches_address, rendezvous_file
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.router.admission import ExactAdmission
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
+from lightllm_backend.text.model_tokenizer import load_tokenizer
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
 from lightllm_backend.worker.loop import follow, run
 from lightllm_backend.worker.server import EngineServer
 from lightllm_backend.worker.statistics_log import StatisticsLog
+from lightllm_backend.worker.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     from lightllm_backend.worker.load import LoadedEngine
@@ -76,8 +82,13 @@ class Leader:
         self._load.publish(0, 0)  # the worker before this one may have died with a full queue
         # Opens the listener before _load() waits for the other ranks, so that they find it.
         self._followers = BatchSender(batches_address(address), config.tp - 1)
+        compiler = GrammarCompiler(partial(_vocabulary, config))
+        preparing = threading.Thread(target=compiler.prepare, name="grammar", daemon=True)
+        preparing.start()  # the tokenizer is there before the weights are
         self._engine = _load(config, 0, address)
+        preparing.join()
         self._server = EngineServer(address, self._engine.info, parent_pipe)
+        self._structured = StructuredOutput(compiler, self._server.wake)
         self._followers.accept()
         # Last: whoever reads the vitals takes it that requests are served.
         self._vitals = _vitals(address, 0, self._engine.info)
@@ -90,9 +101,13 @@ class Leader:
             router.on_free(engine.storage.poison)
         try:
             statistics = StatisticsLog(self._config.log_stats_interval)
-            run(self._server, router, self._followers, engine.runner, statistics, self._vitals, self._load)
+            run(
+                self._server, router, self._followers, engine.runner, statistics, self._vitals, self._load,
+                self._structured,
+            )  # fmt: skip
         finally:
             self._load.publish(0, 0)
+            self._structured.close()
             self._server.close()
             self._followers.close()
             self._vitals.close()
@@ -118,6 +133,13 @@ def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
     from lightllm_backend.worker.load import load_engine
 
     return load_engine(config, rank, rendezvous_file(address))
+
+
+def _vocabulary(config: EngineConfig) -> ModelVocabulary:
+    directory = config.model_dir or str(embedded_model_directory())
+    shape = ModelConfig.from_directory(directory)
+    eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
+    return ModelVocabulary(load_tokenizer(directory, config), shape.vocab_size, eos_ids)
 
 
 def _vitals(address: str, rank: int, info: EngineInfo) -> Vitals:

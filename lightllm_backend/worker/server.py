@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import select
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +51,8 @@ class EngineServer:
         self._accepts_at = 0.0  # not before this time
         self._clients: dict[Channel, int] = {}  # with indices, which are never used again
         self._indices = itertools.count()
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self._handles: dict[str, int] = {}  # by uid, of the requests that have not ended
         self._stats_sent_at = 0.0
         self._told: dict[Channel, EngineStats] = {}  # the statistics that each client was last sent
@@ -59,17 +63,24 @@ class EngineServer:
         A handle differs from those of all other clients' requests.
         """
         self._cut_off_those_who_stand_still()
-        sources: list[Any] = [self._parent_pipe, *self._clients]
+        sources: list[Any] = [self._parent_pipe, self._woken, *self._clients]
         if time.monotonic() >= self._accepts_at:  # else a client who cannot be accepted would wake the loop at once
             sources.append(self._listener)
         # poll() and epoll would round the timeout to whole milliseconds.
         for source in select.select(sources, [], [], timeout)[0]:
             if source == self._parent_pipe:
                 self.open = False
+            elif source is self._woken:
+                self._woken.recv(4096)
             elif isinstance(source, Channel):
                 yield from self._read(source)
             else:
                 self._accept()
+
+    def wake(self) -> None:
+        """Make `receive` return; any thread may call this."""
+        with contextlib.suppress(OSError):  # enough wakes it already, or it is closed
+            self._waker.send(b".")
 
     def send(self, output: RouterOutput) -> None:
         """Send each client what the step has made for it, in one message."""
@@ -103,6 +114,8 @@ class EngineServer:
     def close(self) -> None:
         """Close the listener and all channels, once the clients have read their last chunks or take too long."""
         self._listener.close()
+        self._woken.close()
+        self._waker.close()
         ends = time.monotonic() + FLUSH_SECONDS
         for client in self._clients:
             client.flush(ends - time.monotonic())

@@ -33,6 +33,7 @@ EXAMPLES = {
     "skip_special_tokens": (False, ("BOOL", [1], [False])),
     "return_log_probs": (True, ("BOOL", [1], [True])),
     "top_logprobs": (3, ("INT32", [1], [3])),
+    "structured_output": ('{"regex": "a"}', ("BYTES", [1], ['{"regex": "a"}'])),
     "prompt_logprobs": (5, ("INT32", [1], [5])),
     "n": (1, ("INT32", [1], [1])),
     "tenant": ("Ünit 7", ("BYTES", [1], ["Ünit 7"])),

@@ -87,11 +87,11 @@ REFUSED_JSON: dict[str, tuple[str, str]] = {
     "twice": ('{"max_tokens": 3, "max_new_tokens": 3}', r"max_new_tokens is given beside max_tokens; allowed: one of"),
     "nested": (
         "[" * 100_000,
-        r'sampling_parameters is "\[*…, which is nested more than 16 levels deep; allowed: a JSON',
+        r'sampling_parameters is "\[*…, which is nested more than 64 levels deep; allowed: a JSON',
     ),
     "nested text": (
         json.dumps({"stop_token_ids": "[" * 5000}),
-        r'stop_token_ids is "\[*…, which is nested more than 16 levels deep; allowed: ',
+        r'stop_token_ids is "\[*…, which is nested more than 64 levels deep; allowed: ',
     ),
     "long unknown key": (json.dumps({"k" * 10**6: 1}), r"k{77}… is not a parameter; allowed: "),
     "lone surrogate": ('{"stop": "\\ud800"}', r"stop is .*; allowed: a string or a list"),

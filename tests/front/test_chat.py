@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lightllm_backend.front.state import Front
+from lightllm_client import InvalidArgument
 from lightllm_client.chat import ChatTemplate
-from lightllm_client.options import DATATYPES
 from tests.front.pretended import Caller, PretendedClient, chunk
 
 PATH = "/v1/chat/completions"
@@ -127,7 +127,6 @@ def test_log_probabilities_of_text_that_is_held_back(thinking: Caller, client: P
     assert "".join(choice["delta"].get("content", "") for choice in choices) == "<tool!"
 
 
-@pytest.mark.skipif("structured_output" not in DATATYPES, reason="the engine cannot constrain its output")
 def test_a_forced_call_constrains_the_answer(thinking: Caller, client: PretendedClient) -> None:
     client.items = [chunk('{"name": "f", "parameters": {}}', 65, finish_reason="stop")]
     named = {"type": "function", "function": {"name": "f"}}
@@ -137,6 +136,8 @@ def test_a_forced_call_constrains_the_answer(thinking: Caller, client: Pretended
     assert schema["properties"]["name"] == {"const": "f"}
     both = {**HELLO, "tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}
     assert thinking.refusal(PATH, both)["param"] == "tool_choice"
+    client.items = [InvalidArgument("structured_output cannot be followed: json_schema at /properties/a: no")]
+    assert thinking.refusal(PATH, {**HELLO, "tools": [TOOL], "tool_choice": named})["param"] == "tools"
 
 
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
@@ -152,7 +153,6 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
         ({"tool_choice": "maybe"}, "tool_choice", "none, auto, required, or"),
         ({"tool_choice": "required"}, "tool_choice", "since tools is empty"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "none or auto, since the engine"),
         ({"tools": [TOOL, TOOL]}, "tools", "functions with different names"),
         ({"chat_template": "other"}, "messages", "there is no chat template 'other'"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightllm_client import Unavailable
+from lightllm_client import InvalidArgument, Unavailable
 from lightllm_client.tensors import PromptLogProbs
 from tests.front.pretended import Caller, PretendedClient, chunk
 
@@ -166,8 +166,6 @@ def test_the_log_probabilities_of_an_echoed_prompt(
         ("stop", 7, "a string, or a list of at most 32 strings of at most 1024 bytes"),
         ("suffix", "end", "null (text cannot be inserted)"),
         ("best_of", 3, "1 or null (n answers are made, and all are returned)"),
-        ("guided_regex", "a+", "nothing, since the engine does not support it"),
-        ("allowed_token_ids", [1], "nothing, since the engine does not support it"),
         ("response_format", {"type": "xml"}, "'text', 'json_object' or 'json_schema'"),
     ],
 )
@@ -177,6 +175,24 @@ def test_a_refusal_names_field_value_and_what_is_allowed(call: Caller, field: st
     assert error["message"].startswith(f"{error['param']} is ")
     assert error["message"].endswith(f"; allowed: {allowed}")
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}),
+        ("structured_outputs.regex", {"structured_outputs": {"regex": "(", "json_object": False}}),
+        ("guided_choice", {"guided_choice": ["a"]}),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_its_field(
+    call: Caller, client: PretendedClient, field: str, body: dict[str, Any], stream: bool
+) -> None:
+    client.items = [InvalidArgument("structured_output cannot be followed: json_schema at /items: no")]
+    error = call.refusal(PATH, {"prompt": "Hi", "stream": stream, **body})
+    assert error["message"] == f"{field} cannot be followed: json_schema at /items: no"
+    assert error["param"] == field
 
 
 def test_unknown_fields_and_models(call: Caller) -> None:

@@ -5,7 +5,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -471,8 +470,11 @@ def test_a_request_keeps_its_tenant_and_its_priority(
 def test_a_probe_counts_in_no_metric(engine: FakeEngine, tokenizer: Tokenizer) -> None:
     observer, options = FakeObserver(), RequestOptions()
     streams = Streams(engine, observer)  # type: ignore[arg-type]
+
+    def new_text() -> TextStream:
+        return TextStream.of(tokenizer, options, [1, 2])
+
     for urgent in (True, False):
-        new_text = partial(TextStream.of, tokenizer, options, [1, 2])
         streams.submit([1, 2], options, None, lambda uid, number: FakeResponder(), False, new_text, urgent)
     engine.make("u0", [5], FinishReason.CANCELLED)
     assert (observer.first, observer.ended) == ([], [])

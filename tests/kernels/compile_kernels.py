@@ -116,6 +116,9 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launch_variants(q, k, table, lengths, starts)
     launchers.add_logit_bias(logits, lengths, lengths, table[:, :300].contiguous(), torch.zeros(4, 300))
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths[:, None])
+    masks = torch.zeros(4, -(-logits.shape[1] // 32), dtype=torch.int32)
+    for masked in (logits, logits.to(dtype)):
+        launchers.apply_token_masks(masked, masks, lengths)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
     launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
 

@@ -61,7 +61,7 @@ def small_runner(rows: int) -> ModelRunner:
     model = model_class(config.architecture)(config, launchers, one_rank, torch.bfloat16, CPU, LONGEST)
     dummy_weights(model, seed=0)
     storage = KVStorage(1, 1, model.num_kv_heads, model.head_dim, torch.bfloat16, CPU)
-    return ModelRunner(model, storage, launchers, rows, LONGEST, [2], CPU)
+    return ModelRunner(model, storage, launchers, rows, LONGEST, [2], config.vocab_size, CPU)
 
 
 def main(rows: int) -> None:

@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.request import FinishReason, PromptLogProbs, Request, SamplingParams
+from lightllm_backend.grammar.compiler import GrammarCompiler
+from lightllm_backend.grammar.matcher import MaskMaker
+from lightllm_backend.request import FinishReason, PromptLogProbs, Request, RequestError, SamplingParams, TokenChunk
 from lightllm_backend.router.router import Router
 from lightllm_backend.worker.load import LoadedEngine, load_engine
 from lightllm_backend.worker.main import build_router
@@ -25,6 +27,7 @@ class Answer:
     log_probs: list[float] = field(default_factory=list)
     top_log_probs: bytes = b""
     reason: FinishReason | None = None
+    error: RequestError | None = None
     prompt: PromptLogProbs | None = None
 
 
@@ -62,45 +65,64 @@ def run(
     batch_max_tokens: int | None = None,
     overlap: int | None = None,
     router: Router | None = None,
+    compiler: GrammarCompiler | None = None,
 ) -> list[Answer]:
-    """All prompts to their ends; prompt i arrives before step arrivals[i]. Each step the pool is checked."""
+    """All prompts to their ends; prompt i arrives before step arrivals[i]. Each step the pool is checked.
+
+    The answers to one prompt follow each other. compiler: for prompts with structured output.
+    """
     router = router or build_router(
         EngineConfig(running_max_req_size=16), engine.info, batch_max_tokens or engine.batch_max_tokens
     )
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     requests = [Request(str(i), tuple(prompt), params[i]) for i, prompt in enumerate(prompts)]
     waiting = deque(sorted(zip(arrivals or [0] * len(prompts), range(len(prompts)), strict=True)))
-    answers = [Answer() for _ in prompts]
+    uids = [uid for request in requests for uid in request.uids]
+    answers = {uid: Answer() for uid in uids}
     depth = engine.runner.overlap if overlap is None else overlap
     in_flight: deque = deque()
-    step = 0
-    while waiting or router.has_work or in_flight:
-        while waiting and waiting[0][0] <= step:
-            number = waiting.popleft()[1]
-            router.submit(requests[number], handle=number)
-        batch = router.next_batch()
-        if batch is not None:
-            in_flight.append((batch, engine.runner.launch(batch)))
-        chunks = router.drain_finished()
-        while in_flight and (len(in_flight) > depth or batch is None):
-            done, pending = in_flight.popleft()
-            output = router.apply(done, pending.result())
-            chunks += output.chunks
-            for number, token in zip(output.handles.tolist(), output.token_ids.tolist(), strict=True):
-                answers[number].token_ids.append(token)
+    mask_maker = MaskMaker()
+
+    def take(chunks: list[TokenChunk]) -> None:
         for chunk in chunks:
-            answer = answers[int(chunk.uid)]
+            answer = answers[chunk.uid]
             answer.token_ids += chunk.token_ids
             answer.log_probs += chunk.log_probs
             answer.top_log_probs += chunk.top_log_probs
             assert answer.prompt is None or chunk.prompt_log_probs is None, "they come once"
             answer.prompt = answer.prompt or chunk.prompt_log_probs
             assert answer.reason is None, "nothing comes after the end"
-            answer.reason = chunk.finish_reason
+            answer.reason, answer.error = chunk.finish_reason, chunk.error
+
+    def take_result() -> None:
+        done, pending = in_flight.popleft()
+        output = router.apply(done, pending.result())
+        for number, token in zip(output.handles.tolist(), output.token_ids.tolist(), strict=True):
+            answers[uids[number]].token_ids.append(token)
+        take(output.chunks)
+
+    step = 0
+    while waiting or router.has_work or in_flight:
+        while waiting and waiting[0][0] <= step:
+            number = waiting.popleft()[1]
+            matcher = compiler.compile(params[number]) if params[number].structured_output else None  # type: ignore[union-attr]
+            router.submit(requests[number], uids.index(requests[number].uid), matcher)
+        batch = router.next_batch()
+        if batch is not None:
+            launched = engine.runner.launch(batch)
+            if launched.masks is not None:
+                while in_flight:
+                    take_result()
+                mask_maker.fill(router.matchers(batch), launched.masks)  # type: ignore[arg-type]
+                engine.runner.sample(launched)
+            in_flight.append((batch, launched))
+        take(router.drain_finished())
+        while in_flight and (len(in_flight) > depth or batch is None):
+            take_result()
         router.check_integrity()
         step += 1
     assert router.stats().kv_tokens_used == 0
-    return answers
+    return list(answers.values())
 
 
 def transformers_greedy(

@@ -95,7 +95,7 @@ def make_runner(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> ModelRu
     model = model_class(shape.architecture)(shape, *place)
     dummy_weights(model, seed=0)
     storage = KVStorage(shape.num_layers, 20000, kv_heads, shape.head_dim, kv_dtype, CPU)
-    return ModelRunner(model, storage, launchers, NUM_ROWS, max_total, shape.eos_ids, CPU)
+    return ModelRunner(model, storage, launchers, NUM_ROWS, max_total, shape.eos_ids, VOCAB, CPU)
 
 
 def serve(runner: ModelRunner, num_requests: int) -> None:

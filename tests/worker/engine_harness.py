@@ -18,17 +18,20 @@ import numpy as np
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
+from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.text.tokenizer import TokenizerError
 from lightllm_backend.worker.batch_channel import BatchSender
 from lightllm_backend.worker.loop import run
 from lightllm_backend.worker.main import build_router
 from lightllm_backend.worker.server import EngineServer
 from lightllm_backend.worker.statistics_log import StatisticsLog
+from lightllm_backend.worker.structured_output import StructuredOutput
 
 VOCAB_SIZE = 1000
 EOS_ID = 999
@@ -64,7 +67,7 @@ class CountingRunner:
             self._last[row] += 1
             tokens.append(self._last[row])
         result = StepResult(np.array(tokens, np.int32), -np.array(tokens, np.float32))
-        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set)
+        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set, masks=None)
 
     def _finish(self, result: StepResult) -> StepResult:
         self._in_flight -= 1
@@ -90,6 +93,8 @@ class CountingEngine:
         info = replace(INFO, pool_tokens=pool_tokens)
         self.router = build_router(EngineConfig(max_req_input_len=50, **settings), info, batch_max_tokens)
         self.error: Exception | None = None
+        self.may_load_tokenizer = threading.Event()  # when clear, holds whatever is to be compiled
+        self.may_load_tokenizer.set()
         self.server: EngineServer
         read_end, self._parent_pipe = os.pipe()
         self.server = EngineServer(address, INFO, read_end)
@@ -101,15 +106,23 @@ class CountingEngine:
     def _run(self) -> None:
         try:
             statistics, followers = StatisticsLog(0), BatchSender("", 0)
-            run(self.server, self.router, followers, self.runner, statistics, self.vitals, self.load)  # type: ignore[arg-type]
+            structured = StructuredOutput(GrammarCompiler(self._no_vocabulary), self.server.wake)
+            run(
+                self.server, self.router, followers, self.runner, statistics, self.vitals, self.load, structured  # type: ignore[arg-type]
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001 (tests look at it)
             self.error = error
         finally:
             self.server.close()
             self.vitals.close()
 
+    def _no_vocabulary(self) -> ModelVocabulary:
+        assert self.may_load_tokenizer.wait(10)
+        raise TokenizerError("numbers are no text")
+
     def stop(self) -> None:
         self.runner.gate.set()
+        self.may_load_tokenizer.set()
         with contextlib.suppress(OSError):
             os.close(self._parent_pipe)
         self._thread.join(60)

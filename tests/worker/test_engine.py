@@ -278,10 +278,10 @@ def test_the_loop_publishes_its_progress(tmp_path: Path) -> None:
     with counting_engine(tmp_path) as (engine, client):
         engine.runner.gate.clear()
         answer = Answer(client, [1], max_tokens=3)
-        assert poll(lambda: engine.router.stats().running_requests == 1)
+        assert poll(lambda: read_vitals(tmp_path)[0].busy_since > 0), "in the midst of a step"
         [stuck] = read_vitals(tmp_path)
         assert stuck.role == "worker-0"
-        assert time.monotonic() - 10 < stuck.busy_since <= time.monotonic(), "in the midst of a step"
+        assert stuck.busy_since <= time.monotonic()
         engine.runner.gate.set()
         answer.wait()
         assert poll(lambda: read_vitals(tmp_path)[0].busy_since == 0)

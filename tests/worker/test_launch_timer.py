@@ -55,7 +55,10 @@ class Simulation:
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
         load = SimpleNamespace(publish=lambda queued, limit, longest: None, took=lambda ticket: None)
-        run(self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, load, clock=lambda: self.now)  # type: ignore[arg-type]
+        structured = SimpleNamespace(take_done=list)
+        run(
+            self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, load, structured, lambda: self.now  # type: ignore[arg-type]
+        )  # fmt: skip
 
     # As an EngineServer
 
@@ -90,7 +93,7 @@ class Simulation:
         self.waits += [begin - self._at[admission.sampling.seed] for admission in batch.admitted]
         end = self._device_free = begin + self._step_seconds(begin, batch)
         self._steps_in_flight += 1
-        return SimpleNamespace(result=lambda: self._result(end, batch), is_done=lambda: end <= self.now)
+        return SimpleNamespace(result=lambda: self._result(end, batch), is_done=lambda: end <= self.now, masks=None)
 
     def _result(self, end: float, batch: Batch) -> StepResult:
         if end > self.now:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.text.tokenizer import Tokenizer
 from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
 from tests.runner.test_prompt_scores import check
@@ -25,15 +27,22 @@ PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61)), [190, 191, 192]]
 SAMPLED = [
     SamplingParams(max_tokens=MAX_TOKENS, do_sample=True, temperature=1.2, seed=seed, **changes)
     for seed, changes in enumerate(
-        [{"top_k": 20}, {"top_p": 0.8}, {"repetition_penalty": 1.3, "min_tokens": 4}, {"presence_penalty": 0.5}]
+        [
+            {"top_k": 20}, {"top_p": 0.8}, {"repetition_penalty": 1.3, "min_tokens": 4}, {"presence_penalty": 0.5},
+            {"structured_output": '{"regex":"(ab|c)*"}'}, {"structured_output": '{"json_object":true}'},
+        ]
     )
-]
+]  # fmt: skip
+SAMPLED_PROMPTS = PROMPTS + PROMPTS[:2]
+TOKENIZER = Path(__file__).parents[1] / "data" / "llama" / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 heads share 2 KV heads, and neither 2 nor 4 ranks divide the vocabulary."""
-    return save_random_llama(tmp_path_factory.mktemp("llama"), num_attention_heads=4, hidden_size=64)
+    made = tmp_path_factory.mktemp("llama")
+    shutil.copy(TOKENIZER, made)
+    return save_random_llama(made, num_attention_heads=4, hidden_size=64, vocab_size=517)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
         assert len(engine.supervisor.pids) == len(workers()) == tp
         greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
         assert [answer.tokens for answer in greedy] == expected
-        assert [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)] == sampled
+        assert [answer.tokens for answer in engine.answer(SAMPLED_PROMPTS, SAMPLED)] == sampled
         asking = SamplingParams(max_tokens=0, prompt_logprobs=3)
         for prompt, answer in zip(PROMPTS, engine.answer(PROMPTS, asking), strict=True):
             check(directory, prompt, 3, answer.chunks[0].prompt_log_probs)
@@ -65,9 +74,12 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
 def sampled(directory: Path, expected: list[list[int]]) -> list[list[int]]:
     with started(configuration(directory, 1)) as engine:
         greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
-        tokens = [answer.tokens for answer in engine.answer(PROMPTS, SAMPLED)]
+        tokens = [answer.tokens for answer in engine.answer(SAMPLED_PROMPTS, SAMPLED)]
     assert [answer.tokens for answer in greedy] == expected
-    assert all(ours != greedy for ours, greedy in zip(tokens, expected, strict=True)), "they are drawn"
+    assert all(ours != greedy for ours, greedy in zip(tokens, expected, strict=False)), "they are drawn"
+    constrained = [Tokenizer.load(directory).decode(ids) for ids in tokens[len(PROMPTS) :]]
+    assert set(constrained[0]) <= set("abc")
+    assert constrained[1].startswith("{")
     return tokens
 
 

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 
+from lightllm_backend.client_json import parse_json
 from lightllm_backend.front.answers import CLIENT_GONE, ClientGone, EventStream, until_hang_up
 from lightllm_backend.front.errors import ApiError, from_engine
 from lightllm_backend.front.lightllm.answers import TokenEntries, body_of, event, to_event, to_json
@@ -26,7 +27,6 @@ from lightllm_backend.front.lightllm.parameters import (
     refusal,
 )
 from lightllm_backend.front.state import Front, front_of, tenant_of
-from lightllm_backend.option_table import parse_json
 from lightllm_backend.options import check_prompt_bytes, show
 from lightllm_backend.request import RequestError
 from lightllm_backend.text.tokenizer import LONG_TEXT

@@ -20,7 +20,7 @@ from lightllm_backend.front.openai.events import Events, choice_json, text_json
 from lightllm_backend.front.openai.generate import Job, Usage
 from lightllm_backend.front.openai.logprobs import chat_logprobs
 from lightllm_backend.front.openai.models import check_model
-from lightllm_backend.front.openai.sampling import engine_options, seeds, supported
+from lightllm_backend.front.openai.sampling import constraining_field, engine_options, seeds
 from lightllm_backend.front.openai.schema import ChatCompletionRequest, Message, NamedTool
 from lightllm_backend.front.state import Front, front_of, tenant_of
 from lightllm_backend.request import AS_MANY_AS_FIT
@@ -49,7 +49,8 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     choice = _tool_choice(front, body)
     options = _options(body, tenant_of(request), choice)
     prompt = render(front, body, choice)
-    job = Job(front, [prompt], options, seeds(body, body.n or 1), "chatcmpl")
+    constrained_by = "tools" if choice.schema is not None else constraining_field(body)
+    job = Job(front, [prompt], options, seeds(body, body.n or 1), "chatcmpl", constrained_by)
 
     def parser() -> DeltaParser:
         return make_parser(
@@ -134,11 +135,9 @@ def _options(body: ChatCompletionRequest, tenant: str, choice: ToolChoice) -> di
         if body.top_logprobs:
             options["top_logprobs"] = body.top_logprobs
     if choice.schema is not None:
-        given_choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
-        name = supported("structured_output", "tool_choice", given_choice, "none or auto")
-        if name in options:
+        if "structured_output" in options:
             raise refusal("tool_choice", "required", "none or auto beside a field that constrains the answer")
-        options[name] = json.dumps({"json_schema": choice.schema})
+        options["structured_output"] = json.dumps({"json_schema": choice.schema})
     return options
 
 

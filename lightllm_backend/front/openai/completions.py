@@ -16,7 +16,7 @@ from lightllm_backend.front.openai.events import Events, choice_json, text_json
 from lightllm_backend.front.openai.generate import Job, Prompt, Usage
 from lightllm_backend.front.openai.logprobs import CompletionLogprobs, TopTokens
 from lightllm_backend.front.openai.models import check_model
-from lightllm_backend.front.openai.sampling import engine_options, seeds
+from lightllm_backend.front.openai.sampling import constraining_field, engine_options, seeds
 from lightllm_backend.front.openai.schema import CompletionRequest
 from lightllm_backend.front.state import front_of, tenant_of
 from lightllm_client import Chunk, Generation
@@ -30,7 +30,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Continue one or several prompts, each text or token ids."""
     front = front_of(request)
     check_model(front, body.model)
-    job = Job(front, _prompts(body), _options(body, tenant_of(request)), seeds(body, body.n or 1), "cmpl")
+    options = _options(body, tenant_of(request))
+    job = Job(front, _prompts(body), options, seeds(body, body.n or 1), "cmpl", constraining_field(body))
     if body.stream:
         return EventStream(_events(job, body))
     answers = await until_hang_up(request, job.whole())

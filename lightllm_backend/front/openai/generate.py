@@ -6,14 +6,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightllm_backend.front.errors import ApiError
+from lightllm_backend.front.errors import ApiError, from_engine
 from lightllm_backend.front.state import Front
 from lightllm_backend.request import MAX_ANSWERS
-from lightllm_client import AsyncChunkStream, AsyncLightLLMClient, Chunk, Generation
+from lightllm_client import AsyncChunkStream, AsyncLightLLMClient, Chunk, Generation, InvalidArgument
 
 MAX_CHOICES = 4096  # of one request
 
@@ -29,6 +30,7 @@ class Job:
     options: dict[str, Any]
     seeds: Sequence[int | None]  # of the n answers to a prompt: consecutive, or all None
     kind: str  # begins the id
+    constrained_by: str = ""  # the field of the body that says what the answers must follow
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -52,22 +54,32 @@ class Job:
             client.generate_several(call.prompt, **call.options) if call.options.get("n") else _one(client, call)
             for call in self._calls()
         ]
-        return [answer for answers in await _all(calls) for answer in answers]
+        with self._refusals():
+            return [answer for answers in await _all(calls) for answer in answers]
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Yield the chunks of all answers as they come, each with the index of its answer."""
         calls = self._calls()
         streams = [self.front.client.stream(call.prompt, **call.options) for call in calls]
         try:
-            if len(streams) == 1:
-                async for chunk in streams[0]:
-                    yield chunk.index, chunk
-            else:
-                async for number, chunk in _merged(streams):
-                    yield calls[number].first + chunk.index, chunk
+            with self._refusals():
+                if len(streams) == 1:
+                    async for chunk in streams[0]:
+                        yield chunk.index, chunk
+                else:
+                    async for number, chunk in _merged(streams):
+                        yield calls[number].first + chunk.index, chunk
         finally:
             for stream in streams:
                 await stream.aclose()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Name the field of the body where the engine's refusal names its own option."""
+        try:
+            yield
+        except InvalidArgument as error:
+            raise from_engine(error, self.constrained_by) from None
 
     def _calls(self) -> list[_Call]:
         # The engine scores a prompt for the first of its answers alone, but every answer may have to repeat it.

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightllm_backend.front.errors import ApiError, refusal
 from lightllm_backend.front.openai.schema import SamplingFields
-from lightllm_client.options import DATATYPES
 
 # Fields that are options of the engine by the same name.
 _SAME = (
@@ -28,7 +27,7 @@ _SAME = (
 
 
 def engine_options(body: SamplingFields, max_tokens: int, tenant: str) -> dict[str, Any]:
-    """Translate a body's fields; raise ApiError 400 for one that the engine does not support."""
+    """Translate a body's fields; raise ApiError 400 for two that contradict each other."""
     # OpenAI's default is to sample; the engine's own is to take the likeliest token.
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 1.0}
     if body.temperature is not None:
@@ -36,14 +35,13 @@ def engine_options(body: SamplingFields, max_tokens: int, tenant: str) -> dict[s
     for name in _SAME:
         value = getattr(body, name)
         if value is not None:
-            options[supported(name, name, value)] = value
+            options[name] = value
     if body.stop:
         options["stop_words"] = [body.stop] if isinstance(body.stop, str) else [word for word in body.stop if word]
     if body.logit_bias:
         options["logit_bias"] = json.dumps(body.logit_bias)
     if constraint := _constraint(body):
-        field, value = constraint
-        options[supported("structured_output", field, value)] = json.dumps(value)
+        options["structured_output"] = json.dumps(constraint[1])
     if tenant:
         options["tenant"] = tenant
     return options
@@ -56,11 +54,10 @@ def seeds(body: SamplingFields, number: int) -> list[int | None]:
     return [(body.seed + copy) % 2**64 for copy in range(number)]
 
 
-def supported(option: str, field: str, value: Any, allowed: str = "nothing") -> str:
-    """Return the name of an option of the engine; raise ApiError 400 by the field's name if the engine lacks it."""
-    if option not in DATATYPES:
-        raise refusal(field, value, f"{allowed}, since the engine does not support it")
-    return option
+def constraining_field(body: SamplingFields) -> str:
+    """Return the field that constrains the answer; an empty text if there is none."""
+    constraint = _constraint(body)
+    return constraint[0] if constraint else ""
 
 
 def _constraint(body: SamplingFields) -> tuple[str, dict[str, Any]] | None:
@@ -78,6 +75,8 @@ def _constraint(body: SamplingFields) -> tuple[str, dict[str, Any]] | None:
     if body.structured_outputs is not None:
         given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
         for name, value in given.items():
+            if value is False:  # json_object, as in vLLM
+                continue
             found.append((f"structured_outputs.{name}", _of_kind(name, value, f"structured_outputs.{name}")))
     for name in ("json", "regex", "choice", "grammar"):
         value = getattr(body, f"guided_{name}")

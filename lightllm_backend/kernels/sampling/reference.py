@@ -58,6 +58,14 @@ def apply_penalties(
     logits[sequences, ending_ids[sequences, index].long()] = -torch.inf
 
 
+def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
+    masked = (mask_rows >= 0).nonzero().squeeze(1)
+    words = masks[mask_rows[masked].long()]
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    ruled_out = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits[masked] = logits[masked].masked_fill(ruled_out, -torch.inf)
+
+
 def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
     tokens = logits.argmax(-1).int()
     table.index_copy_(0, places, tokens)

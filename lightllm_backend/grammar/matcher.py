@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matcher: how far the text of one request has come in its grammar, and which tokens may come next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from copy import copy
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
+
+from lightllm_backend.request import RequestError, SamplingParams
+
+_ALL_ALLOWED = -1
+# What llguidance says of a token that its mask has not allowed. Its other errors are limits that a text has reached.
+_NO_FIT = "doesn't satisfy the grammar"
+# Fewer masks are made quicker by one thread.
+_PARALLEL_FROM = 8
+_MAX_THREADS = 8
+
+
+class Matcher:
+    """Follows the sampled tokens of a request.
+
+    The text may end where the grammar allows it: with the model's EOS, unless ignored, or with one of the request's
+    stop_token_ids. min_tokens forbids these; if the grammar allows nothing else, the end wins.
+    """
+
+    def __init__(self, inner: LLMatcher, sampling: SamplingParams, eos_ids: Sequence[int]) -> None:
+        self.inner = inner
+        self._num_tokens = 0
+        self._min_tokens = sampling.min_tokens
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._eos_bits = _bits(eos_ids)
+        self._stop_bits = _bits(sampling.stop_token_ids)
+        self._ignores_eos = sampling.ignore_eos
+        self._changes_ends = bool(sampling.ignore_eos or sampling.stop_token_ids or sampling.min_tokens)
+
+    def copy(self) -> Matcher:
+        """Return a matcher that has come as far and goes on by itself."""
+        other = copy(self)
+        other.inner = self.inner.deep_copy()
+        return other
+
+    def accept(self, token_id: int) -> bool:
+        """Take the next token; return whether the text is complete, so that nothing may follow.
+
+        Raises RequestError if the grammar has become too complex for llguidance's limits.
+        """
+        self._num_tokens += 1
+        is_broken = self.inner.is_error()  # since the mask was made
+        if token_id in self._stop_ids and not is_broken and not self.inner.validate_tokens([token_id]):
+            return True
+        if not self.inner.consume_token(token_id):
+            reason = self.inner.get_error().splitlines()[0]
+            if _NO_FIT in reason:
+                raise RequestError("INTERNAL", f"token {token_id} does not follow structured_output: {reason}")
+            raise RequestError("INVALID_ARG", f"structured_output has become too complex: {reason}")
+        return self.inner.is_stopped()
+
+    def change_ends(self, mask: NDArray[np.int32]) -> None:
+        """Allow and forbid in the mask [words] of the next token what the request's options say about the end."""
+        if not self._changes_ends:
+            return
+        may_end = any(mask[word] & bit for word, bit in self._eos_bits)
+        grammars_own = mask.copy()
+        is_too_short = self._num_tokens < self._min_tokens
+        if self._ignores_eos or is_too_short:
+            _clear(mask, self._eos_bits)
+        if is_too_short:
+            _clear(mask, self._stop_bits)
+        elif may_end:
+            for word, bit in self._stop_bits:
+                mask[word] |= bit
+        if not mask.any():
+            mask[:] = grammars_own
+
+
+class MaskMaker:
+    """Makes the masks of a step. llguidance releases the interpreter's lock meanwhile."""
+
+    def __init__(self) -> None:
+        self._executor = LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
+
+    def fill(self, matchers: Sequence[Matcher | None], masks: NDArray[np.int32]) -> None:
+        """Write the mask of each matcher's next token into `masks` [matchers, words]; None allows all tokens."""
+        size = masks.shape[1] * masks.itemsize
+        live = [(matcher, index) for index, matcher in enumerate(matchers) if matcher is not None]
+        if len(live) < len(matchers):
+            masks[[index for index, matcher in enumerate(matchers) if matcher is None]] = _ALL_ALLOWED
+        if len(live) < _PARALLEL_FROM:
+            for matcher, index in live:
+                matcher.inner.unsafe_compute_mask_ptr(masks[index].ctypes.data, size)
+        else:
+            places = [(matcher.inner, index) for matcher, index in live]
+            self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, size, len(masks))
+        for matcher, index in live:
+            matcher.change_ends(masks[index])
+
+
+def _bits(token_ids: Sequence[int]) -> list[tuple[int, np.int32]]:
+    """The word of each token in a mask, and its bit."""
+    return [(token_id // 32, np.uint32(1 << token_id % 32).view(np.int32)) for token_id in token_ids]
+
+
+def _clear(mask: NDArray[np.int32], bits: list[tuple[int, np.int32]]) -> None:
+    for word, bit in bits:
+        mask[word] &= ~bit

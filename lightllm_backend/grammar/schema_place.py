@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the part of a JSON Schema that cannot be compiled: llguidance says why, but not where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Each attempt reads the whole schema. So many for a small one; fewer for a large one, so that all take half a second.
+_MAX_ATTEMPTS = 200
+_MAX_BYTES_READ = 2**20
+_ROOT = "x-root"
+
+
+def place_of_error(schema: Any, error_of: Callable[[Any], str]) -> str:
+    """Return the JSON pointer of a small part with the same error as the whole; "" if it is the whole.
+
+    error_of: compiles a schema and returns the error, or "". In a large schema the search ends early, so the part may
+    have a smaller one with the error.
+    """
+    root = _moved(schema)
+    attempts_left = min(_MAX_ATTEMPTS, _MAX_BYTES_READ // len(json.dumps(schema)))
+    reason = error_of(schema)
+    place, part = "", schema
+    while True:
+        for step, child in _parts(part):
+            if attempts_left == 0:
+                return place
+            attempts_left -= 1
+            if error_of({"$ref": f"#/{_ROOT}{place}{step}", _ROOT: root}) == reason:
+                place, part = place + step, child
+                break
+        else:
+            return place
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The schemas within a schema, with their pointers from it. A list or an object of schemas counts as one level."""
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if key in ("enum", "const", "default", "examples", "required"):
+            continue
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        if isinstance(value, dict) and key not in _MAPS:
+            yield f"/{_escaped(key)}", value
+        else:
+            yield from ((f"/{_escaped(key)}/{_escaped(str(name))}", child) for name, child in items)
+
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def _moved(schema: Any) -> Any:
+    """A copy whose references point to where the schema is a part of another."""
+    if isinstance(schema, list):
+        return [_moved(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: f"#/{_ROOT}{value[1:]}" if key == "$ref" and isinstance(value, str) and value[:1] == "#" else _moved(value)
+        for key, value in schema.items()
+    }
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TokenMasks: which rows have a token mask, and the masks of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightllm_backend.request import SamplingParams
+from lightllm_backend.runner.mask_buffers import MaskBuffers
+from lightllm_backend.runner.staging import Staging
+
+_NO_MASK = -1
+_NO_ROWS = np.empty(0, dtype=np.int32)
+
+
+class TokenMasks:
+    """Makes the masks of `allowed_token_ids` itself; those of structured output come from rank 0 in every step."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self._buffers = MaskBuffers(vocab_size, device)
+        self._structured = np.zeros(num_rows, dtype=bool)  # the row's mask changes with every token
+        self._constant: dict[int, NDArray[np.int32]] = {}  # by row
+        self._masked = np.zeros(num_rows, dtype=bool)
+        self._mask_rows = _NO_ROWS  # [sequences] of the step, the index of each one's mask; empty if none has one
+
+    def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Take note of what the new owners of `rows` allow."""
+        for row, sampling in zip(rows, params, strict=True):
+            self._masked[row] = sampling.masked
+            self._structured[row] = bool(sampling.structured_output)
+            self._constant.pop(row, None)
+            if sampling.allowed_token_ids:
+                self._constant[row] = mask_of(sampling.allowed_token_ids, self._buffers.words)
+
+    def take(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Begin the masks of a step that samples for `rows`; return the buffer [structured rows, words] to fill."""
+        self._mask_rows = _NO_ROWS
+        if not self._masked[rows].any():
+            return np.empty((0, self._buffers.words), dtype=np.int32)
+        structured = self._structured[rows]
+        num_structured = int(structured.sum())
+        constant = [index for index, row in enumerate(rows.tolist()) if row in self._constant]
+        self._mask_rows = np.full(len(rows), _NO_MASK, dtype=np.int32)
+        self._mask_rows[structured] = np.arange(num_structured)
+        self._mask_rows[constant] = np.arange(num_structured, num_structured + len(constant))
+        masks = self._buffers.take(num_structured + len(constant))
+        for place, index in enumerate(constant, num_structured):
+            masks[place] = self._constant[int(rows[index])]
+        return masks[:num_structured]
+
+    @contextmanager
+    def on_device(self, staging: Staging) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Provide the step's masks and mask_rows, as `Kernels.apply_token_masks` takes them; None if it has none."""
+        if not len(self._mask_rows):
+            yield None
+            return
+        [mask_rows] = staging.upload(self._mask_rows)
+        with self._buffers.on_device() as masks:
+            yield masks, mask_rows
+
+
+def mask_of(token_ids: Sequence[int], words: int) -> NDArray[np.int32]:
+    """Return the mask [words] that allows these tokens."""
+    bits = np.zeros(words * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    mask: NDArray[np.int32] = np.packbits(bits, bitorder="little").view(np.int32)
+    return mask
