@@ -365,11 +365,29 @@ def soak(result: dict[str, Any]) -> list[str]:
     return lines + table(["processes", "growth from the second to the last fifth, MB"], growth)
 
 
+def front_throughput(result: dict[str, Any]) -> list[str]:
+    figures = ("request_us", "response_us", "responses_a_cpu_second", "responses_a_second")
+    rows = [[way, *(f"{row[name]:,.0f}" for name in figures)] for way, row in result["ways"].items()]
+    headings = ["way in", "CPU a request, µs", "CPU a response, µs", "responses a CPU second", "responses/s then"]
+    parts = ", ".join(f"{name}: {value:.1f} µs" for name, value in result["parts_us"].items())
+    streams, slow = result["open_streams"], result["slow_readers"]
+    many = (
+        f"{streams['streams']:,.0f} open streams with a token a second each: {streams['kib_a_stream']:.0f} KiB and "
+        f"{streams['descriptors_a_stream']:.2f} descriptors a stream, {streams['cpu_share']:.2f} of a core. "
+        f"{slow['readers']:.0f} clients that do not read: {slow['kib_a_reader']:.0f} KiB each; "
+        f"beside them an answer of 64 tokens takes {slow['request_us_beside'] / 1e3:.1f} ms of CPU, without them "
+        f"{slow['request_us_alone'] / 1e3:.1f} ms."
+    )
+    title = f"**A process of the front** ({origin(result)}):"
+    return [title, "", *table(headings, rows), "", f"Parts of a response: {parts}.", "", many]
+
+
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
     "long_context": long_context, "overload": overload, "soak": soak,
+    "front_throughput": front_throughput,
 }  # fmt: skip
 
 

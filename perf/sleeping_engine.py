@@ -20,7 +20,8 @@ import numpy as np
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.engine_messages import EngineInfo
-from lightllm_backend.router.batch import Batch, StepResult
+from lightllm_backend.request import TOP_LOG_PROB
+from lightllm_backend.router.batch import Batch, ScoredChunk, Scores, StepResult, TopLogProbs
 from lightllm_backend.worker import main as worker
 from perf.simulated_engine import step_seconds
 
@@ -53,13 +54,32 @@ class SleepingRunner:
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
         self._free_at = 0.0
+        self._num_top: dict[int, int] = {}  # by row, what its request asks for as top_logprobs
 
     def launch(self, batch: Batch) -> SleepingStep:
         seconds = step_seconds(batch, int(batch.starts.sum()))
         self._free_at = max(self._free_at, time.monotonic()) + seconds
         count = int(batch.samples.sum())
         tokens = self._random.integers(3, VOCABULARY, count, dtype=np.int32)
-        return SleepingStep(StepResult(tokens, np.zeros(count, dtype=np.float32), seconds), self._free_at)
+        log_probs = np.zeros(count, dtype=np.float32)
+        scores = tuple(_scores(chunk) for chunk in batch.scored)
+        return SleepingStep(StepResult(tokens, log_probs, seconds, scores, self._likeliest(batch)), self._free_at)
+
+    def _likeliest(self, batch: Batch) -> TopLogProbs | None:
+        self._num_top |= {one.row: one.sampling.top_logprobs for one in batch.admitted}
+        wanted = np.array([self._num_top[row] for row in batch.rows[batch.samples].tolist()], dtype=np.int64)
+        [samples] = wanted.nonzero()
+        if not len(samples):
+            return None
+        pairs = np.zeros((len(samples), wanted.max()), dtype=TOP_LOG_PROB)
+        pairs["token_id"] = np.arange(3, 3 + wanted.max())
+        return TopLogProbs(samples, pairs)
+
+
+def _scores(chunk: ScoredChunk) -> Scores:
+    shape = chunk.num_tokens, chunk.num_top
+    likeliest = np.tile(np.arange(3, 3 + chunk.num_top, dtype=np.int32), (chunk.num_tokens, 1))
+    return Scores(np.zeros(shape[0], dtype=np.float32), likeliest, np.zeros(shape, dtype=np.float32))
 
 
 class SleepingEngine:

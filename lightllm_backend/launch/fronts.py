@@ -19,6 +19,9 @@ COMMAND = (sys.executable, "-m", "lightllm_backend.front.main")  # and the descr
 BACKLOG = 4096  # connections that wait for a process; the system may allow fewer
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a process is replaced; doubles with each that ends soon
 STEADY_SECONDS = 60.0  # a process that has lived for so long did not end soon
+# Of each connection, in the kernel, which doubles it. Left to itself the kernel takes 4 MiB for a client that does not
+# read, and the front computes megabytes of events for it before the engine is held back.
+SEND_BUFFER = 1 << 17
 USAGE_ERROR = 2  # of a process that cannot serve these settings, and never will
 
 
@@ -106,6 +109,7 @@ def listening_socket(host: str, port: int, unread_seconds: float) -> socket.sock
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * unread_seconds))
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # accepted connections inherit it
         listener.bind(address)
         listener.listen(BACKLOG)
         on_error.pop_all()

@@ -90,7 +90,7 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
 
 def _wait_ready(process: subprocess.Popen[bytes], ports: tuple[int, int], log: Path) -> None:
     end = time.monotonic() + START_LIMIT_SECONDS
-    while not (_answers(ports[0], "/v2/health/ready") and _answers(ports[1], "/metrics")):
+    while not (answers(ports[0], "/v2/health/ready") and answers(ports[1], "/metrics")):
         if process.poll() is not None:
             raise SystemFailed(f"the server ended with exit code {process.returncode}:\n{_last_lines(log)}")
         if time.monotonic() > end:
@@ -98,7 +98,7 @@ def _wait_ready(process: subprocess.Popen[bytes], ports: tuple[int, int], log: P
         time.sleep(POLL_SECONDS)
 
 
-def _answers(port: int, path: str) -> bool:
+def answers(port: int, path: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path)

@@ -14,7 +14,7 @@ import pytest
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch import fronts
-from lightllm_backend.launch.fronts import Fronts, front_environment
+from lightllm_backend.launch.fronts import Fronts, front_environment, listening_socket
 from tests.launch.conftest import free_ports
 from tests.polling import poll
 
@@ -92,3 +92,17 @@ def test_a_process_gets_the_settings_in_effect_and_only_its_own_secret() -> None
         "LIGHTLLM_API_KEY": "k", "LIGHTLLM_OPENAI_PORT": "9", "LIGHTLLM_TP": "2", "LIGHTLLM_MODEL_DIR": "/m"
     }  # fmt: skip
     assert made["HOME"] == "/h"
+
+
+def test_the_kernel_takes_little_for_a_client_that_does_not_read() -> None:
+    with listening_socket("127.0.0.1", 0, 60.0) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        with connection:
+            connection.setblocking(False)
+            taken = 0
+            with pytest.raises(BlockingIOError):
+                while taken < 2**22:
+                    taken += connection.send(bytes(4096))
+    assert taken < 2**19

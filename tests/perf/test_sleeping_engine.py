@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.router.batch import Batch
+from lightllm_backend.request import SamplingParams
+from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 from perf.engine_under_test import engine_under_test
 from perf.simulated_engine import step_seconds
 from perf.sleeping_engine import SleepingRunner
@@ -18,7 +19,8 @@ PROGRAM = Path(__file__).parents[2] / "perf" / "sleeping_engine.py"
 
 def decodes(count: int) -> Batch:
     one = np.ones(count, dtype=np.int32)
-    return Batch(one, one, one, one, np.ones(count, dtype=np.bool_), num_decodes=count, admitted=())
+    admitted = (Admission(1, (5,), SamplingParams()),)
+    return Batch(one, one, one, one, np.ones(count, dtype=np.bool_), num_decodes=count, admitted=admitted)
 
 
 def test_a_step_begins_when_the_one_before_has_ended():
@@ -28,6 +30,16 @@ def test_a_step_begins_when_the_one_before_has_ended():
     assert time.monotonic() - began >= 2 * step_seconds(decodes(3), 3)
     assert all(step.is_done() for step in steps)
     assert [len(result.token_ids) for result in results] == [3, 5]
+
+
+def test_it_knows_log_probabilities_of_prompts_and_of_the_likeliest_tokens():
+    rows, ones = np.arange(2, dtype=np.int32), np.ones(2, dtype=np.int32)
+    admitted = tuple(Admission(row, (5,), SamplingParams(top_logprobs=2 * row)) for row in (0, 1))
+    batch = Batch(rows, ones, ones, ones, np.ones(2, dtype=np.bool_), 2, admitted, (ScoredChunk(0, 3, 2),))
+    result = SleepingRunner().launch(batch).result()
+    assert [array.shape for array in result.scores[0]] == [(3,), (3, 2), (3, 2)]
+    assert result.top_log_probs is not None
+    assert list(result.top_log_probs.by_sample()) == [1]
 
 
 def test_it_serves_as_a_worker_whose_tokens_take_their_time(tmp_path):
