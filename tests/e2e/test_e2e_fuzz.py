@@ -9,21 +9,31 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from lightllm_client import LightLLMClient
 from tests.e2e.server import TritonServer
+from tests.fuzz import http_calls
+from tests.fuzz.front_server import ListeningFront
 from tests.fuzz.requests import Call, calls, check
 from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
 CASES = 120
+FRONT_CASES = 30
 PROMPT = "Once upon a time"
 
 
-def test_bad_requests_harm_nobody(server: TritonServer, client: LightLLMClient) -> None:
+def is_short(call: http_calls.HttpCall) -> bool:
+    """Whether the answer has few tokens: a chat without a limit has as many as fit."""
+    return "chat" not in call.path or b'"max_completion_tokens": 2' in call.body
+
+
+def test_bad_requests_harm_nobody(server: TritonServer, client: LightLLMClient, http: httpx.Client) -> None:
+    front = ListeningFront(http.base_url.port or 0)
     expected = client.generate(PROMPT, max_tokens=40, ignore_eos=True).text
     done = Event()
 
@@ -39,10 +49,16 @@ def test_bad_requests_harm_nobody(server: TritonServer, client: LightLLMClient) 
     def send(call: Call) -> None:
         check(server, call)
 
+    @settings(max_examples=FRONT_CASES, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(http_calls.calls().filter(is_short))
+    def send_to_front(call: http_calls.HttpCall) -> None:
+        front.check(call)
+
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(neighbour)
         try:
             send()
+            send_to_front()
         finally:
             done.set()
         assert set(answers.result(60)) == {expected}

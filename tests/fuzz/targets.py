@@ -6,6 +6,7 @@ A check returns if the parser gave a right answer, or the one error that it may 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from lightllm_backend.config import ConfigError, EngineConfig
@@ -28,7 +30,8 @@ from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import ARCHITECTURES, MODEL_TYPES
-from lightllm_backend.models.weight_files import opened, weight_files
+from lightllm_backend.models.weight_files import FLOATS, opened, weight_files
+from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.option_table import CANONICAL, MAX_INT32, MAX_STOP_WORDS
 from lightllm_backend.options import parse_request
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
@@ -38,6 +41,7 @@ from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server.setup import repository_parameters
 from lightllm_client.chat import ChatTemplate, ChatTemplateError
 from lightllm_client.tensors import infer_request
+from tests.fuzz import front, http_calls
 from tests.fuzz.values import damaged, integers, json_texts, json_values, mutated, scalars, texts
 
 DATA = Path(__file__).parents[1] / "data"
@@ -50,6 +54,7 @@ class Target(NamedTuple):
 
     inputs: st.SearchStrategy[Any]
     check: Callable[[Any], None]
+    cases_each: int = 1  # how many cases a drawn input is
 
 
 def readable(error: Exception, beginning: str = "") -> None:
@@ -163,6 +168,35 @@ _SCALING = {
     "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_QUANTIZATIONS = (
+    {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
+     "modules_to_not_convert": ["lm_head"]},
+    {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq",
+     "dynamic": {"-:.*up_proj": {}, "down": {"bits": 8}}, "modules_in_block_to_quantize": [["mlp.up_proj"]]},
+    {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": None, "weight_block_size": None},
+    {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm*"]},
+)  # fmt: skip
+_GROUP = {"targets": ["Linear", "re:.*up_proj"], "format": None, "output_activations": None}
+_WEIGHTS = {
+    "num_bits": 8,
+    "type": "int",
+    "strategy": "channel",
+    "group_size": None,
+    "symmetric": True,
+    "actorder": None,
+}
+_INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+_compressed = st.builds(
+    lambda values, group, weights, inputs: (
+        values | {"config_groups": {"group_0": group | {"weights": weights, "input_activations": inputs}}}
+    ),
+    mutated(
+        {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["re:lm"]}, ("sparsity_config",)
+    ),
+    mutated(_GROUP),
+    mutated(_WEIGHTS, ("block_structure",)),
+    st.none() | mutated(_INPUTS),
+)
 
 
 @st.composite
@@ -176,6 +210,8 @@ def _configs(draw: st.DrawFn) -> str:
         )
     if draw(st.booleans()):
         values |= {"sliding_window": draw(integers), "use_sliding_window": True, "layer_types": draw(json_values)}
+    if draw(st.booleans()):
+        values["quantization_config"] = draw(st.sampled_from(_QUANTIZATIONS).flatmap(mutated) | _compressed)
     return draw(json_texts(st.just(values)))
 
 
@@ -204,6 +240,9 @@ def check_config(directory: Path, case: tuple[str, str]) -> None:
     assert min(config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim) >= 1
     assert config.max_sequence_length >= 1
     assert all(config.window(layer) >= 0 for layer in range(config.num_layers))
+    for name in ("model.layers.0.mlp.up_proj", "lm_head"):
+        scheme = config.quantization.scheme(name)
+        assert scheme is None or scheme.group_size % 8 == 0
     assert all(token >= 0 for token in config.eos_ids)
     return None
 
@@ -289,7 +328,7 @@ def check_weights(directory: Path, case: tuple[str | None, bytes]) -> None:
             with opened(path) as sources:
                 for source in sources.values():
                     assert all(isinstance(size, int) and size >= 0 for size in source.shape)
-                    source.check_dtype()
+                    WeightSlot(torch.empty(0), source.shape).check(source, FLOATS)
     except ModelError as error:
         readable(error)
 
@@ -397,7 +436,7 @@ def check_lightllm_body(body: dict[str, Any]) -> None:
     """A body that is accepted becomes a request that the client can send."""
     try:
         asked = read_generate_request(body)
-        infer_request("lightllm", asked.prompt, True, asked.options_of(0, True))
+        infer_request("lightllm", asked.prompt, True, asked.options)
         assert 1 <= asked.n <= MAX_ANSWERS
     except RequestError as error:
         readable(error, "INVALID_ARG: ")
@@ -417,4 +456,7 @@ TARGETS = {
     "settings": Target(_settings, check_settings),
     "LightLLM's API": Target(_lightllm_bodies, check_lightllm_body),
     "config.pbtxt": Target(damaged(_PBTXT), in_directory(check_pbtxt)),
+    "front": Target(http_calls.calls(), front.check, front.CALLS_EACH),
 }
+if importlib.util.find_spec("schemathesis"):
+    TARGETS["front's document"] = Target(http_calls.schema_calls(front.document()), front.check, front.CALLS_EACH)

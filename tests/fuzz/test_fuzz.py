@@ -8,11 +8,16 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.fuzz.targets import TARGETS
 
-EXAMPLES = 100
+CASES = 100
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_bad_input_is_a_clear_error(name: str) -> None:
     target = TARGETS[name]
-    bounded = settings(max_examples=EXAMPLES, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    bounded = settings(
+        max_examples=CASES // target.cases_each,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     bounded(given(target.inputs)(target.check))()
