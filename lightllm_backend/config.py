@@ -122,6 +122,17 @@ class EngineConfig:
         "float16",
         "float32",
     )
+    weight_dtype: str = _choice(
+        "auto",
+        "data type of the linear layers' weights (auto: the checkpoint's; others quantise its weights while they load)",
+        "auto",
+        "fp8",
+        "int8",
+        "int4",
+    )
+    head_dtype: str = _choice(
+        "auto", "data type of the head's weight (auto: the checkpoint's; others quantise it)", "auto", "fp8", "int8"
+    )
     kv_dtype: str = _choice(
         "auto", "data type of the KV pool (auto: same as dtype; int8: nearly twice the tokens)", "auto", "int8"
     )
@@ -171,6 +182,13 @@ class EngineConfig:
         "origins whose pages may call the front, comma-separated (default: the front's own)",
         "* or origins like https://example.com, separated by commas",
         lambda v: all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in v),
+    )
+    generation_config: str = _choice(
+        "auto",
+        "auto: temperature, top_p, top_k, min_p and repetition_penalty of the front's requests have their defaults from"
+        " the model's generation_config.json",
+        "auto",
+        "none",
     )
     tool_call_parser: str = _choice(
         "auto",

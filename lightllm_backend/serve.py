@@ -29,6 +29,7 @@ from rich.table import Table
 
 from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
+from lightllm_backend.front.generation_defaults import read_generation_defaults
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.fronts import check_front, front_environment
@@ -94,10 +95,14 @@ def prepare(
     check_run_directory()
     python = config.worker_python or sys.executable
     model_dir = Path(config.model_dir) if config.model_dir else embedded_model_directory(python)
-    ModelConfig.from_directory(model_dir).check_ranks(config.tp)
+    shape = ModelConfig.from_directory(model_dir)
+    shape.check_ranks(config.tp)
+    shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
     load_tokenizer(model_dir, config)
     check_ports(config)
     check_front(config)
+    if config.openai_port is not None and config.generation_config == "auto":
+        read_generation_defaults(model_dir)
     server_arguments = [
         f"--model-repository={repository}",
         *(f"--{service}-address={config.host}" for service in ("http", "grpc", "metrics")),

@@ -43,6 +43,7 @@ _TYPES = {
 }
 # The engine's names of options, where those of OpenAI's API are others.
 _FIELD_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "the prompt": "prompt"}
+_SHOWN_PLACE = 200  # characters of a field's place in the body
 _BEGINNING = re.compile(r"(the prompt|\w+) (?:is|has|holds|cannot) ")
 
 
@@ -144,22 +145,33 @@ def from_engine(error: LightLLMError, constrained_by: str = "") -> ApiError:
     return ApiError(500, message, code="engine_error")
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def _place(loc: Sequence[str | int], body: Any, is_missing: bool) -> list[str]:
+    """Return the keys that lead to a value of the body; pydantic's own names of kinds of values are not among them."""
+    place = []
+    for part in loc:
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            body = body[part]  # type: ignore[index]
+            place.append(str(part))
+    return [*place, str(loc[-1])] if is_missing and loc else place
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The error for a body that pydantic has refused; of several errors it has the first."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    place = _place(first["loc"][1:], body, is_missing=first["type"] == "missing")
+    param = ".".join(place)[:_SHOWN_PLACE] if place else None
+    field = "the body" if param is None else param if param.isprintable() and param else show(param)
     kind, message = first["type"], str(first["msg"])
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}; allowed: a JSON object")
     if kind == "missing":
-        return ApiError(400, f"{param or 'the body'} is missing; allowed: every required field", param)
+        return ApiError(400, f"{field} is missing; allowed: every required field", param)
     if kind == "extra_forbidden":
-        return ApiError(400, f"{param} is not a field of this request; allowed: the documented fields", param)
+        return ApiError(400, f"{field} is not a field of this request; allowed: those that /openapi.json lists", param)
     if kind == "model_attributes_type":
-        return ApiError(400, f"the body is {_shown(first.get('input'))}; allowed: a JSON object, as application/json")
+        return ApiError(400, f"{field} is {_shown(first.get('input'))}; allowed: a JSON object", param)
     allowed = re.sub(r"^Input should be (an? instance of )?", "", message)
-    return ApiError(400, f"{param or 'the body'} is {_shown(first.get('input'))}; allowed: {allowed}", param)
+    return ApiError(400, f"{field} is {_shown(first.get('input'))}; allowed: {allowed}", param)
 
 
 def install(application: FastAPI) -> None:
@@ -178,11 +190,13 @@ def install(application: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             message = f"{request.method} {show(request.url.path)}: {message}"
+        elif error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI says no more of what json.loads fails at
+            message = "the body is not UTF-8, nests too deeply or has too long a number; allowed: a JSON object"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     async def on_validation_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
+        return from_validation(error.errors(), error.body).response()
 
     async def on_bug(_request: Request, _error: Exception) -> Response:
         return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the front has failed at this request").response()

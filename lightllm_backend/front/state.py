@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.front.engine_load import EngineLoad
+from lightllm_backend.front.generation_defaults import read_generation_defaults
 from lightllm_backend.front.token_texts import TokenTexts
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.text.model_tokenizer import known_lengths, load_tokenizer
-from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.text.tokenizer import LONG_TEXT, Tokenizer
 from lightllm_client import AsyncLightLLMClient
 from lightllm_client.chat import ChatTemplate, ChatTemplateError
 
@@ -30,6 +34,7 @@ class Front:
     lengths: LengthLimits  # by the settings and config.json; the engine may allow less
     chat_template: ChatTemplate | None
     no_chat_template: str = ""  # why there is none
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # options of requests that do not name them
     token_texts: TokenTexts = field(init=False)
     engine_load: EngineLoad = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -57,7 +62,14 @@ class Front:
             lengths=known_lengths(directory, config),
             chat_template=template,
             no_chat_template=reason,
+            defaults=read_generation_defaults(directory) if config.generation_config == "auto" else {},
         )
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text; raise TokenizerError if it has none. A long one takes another thread its time."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
 def front_of(request: Request) -> Front:

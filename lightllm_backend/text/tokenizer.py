@@ -72,7 +72,8 @@ class Tokenizer(ABC):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text has a lone surrogate at character {error.start}") from error
+            place = f"a lone surrogate at character {error.start}"
+            raise TokenizerError(f"the text has {place}; allowed: text that UTF-8 holds") from error
         token_ids = self._encode(text, parse_special, add_special_tokens)
         if self.tokens_past_model:
             self._check_model_has(token_ids)

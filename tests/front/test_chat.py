@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from lightllm_backend.front.openai.chat import LONG_BODY
 from lightllm_backend.front.state import Front
 from lightllm_client import InvalidArgument
 from lightllm_client.chat import ChatTemplate
@@ -36,6 +38,17 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason(call: Caller) ->
     ]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_wrong_with_the_prompt_is_so_with_the_messages(
+    call: Caller, client: PretendedClient, stream: bool
+) -> None:
+    client.items = [InvalidArgument("the prompt has 9 tokens; allowed: at most 8 prompt tokens (x)")]
+    response = call.post(PATH, {**HELLO, "stream": stream})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
 def test_what_the_template_gets(call: Caller, client: PretendedClient) -> None:
     def prompt(*messages: dict[str, Any], **fields: Any) -> str:
         response = call.post(PATH, {"messages": list(messages), **fields})
@@ -46,14 +59,12 @@ def test_what_the_template_gets(call: Caller, client: PretendedClient) -> None:
     user = {"role": "user", "content": "Hi"}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     function = {"name": "f", "arguments": '{"x": 7}'}
-    called = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": "1", "type": "function", "function": function}],
-    }
+    calls = [{"id": "1", "type": "function", "function": function}, {"function": {"name": "g"}}]
+    called = {"role": "assistant", "tool_calls": calls}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     assert prompt(parts) == "<user>a\nb\n<assistant>"
-    assert prompt(user, called) == "<user>Hi\n<assistant>7\n<assistant>"
+    for content in ({"content": ""}, {"content": None}, {}):
+        assert prompt(user, called | content) == "<user>Hi\n<assistant>7\n<assistant>"
     assert prompt(user, tools=[tool]) == "<user>Hi\ntools=1\n<assistant>"
     assert prompt(user, tools=[tool], tool_choice="none") == "<user>Hi\n<assistant>"
     assert prompt(user, chat_template_kwargs={"extra": "e"}) == "<user>Hi\ne<assistant>"
@@ -140,6 +151,8 @@ def test_a_forced_call_constrains_the_answer(thinking: Caller, client: Pretended
     assert thinking.refusal(PATH, {**HELLO, "tools": [TOOL], "tool_choice": named})["param"] == "tools"
 
 
+ARGUMENTS = "messages.tool_calls.function.arguments"
+WRONG_CALL = {"function": {"name": "f", "arguments": "[]"}}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 
 
@@ -154,7 +167,13 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ({"tool_choice": "maybe"}, "tool_choice", "none, auto, required, or"),
         ({"tool_choice": "required"}, "tool_choice", "since tools is empty"),
         ({"tools": [TOOL, TOOL]}, "tools", "functions with different names"),
-        ({"chat_template": "other"}, "messages", "there is no chat template 'other'"),
+        ({"chat_template": "other"}, "chat_template", '"other"; allowed: the name of one of the model\'s: default'),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "allowed: false"),
+        (
+            {"messages": [{"role": "a", "tool_calls": [WRONG_CALL]}]},
+            ARGUMENTS,
+            '"[]"; allowed: the text of a JSON object',
+        ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),
         ({"functions": []}, "functions", "null (use tools)"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -170,8 +189,21 @@ def test_a_template_without_tools(front: Front) -> None:
     caller = Caller(replace(front, chat_template=ChatTemplate("{{ messages }}", {})))
     error = caller.refusal(PATH, {**HELLO, "tools": [TOOL]})
     assert (error["param"], "no place for tools" in error["message"]) == ("tools", True)
+    caller = Caller(replace(front, chat_template=ChatTemplate("{{ raise_exception('no') }}", {})))
+    assert "failed: no; allowed: messages that the model's" in caller.refusal(PATH, HELLO)["message"]
+
+
+def test_a_long_conversation_becomes_a_prompt_on_another_thread(front: Front, client: PretendedClient) -> None:
+    class Template(ChatTemplate):
+        def render(self, *_: Any, **__: Any) -> str:
+            return "main" if threading.current_thread() is threading.main_thread() else "another"
+
+    caller = Caller(replace(front, chat_template=Template("", {})))
+    for text, thread in (("a", "main"), ("a" * LONG_BODY, "another")):
+        caller.post(PATH, {"messages": [{"role": "user", "content": text}]})
+        assert client.calls[-1][0] == thread
 
 
 def test_a_model_without_a_chat_template(front: Front) -> None:
     error = Caller(replace(front, chat_template=None, no_chat_template="no file")).refusal(PATH, HELLO)
-    assert error["message"] == "the model has no chat template: no file"
+    assert error["message"].endswith("; allowed: /v1/completions, since the model has no chat template (no file)")

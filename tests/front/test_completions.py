@@ -158,6 +158,7 @@ def test_the_log_probabilities_of_an_echoed_prompt(
     [
         ("temperature", -1, "greater than or equal to 0"),
         ("temperature", "1", "a valid number"),
+        ("guided_json", 7, "a JSON schema, as an object or as text"),
         ("max_tokens", -1, "greater than or equal to 0"),
         ("n", 0, "greater than or equal to 1"),
         ("prompt", "", PROMPTS),

@@ -59,13 +59,33 @@ def test_paths_and_methods(call: Caller) -> None:
 def test_a_body_that_is_no_json_object(call: Caller, content: bytes) -> None:
     response = call("POST", "/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "allowed: " in error["message"]
+
+
+@pytest.mark.parametrize("body", ['{"prompt": "a", "temperature": NaN}', '{"prompt": "a", "metadata": {"a": 1e999}}'])
+def test_numbers_that_json_does_not_know(call: Caller, body: str) -> None:
+    response = call("POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] in ("temperature", "metadata.a")
+    assert error["message"].endswith("; allowed: a finite number")
+
+
+def test_a_field_without_a_printable_name(call: Caller) -> None:
+    for name, shown in (("", '""'), ("\n", '"\\n"')):
+        error = call.refusal("/v1/completions", {**BODY, name: 1})
+        assert error["message"].startswith(f"{shown} is not a field of this request; allowed: ")
+    assert len(call.refusal("/v1/completions", {**BODY, "a" * 10**6: 1})["message"]) < 400
 
 
 def test_the_document_names_every_status(call: Caller) -> None:
     document = call("GET", "/openapi.json").json()
     completions = document["paths"]["/v1/completions"]["post"]["responses"]
     assert set(completions) == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
+    generate = document["paths"]["/generate"]["post"]["responses"]
+    assert set(generate) == {"200", "401", "413", "417", "429", "500", "503", "504"}
     assert set(completions["200"]["content"]) == {"application/json", "text/event-stream"}
     assert set(document["paths"]["/v1/models/{name}"]["get"]["responses"]) == {"200", "401", "404", "500"}
 

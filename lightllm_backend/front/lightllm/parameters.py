@@ -37,26 +37,25 @@ LOWEST_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A request to /generate or /generate_stream. n: how many answers it wants."""
+    """A request to /generate or /generate_stream. return_details: whether the entries of the tokens are wanted."""
 
     prompt: str | tuple[int, ...]
     options: Options
-    n: int
     add_special_tokens: bool
     return_details: bool
 
-    def options_of(self, number: int, with_log_probs: bool) -> Options:
-        """Return the options of the answer `number`; no two answers have the same seed."""
-        options = cast(Options, {**self.options, "return_log_probs": with_log_probs})
-        if "seed" in options:
-            options["seed"] = (options["seed"] + number) % 2**64
-        return options
+    @property
+    def n(self) -> int:
+        """How many answers it wants. The engine gives answer i the seed + i."""
+        return self.options.get("n", 1)
 
 
-def read_generate_request(body: Mapping[str, Any], tenant: str = "") -> GenerateRequest:
+def read_generate_request(
+    body: Mapping[str, Any], tenant: str = "", defaults: Mapping[str, Any] | None = None
+) -> GenerateRequest:
     """Read a body; raise RequestError INVALID_ARG for what LightLLM refuses, and for what this server cannot do.
 
-    tenant: that of the request's API key, which wins over the parameter of that name.
+    tenant: that of the request's API key, which wins over the parameter of that name. defaults: the model's own.
     """
     for name in body:
         if name not in FIELDS:
@@ -78,14 +77,25 @@ def read_generate_request(body: Mapping[str, Any], tenant: str = "") -> Generate
         raise refusal("move_kv_to_decode_node is given; allowed: null (one server computes prompts and answers)")
     if tenant:
         parameters["tenant"] = tenant
-    prompt, options = _parse(body["inputs"], parameters)
-    return GenerateRequest(
-        prompt=prompt,
-        options=_client_options(options, "seed" in parameters),
-        n=n,
-        add_special_tokens=read_boolean(parameters, "add_special_tokens", True),
-        return_details=read_boolean(parameters, "return_details", False),
-    )
+    add_special_tokens = read_boolean(parameters, "add_special_tokens", True)
+    return_details = read_boolean(parameters, "return_details", False)
+    prompt, parsed = _parse(body["inputs"], {**_possible(defaults or {}), **parameters})
+    options = _client_options(parsed, "seed" in parameters)
+    if n > 1:
+        options["n"] = n
+    if return_details:
+        options["return_log_probs"] = True
+    return GenerateRequest(prompt, options, add_special_tokens, return_details)
+
+
+def _possible(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's defaults that a parameter of LightLLM can have."""
+    is_impossible = {"top_k": lambda value: value == 0, "repetition_penalty": lambda value: value < 1}
+    return {
+        name: value
+        for name, value in defaults.items()
+        if name in LIGHTLLM_PARAMETERS and not (name in is_impossible and is_impossible[name](value))
+    }
 
 
 def refusal(message: str) -> RequestError:

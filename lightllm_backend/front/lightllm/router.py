@@ -7,10 +7,10 @@ answer for, a full queue or a server that has no engine, the status is that of t
 
 from __future__ import annotations
 
-import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from lightllm_backend.client_json import parse_json
 from lightllm_backend.front.answers import CLIENT_GONE, ClientGone, EventStream, until_hang_up
-from lightllm_backend.front.errors import ApiError, from_engine
+from lightllm_backend.front.errors import ERROR_RESPONSES, ApiError, from_engine
 from lightllm_backend.front.lightllm.answers import TokenEntries, body_of, event, to_event, to_json
 from lightllm_backend.front.lightllm.parameters import (
     GenerateRequest,
@@ -29,9 +29,9 @@ from lightllm_backend.front.lightllm.parameters import (
 from lightllm_backend.front.state import Front, front_of, tenant_of
 from lightllm_backend.options import check_prompt_bytes, show
 from lightllm_backend.request import RequestError
-from lightllm_backend.text.tokenizer import LONG_TEXT
 from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_client import AsyncChunkStream, Chunk, Generation, LightLLMError
+from lightllm_client.options import Options
 
 
 class _Route(APIRoute):
@@ -45,7 +45,9 @@ class _Route(APIRoute):
                 return await handler(request)
             except (ApiError, LightLLMError, RequestError, TokenizerError) as error:
                 failed = _api_error(error)
-                return JSONResponse({"message": failed.message}, failed.status, failed.headers)
+                # ASCII, since the message may repeat a lone surrogate.
+                body = json.dumps({"message": failed.message})
+                return Response(body, failed.status, failed.headers, "application/json")
             except ClientGone:
                 return Response(status_code=CLIENT_GONE)
 
@@ -65,6 +67,16 @@ def _api_error(error: Exception) -> ApiError:
 router = APIRouter(route_class=_Route, tags=["LightLLM"])
 
 
+def _errors(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """Describe the errors of a route. The last ones are of the front itself, before any route."""
+    schema = {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]}
+    own = {"content": {"application/json": {"schema": schema}}}
+    return {
+        **{int(status): {"description": status.phrase, **own} for status in statuses},
+        **{status: ERROR_RESPONSES[status] for status in (401, 413, 500)},
+    }
+
+
 def _body_of(**properties: Any) -> dict[str, Any]:
     """Describe a JSON body, which the handlers read themselves: LightLLM's clients need not name its content type."""
     schema = {"type": "object", "properties": properties, "required": list(properties)[:1]}
@@ -76,31 +88,38 @@ _GENERATE_BODY = _body_of(
     parameters={"type": "object"},
     multimodal_params={"type": "object"},
 )
+_GENERATE_ERRORS = _errors(
+    HTTPStatus.EXPECTATION_FAILED,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 
 
-@router.post("/generate", openapi_extra=_GENERATE_BODY)
+@router.post("/generate", openapi_extra=_GENERATE_BODY, responses=_GENERATE_ERRORS)
 async def generate(request: Request) -> Response:
     """Answer a prompt."""
     front = front_of(request)
-    asked = read_generate_request(await _json_body(request), tenant_of(request))
+    asked = read_generate_request(await _json_body(request), tenant_of(request), front.defaults)
     return await until_hang_up(request, _generate(front, asked))
 
 
-@router.post("/generate_stream", openapi_extra=_GENERATE_BODY)
+@router.post("/generate_stream", openapi_extra=_GENERATE_BODY, responses=_GENERATE_ERRORS)
 async def generate_stream(request: Request) -> Response:
     """Answer a prompt with an event for each token."""
     front = front_of(request)
-    asked = read_generate_request(await _json_body(request), tenant_of(request))
+    asked = read_generate_request(await _json_body(request), tenant_of(request), front.defaults)
     if asked.n != 1:
         raise refusal(f"n is {asked.n}; allowed: 1 (a stream has one answer)")
-    stream = front.client.stream(await _prompt(front, asked), **asked.options_of(0, with_log_probs=True))
+    options = cast(Options, {**asked.options, "return_log_probs": True})
+    stream = front.client.stream(await _prompt(front, asked), **options)
     first = await anext(stream)  # an error before it is the whole answer
     return EventStream(_events(_entries_of(front, asked), first, stream))
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
-@router.get("/healthz")
+@router.get("/health", responses=_errors(HTTPStatus.SERVICE_UNAVAILABLE))
+@router.get("/healthz", responses=_errors(HTTPStatus.SERVICE_UNAVAILABLE))
 async def health(request: Request) -> Response:
     """Say whether the server works."""
     try:
@@ -110,7 +129,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"message": "Ok"})
 
 
-@router.get("/token_load")
+@router.get("/token_load", responses=_errors(HTTPStatus.SERVICE_UNAVAILABLE))
 async def token_load(request: Request) -> Response:
     """Say how full the KV pool is, from 0 to 1."""
     load = await front_of(request).engine_load.read()
@@ -122,7 +141,11 @@ async def token_load(request: Request) -> Response:
 
 
 @router.get("/tokens", include_in_schema=False)
-@router.post("/tokens", openapi_extra=_body_of(text={"type": "string"}, parameters={"type": "object"}))
+@router.post(
+    "/tokens",
+    openapi_extra=_body_of(text={"type": "string"}, parameters={"type": "object"}),
+    responses=_errors(HTTPStatus.EXPECTATION_FAILED),
+)
 async def tokens(request: Request) -> Response:
     """Count the tokens of a text."""
     body = await _json_body(request)
@@ -135,7 +158,7 @@ async def tokens(request: Request) -> Response:
     if not isinstance(parameters, dict) or not parameters.keys() <= {"add_special_tokens"}:
         raise refusal(f"parameters is {show(parameters)}; allowed: an object with add_special_tokens, or empty")
     add_special_tokens = read_boolean(parameters, "add_special_tokens", True)
-    return JSONResponse({"ntokens": len(await _encode(front_of(request), text, add_special_tokens))})
+    return JSONResponse({"ntokens": len(await _encode(front_of(request), "text", text, add_special_tokens))})
 
 
 async def _json_body(request: Request) -> dict[str, Any]:
@@ -148,43 +171,43 @@ async def _json_body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _encode(front: Front, text: str, add_special_tokens: bool) -> list[int]:
-    check_prompt_bytes(len(text.encode(errors="replace")), front.config.max_prompt_bytes)
-    if len(text) < LONG_TEXT:
-        return front.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(front.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+async def _encode(front: Front, name: str, text: str, add_special_tokens: bool) -> list[int]:
+    """Return the ids of a text; raise RequestError, by the name of its field, if it has none."""
+    try:
+        check_prompt_bytes(len(text.encode(errors="replace")), front.config.max_prompt_bytes)
+        return await front.encode(text, add_special_tokens)
+    except RequestError as error:
+        raise refusal(error.message.replace("text_input", name, 1)) from None
+    except TokenizerError as error:
+        raise refusal(f"{name}: {error}") from None
 
 
 async def _prompt(front: Front, asked: GenerateRequest) -> str | tuple[int, ...]:
     """Return the prompt for the engine, which puts special tokens around every text."""
     if isinstance(asked.prompt, str) and not asked.add_special_tokens:
-        return tuple(await _encode(front, asked.prompt, add_special_tokens=False))
+        return tuple(await _encode(front, "inputs", asked.prompt, add_special_tokens=False))
     return asked.prompt
 
 
 async def _generate(front: Front, asked: GenerateRequest) -> Response:
     prompt = await _prompt(front, asked)
-    tasks = [asyncio.create_task(_answer(front, asked, prompt, number)) for number in range(asked.n)]
-    try:
-        answers = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    entries = [entries for _, entries in answers] if asked.return_details else []
-    return Response(to_json(body_of([whole for whole, _ in answers], entries)), media_type="application/json")
-
-
-async def _answer(
-    front: Front, asked: GenerateRequest, prompt: str | tuple[int, ...], number: int
-) -> tuple[Generation, list[dict[str, Any]]]:
-    """Return the answer `number`, and the entries of its tokens if the request wants them."""
-    options = asked.options_of(number, with_log_probs=asked.return_details)
+    # Only chunks tell which text belongs to which token.
     if not asked.return_details:
-        return await front.client.generate(prompt, **options), []
-    async with front.client.stream(prompt, **options) as stream:
+        answers = await _answers(front, asked, prompt)
+        return Response(to_json(body_of(answers, [])), media_type="application/json")
+    makers = [_entries_of(front, asked) for _ in range(asked.n)]
+    entries: list[list[dict[str, Any]]] = [[] for _ in range(asked.n)]
+    async with front.client.stream(prompt, **asked.options) as stream:
         chunks = [chunk async for chunk in stream]
-    maker = _entries_of(front, asked)
-    return Generation.join(chunks), [entry for chunk in chunks for entry in maker.take(chunk)]
+    for chunk in chunks:
+        entries[chunk.index] += makers[chunk.index].take(chunk)
+    return Response(to_json(body_of(Generation.join_several(chunks), entries)), media_type="application/json")
+
+
+async def _answers(front: Front, asked: GenerateRequest, prompt: str | tuple[int, ...]) -> list[Generation]:
+    if asked.n > 1:
+        return await front.client.generate_several(prompt, **asked.options)
+    return [await front.client.generate(prompt, **asked.options)]
 
 
 def _entries_of(front: Front, asked: GenerateRequest) -> TokenEntries:

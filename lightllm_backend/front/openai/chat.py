@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -15,7 +16,7 @@ from lightllm_backend.front.chat.deltas import Delta, DeltaParser
 from lightllm_backend.front.chat.deltas import Message as Parsed
 from lightllm_backend.front.chat.parsers import make_parser
 from lightllm_backend.front.chat.tool_choice import ToolChoice, read_tool_choice
-from lightllm_backend.front.errors import ERROR_RESPONSES, ApiError, refusal
+from lightllm_backend.front.errors import ERROR_RESPONSES, ApiError, from_engine, refusal
 from lightllm_backend.front.openai.events import Events, choice_json, text_json
 from lightllm_backend.front.openai.generate import Job, Usage
 from lightllm_backend.front.openai.logprobs import chat_logprobs
@@ -24,10 +25,12 @@ from lightllm_backend.front.openai.sampling import constraining_field, engine_op
 from lightllm_backend.front.openai.schema import ChatCompletionRequest, Message, NamedTool
 from lightllm_backend.front.state import Front, front_of, tenant_of
 from lightllm_backend.request import AS_MANY_AS_FIT
-from lightllm_client import Chunk, Generation
+from lightllm_client import Chunk, Generation, InvalidArgument
 from lightllm_client.chat import ChatTemplateError
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+LONG_BODY = 1 << 15  # bytes; a template takes less than a millisecond for fewer
 
 # Names that `ChatTemplate.render` and the templates' own variables have taken.
 _TAKEN = {
@@ -47,10 +50,10 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     front = front_of(request)
     check_model(front, body.model)
     choice = _tool_choice(front, body)
-    options = _options(body, tenant_of(request), choice)
-    prompt = render(front, body, choice)
+    options = _options(front, body, tenant_of(request), choice)
+    prompt = await _rendered(request, front, body, choice)
     constrained_by = "tools" if choice.schema is not None else constraining_field(body)
-    job = Job(front, [prompt], options, seeds(body, body.n or 1), "chatcmpl", constrained_by)
+    job = Job(front, [prompt], options, seeds(body, body.n or 1), "chatcmpl", constrained_by, "messages")
 
     def parser() -> DeltaParser:
         return make_parser(
@@ -64,7 +67,10 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
 
     if body.stream:
         return EventStream(_events(job, body, parser))
-    answers = await until_hang_up(request, job.whole())
+    try:
+        answers = await until_hang_up(request, job.whole())
+    except InvalidArgument as error:
+        raise _refusal_of_messages(error) from None
     return JSONResponse(_answer(job, body, answers, parser))
 
 
@@ -85,10 +91,23 @@ def _template_text(front: Front) -> str:
     return "\n".join(front.chat_template.sources.values()) if front.chat_template is not None else ""
 
 
+async def _rendered(request: Request, front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str:
+    """Return the prompt of a conversation. A long one takes another thread its time, so that other requests go on."""
+    if len(await request.body()) < LONG_BODY:
+        return render(front, body, choice)
+    return await asyncio.to_thread(render, front, body, choice)
+
+
 def render(front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str:
     """Return the prompt of a conversation; raise ApiError 400 if the model's template refuses it."""
     if front.chat_template is None:
-        raise ApiError(400, f"the model has no chat template: {front.no_chat_template}", "messages")
+        allowed = "/v1/completions, since the model has no chat template"
+        raise ApiError(400, f"messages are given; allowed: {allowed} ({front.no_chat_template})", "messages")
+    names = front.chat_template.sources
+    if body.chat_template is not None and body.chat_template not in names:
+        raise refusal("chat_template", body.chat_template, f"the name of one of the model's: {', '.join(names)}")
+    if body.add_generation_prompt and body.continue_final_message:
+        raise refusal("continue_final_message", True, "false beside add_generation_prompt")
     variables = dict(body.chat_template_kwargs or {})
     if taken := _TAKEN & variables.keys():
         raise refusal("chat_template_kwargs", sorted(taken)[0], "variables of the template, without the others' names")
@@ -105,29 +124,38 @@ def render(front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str
             **variables,
         )
     except ChatTemplateError as error:
-        raise ApiError(400, f"messages: {error}", "messages") from None
+        allowed = "messages that the model's chat template takes"
+        raise ApiError(400, f"messages cannot become a prompt: {error}; allowed: {allowed}", "messages") from None
 
 
 def _plain(message: Message) -> dict[str, Any]:
     """Return a message as templates know it: its content is text, and the arguments of calls are objects."""
     plain = message.model_dump(exclude_none=True)
+    plain.setdefault("content", "")  # of a message that only calls tools; many templates join it to other text
     if isinstance(message.content, list):
         plain["content"] = "\n".join(part.text or part.refusal or "" for part in message.content)
     for call in plain.get("tool_calls", ()):
-        arguments = call["function"].get("arguments")
-        if isinstance(arguments, str):
-            try:
-                call["function"]["arguments"] = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise refusal(
-                    "messages.tool_calls.function.arguments", arguments, "the text of a JSON object"
-                ) from None
+        function = call["function"]
+        function["arguments"] = _arguments(function.get("arguments") or {})
     return plain
 
 
-def _options(body: ChatCompletionRequest, tenant: str, choice: ToolChoice) -> dict[str, Any]:
+def _arguments(given: str | dict[str, Any]) -> Any:
+    """Return the arguments of a call, an object or its text, as an object."""
+    if isinstance(given, dict):
+        return given
+    try:
+        arguments = json.loads(given)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise refusal("messages.tool_calls.function.arguments", given, "the text of a JSON object")
+    return arguments
+
+
+def _options(front: Front, body: ChatCompletionRequest, tenant: str, choice: ToolChoice) -> dict[str, Any]:
     given = [number for number in (body.max_completion_tokens, body.max_tokens) if number is not None]
-    options = engine_options(body, given[0] if given else AS_MANY_AS_FIT, tenant)
+    options = engine_options(body, given[0] if given else AS_MANY_AS_FIT, tenant, front.defaults)
     if body.top_logprobs and not body.logprobs:
         raise refusal("top_logprobs", body.top_logprobs, "0, unless logprobs is true")
     if body.logprobs:
@@ -178,6 +206,14 @@ def _answer(
     }
 
 
+def _refusal_of_messages(error: InvalidArgument) -> ApiError:
+    """The error of a request that the engine has refused; what is wrong with its prompt is so with its messages."""
+    refused = from_engine(error)
+    if refused.param == "prompt":
+        refused.param = "messages"
+    return refused
+
+
 def _shown(body: ChatCompletionRequest, deltas: list[Delta]) -> list[Delta]:
     if body.include_reasoning is False:
         return [delta for delta in deltas if not delta.reasoning_content]
@@ -191,30 +227,33 @@ async def _events(
     events = Events(job, "chat.completion.chunk", body, usage)
     parsers: dict[int, DeltaParser] = {}
     callers: set[int] = set()  # the answers that call tools
-    async for index, chunk in job.chunks():
-        usage.add(index, chunk)
-        # What one chunk of the engine gives is sent together: the role at first, the text, the end at last.
-        parts = []
-        if index not in parsers:
-            parsers[index] = make()
-            parts.append(choice_json(index, '"delta": {"role": "assistant", "content": ""}', "", None))
-        deltas = parsers[index].feed(chunk.text)
-        if chunk.finish_reason:
-            deltas += parsers[index].finish()
-        logprobs = _logprobs(job, body, chunk) if chunk.token_ids else None
-        contents = [_delta_json(delta) for delta in _shown(body, deltas)]
-        if not contents and logprobs is not None:  # of text that is held back
-            contents = ['"delta": {}']
-        for content in contents:
-            parts.append(choice_json(index, content, "", logprobs))
-            logprobs = None
-        if any(delta.tool_call is not None for delta in deltas):
-            callers.add(index)
-        if chunk.finish_reason:
-            reason = _finish_reason(chunk.finish_reason, index in callers)
-            parts.append(choice_json(index, '"delta": {}', reason, None))
-        if parts:
-            yield "".join(map(events.event, parts)).encode()
+    try:
+        async for index, chunk in job.chunks():
+            usage.add(index, chunk)
+            # What one chunk of the engine gives is sent together: the role at first, the text, the end at last.
+            parts = []
+            if index not in parsers:
+                parsers[index] = make()
+                parts.append(choice_json(index, '"delta": {"role": "assistant", "content": ""}', "", None))
+            deltas = parsers[index].feed(chunk.text)
+            if chunk.finish_reason:
+                deltas += parsers[index].finish()
+            logprobs = _logprobs(job, body, chunk) if chunk.token_ids else None
+            contents = [_delta_json(delta) for delta in _shown(body, deltas)]
+            if not contents and logprobs is not None:  # of text that is held back
+                contents = ['"delta": {}']
+            for content in contents:
+                parts.append(choice_json(index, content, "", logprobs))
+                logprobs = None
+            if any(delta.tool_call is not None for delta in deltas):
+                callers.add(index)
+            if chunk.finish_reason:
+                reason = _finish_reason(chunk.finish_reason, index in callers)
+                parts.append(choice_json(index, '"delta": {}', reason, None))
+            if parts:
+                yield "".join(map(events.event, parts)).encode()
+    except InvalidArgument as error:
+        raise _refusal_of_messages(error) from None
     yield events.last()
 
 

@@ -18,7 +18,7 @@ from lightllm_backend.front.openai.logprobs import CompletionLogprobs, TopTokens
 from lightllm_backend.front.openai.models import check_model
 from lightllm_backend.front.openai.sampling import constraining_field, engine_options, seeds
 from lightllm_backend.front.openai.schema import CompletionRequest
-from lightllm_backend.front.state import front_of, tenant_of
+from lightllm_backend.front.state import Front, front_of, tenant_of
 from lightllm_client import Chunk, Generation
 from lightllm_client.tensors import PromptLogProbs
 
@@ -30,12 +30,12 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Continue one or several prompts, each text or token ids."""
     front = front_of(request)
     check_model(front, body.model)
-    options = _options(body, tenant_of(request))
+    options = _options(front, body, tenant_of(request))
     job = Job(front, _prompts(body), options, seeds(body, body.n or 1), "cmpl", constraining_field(body))
     if body.stream:
         return EventStream(_events(job, body))
     answers = await until_hang_up(request, job.whole())
-    return JSONResponse(_answer(job, body, answers))
+    return JSONResponse(await _answer(job, body, answers))
 
 
 def _prompts(body: CompletionRequest) -> list[Prompt]:
@@ -44,11 +44,12 @@ def _prompts(body: CompletionRequest) -> list[Prompt]:
     return [prompt] if is_one else prompt
 
 
-def _options(body: CompletionRequest, tenant: str) -> dict[str, Any]:
+def _options(front: Front, body: CompletionRequest, tenant: str) -> dict[str, Any]:
     # Without prompt_logprobs the engine makes at least one token; it is left out of the answer if none is wanted.
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     scores_prompt = bool(body.echo) and body.logprobs is not None
-    options = engine_options(body, max_tokens if scores_prompt else max(1, max_tokens), tenant)
+    least = 0 if scores_prompt else 1
+    options = engine_options(body, max(least, max_tokens), tenant, front.defaults)
     if body.echo and max_tokens:
         options["exclude_input_in_output"] = False
     if body.logprobs is not None:
@@ -70,7 +71,7 @@ def _echo(job: Job, index: int, body: CompletionRequest) -> str:
     return job.front.tokenizer.decode_prompt(prompt, body.skip_special_tokens is not False)
 
 
-def _logprobs(
+async def _logprobs(
     job: Job, index: int, body: CompletionRequest, record: CompletionLogprobs, part: Chunk | Generation
 ) -> dict[str, Any] | None:
     """Return the log probabilities of a part of an answer; its first part has those of an echoed prompt, too."""
@@ -81,7 +82,7 @@ def _logprobs(
     top: TopTokens = part.top_log_probs
     if body.echo and record.is_empty:
         prompt = job.prompt_of(index)
-        prompt_ids = job.front.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        prompt_ids = await job.front.encode(prompt) if isinstance(prompt, str) else prompt
         scores = part.prompt_log_probs or PromptLogProbs((), ())  # none if the prompt is one token
         token_ids = [*prompt_ids, *token_ids]
         log_probs = [None, *scores.log_probs, *log_probs]
@@ -89,14 +90,14 @@ def _logprobs(
     return record.of(token_ids, log_probs, top)
 
 
-def _answer(job: Job, body: CompletionRequest, answers: list[Generation]) -> dict[str, Any]:
+async def _answer(job: Job, body: CompletionRequest, answers: list[Generation]) -> dict[str, Any]:
     usage = Usage(len(job.seeds))
     choices = []
     for index, made in enumerate(answers):
         answer = made if body.max_tokens != 0 else _without_output(made, _echo(job, index, body))
         usage.add(index, answer)
         record = CompletionLogprobs(job.front.token_texts, body.logprobs or 0)
-        logprobs = _logprobs(job, index, body, record, answer)
+        logprobs = await _logprobs(job, index, body, record, answer)
         choices.append(
             {"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
         )
@@ -124,12 +125,12 @@ async def _events(job: Job, body: CompletionRequest) -> AsyncGenerator[bytes, No
         for index, made in enumerate(await job.whole()):
             answer = _without_output(made, _echo(job, index, body))
             usage.add(index, answer)
-            logprobs = _logprobs(job, index, body, records[index], answer)
+            logprobs = await _logprobs(job, index, body, records[index], answer)
             yield events.event(choice_json(index, f'"text": {text_json(answer.text)}', "length", logprobs)).encode()
     else:
         async for index, chunk in job.chunks():
             usage.add(index, chunk)
-            logprobs = _logprobs(job, index, body, records[index], chunk)
+            logprobs = await _logprobs(job, index, body, records[index], chunk)
             content = f'"text": {text_json(chunk.text)}'
             yield events.event(choice_json(index, content, chunk.finish_reason, logprobs)).encode()
     yield events.last()

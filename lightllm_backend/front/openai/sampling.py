@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lightllm_backend.front.errors import ApiError, refusal
@@ -11,6 +12,7 @@ from lightllm_backend.front.openai.schema import SamplingFields
 
 # Fields that are options of the engine by the same name.
 _SAME = (
+    "temperature",
     "top_p",
     "top_k",
     "min_p",
@@ -26,12 +28,14 @@ _SAME = (
 )
 
 
-def engine_options(body: SamplingFields, max_tokens: int, tenant: str) -> dict[str, Any]:
-    """Translate a body's fields; raise ApiError 400 for two that contradict each other."""
-    # OpenAI's default is to sample; the engine's own is to take the likeliest token.
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 1.0}
-    if body.temperature is not None:
-        options["temperature"] = body.temperature
+def engine_options(body: SamplingFields, max_tokens: int, tenant: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a body's fields; raise ApiError 400 for two that contradict each other.
+
+    defaults: the model's own. Like vLLM, we take no notice of its do_sample: OpenAI's default is to sample.
+    """
+    # The engine's own default is to take the likeliest token.
+    options: dict[str, Any] = {"temperature": 1.0, **defaults, "max_tokens": max_tokens}
+    options.pop("do_sample", None)
     for name in _SAME:
         value = getattr(body, name)
         if value is not None:

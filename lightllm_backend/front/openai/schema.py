@@ -55,6 +55,7 @@ Stop = Annotated[
 ]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Object = dict[str, JsonValue]
+_Schema = Annotated[_Object | str | None, allows("a JSON schema, as an object or as text")]
 _WithoutEffect = Annotated[JsonValue, Field(description="Accepted, without effect.")]
 
 
@@ -76,7 +77,9 @@ class JsonSchema(_Strict):
 
     name: str
     description: str | None = None
-    schema_: Annotated[_Object | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[
+        _Object | bool | None, allows("a JSON schema: an object, true or false"), Field(alias="schema")
+    ] = None
     strict: bool | None = None
 
 
@@ -90,7 +93,7 @@ class ResponseFormat(_Strict):
 class StructuredOutputs(_Strict):
     """vLLM's name for a constraint of the answer: exactly one of these."""
 
-    json_: Annotated[_Object | str | None, Field(alias="json")] = None
+    json_: Annotated[_Schema, Field(alias="json")] = None
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1)] | None = None
     grammar: str | None = None
@@ -124,7 +127,7 @@ class SamplingFields(_Strict):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _Object | str | None = None
+    guided_json: _Schema = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
@@ -191,7 +194,7 @@ class FunctionCall(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     name: str
-    arguments: str | _Object | None = None
+    arguments: Annotated[str | _Object | None, allows("the text of a JSON object, or the object")] = None
 
 
 class ToolCall(BaseModel):

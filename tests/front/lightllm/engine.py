@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,21 @@ class Engine:
 
     def stream(self, prompt: Any, **options: Any) -> Stream:
         self.asked.append((prompt, options))
-        self.streams.append(Stream(self._items, self._hangs))
+        items = [
+            replace(item, index=index) if isinstance(item, Chunk) else item
+            for index in range(options.get("n", 1))
+            for item in self._items
+        ]
+        self.streams.append(Stream(items, self._hangs))
         return self.streams[-1]
 
     async def generate(self, prompt: Any, **options: Any) -> Generation:
         async with self.stream(prompt, **options) as stream:
             return Generation.join([item async for item in stream])
+
+    async def generate_several(self, prompt: Any, **options: Any) -> list[Generation]:
+        async with self.stream(prompt, **options) as stream:
+            return Generation.join_several([item async for item in stream])
 
     async def health(self) -> float:
         if not self._is_healthy:

@@ -59,7 +59,7 @@ def test_what_does_not_reach_the_engine() -> None:
     assert (asked.n, asked.return_details, asked.add_special_tokens) == (2, True, False)
     assert read_generate_request({"inputs": "a"}).n == 1
     assert read_generate_request({"inputs": "a", "multimodal_params": {"images": []}}).prompt == "a"
-    assert read(n=2, best_of=2, seed=2**64 - 1).options_of(1, False)["seed"] == 0
+    assert asked.options == {**GREEDY, "n": 2, "return_log_probs": True}
 
 
 def test_the_tenant_of_the_key_wins() -> None:

@@ -43,7 +43,6 @@ def test_generate_answers_as_in_lightllms_readme() -> None:
         "max_tokens": 17,
         "do_sample": False,
         "frequency_penalty": 1.0,
-        "return_log_probs": False,
     }
 
 
@@ -62,14 +61,19 @@ def test_details_are_an_entry_for_each_token() -> None:
 
 def test_several_answers_are_lists() -> None:
     engine = words("a", "b", finish_reason="stop")
-    body = post(engine, "/generate", {"inputs": "x", "parameters": {"best_of": 2, "do_sample": True, "seed": 5}}).json()
+    parameters = {"best_of": 2, "do_sample": True, "seed": 5}
+    body = post(engine, "/generate", {"inputs": "x", "parameters": parameters}).json()
     assert body == {
         "generated_text": ["ab", "ab"],
         "count_output_tokens": [2, 2],
         "finish_reason": ["stop", "stop"],
         "prompt_tokens": 4,
     }
-    assert [options["seed"] for _, options in engine.asked] == [5, 6]
+    assert engine.asked == [("x", {"do_sample": True, "seed": 5, "n": 2})]
+    parameters["return_details"] = True
+    detailed = post(engine, "/generate", {"inputs": "x", "parameters": parameters}).json()
+    assert [[entry["text"] for entry in entries] for entries in detailed.pop("tokens")] == [["a", "b"]] * 2
+    assert detailed == body
 
 
 def test_a_stream_has_an_event_for_each_token() -> None:
@@ -138,8 +142,15 @@ def test_a_later_error_is_the_last_event() -> None:
         ("/generate", b"\xff", "the body is not JSON"),
         ("/generate", [1], "the body is [1]; allowed: a JSON object"),
         ("/generate", {"inputs": "x", "parameters": {"n": 9}}, "n is 9; allowed"),
+        (
+            "/generate",
+            b'{"inputs": "x", "multimodal_params": {"\\ud800": 1}}',
+            "multimodal_params.\ud800 is 1; allowed",
+        ),
         ("/generate_stream", {"inputs": "x", "parameters": {"best_of": 2}}, "n is 2; allowed: 1 (a stream has one"),
         ("/tokens", {"text": 1}, "text is 1; allowed: a string"),
+        ("/tokens", b'{"text": "\\ud800"}', "text: the text has a lone surrogate at character 0; allowed: text that"),
+        ("/tokens", {"text": "a" * (2**20 + 1)}, "text has 1048577 bytes; allowed: at most 1048576"),
         ("/tokens", {"text": "a", "parameters": {"a": 1}}, 'parameters is {"a": 1}; allowed'),
     ],
 )
