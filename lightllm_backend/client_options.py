@@ -23,7 +23,7 @@ _LEFT_OUT = (
     "guided_decoding_guide_type", "guided_decoding_guide",
 )  # fmt: skip
 # Options whose tensors hold JSON, with the types that the client takes.
-_JSON = {"logit_bias": "Mapping[int, float]"}
+_JSON = {"logit_bias": "Mapping[int, float]", "structured_output": "Mapping[str, Any]"}
 _PYTHON_TYPES = {"BOOL": "bool", "INT32": "int", "UINT64": "int", "FP32": "float", "STRING": "str"}
 _HEAD = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -32,7 +32,7 @@ _HEAD = '''\
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Options(TypedDict, total=False):
@@ -58,7 +58,7 @@ def source() -> str:
         + "\n# These take any number of values; one value needs no list around it.\n"
         + f"LISTS = ({', '.join(map(_quoted, lists))})\n"
         + "\n# These are sent as JSON.\n"
-        + f"JSON = ({', '.join(map(_quoted, _JSON))},)\n"
+        + f"JSON = ({', '.join(map(_quoted, _JSON))})\n"
         + "\n# What each option does, as the command line says it.\n"
         + _dictionary("HELP", ((name, _help(name)) for name in tensors))
     )

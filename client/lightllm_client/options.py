@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Options(TypedDict, total=False):
@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     exclude_input_in_output: bool
     parse_special: bool
     skip_special_tokens: bool
-    structured_output: str
+    structured_output: Mapping[str, Any]
     allowed_token_ids: int | Sequence[int]
     return_log_probs: bool
     top_logprobs: int
@@ -72,7 +72,7 @@ DATATYPES: dict[str, str] = {
 LISTS = ("stop_words", "stop_token_ids", "allowed_token_ids")
 
 # These are sent as JSON.
-JSON = ("logit_bias",)
+JSON = ("logit_bias", "structured_output")
 
 # What each option does, as the command line says it.
 HELP: dict[str, str] = {
