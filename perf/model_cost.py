@@ -31,14 +31,15 @@ class ModelCost:
         shape = ModelConfig.from_directory(directory)
         device = torch.device("meta")
         model = model_class(shape.architecture)(shape, reference, TensorParallel(), dtype, device, 1)
-        weights = sum(slot.target.numel() for slot in model.weight_map().values())
+        slots = model.weight_map().values()
+        weights = sum(slot.num_weights for slot in slots)
         head = shape.vocab_size * shape.hidden_size
         # Of the table of embeddings, a step reads only the rows of its tokens; tied, it is the head as well.
         layers = weights - head * (1 if shape.tie_word_embeddings else 2)
         return cls(
             layer_weights=layers,
             head_weights=head,
-            weight_bytes=(layers + head) * dtype.itemsize,
+            weight_bytes=sum(slot.nbytes for slot in slots) - (weights - layers - head) * dtype.itemsize,
             slot_bytes=KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype),
             attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
         )

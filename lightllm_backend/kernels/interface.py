@@ -10,10 +10,12 @@ and new tokens. Unless said otherwise, floating-point arguments share one dtype,
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
 class Kernels(Protocol):
@@ -43,15 +45,15 @@ class Kernels(Protocol):
         All ranks of the group must call it with the same shapes, and get the same bits. The message must fit `buffers`.
         """
 
-    # Products with a weight [out_features, in_features].
+    # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """`x` [tokens, in_features] times the transposed `weight`, plus `bias` [out_features].
 
         With `out` [tokens, out_features], contiguous, the result is written there.
         """
 
-    def linear_splits(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear_splits(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The product of `linear` as parts [splits, tokens, out_features] that add up to it.
 
         The parts are float32; a single part may have the dtype of `x`. A norm adds them up.
@@ -63,9 +65,32 @@ class Kernels(Protocol):
         Both are contiguous; `out` has any floating-point dtype.
         """
 
-    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """silu_and_mul of `linear`, [tokens, features]: `weight` [2 * features, in_features] is the gate's, then the
         up projection's; `bias` is [2 * features]."""
+
+    # Weights of 4 and 8 bits. The products above call these.
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`, its columns in the order in which it stores them."""
+
+    def quantize_tokens(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+        """`x` [tokens, in_features], whose columns are in the weight's order, in the dtype of an 8-bit weight's values,
+        and its scales [tokens, groups] float32, in the weight's groups.
+
+        A scale is the weight's `input_scale`, or else makes the largest magnitude of a token's group that of the dtype.
+        """
+
+    def quantized_splits(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+        """`linear_splits` with the activations as they are, whatever the weight says of them."""
+
+    def scaled_linear(
+        self, x: Tensor, x_scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The product [tokens, out_features], in `dtype`, of what quantize_tokens returns with its 8-bit weight.
+
+        Groups are of 128 columns, or there is one. The weight has no zero points.
+        """
 
     # Activations.
 

@@ -15,6 +15,10 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.linear.sum_splits import sum_splits
 from lightllm_backend.kernels.norm.layer_norm import layer_norm
 from lightllm_backend.kernels.norm.rms_norm import rms_norm
+from lightllm_backend.kernels.quantized.dequantize import dequantize
+from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
+from lightllm_backend.kernels.quantized.quantized_splits import quantized_splits
+from lightllm_backend.kernels.quantized.scaled_linear import scaled_linear
 from lightllm_backend.kernels.sampling.add_logit_bias import add_logit_bias
 from lightllm_backend.kernels.sampling.apply_penalties import apply_penalties
 from lightllm_backend.kernels.sampling.apply_token_masks import apply_token_masks
@@ -29,6 +33,7 @@ __all__ = [
     "apply_token_masks",
     "choose_greedily",
     "count_tokens",
+    "dequantize",
     "gated_linear",
     "gelu_tanh",
     "layer_norm",
@@ -36,9 +41,12 @@ __all__ = [
     "linear_splits",
     "merge_splits",
     "prefill_attention",
+    "quantize_tokens",
+    "quantized_splits",
     "rms_norm",
     "rotary_kv_write",
     "sample",
+    "scaled_linear",
     "silu_and_mul",
     "sum_splits",
     "token_attention",

@@ -12,6 +12,12 @@ from lightllm_backend.kernels.attention.reference import (
 from lightllm_backend.kernels.collective.reference import all_reduce_rms_norm
 from lightllm_backend.kernels.linear.reference import gated_linear, linear, linear_splits, sum_splits
 from lightllm_backend.kernels.norm.reference import layer_norm, rms_norm
+from lightllm_backend.kernels.quantized.reference import (
+    dequantize,
+    quantize_tokens,
+    quantized_splits,
+    scaled_linear,
+)
 from lightllm_backend.kernels.sampling.reference import (
     add_logit_bias,
     apply_penalties,
@@ -28,6 +34,7 @@ __all__ = [
     "apply_token_masks",
     "choose_greedily",
     "count_tokens",
+    "dequantize",
     "gated_linear",
     "gelu_tanh",
     "layer_norm",
@@ -35,9 +42,12 @@ __all__ = [
     "linear_splits",
     "merge_splits",
     "prefill_attention",
+    "quantize_tokens",
+    "quantized_splits",
     "rms_norm",
     "rotary_kv_write",
     "sample",
+    "scaled_linear",
     "silu_and_mul",
     "sum_splits",
     "token_attention",

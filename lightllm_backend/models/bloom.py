@@ -8,18 +8,10 @@ from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
-from lightllm_backend.models.layers import (
-    ColumnLinear,
-    KVLayer,
-    Part,
-    Placement,
-    PoolAttention,
-    Rotation,
-    RowLinear,
-    StepInput,
-    alibi_slopes,
-)
+from lightllm_backend.models.layers import KVLayer, PoolAttention, Rotation, StepInput, alibi_slopes
+from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
@@ -103,7 +95,7 @@ class BloomForCausalLM(Decoder):
         device: torch.device,
         max_length: int,  # noqa: ARG002 - no table of positions
     ) -> None:
-        place = Placement(parallel, dtype, device, kernels)
+        place = Placement(parallel, dtype, device, kernels, config.quantization)
         self.num_kv_heads = place.share("num_attention_heads", config.num_heads)
         self.head_dim = config.head_dim
         # One tensor for all layers.
@@ -112,12 +104,12 @@ class BloomForCausalLM(Decoder):
         self.embedding_norm = LayerNorm("transformer.word_embeddings_layernorm", config, place)
         self.layers = [
             DecoderLayer(
-                LayerNorm("input_layernorm", config, place),
-                BloomAttention(config, slopes, place),
-                LayerNorm("post_attention_layernorm", config, place),
-                BloomMLP(config, place),
+                LayerNorm("input_layernorm", config, here),
+                BloomAttention(config, slopes, here),
+                LayerNorm("post_attention_layernorm", config, here),
+                BloomMLP(config, here),
             )
-            for _ in range(config.num_layers)
+            for here in (place.within(f"{self.layers_name}.{layer}") for layer in range(config.num_layers))
         ]
         self.norm = LayerNorm("transformer.ln_f", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)

@@ -54,7 +54,9 @@ class ConfigFields:
         else:
             default = self.defaults.get(key)
             value = "is missing" if default is None else f"is missing, which makes it {default!r}"
-        return ModelError(f"{self.path}: {self.prefix}{key} {value}; {needed}")
+        # A key of someone else's file may hold what no encoding has.
+        name = f"{self.prefix}{key}".encode(errors="backslashreplace").decode()
+        return ModelError(f"{self.path}: {name} {value}; {needed}")
 
     def knows(self, key: str) -> bool:
         """Whether transformers' class has this key."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that models are made of, each with this rank's part of the weights, and StepInput, which they compute.
+"""Attention and rotary embeddings, with this rank's part of the weights, and StepInput, which a model computes.
 
 A forward pass reads nothing back from the device, and its shapes depend on the shapes of its input alone, so that CUDA
 graphs can capture it. Tensors of tokens are packed without padding: [tokens, ...].
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
-from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.weights import WeightSlot
-from lightllm_backend.parallel import TensorParallel
 
 # Cosines and sines [tokens, head_dim / 2] float32; [tokens, 0] in a model without rotary embeddings.
 Rotation = tuple[Tensor, Tensor]
@@ -58,127 +58,6 @@ class StepInput:
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
     whole_prompts: WholePromptTiles | None = None  # the prompts without cached tokens, if the host knows them
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How a rank makes its tensors (dtype, device), which share of the model they hold, and its kernels."""
-
-    parallel: TensorParallel
-    dtype: torch.dtype
-    device: torch.device
-    kernels: Kernels  # kernels.select()'s choice for the device
-
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised parameter."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def share(self, what: str, count: int) -> int:
-        """This rank's share of `count` things; the number of ranks must divide it."""
-        if count % self.parallel.size != 0:
-            raise ModelError(f"{what} is {count}, which tp = {self.parallel.size} does not divide")
-        return count // self.parallel.size
-
-    def kv_share(self, count: int) -> tuple[int, int]:
-        """This rank's number of `count` KV heads, and the first of them. Ranks share a head if there are too few."""
-        rank, size = self.parallel.rank, self.parallel.size
-        if count % size != 0 and size % count != 0:
-            raise ModelError(f"num_key_value_heads is {count}, which must divide tp = {size} or be divided by it")
-        return max(1, count // size), rank * count // size
-
-    def vocabulary_share(self, vocab_size: int) -> tuple[int, int, int]:
-        """This rank's rows of the padded vocabulary: how many, the first, and how many are tokens.
-
-        Shares are multiples of 8 rows, since GPUs are slow at matrix products whose result has unaligned rows.
-        """
-        if self.parallel.size == 1:
-            return vocab_size, 0, vocab_size
-        rows = -(-vocab_size // (8 * self.parallel.size)) * 8
-        start = min(rows * self.parallel.rank, vocab_size)
-        return rows, start, min(rows, vocab_size - start)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A checkpoint's matrix within a fused one. This rank holds `rows` of its `full_rows`, from `start` on."""
-
-    name: str
-    full_rows: int
-    rows: int
-    start: int
-
-
-class ColumnLinear:
-    """Several matrices of the checkpoint fused into one, each split over the ranks by its output features."""
-
-    def __init__(self, parts: Sequence[Part], in_features: int, bias: bool, place: Placement) -> None:
-        rows = sum(part.rows for part in parts)
-        self.parts = parts
-        self.weight = place.empty(rows, in_features)
-        self.bias = place.empty(rows) if bias else None
-        self.kernels = place.kernels
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.weight, self.bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(first(x)) * second(x), for two matrices of the same shape."""
-        return self.kernels.gated_linear(x, self.weight, self.bias)
-
-    def weight_map(self) -> dict[str, WeightSlot]:
-        slots, first = {}, 0
-        for part in self.parts:
-            rows = slice(first, first + part.rows)
-            shape = (part.full_rows, self.weight.shape[1])
-            slots[f"{part.name}.weight"] = WeightSlot(self.weight[rows], shape, 0, part.start)
-            if self.bias is not None:
-                slots[f"{part.name}.bias"] = WeightSlot(self.bias[rows], shape[:1], 0, part.start)
-            first += part.rows
-        return slots
-
-
-class RowLinear:
-    """A matrix split over the ranks by its input features.
-
-    A call sums the ranks' products; `unsummed` leaves the sum to the norm that follows. The result may be [parts,
-    tokens, out_features], whose sum the norm takes (see Kernels.linear_splits).
-    """
-
-    def __init__(self, name: str, in_features: int, out_features: int, bias: bool, place: Placement) -> None:
-        self.name = name
-        self.in_features = in_features
-        self.kernels = place.kernels
-        self.parallel = place.parallel
-        self.weight = place.empty(out_features, place.share(f"{name}'s number of inputs", in_features))
-        self.bias = place.empty(out_features) if bias else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
-
-    def unsummed(self, x: Tensor) -> Tensor:
-        """This rank's product, for a norm that sums it over the ranks; in parts if it goes through Lamport buffers."""
-        buffers = self.parallel.lamport_buffers(x.shape[0], self.weight.shape[0])
-        return self._parts(x) if self.parallel.size == 1 or buffers else self._whole(x)
-
-    def _parts(self, x: Tensor) -> Tensor:
-        return self.kernels.linear_splits(x, self.weight, self._added_bias)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
-        return self.kernels.linear(x, self.weight, self._added_bias, buffer)
-
-    @property
-    def _added_bias(self) -> Tensor | None:
-        """The bias on rank 0, which alone adds it. All ranks hold it."""
-        return self.bias if self.parallel.rank == 0 else None
-
-    def weight_map(self) -> dict[str, WeightSlot]:
-        out_features, share = self.weight.shape
-        shape = (out_features, self.in_features)
-        slots = {f"{self.name}.weight": WeightSlot(self.weight, shape, 1, share * self.parallel.rank)}
-        if self.bias is not None:
-            slots[f"{self.name}.bias"] = WeightSlot.whole(self.bias)
-        return slots
 
 
 class RotaryEmbedding:

@@ -8,18 +8,10 @@ from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
-from lightllm_backend.models.layers import (
-    Attention,
-    AttentionOptions,
-    ColumnLinear,
-    Part,
-    Placement,
-    RotaryEmbedding,
-    Rotation,
-    RowLinear,
-    StepInput,
-)
+from lightllm_backend.models.layers import Attention, AttentionOptions, RotaryEmbedding, Rotation, StepInput
+from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
@@ -89,17 +81,18 @@ class LlamaForCausalLM(Decoder):
         device: torch.device,
         max_length: int,
     ) -> None:
-        place = Placement(parallel, dtype, device, kernels)
+        place = Placement(parallel, dtype, device, kernels, config.quantization)
+        places = [place.within(f"{self.layers_name}.{layer}") for layer in range(config.num_layers)]
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.rotary = RotaryEmbedding(config, max_length, device)
         self.layers = [
             DecoderLayer(
-                RMSNorm("input_layernorm", config, place),
-                Attention(config, self.attention_options(config, layer), place),
-                RMSNorm("post_attention_layernorm", config, place),
-                GatedMLP(config, place),
+                RMSNorm("input_layernorm", config, here),
+                Attention(config, self.attention_options(config, layer), here),
+                RMSNorm("post_attention_layernorm", config, here),
+                GatedMLP(config, here),
             )
-            for layer in range(config.num_layers)
+            for layer, here in enumerate(places)
         ]
         self.norm = RMSNorm("model.norm", config, place)
         self.head = Head(self.embedding, config.tie_word_embeddings, place)

@@ -7,14 +7,16 @@ Standard library only, so that processes without torch can check settings. Every
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.quantization.config import on_the_fly, read_quantization, with_head
+from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES, MODEL_TYPES, check_architecture
-from lightllm_backend.models.unsupported import QUANTIZATION_KEYS, refuse_other_directories
+from lightllm_backend.models.unsupported import refuse_other_directories
 
 __all__ = ["ModelConfig", "ModelError", "RopeScaling"]
 
@@ -81,6 +83,7 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window
+    quantization: Quantization = UNQUANTISED
     # For the log when the model starts.
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -94,9 +97,6 @@ class ModelConfig:
         config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
         config = config.with_defaults(ARCHITECTURES[architecture].defaults)
-        for key in QUANTIZATION_KEYS:
-            if config.has(key):
-                raise config.error(key, "an unquantised checkpoint is needed")
         shape = DIALECTS[ARCHITECTURES[architecture].dialect](config)
         shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
         return cls(
@@ -105,6 +105,7 @@ class ModelConfig:
             torch_dtype=_dtype(config),
             bos_id=next(iter(config.token_ids("bos_token_id")), None),
             eos_ids=_eos_ids(config, directory / "generation_config.json"),
+            quantization=read_quantization(directory, config),
             **shape,
         )
 
@@ -115,6 +116,26 @@ class ModelConfig:
             return int(self.max_positions * self.rope_scaling.factor)
         return self.max_positions
 
+    def with_weight_dtype(self, weight_dtype: str, head_dtype: str, tp: int) -> ModelConfig:
+        """The model with its weights quantised on the fly, as the settings of these names say, for `tp` ranks."""
+        shape = self
+        if weight_dtype != "auto":
+            shares = (self.hidden_size, *(columns // tp for columns in self._split_columns))
+            shape = replace(shape, quantization=on_the_fly(weight_dtype, self.quantization, shares))
+        if head_dtype != "auto":
+            if self.tie_word_embeddings:
+                raise ModelError(
+                    f"head_dtype is {head_dtype!r}, but the head's weight is that of the embeddings "
+                    "(tie_word_embeddings); allowed: 'auto'"
+                )
+            shape = replace(shape, quantization=with_head(head_dtype, shape.quantization))
+        return shape
+
+    @property
+    def _split_columns(self) -> tuple[int, int]:
+        """The input features of the matrices that ranks split by these."""
+        return self.num_heads * self.head_dim, self.intermediate_size
+
     def check_ranks(self, tp: int) -> None:
         """Raise ModelError if this model cannot be split over `tp` ranks."""
         allowed = [
@@ -123,12 +144,14 @@ class ModelConfig:
             if self.num_heads % ranks == 0
             and self.intermediate_size % ranks == 0
             and (self.num_kv_heads % ranks == 0 or ranks % self.num_kv_heads == 0)
+            and all(self.quantization.splits_into(columns, ranks) for columns in self._split_columns)
         ]
         if tp not in allowed:
             heads = f"{self.num_heads} attention heads, {self.num_kv_heads} KV heads"
+            groups = " and its weights are quantised in groups" if self.quantization.rules else ""
             raise ModelError(
                 f"tp is {tp}; allowed: {', '.join(map(str, allowed))}, since the model has {heads} and an"
-                f" intermediate_size of {self.intermediate_size}"
+                f" intermediate_size of {self.intermediate_size}{groups}"
             )
 
     def window(self, layer: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognises directories and files that are no unquantised Hugging Face model, and says in the error what they are."""
+"""Recognises directories and files that are no Hugging Face model, and says in the error what they are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-# Keys of config.json, and files beside it, that only a quantised checkpoint has.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 # Last parts of tensor names that only quantised checkpoints have, by the tool that writes them.
 QUANTIZED_TENSORS = {
@@ -34,12 +30,6 @@ def refuse_other_directories(directory: Path) -> None:
                 f"{directory}: holds a model in its authors' own format (params.json); "
                 "a Hugging Face model directory, with a config.json, is needed: convert it"
             )
-    for name in QUANTIZATION_FILES:
-        if (directory / name).exists():
-            raise ModelError(
-                f"{directory / name}: says that the weights are quantised; an unquantised checkpoint is needed "
-                "(remove the file if they are not)"
-            )
 
 
 def adapter_error(directory: Path) -> ModelError:
@@ -57,5 +47,6 @@ def refuse_quantized(path: Path, names: Collection[str]) -> None:
     for method, endings in QUANTIZED_TENSORS.items():
         if name := next((name for name in names if name.rpartition(".")[2] in endings), None):
             raise ModelError(
-                f"{path}: {name} belongs to weights quantised with {method}; an unquantised checkpoint is needed"
+                f"{path}: {name} belongs to weights quantised with {method}, of which config.json says nothing; a "
+                "quantization_config that does, or an unquantised checkpoint, is needed"
             )

@@ -6,7 +6,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from lightllm_backend.models.layers import Placement
+from lightllm_backend.kernels.quantized.weight import Weight
+from lightllm_backend.models.linear import LinearWeight, Part
+from lightllm_backend.models.placement import Placement
+from lightllm_backend.models.quantization.matrix import Span
 from lightllm_backend.models.weights import HEAD, WeightSlot
 
 
@@ -51,21 +54,30 @@ class Head:
     def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
         self.place = place
         self.vocab_size = embedding.vocab_size
-        self.start, self.num_held = embedding.start, embedding.num_held
-        self.tied = tied
-        self.weight = embedding.weight if tied else place.empty(*embedding.weight.shape)
+        self.embedding = embedding
+        self.num_held = embedding.num_held
+        self._own = None if tied else self._own_weight()
+
+    @property
+    def tied(self) -> bool:
+        return self._own is None
+
+    @property
+    def weight(self) -> Weight:
+        return self.embedding.weight if self._own is None else self._own.value
 
     def untie(self) -> None:
         """Allocate a weight of its own, which load_weights then fills."""
-        self.tied = False
-        self.weight = self.place.empty(*self.weight.shape)
+        self._own = self._own_weight()
+
+    def _own_weight(self) -> LinearWeight:
+        rows, columns = self.embedding.weight.shape
+        part = Part(HEAD.removesuffix(".weight"), self.vocab_size, self.num_held, self.embedding.start)
+        return LinearWeight([part], Span(columns, 0, columns), self.place, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self.place.parallel.all_gather(self.place.kernels.linear(x, self.weight))
         return logits[:, : self.vocab_size]
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        if self.tied:
-            return {}
-        shape = (self.vocab_size, self.weight.shape[1])
-        return {HEAD: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
+        return {} if self._own is None else self._own.weight_map()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightllm_backend.json_file import read_json_object
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.unsupported import adapter_error, refuse_quantized
+from lightllm_backend.models.unsupported import adapter_error
 
 # The usual names, best first; each may be an index that names the files.
 USUAL = ("model.safetensors", "pytorch_model.bin")
@@ -34,9 +34,14 @@ NOT_THE_MODEL = (
     "training_args",
 )  # fmt: skip
 
-# Dtypes of unquantised weights, and safetensors' names for them.
+# Dtypes of unquantised weights.
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-_SAFETENSORS_FLOATS = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS, strict=True))
+# safetensors' names of dtypes, and torch's.
+_SAFETENSORS_DTYPES = {
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool",
+}  # fmt: skip
 
 # The beginning of the pointer that Git LFS leaves in place of a large file.
 _LFS_POINTER = b"version https://git-lfs"
@@ -66,14 +71,6 @@ class Source:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[tuple[slice, ...]], Tensor]
-
-    def check_dtype(self) -> None:
-        """Raise ModelError unless the dtype is floating point: a cast of quantised values would lose their scale."""
-        if self.dtype not in FLOATS:
-            raise ModelError(
-                f"{self.path}: {self.name} has the dtype {self.dtype}; one of {', '.join(FLOATS)} is needed: "
-                "an unquantised checkpoint"
-            )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,12 +128,11 @@ def _safetensors(path: Path) -> Iterator[dict[str, Source]]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            refuse_quantized(path, slices)
             yield {
                 name: Source(
                     name,
                     path,
-                    _SAFETENSORS_FLOATS.get(values.get_dtype(), values.get_dtype()),
+                    _SAFETENSORS_DTYPES.get(values.get_dtype(), values.get_dtype()),
                     tuple(values.get_shape()),
                     values.__getitem__,
                 )
@@ -163,7 +159,6 @@ def _pickled(path: Path) -> Iterator[dict[str, Source]]:
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ModelError(f"{path}: is not a dictionary of tensors, as a checkpoint's file must be")
-    refuse_quantized(path, tensors)
     yield {
         name: Source(name, path, str(value.dtype).removeprefix("torch."), tuple(value.shape), value.__getitem__)
         for name, value in tensors.items()

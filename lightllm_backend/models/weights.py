@@ -7,21 +7,26 @@ A model's weight map says where each tensor of the checkpoint goes. Loading hold
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.weight_files import Source, opened, weight_files
+from lightllm_backend.models.unsupported import refuse_quantized
+from lightllm_backend.models.weight_files import FLOATS, Source, opened, weight_files
 
 # The head's tensor in a checkpoint of any model.
 HEAD = "lm_head.weight"
+
+# Endings of the names of scales for an 8-bit KV pool, which ours, with scales of each token, has no use for.
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
 # Tensors that an error names; it only counts the others.
 _NAMED = 10
@@ -46,6 +51,8 @@ class WeightSlot:
     start: int = 0
     mean: float = 0.0  # of dummy weights
 
+    is_optional: ClassVar[bool] = False  # the checkpoint may lack the tensor
+
     @classmethod
     def whole(cls, parameter: Tensor, mean: float = 0.0) -> WeightSlot:
         """The slot of a tensor that every rank holds whole."""
@@ -55,6 +62,41 @@ class WeightSlot:
         """This rank's part of the checkpoint's tensor, as an index."""
         stop = self.start + self.target.shape[self.dim]
         return tuple(slice(self.start, stop) if d == self.dim else slice(None) for d in range(len(self.full_shape)))
+
+    @property
+    def num_weights(self) -> int:
+        """How many of the whole model's weights the tensor holds."""
+        return math.prod(self.full_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the slot fills."""
+        return self.target.nbytes
+
+    def check(self, source: Source, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]] = ()) -> None:
+        """Raise ModelError unless the tensor has one of these dtypes, and the slot's shape or one of `shapes`."""
+        if source.dtype not in dtypes:
+            needed = f"{'one of ' if len(dtypes) > 1 else ''}{', '.join(dtypes)} is needed"
+            if source.dtype not in FLOATS and dtypes is FLOATS:
+                needed += ": an unquantised checkpoint, or a config.json that says how this one is quantised"
+            raise ModelError(f"{source.path}: {source.name} has the dtype {source.dtype}; {needed}")
+        if source.shape not in (self.full_shape, *shapes):
+            raise ModelError(
+                f"{source.path}: {source.name} has the shape {list(source.shape)}; "
+                f"config.json makes it {list(self.full_shape)}"
+            )
+
+    def fill(self, source: Source) -> None:
+        """Load this rank's part of a checkpoint's tensor. Raises ModelError if the tensor is not what is expected."""
+        self.check(source, FLOATS)
+        self.target.copy_(source.read(self.part()))
+
+    def finish(self) -> None:
+        """Do what needs other tensors of the checkpoint; called once all slots are filled."""
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Fill the target with dummy weights."""
+        self.target.normal_(self.mean, 0.02, generator=generator)
 
 
 class TiableHead(Protocol):
@@ -91,10 +133,11 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
     files = weight_files(folder)
     slots = _slots(model, files)
     loaded: dict[str, Path] = {}
-    left_over = []
+    left_over, kv_scales = [], []
     with tqdm(total=len(slots), desc="Loading weights", unit="tensor", disable=not progress) as bar:
         for path in files:
             with opened(path) as sources:
+                refuse_quantized(path, _unknown(model, slots, sources))
                 for source in sources.values():
                     name = source.name if source.name in slots else model.prefix + source.name
                     if name in loaded:
@@ -103,14 +146,30 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
                             "what does not belong to the model"
                         )
                     if name in slots:
-                        _fill(slots[name], source)
+                        slots[name].fill(source)
                         loaded[name] = path
                         bar.update()
+                    elif source.name.endswith(KV_SCALES):
+                        kv_scales.append(source.name)
                     elif not model.ignores(source.name):
                         left_over.append(source.name)
-    missing = [name for name in slots if name not in loaded]
+    missing = [name for name, slot in slots.items() if name not in loaded and not slot.is_optional]
     if missing or left_over:
         raise ModelError(f"{folder}: {_mismatch(missing, left_over)}")
+    if kv_scales:
+        log.warning(
+            "%s: %d scales for K and V, like %s, are not used: the KV pool has scales of its own",
+            folder,
+            len(kv_scales),
+            kv_scales[0],
+        )
+    for name in loaded:
+        slots[name].finish()
+
+
+def _unknown(model: HasWeights, slots: Mapping[str, WeightSlot], names: Iterable[str]) -> list[str]:
+    """The names of tensors that have no slot."""
+    return [name for name in names if name not in slots and model.prefix + name not in slots]
 
 
 def _mismatch(missing: list[str], left_over: list[str]) -> str:
@@ -178,14 +237,4 @@ def dummy_weights(model: HasWeights, seed: int = 0) -> None:
     generator = torch.Generator(slots[0].target.device)
     for index, slot in enumerate(slots):
         generator.manual_seed(hash((seed, index, slot.start)))
-        slot.target.normal_(slot.mean, 0.02, generator=generator)
-
-
-def _fill(slot: WeightSlot, source: Source) -> None:
-    source.check_dtype()
-    if source.shape != slot.full_shape:
-        raise ModelError(
-            f"{source.path}: {source.name} has the shape {list(source.shape)}; "
-            f"config.json makes it {list(slot.full_shape)}"
-        )
-    slot.target.copy_(source.read(slot.part()))
+        slot.randomize(generator)

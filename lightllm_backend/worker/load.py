@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -66,6 +65,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     on_gpu = device.type == "cuda"
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
+    shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
     for warning in shape.warnings:
         log.warning(warning)
     parallel = TensorParallel.connect(rank, config.tp, device, store)
@@ -87,13 +87,15 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         dummy_weights(model, seed=0)
     else:
         load_weights(model, directory, progress=rank == 0)
-    log.info("weights of %s loaded as %s on %s in %.1f s", directory, dtype, device, time.monotonic() - started)
+    quantised = f", quantised ({shape.quantization.method})" if shape.quantization.rules else ""
+    seconds = time.monotonic() - started
+    log.info("weights of %s loaded as %s%s on %s in %.1f s", directory, dtype, quantised, device, seconds)
 
     parts = _Parts(config, shape, model, chosen_kernels, kv_dtype, eos_ids, batch_max_tokens, device)
-    memory = {"weights": sum(slot.target.nbytes for slot in model.weight_map().values())}
+    memory = {"weights": sum(slot.nbytes for slot in model.weight_map().values())}
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if on_gpu:
-        num_weights = sum(math.prod(slot.full_shape) for slot in model.weight_map().values())
+        num_weights = sum(slot.num_weights for slot in model.weight_map().values())
         max_graph_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
         buckets = step_buckets(config.running_max_req_size, batch_max_tokens, max_graph_tokens)
         peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)

@@ -75,7 +75,7 @@ def difference(name: str, case: Case) -> float:
         expected = getattr(reference, name)(**(arguments | copies))
     result = getattr(launchers, name)(**arguments)
     pairs = [(arguments[key], copies[key]) for key in written]
-    if isinstance(expected, Tensor):
+    if isinstance(case.result(expected), Tensor):
         pairs.append((case.result(result), case.result(expected)))
     return max(_difference(one, other) for one, other in pairs)
 

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.kernels.kernel_harness import (
     split_new,
     starts_of,
 )
+from tests.kernels.quantized_weights import random_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,6 +150,26 @@ def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -
     weight /= in_features**0.5
     expected = reference.gated_linear(x.float(), weight.float())
     assert relative_error(launchers.gated_linear(x, weight), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 300])
+@pytest.mark.parametrize("shape", [(12288, 4096), (4096, 11008), (576, 1536)])
+def test_linear_with_weights_of_4_and_8_bits(
+    dtype: torch.dtype, kind: str, tokens: int, shape: tuple[int, int]
+) -> None:
+    """As they are, and with activations of 8 bits, whose error is that of their own rounding."""
+    for group_size in (128, shape[1]):
+        weight = random_weight(kind, *shape, group_size, DEVICE, with_zeros=kind == "int4")
+        x, bias = _random(tokens, shape[1], dtype=dtype), _random(shape[0], dtype=dtype)
+        expected = reference.linear(x.float(), weight, bias.float())
+        assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[dtype]
+        parts = launchers.linear_splits(x, weight, bias)
+        assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
+        if kind != "int4" and (kind == "fp8" or group_size == shape[1]):
+            weight = replace(weight, quantizes_input=True)
+            assert relative_error(launchers.linear(x, weight, bias), expected) < 0.05
 
 
 @pytest.mark.skipif(

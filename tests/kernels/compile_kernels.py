@@ -6,6 +6,7 @@ every kernel is compiled for these; without models, the products are compiled at
 Prints a JSON list of the shared memory that each kernel takes in each job. Must run without TRITON_INTERPRET.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -36,6 +37,7 @@ from lightllm_backend.kernels.linear.choice import (
     stored_blocks,
 )
 from tests.kernels.pretended_gpu import pretend_gpu
+from tests.kernels.quantized_weights import random_weight
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -45,6 +47,7 @@ POINTERS = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
@@ -114,6 +117,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     if with_variants:
         launch_large_batches(q, k, table, lengths)
         launch_variants(q, k, table, lengths, starts)
+        launch_quantized(dtype)
     launchers.add_logit_bias(logits, lengths, lengths, table[:, :300].contiguous(), torch.zeros(4, 300))
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths[:, None])
     masks = torch.zeros(4, -(-logits.shape[1] // 32), dtype=torch.int32)
@@ -121,6 +125,20 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launchers.apply_token_masks(masked, masks, lengths)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
     launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
+
+
+def launch_quantized(dtype: torch.dtype) -> None:
+    """Products with weights of 4 and 8 bits, of few tokens and of so many that other kernels take over."""
+    for kind, group_size, all_tokens in (
+        ("int4", 128, (64, 65)),
+        ("int8", 1024, (64, 65)),
+        ("fp8", 128, (64, 65)),
+        ("fp8", 1024, (65,)),
+    ):
+        weight = random_weight(kind, 1024, 1024, group_size, torch.device("cpu"), with_zeros=kind == "int4")
+        weight = dataclasses.replace(weight, quantizes_input=kind != "int4")
+        for tokens in all_tokens:
+            launchers.linear(torch.empty(tokens, 1024, dtype=dtype), weight)
 
 
 def launch_large_batches(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:

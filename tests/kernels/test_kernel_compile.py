@@ -30,7 +30,8 @@ GPUS = [
 ]
 OF_HOPPER = {"linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 STORED = {"linear_splits", "gated_linear", "linear_prefetch", "linear_tiles"}
-LEFT_TO_CUBLAS = {"linear_splits", "gated_linear", "sum_splits"}  # before Ampere
+LEFT_TO_CUBLAS = {"linear_splits", "gated_linear"}  # before Ampere
+OF_8_BIT_ACTIVATIONS = {"quantize_tokens", "scaled_linear"}  # which GPUs before Ampere do not multiply
 
 
 def expected_kernels(capability: str, models: list[tuple[str, int, int, int]]) -> set[str]:
@@ -38,7 +39,7 @@ def expected_kernels(capability: str, models: list[tuple[str, int, int, int]]) -
         return STORED
     every = set(launchers.__all__) - {"linear"}
     if float(capability) < 8:
-        return every - LEFT_TO_CUBLAS
+        return every - LEFT_TO_CUBLAS - OF_8_BIT_ACTIVATIONS
     return (every | OF_HOPPER) - {"gated_linear"} if capability == "9.0" else every
 
 

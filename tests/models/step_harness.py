@@ -24,8 +24,12 @@ CPU = torch.device("cpu")
 
 
 def load_model(directory, max_length=64, parallel=None, dtype=torch.float32) -> CausalLM:
+    return model_of(directory, ModelConfig.from_directory(directory), parallel, dtype, max_length)
+
+
+def model_of(directory, config, parallel=None, dtype=torch.float32, max_length=64) -> CausalLM:
+    """The model of a configuration that may differ from the directory's."""
     parallel = parallel or TensorParallel()
-    config = ModelConfig.from_directory(directory)
     model = model_class(config.architecture)(config, reference, parallel, dtype, CPU, max_length)
     load_weights(model, directory, progress=False)
     return model

@@ -121,7 +121,7 @@ def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_
     assert fields_of(config, fields) == fields
     # The rest are what a class without RoPE or windows leaves as it is.
     others = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
-    assert others <= {"rope_theta", "rope_scaling", "sliding_window", "sliding_layers", "warnings"}
+    assert others <= {"rope_theta", "rope_scaling", "sliding_window", "sliding_layers", "quantization", "warnings"}
     others.discard("warnings")
     assert all(
         getattr(config, field.name) == field.default for field in dataclasses.fields(config) if field.name in others

@@ -10,8 +10,9 @@ import torch
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers
-from lightllm_backend.models.layers import Placement, RowLinear
+from lightllm_backend.models.linear import RowLinear
 from lightllm_backend.models.llama import RMSNorm
+from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.parallel import TensorParallel
 from tests.models.step_harness import CPU

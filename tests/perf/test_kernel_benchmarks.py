@@ -22,7 +22,7 @@ command = importlib.import_module("perf.kernels.__main__")
 
 # The interpreter's matrix products are wrong in bfloat16.
 PLACE = Place(torch.device("cpu" if not torch.cuda.is_available() else "cuda"), torch.float16)
-NOT_BENCHMARKS = {"__main__", "measure", "pool"}
+NOT_BENCHMARKS = {"__main__", "measure", "pool", "quantized"}
 
 
 def test_there_is_one_for_each_kernel() -> None:

@@ -16,6 +16,7 @@ from lightllm_backend.kernels.linear import gated_tiles
 from lightllm_backend.kernels.linear.choice import Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -55,7 +56,9 @@ def gated_linear_kernel(
     tl.store(address, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return silu_and_mul(linear(x, weight, bias))
     tokens, features = x.shape[0], weight.shape[0] // 2
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:

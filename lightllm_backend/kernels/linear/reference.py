@@ -5,20 +5,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.activation.reference import silu_and_mul
+from lightllm_backend.kernels.quantized.reference import quantized_linear
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    product = functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        product = quantized_linear(x, weight, bias)
+    else:
+        product = functional.linear(x, weight, bias)
     return product if out is None else out.copy_(product)
 
 
-def linear_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return functional.linear(x, weight, bias).unsqueeze(0)
+def linear_splits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias).unsqueeze(0)
 
 
 def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
     return out.copy_(parts.sum(0))
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return silu_and_mul(functional.linear(x, weight, bias))
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return silu_and_mul(linear(x, weight, bias))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch of the products with weights of 4 and 8 bits; kernels/interface.py says what each function computes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightllm_backend.kernels.quantized.weight import INT4_ZERO, LIMITS, MIN_INPUT_SCALE, QuantizedWeight, unpack_int4
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    values = (unpack_int4(weight.values) if weight.is_int4 else weight.values).float()
+    if weight.zeros is not None:
+        values -= _by_column(weight.zeros, weight)
+    elif weight.is_int4:
+        values -= INT4_ZERO
+    return (values * _by_column(weight.scales, weight)).to(dtype)
+
+
+def _by_column(of_groups: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Numbers of groups [groups, out_features] for each column, as float32 [out_features, in_features or 1]."""
+    columns = of_groups.float().t()
+    return columns if len(of_groups) == 1 else _expanded(columns, weight)
+
+
+def _expanded(of_groups: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Numbers of groups [n, groups], repeated for the columns of each: [n, in_features]."""
+    return of_groups.repeat_interleave(weight.group_size, 1)[:, : weight.shape[1]]
+
+
+def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    dtype, (tokens, in_features) = weight.values.dtype, x.shape
+    limit, x = LIMITS[dtype], x.float()
+    if weight.input_scale is not None:
+        scales = weight.input_scale.expand(tokens, len(weight.scales)).contiguous()
+    else:
+        padded = functional.pad(x, (0, -in_features % weight.group_size))
+        largest = padded.view(tokens, len(weight.scales), weight.group_size).abs().amax(-1)
+        scales = (largest / limit).clamp_min(MIN_INPUT_SCALE)
+    values = (x / _expanded(scales, weight)).clamp(-limit, limit)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scales
+
+
+def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(weight.arrange(x), dequantize(weight, x.dtype), bias).unsqueeze(0)
+
+
+def scaled_linear(
+    x: Tensor, x_scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    product = functional.linear(x.float() * _expanded(x_scales, weight), dequantize(weight, torch.float32))
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """The product with `x` [tokens, in_features], whose activations have as many bits as the checkpoint asks for."""
+    if weight.quantizes_input:
+        return scaled_linear(*quantize_tokens(weight.arrange(x), weight), weight, bias, x.dtype)
+    return quantized_splits(x, weight, bias).squeeze(0)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what a model directory says of its quantisation. Every fault, and every unknown method, is a ModelError.
+
+Standard library only. The keys are those that the tools write: AutoAWQ and llm-awq, AutoGPTQ and GPTQModel, AutoFP8 and
+transformers' fine-grained fp8, NVIDIA's ModelOpt; compressed_tensors_config.py has those of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightllm_backend.models.config_fields import ConfigFields
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.quantization.compressed_tensors_config import read_compressed_tensors
+from lightllm_backend.models.quantization.fields import checked_regex, given, group_size, names, one_of
+from lightllm_backend.models.quantization.scheme import (
+    UNQUANTISED,
+    Activations,
+    Granularity,
+    Kind,
+    Match,
+    Quantization,
+    Rule,
+    Storage,
+    WeightScheme,
+)
+
+# The head's name; most tools never quantise it.
+HEAD = "lm_head"
+
+# Keys of config.json, and files beside it, that only a quantised checkpoint has.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# The files, and the method of one that does not name its own.
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+BLOCK = 128
+
+_INT = {4: Kind.INT4, 8: Kind.INT8}
+
+
+def read_quantization(directory: Path, config: ConfigFields) -> Quantization:
+    """The quantisation that config.json tells of, or else a file beside it."""
+    if config.has("compression_config"):
+        raise config.error("compression_config", f"a quantization_config is needed, of one of {', '.join(METHODS)}")
+    if config.has("quantization_config"):
+        return _read(config.child("quantization_config"), None)
+    for name, method in QUANTIZATION_FILES.items():
+        if (directory / name).exists():
+            fields = ConfigFields.read(directory / name)
+            return _read(fields.child("quantization") if method == "modelopt" else fields, method)
+    return UNQUANTISED
+
+
+def _read(fields: ConfigFields, method: str | None) -> Quantization:
+    fields = given(fields, {"quant_method": method})
+    name = fields.get("quant_method")
+    if not isinstance(name, str) or name not in METHODS:
+        raise fields.error("quant_method", f"methods that load: {', '.join(METHODS)}")
+    return Quantization(name, tuple(METHODS[name](fields)))
+
+
+def _unquantised(patterns: Iterable[str], match: Match = Match.PARTS) -> list[Rule]:
+    return [Rule(match, pattern, None) for pattern in patterns]
+
+
+def _all(scheme: WeightScheme) -> Rule:
+    return Rule(Match.ALL, "", scheme)
+
+
+def _awq(fields: ConfigFields) -> list[Rule]:
+    fields = given(fields, {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"})
+    bits, size = fields.either("w_bit", "bits"), fields.either("q_group_size", "group_size")
+    if fields.get(bits) != 4:
+        raise fields.error(bits, "allowed: 4")
+    version = fields.either("format", "version")
+    if str(fields.get(version)).lower() != "gemm":
+        raise fields.error(version, "allowed: 'gemm'")
+    scheme = WeightScheme(
+        Storage.AWQ, Kind.INT4, Granularity.GROUP, group_size(fields, size), has_zeros=fields.flag("zero_point")
+    )
+    return [*_unquantised([HEAD, *names(fields, "modules_to_not_convert")]), _all(scheme)]
+
+
+def _gptq(fields: ConfigFields) -> list[Rule]:
+    fields = given(
+        fields,
+        {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False, "is_marlin_format": False,
+         "checkpoint_format": "gptq", "pack_dtype": "int32"},
+    )  # fmt: skip
+    if fields.flag("is_marlin_format"):
+        raise fields.error("is_marlin_format", "false is needed")
+    one_of(fields, "pack_dtype", ("int32",))
+    stored = one_of(fields, fields.either("format", "checkpoint_format"), ("gptq", "gptq_v2"))
+    scheme = WeightScheme(
+        Storage(stored),
+        _INT[one_of(fields, "bits", _INT)],
+        Granularity.GROUP,
+        group_size(fields, "group_size"),
+        has_zeros=not fields.flag("sym"),
+        has_order=fields.flag("desc_act"),
+    )
+    rules = [] if fields.flag("lm_head") else _unquantised([HEAD])
+    rules += _gptq_dynamic(fields, scheme)
+    inside = fields.get("modules_in_block_to_quantize")
+    if not inside:
+        return [*rules, _all(scheme)]
+    if not isinstance(inside, list):
+        raise fields.error("modules_in_block_to_quantize", "a list of layers' names is needed")
+    flat = [name for part in inside for name in (part if isinstance(part, list) else [part])]
+    if not all(isinstance(name, str) for name in flat):
+        raise fields.error("modules_in_block_to_quantize", "a list of layers' names is needed")
+    return [*rules, *(Rule(Match.PARTS, name, scheme) for name in flat)]
+
+
+def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
+    """GPTQModel's exceptions: a pattern that begins with "-:" leaves layers out, others change some of the keys."""
+    rules: list[Rule] = []
+    exceptions = fields.child("dynamic")
+    for key in exceptions.values:
+        sign, separator, pattern = key.partition(":")
+        pattern = pattern if separator and sign in "+-" else key
+        checked_regex(exceptions, key, pattern)
+        if separator and sign == "-":
+            rules.append(Rule(Match.REGEX, pattern, None))
+            continue
+        own = exceptions.child(key)
+        changed: dict[str, Any] = {}
+        if own.has("bits"):
+            changed["kind"] = _INT[one_of(own, "bits", _INT)]
+        if own.has("group_size"):
+            changed["group_size"] = group_size(own, "group_size")
+        for flag, field, meaning in (("sym", "has_zeros", False), ("desc_act", "has_order", True)):
+            if own.has(flag):
+                changed[field] = given(own, {flag: None}).flag(flag) == meaning
+        rules.append(Rule(Match.REGEX, pattern, replace(scheme, **changed)))
+    return rules
+
+
+def _fp8(fields: ConfigFields) -> list[Rule]:
+    """AutoFP8's fp8, and that of DeepSeek and Qwen in blocks."""
+    fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3"})
+    one_of(fields, "fmt", ("e4m3", "float8_e4m3fn"))
+    activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
+    chosen = activations[one_of(fields, "activation_scheme", activations)]
+    left_out = [HEAD, *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]
+    scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=chosen)
+    if fields.has("weight_block_size"):
+        if fields.get("weight_block_size") != [BLOCK, BLOCK]:
+            raise fields.error("weight_block_size", f"allowed: [{BLOCK}, {BLOCK}]")
+        one_of(fields, "activation_scheme", ("dynamic",))
+        scheme = replace(scheme, granularity=Granularity.BLOCK, group_size=BLOCK, scale_name="weight_scale_inv")
+    return [*_unquantised(left_out), _all(scheme)]
+
+
+def _modelopt(fields: ConfigFields) -> list[Rule]:
+    one_of(fields, "quant_algo", ("FP8",))
+    left_out = [*names(fields, "exclude_modules"), *names(fields, "ignore")]
+    scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=Activations.STATIC)
+    return [*_unquantised(left_out, Match.WILDCARDS), *_unquantised(left_out), _all(scheme)]
+
+
+# By config.json's `quant_method`.
+METHODS: dict[str, Callable[[ConfigFields], list[Rule]]] = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed-tensors": read_compressed_tensors,
+    "fp8": _fp8,
+    "modelopt": _modelopt,
+}
+
+
+def on_the_fly(weight_dtype: str, quantization: Quantization, shares: Iterable[int]) -> Quantization:
+    """The quantisation of a float checkpoint by the setting `weight_dtype`: int4, int8 or fp8.
+
+    `shares` are the numbers of input features that a rank holds of the linear layers. Groups of int4 are the largest
+    that divide them all.
+    """
+    if quantization.rules:
+        raise ModelError(
+            f"weight_dtype is {weight_dtype!r}, but the checkpoint is quantised already ({quantization.method}); "
+            "allowed: 'auto'"
+        )
+    scheme = _by_channel(weight_dtype)
+    if scheme.kind is Kind.INT4:
+        shares = sorted(set(shares))
+        fitting = [size for size in (128, 64, 32) if all(share % size == 0 for share in shares)]
+        if not fitting:
+            raise ModelError(
+                f"weight_dtype is {weight_dtype!r}, whose groups of 32, 64 or 128 do not divide the "
+                f"{', '.join(map(str, shares))} input features of a rank's layers; allowed: 'auto', 'fp8', 'int8'"
+            )
+        scheme = replace(scheme, granularity=Granularity.GROUP, group_size=fitting[0])
+    return Quantization(f"weight_dtype {weight_dtype}", (*_unquantised([HEAD]), _all(scheme)))
+
+
+def with_head(head_dtype: str, quantization: Quantization) -> Quantization:
+    """The same with a head that is quantised on the fly by the setting `head_dtype`: int8 or fp8."""
+    if quantization.scheme(HEAD) is not None:
+        raise ModelError(
+            f"head_dtype is {head_dtype!r}, but the checkpoint's head is quantised already ({quantization.method}); "
+            "allowed: 'auto'"
+        )
+    head = Rule(Match.EXACT, HEAD, _by_channel(head_dtype))
+    return Quantization(quantization.method or f"head_dtype {head_dtype}", (head, *quantization.rules))
+
+
+def _by_channel(dtype: str) -> WeightScheme:
+    activations = Activations.DYNAMIC if dtype == Kind.FP8.value else Activations.AS_THEY_ARE
+    return WeightScheme(Storage.ON_THE_FLY, Kind(dtype), Granularity.CHANNEL, activations=activations)

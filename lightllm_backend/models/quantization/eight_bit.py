@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of 8 bits in a tensor of their own shape, with scales beside them: compressed-tensors' int-quantized and
+float-quantized, AutoFP8, ModelOpt, and fp8 in blocks of 128 x 128."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightllm_backend.models.quantization.matrix import StoredMatrix
+from lightllm_backend.models.quantization.scheme import Granularity, Kind
+from lightllm_backend.models.quantization.slots import QuantizedSlot, input_scale_slot, scales_slot
+from lightllm_backend.models.weights import WeightSlot
+
+_DTYPES = {Kind.INT8: ("int8",), Kind.FP8: ("float8_e4m3fn",)}
+
+
+def slots(matrix: StoredMatrix) -> dict[str, WeightSlot]:
+    """weight [out, in]; weight_scale: one number, or [out, 1], or [out / 128, in / 128], which tools but
+    compressed-tensors call weight_scale_inv; input_scale: one number."""
+    rows, columns, weight = matrix.rows, matrix.columns, matrix.weight
+    found: dict[str, WeightSlot] = {
+        f"{matrix.name}.weight": QuantizedSlot(
+            weight.values,
+            (rows.full, columns.full),
+            dtypes=_DTYPES[matrix.scheme.kind],
+            index=(matrix.row_slice, matrix.column_slice),
+            stands_for=rows.full * columns.full,
+        ),
+        f"{matrix.name}.{matrix.scheme.scale_name}": _scales(matrix),
+    }
+    if weight.input_scale is not None:
+        found[f"{matrix.name}.input_scale"] = input_scale_slot(matrix)
+    return found
+
+
+def _scales(matrix: StoredMatrix) -> QuantizedSlot:
+    """The scales, whatever shares them, for each output feature and group."""
+    rows, size = matrix.rows.full, matrix.scheme.group_size
+    if matrix.scheme.granularity is Granularity.TENSOR:
+        return scales_slot(matrix, (), lambda scale: scale.view(1, 1).expand(1, matrix.rows.held), ((1,), (1, 1)))
+    if matrix.scheme.granularity is Granularity.CHANNEL:
+        return scales_slot(matrix, (rows, 1), lambda scales: scales.view(1, -1)[:, matrix.row_slice], ((rows,),))
+
+    def by_row(blocks: Tensor) -> Tensor:
+        return blocks[:, matrix.groups].repeat_interleave(size, 0)[matrix.row_slice].t()
+
+    return scales_slot(matrix, (-(-rows // size), matrix.full_groups), by_row)

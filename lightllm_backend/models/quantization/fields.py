@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that the configurations of several tools have in common. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightllm_backend.models.config_fields import ConfigFields
+
+MIN_GROUP_SIZE = 8
+
+
+def given(fields: ConfigFields, defaults: Mapping[str, Any]) -> ConfigFields:
+    """The same with defaults, which stand for null as well: the tools write null for what they do not use."""
+    values = {key: value for key, value in fields.values.items() if value is not None}
+    return replace(fields, values=values, defaults=defaults)
+
+
+def one_of(fields: ConfigFields, key: str, allowed: Iterable[Any]) -> Any:
+    """The value, which must be one of these."""
+    value, allowed = fields.get(key), list(allowed)
+    if isinstance(value, bool) or value not in allowed:
+        raise fields.error(key, f"allowed: {', '.join(map(repr, allowed))}")
+    return value
+
+
+def names(fields: ConfigFields, key: str) -> list[str]:
+    """A list of names, which may be absent."""
+    value = fields.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise fields.error(key, "a list of layers' names is needed")
+    return value
+
+
+def group_size(fields: ConfigFields, key: str) -> int:
+    """The input features that share a scale; 0 for -1, all of them."""
+    size = fields.count(key, least=-1)
+    if size != -1 and (size < MIN_GROUP_SIZE or size % MIN_GROUP_SIZE != 0):
+        raise fields.error(key, f"allowed: multiples of {MIN_GROUP_SIZE}, and -1 for all input features")
+    return max(size, 0)
+
+
+def checked_regex(fields: ConfigFields, key: str, pattern: str) -> str:
+    """The pattern, which must be a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise fields.error(key, f"{pattern!r} is no regular expression: {error}") from error
+    return pattern

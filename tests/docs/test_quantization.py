@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/quantization.md against the code: methods, files, settings, limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightllm_backend.config import EngineConfig
+from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
+from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
+from lightllm_backend.models.quantization.on_the_fly import SHRINKS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+
+
+def first_cells(header: str) -> list[str]:
+    """The first cells of the table that begins with this column."""
+    lines = PAGE.splitlines()
+    (start,) = (number for number, line in enumerate(lines) if line.startswith(f"| {header} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(line.split("|")[1].strip().strip("`"))
+    return rows
+
+
+def test_methods_and_files() -> None:
+    assert first_cells("`quant_method`") == list(METHODS)
+    assert all(f"`{name}`" in PAGE for name in QUANTIZATION_FILES)
+
+
+def test_the_settings() -> None:
+    allowed = EngineConfig.__dataclass_fields__["weight_dtype"].metadata["allowed"].split(" | ")
+    assert ["auto", *first_cells("`weight_dtype`")] == allowed
+
+
+def test_where_kernels_change() -> None:
+    assert first_cells("tokens of a step")[0] == f"1 to {MAX_TILE_TOKENS}"
+
+
+def test_the_search() -> None:
+    assert f"among {len(SHRINKS)} ranges" in PAGE

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the configurations of quantised checkpoints say of each layer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.quantization.config import METHODS
+from lightllm_backend.models.quantization.scheme import Activations, Granularity, Kind, Storage
+
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.11.mlp.down_proj"
+INT4 = {"num_bits": 4, "strategy": "group", "group_size": 128}
+INT8 = {"num_bits": 8, "strategy": "channel"}
+
+
+def quantization(directory, config=None, **files):
+    values = LLAMA if config is None else LLAMA | {"quantization_config": config}
+    for name, content in {"config": values, **files}.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return ModelConfig.from_directory(directory).quantization
+
+
+def group(weights, *targets, **more):
+    return {"targets": list(targets or ("Linear",)), "weights": weights, **more}
+
+
+def compressed(*groups, stored="pack-quantized", **more):
+    named = {f"group_{number}": value for number, value in enumerate(groups)}
+    return {"quant_method": "compressed-tensors", "format": stored, "config_groups": named, **more}
+
+
+def test_without_a_word_nothing_is_quantised(tmp_path):
+    assert quantization(tmp_path).scheme(UP) is None
+    assert quantization(tmp_path, quantize_config={"bits": 4}).method == "gptq"
+
+
+def test_config_json_counts_before_the_file_beside_it(tmp_path):
+    found = quantization(tmp_path, {"quant_method": "gptq", "bits": 8}, quantize_config={"bits": 4})
+    assert found.scheme(UP).kind is Kind.INT8
+
+
+def test_configurations_as_the_tools_write_them(tmp_path):
+    """With nulls for what they do not use, and keys that matter to them alone."""
+    gptq = {
+        "batch_size": 1, "bits": 4, "checkpoint_format": None, "desc_act": False, "exllama_config": {"version": 1},
+        "group_size": 128, "modules_in_block_to_quantize": None, "quant_method": "gptq", "sym": True, "dynamic": None,
+    }  # fmt: skip
+    scheme = quantization(tmp_path, gptq).scheme(UP)
+    assert (scheme.storage, scheme.kind, scheme.group_size) == (Storage.GPTQ, Kind.INT4, 128)
+    unused = {"actorder": None, "block_structure": None, "group_size": None, "observer": None, "observer_kwargs": {}}
+    weights = {**unused, "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    inputs = {**unused, "num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    dense = {"format": "dense", "global_sparsity": 0.14, "ignore": [], "registry_requires_subclass": False}
+    more = {"kv_cache_scheme": None, "global_compression_ratio": 1.5, "quantization_status": "compressed"}
+    config = compressed(
+        group(weights, input_activations=inputs, output_activations=None), stored="float-quantized",
+        ignore=["lm_head"], sparsity_config=dense, transform_config={}, **more,
+    )  # fmt: skip
+    scheme = quantization(tmp_path, config).scheme(UP)
+    assert (scheme.kind, scheme.granularity, scheme.activations) == (Kind.FP8, Granularity.CHANNEL, Activations.DYNAMIC)
+
+
+def test_layers_that_are_left_out(tmp_path):
+    """A pattern stands for whole parts of a name, so that a router called gate is not a gate_proj."""
+    awq = {"quant_method": "awq", "modules_to_not_convert": ["layers.1", "mlp.down", "self_attn.q_proj", "gate"]}
+    found = quantization(tmp_path, awq)
+    names = (UP, DOWN, "lm_head", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj")
+    assert [found.scheme(name) is None for name in names] == [False, False, True, True, True]
+    assert found.scheme("model.layers.0.mlp.gate_proj") is not None
+    exclude = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.1*", "*up_proj"]}}
+    found = quantization(tmp_path, hf_quant_config=exclude)
+    names = ("lm_head", DOWN, UP, "model.layers.0.mlp.down_proj")
+    assert [found.scheme(name) is None for name in names] == [True, True, True, False]
+
+
+def test_the_exceptions_of_gptqmodel(tmp_path):
+    dynamic = {"-:.*down_proj": {}, r"+:.*\.0\..*": {"bits": 8, "group_size": -1, "sym": False, "desc_act": True}}
+    found = quantization(tmp_path, {"quant_method": "gptq", "dynamic": dynamic, "lm_head": True})
+    assert found.scheme(DOWN) is None
+    own = found.scheme(UP)
+    assert (own.kind, own.group_size, own.has_zeros, own.has_order) == (Kind.INT8, 0, True, True)
+    other = found.scheme("model.layers.1.mlp.up_proj")
+    assert (other.kind, other.group_size, other.has_zeros, other.has_order) == (Kind.INT4, 128, False, False)
+    assert found.scheme("lm_head") == other
+    inside = {"quant_method": "gptq", "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]}
+    found = quantization(tmp_path, inside)
+    assert (found.scheme(UP) is None, found.scheme(DOWN) is None, found.scheme("lm_head") is None) == (
+        False,
+        True,
+        True,
+    )
+
+
+def test_the_groups_of_compressed_tensors(tmp_path):
+    """Names before regular expressions before classes, whatever the order of the groups; what is ignored, first."""
+    found = quantization(
+        tmp_path,
+        compressed(
+            group(INT4, format="pack-quantized"),
+            group({**INT8, "type": "float"}, r"re:.*down_proj", format="float-quantized"),
+            group(INT8, DOWN, format="int-quantized", input_activations={"num_bits": 8, "strategy": "tensor"}),
+            stored="mixed-precision",
+            ignore=["lm_head", "re:model.layers.2.*"],
+        ),
+    )
+    assert found.scheme(UP).storage is Storage.PACKED
+    assert (found.scheme(DOWN).kind, found.scheme(DOWN).activations) == (Kind.INT8, Activations.STATIC)
+    assert found.scheme("model.layers.3.mlp.down_proj").kind is Kind.FP8
+    assert found.scheme("lm_head") is found.scheme("model.layers.2.mlp.up_proj") is None
+
+
+def test_the_forms_of_a_scheme(tmp_path):
+    block = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    by_group = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    scheme = quantization(
+        tmp_path, compressed(group(block, input_activations=by_group), stored="float-quantized")
+    ).scheme(UP)
+    assert (scheme.granularity, scheme.group_size, scheme.scale_name) == (Granularity.BLOCK, 128, "weight_scale")
+    scheme = quantization(tmp_path, compressed(group({"num_bits": 4, "group_size": -1}))).scheme(UP)
+    assert (scheme.granularity, scheme.group_size) == (Granularity.CHANNEL, 0)
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    assert quantization(tmp_path, blocks).scheme(UP).scale_name == "weight_scale_inv"
+
+
+AWQ, GPTQ, FP8 = {"quant_method": "awq"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}
+ALL = ", ".join(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, f"quant_method is 'bitsandbytes'; methods that load: {ALL}"),
+        ({"quant_method": ["awq"]}, r"quant_method is \['awq'\]; methods that load"),
+        ({"load_in_4bit": True}, "quant_method is missing; methods that load"),
+        (AWQ | {"bits": 3}, "bits is 3; allowed: 4"),
+        (AWQ | {"version": "marlin"}, "version is 'marlin'; allowed: 'gemm'"),
+        (AWQ | {"group_size": 100}, "group_size is 100; allowed: multiples of 8, and -1"),
+        (AWQ | {"zero_point": "yes"}, "zero_point is 'yes'; true or false"),
+        (AWQ | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; a list of layers' names"),
+        (GPTQ | {"bits": 3}, "bits is 3; allowed: 4, 8"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed: 'gptq', 'gptq_v2'"),
+        (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic.-:\( is {}; '\(' is no regular expression"),
+        (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed: \[128, 128\]"),
+        (FP8 | {"activation_scheme": "token"}, "activation_scheme is 'token'; allowed: 'dynamic', 'static'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; allowed: 'FP8'"),
+        (compressed(group(INT4), stored="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; allowed: 'pack-"),
+        (compressed(), "config_groups is {}; at least one group"),
+        (compressed(group({**INT4, "num_bits": 3})), "weights.num_bits is 3; allowed: 4, 8"),
+        (
+            compressed(group({**INT4, "strategy": "tensor"})),
+            "weights.strategy is 'tensor'; allowed: 'channel', 'group'",
+        ),
+        (compressed(group(INT4, input_activations={"num_bits": 8})), "input_activations is .*; null is needed"),
+        (compressed(group({**INT8, "symmetric": False}), stored="int-quantized"), "symmetric is False; true is needed"),
+        (
+            compressed(group(INT8, input_activations={"num_bits": 8, "symmetric": False}), stored="int-quantized"),
+            "input_activations.symmetric is False; true is needed",
+        ),
+        (
+            compressed(group(INT4), sparsity_config={"format": "sparse-24"}),
+            "sparsity_config is .*; a format of 'dense'",
+        ),
+        (compressed(group(INT4, "re:(")), r"targets is \['re:\('\]; '\(' is no regular expression"),
+    ],
+)
+def test_what_is_refused(tmp_path, config, message):
+    with pytest.raises(ModelError, match=rf"config\.json: quantization_config\.(\S+\.)?{message}"):
+        quantization(tmp_path, config)
+
+
+def test_a_file_beside_config_json_is_named(tmp_path):
+    with pytest.raises(
+        ModelError, match=r"hf_quant_config\.json: quantization\.quant_algo is 'W4A8_AWQ'; allowed: 'FP8'"
+    ):
+        quantization(tmp_path, hf_quant_config={"quantization": {"quant_algo": "W4A8_AWQ"}})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"compression_config": {"format": "x"}}))
+    with pytest.raises(
+        ModelError, match=r"config\.json: compression_config is .*; a quantization_config is needed, of"
+    ):
+        ModelConfig.from_directory(tmp_path)
