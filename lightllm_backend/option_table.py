@@ -315,7 +315,7 @@ OPTIONS: dict[str, Option] = {
         f"a JSON object, as an object or text of at most {structured_output.MAX_BYTES} bytes, with exactly one of "
         "json_schema (an object or text), json_object (true), regex, choice (a list of texts) and grammar",
         tensor=_STRING,
-        help="What the answer must follow: a JSON Schema, a regular expression, a choice or a grammar.",
+        help="What the answer must follow: JSON with json_schema, json_object, regex, choice or grammar.",
     ),
     "allowed_token_ids": Option(
         token_ids, f"a list of at most {MAX_TOKEN_IDS} ids of the model's vocabulary, ≥ 0", tensor=("INT32", -1),

@@ -133,10 +133,16 @@ def _text(value: Any) -> str:
 
 
 def _choices(value: Any) -> list[str]:
-    choices = _parsed(value)
+    needed = NotExact(f"whose choice is no list of 1 to {MAX_CHOICES} texts")
+    try:
+        choices = _parsed(value)
+    except NotExact:
+        raise needed from None
     if not isinstance(choices, (list, tuple)) or not 1 <= len(choices) <= MAX_CHOICES:
-        raise NotExact(f"whose choice is no list of 1 to {MAX_CHOICES} texts")
-    return [_text(choice) for choice in choices]
+        raise needed
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise needed
+    return list(choices)
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {

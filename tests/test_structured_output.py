@@ -64,6 +64,8 @@ def test_nothing_is_asked_for(options) -> None:
         ({"structured_output": {"json_object": False}}, "whose json_object is not true"),
         ({"structured_output": {"regex": "\ud800"}}, "structured_output is "),
         ({"structured_output": {"choice": ["a"] * 1025}}, "no list of 1 to 1024 texts"),
+        ({"structured_output": {"choice": "red"}}, "no list of 1 to 1024 texts"),
+        ({"structured_output": {"choice": [1, 2]}}, "no list of 1 to 1024 texts"),
         ({"guided_json": "{"}, "guided_json is "),
         ({"guided_json": {"enum": ["x" * MAX_BYTES]}}, f"at most {MAX_BYTES} do; allowed: a JSON Schema"),
         ({"guided_json": "[" * 70 + "]" * 70}, "nested more than 64 levels deep"),

@@ -94,7 +94,7 @@ HELP: dict[str, str] = {
     "exclude_input_in_output": "Leave the prompt out of the answer (default: yes).",
     "parse_special": "Take special tokens in the prompt as tokens, not as text (default: yes).",
     "skip_special_tokens": "Leave special tokens out of the answer (default: yes).",
-    "structured_output": "What the answer must follow: a JSON Schema, a regular expression, a choice or a grammar.",
+    "structured_output": "What the answer must follow: JSON with json_schema, json_object, regex, choice or grammar.",
     "allowed_token_ids": "Draw from these tokens only; not beside structured_output. May be given several times.",
     "return_log_probs": "Ask for the log probability of each new token (default: no).",
     "top_logprobs": "So many of the likeliest tokens beside each new one; asks for log probabilities too (default: 0).",

@@ -218,9 +218,10 @@ class _Prober:
 def summary(launch: Launch, info: EngineInfo) -> Table:
     """Make the table of the settings in effect and the sizes that the engine determined."""
     config = launch.config
+    weights = f" with {config.weight_dtype} weights" if config.weight_dtype != "auto" else ""
     rows = {
         "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
-        "computed on": f"{info.device}, {info.dtype}, {config.tp} rank{'s' * (config.tp > 1)}",
+        "computed on": f"{info.device}, {info.dtype}{weights}, {config.tp} rank{'s' * (config.tp > 1)}",
         "KV pool": f"{info.pool_tokens:,} tokens, {info.memory['KV pool'] / 2**30:.2f} GiB"
         + " on each rank" * (config.tp > 1),
         "a request": str(info.lengths),
