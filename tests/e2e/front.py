@@ -48,7 +48,7 @@ class FrontProcess:
 
     def wait_ready(self) -> FrontProcess:
         assert poll(lambda: self.process.poll() is not None or self._answers(), START_SECONDS)
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.process.poll() is None, self.log.read_text(errors="replace")
         return self
 
     def stop(self) -> None:

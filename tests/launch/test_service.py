@@ -106,7 +106,7 @@ class Command:
             )
 
     def log(self) -> str:
-        return (self.folder / "log").read_text()
+        return (self.folder / "log").read_text(errors="replace")  # a character may be half written
 
     def says(self, text: str, times: int = 1) -> bool:
         return poll(lambda: self.log().count(text) >= times or self.process.poll() is not None, 60) and (
