@@ -19,8 +19,8 @@ COMMAND = (sys.executable, "-m", "lightllm_backend.front.main")  # and the descr
 BACKLOG = 4096  # connections that wait for a process; the system may allow fewer
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a process is replaced; doubles with each that ends soon
 STEADY_SECONDS = 60.0  # a process that has lived for so long did not end soon
-# Of each connection, in the kernel, which doubles it. Left to itself the kernel takes 4 MiB for a client that does not
-# read, and the front computes megabytes of events for it before the engine is held back.
+# Bytes of a connection in the kernel, which doubles them. Left to itself the kernel takes 4 MiB for a client that does
+# not read, and the front computes megabytes of events for it before the engine is held back.
 SEND_BUFFER = 1 << 17
 USAGE_ERROR = 2  # of a process that cannot serve these settings, and never will
 

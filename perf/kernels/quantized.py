@@ -36,7 +36,7 @@ def random_weight(place: Place, kind: str, out_features: int, in_features: int) 
 
 
 def weight_bytes(kind: str, out_features: int, in_features: int) -> int:
-    """Of the values, and of the scales and zero points of groups."""
+    """Count the bytes of the values, and of the scales and zero points of groups."""
     count = out_features * in_features
     extra = {"int4": 3 * count // GROUP, "fp8 blocks": 4 * count // GROUP}
     return (count // 2 if kind == "int4" else count) + extra.get(kind, 0)

@@ -215,7 +215,7 @@ def test_dummy_weights_are_like_those_that_are_not_quantised(tmp_path, name):
 
 
 def test_a_quantised_head(tmp_path):
-    """Whose rows are padded to those that two ranks share."""
+    """The head's rows are padded to those that two ranks share."""
     config = CASES["gptq_v2 of 8 bits in an order"].config | {"group_size": -1, "lm_head": True, "desc_act": False}
     store = checkpoints.gptq(8, -1, symmetric=False, in_order=True, version=2)
     transformer = write_checkpoint(tmp_path, "llama2_gqa", store, config, with_head=True)
