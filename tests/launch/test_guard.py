@@ -36,8 +36,11 @@ class Family:
         self.region = Path("/dev/shm", f"lightllm_test_{uuid.uuid4()}")
 
     def start(self, argv: list[str], before: str = "") -> subprocess.Popen[bytes]:
-        """Start a shell that sleeps, with these arguments: the first is its name, the second its script."""
-        script = Path(argv[1]) if len(argv) > 1 else self.folder / "script"
+        """Start a shell that sleeps, with these arguments: the first is its name, the second its script.
+
+        Each has a script of its own: rewriting one would end a shell that has not read it yet.
+        """
+        script = Path(argv[1]) if len(argv) > 1 else self.folder / f"script-{len(self.started)}"
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(f"{before}\nread line\n")
         self.started.append(
