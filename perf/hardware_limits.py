@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one GPU can do at best, measured now: bytes read from its memory and bf16 arithmetic, each a second.
+"""What one GPU can do at best, measured now: bytes read from its memory, bf16 and fp8 arithmetic, each a second.
 
 `python -m perf.hardware_limits` prints a JSON object. The benchmarks run it as a process of its own, so that the memory
 that it uses is free again before an engine starts.
@@ -70,6 +70,17 @@ def bf16_flops_per_second() -> float:
     return 2 * MATRIX_SIZE**3 / seconds_of(lambda: left @ right)
 
 
+def fp8_flops_per_second() -> float | None:
+    """None on GPUs whose tensor cores do not take fp8."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return None
+    left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    scale = torch.ones((), device="cuda")
+    scales = {"scale_a": scale, "scale_b": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    multiply = torch._scaled_mm  # noqa: SLF001 - torch 2.10 is the first with a public function
+    return 2 * MATRIX_SIZE**3 / seconds_of(lambda: multiply(left, right.t(), **scales))
+
+
 def hardware_limits() -> dict[str, Any] | None:
     """Measured in a process of its own; None on a machine without a GPU."""
     root = Path(__file__).resolve().parents[1]
@@ -86,5 +97,6 @@ if __name__ == "__main__":
             "gpu": torch.cuda.get_device_name(),
             "read_bytes_per_second": read_bytes_per_second(),
             "bf16_flops_per_second": bf16_flops_per_second(),
+            "fp8_flops_per_second": fp8_flops_per_second(),
         }
     print(json.dumps(measured))

@@ -13,6 +13,9 @@ from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import model_class
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.quantization.scheme import Activations
+from lightllm_backend.models.quantization.slots import QuantizedSlot
+from lightllm_backend.models.weights import HEAD, WeightSlot
 from lightllm_backend.parallel import TensorParallel
 
 
@@ -25,13 +28,23 @@ class ModelCost:
     weight_bytes: int  # read in a decode step
     slot_bytes: int  # K and V of one token
     attention_flops: int  # of one query with one token of its context
+    # Of layer_weights, those that may be multiplied by activations of 8 bits.
+    eight_bit_weights: int = 0
 
     @classmethod
-    def of(cls, directory: str, dtype: torch.dtype, kv_dtype: torch.dtype) -> ModelCost:
-        shape = ModelConfig.from_directory(directory)
+    def of(
+        cls,
+        directory: str,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        weight_dtype: str = "auto",
+        head_dtype: str = "auto",
+    ) -> ModelCost:
+        shape = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, head_dtype, tp=1)
         device = torch.device("meta")
         model = model_class(shape.architecture)(shape, reference, TensorParallel(), dtype, device, 1)
-        slots = model.weight_map().values()
+        named = model.weight_map()
+        slots = named.values()
         weights = sum(slot.num_weights for slot in slots)
         head = shape.vocab_size * shape.hidden_size
         # Of the table of embeddings, a step reads only the rows of its tokens; tied, it is the head as well.
@@ -42,12 +55,13 @@ class ModelCost:
             weight_bytes=sum(slot.nbytes for slot in slots) - (weights - layers - head) * dtype.itemsize,
             slot_bytes=KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype),
             attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+            eight_bit_weights=sum(slot.num_weights for name, slot in named.items() if _takes_8_bits(shape, name, slot)),
         )
 
     def step_seconds(self, batch: int, context_tokens: float, limits: dict[str, Any]) -> float:
         """The least that a decode step takes on one GPU: its weights or its matrix products, then all of K and V."""
         weights_read = self.weight_bytes / limits["read_bytes_per_second"]
-        arithmetic = 2 * (self.layer_weights + self.head_weights) * batch / limits["bf16_flops_per_second"]
+        arithmetic = self._arithmetic_seconds(2 * (self.layer_weights + self.head_weights) * batch, batch, limits)
         kv_read = context_tokens * self.slot_bytes / limits["read_bytes_per_second"]
         return float(max(weights_read, arithmetic) + kv_read)
 
@@ -56,3 +70,21 @@ class ModelCost:
         pairs = sum(length * (length + 1) // 2 for length in prompt_lengths)
         matrices = self.layer_weights * sum(prompt_lengths) + self.head_weights * len(prompt_lengths)
         return 2 * matrices + self.attention_flops * pairs
+
+    def prefill_seconds(self, prompt_lengths: Sequence[int], limits: dict[str, Any]) -> float:
+        """The least that the arithmetic of a prefill takes on one GPU."""
+        return self._arithmetic_seconds(self.prefill_flops(prompt_lengths), sum(prompt_lengths), limits)
+
+    def _arithmetic_seconds(self, flops: int, tokens: int, limits: dict[str, Any]) -> float:
+        """Of so many operations for so many tokens, of which tensor cores do some in 8 bits."""
+        in_8_bits = 2 * self.eight_bit_weights * tokens
+        peak = limits["bf16_flops_per_second"]
+        return float((flops - in_8_bits) / peak + in_8_bits / (limits.get("fp8_flops_per_second") or peak))
+
+
+def _takes_8_bits(shape: ModelConfig, name: str, slot: WeightSlot) -> bool:
+    """Whether the slot is that of a layer's matrix whose product may have activations of 8 bits."""
+    if name == HEAD or not isinstance(slot, QuantizedSlot):
+        return False
+    scheme = shape.quantization.scheme(name.rpartition(".")[0])
+    return scheme is not None and scheme.activations is not Activations.AS_THEY_ARE

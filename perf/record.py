@@ -34,6 +34,13 @@ def gpu_name(device: str) -> str | None:
     return str(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
+def types_of(settings: dict[str, str]) -> list[str]:
+    """The types that the settings LIGHTLLM_<NAME> of a result give to tensors, in words."""
+    names = {"WEIGHT_DTYPE": "weights", "HEAD_DTYPE": "head", "KV_DTYPE": "K and V"}
+    given = {name: settings.get(f"LIGHTLLM_{key}", "auto") for key, name in names.items()}
+    return [f"{name} {dtype}" for name, dtype in given.items() if dtype != "auto"]
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

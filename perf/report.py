@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import peer
-from perf.record import RESULTS
+from perf.record import RESULTS, types_of
 
 PAGE = Path(__file__).with_name("RESULTS.md")
 INTRODUCTION = """\
@@ -48,13 +48,14 @@ def origin(result: dict[str, Any]) -> str:
 
 def static_inference(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
-    ranks, kv_dtype = settings.get("LIGHTLLM_TP", "1"), settings.get("LIGHTLLM_KV_DTYPE", "auto")
     layouts = {
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
         f"{peer.NAME}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
+        "of unquantised tokens/s": ("prefill_ratio", "{:.2f}"),
         "TFLOP/s": ("tflops", "{:.0f}"),
         "of the peak": ("prefill_share", "{:.2f}"),
         "ms a step": ("step_ms", "{:.2f}"),
+        "of the unquantised step": ("step_ratio", "{:.2f}"),
         "on the GPU, ms": ("device_step_ms", "{:.2f}"),
         f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"),
         "floor ms": ("floor_ms", "{:.2f}"),
@@ -71,7 +72,8 @@ def static_inference(result: dict[str, Any]) -> list[str]:
         rows.append([str(row["batch"]), prompt, str(row["output_len"]), *cells])
     headings = ["batch", "prompt", "output", *layouts]
     told = [column for column in range(len(headings)) if any(row[column] != "–" for row in rows)]
-    title = f"{result['model']}, {result['engine']['dtype']}, K and V {kv_dtype.replace('auto', 'alike')}, tp {ranks}"
+    ranks = settings.get("LIGHTLLM_TP", "1")
+    title = ", ".join([result["model"], result["engine"]["dtype"], *types_of(settings), f"tp {ranks}"])
     started = "" if result["start_seconds"] is None else f"; started in {result['start_seconds']:.1f} s"
     return [
         f"**{title}**{started} ({origin(result)}):",
@@ -100,8 +102,8 @@ def step_profile(result: dict[str, Any]) -> list[str]:
         {name for kernels in spent for name in kernels}, key=lambda name: -max(k.get(name, 0) for k in spent)
     )
     kernels = [[f"`{name[:60]}`", *(f"{k[name]:.3f}" if name in k else "–" for k in spent)] for name in names[:12]]
-    kv_dtype = result["settings"].get("LIGHTLLM_KV_DTYPE", "auto").replace("auto", "alike")
-    title = f"{result['phase'].capitalize()} steps of {result['model']}, {result['dtype']}, K and V {kv_dtype}, ms"
+    types = ", ".join([result["dtype"], *types_of(result["settings"])])
+    title = f"{result['phase'].capitalize()} steps of {result['model']}, {types}, ms"
     return [
         f"**{title}** ({origin(result)}):",
         "",
@@ -314,13 +316,16 @@ def _others(result: dict[str, Any]) -> list[list[str]]:
     return [row] if row and plain and row[1] in rates else []
 
 
+# What two results that are compared have in common.
+ASKED = ("commit", "machine", "model", "workload", "shared_prefix", "max_tokens", "seed", "concurrency")
+
+
 def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
     """What tritonserver takes of the engine's throughput, where both were asked the same at the same commit, so on the
     same day (one GPU is a few percent faster than another of its name), and for far more than they can do."""
 
     def asked(result: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("commit", "machine", "model", "settings", "workload", "shared_prefix", "max_tokens", "seed")
-        return tuple(str(result[name]) for name in (*names, "concurrency"))
+        return tuple(str(result[name]) for name in (*ASKED, "settings"))
 
     engines = [result for result in results if result["system"] == "engine"]
     alone = {(asked(result), run["request_rate"]): run for result in engines for run in result["runs"]}
@@ -332,6 +337,30 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
                 lost = 1 - run["output_tokens_per_second"] / engine["output_tokens_per_second"]
                 what = f"{result['model']}, {result['workload']} as {result['prompts']}"
                 lines += [f"Of the engine's throughput tritonserver takes {100 * lost:.1f} % ({what}).", ""]
+    return lines
+
+
+def weights_gain(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What quantised weights make of the service's throughput, where all else was alike, commit and GPU included."""
+
+    def asked(result: dict[str, Any]) -> tuple[Any, ...]:
+        rest = {name: value for name, value in result["settings"].items() if name not in ("weight_dtype", "head_dtype")}
+        return (*(str(result[name]) for name in (*ASKED, "system", "protocol", "prompts")), str(sorted(rest.items())))
+
+    plain = {
+        (asked(result), run["request_rate"]): run
+        for result in results
+        if "weight_dtype" not in result["settings"]
+        for run in result["runs"]
+    }
+    lines = []
+    for result in (one for one in results if "weight_dtype" in one["settings"]):
+        for run in result["runs"]:
+            if other := plain.get((asked(result), run["request_rate"])):
+                gain = run["requests_per_second"] / other["requests_per_second"]
+                what = f"{result['model']}, {result['workload']} at {run['request_rate'] or math.inf:g}/s"
+                settings = ", ".join(f"{name} {value}" for name, value in sorted(result["settings"].items()))
+                lines += [f"{gain:.2f} times the requests/s of unquantised weights: {settings} ({what}).", ""]
     return lines
 
 
@@ -404,7 +433,7 @@ def page(results: dict[Path, dict[str, Any]]) -> str:
             if picture.exists():
                 lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
         if name == "serving":
-            lines += server_share(list(chosen.values()))
+            lines += server_share(list(chosen.values())) + weights_gain(list(chosen.values()))
     return INTRODUCTION + "\n".join(lines).rstrip() + "\n"
 
 

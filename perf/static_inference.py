@@ -2,14 +2,15 @@
 """LightLLM's static inference test: how fast batches of requests are, through the engine and without a server.
 
     python -m perf.static_inference --model llama-7b --case 32x4096x64 --case 1x8192x1 --mixed 580x64 --plot
+    python -m perf.static_inference --model llama-7b --weight_dtype auto,fp8,int8,int4
     python -m perf.static_inference --model_dir /models/llama-7B --no-dummy_weights
 
 For each batch: prefill is the time for one token of every request; a step is (time for output_len tokens - time for
 one) / (output_len - 1), all in wall clock at the client, scheduler and sampler included, medians of some repeats.
 Beside it stands the device's own time for the same steps, by its clock. The floor is what the GPUs need at least for a
 step, with limits measured in the same run (perf/hardware_limits.py): max(weights read, matrix arithmetic) + K and V
-read, divided by the number of GPUs (perf/model_cost.py). Other settings of the engine come from the environment, as
-LIGHTLLM_<NAME>.
+read, divided by the number of GPUs (perf/model_cost.py). Several types of weights are measured one after the other, a
+result each, with ratios to `auto`. Other settings of the engine come from the environment, as LIGHTLLM_<NAME>.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from perf.cases import WORKLOAD, Case, SizeList, Sizes, mixed_case
 from perf.engine_under_test import EngineUnderTest, engine_under_test
 from perf.hardware_limits import hardware_limits
 from perf.model_cost import ModelCost
-from perf.record import RESULTS, circumstances, write_result
+from perf.record import RESULTS, circumstances, types_of, write_result
 from perf.shapes import LENGTHS, SHAPES
 
 
@@ -72,26 +73,42 @@ def measure(engine: EngineUnderTest, case: Case, repeats: int) -> dict[str, Any]
 
 def compare(row: dict[str, Any], case: Case, cost: ModelCost, limits: dict[str, Any], num_gpus: int) -> None:
     """Adds how much of the limits the row reaches."""
-    flops = cost.prefill_flops(case.prompt_lengths)
-    row["prefill_flops_per_second"] = 1e3 * flops / row["prefill_ms"]
-    row["prefill_share"] = row["prefill_flops_per_second"] / (limits["bf16_flops_per_second"] * num_gpus)
+    row["prefill_flops_per_second"] = 1e3 * cost.prefill_flops(case.prompt_lengths) / row["prefill_ms"]
+    row["prefill_share"] = 1e3 * cost.prefill_seconds(case.prompt_lengths, limits) / num_gpus / row["prefill_ms"]
     if "step_ms" in row:
         row["floor_ms"] = 1e3 * cost.step_seconds(case.batch, case.context_tokens, limits) / num_gpus
         row["share"] = row["floor_ms"] / row["step_ms"]
 
 
+def add_ratios(result: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Adds the ratios to another result of the same batches, whose weights are those of the checkpoint."""
+
+    def batch_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("batch", "prompt_tokens", "output_len", "mixed"))
+
+    plain_rows = {batch_of(row): row for row in plain["rows"]}
+    for row in result["rows"]:
+        if other := plain_rows.get(batch_of(row)):
+            row["prefill_ratio"] = row["prefill_tokens_per_second"] / other["prefill_tokens_per_second"]
+            if "step_ms" in row:
+                row["step_ratio"] = row["step_ms"] / other["step_ms"]
+
+
 def table_of(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']}, {result['engine']['dtype']}, {result['machine']['gpu'] or 'cpu'}")
+    parts = [result["model"], result["engine"]["dtype"], *types_of(result["settings"])]
+    table = Table(title=", ".join([*parts, result["machine"]["gpu"] or "cpu"]))
     columns = {
         "batch": ("batch", "{}"),
         "prompt": ("prompt", "{:,.0f}"),
         "output": ("output_len", "{}"),
         "prefill ms": ("prefill_ms", "{:.2f}"),
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
+        "to auto": ("prefill_ratio", "{:.2f}"),
         "peer": ("peer_prefill_tokens_per_second", "{:,.0f}"),
         "TFLOP/s": ("tflops", "{:.0f}"),
         "of the peak": ("prefill_share", "{:.2f}"),
         "step ms": ("step_ms", "{:.3f}"),
+        "of auto": ("step_ratio", "{:.2f}"),
         "device ms": ("device_step_ms", "{:.3f}"),
         "between tokens ms": ("median_step_ms", "{:.3f}"),
         "decode tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
@@ -99,13 +116,20 @@ def table_of(result: dict[str, Any]) -> Table:
         "floor / step": ("share", "{:.2f}"),
         "peer ms": ("peer_step_ms", "{:.2f}"),
     }
-    for heading in columns:
+    rows = [
+        {
+            **row,
+            **peer.beside(result, row),
+            "prompt": row["prompt_tokens"] / row["batch"],
+            **({"tflops": row["prefill_flops_per_second"] / 1e12} if "prefill_flops_per_second" in row else {}),
+        }
+        for row in result["rows"]
+    ]
+    known = {heading: column for heading, column in columns.items() if any(column[0] in row for row in rows)}
+    for heading in known:
         table.add_column(heading, justify="right")
-    for row in result["rows"]:
-        shown = {**row, **peer.beside(result, row), "prompt": row["prompt_tokens"] / row["batch"]}
-        if "prefill_flops_per_second" in row:
-            shown["tflops"] = row["prefill_flops_per_second"] / 1e12
-        table.add_row(*(layout.format(shown[key]) if key in shown else "–" for key, layout in columns.values()))
+    for row in rows:
+        table.add_row(*(layout.format(row[key]) if key in row else "–" for key, layout in known.values()))
     return table
 
 
@@ -134,7 +158,8 @@ def run(
     rows = []
     with engine_under_test(config) as engine:
         dtype: torch.dtype = getattr(torch, engine.info.dtype)
-        cost = ModelCost.of(directory, dtype, torch.int8 if config.kv_dtype == "int8" else dtype)
+        kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
+        cost = ModelCost.of(directory, dtype, kv_dtype, config.weight_dtype, config.head_dtype)
         for case in tqdm(cases, desc=name, unit="batch"):
             if sum(case.prompt_lengths) + case.batch > engine.info.pool_tokens:
                 tqdm.write(f"{case}: left out, the KV pool has {engine.info.pool_tokens} token slots")
@@ -153,11 +178,30 @@ def run(
     }  # fmt: skip
 
 
+def name_parts(settings: dict[str, str]) -> list[str]:
+    """What distinguishes these settings in a file's name."""
+    layouts = {"TP": "tp{}", "WEIGHT_DTYPE": "weights_{}", "HEAD_DTYPE": "head_{}", "KV_DTYPE": "{}"}
+    given = {key: settings.get(f"LIGHTLLM_{key}") for key in layouts}
+    return [layouts[key].format(value) for key, value in given.items() if value]
+
+
 def file_name(result: dict[str, Any]) -> str:
-    tp, kv_dtype = (result["settings"].get(f"LIGHTLLM_{key}") for key in ("TP", "KV_DTYPE"))
-    parts = [result["benchmark"], result["model"], f"tp{tp}" if tp else "", kv_dtype or ""]
-    parts.append(result["machine"]["gpu"] or "cpu")
-    return "_".join(part for part in parts if part).replace(" ", "_").lower() + ".json"
+    parts = [result["benchmark"], result["model"], *name_parts(result["settings"]), result["machine"]["gpu"] or "cpu"]
+    return "_".join(parts).replace(" ", "_").lower() + ".json"
+
+
+WEIGHT_DTYPES = EngineConfig.__dataclass_fields__["weight_dtype"].metadata["allowed"].split(" | ")
+HEAD_DTYPES = EngineConfig.__dataclass_fields__["head_dtype"].metadata["allowed"].split(" | ")
+
+
+def _dtypes(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[str | None]:
+    """`auto` comes first, since the others are compared with it. None: what the environment says."""
+    if text is None:
+        return [None]
+    dtypes = set(text.split(","))
+    if not dtypes <= set(WEIGHT_DTYPES):
+        raise click.BadParameter(f"{text!r}; allowed: some of {', '.join(WEIGHT_DTYPES)}, separated by commas")
+    return sorted(dtypes, key=WEIGHT_DTYPES.index)
 
 
 @click.command(help=str(__doc__).partition("\n")[0], context_settings={"max_content_width": 120})
@@ -185,6 +229,14 @@ def file_name(result: dict[str, Any]) -> str:
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="rounds that count")
 @click.option("--tp", type=click.IntRange(min=1), help="GPUs that share the model")
 @click.option("--dtype", help="bfloat16 | float16 | float32")
+@click.option(
+    "--weight_dtype",
+    "weight_dtypes",
+    callback=_dtypes,
+    metavar="DTYPE,DTYPE,…",
+    help=f"{' | '.join(WEIGHT_DTYPES)}, of the layers' weights; several are measured one after the other",
+)
+@click.option("--head_dtype", type=click.Choice(HEAD_DTYPES), help="of the head's weight")
 @click.option("--kv_dtype", type=click.Choice(["auto", "int8"]), help="of K and V")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]))
 @click.option("--batch_max_tokens", help="prompt tokens a step")
@@ -206,12 +258,15 @@ def main(
     out: Path | None,
     plot: bool,
     tp: int | None,
+    weight_dtypes: list[str | None],
     **settings: str | None,
 ) -> None:
     if model_dir is None and not dummy_weights:
         raise click.UsageError("--no-dummy_weights needs --model_dir: a shape has no weights of its own")
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("--plot needs matplotlib; python -m perf.step_plot draws a stored result elsewhere")
+    if out is not None and len(weight_dtypes) > 1:
+        raise click.UsageError("--out is one file; each of several --weight_dtype has its own")
     cases = [Case.equal(batch, length, output_len) for length in input_len for batch in batches]
     cases += [Case.equal(*sizes) for sizes in more]
     cases += [mixed_case(lengths, batch, output, mean_context) for batch, output in mixed]
@@ -223,15 +278,22 @@ def main(
         if model_dir is None:
             Path(scratch, "config.json").write_text(json.dumps(SHAPES[model]))
         directory = model_dir or scratch
-        config = engine_config(directory, settings, cases)
-        result = run(Path(model_dir).name if model_dir else model, directory, config, cases, repeats, limits)
-    Console(width=160).print(table_of(result))
-    path = out or RESULTS / file_name(result)
-    write_result(path, result)
-    if plot:
-        from perf.step_plot import draw  # only now: matplotlib is not everywhere
+        name = Path(model_dir).name if model_dir else model
+        plain = None
+        for weight_dtype in weight_dtypes:
+            config = engine_config(directory, settings | {"weight_dtype": weight_dtype}, cases)
+            result = run(name, directory, config, cases, repeats, limits)
+            if config.weight_dtype == "auto":
+                plain = result
+            elif plain is not None:
+                add_ratios(result, plain)
+            Console(width=160).print(table_of(result))
+            path = out or RESULTS / file_name(result)
+            write_result(path, result)
+            if plot:
+                from perf.step_plot import draw  # only now: matplotlib is not everywhere
 
-        draw(result, path.with_suffix(".svg"))
+                draw(result, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

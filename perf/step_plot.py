@@ -20,6 +20,7 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 from perf import peer
+from perf.record import types_of
 
 # Text stays text, so that the file is small; the same result gives the same bytes.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lightllm", "font.family": "sans-serif"}
@@ -55,10 +56,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _title(result: dict[str, Any]) -> str:
-    kv_dtype, tp = (result["settings"].get(f"LIGHTLLM_{key}") for key in ("KV_DTYPE", "TP"))
-    parts = [result["model"], result["engine"]["dtype"], f"K and V {kv_dtype}" if kv_dtype else ""]
-    parts.append(f"{tp or 1} x {result['machine']['gpu'] or 'cpu'}")
-    return ", ".join(part for part in parts if part)
+    parts = [result["model"], result["engine"]["dtype"], *types_of(result["settings"])]
+    parts.append(f"{result['settings'].get('LIGHTLLM_TP', 1)} x {result['machine']['gpu'] or 'cpu'}")
+    return ", ".join(parts)
 
 
 def _curve(axes: Any, rows: list[dict[str, Any]], key: str, label: str, color: str, style: str) -> None:

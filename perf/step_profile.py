@@ -11,7 +11,6 @@ beside the wall time tells how much. On a CPU there are only the host's times.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -39,7 +38,7 @@ from lightllm_backend.worker.main import build_router
 from perf.cases import WORKLOAD, Case, SizeList, mixed_case
 from perf.record import RESULTS, circumstances, write_result
 from perf.shapes import SHAPES
-from perf.static_inference import engine_config, settings_of
+from perf.static_inference import HEAD_DTYPES, WEIGHT_DTYPES, engine_config, name_parts, settings_of
 
 WARM_UP_STEPS = 5
 
@@ -234,6 +233,8 @@ def cases_for(
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(min=1), help="timed, and as many recorded")
 @click.option("--prefill", is_flag=True, help="the steps that prefill the batch, not those that decode")
 @click.option("--dtype", help="bfloat16 | float16 | float32")
+@click.option("--weight_dtype", type=click.Choice(WEIGHT_DTYPES), help="of the layers' weights")
+@click.option("--head_dtype", type=click.Choice(HEAD_DTYPES), help="of the head's weight")
 @click.option("--kv_dtype", type=click.Choice(["auto", "int8"]), help="of K and V")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]))
 @click.option("--batch_max_tokens", default=8192, show_default=True, type=click.IntRange(min=1))
@@ -272,8 +273,8 @@ def main(
         "benchmark": "step_profile", "model": model, "phase": phase, **circumstances(gpu), "dtype": engine.info.dtype,
         "settings": settings_of(config), "rows": rows,
     }  # fmt: skip
-    kv_dtype = [config.kv_dtype] if config.kv_dtype != "auto" else []
-    name = "_".join(itertools.chain(["step_profile", model, *kv_dtype, phase], (gpu or "cpu").split())).lower()
+    parts = ["step_profile", model, *name_parts(result["settings"]), phase, *(gpu or "cpu").split()]
+    name = "_".join(parts).lower()
     write_result(out or RESULTS / f"{name}.json", result)
 
 

@@ -13,9 +13,11 @@ from perf.shapes import SHAPES
 LIMITS = {"read_bytes_per_second": 4.53e12, "bf16_flops_per_second": 790e12}
 
 
-def cost_of(name: str, directory: Path, kv_dtype: torch.dtype = torch.bfloat16) -> ModelCost:
+def cost_of(
+    name: str, directory: Path, kv_dtype: torch.dtype = torch.bfloat16, weight_dtype: str = "auto"
+) -> ModelCost:
     (directory / "config.json").write_text(json.dumps(SHAPES[name]))
-    return ModelCost.of(str(directory), torch.bfloat16, kv_dtype)
+    return ModelCost.of(str(directory), torch.bfloat16, kv_dtype, weight_dtype)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,23 @@ def test_weights_and_kv(name: str, matrices: int, head: int, kv_values: int, tmp
 def test_the_floor_of_llama_7b(batch: int, floor_ms: float, tmp_path: Path) -> None:
     floor = 1e3 * cost_of("llama-7b", tmp_path).step_seconds(batch, 192 * batch, LIMITS)
     assert floor == pytest.approx(floor_ms, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "bits", "floors_ms"),
+    [("fp8", 8, {1: 1.52, 64: 2.92, 256: 7.84}), ("int8", 8, {1: 1.52, 256: 9.97}), ("int4", 4.125, {1: 0.817})],
+)
+def test_quantised_weights_are_fewer_bytes(
+    weight_dtype: str, bits: float, floors_ms: dict[int, float], tmp_path: Path
+) -> None:
+    plain, cost = cost_of("llama-7b", tmp_path), cost_of("llama-7b", tmp_path, weight_dtype=weight_dtype)
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert (cost.layer_weights, cost.head_weights) == (plain.layer_weights, plain.head_weights)
+    assert cost.weight_bytes - 2 * cost.head_weights == pytest.approx(matrices * bits / 8, rel=0.002)
+    assert cost.eight_bit_weights == (matrices if weight_dtype == "fp8" else 0)
+    limits = LIMITS | {"fp8_flops_per_second": 2 * LIMITS["bf16_flops_per_second"]}
+    for batch, floor_ms in floors_ms.items():
+        assert 1e3 * cost.step_seconds(batch, 192 * batch, limits) == pytest.approx(floor_ms, rel=0.01)
 
 
 def test_prefill_counts_every_pair_and_the_last_logits(tmp_path: Path) -> None:

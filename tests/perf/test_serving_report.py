@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.benchmark_serving import result_path
-from perf.report import server_share, serving
+from perf.report import server_share, serving, weights_gain
 from perf.serving.plots import write_plots
 
 LATENCY = {"mean": 0.01, "p50": 0.0123, "p90": 0.02, "p99": 0.0456}
@@ -64,6 +64,17 @@ def test_the_servers_share_is_of_the_same_load() -> None:
     for one in (engine, server):
         one["runs"][0]["request_rate"] = 40.0  # nearly reached, so both gave what they were asked for
     assert server_share([engine, server]) == []
+
+
+def test_quantised_weights_are_compared_with_the_same_load() -> None:
+    plain, quantised = (
+        result("server", 1.0, settings={"kv_dtype": "int8", **more}) for more in ({}, {"weight_dtype": "fp8"})
+    )
+    quantised["runs"][0]["requests_per_second"] = 1.26 * 33.3
+    gain = "1.26 times the requests/s of unquantised weights: kv_dtype int8, weight_dtype fp8"
+    assert weights_gain([plain, quantised])[0] == f"{gain} (llama-7b, workload_2000 at 200/s)."
+    for change in ({"settings": {}}, {"commit": "another"}, {"system": "engine"}, {"protocol": "http"}):
+        assert weights_gain([plain | change, quantised]) == []
 
 
 def test_what_was_asked_otherwise_is_stored_under_another_name() -> None:

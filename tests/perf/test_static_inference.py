@@ -76,23 +76,41 @@ def test_the_peer_stands_only_beside_what_it_ran(
     assert peer.beside(result, row) == beside
 
 
-def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
+def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_inference, "RESULTS", tmp_path)
     arguments = "--model tiny --device cpu --batches 1,3 --input_len 4 --output_len 3 --case 1x40x1 --mixed 3x8"
-    arguments += f" --mean_context 12 --repeats 1 --dtype float32 --max_total_token_num 60 --case 9x9x9 --out {out}"
+    arguments += " --mean_context 12 --repeats 1 --dtype float32 --max_total_token_num 60 --case 9x9x9"
+    arguments += " --weight_dtype int4,auto --head_dtype int8"
     run = CliRunner().invoke(static_inference.main, [*arguments.split(), "--plot"], catch_exceptions=False)
     assert run.exit_code == 0, run.output
-    result = json.loads(out.read_text())
+    result = json.loads((tmp_path / "static_inference_tiny_head_int8_cpu.json").read_text())
     assert [row["batch"] for row in result["rows"]] == [1, 3, 1, 3]  # 9 x 9 tokens are more than the pool has
     assert [row.get("most_running") for row in result["rows"]] == [1, 3, None, 3]
     assert ["step_ms" in row for row in result["rows"]] == [True, True, False, True]
     assert result["settings"]["LIGHTLLM_MAX_TOTAL_TOKEN_NUM"] == "60"
-    assert ">mixed, 8 + 8 tokens<" in out.with_suffix(".svg").read_text()
-    assert out.with_suffix(".svg").stat().st_size < 100_000
+    plot = tmp_path / "static_inference_tiny_head_int8_cpu.svg"
+    assert ">mixed, 8 + 8 tokens<" in plot.read_text()
+    assert plot.stat().st_size < 100_000
     lines = report.static_inference(result)
     assert sum(line.startswith("| ") for line in lines) == 2 + 4
     assert "floor" not in lines[2], "there is none on a CPU"
-    assert not any(peer.NAME in line for line in lines)
+    assert not any(peer.NAME in line or "unquantised" in line for line in lines)
+    quantised = json.loads((tmp_path / "static_inference_tiny_weights_int4_head_int8_cpu.json").read_text())
+    assert quantised["engine"]["memory"]["weights"] < result["engine"]["memory"]["weights"]
+    for row, plain in zip(quantised["rows"], result["rows"], strict=True):
+        assert row["prefill_ratio"] == row["prefill_tokens_per_second"] / plain["prefill_tokens_per_second"]
+        assert row.get("step_ratio", 0.0) == row.get("step_ms", 0.0) / plain.get("step_ms", 1.0)
+    title, _, heading, *_ = report.static_inference(quantised)
+    assert title.startswith("**tiny, float32, weights int4, head int8, tp 1**")
+    assert "| of unquantised tokens/s |" in heading
+    assert "| of the unquantised step |" in heading
+
+
+@pytest.mark.parametrize("dtypes", ["int5", "auto,", "auto int8"])
+def test_a_type_of_weights_that_there_is_not(dtypes: str) -> None:
+    run = CliRunner().invoke(static_inference.main, ["--weight_dtype", dtypes])
+    assert run.exit_code == 2
+    assert "allowed: some of auto, fp8, int8, int4" in " ".join(run.output.replace("│", " ").split())
 
 
 def test_a_shape_has_no_weights_to_load() -> None:
