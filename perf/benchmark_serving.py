@@ -15,7 +15,6 @@ import contextlib
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ from lightllm_backend.launch.embedded_model import MODEL_NAME
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
 from perf.model_directory import DATA, TOKENIZER_PIECES, write_model_directory
-from perf.record import RESULTS, circumstances, write_result
+from perf.record import RESULTS, circumstances, nvidia_gpu_name, write_result
 from perf.serving import timeline, workload
 from perf.serving.calls import Target
 from perf.serving.load import Planned
@@ -181,7 +180,7 @@ def benchmark(options: Options, console: Console) -> dict[str, Any]:
                 console.print(figures_table(runs[-1]))
                 for line in notes(runs[-1]):
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return {"benchmark": "serving", **description(options, model_dir), **circumstances(gpu_name()), "runs": runs}
+    return {"benchmark": "serving", **description(options, model_dir), **circumstances(nvidia_gpu_name()), "runs": runs}
 
 
 def description(options: Options, model_dir: Path | None) -> dict[str, Any]:
@@ -211,15 +210,6 @@ def description(options: Options, model_dir: Path | None) -> dict[str, Any]:
         "protocol": None if options.in_process else options.protocol,
         "streaming": options.streaming,
     }
-
-
-def gpu_name() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return names[0] if names else None
 
 
 def result_path(result: dict[str, Any]) -> Path:

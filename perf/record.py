@@ -34,6 +34,16 @@ def gpu_name(device: str) -> str | None:
     return str(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
+def nvidia_gpu_name() -> str | None:
+    """The name of the first GPU, found without torch; None if there is none."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return names[0] if names else None
+
+
 def types_of(settings: dict[str, str]) -> list[str]:
     """The types that the settings LIGHTLLM_<NAME> of a result give to tensors, in words."""
     names = {"WEIGHT_DTYPE": "weights", "HEAD_DTYPE": "head", "KV_DTYPE": "K and V"}

@@ -22,11 +22,6 @@ INTRODUCTION = """\
 
 """
 
-# The same machine, random ids of the same lengths, bf16: the columns of `serving` as far as they are known.
-PEER_SERVING = {
-    "workload_2000": ["vLLM 0.26.0, http", "200", "78.3", "25.5", "8,354", "1,350", "–", "67", "117"],
-    "workload_120": ["vLLM 0.26.0, http", "4", "–", "–", "–", "20.2", "43", "–", "–", "5.09", "10.3"],
-}
 # What LightLLM published: LLaMA-7B on an A800, 2,000 ShareGPT prompts.
 PUBLISHED_SERVING = [
     ["LightLLM on an A800, published", "200", "188.85", "10.59"],
@@ -48,23 +43,25 @@ def origin(result: dict[str, Any]) -> str:
 
 def static_inference(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
+    other = peer.static_peer(result)
+    peer_name = peer.name_of(other) if other else ""
     layouts = {
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
-        f"{peer.NAME}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
+        f"{peer_name}, tokens/s": ("peer_prefill_tokens_per_second", "{:,.0f}"),
         "of unquantised tokens/s": ("prefill_ratio", "{:.2f}"),
         "TFLOP/s": ("tflops", "{:.0f}"),
         "of the peak": ("prefill_share", "{:.2f}"),
         "ms a step": ("step_ms", "{:.2f}"),
         "of the unquantised step": ("step_ratio", "{:.2f}"),
         "on the GPU, ms": ("device_step_ms", "{:.2f}"),
-        f"{peer.NAME}, ms": ("peer_step_ms", "{:.2f}"),
+        f"{peer_name}, ms": ("peer_step_ms", "{:.2f}"),
         "floor ms": ("floor_ms", "{:.2f}"),
         "floor / step": ("share", "{:.2f}"),
         "tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
     }
     rows = []
     for row in result["rows"]:
-        shown = {**row, **peer.beside(result, row)}
+        shown = {**row, **peer.beside(other, row)}
         if "prefill_flops_per_second" in row:
             shown["tflops"] = row["prefill_flops_per_second"] / 1e12
         prompt = f"{row['prompt_tokens'] / row['batch']:,.0f}{' (mean)' if row['mixed'] else ''}"
@@ -138,7 +135,7 @@ def kernels(result: dict[str, Any]) -> list[str]:
             rows.append([name, "wrong", "", "", "", ""])
             continue
         tera = f"{row['operations_per_second'] / 1e12:.0f}" if row["operations"] else "–"
-        others = ", ".join(f"{peer} {us:.1f}" for peer, us in row["torch_us"].items())
+        others = ", ".join(f"{name} {us:.1f}" for name, us in row["torch_us"].items())
         gigabytes = f"{row['bytes_per_second'] / 1e9:,.0f}"
         rows.append([name, f"{row['us']:.1f}", gigabytes, tera, f"{row['share']:.2f}", others or "–"])
     limits = result["limits"]
@@ -280,22 +277,7 @@ def serving(result: dict[str, Any]) -> list[str]:
     headings = ["", "asked requests/s", "s", "requests/s", "output tokens/s", "first token p50, ms", "p99"]
     headings += ["per output token p50, ms", "p99", "between responses p50, ms", "p99", "tokens a response"]
     headings += ["behind the engine p99, ms", "KV pool in use"]
-    who = "engine alone" if result["system"] == "engine" else f"tritonserver, {result['protocol']}"
-    rows = []
-    for run in result["runs"]:
-        latencies = [
-            f"{1e3 * run[key][column]:,.1f}" if run.get(key) else "–"
-            for key in ("time_to_first_token", "time_per_output_token", "inter_token")
-            for column in ("p50", "p99")
-        ]
-        rate = f"{run['request_rate']:g}" if run["request_rate"] else "all at once"
-        throughput = [f"{run['seconds']:.1f}", f"{run['requests_per_second']:.2f}"]
-        throughput += [f"{run['output_tokens_per_second']:,.0f}"]
-        lag, pool = run.get("delivery_lag"), run.get("pool_share_while_queued")
-        rest = [f"{run['tokens_per_response']:.2f}"]
-        rest += [f"{1e3 * lag['p99']:.0f}" if lag else "–", f"{pool:.1%}" if pool else "–"]
-        limit = " (its clients were the limit)" if run["clients"]["were_the_limit"] else ""
-        rows.append([who + limit, rate, *throughput, *latencies, *rest])
+    rows = [_serving_row(result, run) for run in result["runs"]]
     rows += [[*row, *["–"] * (len(headings) - len(row))] for row in _others(result)]
     prompts = "text" if result["prompts"] == "text" else "token ids"
     parts = [result["model"], *(f"{name} {value}" for name, value in sorted(result["settings"].items()))]
@@ -304,16 +286,45 @@ def serving(result: dict[str, Any]) -> list[str]:
     return [title, "", *table(headings, rows), *([""] if plots else []), *plots]
 
 
+def _serving_row(result: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """The cells of a run; "–" for what its result does not tell."""
+    name = f"{peer.name_of(result)}, " if "peer" in result else ""
+    servers = {"http": "http" if name else "tritonserver, http", "grpc": "tritonserver, grpc"}
+    who = name + (servers[result["protocol"]] if result["system"] == "server" else "engine alone")
+    if run.get("clients", {}).get("were_the_limit"):
+        who += " (its clients were the limit)"
+    layouts = {
+        "seconds": "{:.1f}", "requests_per_second": "{:.2f}", "output_tokens_per_second": "{:,.0f}",
+        "tokens_per_response": "{:.2f}", "pool_share_while_queued": "{:.1%}",
+    }  # fmt: skip
+    told = {key: layout.format(run[key]) if run.get(key) else "–" for key, layout in layouts.items()}
+
+    def milliseconds(key: str, percentile: str, layout: str = "{:,.1f}") -> str:
+        seconds = (run.get(key) or {}).get(percentile)
+        return "–" if seconds is None else layout.format(1e3 * seconds)
+
+    rate = f"{run['request_rate']:g}" if run["request_rate"] else "all at once"
+    throughput = [told[key] for key in ("seconds", "requests_per_second", "output_tokens_per_second")]
+    latencies = [
+        milliseconds(key, percentile)
+        for key in ("time_to_first_token", "time_per_output_token", "inter_token")
+        for percentile in ("p50", "p99")
+    ]
+    lag = milliseconds("delivery_lag", "p99", "{:.0f}")
+    return [who, rate, *throughput, *latencies, told["tokens_per_response"], lag, told["pool_share_while_queued"]]
+
+
 def _others(result: dict[str, Any]) -> list[list[str]]:
     """Rows of others' systems that were asked the same."""
-    if result["model"] != "llama-7b" or result["system"] == "engine":
-        return []
-    rates = [f"{run['request_rate'] or math.inf:g}" for run in result["runs"]]
+    rates = [run["request_rate"] for run in result["runs"]]
     if result["is_dataset"]:
-        return [row for row in PUBLISHED_SERVING if row[1] in rates]
-    row = PEER_SERVING.get(result["workload"])
-    plain = not {"kv_dtype", "tp"} & set(result["settings"])
-    return [row] if row and plain and row[1] in rates else []
+        is_its_setup = result["model"] == "llama-7b" and result["system"] == "server" and 200 in rates
+        return PUBLISHED_SERVING if is_its_setup else []
+    peers = peer.serving_peers(result)
+    rows = [_serving_row(one, run) for one in peers for run in one["runs"] if run["request_rate"] in rates]
+    if "kv_dtype" in result["settings"]:
+        rows = [[f"{name}, K and V in 16 bits", *cells] for name, *cells in rows]
+    return rows
 
 
 # What two results that are compared have in common.
@@ -424,7 +435,8 @@ def page(results: dict[Path, dict[str, Any]]) -> str:
     """The text of perf/RESULTS.md. results: each stored result by its file, with the file's `stem` added."""
     lines: list[str] = []
     for name, section in SECTIONS.items():
-        chosen = {path: result for path, result in results.items() if result["benchmark"] == name}
+        ours = {path: result for path, result in results.items() if "peer" not in result}
+        chosen = {path: result for path, result in ours.items() if result["benchmark"] == name}
         for path, result in chosen.items():
             lines += [*section(result), ""]
             if "note" in result:

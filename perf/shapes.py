@@ -10,9 +10,10 @@ def _llama(
     layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int = 32000
 ) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "vocab_size": vocab, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
@@ -20,8 +21,9 @@ def _llama(
 
 def _bloom(layers: int, hidden: int, heads: int, vocab: int = 250880) -> dict[str, Any]:
     return {
-        "architectures": ["BloomForCausalLM"], "n_layer": layers, "hidden_size": hidden, "n_head": heads,
-        "vocab_size": vocab, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "architectures": ["BloomForCausalLM"], "model_type": "bloom",
+        "n_layer": layers, "hidden_size": hidden, "n_head": heads, "vocab_size": vocab, "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
 

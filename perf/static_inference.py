@@ -95,8 +95,10 @@ def add_ratios(result: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 def table_of(result: dict[str, Any]) -> Table:
+    other = peer.static_peer(result)
     parts = [result["model"], result["engine"]["dtype"], *types_of(result["settings"])]
-    table = Table(title=", ".join([*parts, result["machine"]["gpu"] or "cpu"]))
+    beside = f"; beside {peer.name_of(other)}" if other else ""
+    table = Table(title=", ".join([*parts, result["machine"]["gpu"] or "cpu"]) + beside)
     columns = {
         "batch": ("batch", "{}"),
         "prompt": ("prompt", "{:,.0f}"),
@@ -104,7 +106,7 @@ def table_of(result: dict[str, Any]) -> Table:
         "prefill ms": ("prefill_ms", "{:.2f}"),
         "prefill tokens/s": ("prefill_tokens_per_second", "{:,.0f}"),
         "to auto": ("prefill_ratio", "{:.2f}"),
-        "peer": ("peer_prefill_tokens_per_second", "{:,.0f}"),
+        "peer's": ("peer_prefill_tokens_per_second", "{:,.0f}"),
         "TFLOP/s": ("tflops", "{:.0f}"),
         "of the peak": ("prefill_share", "{:.2f}"),
         "step ms": ("step_ms", "{:.3f}"),
@@ -114,12 +116,12 @@ def table_of(result: dict[str, Any]) -> Table:
         "decode tokens/s": ("decode_tokens_per_second", "{:,.0f}"),
         "floor ms": ("floor_ms", "{:.3f}"),
         "floor / step": ("share", "{:.2f}"),
-        "peer ms": ("peer_step_ms", "{:.2f}"),
+        "peer's ms": ("peer_step_ms", "{:.2f}"),
     }
     rows = [
         {
             **row,
-            **peer.beside(result, row),
+            **peer.beside(other, row),
             "prompt": row["prompt_tokens"] / row["batch"],
             **({"tflops": row["prefill_flops_per_second"] / 1e12} if "prefill_flops_per_second" in row else {}),
         }

@@ -40,10 +40,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _curve(axes, rows, "step_ms", name, f"C{index}", "o-")
             if "floor_ms" in rows[0]:
                 _curve(axes, rows, "floor_ms", f"{name}: floor", f"C{index}", ".:")
-        compared = [row | peer.beside(result, row) for row in result["rows"]]
+        other = peer.static_peer(result)
+        compared = [row | peer.beside(other, row) for row in result["rows"]]
         known = [row for row in compared if "peer_step_ms" in row]
-        if known:
-            _curve(axes, known, "peer_step_ms", peer.NAME, "black", "s--")
+        if other and known:
+            _curve(axes, known, "peer_step_ms", peer.name_of(other), "black", "s--")
         axes.set(xscale="log", xlabel="batch", ylabel="ms a step", ylim=(0, None))
         batches = sorted({row["batch"] for rows in curves.values() for row in rows})
         axes.set_xticks(batches, [str(batch) for batch in batches])

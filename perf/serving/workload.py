@@ -13,8 +13,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightllm_backend.text.tokenizer import Tokenizer
+if TYPE_CHECKING:  # ids need no tokenizer
+    from lightllm_backend.text.tokenizer import Tokenizer
 
 # LightLLM's own benchmark leaves out what is shorter or longer than this.
 SHORTEST, LONGEST_PROMPT, LONGEST_TOTAL = 4, 1024, 2048

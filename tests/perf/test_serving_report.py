@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from perf.benchmark_serving import result_path
 from perf.report import server_share, serving, weights_gain
 from perf.serving.plots import write_plots
@@ -23,7 +25,7 @@ def result(system: str, tokens_per_second: float, **changes: Any) -> dict[str, A
         "stem": "none", "model": "llama-7b", "system": system, "settings": {}, "workload": "workload_2000",
         "is_dataset": False, "prompts": "ids", "shared_prefix": 0, "max_tokens": None, "seed": 0, "concurrency": None,
         "protocol": "grpc", "machine": {"gpu": "NVIDIA H200"}, "versions": {"torch": None, "triton": None},
-        "streaming": True, "commit": "abc", "date": "2026-01-01", "runs": [run], **changes,
+        "benchmark": "serving", "streaming": True, "commit": "abc", "date": "2026-01-01", "runs": [run], **changes,
     }  # fmt: skip
 
 
@@ -31,7 +33,17 @@ def rows(lines: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| (?!--:)", line)]
 
 
-def test_a_result_has_its_row_beside_the_peers() -> None:
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"peer": "vLLM", "versions": {"vllm": "0.26.0"}, "tp": 1}
+    http = result("server", 1.0, protocol="http", weights="bf16", **common)
+    http["runs"] = [{"request_rate": 200.0, "requests_per_second": 25.5, "time_to_first_token": {"p50": 1.35}}]
+    at_once = result("engine", 1.0, weights="fp8", **common)
+    at_once["runs"] = [{"request_rate": None, "requests_per_second": 29.7}]
+    monkeypatch.setattr("perf.peer.stored", lambda: [http, at_once])
+
+
+def test_a_result_has_its_row_beside_the_peers(peers: None) -> None:
     asked = result("server", 10_900.0)
     asked["runs"][0] |= {"delivery_lag": {"p99": 0.2449}, "pool_share_while_queued": 0.9868}
     heading, ours, peer = rows(serving(asked))
@@ -40,12 +52,17 @@ def test_a_result_has_its_row_beside_the_peers() -> None:
         "tritonserver, grpc", "200", "60.0", "33.30", "10,900", "12.3", "45.6", "12.3", "45.6", "–", "–", "1.50",
         "245", "98.7%",
     ]  # fmt: skip
-    assert peer[:4] == ["vLLM 0.26.0, http", "200", "78.3", "25.5"]
+    assert peer == ["vLLM 0.26.0 bf16, http", "200", "–", "25.50", "–", "1,350.0", "–", *["–"] * 7]
 
 
-def test_there_is_a_peer_only_where_it_was_asked_the_same() -> None:
-    for change in ({"settings": {"kv_dtype": "int8"}}, {"model": "llama-2-70b"}, {"workload": "workload_1000"}):
+def test_there_is_a_peer_only_where_it_was_asked_the_same(peers: None) -> None:
+    for change in ({"settings": {"tp": "4"}}, {"model": "llama-2-70b"}, {"workload": "workload_1000"}):
         assert len(rows(serving(result("server", 1.0, **change)))) == 2
+    assert len(rows(serving(result("engine", 1.0)))) == 2
+    at_once = result("engine", 1.0, settings={"kv_dtype": "int8", "weight_dtype": "fp8"})
+    at_once["runs"][0]["request_rate"] = None
+    [*_, peer] = rows(serving(at_once))
+    assert peer[:4] == ["vLLM 0.26.0 fp8, engine alone, K and V in 16 bits", "all at once", "–", "29.70"]
     published = rows(serving(result("server", 1.0, is_dataset=True, workload="sharegpt")))
     assert [row[3] for row in published[2:]] == ["10.59", "5.53"]
 

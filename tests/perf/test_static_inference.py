@@ -47,11 +47,27 @@ def test_prefill_alone_has_no_step() -> None:
 def _result(**changes: Any) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": "llama-7b",
-        "machine": {"gpu": peer.GPU},
+        "machine": {"gpu": "NVIDIA H200"},
         "engine": {"dtype": "bfloat16"},
         "settings": {},
     }
     return result | changes
+
+
+ROW = {"batch": 256, "prompt_tokens": 256 * 128, "output_len": 128, "mixed": False}
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = _result(benchmark="static_inference", peer="vLLM", versions={"vllm": "0.26.0"})
+    full = {"step_ms": 17.22, "prefill_tokens_per_second": 44900}
+    one = {"batch": 1, "prompt_tokens": 128, "step_ms": 4.59}
+    found = [
+        common | {"weights": "bf16", "tp": 1, "rows": [ROW | full, ROW | one]},
+        common | {"weights": "bf16", "tp": 4, "rows": [ROW | {"step_ms": 6.66}]},
+        common | {"weights": "fp8", "tp": 1, "rows": [ROW | {"step_ms": 14.96}]},
+    ]
+    monkeypatch.setattr(peer, "stored", lambda: found)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +76,10 @@ def _result(**changes: Any) -> dict[str, Any]:
         (_result(), {}, {"peer_step_ms": 17.22, "peer_prefill_tokens_per_second": 44900}),
         (_result(), {"batch": 1, "prompt_tokens": 128}, {"peer_step_ms": 4.59}),
         (_result(settings={"LIGHTLLM_TP": "4"}), {}, {"peer_step_ms": 6.66}),
+        (_result(settings={"LIGHTLLM_WEIGHT_DTYPE": "fp8"}), {}, {"peer_step_ms": 14.96}),
+        (_result(settings={"LIGHTLLM_WEIGHT_DTYPE": "int8"}), {}, {"peer_step_ms": 14.96}),
+        (_result(settings={"LIGHTLLM_WEIGHT_DTYPE": "int4"}), {}, {}),
+        (_result(settings={"LIGHTLLM_WEIGHT_DTYPE": "fp8", "LIGHTLLM_HEAD_DTYPE": "int8"}), {}, {}),
         (_result(), {"output_len": 64}, {}),
         (_result(), {"prompt_tokens": 256 * 4096}, {}),
         (_result(), {"mixed": True}, {}),
@@ -70,10 +90,9 @@ def _result(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_the_peer_stands_only_beside_what_it_ran(
-    result: dict[str, Any], changes: dict[str, Any], beside: dict[str, float]
+    result: dict[str, Any], changes: dict[str, Any], beside: dict[str, float], peers: None
 ) -> None:
-    row = {"batch": 256, "prompt_tokens": 256 * 128, "output_len": 128, "mixed": False} | changes
-    assert peer.beside(result, row) == beside
+    assert peer.beside(peer.static_peer(result), ROW | changes) == beside
 
 
 def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +113,7 @@ def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
     lines = report.static_inference(result)
     assert sum(line.startswith("| ") for line in lines) == 2 + 4
     assert "floor" not in lines[2], "there is none on a CPU"
-    assert not any(peer.NAME in line or "unquantised" in line for line in lines)
+    assert not any("vLLM" in line or "unquantised" in line for line in lines)
     quantised = json.loads((tmp_path / "static_inference_tiny_weights_int4_head_int8_cpu.json").read_text())
     assert quantised["engine"]["memory"]["weights"] < result["engine"]["memory"]["weights"]
     for row, plain in zip(quantised["rows"], result["rows"], strict=True):
