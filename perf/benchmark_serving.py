@@ -3,6 +3,7 @@
 
     python -m perf.benchmark_serving --lengths perf/data/workload_120.csv --request-rate 4
     python -m perf.benchmark_serving --launch --model llama-7b --lengths perf/data/workload_2000.csv --request-rate 200
+    python -m perf.benchmark_serving --launch --protocol openai --set front_processes=4 …
 
 Measures a server that runs (--address), one that is started for it (--launch), or the engine alone (--in-process).
 Every answer is checked: an error, or another length than what was asked for, ends it with exit code 1 and says which
@@ -44,7 +45,7 @@ from perf.shapes import LENGTHS, SHAPES
 
 DEFAULT_PROMPTS = 1000
 MACHINE_SETTINGS = {"model_dir", "worker_python"}  # where things lie on one machine
-DEFAULT_ADDRESSES = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+DEFAULT_ADDRESSES = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000", "openai": "127.0.0.1:9000"}
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def result_path(result: dict[str, Any]) -> Path:
         "sweep": len(rates) > 1,
         "text": result["prompts"] == "text",
         "unary": not result["streaming"],
-        str(result["protocol"]): result["protocol"] == "http",
+        str(result["protocol"]): result["protocol"] in ("http", "openai"),
         f"concurrency_{result['concurrency']}": result["concurrency"] is not None,
         f"max_tokens_{result['max_tokens']}": result["max_tokens"] is not None,
         f"rate_{rates[0] or 0:g}": len(rates) == 1 and rates[0] is not None,
@@ -273,10 +274,10 @@ COUNT = click.IntRange(min=1)
 @click.option("--sweep", callback=_rates, help="several request rates, one after the other: 1,2,4,8")
 @click.option("--concurrency", type=COUNT, help="at most this many requests at once")
 @click.option("--processes", type=COUNT, default=4, help="client processes")
-@click.option("--protocol", type=click.Choice(["grpc", "http"]), default="grpc")
+@click.option("--protocol", type=click.Choice(list(DEFAULT_ADDRESSES)), default="grpc", help="openai: the front")
 @click.option("--streaming/--no-streaming", default=True)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, help="seconds for a request")
-@click.option("--address", help="host:port of a server that runs [default: 127.0.0.1:8001, of HTTP 127.0.0.1:8000]")
+@click.option("--address", help="host:port of a server that runs [default: 127.0.0.1 and the protocol's port]")
 @click.option("--metrics-address", default="127.0.0.1:8002", help="its metrics")
 @click.option("--launch", is_flag=True, help="start a server, measure it, stop it")
 @click.option("--in-process", is_flag=True, help="the engine alone, without a server")

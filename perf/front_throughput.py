@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -61,7 +62,8 @@ WAYS: dict[str, tuple[str, dict[str, Any], bytes]] = {
 # The pretended server
 
 
-def response(text: str, finish_reason: str) -> bytes:
+@functools.cache
+def response(text: str, finish_reason: str, prompt_tokens: int = 1) -> bytes:
     """A response of the ensemble with one token, as the bytes of a gRPC message."""
     given: dict[str, tuple[str, bytes]] = {
         "text_output": ("BYTES", struct.pack("<I", len(text)) + text.encode()),
@@ -71,6 +73,7 @@ def response(text: str, finish_reason: str) -> bytes:
     }
     for name in ("num_input_tokens", "num_output_tokens", "num_cached_tokens", "output_ids", "sequence_index"):
         given[name] = ("INT32", struct.pack("<i", name != "sequence_index"))
+    given["num_input_tokens"] = ("INT32", struct.pack("<i", prompt_tokens))
     inner = service_pb2.ModelInferResponse(model_name="lightllm", model_version="1")
     for name, (kind, _) in PUBLIC_OUTPUTS.items():
         datatype, content = given.get(name, (kind, b""))
@@ -81,8 +84,6 @@ def response(text: str, finish_reason: str) -> bytes:
 
 
 async def _serve(port: int) -> None:
-    middle, last = response(WORD, ""), response(WORD, "length")
-
     async def infer(requests: AsyncIterator[Any], _: Any) -> AsyncIterator[bytes]:
         async for request in requests:
             contents = {
@@ -91,6 +92,8 @@ async def _serve(port: int) -> None:
             # The seed says the pause before each token, in milliseconds.
             pause = struct.unpack("<Q", contents["seed"])[0] / 1e3 if "seed" in contents else 0.0
             [count] = struct.unpack("<i", contents["max_tokens"])
+            prompt_tokens = len(contents.get("input_ids", b"text")) // 4
+            middle, last = response(WORD, "", prompt_tokens), response(WORD, "length", prompt_tokens)
             for number in range(count):
                 await asyncio.sleep(pause)
                 yield last if number == count - 1 else middle

@@ -289,8 +289,10 @@ def serving(result: dict[str, Any]) -> list[str]:
 def _serving_row(result: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """The cells of a run; "–" for what its result does not tell."""
     name = f"{peer.name_of(result)}, " if "peer" in result else ""
-    servers = {"http": "http" if name else "tritonserver, http", "grpc": "tritonserver, grpc"}
-    who = name + (servers[result["protocol"]] if result["system"] == "server" else "engine alone")
+    servers = {"http": "tritonserver, http", "grpc": "tritonserver, grpc", "openai": "front, OpenAI's API"}
+    protocol = result.get("protocol")
+    server = protocol if name else servers.get(protocol)
+    who = name + (server if result["system"] == "server" else "engine alone")
     if run.get("clients", {}).get("were_the_limit"):
         who += " (its clients were the limit)"
     layouts = {
@@ -348,6 +350,37 @@ def server_share(results: Sequence[dict[str, Any]]) -> list[str]:
                 lost = 1 - run["output_tokens_per_second"] / engine["output_tokens_per_second"]
                 what = f"{result['model']}, {result['workload']} as {result['prompts']}"
                 lines += [f"Of the engine's throughput tritonserver takes {100 * lost:.1f} % ({what}).", ""]
+    return lines
+
+
+def front_share(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What the front makes of the same load over gRPC, where all but its processes was alike."""
+
+    def asked(result: dict[str, Any]) -> tuple[Any, ...]:
+        rest = {name: value for name, value in result["settings"].items() if name != "front_processes"}
+        return (*(str(result[name]) for name in (*ASKED, "system", "prompts", "streaming")), str(sorted(rest.items())))
+
+    direct = {
+        (asked(result), run["request_rate"]): run
+        for result in results
+        if result["protocol"] == "grpc"
+        for run in result["runs"]
+    }
+    lines = []
+    for result in (one for one in results if one["protocol"] == "openai"):
+        for run in result["runs"]:
+            if other := direct.get((asked(result), run["request_rate"])):
+                share = run["requests_per_second"] / other["requests_per_second"]
+                figures = [f"{share:.1%} of the requests/s"]
+                if run.get("time_to_first_token") and run.get("time_per_output_token"):
+                    later = run["time_to_first_token"]["p50"] - other["time_to_first_token"]["p50"]
+                    ratio = run["time_per_output_token"]["p99"] / other["time_per_output_token"]["p99"]
+                    figures.append(f"first token p50 {1e3 * later:+.1f} ms")
+                    figures.append(f"per output token p99 × {ratio:.2f}")
+                processes = result["settings"].get("front_processes", "1")
+                what = f"{result['model']}, {result['workload']} at {run['request_rate'] or math.inf:g}/s"
+                way = f"Through the front in {processes} process{'es' if processes != '1' else ''} instead of gRPC"
+                lines += [f"{way}: {', '.join(figures)} ({what}).", ""]
     return lines
 
 
@@ -445,7 +478,8 @@ def page(results: dict[Path, dict[str, Any]]) -> str:
             if picture.exists():
                 lines += [f"![{result['benchmark']} {result['model']}](results/{picture.name})", ""]
         if name == "serving":
-            lines += server_share(list(chosen.values())) + weights_gain(list(chosen.values()))
+            for compare in (server_share, front_share, weights_gain):
+                lines += compare(list(chosen.values()))
     return INTRODUCTION + "\n".join(lines).rstrip() + "\n"
 
 

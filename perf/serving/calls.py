@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a request is asked over gRPC or HTTP, in asyncio: what is sent is made before the clock starts."""
+"""How a request is asked over gRPC, HTTP or OpenAI's API, in asyncio: what is sent is made before the clock starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2_grpc
@@ -28,7 +28,7 @@ CONNECT_SECONDS = 30.0
 class Target:
     """Where requests go, and what all of them say."""
 
-    protocol: str  # "grpc" or "http"
+    protocol: str  # "grpc", "http" or "openai"
     address: str  # host:port
     streaming: bool = True
     ignore_eos: bool = True
@@ -36,11 +36,19 @@ class Target:
     model: str = "lightllm"
 
 
+class Part(NamedTuple):
+    """What is measured of one response of an answer."""
+
+    num_input_tokens: int
+    num_output_tokens: int  # in this response
+    finish_reason: str  # "" until the last one
+
+
 class Caller(Protocol):
-    """A connection; `payload` is the message of a request, `ask` sends it and gives the chunks of its answer."""
+    """A connection; `payload` is the message of a request, `ask` sends it and gives the parts of its answer."""
 
     def payload(self, item: WorkItem) -> Any: ...
-    def ask(self, payload: Any) -> AsyncIterator[Chunk]: ...
+    def ask(self, payload: Any) -> AsyncIterator[Part]: ...
     async def __aenter__(self) -> Self: ...
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -48,7 +56,15 @@ class Caller(Protocol):
 
 
 def caller_for(target: Target) -> Caller:
-    return GrpcCaller(target) if target.protocol == "grpc" else HttpCaller(target)
+    callers = {"grpc": GrpcCaller, "http": HttpCaller, "openai": OpenAICaller}
+    return callers[target.protocol](target)
+
+
+def part_of(chunk: Chunk) -> Part:
+    """RequestFailed if the ensemble has counted other tokens than it sent."""
+    if len(chunk.token_ids) != chunk.num_output_tokens:
+        raise RequestFailed(f"num_output_tokens is {chunk.num_output_tokens}, but {len(chunk.token_ids)} ids came")
+    return Part(chunk.num_input_tokens, chunk.num_output_tokens, chunk.finish_reason)
 
 
 class GrpcCaller:
@@ -78,7 +94,7 @@ class GrpcCaller:
         options: Any = {"max_tokens": item.length.output, "ignore_eos": target.ignore_eos}
         return infer_request(target.model, item.prompt, target.streaming, options)
 
-    async def ask(self, payload: Any) -> AsyncIterator[Chunk]:
+    async def ask(self, payload: Any) -> AsyncIterator[Part]:
         stream = self._idle.pop() if self._idle else self._stub.ModelStreamInfer()
         timer = asyncio.get_running_loop().call_later(self._target.timeout, stream.cancel)
         try:
@@ -88,7 +104,7 @@ class GrpcCaller:
                 if response.error_message:
                     raise error_from_message(response.error_message)
                 if response.infer_response.outputs:
-                    yield chunk_from_response(response.infer_response)
+                    yield part_of(chunk_from_response(response.infer_response))
                 is_over = response.infer_response.parameters["triton_final_response"].bool_param
         except grpc.aio.AioRpcError as error:
             raise RequestFailed(f"{error.code().name}: {error.details()}") from None
@@ -107,8 +123,11 @@ class HttpCaller:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        endpoint = "generate_stream" if target.streaming else "generate"
-        self._url = f"http://{target.address}/v2/models/{target.model}/{endpoint}"
+        self._url = f"http://{target.address}{self.path()}"
+
+    def path(self) -> str:
+        endpoint = "generate_stream" if self._target.streaming else "generate"
+        return f"/v2/models/{self._target.model}/{endpoint}"
 
     async def __aenter__(self) -> Self:
         import aiohttp  # where only gRPC is used, it need not be there
@@ -133,26 +152,97 @@ class HttpCaller:
         }
         return json.dumps(body).encode()
 
-    async def ask(self, payload: bytes) -> AsyncIterator[Chunk]:
+    async def ask(self, payload: bytes) -> AsyncIterator[Part]:
+        headers = {"content-type": "application/json"}
         try:
-            async with self._session.post(self._url, data=payload) as response:
+            async with self._session.post(self._url, data=payload, headers=headers) as response:
                 if response.status != 200:
                     raise RequestFailed(f"status {response.status}: {await response.text()}")
                 if not self._target.streaming:
-                    yield chunk_from_json(await response.read())
+                    yield self.whole(await response.read())
                     return
-                async for line in response.content:
-                    if line.strip():
-                        yield chunk_from_json(line.removeprefix(b"data: "))
+                async for part in self.parts(events_of(response.content.iter_any())):
+                    yield part
         except self._errors as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from None
 
+    def whole(self, body: bytes) -> Part:
+        return part_of(chunk_from_json(body))
 
-def chunk_from_json(text: bytes) -> Chunk:
+    async def parts(self, events: AsyncIterator[bytes]) -> AsyncIterator[Part]:
+        async for event in events:
+            yield part_of(chunk_from_json(event))
+
+
+class OpenAICaller(HttpCaller):
+    """/v1/completions of the front, or of any server that tells the usage in every event of a stream."""
+
+    def path(self) -> str:
+        return "/v1/completions"
+
+    def payload(self, item: WorkItem) -> bytes:
+        body: dict[str, Any] = {
+            "prompt": item.prompt,
+            "max_tokens": item.length.output,
+            "ignore_eos": self._target.ignore_eos,
+            "temperature": 0,
+            "stream": self._target.streaming,
+        }
+        if self._target.streaming:
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        return json.dumps(body).encode()
+
+    def whole(self, body: bytes) -> Part:
+        answer = _openai_answer(body)
+        usage = answer["usage"]
+        return Part(usage["prompt_tokens"], usage["completion_tokens"], answer["choices"][0]["finish_reason"])
+
+    async def parts(self, events: AsyncIterator[bytes]) -> AsyncIterator[Part]:
+        told = 0  # tokens
+        is_over = False
+        async for event in events:
+            if event == b"[DONE]":
+                is_over = True
+                continue
+            answer = _openai_answer(event)
+            usage = answer.get("usage")
+            if usage is None:
+                raise RequestFailed("an event tells no usage; needed: a server that knows continuous_usage_stats")
+            new, told = usage["completion_tokens"] - told, usage["completion_tokens"]
+            if answer["choices"]:
+                yield Part(usage["prompt_tokens"], new, answer["choices"][0]["finish_reason"] or "")
+            elif new:
+                raise RequestFailed(f"the last event tells {new} tokens more than those before")
+        if not is_over:
+            raise RequestFailed("the stream ended without [DONE]")
+
+
+async def events_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of server-sent events of one line each."""
+    rest = b""
+    async for piece in pieces:
+        *events, rest = (rest + piece).split(b"\n\n")
+        for event in events:
+            yield event.removeprefix(b"data: ").strip()
+
+
+def _openai_answer(text: bytes) -> dict[str, Any]:
+    answer = _json(text)
+    if "error" in answer:
+        raise RequestFailed(str(answer["error"]["message"]))
+    return answer
+
+
+def _json(text: bytes) -> dict[str, Any]:
     try:
-        answer = json.loads(text)
+        answer: dict[str, Any] = json.loads(text)
     except ValueError:
         raise RequestFailed(f"the server answered {text[:200]!r}, which is no JSON") from None
+    return answer
+
+
+def chunk_from_json(text: bytes) -> Chunk:
+    answer = _json(text)
     if "error" in answer:
         raise error_from_message(answer["error"])
     return Chunk(

@@ -63,8 +63,11 @@ class ServerSystem:
 @contextlib.contextmanager
 def launched_server(settings: Mapping[str, str], target: Target, processes: int) -> Iterator[ServerSystem]:
     """A server by the launch command, on free ports, which is stopped at the end."""
-    http_port, grpc_port, metrics_port = free_ports(3)
-    ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+    names = ["http_port", "grpc_port", "metrics_port", *(["openai_port"] if target.protocol == "openai" else [])]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ready = {ports["http_port"]: "/v2/health/ready", ports["metrics_port"]: "/metrics"}
+    if target.protocol == "openai":
+        ready[ports["openai_port"]] = "/health"
     options = [f"--{name}={value}" for name, value in {**settings, **ports}.items()]
     with tempfile.NamedTemporaryFile(prefix="lightllm-serve-", suffix=".log") as log:
         process = subprocess.Popen(
@@ -74,9 +77,9 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
             cwd=Path(__file__).resolve().parents[2],
         )
         try:
-            _wait_ready(process, (http_port, metrics_port), Path(log.name))
-            port = grpc_port if target.protocol == "grpc" else http_port
-            yield ServerSystem(replace(target, address=f"127.0.0.1:{port}"), f"127.0.0.1:{metrics_port}", processes)
+            _wait_ready(process, ready, Path(log.name))
+            address = f"127.0.0.1:{ports[f'{target.protocol}_port']}"
+            yield ServerSystem(replace(target, address=address), f"127.0.0.1:{ports['metrics_port']}", processes)
         except RequestFailed as failure:
             raise RequestFailed(f"{failure}\nthe server's last lines:\n{_last_lines(Path(log.name))}") from None
         finally:
@@ -88,9 +91,10 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
                 process.wait()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ports: tuple[int, int], log: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], paths: Mapping[int, str], log: Path) -> None:
+    """Wait until each port answers at its path."""
     end = time.monotonic() + START_LIMIT_SECONDS
-    while not (answers(ports[0], "/v2/health/ready") and answers(ports[1], "/metrics")):
+    while not all(answers(port, path) for port, path in paths.items()):
         if process.poll() is not None:
             raise SystemFailed(f"the server ended with exit code {process.returncode}:\n{_last_lines(log)}")
         if time.monotonic() > end:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The load generator against a stand-in for the server that answers as it is told."""
 
+import asyncio
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from perf.serving.calls import Target, chunk_from_json
+from perf.front_throughput import fronted
+from perf.serving.calls import OpenAICaller, Part, Target, chunk_from_json, events_of
 from perf.serving.load import Planned, run_load
 from perf.serving.measure import RequestFailed
 from perf.serving.workload import Length, WorkItem
@@ -162,3 +164,50 @@ def test_one_token_comes_from_http_without_its_list() -> None:
     assert chunk_from_json(text).token_ids == (19,)
     with pytest.raises(RequestFailed, match="no JSON"):
         chunk_from_json(b"oops")
+
+
+def test_the_front_is_asked_by_openais_api() -> None:
+    with fronted() as (_, port, _):
+        target = Target("openai", f"127.0.0.1:{port}")
+        _, traces, _ = run_load(target, plan(5), 2, None, lambda count: None)
+        assert [trace.index for trace in traces] == list(range(5))
+        assert all(trace.tokens == [1] * 6 and trace.prompt_tokens == 4 for trace in traces)
+        _, traces, _ = run_load(replace(target, streaming=False), plan(2), 1, None, lambda count: None)
+        assert all(trace.tokens == [6] for trace in traces)
+        long = Planned(0, 0.0, WorkItem((-1,), Length(1, 6)))
+        with pytest.raises(RequestFailed, match=r"request 0 .*: status 400: .*prompt"):
+            run_load(target, [long], 1, None, lambda count: None)
+
+
+EVENT = b'data: {"choices": [%s], "usage": {"prompt_tokens": 4, "completion_tokens": %d}}\n\n'
+MIDDLE, LAST = b'{"finish_reason": null}', b'{"finish_reason": "length"}'
+
+
+def parts_of(*pieces: bytes) -> list[Part]:
+    async def pieces_of() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async def collect() -> list[Part]:
+        return [part async for part in OpenAICaller(Target("openai", "")).parts(events_of(pieces_of()))]
+
+    return asyncio.run(collect())
+
+
+def test_events_may_come_together_or_cut() -> None:
+    stream = EVENT % (MIDDLE, 1) + EVENT % (LAST, 6) + EVENT % (b"", 6) + b"data: [DONE]\n\n"
+    assert parts_of(stream[:30], stream[30:]) == [Part(4, 1, ""), Part(4, 5, "length")]
+
+
+@pytest.mark.parametrize(
+    ("stream", "fault"),
+    [
+        (EVENT % (MIDDLE, 1), "ended without"),
+        (EVENT % (LAST, 1) + EVENT % (b"", 3), "2 tokens more"),
+        (b'data: {"choices": [], "usage": null}\n\n', "no usage"),
+        (b'data: {"error": {"message": "the queue is full"}}\n\n', "the queue is full"),
+    ],
+)
+def test_a_stream_that_is_not_whole_is_refused(stream: bytes, fault: str) -> None:
+    with pytest.raises(RequestFailed, match=fault):
+        parts_of(stream)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perf.benchmark_serving import result_path
-from perf.report import server_share, serving, weights_gain
+from perf.report import front_share, server_share, serving, weights_gain
 from perf.serving.plots import write_plots
 
 LATENCY = {"mean": 0.01, "p50": 0.0123, "p90": 0.02, "p99": 0.0456}
@@ -83,6 +83,17 @@ def test_the_servers_share_is_of_the_same_load() -> None:
     assert server_share([engine, server]) == []
 
 
+def test_the_front_is_compared_with_the_same_load() -> None:
+    direct, front = (result("server", 1.0, protocol=protocol) for protocol in ("grpc", "openai"))
+    front["settings"] = {"front_processes": "4"}
+    front["runs"][0] |= {"requests_per_second": 0.97 * 33.3, "time_to_first_token": {**LATENCY, "p50": 0.0137}}
+    figures = "97.0% of the requests/s, first token p50 +1.4 ms, per output token p99 × 1.00"
+    [line, _] = front_share([direct, front])
+    assert line == f"Through the front in 4 processes instead of gRPC: {figures} (llama-7b, workload_2000 at 200/s)."
+    for change in ({"settings": {"kv_dtype": "int8"}}, {"commit": "another"}, {"prompts": "text"}):
+        assert front_share([direct | change, front]) == []
+
+
 def test_quantised_weights_are_compared_with_the_same_load() -> None:
     plain, quantised = (
         result("server", 1.0, settings={"kv_dtype": "int8", **more}) for more in ({}, {"weight_dtype": "fp8"})
@@ -100,6 +111,7 @@ def test_what_was_asked_otherwise_is_stored_under_another_name() -> None:
     at_once["runs"][0]["request_rate"] = None
     changes: list[dict[str, Any]] = [
         {"system": "engine"}, {"settings": {"kv_dtype": "int8"}}, {"prompts": "text"}, {"protocol": "http"},
+        {"protocol": "openai"},
         {"streaming": False}, {"concurrency": 4}, {"max_tokens": 4}, {"workload": "64x64_after_2000"},
         {"runs": one["runs"] * 2}, {"runs": at_once["runs"]},
     ]  # fmt: skip
