@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import queue
 import random
 import statistics
 import tempfile
@@ -18,7 +19,7 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.supervisor import EngineSupervisor
 from lightllm_backend.messages.engine_messages import EngineInfo
-from lightllm_backend.request import Request, RequestError, SamplingParams, TokenChunk
+from lightllm_backend.request import PromptLogProbs, Request, RequestError, SamplingParams, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.worker.server import STATS_SECONDS
 
@@ -66,6 +67,17 @@ class EngineUnderTest:
         gaps = [later - sooner for sooner, later in itertools.pairwise(watch.times)]
         device_seconds = self._resting.device_seconds_total - before.device_seconds_total
         return BatchRun(seconds, statistics.median(gaps) if gaps else 0.0, watch.most_running, device_seconds)
+
+    def prompt_log_probs(self, prompt: tuple[int, ...]) -> PromptLogProbs:
+        """Those of a prompt's tokens but the first; nothing is generated."""
+        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        answer: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
+        self._client.submit(Request(self._client.new_uid(), prompt, sampling), answer.put)
+        chunk = answer.get()
+        if chunk.error:
+            raise chunk.error
+        assert chunk.prompt_log_probs is not None, "they come with the first chunk"
+        return chunk.prompt_log_probs
 
     def _at_rest(self) -> EngineStats:
         """The engine's statistics when all is done. It tells them a little later, and when they change."""
