@@ -64,9 +64,9 @@ def log_probs_of(config: EngineConfig, windows: list[tuple[int, ...]]) -> tuple[
 
 def table(result: dict[str, Any]) -> list[str]:
     """In Markdown, as docs/quantization.md has it."""
-    lines = ["| `weight_dtype` | `head_dtype` | perplexity | |", "| --- | --- | --- | --- |"]
+    lines = ["| weights | head | perplexity | change |", "| --- | --- | --- | --- |"]
     for row in result["rows"]:
-        change = "" if row is result["rows"][0] else f"{100 * (row['ratio'] - 1):+.1f} %"
+        change = "–" if row is result["rows"][0] else f"{100 * (row['ratio'] - 1):+.1f} %"
         lines.append(f"| `{row['weight_dtype']}` | `{row['head_dtype']}` | {row['perplexity']:.2f} | {change} |")
     return lines
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
 from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
+from perf.perplexity import RESULT, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 
@@ -33,6 +35,14 @@ def test_methods_and_files() -> None:
 def test_the_settings() -> None:
     allowed = EngineConfig.__dataclass_fields__["weight_dtype"].metadata["allowed"].split(" | ")
     assert ["auto", *first_cells("`weight_dtype`")] == allowed
+
+
+def test_the_perplexities_are_those_that_were_measured() -> None:
+    result = json.loads(RESULT.read_text())
+    assert "\n".join(table(result)) in PAGE, "write the table of python -m perf.perplexity"
+    assert f"{result['model']}, on {result['tokens']:,} tokens" in PAGE
+    assert f"in windows of {result['window']:,}, computed in {result['dtype']} on a CPU" in PAGE
+    assert result["machine"]["gpu"] is None
 
 
 def test_where_kernels_change() -> None:
