@@ -28,6 +28,7 @@ from lightllm_backend.launch.embedded_model import MODEL_NAME, embedded_model_di
 from lightllm_backend.text.tokenizer import Tokenizer
 from perf.engine_under_test import engine_under_test
 from perf.record import RESULTS, circumstances, gpu_name, write_result
+from perf.report import perplexity_table
 
 TEXT = Path(__file__).with_name("data") / "address_1954.txt"
 RESULT = RESULTS / "perplexity.json"
@@ -60,15 +61,6 @@ def log_probs_of(config: EngineConfig, windows: list[tuple[int, ...]]) -> tuple[
         bar = tqdm(windows, desc=f"{config.weight_dtype}, head {config.head_dtype}", unit="window")
         scores = [np.frombuffer(engine.prompt_log_probs(window).log_probs, dtype=np.float32) for window in bar]
     return np.stack(scores), engine.info.device
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """In Markdown, as docs/quantization.md has it."""
-    lines = ["| weights | head | perplexity | change |", "| --- | --- | --- | --- |"]
-    for row in result["rows"]:
-        change = "–" if row is result["rows"][0] else f"{100 * (row['ratio'] - 1):+.1f} %"
-        lines.append(f"| `{row['weight_dtype']}` | `{row['head_dtype']}` | {row['perplexity']:.2f} | {change} |")
-    return lines
 
 
 @click.command(help=str(__doc__).partition("\n")[0])
@@ -110,7 +102,7 @@ def main(
         "text": text.name, "window": window, "tokens": len(windows) * (window - 1), **circumstances(gpu_name(where)),
         "rows": rows,
     }  # fmt: skip
-    print("\n".join(table(result)))
+    print("\n".join(perplexity_table(result)))
     write_result(out, result)
 
 

@@ -438,6 +438,22 @@ def soak(result: dict[str, Any]) -> list[str]:
     return lines + table(["processes", "growth from the second to the last fifth, MB"], growth)
 
 
+def perplexity_table(result: dict[str, Any]) -> list[str]:
+    """Of weights and heads, as docs/quantization.md has it, too."""
+    rows = []
+    for row in result["rows"]:
+        change = round(100 * (row["ratio"] - 1), 1) + 0.0  # the sum is never -0.0
+        types = [f"`{row['weight_dtype']}`", f"`{row['head_dtype']}`"]
+        rows.append([*types, f"{row['perplexity']:.2f}", f"{change:+.1f} %" if rows else "–"])
+    return table(["weights", "head", "perplexity", "change"], rows)
+
+
+def perplexities(result: dict[str, Any]) -> list[str]:
+    size = f"{result['tokens']:,} tokens in windows of {result['window']:,}"
+    title = f"**Perplexity of {result['model']}, {result['dtype']}, {size}** ({origin(result)}):"
+    return [title, "", *perplexity_table(result)]
+
+
 def front_throughput(result: dict[str, Any]) -> list[str]:
     figures = ("request_us", "response_us", "responses_a_cpu_second", "responses_a_second")
     rows = [[way, *(f"{row[name]:,.0f}" for name in figures)] for way, row in result["ways"].items()]
@@ -460,7 +476,7 @@ SECTIONS = {
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
     "long_context": long_context, "overload": overload, "soak": soak,
-    "front_throughput": front_throughput,
+    "front_throughput": front_throughput, "perplexity": perplexities,
 }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
 from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
-from perf.perplexity import RESULT, table
+from perf.perplexity import RESULT
+from perf.report import perplexity_table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 
@@ -39,7 +40,7 @@ def test_the_settings() -> None:
 
 def test_the_perplexities_are_those_that_were_measured() -> None:
     result = json.loads(RESULT.read_text())
-    assert "\n".join(table(result)) in PAGE, "write the table of python -m perf.perplexity"
+    assert "\n".join(perplexity_table(result)) in PAGE, "write the table of python -m perf.perplexity"
     assert f"{result['model']}, on {result['tokens']:,} tokens" in PAGE
     assert f"in windows of {result['window']:,}, computed in {result['dtype']} on a CPU" in PAGE
     assert result["machine"]["gpu"] is None

@@ -82,11 +82,11 @@ def test_a_request_that_is_refused_ends_it(server: TritonServer, tmp_path: Path)
     assert not out.exists()
 
 
-@pytest.mark.parametrize("how", ["--launch", "--in-process"])
+@pytest.mark.parametrize("how", ["--launch --protocol openai --set front_processes=2", "--in-process"])
 def test_what_it_starts_itself_answers_too(tmp_path: Path, how: str) -> None:
     out = tmp_path / "result.json"
     arguments = [
-        how,
+        *how.split(),
         "--model",
         "tiny",
         "--set",
@@ -101,8 +101,9 @@ def test_what_it_starts_itself_answers_too(tmp_path: Path, how: str) -> None:
     )
     assert answer.exit_code == 0, answer.output
     result = json.loads(out.read_text())
-    assert result["settings"] == {"device": "cpu", "dtype": "float32", "log_stats_interval": "0"}
-    assert result["system"] == ("server" if how == "--launch" else "engine")
+    settings = {"device": "cpu", "dtype": "float32", "log_stats_interval": "0"}
+    assert result["settings"] == settings | ({"front_processes": "2"} if "front" in how else {})
+    assert result["system"] == ("server" if "--launch" in how else "engine")
     [run] = result["runs"]
     assert (run["requests"], run["prompt_tokens"], run["output_tokens"]) == (4, 32, 20)
     assert len(serving(result | {"stem": "x"})) == 5

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightllm_backend.text.tokenizer import Tokenizer
 from perf import perplexity
 from perf.model_directory import TOKENIZER
+from perf.report import perplexity_table
 from perf.shapes import SHAPES
 
 WINDOW = 48
@@ -47,7 +48,7 @@ def test_it_is_that_of_transformers(directory: Path, tmp_path: Path, monkeypatch
     assert plain["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
     assert quantised["perplexity"] != plain["perplexity"]
     assert quantised["ratio"] == pytest.approx(1.0, abs=0.3)
-    assert perplexity.table(result)[-1] in run.output
+    assert perplexity_table(result)[-1] in run.output
 
 
 def test_a_text_must_fill_a_window(directory: Path, tmp_path: Path) -> None:
