@@ -290,8 +290,8 @@ def _serving_row(result: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """The cells of a run; "–" for what its result does not tell."""
     name = f"{peer.name_of(result)}, " if "peer" in result else ""
     servers = {"http": "tritonserver, http", "grpc": "tritonserver, grpc", "openai": "front, OpenAI's API"}
-    protocol = result.get("protocol")
-    server = protocol if name else servers.get(protocol)
+    protocol = str(result.get("protocol"))
+    server = protocol if name else servers.get(protocol, "")
     who = name + (server if result["system"] == "server" else "engine alone")
     if run.get("clients", {}).get("were_the_limit"):
         who += " (its clients were the limit)"
@@ -440,7 +440,7 @@ def soak(result: dict[str, Any]) -> list[str]:
 
 def perplexity_table(result: dict[str, Any]) -> list[str]:
     """Of weights and heads, as docs/quantization.md has it, too."""
-    rows = []
+    rows: list[list[str]] = []
     for row in result["rows"]:
         change = round(100 * (row["ratio"] - 1), 1) + 0.0  # the sum is never -0.0
         types = [f"`{row['weight_dtype']}`", f"`{row['head_dtype']}`"]

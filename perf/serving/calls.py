@@ -56,7 +56,7 @@ class Caller(Protocol):
 
 
 def caller_for(target: Target) -> Caller:
-    callers = {"grpc": GrpcCaller, "http": HttpCaller, "openai": OpenAICaller}
+    callers: dict[str, type[GrpcCaller | HttpCaller]] = {"grpc": GrpcCaller, "http": HttpCaller, "openai": OpenAICaller}
     return callers[target.protocol](target)
 
 
