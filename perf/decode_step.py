@@ -29,10 +29,10 @@ CONTEXT = 192  # what the static inference test has on average
 class DecodeStep:
     """Of a shape by name, of at most `most` sequences, each with CONTEXT tokens anywhere in a pool."""
 
-    def __init__(self, name: str, most: int) -> None:
+    def __init__(self, name: str, most: int, weight_dtype: str = "auto") -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "config.json").write_text(json.dumps(SHAPES[name]))
-            config = ModelConfig.from_directory(directory)
+            config = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, "auto", tp=1)
         parallel = TensorParallel.connect(0, 1, DEVICE, "")
         self._model = model_class(config.architecture)(config, kernels.select(DEVICE), parallel, DTYPE, DEVICE, CONTEXT)
         dummy_weights(self._model, seed=0)

@@ -9,16 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# A barrier of one partition's warps, renamed in 3.7, and a TMA copy, renamed in 3.9.
+# A barrier of one partition's warps, renamed in 3.7, a TMA copy, and one by threads, both renamed in 3.9.
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_by_threads = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+ELEMENTS = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 def tile_descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor for tiles of `x`, seen as a matrix of `shape` with the row stride of `x`."""
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    element = ELEMENTS[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
     return TensorDescriptor(x, list(shape), [x.stride(0), 1], list(block), layout)

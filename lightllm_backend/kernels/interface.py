@@ -71,6 +71,12 @@ class Kernels(Protocol):
 
     # Weights of 4 and 8 bits. The products above call these.
 
+    def arrange_weight(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The weight in the order in which the products read it best, in place of the given one, whose values change.
+
+        To be called once its tensors are filled.
+        """
+
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] in `dtype`, its columns in the order in which it stores them."""
 

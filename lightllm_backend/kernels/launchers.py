@@ -15,6 +15,7 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.linear.sum_splits import sum_splits
 from lightllm_backend.kernels.norm.layer_norm import layer_norm
 from lightllm_backend.kernels.norm.rms_norm import rms_norm
+from lightllm_backend.kernels.quantized.arrange_weight import arrange_weight
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import quantized_splits
@@ -31,6 +32,7 @@ __all__ = [
     "all_reduce_rms_norm",
     "apply_penalties",
     "apply_token_masks",
+    "arrange_weight",
     "choose_greedily",
     "count_tokens",
     "dequantize",

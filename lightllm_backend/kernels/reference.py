@@ -13,6 +13,7 @@ from lightllm_backend.kernels.collective.reference import all_reduce_rms_norm
 from lightllm_backend.kernels.linear.reference import gated_linear, linear, linear_splits, sum_splits
 from lightllm_backend.kernels.norm.reference import layer_norm, rms_norm
 from lightllm_backend.kernels.quantized.reference import (
+    arrange_weight,
     dequantize,
     quantize_tokens,
     quantized_splits,
@@ -32,6 +33,7 @@ __all__ = [
     "all_reduce_rms_norm",
     "apply_penalties",
     "apply_token_masks",
+    "arrange_weight",
     "choose_greedily",
     "count_tokens",
     "dequantize",

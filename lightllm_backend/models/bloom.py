@@ -95,7 +95,7 @@ class BloomForCausalLM(Decoder):
         device: torch.device,
         max_length: int,  # noqa: ARG002 - no table of positions
     ) -> None:
-        place = Placement(parallel, dtype, device, kernels, config.quantization)
+        self.place = place = Placement(parallel, dtype, device, kernels, config.quantization)
         self.num_kv_heads = place.share("num_attention_heads", config.num_heads)
         self.head_dim = config.head_dim
         # One tensor for all layers.

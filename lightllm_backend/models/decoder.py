@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightllm_backend.models.layers import HiddenStates, KVLayer, Rotation, StepInput
+from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.vocabulary import Embedding, Head, select_tokens
 from lightllm_backend.models.weights import HEAD, WeightSlot
 
@@ -65,6 +66,7 @@ class Decoder(ABC):
     old_buffers: tuple[str, ...]  # endings of tensors that old checkpoints carry beside the weights
 
     # Parts, which each model makes.
+    place: Placement
     embedding: Embedding
     layers: list[DecoderLayer]
     norm: Norm
@@ -103,6 +105,9 @@ class Decoder(ABC):
         for index, layer in enumerate(self.layers):
             slots |= {f"{self.layers_name}.{index}.{name}": slot for name, slot in layer.weight_map().items()}
         return slots | self.norm.weight_map() | self.head.weight_map()
+
+    def arrange_weights(self) -> None:
+        self.place.arrange_weights()
 
     def embedding_weight_map(self) -> dict[str, WeightSlot]:
         """The weight map of all that comes before the first layer."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightllm_backend.kernels.quantized.weight import Weight
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.quantization.matrix import Span, StoredMatrix, empty_weight
@@ -47,6 +47,13 @@ class LinearWeight:
         else:
             name = place.path + parts[0].name
             self.value = empty_weight(self._scheme, name, rows, columns, place.dtype, place.device)
+        self._kernels = place.kernels
+        place.weights.append(self)
+
+    def arrange(self) -> None:
+        """Bring a filled weight into the order that the kernels read best; its slots are of no use from then on."""
+        if isinstance(self.value, QuantizedWeight):
+            self.value = self._kernels.arrange_weight(self.value)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots: dict[str, WeightSlot] = {}

@@ -81,7 +81,7 @@ class LlamaForCausalLM(Decoder):
         device: torch.device,
         max_length: int,
     ) -> None:
-        place = Placement(parallel, dtype, device, kernels, config.quantization)
+        self.place = place = Placement(parallel, dtype, device, kernels, config.quantization)
         places = [place.within(f"{self.layers_name}.{layer}") for layer in range(config.num_layers)]
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
         self.rotary = RotaryEmbedding(config, max_length, device)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization, WeightScheme
 from lightllm_backend.parallel import TensorParallel
+
+
+class Arrangeable(Protocol):
+    """A weight whose order the kernels may choose, once it is filled."""
+
+    def arrange(self) -> None:
+        """Bring it into that order."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,15 @@ class Placement:
     kernels: Kernels  # kernels.select()'s choice for the device
     quantization: Quantization = UNQUANTISED
     path: str = ""  # what the names of layers begin with in a checkpoint
+    weights: list[Arrangeable] = field(default_factory=list)  # of all layers made with it
 
     def within(self, path: str) -> Placement:
         """The same for layers whose names begin with `path`."""
         return replace(self, path=f"{path}.")
+
+    def arrange_weights(self) -> None:
+        for weight in self.weights:
+            weight.arrange()
 
     def scheme(self, name: str) -> WeightScheme | None:
         """How the weight of this linear layer is quantised, or None if it is not."""

@@ -123,6 +123,9 @@ class HasWeights(Protocol):
     def weight_map(self) -> Mapping[str, WeightSlot]:
         """The names of all tensors that the model needs from a checkpoint, and their destinations."""
 
+    def arrange_weights(self) -> None:
+        """Bring the filled weights into the order that the kernels read best."""
+
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may contain this tensor although the model does not need it."""
 
@@ -165,6 +168,7 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
         )
     for name in loaded:
         slots[name].finish()
+    model.arrange_weights()
 
 
 def _unknown(model: HasWeights, slots: Mapping[str, WeightSlot], names: Iterable[str]) -> list[str]:
@@ -238,3 +242,4 @@ def dummy_weights(model: HasWeights, seed: int = 0) -> None:
     for index, slot in enumerate(slots):
         generator.manual_seed(hash((seed, index, slot.start)))
         slot.randomize(generator)
+    model.arrange_weights()

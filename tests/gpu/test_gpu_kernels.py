@@ -16,6 +16,8 @@ from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.hardware import GLUON_TRIED
 from lightllm_backend.kernels.linear.choice import LinearBlocks
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks
+from lightllm_backend.kernels.quantized.fragments import into_fragments
 from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import (
     TOLERANCE,
@@ -214,6 +216,63 @@ def test_products_whose_weights_are_copied_ahead(
         expected = product(x.float(), weight.float(), None if bias is None else bias.float())
         assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
         assert bool((out[-1024:] == 7).all()), "nothing is written behind the result"
+
+
+@pytest.mark.skipif(
+    not GLUON_TRIED or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU, and a Triton-lang whose Gluon was tried",
+)
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (1, (64, 128, 4, 4, 1, 1, 2)),
+        (8, (64, 256, 4, 4, 2, 3, 2)),
+        (30, (128, 128, 3, 4, 1, 1, 1)),
+        (64, (128, 128, 4, 4, 2, 1, 1)),
+        (200, (128, 128, 2, 8, 1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "group_size", "with_zeros", "is_direct"),
+    [
+        ("int4", 128, False, False),
+        ("int4", 64, True, False),
+        ("int4", 1024, False, False),
+        ("int8", 1024, False, False),
+        ("int8", 128, True, False),
+        ("fp8", 1024, False, False),
+        ("fp8", 128, False, False),
+        ("fp8", 1024, False, True),
+    ],
+)
+def test_quantised_weights_are_decoded_on_their_way(
+    kind: str, group_size: int, with_zeros: bool, is_direct: bool, tokens: int, blocks: tuple[int, ...]
+) -> None:
+    """Behind the kernel that writes what they read, several times, since nothing but time orders what may be wrong."""
+    from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
+
+    cut = PrefetchBlocks(*blocks)
+    for is_gated, dtype in ((False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)):
+        cut = cut._replace(splits=1 if is_gated else cut.splits)
+        features, in_features = 464, 1024
+        rows = features * (2 if is_gated else 1)
+        plain = random_weight(kind, rows, in_features, group_size, DEVICE, with_zeros)
+        dense = reference.dequantize(plain, torch.float32)
+        weight = replace(into_fragments(plain), quantizes_input=is_direct)
+        bias = torch.randn(rows, device=DEVICE).to(dtype)
+        inputs = torch.randn(tokens, in_features, device=DEVICE).to(dtype)
+        product = reference.gated_linear if is_gated else reference.linear
+        results = []
+        for _ in range(20):
+            x = launchers.rms_norm(inputs, torch.ones(in_features, device=DEVICE, dtype=dtype), 1e-5)
+            values, scales = launchers.quantize_tokens(x, weight) if is_direct else (x, None)
+            shape = (cut.splits, tokens, features)
+            out = torch.full(shape, torch.nan, device=DEVICE, dtype=torch.float32 if cut.splits > 1 else dtype)
+            launch_quantized_prefetch(values, scales, weight, bias, out, cut, is_gated)
+            results.append(out)
+        assert all(torch.equal(one, results[0]) for one in results)
+        expected = product(x.float(), dense, bias.float())
+        assert relative_error(results[0].float().sum(0), expected) < (0.05 if is_direct else TOLERANCE[dtype])
 
 
 @DTYPES

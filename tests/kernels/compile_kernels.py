@@ -36,7 +36,12 @@ from lightllm_backend.kernels.linear.choice import (
     ProductKernel,
     stored_blocks,
 )
+from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
+from lightllm_backend.kernels.quantized.choice import MAX_WIDE_TOKENS, PrefetchBlocks
+from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
+from tests.kernels.quantized_weights import DTYPES as KINDS
 from tests.kernels.quantized_weights import random_weight
 
 POINTERS = {
@@ -180,6 +185,32 @@ def launch_stored(capability: str) -> None:
             linear_splits.launch_product(x, weight, None, x.new_empty(1, tokens, 1024), choice)
 
 
+def launch_stored_quantized(capability: str) -> None:
+    """Products with weights of 4 and 8 bits at blocks that are stored for this GPU: one of each kind, gated or not, of
+    few tokens and of many."""
+    compiled = set()
+    for name, by_tokens in stored_blocks(QUANTIZED_BLOCKS).get(capability, {}).items():
+        kind, shape = name.removesuffix(", gated").split(", ")
+        out_features, in_features = map(int, shape.split(" x "))
+        is_gated, is_int4 = name.endswith("gated"), kind == "int4"
+        group_size = 128 if is_int4 else in_features
+        for tokens in (8, 128):
+            if by_tokens[str(tokens)] is None or (kind, is_gated, tokens) in compiled:
+                continue
+            compiled.add((kind, is_gated, tokens))
+            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind])
+            scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if is_int4 else None)
+            weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
+            blocks = PrefetchBlocks(*by_tokens[str(tokens)])
+            x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
+            if tokens > MAX_WIDE_TOKENS and kind == "fp8":
+                x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
+            features = out_features // (2 if is_gated else 1)
+            dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32
+            out = torch.empty(blocks.splits, tokens, features, dtype=dtype)
+            launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated)
+
+
 def launch_variants(
     q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor
 ) -> None:
@@ -214,6 +245,7 @@ def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:
     torch.mm = lambda x, weight, out=None: x.new_empty(len(x), weight.shape[1])  # cuBLAS's: nothing to compile
     if not models:
         launch_stored(capability)
+        launch_stored_quantized(capability)
     for index, (dtype, *shape) in enumerate(models):
         # They take no more shared memory than the plain ones, and longer to compile.
         launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)

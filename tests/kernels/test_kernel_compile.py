@@ -29,7 +29,7 @@ GPUS = [
     ("9.0", 227, []),
 ]
 OF_HOPPER = {"linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
-STORED = {"linear_splits", "gated_linear", "linear_prefetch", "linear_tiles"}
+STORED = {"linear_splits", "gated_linear", "linear_prefetch", "linear_tiles", "quantized_prefetch"}
 LEFT_TO_CUBLAS = {"linear_splits", "gated_linear"}  # before Ampere
 OF_8_BIT_ACTIVATIONS = {"quantize_tokens", "scaled_linear"}  # which GPUs before Ampere do not multiply
 
@@ -37,7 +37,7 @@ OF_8_BIT_ACTIVATIONS = {"quantize_tokens", "scaled_linear"}  # which GPUs before
 def expected_kernels(capability: str, models: list[tuple[str, int, int, int]]) -> set[str]:
     if not models:
         return STORED
-    every = set(launchers.__all__) - {"linear"}
+    every = set(launchers.__all__) - {"linear", "arrange_weight"}  # which call kernels, and none
     if float(capability) < 8:
         return every - LEFT_TO_CUBLAS - OF_8_BIT_ACTIVATIONS
     return (every | OF_HOPPER) - {"gated_linear"} if capability == "9.0" else every

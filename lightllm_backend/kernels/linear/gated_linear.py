@@ -13,9 +13,11 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import gated_tiles
-from lightllm_backend.kernels.linear.choice import Choice, ProductKernel, choice_for
+from lightllm_backend.kernels.linear.choice import MAX_UNFUSED_TOKENS, Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
+from lightllm_backend.kernels.quantized.dequantize import dequantize
+from lightllm_backend.kernels.quantized.product import multiplies_8_bits, quantized_gated
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
@@ -58,7 +60,12 @@ def gated_linear_kernel(
 
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        return silu_and_mul(linear(x, weight, bias))
+        gated = quantized_gated(x, weight, bias)
+        if gated is not None:
+            return gated
+        if x.shape[0] <= MAX_UNFUSED_TOKENS or multiplies_8_bits(weight, x.device):
+            return silu_and_mul(linear(x, weight, bias))
+        x, weight = weight.arrange(x), dequantize(weight, x.dtype)
     tokens, features = x.shape[0], weight.shape[0] // 2
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:

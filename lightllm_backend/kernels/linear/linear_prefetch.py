@@ -22,7 +22,7 @@ from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descript
 from lightllm_backend.kernels.linear.choice import LinearBlocks, padded_tokens
 
 # Registers of a multiprocessor, of each producer thread, and at most of each other thread.
-_MULTIPROCESSOR_REGISTERS, _PRODUCER_REGISTERS, _MAX_REGISTERS = 65536, 24, 168
+MULTIPROCESSOR_REGISTERS, PRODUCER_REGISTERS, MAX_REGISTERS = 65536, 24, 168
 
 
 @gluon.jit
@@ -183,7 +183,7 @@ def launch_prefetch(
         block_inner=blocks.inner,
         stages=blocks.num_stages,
         consumer_warps=blocks.num_warps,
-        producer_registers=_PRODUCER_REGISTERS,
+        producer_registers=PRODUCER_REGISTERS,
         num_warps=blocks.num_warps,
         maxnreg=registers_of(blocks),
         **dependent_launch(x.device),
@@ -193,4 +193,4 @@ def launch_prefetch(
 def registers_of(blocks: LinearBlocks) -> int:
     """Registers per thread that let the planned programs share a multiprocessor; the producer's warp counts as four."""
     threads = 32 * (blocks.num_warps + 4) * blocks.programs_per_sm
-    return min(_MAX_REGISTERS, _MULTIPROCESSOR_REGISTERS // threads // 8 * 8)
+    return min(MAX_REGISTERS, MULTIPROCESSOR_REGISTERS // threads // 8 * 8)

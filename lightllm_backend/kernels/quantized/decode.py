@@ -14,6 +14,20 @@ FP8_UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
+def _in_order(tile, is_int4: tl.constexpr):
+    """Undoes the order of fragments.py, whose names the digits of a place have here: chunk, thread, block, ..."""
+    rows: tl.constexpr = tile.shape[0]
+    chunks: tl.constexpr = tile.shape[1] // 64
+    if is_int4:  # the block's two bits lie apart
+        digits = tl.reshape(tile, (rows, chunks, 4, 2, 2, 2, 2))
+        digits = tl.permute(digits, (0, 1, 3, 5, 6, 2, 4))
+    else:
+        digits = tl.reshape(tile, (rows, chunks, 4, 4, 2, 2))
+        digits = tl.permute(digits, (0, 1, 3, 5, 2, 4))
+    return tl.reshape(digits, (rows, chunks * 64))
+
+
+@triton.jit
 def load_tile(
     values,
     zeros,
@@ -26,9 +40,12 @@ def load_tile(
     is_int4: tl.constexpr,
     is_fp8: tl.constexpr,
     has_zeros: tl.constexpr,
+    in_fragments: tl.constexpr,
     block_inner: tl.constexpr,
 ):
     """Loads weights of the rows `row` and of `block_inner` columns of one group, without their scales, as `dtype`.
+
+    The result's columns are in order; of a weight in fragments, `block_inner` must be a multiple of 64.
 
     fp8 arrives as bytes, since only GPUs from compute capability 8.9 on have the type. Its exponent and fraction become
     those of a float16, whose exponent has another bias: 2**8 times smaller, subnormal numbers included.
@@ -47,6 +64,8 @@ def load_tile(
         column = first_column + tl.arange(0, block_inner)
         address = values + row[:, None] * in_features + column[None, :]
         tile = tl.load(address, mask=live & (column < in_features)[None, :], other=0).to(tl.int32)
+    if in_fragments:
+        tile = _in_order(tile, is_int4)
     if is_fp8:
         half = ((tile & 0x80) << 8) | ((tile & 0x7F) << 7)
         number = half.to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
@@ -64,5 +83,10 @@ def tile_arguments(weight: QuantizedWeight) -> tuple[Tensor, Tensor, dict[str, b
     """The tensors `values` and `zeros` for load_tile, and its flags."""
     is_fp8 = weight.values.dtype == torch.float8_e4m3fn
     values = weight.values.view(torch.int8) if is_fp8 else weight.values
-    flags = {"is_int4": weight.is_int4, "is_fp8": is_fp8, "has_zeros": weight.zeros is not None}
+    flags = {
+        "is_int4": weight.is_int4,
+        "is_fp8": is_fp8,
+        "has_zeros": weight.zeros is not None,
+        "in_fragments": weight.in_fragments,
+    }
     return values, values if weight.zeros is None else weight.zeros, flags

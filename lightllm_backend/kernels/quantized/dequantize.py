@@ -11,7 +11,7 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.quantized.decode import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
-_OUT, _INNER = 32, 128
+_OUT, _INNER = 16, 256
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def dequantize_kernel(
     is_int4: tl.constexpr,
     is_fp8: tl.constexpr,
     has_zeros: tl.constexpr,
+    in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
@@ -39,8 +40,9 @@ def dequantize_kernel(
     wait_for_previous(is_dependent)
     # A zero point of the tile's first group would be wrong for others: they are subtracted here, whatever they are.
     number = load_tile(
-        values, zeros, row, first, 0, out_features, in_features, tl.float32, is_int4, is_fp8, False, block_inner
-    )
+        values, zeros, row, first, 0, out_features, in_features, tl.float32,
+        is_int4, is_fp8, False, in_fragments, block_inner,
+    )  # fmt: skip
     if has_zeros:
         zero = tl.load(zeros + of_group, mask=live, other=0).to(tl.float32)
         number -= zero - (8.0 if is_int4 else 0.0)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability
+from lightllm_backend.kernels.quantized.choice import MAX_WIDE_TOKENS, PrefetchBlocks, is_direct, prefetch_blocks
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS, quantized_splits
@@ -15,19 +16,67 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 def quantized_parts(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The product with `x` [tokens, in_features] as parts [splits, tokens, out_features], by the first that applies:
 
-    1 to 64 tokens  quantized_splits: reading the weight bounds the time, whatever the activations' bits
-    more tokens     quantize_tokens and scaled_linear, if the checkpoint wants activations of 8 bits and the GPU
-                    has tensor cores for them: int8 from Ampere on, fp8 from Ada on
-                    dequantize and cuBLAS
+    1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper); above 64 tokens after quantize_tokens,
+                     if the checkpoint wants activations of 8 bits and the weight is fp8 by channel
+    1 to 64 tokens   quantized_splits: reading the weight bounds the time, whatever the activations' bits
+    more tokens      quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
+                     activations of 8 bits and the GPU has tensor cores for them: int8 from Ampere on, fp8 from Ada on
+                     dequantize and cuBLAS
     """
+    blocks = prefetch_blocks(x, weight, is_gated=False)
+    if blocks is not None:
+        dtype = x.dtype if blocks.splits == 1 else torch.float32
+        out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+        return _prefetch(x, weight, bias, out, blocks, is_gated=False)
     if x.shape[0] <= MAX_TILE_TOKENS:
         return quantized_splits(x, weight, bias)
     x = weight.arrange(x)
-    if weight.quantizes_input and _has_tensor_cores(weight.values.dtype, x.device):
-        return scaled_linear(*quantize_tokens(x, weight), weight, bias, x.dtype).unsqueeze(0)
+    if multiplies_8_bits(weight, x.device):
+        values, scales = quantize_tokens(x, weight)
+        if _suits_cublas(x, weight):
+            return _scaled_by_cublas(values, scales, weight, bias, x.dtype).unsqueeze(0)
+        return scaled_linear(values, scales, weight, bias, x.dtype).unsqueeze(0)
     whole = dequantize(weight, x.dtype).t()
     return (torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)).unsqueeze(0)
 
 
-def _has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    return compute_capability(device) >= ((8, 0) if dtype == torch.int8 else (8, 9))
+def quantized_gated(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
+    """silu(gate) * up by quantized_prefetch, for a weight [2 * features, in_features]; None: it does not apply."""
+    blocks = prefetch_blocks(x, weight, is_gated=True)
+    if blocks is None:
+        return None
+    out = torch.empty((1, x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+    return _prefetch(x, weight, bias, out, blocks, is_gated=True).squeeze(0)
+
+
+def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
+    """Whether activations enter the products of many tokens in 8 bits: the checkpoint wants it, and the GPU can."""
+    needed = (8, 0) if weight.values.dtype == torch.int8 else (8, 9)
+    return weight.quantizes_input and compute_capability(device) >= needed
+
+
+def _prefetch(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, blocks: PrefetchBlocks, is_gated: bool
+) -> Tensor:
+    # Not each Triton-lang has Gluon.
+    from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
+
+    x, scales = weight.arrange(x), None
+    if x.shape[0] > MAX_WIDE_TOKENS and is_direct(weight):
+        x, scales = quantize_tokens(x, weight)
+    launch_quantized_prefetch(x, scales, weight, bias, out, blocks, is_gated)
+    return out
+
+
+def _suits_cublas(x: Tensor, weight: QuantizedWeight) -> bool:
+    is_aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    is_hopper = compute_capability(x.device) == (9, 0)
+    return is_hopper and is_aligned and x.dtype == torch.bfloat16 and is_direct(weight)
+
+
+def _scaled_by_cublas(
+    values: Tensor, scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    whole, by_row = weight.values.t(), weight.scales
+    # Its public name is not in torch 2.6. The sums lose less by few bits than the activations did.
+    return torch._scaled_mm(values, whole, scales, by_row, bias, out_dtype=dtype, use_fast_accum=True)  # noqa: SLF001

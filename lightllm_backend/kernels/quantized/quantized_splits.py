@@ -50,6 +50,7 @@ def quantized_splits_kernel(
     is_int4: tl.constexpr,
     is_fp8: tl.constexpr,
     has_zeros: tl.constexpr,
+    in_fragments: tl.constexpr,
     is_grouped: tl.constexpr,
     has_bias: tl.constexpr,
     is_dependent: tl.constexpr,
@@ -71,7 +72,7 @@ def quantized_splits_kernel(
         group = start // group_size
         tile = load_tile(
             values, zeros, row, start, group, out_features, in_features, x.dtype.element_ty,
-            is_int4, is_fp8, has_zeros, block_inner,
+            is_int4, is_fp8, has_zeros, in_fragments, block_inner,
         )  # fmt: skip
         column = start + inner
         x_tile = tl.load(

@@ -5,16 +5,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.quantized.fragments import CHUNK, fragment_columns
 from lightllm_backend.kernels.quantized.weight import INT4_ZERO, LIMITS, MIN_INPUT_SCALE, QuantizedWeight, unpack_int4
+
+
+def arrange_weight(weight: QuantizedWeight) -> QuantizedWeight:
+    return weight
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     values = (unpack_int4(weight.values) if weight.is_int4 else weight.values).float()
+    if weight.in_fragments:
+        values = values[:, _places(weight).argsort()]
     if weight.zeros is not None:
         values -= _by_column(weight.zeros, weight)
     elif weight.is_int4:
         values -= INT4_ZERO
     return (values * _by_column(weight.scales, weight)).to(dtype)
+
+
+def _places(weight: QuantizedWeight) -> Tensor:
+    """The column that is at each place of a weight in fragments."""
+    columns = fragment_columns(weight.is_int4)
+    return (torch.arange(0, weight.shape[1], CHUNK)[:, None] + columns).flatten()
 
 
 def _by_column(of_groups: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -38,6 +51,8 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
         largest = padded.view(tokens, len(weight.scales), weight.group_size).abs().amax(-1)
         scales = (largest / limit).clamp_min(MIN_INPUT_SCALE)
     values = (x / _expanded(scales, weight)).clamp(-limit, limit)
+    if weight.in_fragments:
+        values = values[:, _places(weight)]
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
 
 
@@ -48,6 +63,8 @@ def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 def scaled_linear(
     x: Tensor, x_scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    if weight.in_fragments:
+        x = x.view(torch.uint8)[:, _places(weight).argsort()].view(x.dtype)
     product = functional.linear(x.float() * _expanded(x_scales, weight), dequantize(weight, torch.float32))
     return (product if bias is None else product + bias.float()).to(dtype)
 

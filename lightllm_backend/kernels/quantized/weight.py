@@ -25,6 +25,8 @@ class QuantizedWeight:
     4-bit values from 0 to 15 in each word, the first in the lowest bits. Without `zeros`, 4-bit values have the zero
     point 8 and others 0. The last group may be smaller. Column j is multiplied by input feature `order[j]`, or by j.
 
+    In fragments, the columns have the order of fragments.py: the kernels' own affair, which changes no product.
+
     If `quantizes_input`, the checkpoint wants the input in 8 bits as well, of the values' dtype: with one scale,
     `input_scale`, or else with a scale for each token and group.
     """
@@ -36,6 +38,7 @@ class QuantizedWeight:
     order: Tensor | None = None  # [in_features] int32
     quantizes_input: bool = False
     input_scale: Tensor | None = None  # [1] float32
+    in_fragments: bool = False
 
     @property
     def is_int4(self) -> bool:

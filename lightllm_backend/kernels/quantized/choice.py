@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether quantized_prefetch computes a product with a weight of 4 or 8 bits, and in which blocks."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels.hardware import compute_capability, has_descriptors, multiprocessor_count
+from lightllm_backend.kernels.linear.choice import MIN_PROGRAM_SHARE, product_name, stored_blocks
+from lightllm_backend.kernels.quantized.fragments import CHUNK
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight
+
+# The token counts that blocks are tuned for; a product takes those of the next larger one.
+PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
+# The most tokens of a program; more are further programs.
+MAX_BLOCK_TOKENS = 128
+# Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so.
+MAX_WIDE_TOKENS = 64
+# Blocks by compute capability, product and token count, null: other kernels are quicker.
+BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
+# Shared memory of a multiprocessor, less what the system takes.
+SHARED_BYTES = 225_000
+MAX_STAGES = 16
+
+
+class PrefetchBlocks(NamedTuple):
+    """A program's tile of the weight, rows and the columns of a step, and how the work is spread."""
+
+    out: int
+    inner: int
+    stages: int
+    warps: int  # of a consumer
+    consumers: int  # one or two groups of warps, which take the steps in turns
+    splits: int  # of the inner dimension
+    programs_per_sm: int  # how many programs are to share a multiprocessor
+
+
+def prefetch_blocks(x: Tensor, weight: QuantizedWeight, is_gated: bool) -> PrefetchBlocks | None:
+    """The blocks for the product with `x` [tokens, in_features]; None: other kernels compute it."""
+    tokens, (out_features, in_features) = x.shape[0], weight.shape
+    is_sized = 0 < tokens <= PREFETCH_TOKENS[-1] and out_features % (32 if is_gated else 16) == 0
+    if not is_sized or not weight.in_fragments or x.element_size() != 2 or not has_descriptors(x, weight.values):
+        return None
+    padded = next(count for count in PREFETCH_TOKENS if tokens <= count)
+    table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(x.device)), {})
+    row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
+    if str(padded) in row:
+        blocks = row[str(padded)]
+        return None if blocks is None else PrefetchBlocks(*blocks)
+    return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(x.device))
+
+
+def kind_of(weight: QuantizedWeight) -> str:
+    if weight.is_int4:
+        return "int4"
+    return "int8" if weight.values.dtype == torch.int8 else "fp8"
+
+
+def is_direct(weight: QuantizedWeight) -> bool:
+    """Whether tensor cores multiply the weight by activations of 8 bits as they are, and scales follow in the end."""
+    return kind_of(weight) == "fp8" and weight.quantizes_input and len(weight.scales) == 1 and weight.zeros is None
+
+
+def blocks_by_rule(tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int) -> PrefetchBlocks | None:
+    """Blocks for a weight without stored ones. None: nothing fits, or cuBLAS is quicker.
+
+    They are what quantized_prefetch.json mostly has: small tiles, with two groups of warps on each of two programs that
+    share a multiprocessor, as long as its registers and shared memory allow it.
+    """
+    out_features, in_features = weight.shape
+    if tokens > MAX_WIDE_TOKENS and is_direct(weight) and out_features >= 64 * multiprocessors:
+        return None
+    inner = 128 if in_features % 128 == 0 else CHUNK
+    rows = 64
+    beside = 2 if tokens <= 32 else 1
+    programs, steps, splits = -(-out_features // rows), in_features // inner, 1
+    if not is_gated:
+        possible = [n for n in (1, 2, 4) if n == 1 or (steps >= 2 * n and (n - 1) * -(-steps // n) < steps)]
+        enough = [n for n in possible if programs * n >= MIN_PROGRAM_SHARE * multiprocessors * beside]
+        splits = min(enough, default=possible[-1])
+    stages = most_stages(PrefetchBlocks(rows, inner, 1, 4, 2, splits, beside), tokens, weight)
+    return PrefetchBlocks(rows, inner, stages, 4, 2, splits, beside) if stages >= 2 else None
+
+
+def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight) -> int:
+    """How many stages fit, a multiple of the consumers, if as many programs share a multiprocessor as planned."""
+    tokens, rows = min(tokens, MAX_BLOCK_TOKENS), blocks.out
+    groups = 0
+    if len(weight.scales) > 1:
+        groups = 1 << (-(-weight.shape[1] // blocks.splits // weight.group_size) + 1).bit_length()
+    of_groups = groups * rows * (weight.scales.element_size() + (weight.zeros is not None))
+    of_sums = 4 * rows * tokens * blocks.consumers  # the result is rearranged in shared memory as well
+    free = SHARED_BYTES // blocks.programs_per_sm - 1_500 - of_sums - of_groups
+    x_bytes = 1 if tokens > MAX_WIDE_TOKENS and is_direct(weight) else 2
+    fitting = free // (blocks.inner * (rows // (2 if weight.is_int4 else 1) + x_bytes * tokens))
+    return min(fitting, MAX_STAGES) // blocks.consumers * blocks.consumers

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of a weight's columns in which a tensor core's left operand takes them.
+
+A thread of a warp multiplies, of each 16 columns, the columns 2t and 2t + 1 and those 8 further, t from 0 to 3. In each
+chunk of 64 columns, a weight in this order has the 16 of thread 0 first, then those of thread 1, and so on; among them
+the two of a pair are 16 bits apart, where a few operations on a word turn both into numbers of 16 bits.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight, pack_int4, unpack_int4
+
+CHUNK = 64
+
+
+@lru_cache
+def fragment_columns(is_int4: bool) -> Tensor:
+    """The column of a chunk that is at each place: [64], int64.
+
+    Of a column, `block` is which 16 of the chunk's, `half` which 8 of these, `thread` which pair, `second` which of it.
+    """
+    place = torch.arange(CHUNK)
+    thread = place // 16
+    if is_int4:  # the eight of a word: pairs are four nibbles apart
+        block = place // 8 % 2 * 2 + place // 2 % 2
+        half, second = place % 2, place // 4 % 2
+    else:
+        block = place // 4 % 4
+        half, second = place % 2, place // 2 % 2
+    return 16 * block + 8 * half + 2 * thread + second
+
+
+def into_fragments(weight: QuantizedWeight) -> QuantizedWeight:
+    """Reorder the values, in place, some rows at a time; in_features must be a multiple of 64."""
+    columns = fragment_columns(weight.is_int4).to(weight.values.device)
+    step = max(1, (1 << 24) // weight.shape[1])
+    for first in range(0, len(weight.values), step):
+        rows = weight.values[first : first + step]
+        numbers = unpack_int4(rows) if weight.is_int4 else rows.view(torch.uint8)
+        numbers = numbers.unflatten(1, (-1, CHUNK)).index_select(2, columns).flatten(1)
+        rows.copy_(pack_int4(numbers) if weight.is_int4 else numbers.view(rows.dtype))
+    return replace(weight, in_fragments=True)

@@ -1,0 +1,630 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Products of few tokens with a weight of 4 or 8 bits for Hopper, in Gluon: linear_prefetch for fewer bytes.
+
+The producer is linear_prefetch's: it copies weights ahead while the previous kernel drains. The consumers read weights
+from shared memory as they lie there, turn them into 16 bits in registers, and hand them to the tensor cores from there.
+For this, the columns of the weight are in the order of fragments.py: then a thread's weights lie side by side, and a
+word becomes pairs of 16 bits by a shift and two or three operations on both of a pair at once.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lightllm_backend.kernels.dependent_launch import dependent_launch
+from lightllm_backend.kernels.gluon import ELEMENTS, copy_by_threads, copy_tile, synchronize, tile_descriptor
+from lightllm_backend.kernels.linear.linear_prefetch import (
+    MAX_REGISTERS,
+    MULTIPROCESSOR_REGISTERS,
+    PRODUCER_REGISTERS,
+)
+from lightllm_backend.kernels.quantized.choice import MAX_BLOCK_TOKENS, PrefetchBlocks, kind_of
+from lightllm_backend.kernels.quantized.fragments import CHUNK
+from lightllm_backend.kernels.quantized.weight import INT4_ZERO, QuantizedWeight
+
+# See product_layout.
+MAX_MMA_TOKENS = 8
+# The tables of lop3 for (a & b) | c and (a & b) ^ c.
+_AND_OR, _AND_XOR = "0xEA", "0x6A"
+
+
+@gluon.jit
+def _copy_weights(
+    weight_tiles, w_shared, full, stage, parts: gl.constexpr, row, step, features, is_gated: gl.constexpr
+):
+    half: gl.constexpr = w_shared.shape[1] // 2
+    for part in gl.static_range(parts):
+        column = (step * parts + part) * w_shared.shape[2]
+        tile = w_shared.index(stage * parts + part)
+        if is_gated:
+            copy_tile(weight_tiles, [row, column], full.index(stage), tile.slice(0, half, dim=0))
+            copy_tile(weight_tiles, [features + row, column], full.index(stage), tile.slice(half, half, dim=0))
+        else:
+            copy_tile(weight_tiles, [row, column], full.index(stage), tile)
+
+
+@gluon.jit
+def _copy_x(x_tiles, x_shared, full, stage, parts: gl.constexpr, token, step):
+    for part in gl.static_range(parts):
+        column = (step * parts + part) * x_shared.shape[2]
+        copy_tile(x_tiles, [token, column], full.index(stage), x_shared.index(stage * parts + part))
+
+
+@gluon.jit
+def _produce(
+    x_tiles,
+    weight_tiles,
+    row,
+    token,
+    place,
+    features,
+    shared,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    is_gated: gl.constexpr,
+    is_dependent: gl.constexpr,
+):
+    w_shared, x_shared, full, empty = shared
+    x_bytes: gl.constexpr = x_shared.shape[1] * x_shared.shape[2] * x_shared.dtype.primitive_bitwidth // 8
+    bytes_of_stage: gl.constexpr = parts * (w_shared.shape[1] * w_shared.shape[2] + spans * x_bytes)
+    begin, steps = place
+    ahead = gl.minimum(steps, stages)
+    for step in range(ahead):
+        mbarrier.expect(full.index(step), bytes_of_stage)
+        _copy_weights(weight_tiles, w_shared, full, step, parts, row, begin + step, features, is_gated)
+    if is_dependent:  # see dependent_launch
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    for step in range(ahead):
+        _copy_x(x_tiles, x_shared, full, step, parts * spans, token, begin + step)
+    for step in range(ahead, steps):
+        stage = step % stages
+        mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
+        mbarrier.expect(full.index(stage), bytes_of_stage)
+        _copy_weights(weight_tiles, w_shared, full, stage, parts, row, begin + step, features, is_gated)
+        _copy_x(x_tiles, x_shared, full, stage, parts * spans, token, begin + step)
+
+
+@gluon.jit
+def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.constexpr, num_warps: gl.constexpr):
+    """Starts to copy the scales, or the zero points, of the program's rows, `groups` times."""
+    rows: gl.constexpr = g_shared.shape[1]
+    width: gl.constexpr = rows // 2 if is_gated else rows
+    per_thread: gl.constexpr = 32 // g_shared.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([per_thread], [32], [num_warps], [0])
+    index = gl.arange(0, rows, layout=layout)
+    feature = row + index % width
+    of_weight = features * 2 if is_gated else features
+    address = of_groups + feature + index // width * features
+    for group in range(groups):
+        copy_by_threads(g_shared.index(group), address + group.to(gl.int64) * of_weight, mask=feature < features)
+
+
+@gluon.jit
+def _decode(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
+    """The weights of a tile [rows, bytes] in 16 bits, as the tensor cores' left operand [rows, columns]."""
+    rows: gl.constexpr = words.shape[0]
+    if is_int4:
+        columns: gl.constexpr = words.shape[1] * 2
+        if has_zeros:
+            even, odd = gl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
+            )
+        else:
+            even, odd = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
+        # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
+        digits = gl.join(even, odd).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
+    else:
+        columns: gl.constexpr = words.shape[1]
+        if has_zeros:
+            numbers = gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [words, zero], zero.dtype, True, 4)
+        else:
+            numbers = gl.inline_asm_elementwise(asm, "=r,=r,r", [words], zero.dtype, True, 4)
+        # chunk, thread, block, half, second
+        digits = numbers.reshape([rows, columns // 64, 4, 4, 2, 2]).permute((0, 1, 3, 4, 2, 5))
+    return gl.convert_layout(digits.reshape([rows, columns]), gl.DotOperandLayout(0, layout, 2))
+
+
+@gluon.jit
+def _product(weights, x_tile, total, layout: gl.constexpr):
+    """`total` + `weights` [rows, columns] @ `x_tile` [columns, tokens]."""
+    if layout.version[0] == 2:
+        total = mma_v2(weights, x_tile.load(gl.DotOperandLayout(1, layout, 2)), total)
+    else:
+        total = hopper.warpgroup_mma(weights, x_tile, total)
+    return total
+
+
+@gluon.jit
+def _multiply(
+    place,
+    shared,
+    of_groups,
+    first: gl.constexpr,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    spans_per_group: gl.constexpr,
+    is_int4: gl.constexpr,
+    asm: gl.constexpr,
+    zero_offset: gl.constexpr,
+    words_layout: gl.constexpr,
+    span_layout: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The sum over the steps `first`, `first` + `consumers`, ...: [rows, tokens]."""
+    begin, steps = place
+    w_shared, x_shared, full, empty = shared
+    s_shared, z_shared, copied = of_groups
+    rows: gl.constexpr = w_shared.shape[1]
+    row_bytes: gl.constexpr = w_shared.shape[2]
+    dtype: gl.constexpr = x_shared.dtype
+    is_direct: gl.constexpr = asm == ""
+    is_grouped: gl.constexpr = spans_per_group > 0
+    has_zeros: gl.constexpr = z_shared.shape[0] > 1
+    block_tokens: gl.constexpr = x_shared.shape[1]
+    total = gl.zeros([rows, block_tokens], gl.float32, layout)
+    nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
+    span_bytes: gl.constexpr = row_bytes // spans
+    zero = gl.full([rows, span_bytes], 0, gl.float32 if is_direct else dtype, span_layout)
+    if is_grouped:
+        mbarrier.wait(copied, 0)
+        first_group = begin * parts * spans // spans_per_group
+    for step in range(first, steps, consumers):
+        stage = step % stages
+        mbarrier.wait(full.index(stage), step // stages & 1)
+        for part in gl.static_range(parts):
+            tile = w_shared.index(stage * parts + part)
+            if not is_direct:
+                words = tile.load(words_layout)
+            for span in gl.static_range(spans):
+                place_of_span = ((begin + step) * parts + part) * spans + span
+                x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
+                if is_direct:
+                    total += _product(tile, x_tile, nothing, layout)
+                elif is_grouped:
+                    group = place_of_span // spans_per_group - first_group
+                    if has_zeros:
+                        row_zero = z_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
+                        zero = (row_zero + zero_offset).to(dtype)[:, None].broadcast_to([rows, span_bytes])
+                    if spans == 1:
+                        numbers = words
+                    else:  # the span's bytes, which are registers of the same threads
+                        left, right = gl.split(words.reshape([rows, 2, span_bytes]).permute((0, 2, 1)))
+                        numbers = gl.convert_layout(left if span == 0 else right, span_layout)
+                    weights = _decode(numbers, zero, asm, is_int4, has_zeros, layout)
+                    scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
+                    total += _product(weights, x_tile, nothing, layout) * scale[:, None]
+                else:
+                    weights = _decode(words, zero, asm, is_int4, has_zeros, layout)
+                    total = _product(weights, x_tile, total, layout)
+        synchronize()
+        mbarrier.arrive(empty.index(stage), count=1)
+    return total
+
+
+@gluon.jit
+def _consume(
+    result,
+    place,
+    shared,
+    of_groups,
+    tables,
+    sums,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    spans_per_group: gl.constexpr,
+    is_gated: gl.constexpr,
+    has_bias: gl.constexpr,
+    is_int4: gl.constexpr,
+    asm: gl.constexpr,
+    zero_offset: gl.constexpr,
+    words_layout: gl.constexpr,
+    span_layout: gl.constexpr,
+    layout: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The first consumer: it copies scales and zero points, adds the other's sum to its own, and writes the result."""
+    bias, x_scales, out, row, first_token, split, tokens, features = result
+    begin, steps = place
+    scales, zeros = tables
+    s_shared, z_shared, copied = of_groups
+    r_shared, summed = sums
+    rows: gl.constexpr = shared[0].shape[1]
+    block_tokens: gl.constexpr = shared[1].shape[1]
+    width: gl.constexpr = rows // 2 if is_gated else rows
+    is_direct: gl.constexpr = asm == ""
+    of_weight = features * 2 if is_gated else features
+    if spans_per_group > 0:
+        first_group = begin * parts * spans // spans_per_group
+        groups = ((begin + steps) * parts * spans - 1) // spans_per_group + 1 - first_group
+        offset = first_group.to(gl.int64) * of_weight
+        _copy_groups(scales + offset, s_shared, groups, row, features, is_gated, num_warps)
+        if z_shared.shape[0] > 1:
+            _copy_groups(zeros + offset, z_shared, groups, row, features, is_gated, num_warps)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        synchronize()
+        mbarrier.arrive(copied, count=1)
+    total = _multiply(
+        place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+        words_layout, span_layout, layout,
+    )  # fmt: skip
+    if consumers > 1:
+        mbarrier.wait(summed, 0)
+        total += r_shared.load(layout)
+    index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+    feature = row + index % width
+    address = feature + index // width * features
+    if spans_per_group == 0:
+        scale = gl.load(scales + address, mask=feature < features, other=0.0).to(gl.float32)
+        total *= scale[:, None]
+    if is_direct:
+        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout))
+        total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
+    if has_bias:
+        added = gl.load(bias + address, mask=feature < features, other=0.0)
+        total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
+    if is_gated:
+        pairs: gl.constexpr = gl.BlockedLayout([4, 1, 2], [8, 4, 1], [1, num_warps, 1], [2, 0, 1])
+        gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
+        total = gate / (1.0 + gl.exp(-gate)) * up
+    store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
+    total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
+    feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
+    token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    address = out + (split * tokens + token)[None, :] * features + feature[:, None]
+    gl.store(address, total, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+    # Only now: else the memory of barriers that nothing waits for would be used to rearrange the result.
+    mbarrier.invalidate(copied)
+    mbarrier.invalidate(summed)
+
+
+@gluon.jit
+def _help(
+    place,
+    shared,
+    of_groups,
+    sums,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    spans_per_group: gl.constexpr,
+    is_int4: gl.constexpr,
+    asm: gl.constexpr,
+    zero_offset: gl.constexpr,
+    words_layout: gl.constexpr,
+    span_layout: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Another consumer, which leaves its sum in shared memory."""
+    r_shared, summed = sums
+    total = _multiply(
+        place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+        words_layout, span_layout, layout,
+    )  # fmt: skip
+    r_shared.store(total)
+    synchronize()
+    mbarrier.arrive(summed, count=1)
+
+
+@gluon.jit(do_not_specialize=["tokens", "steps_of_split", "all_steps"])
+def quantized_prefetch_kernel(
+    x_tiles,
+    weight_tiles,
+    scales,
+    zeros,
+    bias,
+    x_scales,
+    out,
+    tokens,
+    features,
+    steps_of_split,
+    all_steps,
+    has_bias: gl.constexpr,
+    has_zeros: gl.constexpr,
+    is_int4: gl.constexpr,
+    is_gated: gl.constexpr,
+    is_dependent: gl.constexpr,
+    asm: gl.constexpr,
+    zero_offset: gl.constexpr,
+    words_layout: gl.constexpr,
+    span_layout: gl.constexpr,
+    layout: gl.constexpr,
+    spans_per_group: gl.constexpr,
+    max_groups: gl.constexpr,
+    block_tokens: gl.constexpr,
+    block_out: gl.constexpr,
+    tile_columns: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    stages: gl.constexpr,
+    consumers: gl.constexpr,
+    consumer_warps: gl.constexpr,
+    consumer_registers: gl.constexpr,
+    producer_registers: gl.constexpr,
+):
+    """Computes a block of features for a block of tokens, over one split of the inner dimension. If gated, half of the
+    block's rows belong to the gate, half to `up`. One or two consumers take the steps in turns."""
+    row_bytes: gl.constexpr = tile_columns // 2 if is_int4 else tile_columns
+    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    tiles: gl.constexpr = stages * parts
+    span_columns: gl.constexpr = tile_columns // spans
+    w_shared = gl.allocate_shared_memory(weight_tiles.dtype, [tiles, block_out, row_bytes], weight_tiles.layout)
+    x_shared = gl.allocate_shared_memory(x_tiles.dtype, [tiles * spans, block_tokens, span_columns], x_tiles.layout)
+    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, block_out], rows_layout)
+    z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, block_out], rows_layout)
+    sums_rows: gl.constexpr = block_out if consumers > 1 else 16
+    r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, block_tokens], sums_layout)
+    full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    once = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(stages):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    mbarrier.init(once.index(0), count=1)
+    mbarrier.init(once.index(1), count=1)
+    fence_async_shared()
+    synchronize()
+    # Programs that read the same weights are neighbours.
+    token = gl.program_id(0) * block_tokens
+    row = gl.program_id(1) * (block_out // 2 if is_gated else block_out)
+    split = gl.program_id(2)
+    begin = split * steps_of_split
+    place = (begin, gl.minimum(steps_of_split, all_steps - begin))
+    shared = (w_shared, x_shared, full, empty)
+    result = (bias, x_scales, out, row, token, split, tokens, features)
+    of_groups = (s_shared, z_shared, once.index(0))
+    sums = (r_shared, once.index(1))
+    if consumers == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
+                        spans_per_group, is_gated, has_bias, is_int4, asm, zero_offset, words_layout, span_layout,
+                        layout, consumer_warps,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_tiles, weight_tiles, row, token, place, features, shared, stages, parts, spans, is_gated,
+                        is_dependent,
+                    ),
+                ),
+            ],
+            [1],
+            [producer_registers],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
+                        spans_per_group, is_gated, has_bias, is_int4, asm, zero_offset, words_layout, span_layout,
+                        layout, consumer_warps,
+                    ),
+                ),
+                (
+                    _help,
+                    (
+                        place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
+                        asm, zero_offset, words_layout, span_layout, layout,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_tiles, weight_tiles, row, token, place, features, shared, stages, parts, spans, is_gated,
+                        is_dependent,
+                    ),
+                ),
+            ],
+            [consumer_warps, 1],
+            [consumer_registers, producer_registers],
+        )  # fmt: skip
+
+
+@lru_cache
+def decoding(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
+    """PTX that turns a word into 16-bit numbers; `kind` is int4, int8 or fp8.
+
+    A word holds pairs, of 4-bit numbers or bytes, 16 bits apart; both of a pair become numbers by the same operations.
+    Small whole numbers enter the fraction of 128.0 in bfloat16, or of 1024.0 in float16, whose last place counts 1, and
+    the offset is subtracted. fp8's exponent and fraction move to where the wider format has them; a multiplication
+    makes up for the other bias.
+    """
+    is_bf16 = dtype == torch.bfloat16
+    subtract, multiply = ("sub.bf16x2", "mul.bf16x2") if is_bf16 else ("sub.f16x2", "mul.f16x2")
+    one = 0x4300 if is_bf16 else 0x6400  # its last place counts 1
+    lines = [".reg .b32 t, s;"]
+    if kind == "int4":
+        for pair in range(4):
+            source = "$4"
+            if pair:
+                lines.append(f"shr.u32 t, $4, {4 * pair};")
+                source = "t"
+            lines.append(f"lop3.b32 t, {source}, 0x000F000F, {_twice(one)}, {_AND_OR};")
+            if not has_zeros:
+                lines.append(f"mov.b32 s, {_twice(one + INT4_ZERO)};")
+            lines.append(f"{subtract} ${pair}, t, {'$5' if has_zeros else 's'};")
+        return _block(lines)
+    for pair in range(2):  # bytes 0 and 2, or 1 and 3
+        source = "$2"
+        if kind == "fp8":  # in the upper byte of 16 bits, the sign is in its place
+            if pair == 0:
+                lines.append("shl.b32 t, $2, 8;")
+                source = "t"
+            shift, mask, factor = (4, 0x07F0, 0x7B80) if is_bf16 else (1, 0x3F80, 0x5C00)  # 2**120, 2**8
+            lines.append(f"and.b32 s, {source}, 0x80008000;")
+            lines.append(f"shr.u32 t, {source}, {shift};")
+            lines.append(f"lop3.b32 t, t, {_twice(mask)}, s, {_AND_OR};")
+            lines.append(f"mov.b32 s, {_twice(factor)};")
+            lines.append(f"{multiply} ${pair}, t, s;")
+            continue
+        if pair == 1:
+            lines.append("shr.u32 t, $2, 8;")
+            source = "t"
+        if is_bf16:  # seven bits enter 128.0; the sign decides between subtracting 128 and 256
+            lines.append(f"lop3.b32 s, {source}, 0x00800080, {_twice(one)}, {_AND_XOR};")
+            lines.append(f"lop3.b32 t, {source}, 0x007F007F, {_twice(one)}, {_AND_OR};")
+        else:  # with the sign inverted, eight bits are the number plus 128
+            lines.append(f"mov.b32 s, {_twice(one + 128)};")
+            lines.append(f"lop3.b32 t, {source}, 0x00FF00FF, s, {_AND_XOR};")
+        lines.append(f"{subtract} ${pair}, t, s;")
+        if has_zeros:
+            lines.append(f"{subtract} ${pair}, ${pair}, $3;")
+    return _block(lines)
+
+
+def _twice(number: int) -> str:
+    return f"0x{number:04X}{number:04X}"
+
+
+def _block(lines: list[str]) -> str:
+    return "{ " + " ".join(lines) + " }"
+
+
+@lru_cache
+def words_layout(rows: int, row_bytes: int, warps: int, is_int4: bool) -> gl.DistributedLinearLayout:
+    """Which thread holds which bytes of a tile: those of the weights that it hands to the tensor cores.
+
+    In each 16 rows of a warp and each chunk of 64 columns, lane 4g + t has rows g and g + 8, and the t-th quarter.
+    """
+    chunk = CHUNK // 2 if is_int4 else CHUNK
+    quarter = chunk // 4
+
+    def powers(first: int, end: int) -> list[int]:
+        return [first << n for n in range((end // first).bit_length() - 1)]
+
+    in_warps = 16 * warps
+    registers = [[0, n] for n in powers(1, quarter)] + [[8, 0]]
+    registers += [[0, n] for n in powers(chunk, row_bytes)] + [[n, 0] for n in powers(in_warps, rows)]
+    lanes = [[0, n] for n in powers(quarter, chunk)] + [[n, 0] for n in (1, 2, 4)]
+    return gl.DistributedLinearLayout(registers, lanes, [[n, 0] for n in powers(16, in_warps)], [], [rows, row_bytes])
+
+
+@lru_cache
+def product_layout(block_tokens: int, warps: int, is_direct: bool) -> gl.NVMMADistributedLayout:
+    """Which thread holds which sums, and by that the instruction: warpgroup_mma, or Ampere's mma for few tokens.
+
+    A warpgroup_mma whose left operand comes from registers takes as long for 8 tokens as for 64 (measured on an H200).
+    """
+    if block_tokens <= MAX_MMA_TOKENS and not is_direct:
+        return gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_tokens, 32 if is_direct else 16])
+
+
+def launch_quantized_prefetch(
+    x: Tensor,
+    x_scales: Tensor | None,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    blocks: PrefetchBlocks,
+    is_gated: bool,
+) -> None:
+    """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
+
+    `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
+    """
+    tokens, in_features = x.shape
+    features = out.shape[-1]
+    block_tokens = min(MAX_BLOCK_TOKENS, max(8, triton.next_power_of_2(tokens)))
+    rows = blocks.out // 2 if is_gated else blocks.out
+    groups = len(weight.scales)
+    has_zeros = weight.zeros is not None
+    is_direct = x_scales is not None
+    assert weight.in_fragments
+    assert out.is_contiguous()
+    assert weight.shape == (features * (2 if is_gated else 1), in_features)
+    assert in_features % blocks.inner == 0
+    # Each stage is one consumer's: another could take its barrier's last phase but one for the next.
+    assert blocks.stages % blocks.consumers == 0
+    assert blocks.splits == 1 or not is_gated
+    # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
+    # of columns if it holds two groups.
+    tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
+    spans = 2 if groups > 1 and tile_columns > weight.group_size else 1
+    span_columns = tile_columns // spans
+    row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
+    assert blocks.inner % tile_columns == 0
+    assert weight.group_size % span_columns == 0
+    spans_per_group = weight.group_size // span_columns if groups > 1 or has_zeros else 0
+    steps = in_features // blocks.inner
+    steps_of_split = triton.cdiv(steps, blocks.splits)
+    assert (blocks.splits - 1) * steps_of_split < steps
+    columns = steps_of_split * blocks.inner
+    max_groups = triton.next_power_of_2(max(2, triton.cdiv(columns, weight.group_size) + 1)) if spans_per_group else 1
+    values = weight.values if is_direct else weight.values.view(torch.int8)
+    layout = gl.NVMMASharedLayout.get_default_for([rows, row_bytes], ELEMENTS[values.dtype])
+    one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
+    most, of_consumers = registers_of(blocks)
+    quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
+        tile_descriptor(x, x.shape, (block_tokens, span_columns)),
+        TensorDescriptor(values, list(values.shape), [values.stride(0), 1], [rows, row_bytes], layout),
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        weight.scales if bias is None else bias,
+        weight.scales if x_scales is None else x_scales,
+        out,
+        tokens,
+        features,
+        steps_of_split,
+        steps,
+        has_bias=bias is not None,
+        has_zeros=has_zeros,
+        is_int4=weight.is_int4,
+        is_gated=is_gated,
+        asm="" if is_direct else decoding(kind_of(weight), x.dtype, has_zeros),
+        zero_offset=one if weight.is_int4 else 0.0,
+        words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
+        span_layout=words_layout(blocks.out, row_bytes // spans, blocks.warps, weight.is_int4),
+        layout=product_layout(block_tokens, blocks.warps, is_direct),
+        spans_per_group=spans_per_group,
+        max_groups=max_groups,
+        block_tokens=block_tokens,
+        block_out=blocks.out,
+        tile_columns=tile_columns,
+        parts=blocks.inner // tile_columns,
+        spans=spans,
+        stages=blocks.stages,
+        consumers=blocks.consumers,
+        consumer_warps=blocks.warps,
+        consumer_registers=of_consumers,
+        producer_registers=PRODUCER_REGISTERS,
+        num_warps=blocks.warps,
+        maxnreg=most,
+        **dependent_launch(x.device),
+    )
+
+
+def registers_of(blocks: PrefetchBlocks) -> tuple[int, int]:
+    """Registers of a thread at the start, and of a consumer's, if the planned programs share a multiprocessor.
+
+    The producer's warp counts as four.
+    """
+    warps = blocks.warps * blocks.consumers
+    most = min(MAX_REGISTERS, MULTIPROCESSOR_REGISTERS // (32 * (warps + 4) * blocks.programs_per_sm) // 8 * 8)
+    return most, min(240, (most * (warps + 4) - 4 * PRODUCER_REGISTERS) // warps // 8 * 8)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which products with weights of 4 and 8 bits Hopper's kernel computes, and that what is stored for it fits."""
+
+import re
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightllm_backend.kernels.linear.choice import stored_blocks
+from lightllm_backend.kernels.linear.gated_linear import gated_linear
+from lightllm_backend.kernels.linear.linear_splits import linear_splits
+from lightllm_backend.kernels.quantized import choice, product
+from lightllm_backend.kernels.quantized.choice import (
+    BLOCKS,
+    MAX_WIDE_TOKENS,
+    PREFETCH_TOKENS,
+    PrefetchBlocks,
+    blocks_by_rule,
+    most_stages,
+)
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight
+from tests.kernels.quantized_weights import DTYPES
+
+MULTIPROCESSORS = 132
+
+
+def weight_of(kind: str, out_features: int, in_features: int, group_size: int | None = None) -> QuantizedWeight:
+    """Without data, as weight_dtype makes it."""
+    group_size = group_size or (128 if kind == "int4" else in_features)
+    values = torch.empty(out_features, in_features // (8 if kind == "int4" else 1), dtype=DTYPES[kind])
+    scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if kind == "int4" else None)
+    return QuantizedWeight(values, scales, group_size, quantizes_input=kind == "fp8", in_fragments=True)
+
+
+def test_stored_blocks_fit_and_divide_their_products():
+    for name, by_tokens in stored_blocks(BLOCKS)["9.0"].items():
+        kind, out_features, in_features, gated = re.fullmatch(r"(\w+), (\d+) x (\d+)(, gated)?", name).groups()
+        weight = weight_of(kind, int(out_features), int(in_features))
+        assert list(map(int, by_tokens)) == list(PREFETCH_TOKENS)
+        for tokens, stored in by_tokens.items():
+            if stored is not None:
+                blocks = PrefetchBlocks(*stored)
+                steps = int(in_features) // blocks.inner
+                assert blocks.stages <= most_stages(blocks, int(tokens), weight)
+                assert blocks.stages % blocks.consumers == 0
+                assert int(in_features) % blocks.inner == 0
+                assert (blocks.splits - 1) * -(-steps // blocks.splits) < steps
+                assert blocks.splits == 1 or not gated
+
+
+@pytest.mark.parametrize("tokens", PREFETCH_TOKENS)
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "out_features", "in_features", "group_size"),
+    [("int4", 4096, 14336, 128), ("int4", 1152, 576, 64), ("int8", 5120, 5120, None), ("fp8", 4096, 4096, 128)],
+)
+def test_the_rule_s_blocks_fit(kind, out_features, in_features, group_size, is_gated, tokens):
+    weight = weight_of(kind, out_features, in_features, group_size)
+    blocks = blocks_by_rule(tokens, weight, is_gated, MULTIPROCESSORS)
+    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight)
+    assert in_features % blocks.inner == 0
+    assert blocks.splits == 1 or not is_gated
+    assert (blocks.splits - 1) * -(-(in_features // blocks.inner) // blocks.splits) < in_features // blocks.inner
+
+
+def test_many_tokens_and_rows_in_fp8_are_left_to_cublas():
+    assert blocks_by_rule(128, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is None
+    assert blocks_by_rule(128, weight_of("int8", 16384, 4096), False, MULTIPROCESSORS) is not None
+    assert blocks_by_rule(64, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is not None
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the launcher was called with, on a GPU that is a Hopper."""
+    calls = []
+    module = SimpleNamespace(launch_quantized_prefetch=lambda *arguments: calls.append(arguments))
+    monkeypatch.setitem(sys.modules, "lightllm_backend.kernels.quantized.quantized_prefetch", module)
+    monkeypatch.setattr(choice, "compute_capability", lambda _: (9, 0))
+    monkeypatch.setattr(choice, "multiprocessor_count", lambda _: MULTIPROCESSORS)
+    monkeypatch.setattr(choice, "has_descriptors", lambda *_: True)
+    monkeypatch.setattr(
+        product, "quantize_tokens", lambda x, weight: (x.to(weight.values.dtype), torch.ones(len(x), 1))
+    )
+    return calls
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_WIDE_TOKENS + 1])
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_products_launch_it(kind, tokens, launched):
+    x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
+    stored = stored_blocks(BLOCKS)["9.0"][f"{kind}, 4096 x 4096"]
+    parts = linear_splits(x, weight_of(kind, 4096, 4096))
+    [(values, scales, _, bias, out, blocks, is_gated)] = launched
+    assert blocks == PrefetchBlocks(*stored["8" if tokens == 1 else "128"])
+    assert out is parts
+    assert parts.shape == (blocks.splits, tokens, 4096)
+    assert parts.dtype == (torch.bfloat16 if blocks.splits == 1 else torch.float32)
+    is_rounded = kind == "fp8" and tokens > MAX_WIDE_TOKENS
+    assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
+    assert (scales is not None) == is_rounded
+    assert bias is None
+    assert not is_gated
+
+
+def test_gated_products_launch_it(launched):
+    gated = gated_linear(torch.empty(3, 4096, dtype=torch.bfloat16), weight_of("int4", 22016, 4096))
+    assert gated.shape == (3, 11008)
+    assert launched[0][-1] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [({"in_fragments": False}, torch.bfloat16), ({}, torch.float32)],
+    ids=["not in fragments", "float32"],
+)
+def test_others_do_not_launch_it(change, dtype, launched):
+    weight = replace(weight_of("int8", 64, 128), **change)
+    assert choice.prefetch_blocks(torch.empty(2, 128, dtype=dtype), weight, is_gated=False) is None
+    assert choice.prefetch_blocks(torch.empty(300, 128, dtype=torch.bfloat16), weight, is_gated=False) is None
+    odd = weight_of("int8", 72, 128)
+    assert choice.prefetch_blocks(torch.empty(2, 128, dtype=torch.bfloat16), odd, is_gated=False) is None
+    assert not launched
