@@ -11,6 +11,7 @@ from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
 from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
 from perf.perplexity import RESULT
+from perf.record import RESULTS
 from perf.report import perplexity_table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
@@ -52,3 +53,15 @@ def test_where_kernels_change() -> None:
 
 def test_the_search() -> None:
     assert f"among {len(SHRINKS)} ranges" in PAGE
+
+
+def test_the_steps_are_those_that_were_measured() -> None:
+    measured: dict[str, dict[int, str]] = {}
+    for dtype in ("fp8", "int4"):
+        result = json.loads((RESULTS / f"static_inference_llama-7b_weights_{dtype}_nvidia_h200.json").read_text())
+        measured[dtype] = {
+            row["batch"]: f"{row['step_ms']:.2f} | {row['step_ratio']:.2f} | {row['prefill_tokens_per_second']:,.0f}"
+            for row in result["rows"]
+        }
+    lines = [f"| {batch} | {measured['fp8'][batch]} | {measured['int4'][batch]} |" for batch in measured["fp8"]]
+    assert "\n".join(lines) in PAGE
