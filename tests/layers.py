@@ -359,7 +359,6 @@ ALLOWED = {
     "launch.embedded_model": ("launch.gguf_conversion",),
     "launch.gguf_conversion": (),
     "launch.closed_apis": ("config",),
-    "launch.slow_readers": (),
     "launch.guard": (
         "environment",
         "file_limit",
@@ -369,6 +368,7 @@ ALLOWED = {
     ),
     "launch.fronts": ("config", "environment"),
     "launch.health": ("generation.engine_client", "messages.vitals"),
+    "launch.http_sockets": (),
     "launch.server": ("config", "launch.guard", "messages.run_directory"),
     "launch.service": (
         "config",
@@ -376,8 +376,8 @@ ALLOWED = {
         "launch.closing",
         "launch.fronts",
         "launch.health",
+        "launch.http_sockets",
         "launch.server",
-        "launch.slow_readers",
         "messages.engine_messages",
         "messages.run_directory",
         "request",

@@ -20,8 +20,8 @@ from lightllm_backend.launch import health
 from lightllm_backend.launch.closing import EngineCloser, Progress, wait_delivered
 from lightllm_backend.launch.fronts import Fronts
 from lightllm_backend.launch.health import Health, http_call
+from lightllm_backend.launch.http_sockets import enlarge_message_buffers, limit_unread_seconds
 from lightllm_backend.launch.server import STOP_SECONDS, Launch, Server
-from lightllm_backend.launch.slow_readers import limit_unread_seconds
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import engine_address
 from lightllm_backend.request import RequestError
@@ -37,6 +37,7 @@ ANSWERED_STOP_SECONDS = 2.0
 TELL_SECONDS = 3.0  # for the clients of a server that is stopped to hear it
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a restart; the pause doubles with each failure in a row
 STEADY_SECONDS = 300.0  # a server that has served for so long has not failed in a row
+FEW_MESSAGES = 10_000  # for a thread of the HTTP frontend; an answer takes two, and one per chunk if it streams
 
 Say = Callable[[str | Table], None]
 
@@ -99,7 +100,7 @@ class Service:
         start_seconds = self._wait_ready(server)
         ready_at = time.monotonic()
         if start_seconds is not None:
-            self._limit_unread_seconds(server)
+            self._set_socket_options(server)
             engine = EngineClient(engine_address(server.directory))
             try:
                 self._watch(server, engine, start_seconds)
@@ -129,12 +130,22 @@ class Service:
                 self._say(f"loading … {now - started:.0f} s")
         return None
 
-    def _limit_unread_seconds(self, server: Server) -> None:
+    def _set_socket_options(self, server: Server) -> None:
         config = self._launch.config
         try:
             limit_unread_seconds(server.pid, config.http_port, config.unread_timeout_s)
+            messages = enlarge_message_buffers(server.pid)
         except OSError as error:
-            self._say(f"warning: HTTP clients that read nothing are never disconnected: {error}")
+            self._say(
+                "warning: HTTP clients that read nothing are never disconnected, and answers over HTTP may be lost when"
+                f" many requests end at once (docs/reliability.md#floods-over-http): {error}"
+            )
+            return
+        if messages is not None and messages < FEW_MESSAGES:
+            self._say(
+                f"warning: answers over HTTP may be lost when more than {messages // 2} requests end at once; a larger"
+                " net.core.wmem_max helps (docs/reliability.md#floods-over-http)"
+            )
 
     def _watch(self, server: Server, engine: EngineClient, start_seconds: float) -> None:
         """Watch a server that is ready, until it has ended, or has been ended."""

@@ -59,8 +59,8 @@ class LaunchCommand:
     """
 
     def __init__(self, folder: Path, probe_seconds: float = 10.0, **settings: object) -> None:
-        self.http_port, self.grpc_port, metrics_port = free_ports(3)
-        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": metrics_port}
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
         self._runtime = tempfile.TemporaryDirectory(prefix="lightllm-")  # paths of sockets are short
         environment = engine_environment({**settings, **ports}) | {"XDG_RUNTIME_DIR": self._runtime.name}
         self.base = Path(self._runtime.name, f"lightllm-{os.getuid()}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import socket
@@ -104,13 +105,7 @@ class TritonServer:
 
     def metrics(self) -> dict[str, float]:
         """All samples of our metrics, by name and labels as written there: `lightllm_requests_total{status="stop"}`."""
-        status, text = get(self.metrics_port, "/metrics")
-        assert status == 200, text
-        samples = {}
-        for line in text.splitlines():
-            if match := re.fullmatch(r"(lightllm_\S+?)(?:\{\})? (\S+)", line):
-                samples[match[1]] = float(match[2])
-        return samples
+        return read_metrics(self.metrics_port)
 
     def is_idle(self) -> bool:
         """Whether no request holds anything of the engine any more."""
@@ -136,6 +131,18 @@ def engine_environment(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 _KEPT = ("LIGHTLLM_CACHE", "LIGHTLLM_TRITONSERVER")
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    status, text = get(port, "/metrics")
+    assert status == 200, text
+    return {name: float(value) for name, value in re.findall(r"^(lightllm_\S+?)(?:\{\})? (\S+)$", text, re.MULTILINE)}
+
+
+def executions(http_port: int, model: str) -> int:
+    """How often a model has been executed: once for each request that it has taken."""
+    _, answer = get(http_port, f"/v2/models/{model}/stats")
+    return int(json.loads(answer)["model_stats"][0]["execution_count"])
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch command under a flood of requests leaves a busy server alone."""
+"""The launch command under a flood of requests: it leaves a busy server alone, and no answer is lost."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
 from lightllm_client import LightLLMClient
+from tests.e2e.frozen_threads import connection_threads, frozen
 from tests.e2e.launch_command import LaunchCommand, flood
+from tests.e2e.server import executions, read_metrics
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
 PROBE_SECONDS = 2.5  # within two seconds a busy step may take nothing for want of a core
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[LaunchCommand]:
-    started = LaunchCommand(tmp_path, PROBE_SECONDS, max_queue_size=200)
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
+    started = LaunchCommand(tmp_path_factory.mktemp("command"), PROBE_SECONDS, max_queue_size=200)
     try:
         yield started.wait_ready()
     finally:
@@ -40,3 +45,30 @@ def test_a_flood_does_not_take_a_healthy_server_down(command: LaunchCommand) -> 
     with LightLLMClient(command.grpc_url, timeout=60) as client:
         client.health()
         assert client.generate("The capital of Japan is", max_tokens=1).text == " Tokyo"
+
+
+def answered(command: LaunchCommand) -> float:
+    return read_metrics(command.metrics_port)['lightllm_requests_total{status="length"}']
+
+
+def test_no_answer_over_http_is_lost_while_the_threads_that_send_them_stand_still(command: LaunchCommand) -> None:
+    """An answer takes two messages; by default 278 fit, and Triton server drops the others."""
+    server, count = command.find("tritonserver"), 180
+    body = json.dumps({"text_input": "Once upon a time", "max_tokens": 4, "ignore_eos": True})
+    request = f"POST /v2/models/lightllm/generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", command.http_port), 60)) for _ in range(count)
+        ]
+        assert poll(lambda: connection_threads(server, command.http_port))
+        threads = connection_threads(server, command.http_port)
+        taken, ended = executions(command.http_port, "generation"), answered(command)
+        for client in clients:
+            client.sendall(request.encode())
+        assert poll(lambda: executions(command.http_port, "generation") >= taken + count)
+        with frozen(server, threads):
+            assert poll(lambda: answered(command) >= ended + count)
+        for client in clients:
+            with client.makefile("rb") as answer:
+                assert answer.readline().startswith(b"HTTP/1.1 200")
+                assert b"0\r\n" in iter(answer.readline, b"")

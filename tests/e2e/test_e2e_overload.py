@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from lightllm_client import LightLLMClient
 from tests.e2e.calls import generate
 from tests.e2e.launch_command import flood
-from tests.e2e.server import TritonServer, get
+from tests.e2e.server import TritonServer, executions
 from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
@@ -38,11 +37,6 @@ def grown(server: TritonServer, before: dict[str, float], **by: int) -> Callable
     return lambda: ended(server) == {status: count + by.get(status, 0) for status, count in before.items()}
 
 
-def executions(server: TritonServer, model: str) -> int:
-    _, answer = get(server.http_port, f"/v2/models/{model}/stats")
-    return int(json.loads(answer)["model_stats"][0]["execution_count"])
-
-
 @pytest.fixture(autouse=True)
 def idle_before(small_server: TritonServer) -> None:
     assert poll(small_server.is_idle), small_server.metrics()
@@ -58,7 +52,7 @@ def test_refusals_count_as_rejected(small_server: TritonServer) -> None:
 def test_the_excess_of_a_flood_is_refused_at_the_first_step(
     small_server: TritonServer, small_client: LightLLMClient
 ) -> None:
-    before, reached = ended(small_server), executions(small_server, "generation")
+    before, reached = ended(small_server), executions(small_server.http_port, "generation")
     running = small_client.stream("Once upon a time", max_tokens=60, ignore_eos=True)
     next(running)
     count = 300
@@ -68,7 +62,9 @@ def test_the_excess_of_a_flood_is_refused_at_the_first_step(
     assert sum(chunk.num_output_tokens for chunk in running) == 59, "what runs is not disturbed"
     answered = {"length": statuses["200"] + 1, "rejected": statuses["400"]}
     assert poll(grown(small_server, before, **answered)), (before, answered, ended(small_server))
-    assert executions(small_server, "generation") - reached < statuses["200"] + count / 4, "few travelled on in vain"
+    assert executions(small_server.http_port, "generation") - reached < statuses["200"] + count / 4, (
+        "few travelled on in vain"
+    )
 
 
 def test_long_prompts_do_not_hold_up_short_ones(small_server: TritonServer) -> None:
