@@ -22,6 +22,9 @@ from lightllm_backend.text.text_stream import TextStream
 
 # Limit on checks of all clients together: one takes the detokenizer nearly as long as a response.
 MAX_CHECKS_PER_SECOND = 1000.0
+# Limit on the share of its time that the watcher checks. A check waits for the server, so a busy server is asked less.
+MAX_CHECKING_SHARE = 0.1
+MAX_PAUSE_SECONDS = 1.0  # for the sake of this limit
 ACCEPT_PAUSE_SECONDS = 0.1  # keeps a failure that lasts from filling the log
 
 log = logging.getLogger(__name__)
@@ -141,18 +144,23 @@ class Streams:
             self._listener.close()
 
     def _watch_clients(self) -> None:
-        """Check each stream's client every CHECK_SECONDS, or less often if there are very many."""
+        """Check each stream's client every CHECK_SECONDS, or less often within the limits."""
+        paused_until = 0.0
         while not self._closing.wait(CHECK_SECONDS):
             self._send_queue.forget_overdue()
+            began = time.monotonic()
+            if began < paused_until:
+                continue
             streams = list(self._streams.items())
-            interval = max(CHECK_SECONDS, len(streams) / MAX_CHECKS_PER_SECOND)
-            checked_before = time.monotonic() - interval
+            checked_before = began - max(CHECK_SECONDS, len(streams) / MAX_CHECKS_PER_SECOND)
             for uid, stream in streams:
                 try:
                     if stream.last_check <= checked_before and stream.check_client():
                         self._cancel(uid)
                 except Exception:
                     log.exception("the client of request %s cannot be checked", uid)
+            ended = time.monotonic()
+            paused_until = ended + min((ended - began) / MAX_CHECKING_SHARE, MAX_PAUSE_SECONDS)
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -385,6 +386,43 @@ def test_a_stream_that_waits_in_the_send_queue_is_not_probed_and_keeps_its_place
     assert responder.probes == 0
     assert send_queue.send_next()
     assert responder.ids == [[1]]
+
+
+class WatchersTime:
+    """The clock of a watcher, and the event for which it waits: that `seconds` have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self._end = 0.0, seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        return self.now > self._end
+
+
+@pytest.mark.parametrize(("check_seconds", "seconds_between"), [(0.01, 0.25), (0.05, 0.5), (9.0, 1.0)])
+def test_the_longer_a_check_takes_the_fewer_there_are(
+    monkeypatch: pytest.MonkeyPatch, check_seconds: float, seconds_between: float
+) -> None:
+    clock, begun, ended = WatchersTime(100), list[float](), list[float]()
+
+    def check_client() -> bool:
+        begun.append(clock.now)
+        clock.now += check_seconds
+        ended.append(clock.now)
+        return False
+
+    monkeypatch.setattr(streams_module, "time", clock)
+    streams = Streams.__new__(Streams)  # without its threads
+    streams._closing = clock  # type: ignore[assignment]
+    streams._send_queue = SendQueue(num_threads=0)
+    streams._streams = {"u": SimpleNamespace(last_check=-10.0, check_client=check_client)}  # type: ignore[dict-item]
+    streams._watch_clients()
+    pauses = [after - before for before, after in zip(ended, begun[1:], strict=False)]
+    assert min(pauses) >= seconds_between - 1e-9
+    assert max(pauses) <= seconds_between + 0.25 + 1e-9
 
 
 # All streams of a process
