@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from lightllm_backend.launch.http_sockets import enlarge_message_buffers
 from lightllm_backend.triton_server.executable import command
 from tests.polling import poll
 
@@ -77,6 +78,7 @@ class TritonServer:
             raise TimeoutError(f"tritonserver is not ready after {limit} s:\n{self.log()}")
         if self.process.poll() is not None:
             raise ServerEnded(self.process.returncode, self.log())
+        enlarge_message_buffers(self.process.pid)  # as the launch command does, or answers of a flood are lost
         return self
 
     def is_ready(self) -> bool:

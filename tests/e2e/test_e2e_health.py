@@ -38,8 +38,9 @@ def test_a_flood_does_not_take_a_healthy_server_down(command: LaunchCommand) -> 
     started = time.monotonic()
     ends = Counter[str]()
     while time.monotonic() < started + 4 * PROBE_SECONDS:
-        ends += asyncio.run(flood(command.http_port, 450, max_tokens=2, seconds=60))
-    assert ends["200"] >= 200, ends  # that each has an answer is test_e2e_overload.py's to prove
+        ends += asyncio.run(flood(command.http_port, 450, max_tokens=2, seconds=120))
+    assert set(ends) <= {"200", "400"}, ends  # answered, or the queue was full
+    assert ends["200"] >= 200
     assert command.process.poll() is None, command.log()
     assert "error" not in command.log()
     with LightLLMClient(command.grpc_url, timeout=60) as client:
