@@ -5,7 +5,8 @@
 
 The engine only tells the time (perf/sleeping_engine.py), so the figures are the server's. Streams run for some seconds
 before the flood and through it. The flood comes from a process of its own; a request's time counts from its sending.
-CPU seconds say what the flood costs each process, whatever else the machine does.
+CPU seconds say what the flood costs each process, whatever else the machine does. Then the same flood goes to a Triton
+server with a single model that only refuses: no refusal by a Python model can come sooner.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import asyncio
 import contextlib
 import itertools
 import re
+import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -28,12 +30,14 @@ import click
 import numpy as np
 import psutil
 
+from lightllm_backend.launch.http_sockets import enlarge_message_buffers
+from lightllm_backend.triton_server.executable import command
 from lightllm_client.errors import LightLLMError
 from perf.model_directory import write_model_directory
 from perf.record import RESULTS, circumstances, write_result
 from perf.serving.calls import Target, caller_for
 from perf.serving.measure import RequestFailed
-from perf.serving.systems import launched_server
+from perf.serving.systems import free_ports, launched_server, wait_ready
 from perf.serving.workload import Length, WorkItem
 
 # So few run at once that the engine's queue fills, and not the server before it.
@@ -48,6 +52,17 @@ PROCESSES = {
     "the flood's client": r"multiprocessing\.spawn",
 }  # fmt: skip
 CALM_SECONDS = 4.0  # the streams alone
+ROOT = Path(__file__).resolve().parents[1]
+REFUSING_MODEL = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        error = pb_utils.TritonError("the queue is full", pb_utils.TritonError.UNAVAILABLE)
+        for request in requests:
+            response = pb_utils.InferenceResponse(error=error)
+            request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
 
 Answered = tuple[str, float, float]  # what became of a request, when it was sent, after how many seconds it ended
 
@@ -111,6 +126,46 @@ async def measure(target: Target, count: int, output: int, streams: int, pool: P
     }
 
 
+@contextlib.contextmanager
+def refusing_server(target: Target, repository: Path) -> Iterator[Target]:
+    """Triton server with one model of the ensemble's name, inputs and outputs, which refuses all requests."""
+    ensemble = (ROOT / "model_repository" / "lightllm" / "config.pbtxt").read_text(encoding="utf-8")
+    interface, _, _ = ensemble.replace('platform: "ensemble"', 'backend: "python"').partition("ensemble_scheduling")
+    program = repository / "lightllm" / "1" / "model.py"
+    program.parent.mkdir(parents=True)
+    program.write_text(REFUSING_MODEL, encoding="utf-8")
+    (repository / "lightllm" / "config.pbtxt").write_text(
+        f"{interface}\nmodel_transaction_policy {{ decoupled: true }}\ninstance_group [{{ kind: KIND_CPU }}]\n",
+        encoding="utf-8",
+    )
+    http_port, grpc_port, metrics_port = free_ports(3)
+    services = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+    ports = [f"--{name}-port={port}" for name, port in services.items()]
+    argv, environment = command(
+        [f"--model-repository={repository}", *(f"--{name}-address=127.0.0.1" for name in services), *ports]
+    )
+    with (repository.parent / "log").open("wb") as log:
+        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
+    try:
+        wait_ready(process, {http_port: "/v2/health/ready", metrics_port: "/metrics"}, Path(log.name))
+        enlarge_message_buffers(process.pid)
+        yield replace(target, address=f"127.0.0.1:{services[target.protocol]}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_refusing(target: Target, count: int, output: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    pool.submit(flood, target, 1, 1).result()
+    cpu_before = cpu_seconds()
+    answered = pool.submit(flood, target, count, output).result()
+    cpu_after = cpu_seconds()
+    return {
+        "refused_seconds": percentiles([seconds for _, _, seconds in answered]),
+        "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
+    }
+
+
 def cpu_seconds() -> Counter[str]:
     """What the processes that this one has started have used so far: the server's, by model, and the flood's."""
     used: Counter[str] = Counter()
@@ -154,6 +209,8 @@ def main(protocol: str, requests: int, output_len: int, streams: int, settings: 
         write_model_directory(MODEL, Path(scratch))
         with launched_server({**SETTINGS, "model_dir": scratch, **given}, target, 1) as server:
             result = asyncio.run(measure(server.target, requests, output_len, streams, pool))
+        with refusing_server(target, Path(scratch, "models")) as refusing:
+            result["model_that_only_refuses"] = measure_refusing(refusing, requests, output_len, pool)
     for name, value in result.items():
         click.echo(f"{name}: {value}")
     write_result(

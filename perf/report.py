@@ -417,7 +417,10 @@ def overload(result: dict[str, Any]) -> list[str]:
     figures += [f"{1e3 * gap['p99']:.1f}" for gap in (before, during)] + [f"{during['max']:.2f}"]
     headings = ["done", "refused", "refused after, s, p50", "p99", "longest", "between responses before, ms, p99"]
     headings += ["while refusing, ms, p99", "longest pause, s"]
-    return [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
+    lines = [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
+    if least := result.get("model_that_only_refuses", {}).get("refused_seconds"):
+        lines += ["", f"A model that only refuses: {least['p50']:.2f} s (p50), {least['max']:.2f} s (longest).", ""]
+    return lines
 
 
 def soak(result: dict[str, Any]) -> list[str]:

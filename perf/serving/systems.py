@@ -77,7 +77,7 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
             cwd=Path(__file__).resolve().parents[2],
         )
         try:
-            _wait_ready(process, ready, Path(log.name))
+            wait_ready(process, ready, Path(log.name))
             address = f"127.0.0.1:{ports[f'{target.protocol}_port']}"
             yield ServerSystem(replace(target, address=address), f"127.0.0.1:{ports['metrics_port']}", processes)
         except RequestFailed as failure:
@@ -91,8 +91,8 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
                 process.wait()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], paths: Mapping[int, str], log: Path) -> None:
-    """Wait until each port answers at its path."""
+def wait_ready(process: subprocess.Popen[bytes], paths: Mapping[int, str], log: Path) -> None:
+    """Wait until each port answers at its path. Raise SystemFailed if one does not."""
     end = time.monotonic() + START_LIMIT_SECONDS
     while not all(answers(port, path) for port, path in paths.items()):
         if process.poll() is not None:
