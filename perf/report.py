@@ -419,7 +419,7 @@ def overload(result: dict[str, Any]) -> list[str]:
     headings += ["while refusing, ms, p99", "longest pause, s"]
     lines = [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
     if least := result.get("model_that_only_refuses", {}).get("refused_seconds"):
-        lines += ["", f"A model that only refuses: {least['p50']:.2f} s (p50), {least['max']:.2f} s (longest).", ""]
+        lines += ["", f"A model that only refuses: {least['p50']:.2f} s (p50), {least['max']:.2f} s (longest)."]
     return lines
 
 
