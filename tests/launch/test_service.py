@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,6 +69,7 @@ directory = run_directory_of(os.getpid())
 engine = EngineServer(str(directory / "engine"), info, read_end)
 vitals = Vitals(directory, "worker-0")
 (folder / "left").write_text(str(subprocess.Popen(["sleep", "99"]).pid))
+pair = socket.socketpair()  # as between Triton server's HTTP threads
 server = ThreadingHTTPServer((options["--http-address"], int(options["--http-port"])), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:
@@ -84,6 +86,7 @@ import ctypes
 from lightllm_backend import serve
 from lightllm_backend.launch import health, service
 health.PROBE_SECONDS, service.STOP_SECONDS, service.ANSWERED_STOP_SECONDS = 0.2, 0.5, 0.3
+service.FEW_MESSAGES = 1e9  # no buffer holds so many
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 serve.command()
 """
@@ -162,6 +165,7 @@ def test_it_says_what_was_chosen_and_stops_when_it_is_asked_to(
     assert (tmp_path / "model_dir").read_text() == settings["model_dir"]
     assert poll((tmp_path / "probed").exists)
     assert (tmp_path / "unread_milliseconds").read_text() == "60000"
+    assert re.search(r"warning: answers over HTTP may be lost when more than \d{3,} requests end at once", said)
     command.process.send_signal(number)
     assert command.process.wait(60) == 0
     assert "tritonserver has ended, with exit code 7; no request ran" in command.log()
