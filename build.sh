@@ -136,7 +136,9 @@ test() {
     # runs on which of them: tests/conftest.py.
     local workers=3
     if nvidia-smi >/dev/null 2>&1; then workers=0; fi
-    exec python -m pytest -q --numprocesses "$workers" --no-loadscope-reorder "$@"
+    # A test that fails runs once more, and the summary names it: a machine that is busy with something else may have made
+    # it late. A fault fails twice.
+    exec python -m pytest -q -rR --reruns 1 --numprocesses "$workers" --no-loadscope-reorder "$@"
 }
 
 docker() {
