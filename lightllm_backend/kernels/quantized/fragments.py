@@ -41,6 +41,6 @@ def into_fragments(weight: QuantizedWeight) -> QuantizedWeight:
     for first in range(0, len(weight.values), step):
         rows = weight.values[first : first + step]
         numbers = unpack_int4(rows) if weight.is_int4 else rows.view(torch.uint8)
-        numbers = numbers.unflatten(1, (-1, CHUNK)).index_select(2, columns).flatten(1)
+        numbers = numbers.view(len(rows), -1, CHUNK).index_select(2, columns).flatten(1)
         rows.copy_(pack_int4(numbers) if weight.is_int4 else numbers.view(rows.dtype))
     return replace(weight, in_fragments=True)

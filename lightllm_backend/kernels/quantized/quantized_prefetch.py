@@ -109,15 +109,15 @@ def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.conste
     of_weight = features * 2 if is_gated else features
     address = of_groups + feature + index // width * features
     for group in range(groups):
-        copy_by_threads(g_shared.index(group), address + group.to(gl.int64) * of_weight, mask=feature < features)
+        copy_by_threads(g_shared.index(group), address + group * of_weight, mask=feature < features)
 
 
 @gluon.jit
 def _decode(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
     """The weights of a tile [rows, bytes] in 16 bits, as the tensor cores' left operand [rows, columns]."""
     rows: gl.constexpr = words.shape[0]
+    columns: gl.constexpr = words.shape[1] * (2 if is_int4 else 1)
     if is_int4:
-        columns: gl.constexpr = words.shape[1] * 2
         if has_zeros:
             even, odd = gl.inline_asm_elementwise(
                 asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
@@ -127,7 +127,6 @@ def _decode(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl
         # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
         digits = gl.join(even, odd).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
     else:
-        columns: gl.constexpr = words.shape[1]
         if has_zeros:
             numbers = gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [words, zero], zero.dtype, True, 4)
         else:
