@@ -32,8 +32,8 @@ from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
+    MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
-    MAX_WIDE_TOKENS,
     PrefetchBlocks,
     is_direct,
     most_stages,
@@ -101,7 +101,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         ):
             continue
         # Registers for the result, for a tile of weights, and for the rest.
-        of_weights = 0 if kind == "fp8" and tokens > MAX_WIDE_TOKENS else rows * 128 * 3 // (4 * 32 * warps)
+        of_weights = 0 if kind == "fp8" and tokens > MAX_16_BIT_TOKENS else rows * 128 * 3 // (4 * 32 * warps)
         if rows * tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
             yield blocks
 
@@ -119,7 +119,7 @@ def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None
 
 def inputs(job: Job, weight: QuantizedWeight, raw: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     x = launchers.rms_norm(raw, scale, 1e-5)
-    if job.tokens > MAX_WIDE_TOKENS and is_direct(weight):
+    if job.tokens > MAX_16_BIT_TOKENS and is_direct(weight):
         return quantize_tokens(x, weight)
     return x, None
 

@@ -109,7 +109,7 @@ ALLOWED = {
         "models.quantization.matrix",
         "models.weights",
     ),
-    "models.decoder": ("models.layers", "models.vocabulary", "models.weights"),
+    "models.decoder": ("models.layers", "models.placement", "models.vocabulary", "models.weights"),
     "models.bloom": BELOW_A_MODEL,
     "models.llama": BELOW_A_MODEL,
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),

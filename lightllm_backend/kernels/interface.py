@@ -69,7 +69,7 @@ class Kernels(Protocol):
         """silu_and_mul of `linear`, [tokens, features]: `weight` [2 * features, in_features] is the gate's, then the
         up projection's; `bias` is [2 * features]."""
 
-    # Weights of 4 and 8 bits. The products above call these.
+    # Weights of 4 and 8 bits. The products above call these, loading calls arrange_weight.
 
     def arrange_weight(self, weight: QuantizedWeight) -> QuantizedWeight:
         """The weight in the order in which the products read it best, in place of the given one, whose values change.
@@ -78,7 +78,7 @@ class Kernels(Protocol):
         """
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        """The weight [out_features, in_features] in `dtype`, its columns in the order in which it stores them."""
+        """The weight [out_features, in_features] in `dtype`, its columns as `order` counts them, fragments undone."""
 
     def quantize_tokens(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
         """`x` [tokens, in_features], whose columns are in the weight's order, in the dtype of an 8-bit weight's values,

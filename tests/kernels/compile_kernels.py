@@ -37,7 +37,7 @@ from lightllm_backend.kernels.linear.choice import (
     stored_blocks,
 )
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
-from lightllm_backend.kernels.quantized.choice import MAX_WIDE_TOKENS, PrefetchBlocks
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -203,7 +203,7 @@ def launch_stored_quantized(capability: str) -> None:
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])
             x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
-            if tokens > MAX_WIDE_TOKENS and kind == "fp8":
+            if tokens > MAX_16_BIT_TOKENS and kind == "fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
             dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32

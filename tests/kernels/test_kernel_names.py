@@ -18,7 +18,7 @@ FOLDER = Path(kernels.__file__).parent
 # What the kernels share, and the references.
 NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
 NOT_KERNELS |= {"kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
-NOT_KERNELS |= {"weight", "fragments", "decode", "product", "quantized_prefetch"}  # of weights of 4 and 8 bits
+NOT_KERNELS |= {"weight", "fragments", "load_tile", "product", "quantized_prefetch"}  # of weights of 4 and 8 bits
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 

@@ -15,7 +15,7 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
-    MAX_WIDE_TOKENS,
+    MAX_16_BIT_TOKENS,
     PREFETCH_TOKENS,
     PrefetchBlocks,
     blocks_by_rule,
@@ -87,7 +87,7 @@ def launched(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_WIDE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, MAX_16_BIT_TOKENS + 1])
 @pytest.mark.parametrize("kind", ["int4", "fp8"])
 def test_products_launch_it(kind, tokens, launched):
     x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def test_products_launch_it(kind, tokens, launched):
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
     assert parts.dtype == (torch.bfloat16 if blocks.splits == 1 else torch.float32)
-    is_rounded = kind == "fp8" and tokens > MAX_WIDE_TOKENS
+    is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
     assert bias is None
@@ -122,4 +122,7 @@ def test_others_do_not_launch_it(change, dtype, launched):
     assert choice.prefetch_blocks(torch.empty(300, 128, dtype=torch.bfloat16), weight, is_gated=False) is None
     odd = weight_of("int8", 72, 128)
     assert choice.prefetch_blocks(torch.empty(2, 128, dtype=torch.bfloat16), odd, is_gated=False) is None
+    rounded = replace(weight_of("int8", 64, 128), quantizes_input=True)  # multiplied in 8 bits by scaled_linear
+    assert choice.prefetch_blocks(torch.empty(65, 128, dtype=torch.bfloat16), rounded, is_gated=False) is None
+    assert choice.prefetch_blocks(torch.empty(64, 128, dtype=torch.bfloat16), rounded, is_gated=False) is not None
     assert not launched

@@ -65,7 +65,7 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tenso
             return gated
         if x.shape[0] <= MAX_UNFUSED_TOKENS or multiplies_8_bits(weight, x.device):
             return silu_and_mul(linear(x, weight, bias))
-        x, weight = weight.arrange(x), dequantize(weight, x.dtype)
+        x, weight = weight.order_input(x), dequantize(weight, x.dtype)
     tokens, features = x.shape[0], weight.shape[0] // 2
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:
@@ -84,7 +84,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ch
     tokens, in_features = x.shape
     features = out.shape[1]
     if choice.kernel is ProductKernel.PREFETCH:
-        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
+        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not every Triton-lang has Gluon
 
         launch_prefetch(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole product with a weight, by the kernel that choice.py names, or for 4 and 8 bits quantized/product.py."""
+"""A whole product with a weight, by the kernel that choice.py names; for 4 and 8 bits, by quantized/product.py."""
 
 import torch
 from torch import Tensor

@@ -79,7 +79,7 @@ def launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     tokens, in_features = x.shape
     out_features = weight.shape[0]
     if choice.kernel is ProductKernel.PREFETCH:
-        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not each Triton-lang has Gluon
+        from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not every Triton-lang has Gluon
 
         launch_prefetch(x, weight, bias, out, blocks, is_gated=False)
         return

@@ -17,7 +17,7 @@ PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
 # The most tokens of a program; more are further programs.
 MAX_BLOCK_TOKENS = 128
 # Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so.
-MAX_WIDE_TOKENS = 64
+MAX_16_BIT_TOKENS = 64
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, less what the system takes.
@@ -43,6 +43,8 @@ def prefetch_blocks(x: Tensor, weight: QuantizedWeight, is_gated: bool) -> Prefe
     is_sized = 0 < tokens <= PREFETCH_TOKENS[-1] and out_features % (32 if is_gated else 16) == 0
     if not is_sized or not weight.in_fragments or x.element_size() != 2 or not has_descriptors(x, weight.values):
         return None
+    if tokens > MAX_16_BIT_TOKENS and weight.quantizes_input and not is_direct(weight):
+        return None
     padded = next(count for count in PREFETCH_TOKENS if tokens <= count)
     table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(x.device)), {})
     row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
@@ -59,7 +61,7 @@ def kind_of(weight: QuantizedWeight) -> str:
 
 
 def is_direct(weight: QuantizedWeight) -> bool:
-    """Whether tensor cores multiply the weight by activations of 8 bits as they are, and scales follow in the end."""
+    """Whether tensor cores multiply the weight by activations of 8 bits as they are, with scales applied at the end."""
     return kind_of(weight) == "fp8" and weight.quantizes_input and len(weight.scales) == 1 and weight.zeros is None
 
 
@@ -70,7 +72,7 @@ def blocks_by_rule(tokens: int, weight: QuantizedWeight, is_gated: bool, multipr
     share a multiprocessor, as long as its registers and shared memory allow it.
     """
     out_features, in_features = weight.shape
-    if tokens > MAX_WIDE_TOKENS and is_direct(weight) and out_features >= 64 * multiprocessors:
+    if tokens > MAX_16_BIT_TOKENS and is_direct(weight) and out_features >= 64 * multiprocessors:
         return None
     inner = 128 if in_features % 128 == 0 else CHUNK
     rows = 64
@@ -93,6 +95,6 @@ def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight) ->
     of_groups = groups * rows * (weight.scales.element_size() + (weight.zeros is not None))
     of_sums = 4 * rows * tokens * blocks.consumers  # the result is rearranged in shared memory as well
     free = SHARED_BYTES // blocks.programs_per_sm - 1_500 - of_sums - of_groups
-    x_bytes = 1 if tokens > MAX_WIDE_TOKENS and is_direct(weight) else 2
+    x_bytes = 1 if tokens > MAX_16_BIT_TOKENS and is_direct(weight) else 2
     fitting = free // (blocks.inner * (rows // (2 if weight.is_int4 else 1) + x_bytes * tokens))
     return min(fitting, MAX_STAGES) // blocks.consumers * blocks.consumers

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Writes a weight of 4 or 8 bits out in 16 bits, for products of so many tokens that this is little of their time."""
+"""Writes a weight of 4 or 8 bits out in 16 bits, for products with enough tokens to hide the cost."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.quantized.decode import FP8_UNIT, load_tile, tile_arguments
+from lightllm_backend.kernels.quantized.load_tile import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 _OUT, _INNER = 16, 256
@@ -38,7 +38,7 @@ def dequantize_kernel(
     live = (row < out_features)[:, None] & (column < in_features)[None, :]
     of_group = (column // group_size)[None, :] * out_features + row[:, None]
     wait_for_previous(is_dependent)
-    # A zero point of the tile's first group would be wrong for others: they are subtracted here, whatever they are.
+    # A zero point of the tile's first group would be wrong for others: they are subtracted here.
     number = load_tile(
         values, zeros, row, first, 0, out_features, in_features, tl.float32,
         is_int4, is_fp8, False, in_fragments, block_inner,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of a weight's columns in which a tensor core's left operand takes them.
+"""The column order in which a tensor core takes its left operand.
 
-A thread of a warp multiplies, of each 16 columns, the columns 2t and 2t + 1 and those 8 further, t from 0 to 3. In each
+A thread of a warp multiplies, of each 16 columns, the columns 2t, 2t + 1, 2t + 8 and 2t + 9, t from 0 to 3. In each
 chunk of 64 columns, a weight in this order has the 16 of thread 0 first, then those of thread 1, and so on; among them
 the two of a pair are 16 bits apart, where a few operations on a word turn both into numbers of 16 bits.
 """
@@ -21,11 +21,11 @@ CHUNK = 64
 def fragment_columns(is_int4: bool) -> Tensor:
     """The column of a chunk that is at each place: [64], int64.
 
-    Of a column, `block` is which 16 of the chunk's, `half` which 8 of these, `thread` which pair, `second` which of it.
+    Column = 16 * block + 8 * half + 2 * thread + second.
     """
     place = torch.arange(CHUNK)
     thread = place // 16
-    if is_int4:  # the eight of a word: pairs are four nibbles apart
+    if is_int4:  # the eight of a word: the two of a pair are four nibbles apart
         block = place // 8 % 2 * 2 + place // 2 % 2
         half, second = place % 2, place // 4 % 2
     else:

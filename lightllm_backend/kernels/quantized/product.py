@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability
-from lightllm_backend.kernels.quantized.choice import MAX_WIDE_TOKENS, PrefetchBlocks, is_direct, prefetch_blocks
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks, is_direct, prefetch_blocks
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS, quantized_splits
@@ -16,8 +16,9 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 def quantized_parts(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The product with `x` [tokens, in_features] as parts [splits, tokens, out_features], by the first that applies:
 
-    1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper); above 64 tokens after quantize_tokens,
-                     if the checkpoint wants activations of 8 bits and the weight is fp8 by channel
+    1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper) and choice.py has blocks for it; above
+                     64 tokens, a checkpoint that wants activations of 8 bits gets them: by quantize_tokens if it
+                     is fp8 by channel, by the kernels below if it is not
     1 to 64 tokens   quantized_splits: reading the weight bounds the time, whatever the activations' bits
     more tokens      quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
                      activations of 8 bits and the GPU has tensor cores for them: int8 from Ampere on, fp8 from Ada on
@@ -30,7 +31,7 @@ def quantized_parts(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> 
         return _prefetch(x, weight, bias, out, blocks, is_gated=False)
     if x.shape[0] <= MAX_TILE_TOKENS:
         return quantized_splits(x, weight, bias)
-    x = weight.arrange(x)
+    x = weight.order_input(x)
     if multiplies_8_bits(weight, x.device):
         values, scales = quantize_tokens(x, weight)
         if _suits_cublas(x, weight):
@@ -58,11 +59,11 @@ def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
 def _prefetch(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, blocks: PrefetchBlocks, is_gated: bool
 ) -> Tensor:
-    # Not each Triton-lang has Gluon.
+    # Not every Triton-lang has Gluon.
     from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 
-    x, scales = weight.arrange(x), None
-    if x.shape[0] > MAX_WIDE_TOKENS and is_direct(weight):
+    x, scales = weight.order_input(x), None
+    if x.shape[0] > MAX_16_BIT_TOKENS and is_direct(weight):
         x, scales = quantize_tokens(x, weight)
     launch_quantized_prefetch(x, scales, weight, bias, out, blocks, is_gated)
     return out
@@ -78,5 +79,5 @@ def _scaled_by_cublas(
     values: Tensor, scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     whole, by_row = weight.values.t(), weight.scales
-    # Its public name is not in torch 2.6. The sums lose less by few bits than the activations did.
+    # Its public name is not in torch 2.6. Fast accumulation loses less than rounding the activations did.
     return torch._scaled_mm(values, whole, scales, by_row, bias, out_dtype=dtype, use_fast_accum=True)  # noqa: SLF001

@@ -35,7 +35,7 @@ def quantize_tokens_kernel(
     column = first + tl.arange(0, block)
     wait_for_previous(is_dependent)
     value = tl.load(x + token * x_stride + column, mask=column < last, other=0.0).to(tl.float32)
-    if is_static:  # noqa: SIM108 - only one of both exists
+    if is_static:  # noqa: SIM108 - only one is defined
         scale = tl.load(input_scale)
     else:
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)

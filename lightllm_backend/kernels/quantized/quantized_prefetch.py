@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Products of few tokens with a weight of 4 or 8 bits for Hopper, in Gluon: linear_prefetch for fewer bytes.
+"""Products of up to 256 tokens with a weight of 4 or 8 bits for Hopper, in Gluon: linear_prefetch for fewer bytes.
 
 The producer is linear_prefetch's: it copies weights ahead while the previous kernel drains. The consumers read weights
 from shared memory as they lie there, turn them into 16 bits in registers, and hand them to the tensor cores from there.
 For this, the columns of the weight are in the order of fragments.py: then a thread's weights lie side by side, and a
 word becomes pairs of 16 bits by a shift and two or three operations on both of a pair at once.
+
+A direct product, of fp8 with activations in fp8, needs none of that (`asm` is empty): the tensor cores read both.
 """
 
 from functools import lru_cache
@@ -113,19 +115,19 @@ def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.conste
 
 
 @gluon.jit
-def _decode(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
+def _unpack(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
     """The weights of a tile [rows, bytes] in 16 bits, as the tensor cores' left operand [rows, columns]."""
     rows: gl.constexpr = words.shape[0]
     columns: gl.constexpr = words.shape[1] * (2 if is_int4 else 1)
     if is_int4:
         if has_zeros:
-            even, odd = gl.inline_asm_elementwise(
+            low, high = gl.inline_asm_elementwise(
                 asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
             )
         else:
-            even, odd = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
         # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
-        digits = gl.join(even, odd).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
+        digits = gl.join(low, high).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
     else:
         if has_zeros:
             numbers = gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [words, zero], zero.dtype, True, 4)
@@ -204,11 +206,11 @@ def _multiply(
                     else:  # the span's bytes, which are registers of the same threads
                         left, right = gl.split(words.reshape([rows, 2, span_bytes]).permute((0, 2, 1)))
                         numbers = gl.convert_layout(left if span == 0 else right, span_layout)
-                    weights = _decode(numbers, zero, asm, is_int4, has_zeros, layout)
+                    weights = _unpack(numbers, zero, asm, is_int4, has_zeros, layout)
                     scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
                     total += _product(weights, x_tile, nothing, layout) * scale[:, None]
                 else:
-                    weights = _decode(words, zero, asm, is_int4, has_zeros, layout)
+                    weights = _unpack(words, zero, asm, is_int4, has_zeros, layout)
                     total = _product(weights, x_tile, total, layout)
         synchronize()
         mbarrier.arrive(empty.index(stage), count=1)
@@ -295,7 +297,7 @@ def _consume(
 
 
 @gluon.jit
-def _help(
+def _consume_second(
     place,
     shared,
     of_groups,
@@ -312,7 +314,7 @@ def _help(
     span_layout: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """Another consumer, which leaves its sum in shared memory."""
+    """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
     total = _multiply(
         place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
@@ -426,7 +428,7 @@ def quantized_prefetch_kernel(
                     ),
                 ),
                 (
-                    _help,
+                    _consume_second,
                     (
                         place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
                         asm, zero_offset, words_layout, span_layout, layout,
@@ -446,7 +448,7 @@ def quantized_prefetch_kernel(
 
 
 @lru_cache
-def decoding(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
+def unpacking(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
     """PTX that turns a word into 16-bit numbers; `kind` is int4, int8 or fp8.
 
     A word holds pairs, of 4-bit numbers or bytes, 16 bits apart; both of a pair become numbers by the same operations.
@@ -526,7 +528,7 @@ def words_layout(rows: int, row_bytes: int, warps: int, is_int4: bool) -> gl.Dis
 
 @lru_cache
 def product_layout(block_tokens: int, warps: int, is_direct: bool) -> gl.NVMMADistributedLayout:
-    """Which thread holds which sums, and by that the instruction: warpgroup_mma, or Ampere's mma for few tokens.
+    """Which thread holds which sums, and hence the instruction: warpgroup_mma, or Ampere's mma for few tokens.
 
     A warpgroup_mma whose left operand comes from registers takes as long for 8 tokens as for 64 (measured on an H200).
     """
@@ -559,7 +561,8 @@ def launch_quantized_prefetch(
     assert out.is_contiguous()
     assert weight.shape == (features * (2 if is_gated else 1), in_features)
     assert in_features % blocks.inner == 0
-    # Each stage is one consumer's: another could take its barrier's last phase but one for the next.
+    # Each stage is one consumer's. A barrier knows the parity of its phase only: a consumer that had not waited for the
+    # stage's last phase could take the one before it for the next.
     assert blocks.stages % blocks.consumers == 0
     assert blocks.splits == 1 or not is_gated
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
@@ -596,7 +599,7 @@ def launch_quantized_prefetch(
         has_zeros=has_zeros,
         is_int4=weight.is_int4,
         is_gated=is_gated,
-        asm="" if is_direct else decoding(kind_of(weight), x.dtype, has_zeros),
+        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros),
         zero_offset=one if weight.is_int4 else 0.0,
         words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
         span_layout=words_layout(blocks.out, row_bytes // spans, blocks.warps, weight.is_int4),

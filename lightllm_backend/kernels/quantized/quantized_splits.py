@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import multiprocessor_count
-from lightllm_backend.kernels.quantized.decode import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.dequantize import dequantize
+from lightllm_backend.kernels.quantized.load_tile import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
-# Beyond these tokens, other kernels take over (see product.py); within them, more tokens are further tiles.
+# The tokens of a tile; product.py sends products of more to other kernels.
 MAX_TILE_TOKENS = 64
 
 
@@ -114,7 +114,7 @@ def choose_blocks(weight: QuantizedWeight, x: Tensor) -> Blocks | None:
 
 
 def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    x = weight.arrange(x)
+    x = weight.order_input(x)
     blocks = choose_blocks(weight, x)
     if blocks is None:
         return functional.linear(x, dequantize(weight, x.dtype), bias).unsqueeze(0)

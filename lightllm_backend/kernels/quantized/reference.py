@@ -57,7 +57,7 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
 
 
 def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    return functional.linear(weight.arrange(x), dequantize(weight, x.dtype), bias).unsqueeze(0)
+    return functional.linear(weight.order_input(x), dequantize(weight, x.dtype), bias).unsqueeze(0)
 
 
 def scaled_linear(
@@ -72,5 +72,5 @@ def scaled_linear(
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The product with `x` [tokens, in_features], whose activations have as many bits as the checkpoint asks for."""
     if weight.quantizes_input:
-        return scaled_linear(*quantize_tokens(weight.arrange(x), weight), weight, bias, x.dtype)
+        return scaled_linear(*quantize_tokens(weight.order_input(x), weight), weight, bias, x.dtype)
     return quantized_splits(x, weight, bias).squeeze(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantizedWeight: a matrix of 4 or 8 bits per weight, in the one layout that the kernels read."""
+"""QuantizedWeight: a matrix of 4 or 8 bits per weight, whatever checkpoint it comes from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class QuantizedWeight:
     4-bit values from 0 to 15 in each word, the first in the lowest bits. Without `zeros`, 4-bit values have the zero
     point 8 and others 0. The last group may be smaller. Column j is multiplied by input feature `order[j]`, or by j.
 
-    In fragments, the columns have the order of fragments.py: the kernels' own affair, which changes no product.
+    That is its layout while it is filled. In fragments, its columns are then in the order of fragments.py, which is
+    internal to the kernels: products, `dequantize` and `order` mean the same weight.
 
     If `quantizes_input`, the checkpoint wants the input in 8 bits as well, of the values' dtype: with one scale,
     `input_scale`, or else with a scale for each token and group.
@@ -55,7 +56,7 @@ class QuantizedWeight:
         zeros = None if self.zeros is None else self.zeros[:, rows]
         return replace(self, values=self.values[rows], scales=self.scales[:, rows], zeros=zeros)
 
-    def arrange(self, x: Tensor) -> Tensor:
+    def order_input(self, x: Tensor) -> Tensor:
         """The input [tokens, in_features] in the order of the weight's columns."""
         return x if self.order is None else x.index_select(1, self.order)
 

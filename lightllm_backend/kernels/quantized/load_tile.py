@@ -15,7 +15,7 @@ FP8_UNIT = tl.constexpr(256.0)
 
 @triton.jit
 def _in_order(tile, is_int4: tl.constexpr):
-    """Undoes the order of fragments.py, whose names the digits of a place have here: chunk, thread, block, ..."""
+    """Undoes the order of fragments.py, where the axes have their names: chunk, thread, block, ..."""
     rows: tl.constexpr = tile.shape[0]
     chunks: tl.constexpr = tile.shape[1] // 64
     if is_int4:  # the block's two bits lie apart
