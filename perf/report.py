@@ -179,6 +179,28 @@ def cpu_speed(result: dict[str, Any]) -> list[str]:
     return [title, "", *table(["batch", "engine", "transformers", "ratio"], rows)]
 
 
+def cpu_peer(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            row["work"],
+            f"{row['engine_tokens_per_second']:.1f}",
+            f"{row['llama_cpp_tokens_per_second']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{max(row['engine_rounds']):.1f}",
+            f"{max(row['llama_cpp_rounds']):.1f}",
+            f"{row['ratio_of_best']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    load = " to ".join(f"{result['load_average'][when][0]:.1f}" for when in ("before", "after"))
+    title = (
+        f"**{result['model']} on a CPU beside llama.cpp ({result['peer']}), {result['dtype']}, "
+        f"{result['threads']} threads, tokens/s** ({origin(result)}; load average {load}, of which the runs make some):"
+    )
+    headings = ["work", "engine", "llama.cpp", "ratio", "engine's best round", "llama.cpp's", "ratio"]
+    return [title, "", *table(headings, rows)]
+
+
 def router_time(result: dict[str, Any]) -> list[str]:
     times = ("router_ms_p50", "router_ms_p99", "server_ms_p50", "server_ms_p99")
     rows = [
@@ -477,6 +499,7 @@ def front_throughput(result: dict[str, Any]) -> list[str]:
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
+    "cpu_peer": cpu_peer,
     "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
     "long_context": long_context, "overload": overload, "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,

@@ -94,6 +94,7 @@ ALLOWED = {
     "models.quantization.readers": ("models.quantization", "models.weights"),
     "models.placement": ("kernels.interface", "parallel", "models.errors", "models.quantization.scheme"),
     "models.linear": (
+        "kernels.quantized.grid_weight",
         "kernels.quantized.weight",
         "models.errors",
         "models.placement",
@@ -103,6 +104,7 @@ ALLOWED = {
     ),
     "models.layers": ("kernels", "models.linear", "models.model_config", "models.placement", "models.weights"),
     "models.vocabulary": (
+        "kernels.quantized.grid_weight",
         "kernels.quantized.weight",
         "models.linear",
         "models.placement",
@@ -481,7 +483,7 @@ ALLOWED_PACKAGES = {
     "messages.seal": (),
     "file_limit": (),
     "triton_server.executable": (),
-    "kernels": ("torch", "triton"),
+    "kernels": ("llvmlite", "numba", "numpy", "torch", "triton"),
     "router": ("numpy",),
     "kv_pool.allocator": ("numpy",),
 }

@@ -5,7 +5,9 @@ Shapes are in brackets. New tokens are packed [tokens, ...], without padding. K 
 `k_pool` and `v_pool` [slots, kv_heads, head_dim] of the model's dtype, or int8 with `scales` [slots, kv_heads, 2]
 float16, the factors of K and of V. `req_to_token` [table rows, max length] int32 holds the slot of each position of a
 sequence; `rows` [sequences] int32 names the sequences' rows of it; `context_lengths` [sequences] int32 counts cached
-and new tokens. Unless said otherwise, floating-point arguments share one dtype, and the last dimension is contiguous.
+and new tokens. A `memo` holds what the references derive from these and from the rotation, once for all layers of a
+step; launchers do without. Unless said otherwise, floating-point arguments share one dtype, and the last dimension is
+contiguous.
 """
 
 from typing import Protocol
@@ -13,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
@@ -120,6 +123,7 @@ class Kernels(Protocol):
         v_pool: Tensor,
         scales: Tensor | None = None,
         query_starts: Tensor | None = None,
+        memo: StepMemo | None = None,
     ) -> None:
         """Rotates `q` and `k` in place, and writes `k` and `v` to their slots of the pool.
 
@@ -149,6 +153,7 @@ class Kernels(Protocol):
         scales: Tensor | None = None,
         whole_prompts: WholePromptTiles | None = None,
         out: Tensor | None = None,
+        memo: StepMemo | None = None,
     ) -> Tensor:
         """Causal attention of new tokens `q` [tokens, heads, head_dim] over their sequences' cached and new tokens.
 
@@ -180,6 +185,7 @@ class Kernels(Protocol):
         window: int = 0,
         scales: Tensor | None = None,
         out: Tensor | None = None,
+        memo: StepMemo | None = None,
     ) -> Tensor:
         """Decode attention: one new token per sequence, `q` [sequences, heads, head_dim], over its context or window.
 
@@ -210,6 +216,7 @@ class Kernels(Protocol):
         alibi_slopes: Tensor | None = None,
         window: int = 0,
         out: Tensor | None = None,
+        memo: StepMemo | None = None,
     ) -> Tensor:
         """token_attention over an int8 pool; token_attention calls it for one."""
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
@@ -58,6 +59,7 @@ class StepInput:
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
     whole_prompts: WholePromptTiles | None = None  # the prompts without cached tokens, if the host knows them
+    memo: StepMemo = field(default_factory=dict)  # of this step alone
 
 
 class RotaryEmbedding:
@@ -142,17 +144,24 @@ class PoolAttention:
         out = q.new_empty(q.shape)
         if decodes > 0:
             # The last of these tokens may belong to a prompt; the kernel leaves them alone.
+            is_all = len(q) == len(step.rows) == decodes
+
+            def first(tensor: Tensor) -> Tensor:
+                return tensor if is_all else tensor[:decodes]
+
             self.kernels.token_attention(
-                q[:decodes], k[:decodes], v[:decodes], cos[:decodes], sin[:decodes], step.slots[:decodes], kv.k, kv.v,
-                step.req_to_token, step.rows[:decodes], step.context_lengths[:decodes], step.max_context_length,
-                self.scale, self.alibi_slopes, self.window, kv.scales, out[:decodes],
+                first(q), first(k), first(v), first(cos), first(sin), first(step.slots), kv.k, kv.v, step.req_to_token,
+                first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
+                self.window, kv.scales, first(out), step.memo,
             )  # fmt: skip
         if len(step.query_starts) > 1:
-            self.kernels.rotary_kv_write(q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts)
+            self.kernels.rotary_kv_write(
+                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, step.memo
+            )
             self.kernels.prefill_attention(
                 q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
                 step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
-                step.whole_prompts, out,
+                step.whole_prompts, out, step.memo,
             )  # fmt: skip
         return out.flatten(1)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightllm_backend.kernels.quantized.grid_weight import GridWeight, with_grid
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.placement import Placement
@@ -47,28 +48,31 @@ class LinearWeight:
         else:
             name = place.path + parts[0].name
             self.value = empty_weight(self._scheme, name, rows, columns, place.dtype, place.device)
-        self._kernels = place.kernels
+        self._kernels, self._finds_grids = place.kernels, place.quantization.finds_grids
         place.weights.append(self)
 
     def arrange(self) -> None:
         """Bring a filled weight into the order that the kernels read best; its slots are of no use from then on."""
         if isinstance(self.value, QuantizedWeight):
             self.value = self._kernels.arrange_weight(self.value)
+        elif isinstance(self.value, Tensor) and self._finds_grids:
+            self.value = with_grid(self.value)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots: dict[str, WeightSlot] = {}
+        stored = self.value.floats if isinstance(self.value, GridWeight) else self.value
         first = 0
         for part in self._parts:
             rows = slice(first, first + part.rows)
             first += part.rows
-            if isinstance(self.value, Tensor):
+            if isinstance(stored, Tensor):
                 dim, start = (0, part.start) if self._columns.is_whole else (1, self._columns.start)
                 shape = (part.full_rows, self._columns.full)
-                slots[f"{part.name}.weight"] = WeightSlot(self.value[rows], shape, dim, start)
+                slots[f"{part.name}.weight"] = WeightSlot(stored[rows], shape, dim, start)
             else:
                 assert self._scheme is not None
                 span = Span(part.full_rows, part.start, part.rows)
-                weight = self.value.rows(rows)
+                weight = stored.rows(rows)
                 matrix = StoredMatrix(part.name, self._path, span, self._columns, self._scheme, weight)
                 slots |= matrix_slots(matrix)
         return slots

@@ -131,6 +131,10 @@ class ModelConfig:
             shape = replace(shape, quantization=with_head(head_dtype, shape.quantization))
         return shape
 
+    def with_grids(self) -> ModelConfig:
+        """The model whose weights are multiplied in 4 or 8 bits if those express them."""
+        return replace(self, quantization=replace(self.quantization, finds_grids=True))
+
     @property
     def _split_columns(self) -> tuple[int, int]:
         """The input features of the matrices that ranks split by these."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.quantized.grid_weight import with_grid
 from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.linear import LinearWeight, Part
 from lightllm_backend.models.placement import Placement
@@ -21,6 +22,10 @@ class Embedding:
         self.vocab_size = vocab_size
         rows, self.start, self.num_held = place.vocabulary_share(vocab_size)
         self.weight = place.empty(rows, hidden_size)
+        self.is_head = False  # a tied head sets it
+        self.as_head: Weight = self.weight  # what a tied head multiplies by
+        self._finds_grids = place.quantization.finds_grids
+        place.weights.append(self)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         if self.parallel.size == 1:
@@ -33,6 +38,10 @@ class Embedding:
     def weight_map(self, name: str) -> dict[str, WeightSlot]:
         shape = (self.vocab_size, self.weight.shape[1])
         return {name: WeightSlot(self.weight[: self.num_held], shape, 0, self.start)}
+
+    def arrange(self) -> None:
+        if self._finds_grids and self.is_head:
+            self.as_head = with_grid(self.weight)
 
 
 def select_tokens(x: Tensor, residual: Tensor, last_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,6 +66,7 @@ class Head:
         self.embedding = embedding
         self.num_held = embedding.num_held
         self._own = None if tied else self._own_weight()
+        embedding.is_head = tied
 
     @property
     def tied(self) -> bool:
@@ -64,11 +74,12 @@ class Head:
 
     @property
     def weight(self) -> Weight:
-        return self.embedding.weight if self._own is None else self._own.value
+        return self.embedding.as_head if self._own is None else self._own.value
 
     def untie(self) -> None:
         """Allocate a weight of its own, which load_weights then fills."""
         self._own = self._own_weight()
+        self.embedding.is_head = False
 
     def _own_weight(self) -> LinearWeight:
         rows, columns = self.embedding.weight.shape

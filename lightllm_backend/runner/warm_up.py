@@ -79,6 +79,11 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     torch.cuda.empty_cache()
 
 
+def compile_on_a_cpu(runner: ModelRunner) -> None:
+    """Compile the kernels of steps that decode, or load what an earlier process has compiled."""
+    runner.launch(example_batch(1, [], _GREEDY)).result()
+
+
 def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens: int) -> None:
     """Run all that serving launches beside the graphs, so that no request waits for a kernel to compile or to load.
 

@@ -29,6 +29,7 @@ from lightllm_backend.runner.step_arrays import Bucket
 from lightllm_backend.runner.warm_up import (
     bytes_left,
     compile_kernels,
+    compile_on_a_cpu,
     tokens_that_fit,
     warm_up,
     workspace_bytes,
@@ -66,6 +67,10 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     directory = config.model_dir or str(embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
     shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
+    # float32 is what a CPU is asked for where its answers are compared with those of others.
+    is_exact = config.dtype == "float32"
+    if not on_gpu and not is_exact:
+        shape = shape.with_grids()
     for warning in shape.warnings:
         log.warning(warning)
     parallel = TensorParallel.connect(rank, config.tp, device, store)
@@ -79,7 +84,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         )
     batch_max_tokens = config.batch_max_tokens or (GPU_BATCH_MAX_TOKENS if on_gpu else CPU_BATCH_MAX_TOKENS)
     kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
-    chosen_kernels = kernels.select(device)
+    chosen_kernels = kernels.select(device, compiled=not is_exact)
 
     started = time.monotonic()
     model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, limits.max_total)
@@ -110,6 +115,10 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         runner.capture_graphs(buckets)
         warm_up(runner, config.running_max_req_size, limits.max_input, batch_max_tokens)
         log.info("%d CUDA graphs and warm in %.1f s", len(buckets), time.monotonic() - started)
+    elif not is_exact:
+        started = time.monotonic()
+        compile_on_a_cpu(runner)
+        log.info("kernels compiled in %.1f s", time.monotonic() - started)
     log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
     log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
     info = EngineInfo(

@@ -241,12 +241,15 @@ def test_the_worker_s_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/server:/users/own")
     monkeypatch.setenv("PYTHONPATH", "/users/packages")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     environment = worker_environment(EngineConfig(dtype="float16"))
     assert environment["LD_LIBRARY_PATH"] == "/users/own"
     assert environment["LIGHTLLM_DTYPE"] == "float16"
-    assert environment["OMP_WAIT_POLICY"] == "passive"
+    assert environment["GOMP_SPINCOUNT"] == "10000"
     assert environment["PYTHONUTF8"] == "1", "status lines and paths are UTF-8"
     root = str(Path(__file__).resolve().parents[2])
     assert environment["PYTHONPATH"].split(os.pathsep) == [root, "/users/packages"]
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert worker_environment(EngineConfig())["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    environment = worker_environment(EngineConfig())
+    assert (environment["OMP_WAIT_POLICY"], environment.get("GOMP_SPINCOUNT")) == ("active", None)

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend import kernels
-from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels import compiled, launchers, reference
 from lightllm_backend.kernels.interface import Kernels
 
 FOLDER = Path(kernels.__file__).parent
 
 # What the kernels share, and the references.
 NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
-NOT_KERNELS |= {"kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
-NOT_KERNELS |= {"weight", "fragments", "load_tile", "product", "quantized_prefetch"}  # of weights of 4 and 8 bits
+NOT_KERNELS |= {"step_memo", "kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
+NOT_KERNELS |= {"attention", "numbers", "rows"}  # of compiled/, which has several in a file
+NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
+NOT_KERNELS |= {"quantized_prefetch"}
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 
@@ -34,7 +36,7 @@ def _functions(module):
 def test_launchers_and_references_have_the_same_names():
     files = sorted(path.stem for path in FOLDER.rglob("*.py") if path.stem not in NOT_KERNELS)
     assert files == sorted(launchers.__all__) == sorted(reference.__all__)
-    assert set(_functions(launchers)) == set(_functions(reference)) == set(files)
+    assert set(_functions(launchers)) == set(_functions(reference)) == set(_functions(compiled)) == set(files)
 
 
 @pytest.mark.parametrize("name", launchers.__all__)
@@ -51,6 +53,7 @@ def test_signatures_are_those_of_the_interface(name):
     expected = declared.replace(parameters=list(declared.parameters.values())[1:])  # without self
     assert inspect.signature(_functions(launchers)[name]) == expected
     assert inspect.signature(_functions(reference)[name]) == expected
+    assert inspect.signature(_functions(compiled)[name]) == expected
 
 
 def test_the_interface_describes_each():
@@ -65,6 +68,7 @@ def test_each_is_tested():
 
 def test_select():
     assert kernels.select("cpu") is reference
+    assert kernels.select("cpu", compiled=True) is compiled
     assert kernels.select("cuda:1") is launchers
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int8 keys and values cost a real model: the perplexity of a fixed text, of SmolLM2."""
+"""What fewer bits cost a real model, SmolLM2: the perplexity of a fixed text, with int8 keys and values, and as a CPU
+multiplies weights that were dequantised."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lightllm_backend.kernels.quantized.grid_weight import GridWeight, has_kernel
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.text.tokenizer import Tokenizer
-from tests.models.step_harness import HandSequence, StepHarness, load_model
+from tests.models.step_harness import HandSequence, StepHarness, load_model, model_of
 
 TEXT = """\
 The lighthouse at the end of the harbour had not been lit for eleven years when Marta bought it. The man who sold it \
@@ -41,26 +45,41 @@ def model() -> CausalLM:
     return load_model(embedded_model_directory(), max_length=512)
 
 
-def perplexity(model: CausalLM, tokens: list[int], kv_dtype: torch.dtype) -> float:
-    """The second half of the text is read from the pool by decode steps and by a chunk of a prefill."""
+def perplexity(model: CausalLM, tokens: list[int], kv_dtype: torch.dtype, lengths: list[int]) -> float:
+    """The text is computed in steps of these lengths; each reads what is before it from the pool."""
     config = ModelConfig.from_directory(embedded_model_directory())
     harness = StepHarness(model, config.num_layers, rows=1, max_length=512, kv_dtype=kv_dtype)
     sequence = HandSequence(0, tokens, prompt_length=len(tokens) - 8)
-    lengths = [len(tokens) // 2, sequence.prompt_length - len(tokens) // 2, *[1] * 7]
     logits = []
     with torch.inference_mode():
         for length in lengths:
             step = harness.step_input([(sequence, length)])
             every_token = torch.arange(length)
-            logits.append(model.forward(type(step)(**{**vars(step), "last_tokens": every_token})))
+            logits.append(model.forward(replace(step, last_tokens=every_token)).float())
             sequence.cached += length
-    return float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(tokens[1:])).exp())
+    return float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(tokens[1 : 1 + sum(lengths)])).exp())
 
 
 def test_int8_keys_and_values_cost_less_than_half_a_percent(model):
     tokens = Tokenizer.load(embedded_model_directory()).encode(TEXT)
     assert 300 < len(tokens) < 512
-    plain, quantised = (perplexity(model, tokens, dtype) for dtype in (torch.float32, torch.int8))
+    half = len(tokens) // 2
+    lengths = [half, len(tokens) - 8 - half, *[1] * 7]
+    plain, quantised = (perplexity(model, tokens, dtype, lengths) for dtype in (torch.float32, torch.int8))
     assert plain < 30, "the model does not know the language"
+    assert plain != quantised
+    assert abs(quantised / plain - 1) < 0.005
+
+
+@pytest.mark.skipif(not has_kernel(torch.device("cpu")), reason="this CPU has no kernel")
+def test_weights_on_their_grids_cost_less_than_half_a_percent(model):
+    tokens = Tokenizer.load(embedded_model_directory()).encode(TEXT)
+    config = ModelConfig.from_directory(embedded_model_directory()).with_grids()
+    on_grids = model_of(embedded_model_directory(), config, None, torch.bfloat16, 512)
+    weights = [layer.attention.qkv.weight for layer in on_grids.layers] + [on_grids.head.weight]
+    assert [weight.halves for weight in weights if isinstance(weight, GridWeight)] == [1] * config.num_layers + [2]
+    # So few tokens at once are multiplied by the grids alone.
+    plain = perplexity(model, tokens, torch.float32, [120])
+    quantised = perplexity(on_grids, tokens, torch.bfloat16, [4] * 30)
     assert plain != quantised
     assert abs(quantised / plain - 1) < 0.005

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightllm_backend import kernels
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.model_config import UNLIMITED_POSITIONS
+from lightllm_backend.models.model_config import UNLIMITED_POSITIONS, ModelConfig
 from lightllm_backend.worker.load import CPU_POOL_TOKENS, choose_device, load_engine
 
 
@@ -131,3 +133,13 @@ def test_the_log_says_how_long_requests_may_be_and_which_setting_asks_for_more(t
     assert (short.lengths.max_input, short.lengths.max_total) == (100, 512)
     assert "max_req_total_len is 3072; 512 is used, by the model's limit" in caplog.messages
     assert f"a KV pool of 16384 tokens; a request has {short.lengths}" in caplog.messages
+
+
+@pytest.mark.parametrize(("dtype", "is_fast"), [("auto", True), ("bfloat16", True), ("float32", False)])
+def test_a_cpu_computes_exactly_only_if_float32_is_asked_for(tmp_path, monkeypatch, dtype, is_fast) -> None:
+    asked = []
+    select = kernels.select
+    monkeypatch.setattr(kernels, "select", lambda device, compiled: asked.append(compiled) or select(device))
+    monkeypatch.setattr(ModelConfig, "with_grids", lambda shape: asked.append("grids") or shape)
+    load_engine(replace(dummy_model(tmp_path), dtype=dtype))
+    assert asked == (["grids", True] if is_fast else [False])

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return (functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+    return functional.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.kv_scales import scale_pairs
 from lightllm_backend.kernels.attention.merge_splits import LOG2_E
 from lightllm_backend.kernels.attention.prefill_loops import attend_cached, attend_new, find_tile
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capability, has_descriptors
@@ -212,6 +213,7 @@ def prefill_attention(
     scales: Tensor | None = None,
     whole_prompts: WholePromptTiles | None = None,
     out: Tensor | None = None,
+    memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = rows.shape[0], k_pool.shape[1]

@@ -4,12 +4,14 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
+from lightllm_backend.kernels.attention.step_memo import StepMemo, once
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 
 # The elements of an attention bias that are built at a time.
@@ -27,42 +29,73 @@ def rotary_kv_write(
     v_pool: Tensor,
     scales: Tensor | None = None,
     query_starts: Tensor | None = None,
+    memo: StepMemo | None = None,
 ) -> None:
-    if query_starts is not None:
-        q, k, v, cos, sin, slots = (tensor[int(query_starts[0]) :] for tensor in (q, k, v, cos, sin, slots))
-    q.copy_(_rotate(q, cos, sin))
-    written = _write(_rotate(k, cos, sin), v, slots, k_pool, v_pool, scales)
+    def of_prompts() -> tuple[slice, _Turns, _Places]:
+        first = 0 if query_starts is None else int(query_starts[0])
+        return slice(first, None), _Turns.of(cos[first:], sin[first:]), _Places.of(slots[first:])
+
+    part, turns, places = once(memo, "prompts' new tokens", of_prompts)
+    q, k, v = q[part], k[part], v[part]
+    q.copy_(_rotate(q, turns))
+    written = _write(_rotate(k, turns), v, places, k_pool, v_pool, scales)
     for tensor, values in zip((k, v), written, strict=True):
         if tensor is not values:
             tensor.copy_(values)
 
 
+class _Places(NamedTuple):
+    """Where new tokens go in the pool."""
+
+    slots: Tensor  # int64, of those that are no padding
+    live: Tensor | None  # which are no padding; None: all
+
+    @classmethod
+    def of(cls, slots: Tensor) -> "_Places":
+        live = slots >= 0
+        return cls(slots.long(), None) if bool(live.all()) else cls(slots[live].long(), live)
+
+    def choose(self, values: Tensor) -> Tensor:
+        return values if self.live is None else values[self.live]
+
+
 def _write(
-    k: Tensor, v: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor, scales: Tensor | None
+    k: Tensor, v: Tensor, places: _Places, k_pool: Tensor, v_pool: Tensor, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Writes K, rotated, and V at their slots, and returns what was written."""
-    has_padding = slots.numel() > 0 and int(slots.min()) < 0
-    live = slots >= 0 if has_padding else slice(None)
-    slots = slots[live].long()
+    slots = places.slots
     if scales is None:
         for values, pool in ((k, k_pool), (v, v_pool)):
-            pool.index_copy_(0, slots, values[live].to(pool.dtype))
+            pool.index_copy_(0, slots, places.choose(values).to(pool.dtype))
         return k, v
     written = []
     for index, (values, pool) in enumerate(((k, k_pool), (v, v_pool))):
         quantized, scale = _quantize(values.float(), scales.dtype)
-        pool[slots], scales[slots, :, index] = quantized[live], scale[live]
+        pool[slots], scales[slots, :, index] = places.choose(quantized), places.choose(scale)
         written.append(quantized * scale.float().unsqueeze(-1))
     return written[0], written[1]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class _Turns(NamedTuple):
+    """Rotary embeddings as factors [tokens, 1, rotary_dim] of x, and of x with its halves exchanged."""
+
+    own: Tensor
+    exchanged: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> "_Turns":
+        return cls(torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1))
+
+
+def _rotate(x: Tensor, turns: _Turns) -> Tensor:
     """In float32."""
-    half = cos.shape[-1]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return torch.cat((rotated, x[..., 2 * half :].float()), -1) if 2 * half < x.shape[-1] else rotated
+    rotary_dim = turns.own.shape[-1]
+    if rotary_dim == 0:
+        return x.float()
+    turned = x[..., :rotary_dim].float()
+    exchanged = turned.view(*turned.shape[:-1], 2, rotary_dim // 2).flip(-2).view(turned.shape)
+    rotated = torch.addcmul(turned * turns.own, exchanged, turns.exchanged)
+    return torch.cat((rotated, x[..., rotary_dim:].float()), -1) if rotary_dim < x.shape[-1] else rotated
 
 
 def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -90,38 +123,63 @@ def prefill_attention(
     scales: Tensor | None = None,
     whole_prompts: WholePromptTiles | None = None,  # noqa: ARG001 - says nothing new
     out: Tensor | None = None,
+    memo: StepMemo | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    bias_heads = 0 if alibi_slopes is None else q.shape[1]
+    tables = req_to_token, rows, query_starts, context_lengths
+    key = "prompts", window, bias_heads
+    for prompts in once(memo, key, lambda: list(_prompts(*tables, window, bias_heads))):
+        mask = None if prompts.is_plain else prompts.seen
+        if alibi_slopes is not None:
+            mask = _bias(prompts.position, prompts.seen, alibi_slopes)
+        result = functional.scaled_dot_product_attention(
+            q[prompts.tokens].transpose(1, 2),
+            _gather(k_pool, scales, 0, prompts.slots, q.dtype).transpose(1, 2),
+            _gather(v_pool, scales, 1, prompts.slots, q.dtype).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=prompts.is_plain,
+            scale=scale,
+            enable_gqa=q.shape[1] != k_pool.shape[1],
+        )
+        out[prompts.tokens[prompts.live]] = result.transpose(1, 2)[prompts.live]
+    return out
+
+
+class _Prompts(NamedTuple):
+    """Prompt chunks that are computed together, padded to the longest."""
+
+    tokens: Tensor  # [sequences, queries] int64; padding repeats token 0
+    live: Tensor  # [sequences, queries] bool: no padding
+    slots: Tensor  # [sequences, keys] int64
+    position: Tensor  # [sequences, queries], of each query among the keys
+    seen: Tensor  # [sequences, 1, queries, keys] bool
+    is_plain: bool  # causal attention over nothing but these tokens
+
+
+def _prompts(
+    req_to_token: Tensor, rows: Tensor, query_starts: Tensor, context_lengths: Tensor, window: int, bias_heads: int
+) -> Iterator[_Prompts]:
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     # What no query of a sequence sees is left out, as if the sequence began behind it.
     skipped = [max(0, c - n - window + 1) if window else 0 for c, n in zip(contexts, lengths, strict=True)]
     contexts = [context - skip for context, skip in zip(contexts, skipped, strict=True)]
-    for sequences in _groups(lengths, contexts, 0 if alibi_slopes is None else q.shape[1]):
+    for sequences in _groups(lengths, contexts, bias_heads):
         start, queries, skip, context = (
-            torch.tensor([values[s] for s in sequences], device=q.device)
+            torch.tensor([values[s] for s in sequences], device=rows.device)
             for values in (starts, lengths, skipped, contexts)
         )
-        query = torch.arange(max(lengths[s] for s in sequences), device=q.device)
+        query = torch.arange(max(lengths[s] for s in sequences), device=rows.device)
         longest = max(contexts[s] for s in sequences)
         slots = _slots(req_to_token, rows[sequences], skip, context, longest)
         live = query < queries[:, None]
         tokens = torch.where(live, start[:, None] + query, 0)
         is_whole = lengths[sequences[0]] == contexts[sequences[0]]
-        is_plain = is_whole and alibi_slopes is None and not 0 < window < len(query)
+        is_plain = is_whole and bias_heads == 0 and not 0 < window < len(query)
         # The position of each query bounds what it sees; padded keys lie behind it.
-        mask = None if is_plain else _mask((context - queries)[:, None] + query, longest, window, alibi_slopes)
-        result = functional.scaled_dot_product_attention(
-            q[tokens].transpose(1, 2),
-            _gather(k_pool, scales, 0, slots, q.dtype).transpose(1, 2),
-            _gather(v_pool, scales, 1, slots, q.dtype).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=is_plain,
-            scale=scale,
-            enable_gqa=q.shape[1] != k_pool.shape[1],
-        )
-        out[tokens[live]] = result.transpose(1, 2)[live]
-    return out
+        position = (context - queries)[:, None] + query
+        yield _Prompts(tokens, live, slots, position, _seen(position, longest, window), is_plain)
 
 
 def _groups(lengths: list[int], contexts: list[int], bias_heads: int) -> Iterator[list[int]]:
@@ -138,11 +196,20 @@ def _groups(lengths: list[int], contexts: list[int], bias_heads: int) -> Iterato
         yield from (group[first : first + at_once] for first in range(0, len(group), at_once))
 
 
-def _mask(position: Tensor, longest: int, window: int, alibi_slopes: Tensor | None) -> Tensor:
-    """What queries at `position` [sequences, queries] see, or their bias, [sequences, 1 or heads, queries, keys]."""
-    distance = position[:, None, :, None] - torch.arange(longest, device=position.device)
-    seen = distance >= 0 if window == 0 else (distance >= 0) & (distance < window)
-    return seen if alibi_slopes is None else torch.where(seen, alibi_slopes[:, None, None] * -distance, -torch.inf)
+def _distance(position: Tensor, longest: int) -> Tensor:
+    """From queries at `position` [sequences, queries] to each key, [sequences, 1, queries, keys]."""
+    return position[:, None, :, None] - torch.arange(longest, device=position.device)
+
+
+def _seen(position: Tensor, longest: int, window: int) -> Tensor:
+    """Whether queries see each key, [sequences, 1, queries, keys]."""
+    distance = _distance(position, longest)
+    return distance >= 0 if window == 0 else (distance >= 0) & (distance < window)
+
+
+def _bias(position: Tensor, seen: Tensor, alibi_slopes: Tensor) -> Tensor:
+    """What is added to scores, [sequences, heads, queries, keys]."""
+    return torch.where(seen, alibi_slopes[:, None, None] * -_distance(position, seen.shape[-1]), -torch.inf)
 
 
 def token_attention(
@@ -163,57 +230,68 @@ def token_attention(
     window: int = 0,
     scales: Tensor | None = None,
     out: Tensor | None = None,
+    memo: StepMemo | None = None,
 ) -> Tensor:
+    def of_decodes() -> tuple[_Turns, _Places]:
+        return _Turns.of(cos, sin), _Places.of(slots.masked_fill(context_lengths == 0, -1))
+
     out = torch.zeros_like(q) if out is None else out
-    q = _rotate(q, cos, sin).to(q.dtype)
-    _write(_rotate(k, cos, sin), v, slots.masked_fill(context_lengths == 0, -1), k_pool, v_pool, scales)
-    groups: dict[int, list[int]] = defaultdict(list)
-    seen = context_lengths.clamp_max(window) if window else context_lengths
-    contexts = seen.tolist()
-    for sequence, context in enumerate(contexts):
-        groups[context.bit_length()].append(sequence)
-    groups.pop(0, None)
-    pools, options = (k_pool, v_pool, scales), (req_to_token, scale, alibi_slopes)
-    if len(groups) == 1 and min(contexts) > 0:
-        return out.copy_(_attend_padded(q, rows, context_lengths, seen, min(contexts), max(contexts), pools, *options))
-    for sequences in groups.values():
-        lengths = [contexts[s] for s in sequences]
-        part = (q[sequences], rows[sequences], context_lengths[sequences], seen[sequences])
-        out[sequences] = _attend_padded(*part, min(lengths), max(lengths), pools, *options)
+    turns, places = once(memo, "decodes' new tokens", of_decodes)
+    q = _rotate(q, turns).to(q.dtype)
+    _write(_rotate(k, turns), v, places, k_pool, v_pool, scales)
+    kv_heads, head_dim = k_pool.shape[1:]
+    tables = req_to_token, rows, context_lengths
+    for decodes in once(memo, ("decodes", window), lambda: list(_decodes(*tables, window, q.dtype))):
+        mask = decodes.mask
+        if alibi_slopes is not None:
+            # The query heads that share a KV head take the place of query positions.
+            bias = _bias(decodes.position, decodes.seen[:, None, None], alibi_slopes)
+            mask = bias.reshape(len(bias), kv_heads, -1, bias.shape[-1])
+        chosen = q if decodes.sequences is None else q[decodes.sequences]
+        result = functional.scaled_dot_product_attention(
+            chosen.reshape(len(chosen), kv_heads, -1, head_dim),
+            _gather(k_pool, scales, 0, decodes.slots, q.dtype).transpose(1, 2),
+            _gather(v_pool, scales, 1, decodes.slots, q.dtype).transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+        ).reshape(chosen.shape)
+        if decodes.sequences is None:
+            out.copy_(result)
+        else:
+            out[decodes.sequences] = result
     return out
 
 
-def _attend_padded(
-    q: Tensor,
-    rows: Tensor,
-    context_lengths: Tensor,
-    seen: Tensor,
-    shortest: int,
-    longest: int,
-    pools: tuple[Tensor, Tensor, Tensor | None],
-    req_to_token: Tensor,
-    scale: float,
-    alibi_slopes: Tensor | None,
-) -> Tensor:
-    """Decode attention of sequences that see much the same number of tokens, padded to the longest.
+class _Decodes(NamedTuple):
+    """Sequences that see much the same number of tokens and are computed together, padded to the longest."""
 
-    pools: of K, of V, and the scales.
-    """
-    sequences, heads, head_dim = q.shape
-    k_pool, v_pool, scales = pools
-    kv_heads = k_pool.shape[1]
-    slots = _slots(req_to_token, rows, context_lengths - seen, seen, longest)
-    mask = None
-    if alibi_slopes is not None:
-        # The query heads that share a KV head take the place of query positions.
-        mask = _mask(seen[:, None] - 1, longest, 0, alibi_slopes).reshape(sequences, kv_heads, -1, longest)
-    elif shortest < longest:
-        mask = (torch.arange(longest, device=q.device) < seen[:, None])[:, None, None, :]
-    k = _gather(k_pool, scales, 0, slots, q.dtype).transpose(1, 2)
-    v = _gather(v_pool, scales, 1, slots, q.dtype).transpose(1, 2)
-    grouped = q.reshape(sequences, kv_heads, -1, head_dim)
-    result = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return result.reshape(sequences, heads, head_dim)
+    sequences: list[int] | None  # None: all
+    slots: Tensor  # [sequences, keys] int64
+    position: Tensor  # [sequences, 1], of the query among the keys
+    seen: Tensor  # [sequences, keys] bool
+    mask: Tensor | None  # [sequences, 1, 1, keys], -inf at padding; None: there is none
+
+
+def _decodes(
+    req_to_token: Tensor, rows: Tensor, context_lengths: Tensor, window: int, dtype: torch.dtype
+) -> Iterator[_Decodes]:
+    all_seen = context_lengths.clamp_max(window) if window else context_lengths
+    contexts = all_seen.tolist()
+    groups: dict[int, list[int]] = defaultdict(list)
+    for sequence, context in enumerate(contexts):
+        groups[context.bit_length()].append(sequence)
+    groups.pop(0, None)
+    for sequences in groups.values():
+        lengths = [contexts[s] for s in sequences]
+        seen, longest = all_seen[sequences], max(lengths)
+        slots = _slots(req_to_token, rows[sequences], context_lengths[sequences] - seen, seen, longest)
+        position = seen[:, None] - 1
+        is_seen = torch.arange(longest, device=rows.device) <= position
+        mask = None
+        if min(lengths) < longest:
+            mask = torch.zeros(is_seen.shape, dtype=dtype, device=rows.device).masked_fill(~is_seen, -torch.inf)
+            mask = mask[:, None, None]
+        yield _Decodes(sequences if len(sequences) < len(contexts) else None, slots, position, is_seen, mask)
 
 
 def token_attention_int8(
@@ -234,10 +312,11 @@ def token_attention_int8(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     out: Tensor | None = None,
+    memo: StepMemo | None = None,
 ) -> Tensor:
     table = (req_to_token, rows, context_lengths, max_context_length)
     new = (q, k, v, cos, sin, slots)
-    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out)
+    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out, memo)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 # The elements of a program's tile, which is some heads of one token.
@@ -179,6 +180,7 @@ def rotary_kv_write(
     v_pool: Tensor,
     scales: Tensor | None = None,
     query_starts: Tensor | None = None,
+    memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
 ) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]

@@ -25,6 +25,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     split_range,
 )
 from lightllm_backend.kernels.attention.rotary_kv_write import rotated
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
@@ -202,6 +203,7 @@ def token_attention(
     window: int = 0,
     scales: Tensor | None = None,
     out: Tensor | None = None,
+    memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
 ) -> Tensor:
     if scales is not None:
         table = (req_to_token, rows, context_lengths, max_context_length)

@@ -24,6 +24,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     split_range,
 )
 from lightllm_backend.kernels.attention.rotary_kv_write import quantize, rotated, scale_of
+from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 
@@ -313,6 +314,7 @@ def token_attention_int8(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
     out: Tensor | None = None,
+    memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]

@@ -67,6 +67,7 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tenso
             return silu_and_mul(linear(x, weight, bias))
         x, weight = weight.order_input(x), dequantize(weight, x.dtype)
     tokens, features = x.shape[0], weight.shape[0] // 2
+    assert isinstance(weight, Tensor)
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:
         return gated_tiles.gated_tiles(x, weight)

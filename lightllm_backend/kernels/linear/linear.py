@@ -20,6 +20,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | 
         return sum_splits(parts, parts.new_empty(parts.shape[1:], dtype=x.dtype) if out is None else out)
     if out is None:
         out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
+    assert isinstance(weight, Tensor)
     choice = choice_for(x, weight, bias)
     if choice.blocks is None:
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)

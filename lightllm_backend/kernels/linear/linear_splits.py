@@ -62,6 +62,7 @@ def linear_splits_kernel(
 def linear_splits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
         return quantized_parts(x, weight, bias)
+    assert isinstance(weight, Tensor)
     choice = choice_for(x, weight, bias)
     if choice.blocks is None:
         return functional.linear(x, weight, bias).unsqueeze(0)

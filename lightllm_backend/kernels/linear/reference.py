@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightllm_backend.kernels.activation.reference import silu_and_mul
+from lightllm_backend.kernels.quantized.grid_weight import GridWeight
 from lightllm_backend.kernels.quantized.reference import quantized_linear
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
@@ -12,6 +13,8 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
         product = quantized_linear(x, weight, bias)
+    elif isinstance(weight, GridWeight):
+        product = weight.linear(x, bias)
     else:
         product = functional.linear(x, weight, bias)
     return product if out is None else out.copy_(product)

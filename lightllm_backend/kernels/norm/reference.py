@@ -9,13 +9,11 @@ from torch.nn import functional
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     x = sum_of_parts(x)
     if residual is not None:
-        residual += x
-        x_float = residual.float()
-    else:
-        x_float = x.float()
-    normalized = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+        x = residual.add_(x)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    normalized = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     # Rounded before the product with the weight, as the models were trained.
-    return weight * normalized.to(weight.dtype)
+    return normalized.to(weight.dtype).mul_(weight)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

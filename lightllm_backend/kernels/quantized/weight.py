@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.quantized.grid_weight import GridWeight
+
 # The largest magnitudes of 8-bit numbers; -128 is not used, so that the range is symmetric.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # The least scale of activations, so that none is divided by zero.
@@ -66,8 +68,8 @@ class QuantizedWeight:
         return (value for value in values if isinstance(value, Tensor))
 
 
-# What the products multiply by.
-Weight = Tensor | QuantizedWeight
+# What the products multiply by; a GridWeight is for a CPU.
+Weight = Tensor | QuantizedWeight | GridWeight
 
 
 def pack_int4(values: Tensor) -> Tensor:

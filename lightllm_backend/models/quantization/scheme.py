@@ -105,6 +105,7 @@ class Quantization:
 
     method: str = ""  # its name in errors
     rules: tuple[Rule, ...] = ()  # the first that applies to a name counts
+    finds_grids: bool = False  # of floats that 4 or 8 bits express: see kernels.quantized.grid_weight
 
     def scheme(self, name: str) -> WeightScheme | None:
         """The scheme of the linear layer of this name; None if its weight is not quantised."""

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-calls
+"""Decode attention in one call: rotary embedding, writing K and V, and attention over the pool."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.attention.step_memo import StepMemo, once
+from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, rounded
+
+# Where the contexts have more tokens together, PyTorch's threads win.
+_FEW_CONTEXT_TOKENS = 4096
+
+
+@compiled
+def _rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], factor: Any, out: NDArray[Any]) -> None:
+    """One head's dimensions, times a factor, to float32."""
+    half = cos.shape[0]
+    for i in range(half):
+        first, second = load(x[i]), load(x[half + i])
+        out[i] = (first * cos[i] - second * sin[i]) * factor
+        out[half + i] = (second * cos[i] + first * sin[i]) * factor
+    for i in range(2 * half, x.shape[0]):
+        out[i] = load(x[i]) * factor
+
+
+@compiled
+def _attend(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    cos: NDArray[Any],
+    sin: NDArray[Any],
+    slots: NDArray[Any],
+    k_pool: NDArray[Any],
+    v_pool: NDArray[Any],
+    req_to_token: NDArray[Any],
+    rows: NDArray[Any],
+    context_lengths: NDArray[Any],
+    scale: float,
+    out: NDArray[Any],
+) -> None:
+    sequences, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    shared = heads // kv_heads
+    rotated = np.empty((shared + 1, head_dim), np.float32)
+    attended = np.empty(head_dim, np.float32)
+    for s in range(sequences):
+        context = context_lengths[s]
+        if context == 0:
+            continue
+        slot_of = req_to_token[rows[s]]
+        weights = np.empty((shared, context), np.float32)
+        for kv_head in range(kv_heads):
+            _rotate(k[s, kv_head], cos[s], sin[s], np.float32(1.0), rotated[shared])
+            for i in range(head_dim):
+                k_pool[slots[s], kv_head, i] = rounded(rotated[shared, i], k_pool)
+                v_pool[slots[s], kv_head, i] = v[s, kv_head, i]
+            for h in range(shared):
+                _rotate(q[s, kv_head * shared + h], cos[s], sin[s], np.float32(scale), rotated[h])
+            for position in range(context):
+                key = k_pool[slot_of[position], kv_head]
+                for h in range(shared):
+                    score = np.float32(0.0)
+                    for i in range(head_dim):
+                        score += rotated[h, i] * load(key[i])
+                    weights[h, position] = score
+            for h in range(shared):
+                largest = weights[h].max()
+                total = np.float32(0.0)
+                for position in range(context):
+                    weight = exp(weights[h, position] - largest)
+                    weights[h, position] = weight
+                    total += weight
+                attended[:] = 0.0
+                for position in range(context):
+                    value = v_pool[slot_of[position], kv_head]
+                    for i in range(head_dim):
+                        attended[i] += weights[h, position] * load(value[i])
+                for i in range(head_dim):
+                    out[s, kv_head * shared + h, i] = rounded(attended[i] / total, out)
+
+
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    context_lengths: Tensor,
+    max_context_length: int,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+    scales: Tensor | None = None,
+    out: Tensor | None = None,
+    memo: StepMemo | None = None,
+) -> Tensor:
+    is_short = once(memo, "short contexts", lambda: int(context_lengths.sum()) <= _FEW_CONTEXT_TOKENS)
+    is_plain = alibi_slopes is None and window == 0 and scales is None
+    if not (is_short and is_plain and q.dtype == k_pool.dtype and q.dtype in DTYPES):
+        return reference.token_attention(
+            q, k, v, cos, sin, slots, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
+            alibi_slopes, window, scales, out, memo,
+        )  # fmt: skip
+    out = q.new_zeros(q.shape) if out is None else out
+    rotation = once(memo, "arrays of the rotation", lambda: (array(cos), array(sin)))
+    tables = once(memo, "arrays of decodes", lambda: (array(req_to_token), array(rows), array(context_lengths)))
+    _attend(
+        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, array(out)
+    )  # fmt: skip
+    return out

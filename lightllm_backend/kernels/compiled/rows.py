@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-calls
+"""What a step does with each token's row beside products and attention: the norm, and the gate of an MLP."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, rounded
+from lightllm_backend.kernels.norm.reference import sum_of_parts
+from lightllm_backend.kernels.quantized.weight import Weight
+
+# With more numbers PyTorch's threads win.
+_FEW = 1 << 15
+
+
+@compiled
+def _add_and_norm(x: NDArray[Any], weight: NDArray[Any], eps: float, residual: NDArray[Any], out: NDArray[Any]) -> None:
+    dim = x.shape[1]
+    for token in range(x.shape[0]):
+        total = np.float32(0.0)
+        for i in range(dim):
+            number = rounded(load(x[token, i]) + load(residual[token, i]), residual)
+            residual[token, i] = number
+            total += load(number) * load(number)
+        factor = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
+        for i in range(dim):
+            normalized = rounded(load(residual[token, i]) * factor, out)
+            out[token, i] = rounded(load(normalized) * load(weight[i]), out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    x = sum_of_parts(x)
+    if residual is None or x.numel() > _FEW or not x.dtype == weight.dtype == residual.dtype or x.dtype not in DTYPES:
+        return reference.rms_norm(x, weight, eps, residual)
+    out = residual.new_empty(residual.shape)
+    _add_and_norm(array(x), array(weight), eps, array(residual), array(out))
+    return out
+
+
+@compiled
+def _silu_and_mul(gate_up: NDArray[Any], out: NDArray[Any]) -> None:
+    features = out.shape[1]
+    for token in range(out.shape[0]):
+        for i in range(features):
+            gate = load(gate_up[token, i])
+            up = load(gate_up[token, features + i])
+            out[token, i] = rounded(gate / (np.float32(1.0) + exp(-gate)) * up, out)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    if gate_up.numel() > _FEW or gate_up.dtype not in DTYPES:
+        return reference.silu_and_mul(gate_up)
+    out = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    _silu_and_mul(array(gate_up), array(out))
+    return out
+
+
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return silu_and_mul(reference.linear(x, weight, bias))

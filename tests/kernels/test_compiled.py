@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels of a CPU against their references, which they call for what they are not compiled for."""
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+
+from lightllm_backend.kernels import compiled, reference
+from tests.kernels.kernel_harness import TOLERANCE, VARIANTS, make_pool, new_tokens, relative_error
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without references to fall back on."""
+    module = ModuleType("no_reference")
+    for name in ("rows", "attention"):
+        monkeypatch.setattr(importlib.import_module(f"lightllm_backend.kernels.compiled.{name}"), "reference", module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_rms_norm(dtype, in_parts, alone) -> None:
+    x, residual, weight = torch.randn(3, 70).to(dtype), torch.randn(3, 70).to(dtype), torch.randn(70).to(dtype)
+    sums = residual.clone()
+    expected = reference.rms_norm(x, weight, 1e-3, sums)
+    out = compiled.rms_norm(x.unsqueeze(0) if in_parts else x, weight, 1e-3, residual)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert torch.equal(residual, sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(dtype, alone) -> None:
+    gate_up = (torch.randn(3, 140) * 4).to(dtype)
+    gate_up[0, :6] = torch.tensor([-200.0, 200.0, 0.0, -0.0, -88.0, 88.0])
+    out, expected = compiled.silu_and_mul(gate_up), reference.silu_and_mul(gate_up)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("contexts", [[1], [70, 0, 64, 130, 2]])
+@pytest.mark.parametrize(("shape", "rotary_dim"), [((4, 2, 64), 64), ((3, 1, 20), 8), ((2, 2, 16), 0)])
+def test_token_attention(dtype, contexts, shape, rotary_dim, alone) -> None:
+    heads, kv_heads, head_dim = shape
+    new, pool = new_tokens(make_pool(contexts, kv_heads, head_dim, dtype, CPU), heads, dtype, rotary_dim)
+    wide = pool.to(torch.float32)
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
+    before = [tensor.clone() for tensor in new]
+    out = compiled.token_attention(*new, pool.k, pool.v, *rest)
+    expected = reference.token_attention(*new.to(torch.float32), wide.k, wide.v, *rest)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    for written, wanted in ((pool.k, wide.k), (pool.v, wide.v)):
+        # NaN where nobody has written: the same slots.
+        torch.testing.assert_close(written.float(), wanted, rtol=1e-2, atol=1e-6, equal_nan=True)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(new, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none(dtype) -> None:
+    """A broken model must not look sound."""
+    x, residual = torch.full((1, 70), torch.nan).to(dtype), torch.randn(1, 70).to(dtype)
+    assert compiled.rms_norm(x, torch.ones(70).to(dtype), 1e-5, residual).isnan().all()
+    assert compiled.silu_and_mul(torch.full((1, 140), torch.nan).to(dtype)).isnan().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_computes_what_is_not_compiled(variant) -> None:
+    pool = make_pool([5, 33], 2, 64, torch.float32, CPU)
+    new, pool = new_tokens(pool.to_int8() if variant.int8 else pool, 4, torch.float32, 64)
+    other = pool.copy()
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, 33, 0.125)
+    options = variant.options(pool, 4)
+    out = compiled.token_attention(*new, pool.k, pool.v, *rest, **options)
+    expected = reference.token_attention(*new, other.k, other.v, *rest, **options | {"scales": other.scales})
+    assert torch.equal(out, expected)
+
+
+def test_many_numbers_are_the_references() -> None:
+    x, residual, weight = torch.randn(300, 160), torch.randn(300, 160), torch.randn(160)
+    copy = residual.clone()
+    assert torch.equal(compiled.rms_norm(x, weight, 1e-5, residual), reference.rms_norm(x, weight, 1e-5, copy))
+    assert torch.equal(compiled.silu_and_mul(x), reference.silu_and_mul(x))
+    new, pool = new_tokens(make_pool([5000], 1, 16, torch.float32, CPU), 1, torch.float32, 16)
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, 5000, 0.25)
+    out = compiled.token_attention(*new, pool.k, pool.v, *rest)
+    assert torch.equal(out, reference.token_attention(*new, pool.k, pool.v, *rest))
