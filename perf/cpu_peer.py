@@ -147,7 +147,7 @@ def main(
         table.add_row(row["work"], *(f"{figure:.1f}" for figure in figures), f"{row['ratio']:.2f}")
     Console(width=100).print(table)
     result = {
-        "benchmark": "cpu_peer", "model": MODEL_NAME, "dtype": dtype, "threads": threads, "peer": PEER,
+        "benchmark": "cpu_peer", "model": MODEL_NAME, "dtype": dtype, "threads": threads, "peer_package": PEER,
         "peer_features": peer.features, "load_average": {"before": load_before, "after": os.getloadavg()},
         **circumstances(None), "rows": rows,
     }  # fmt: skip

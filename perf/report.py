@@ -194,7 +194,7 @@ def cpu_peer(result: dict[str, Any]) -> list[str]:
     ]
     load = " to ".join(f"{result['load_average'][when][0]:.1f}" for when in ("before", "after"))
     title = (
-        f"**{result['model']} on a CPU beside llama.cpp ({result['peer']}), {result['dtype']}, "
+        f"**{result['model']} on a CPU beside llama.cpp ({result['peer_package']}), {result['dtype']}, "
         f"{result['threads']} threads, tokens/s** ({origin(result)}; load average {load}, of which the runs make some):"
     )
     headings = ["work", "engine", "llama.cpp", "ratio", "engine's best round", "llama.cpp's", "ratio"]
