@@ -10,7 +10,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     x = sum_of_parts(x)
     if residual is not None:
         x = residual.add_(x)
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    sums = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums)
     normalized = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     # Rounded before the product with the weight, as the models were trained.
     return normalized.to(weight.dtype).mul_(weight)
