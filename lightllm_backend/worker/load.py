@@ -216,19 +216,21 @@ def choose_dtype(
 
 @torch.inference_mode()
 def _fastest_cpu_dtype(rows: int, columns: int, parallel: TensorParallel) -> torch.dtype:
-    """Whichever of float32 and bfloat16 multiplies matrices of the model's size faster on rank 0."""
+    """Whichever of float32 and bfloat16 multiplies matrices of the model's size faster on rank 0.
+
+    They take turns, and the least of several times counts: a busy machine may hold up any of them.
+    """
     dtypes = (torch.float32, torch.bfloat16)
-    seconds = []
-    for dtype in dtypes:
-        weight = torch.randn(columns, rows).to(dtype)
-        inputs = [torch.randn(tokens, rows).to(dtype) for tokens in (1, 16, 64)]
-        for repeat in range(6):
-            if repeat == 1:  # the first round warms up
-                started = time.perf_counter()
-            for tokens in inputs:
+    weights = [torch.randn(columns, rows).to(dtype) for dtype in dtypes]
+    inputs = [[torch.randn(tokens, rows).to(dtype) for tokens in (1, 16, 64)] for dtype in dtypes]
+    seconds = torch.full((10, len(dtypes)), torch.inf)
+    for times in seconds:
+        for index, weight in enumerate(weights):
+            started = time.perf_counter()
+            for tokens in inputs[index]:
                 torch.nn.functional.linear(tokens, weight)
-        seconds.append(time.perf_counter() - started)
-    return dtypes[int(parallel.broadcast(torch.tensor(seconds)).argmin())]
+            times[index] = time.perf_counter() - started
+    return dtypes[int(parallel.broadcast(seconds.amin(0)).argmin())]
 
 
 def _pool_tokens(config: EngineConfig, fitting: int) -> int:
