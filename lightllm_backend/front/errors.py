@@ -44,6 +44,8 @@ _TYPES = {
 # The engine's names of options, where those of OpenAI's API are others.
 _FIELD_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "the prompt": "prompt"}
 _SHOWN_PLACE = 200  # characters of a field's place in the body
+# What gRPC says, with an address that no client of the front can reach.
+_NO_CONNECTION = "failed to connect to all addresses"
 _BEGINNING = re.compile(r"(the prompt|\w+) (?:is|has|holds|cannot) ")
 
 
@@ -137,6 +139,8 @@ def from_engine(error: LightLLMError, constrained_by: str = "") -> ApiError:
     if isinstance(error, NotFound):
         return ApiError(404, message, code="model_not_found")
     if isinstance(error, Unavailable):
+        if _NO_CONNECTION in message:
+            message = "the server does not answer: it is starting, or has stopped; try again"
         is_full = "the queue is full" in message
         return ApiError(429 if is_full else 503, message, code="rate_limit_exceeded" if is_full else "unavailable")
     if isinstance(error, (Cancelled, DeadlineExceeded)):

@@ -48,6 +48,12 @@ def test_errors_of_the_engine(error: LightLLMError, status: int, param: str | No
     assert ("retry-after" in mapped.headers) == (status in (429, 503))
 
 
+def test_a_server_that_is_not_there_is_not_told_by_its_address() -> None:
+    mapped = from_engine(Unavailable("127.0.0.1:8001: failed to connect to all addresses; last error: UNKNOWN: …"))
+    assert (mapped.status, mapped.code) == (503, "unavailable")
+    assert mapped.message == "the server does not answer: it is starting, or has stopped; try again"
+
+
 def test_paths_and_methods(call: Caller) -> None:
     assert call("GET", "/v1/nothing").status_code == 404
     response = call("PUT", "/v1/models")
