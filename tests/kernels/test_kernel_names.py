@@ -20,7 +20,7 @@ NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface",
 NOT_KERNELS |= {"step_memo", "kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
 NOT_KERNELS |= {"attention", "numbers", "rows"}  # of compiled/, which has several in a file
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
-NOT_KERNELS |= {"quantized_prefetch"}
+NOT_KERNELS |= {"quantized_prefetch", "unpacking"}
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 

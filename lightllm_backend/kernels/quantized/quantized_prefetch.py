@@ -31,12 +31,11 @@ from lightllm_backend.kernels.linear.linear_prefetch import (
 )
 from lightllm_backend.kernels.quantized.choice import MAX_BLOCK_TOKENS, PrefetchBlocks, kind_of
 from lightllm_backend.kernels.quantized.fragments import CHUNK
-from lightllm_backend.kernels.quantized.weight import INT4_ZERO, QuantizedWeight
+from lightllm_backend.kernels.quantized.unpacking import unpacking
+from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 # See product_layout.
 MAX_MMA_TOKENS = 8
-# The tables of lop3 for (a & b) | c and (a & b) ^ c.
-_AND_OR, _AND_XOR = "0xEA", "0x6A"
 
 
 @gluon.jit
@@ -445,66 +444,6 @@ def quantized_prefetch_kernel(
             [consumer_warps, 1],
             [consumer_registers, producer_registers],
         )  # fmt: skip
-
-
-@lru_cache
-def unpacking(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
-    """PTX that turns a word into 16-bit numbers; `kind` is int4, int8 or fp8.
-
-    A word holds pairs, of 4-bit numbers or bytes, 16 bits apart; both of a pair become numbers by the same operations.
-    Small whole numbers enter the fraction of 128.0 in bfloat16, or of 1024.0 in float16, whose last place counts 1, and
-    the offset is subtracted. fp8's exponent and fraction move to where the wider format has them; a multiplication
-    makes up for the other bias.
-    """
-    is_bf16 = dtype == torch.bfloat16
-    subtract, multiply = ("sub.bf16x2", "mul.bf16x2") if is_bf16 else ("sub.f16x2", "mul.f16x2")
-    one = 0x4300 if is_bf16 else 0x6400  # its last place counts 1
-    lines = [".reg .b32 t, s;"]
-    if kind == "int4":
-        for pair in range(4):
-            source = "$4"
-            if pair:
-                lines.append(f"shr.u32 t, $4, {4 * pair};")
-                source = "t"
-            lines.append(f"lop3.b32 t, {source}, 0x000F000F, {_twice(one)}, {_AND_OR};")
-            if not has_zeros:
-                lines.append(f"mov.b32 s, {_twice(one + INT4_ZERO)};")
-            lines.append(f"{subtract} ${pair}, t, {'$5' if has_zeros else 's'};")
-        return _block(lines)
-    for pair in range(2):  # bytes 0 and 2, or 1 and 3
-        source = "$2"
-        if kind == "fp8":  # in the upper byte of 16 bits, the sign is in its place
-            if pair == 0:
-                lines.append("shl.b32 t, $2, 8;")
-                source = "t"
-            shift, mask, factor = (4, 0x07F0, 0x7B80) if is_bf16 else (1, 0x3F80, 0x5C00)  # 2**120, 2**8
-            lines.append(f"and.b32 s, {source}, 0x80008000;")
-            lines.append(f"shr.u32 t, {source}, {shift};")
-            lines.append(f"lop3.b32 t, t, {_twice(mask)}, s, {_AND_OR};")
-            lines.append(f"mov.b32 s, {_twice(factor)};")
-            lines.append(f"{multiply} ${pair}, t, s;")
-            continue
-        if pair == 1:
-            lines.append("shr.u32 t, $2, 8;")
-            source = "t"
-        if is_bf16:  # seven bits enter 128.0; the sign decides between subtracting 128 and 256
-            lines.append(f"lop3.b32 s, {source}, 0x00800080, {_twice(one)}, {_AND_XOR};")
-            lines.append(f"lop3.b32 t, {source}, 0x007F007F, {_twice(one)}, {_AND_OR};")
-        else:  # with the sign inverted, eight bits are the number plus 128
-            lines.append(f"mov.b32 s, {_twice(one + 128)};")
-            lines.append(f"lop3.b32 t, {source}, 0x00FF00FF, s, {_AND_XOR};")
-        lines.append(f"{subtract} ${pair}, t, s;")
-        if has_zeros:
-            lines.append(f"{subtract} ${pair}, ${pair}, $3;")
-    return _block(lines)
-
-
-def _twice(number: int) -> str:
-    return f"0x{number:04X}{number:04X}"
-
-
-def _block(lines: list[str]) -> str:
-    return "{ " + " ".join(lines) + " }"
 
 
 @lru_cache
