@@ -28,7 +28,7 @@ class ModelCost:
     weight_bytes: int  # read in a decode step
     slot_bytes: int  # K and V of one token
     attention_flops: int  # of one query with one token of its context
-    # Of layer_weights, those that may be multiplied by activations of 8 bits.
+    # Those layer_weights that activations of 8 bits may multiply.
     eight_bit_weights: int = 0
 
     @classmethod
@@ -76,7 +76,7 @@ class ModelCost:
         return self._arithmetic_seconds(self.prefill_flops(prompt_lengths), sum(prompt_lengths), limits)
 
     def _arithmetic_seconds(self, flops: int, tokens: int, limits: dict[str, Any]) -> float:
-        """Of so many operations for so many tokens, of which tensor cores do some in 8 bits."""
+        """The time of these operations for these tokens; tensor cores do some of them in 8 bits."""
         in_8_bits = 2 * self.eight_bit_weights * tokens
         peak = limits["bf16_flops_per_second"]
         return float((flops - in_8_bits) / peak + in_8_bits / (limits.get("fp8_flops_per_second") or peak))

@@ -464,7 +464,7 @@ def soak(result: dict[str, Any]) -> list[str]:
 
 
 def perplexity_table(result: dict[str, Any]) -> list[str]:
-    """Of weights and heads, as docs/quantization.md has it, too."""
+    """Weights and heads, as in docs/quantization.md."""
     rows: list[list[str]] = []
     for row in result["rows"]:
         change = round(100 * (row["ratio"] - 1), 1) + 0.0  # the sum is never -0.0
