@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import multiprocessor_count
+from lightllm_backend.kernels.linear.choice import MIN_PROGRAM_SHARE
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.load_tile import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
@@ -108,7 +109,7 @@ def choose_blocks(weight: QuantizedWeight, x: Tensor) -> Blocks | None:
     if inner < 16 or x.element_size() != 2:
         return None
     splits, steps = 1, triton.cdiv(in_features, inner)
-    while splits < 8 and triton.cdiv(out_features, 64) * splits < 0.55 * multiprocessor_count(x.device):
+    while splits < 8 and triton.cdiv(out_features, 64) * splits < MIN_PROGRAM_SHARE * multiprocessor_count(x.device):
         splits *= 2
     return Blocks(64, inner, min(splits, steps))
 
