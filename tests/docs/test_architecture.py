@@ -16,7 +16,10 @@ from lightllm_backend.router.admission import Forecast
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightllm_backend"
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md", "docs/security.md")
+PAGES = (
+    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md", "docs/security.md",
+    "docs/troubleshooting.md",
+)  # fmt: skip
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 # `folder/file.py`, `folder/file.py:name`, `folder/`; NAME stands for any name.
