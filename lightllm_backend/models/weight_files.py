@@ -7,6 +7,7 @@ Files are mapped into memory, so that a tensor costs nothing before it is read.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import struct
 import zipfile
@@ -119,6 +120,7 @@ def _plain_name(name: Any) -> str:
     """The name of a file beside the index; ValueError for anything else, a path to elsewhere included."""
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file beside it")
+    os.fsencode(name)  # for half a surrogate pair, which no name of a file holds: a ValueError, too
     return name
 
 

@@ -236,10 +236,12 @@ def test_an_index_that_names_absent_files_or_is_none(directory):
     (directory / "model-1.safetensors").unlink()
     with pytest.raises(ModelError, match=r"index\.json: names files that are not there: model-1\.safetensors;"):
         loaded(directory)
-    for name in ("../model.safetensors", "/etc/hostname", "..", "", None, 5, ["a"]):  # nothing but files beside it
+    # Nothing but files beside it.
+    for name in ("../model.safetensors", "/etc/hostname", "..", "", None, 5, ["a"], "\ud800"):
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(ModelError, match=r"index\.json: is not an index of weights"):
+        with pytest.raises(ModelError, match=r"index\.json: is not an index of weights") as refused:
             loaded(directory)
+        str(refused.value).encode()
     (directory / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"index\.json: is not an index of weights"):
         loaded(directory)
