@@ -102,7 +102,15 @@ ALLOWED = {
         "models.quantization.readers",
         "models.weights",
     ),
-    "models.layers": ("kernels", "models.linear", "models.model_config", "models.placement", "models.weights"),
+    "models.norm_weight": ("models.placement", "models.weights"),
+    "models.layers": (
+        "kernels",
+        "models.linear",
+        "models.model_config",
+        "models.norm_weight",
+        "models.placement",
+        "models.weights",
+    ),
     "models.vocabulary": (
         "kernels.quantized.grid_weight",
         "kernels.quantized.weight",
@@ -116,6 +124,7 @@ ALLOWED = {
     "models.llama": BELOW_A_MODEL,
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),
     "models.qwen2": (*BELOW_A_MODEL, "models.llama"),
+    "models.qwen3": (*BELOW_A_MODEL, "models.llama"),
     "models.causal_lm": (
         "kernels.interface",
         "parallel",

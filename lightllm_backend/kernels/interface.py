@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
@@ -29,9 +30,10 @@ class Kernels(Protocol):
     # dependent_launch.py).
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        """Root-mean-square norm of `x` [tokens, dim] times `weight` [dim], in the weight's dtype.
+        """Root-mean-square norm of `x` [tokens, dim], rounded to the dtype of `weight` [dim], times `weight`.
 
-        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed.
+        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. The result has the dtype of
+        what is normed.
         """
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -124,12 +126,14 @@ class Kernels(Protocol):
         scales: Tensor | None = None,
         query_starts: Tensor | None = None,
         memo: StepMemo | None = None,
+        norm: HeadNorm | None = None,
     ) -> None:
-        """Rotates `q` and `k` in place, and writes `k` and `v` to their slots of the pool.
+        """Norms and rotates `q` and `k` in place, and writes `k` and `v` to their slots of the pool.
 
         `q` is [tokens, heads, head_dim], `k` and `v` are [tokens, kv_heads, head_dim], `cos` and `sin` are [tokens,
         rotary_dim / 2] float32. Dimension i is paired with i + rotary_dim / 2; dimensions from rotary_dim on pass
-        through. `slots` [tokens] int32 is -1 for padding, which writes nothing to the pool.
+        through. `slots` [tokens] int32 is -1 for padding, which writes nothing to the pool. With `norm`, each head of
+        `q` and `k` becomes what rms_norm makes of it before it is rotated.
 
         With `scales`, K and V are written as int8: each head of a token is divided by the scale that makes its largest
         magnitude 127. `k` and `v` then become, in place, the values that the pool represents; prefill_attention reads
@@ -186,12 +190,13 @@ class Kernels(Protocol):
         scales: Tensor | None = None,
         out: Tensor | None = None,
         memo: StepMemo | None = None,
+        norm: HeadNorm | None = None,
     ) -> Tensor:
         """Decode attention: one new token per sequence, `q` [sequences, heads, head_dim], over its context or window.
 
-        The new token is the last of its context. Its query and key are rotated, and K and V written to the pool, as by
-        rotary_kv_write; `q`, `k` and `v` stay as they are. No context is longer than `max_context_length`, by which the
-        launcher sizes its grid. `alibi_slopes` and `window` are as for prefill_attention.
+        The new token is the last of its context. Its query and key are normed and rotated, and K and V written to the
+        pool, as by rotary_kv_write; `q`, `k` and `v` stay as they are. No context is longer than `max_context_length`,
+        by which the launcher sizes its grid. `alibi_slopes` and `window` are as for prefill_attention.
 
         The result goes to `out` [sequences, heads, head_dim], contiguous, or to a new tensor. A context length of 0
         marks padding: it reads and writes nothing, so its row of `out` stays as it is (0 in a new tensor).
@@ -217,6 +222,7 @@ class Kernels(Protocol):
         window: int = 0,
         out: Tensor | None = None,
         memo: StepMemo | None = None,
+        norm: HeadNorm | None = None,
     ) -> Tensor:
         """token_attention over an int8 pool; token_attention calls it for one."""
 

@@ -57,6 +57,8 @@ QWEN2: Defaults = {
     "eos_token_id": None,
 }
 
+QWEN3: Defaults = {**QWEN2, "head_dim": 128, "attention_bias": False}
+
 BLOOM: Defaults = {
     "vocab_size": 250880,
     "hidden_size": 64,

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.weights import WeightSlot
 
@@ -131,11 +133,19 @@ def alibi_slopes(num_heads: int) -> Tensor:
 class PoolAttention:
     """Writes the K and V of a step's tokens into the KV pool, and attends over the pool. For this rank's heads."""
 
-    def __init__(self, kernels: Kernels, head_dim: int, window: int = 0, alibi_slopes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        head_dim: int,
+        window: int = 0,
+        alibi_slopes: Tensor | None = None,
+        norm: HeadNorm | None = None,
+    ) -> None:
         self.kernels = kernels
         self.scale = head_dim**-0.5
         self.window = window
         self.alibi_slopes = alibi_slopes
+        self.norm = norm
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
@@ -152,11 +162,11 @@ class PoolAttention:
             self.kernels.token_attention(
                 first(q), first(k), first(v), first(cos), first(sin), first(step.slots), kv.k, kv.v, step.req_to_token,
                 first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
-                self.window, kv.scales, first(out), step.memo,
+                self.window, kv.scales, first(out), step.memo, self.norm,
             )  # fmt: skip
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(
-                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, step.memo
+                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, step.memo, self.norm
             )
             self.kernels.prefill_attention(
                 q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
@@ -173,14 +183,22 @@ class AttentionOptions:
     qkv_bias: bool = False
     output_bias: bool = False
     window: int = 0  # positions that a query sees, its own included; 0: all
+    has_head_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
 
 
 class Attention:
-    """Self-attention over the KV pool: fused q, k, v, rotary embedding, output projection. Ranks split the heads."""
+    """Self-attention over the KV pool: fused q, k, v, norm of heads, rotary embedding, output projection.
+
+    Ranks split the heads.
+    """
 
     def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
         self.head_dim = config.head_dim
-        self.attend = PoolAttention(place.kernels, config.head_dim, options.window)
+        self.head_norms, norm = [], None
+        if options.has_head_norm:
+            self.head_norms = [NormWeight(f"self_attn.{x}_norm", config.head_dim, place) for x in "qk"]
+            norm = HeadNorm(*(weight.value for weight in self.head_norms), config.norm_eps)
+        self.attend = PoolAttention(place.kernels, config.head_dim, options.window, norm=norm)
         self.num_heads = place.share("num_attention_heads", config.num_heads)
         self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
         shares = (
@@ -202,4 +220,5 @@ class Attention:
         return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        return self.qkv.weight_map() | self.output.weight_map()
+        parts = (self.qkv, *self.head_norms, self.output)
+        return {name: slot for part in parts for name, slot in part.weight_map().items()}

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
+    "Qwen3ForCausalLM": Architecture("qwen3", config_defaults.QWEN3),
 }
 
 # Names from before a class was in a release of transformers; checkpoints of that time still have them.

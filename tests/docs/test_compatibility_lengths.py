@@ -72,7 +72,7 @@ def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
     assert {kind for _, kind in rows} == {*ROPE_TYPES, "–"}
     scaling = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     for kind in ROPE_TYPES:
-        formula = rows["LLaMA, Mistral, Qwen2", kind].replace("`", "").split(" × ")
+        formula = rows["LLaMA, Mistral, Qwen2, Qwen3", kind].replace("`", "").split(" × ")
         expected = math.prod({"max_position_embeddings": 4096, "factor": FACTOR}[name] for name in formula)
         assert model(tmp_path, LLAMA | {"rope_scaling": {"rope_type": kind, **scaling}}).max_sequence_length == expected
     assert rows["BLOOM", "–"] == f"`seq_length`; without it {UNLIMITED_POSITIONS}"

@@ -20,6 +20,7 @@ COLUMNS = {
     "LLaMA": "LlamaForCausalLM",
     "Mistral": "MistralForCausalLM",
     "Qwen2": "Qwen2ForCausalLM",
+    "Qwen3": "Qwen3ForCausalLM",
     "BLOOM": "BloomForCausalLM",
 }
 
@@ -78,7 +79,7 @@ def test_weight_files() -> None:
 
 def test_ignored_tensors() -> None:
     ends = {row["model"]: tuple(words(row["names that end in"])) for row in table("model", "names that end in")}
-    assert ends == {"LLaMA, Mistral, Qwen2": llama.OLD_BUFFERS, "BLOOM": (bloom.OLD_BUFFER,)}
+    assert ends == {"LLaMA, Mistral, Qwen2, Qwen3": llama.OLD_BUFFERS, "BLOOM": (bloom.OLD_BUFFER,)}
 
 
 def test_signs_of_quantisation() -> None:

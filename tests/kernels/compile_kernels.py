@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend.kernels import launchers
 from lightllm_backend.kernels.attention import prefill_attention_hopper
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
 from lightllm_backend.kernels.linear import choice as linear_choice
@@ -219,12 +220,13 @@ def launch_variants(
     slopes, cos = torch.zeros(heads), torch.zeros(tokens, head_dim // 2)
     int8 = torch.empty(k.shape, dtype=torch.int8)
     scales = torch.zeros(*k.shape[:2], 2, dtype=torch.float16)
-    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales)
+    norm = HeadNorm(q[0, 0], k[0, 0], 1e-6)
+    launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales, norm=norm)
     new = (q[:4], k[:4], k[:4], cos[:4], cos[:4], lengths)
     for pool, pool_scales in ((k, None), (int8, scales)):
         options = (slopes, 1000, pool_scales)
         launchers.prefill_attention(q, k, k, pool, pool, table, lengths, starts, lengths, 0.1, *options)
-        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1, *options)
+        launchers.token_attention(*new, pool, pool, table, lengths, lengths, 4096, 0.1, *options, norm=norm)
 
 
 def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -90,6 +92,11 @@ def new_tokens(pool: Pool, heads: int, dtype: torch.dtype, rotary_dim: int = 0) 
     slots = torch.tensor(places, device=device, dtype=torch.int32)
     new = NewTokens(*fused.split((heads, kv_heads, kv_heads), 1), angle.cos(), angle.sin(), slots)
     return new, pool.poisoned(slots[slots >= 0].long())
+
+
+def head_norm(head_dim: int, dtype: torch.dtype, device: torch.device) -> HeadNorm:
+    q, k = (1 + 0.3 * torch.randn(2, head_dim, device=device)).to(dtype)
+    return HeadNorm(q, k, 1e-3)
 
 
 class Variant(NamedTuple):

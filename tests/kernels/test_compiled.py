@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import compiled, reference
-from tests.kernels.kernel_harness import TOLERANCE, VARIANTS, make_pool, new_tokens, relative_error
+from tests.kernels.kernel_harness import TOLERANCE, VARIANTS, head_norm, make_pool, new_tokens, relative_error
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,19 +47,21 @@ def test_silu_and_mul(dtype, alone) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contexts", [[1], [70, 0, 64, 130, 2]])
 @pytest.mark.parametrize(("shape", "rotary_dim"), [((4, 2, 64), 64), ((3, 1, 20), 8), ((2, 2, 16), 0)])
-def test_token_attention(dtype, contexts, shape, rotary_dim, alone) -> None:
+@pytest.mark.parametrize("normed", ["not", "by the model's dtype", "by float32"])
+def test_token_attention(dtype, contexts, shape, rotary_dim, normed, alone) -> None:
     heads, kv_heads, head_dim = shape
     new, pool = new_tokens(make_pool(contexts, kv_heads, head_dim, dtype, CPU), heads, dtype, rotary_dim)
-    wide = pool.to(torch.float32)
+    other = pool.copy()
     rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
     before = [tensor.clone() for tensor in new]
-    out = compiled.token_attention(*new, pool.k, pool.v, *rest)
-    expected = reference.token_attention(*new.to(torch.float32), wide.k, wide.v, *rest)
+    norm = None if normed == "not" else head_norm(head_dim, torch.float32 if normed == "by float32" else dtype, CPU)
+    out = compiled.token_attention(*new, pool.k, pool.v, *rest, norm=norm)
+    expected = reference.token_attention(*new, other.k, other.v, *rest, norm=norm)
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
-    for written, wanted in ((pool.k, wide.k), (pool.v, wide.v)):
+    for written, wanted in ((pool.k, other.k), (pool.v, other.v)):
         # NaN where nobody has written: the same slots.
-        torch.testing.assert_close(written.float(), wanted, rtol=1e-2, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(written, wanted, rtol=1e-2, atol=1e-6, equal_nan=True)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(new, before, strict=True))
 
 

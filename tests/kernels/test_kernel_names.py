@@ -17,7 +17,15 @@ FOLDER = Path(kernels.__file__).parent
 
 # What the kernels share, and the references.
 NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
-NOT_KERNELS |= {"step_memo", "kv_scales", "prefill_loops", "choice", "lamport_buffers", "whole_prompt_tiles"}
+NOT_KERNELS |= {
+    "step_memo",
+    "head_norm",
+    "kv_scales",
+    "prefill_loops",
+    "choice",
+    "lamport_buffers",
+    "whole_prompt_tiles",
+}
 NOT_KERNELS |= {"attention", "numbers", "rows"}  # of compiled/, which has several in a file
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
 NOT_KERNELS |= {"quantized_prefetch", "unpacking"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
-from tests.kernels.kernel_harness import TOLERANCE, relative_error
+from tests.kernels.kernel_harness import TOLERANCE, head_norm, relative_error
 
 SHAPES = [
     (1, 1, 1, 16, 16),
@@ -89,6 +89,39 @@ def test_kernel_matches_the_reference(shape, dtype, device):
     assert torch.equal(v_pool.nan_to_num(), expected_v_pool.nan_to_num())
     others = fused.shape[1] - 3 - v.shape[1] * v.shape[2]
     assert torch.equal(fused[:, others:], before[:, others:])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_norm_of_heads_is_rms_norm_before_the_rest(shape, int8):
+    _, arguments, _ = _step(*shape, torch.bfloat16, torch.device("cpu"))
+    q, k, v, *others, k_pool, v_pool = arguments
+    pools, scales = _int8_pools(arguments) if int8 else ((k_pool, v_pool), None)
+    expected, expected_scales = [pool.clone() for pool in pools], scales.clone() if int8 else None
+    norm = head_norm(shape[3], torch.bfloat16, q.device)
+    queries, keys = (reference.rms_norm(x.flatten(0, 1), w, 1e-3).view(x.shape) for x, w in ((q, norm.q), (k, norm.k)))
+    reference.rotary_kv_write(queries, keys, v.clone(), *others, *expected, expected_scales)
+    reference.rotary_kv_write(q, k, v, *others, *pools, scales, norm=norm)
+    for out, wanted in zip((q, k, *pools), (queries, keys, *expected), strict=True):
+        assert torch.equal(out.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, None)])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_kernel_norms_as_the_reference(shape, dtype, weight_dtype, int8, device):
+    _, arguments, _ = _step(*shape, dtype, device)
+    q, k, v, *others, k_pool, v_pool = arguments
+    pools, scales = _int8_pools(arguments) if int8 else ((k_pool, v_pool), None)
+    expected, expected_scales = [pool.clone() for pool in pools], scales.clone() if int8 else None
+    norm = head_norm(shape[3], weight_dtype or torch.float32, device)
+    queries, keys = q.clone(), k.clone()
+    reference.rotary_kv_write(queries, keys, v.clone(), *others, *expected, expected_scales, norm=norm)
+    launchers.rotary_kv_write(q, k, v, *others, *pools, scales, norm=norm)
+    written = others[2] >= 0  # `k` of padding has no meaning
+    tolerance = 1e-2 if int8 else TOLERANCE[dtype]  # an int8 may be tipped over to its neighbour by rounding
+    for out, wanted in zip((q, k[written], *pools), (queries, keys[written], *expected), strict=True):
+        assert relative_error(out.nan_to_num(), wanted.nan_to_num()) < tolerance
 
 
 def _int8_pools(arguments):

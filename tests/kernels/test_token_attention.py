@@ -10,6 +10,7 @@ from tests.kernels.kernel_harness import (
     TOLERANCE,
     VARIANTS,
     combinations,
+    head_norm,
     make_pool,
     naive_attention,
     new_tokens,
@@ -37,12 +38,13 @@ def _naive(new, pool, scale, **options):
     return expected
 
 
-def _check_kernel(new, pool, rest, options, tolerance):
+def _check_kernel(new, pool, rest, options, tolerance, norm=None):
     """Its output, and what it writes, beside the reference's in float32."""
     wide = pool.copy() if pool.scales is not None else pool.to(torch.float64).to(torch.float32)
-    out = launchers.token_attention(*new, pool.k, pool.v, *rest, **options | {"scales": pool.scales})
+    wide_norm = norm and norm._replace(q=norm.q.float(), k=norm.k.float())
+    out = launchers.token_attention(*new, pool.k, pool.v, *rest, **options | {"scales": pool.scales}, norm=norm)
     expected = reference.token_attention(
-        *new.to(torch.float32), wide.k, wide.v, *rest, **options | {"scales": wide.scales}
+        *new.to(torch.float32), wide.k, wide.v, *rest, **options | {"scales": wide.scales}, norm=wide_norm
     )
     assert out.dtype == new.q.dtype
     assert relative_error(out, expected) < tolerance
@@ -98,6 +100,25 @@ def test_kernel_matches_the_reference(sequences, splits, rotary, dtype, device, 
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
     step = _step(contexts, shape, dtype, device, rotary_dim=int(rotary * shape[2]) // 2 * 2)
     _check_kernel(*step, {}, TOLERANCE[dtype])
+
+
+def test_reference_norms_heads_as_rotary_kv_write_does():
+    new, pool, rest = _step([5, 0, 9], (4, 2, 16), torch.float32, torch.device("cpu"), rotary_dim=8)
+    normed = new._replace(q=new.q.clone(), k=new.k.clone(), v=new.v.clone())
+    norm = head_norm(16, torch.float32, new.q.device)
+    out = reference.token_attention(*new, pool.k, pool.v, *rest, norm=norm)
+    reference.rotary_kv_write(*normed, *pool.copy()[:2], norm=norm)
+    assert torch.equal(pool.k[new.slots[2]], normed.k[2])
+    assert relative_error(out, _naive(normed, pool, rest[-1])) < 1e-6
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]])
+def test_kernel_norms_heads(shape, dtype, int8, device):
+    norm = head_norm(shape[2], dtype, device)
+    step = _step([70, 0, 35, 2], shape, dtype, device, int8, rotary_dim=shape[2] // 4 * 2)
+    _check_kernel(*step, {}, 2 * TOLERANCE[dtype], norm)  # a normed query is rounded once more
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

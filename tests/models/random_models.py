@@ -44,6 +44,15 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     "qwen2_window": transformers.Qwen2Config(
         **_LLAMA, sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1
     ),
+    "qwen3": transformers.Qwen3Config(**_LLAMA, head_dim=24, tie_word_embeddings=True),
+    "qwen3_window": transformers.Qwen3Config(
+        **{**_LLAMA, "num_key_value_heads": 4},
+        head_dim=16,
+        attention_bias=True,
+        sliding_window=WINDOW,
+        use_sliding_window=True,
+        max_window_layers=1,
+    ),
 }
 
 

@@ -18,6 +18,7 @@ CLASSES = {
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
+    "Qwen3ForCausalLM": transformers.Qwen3Config,
 }
 
 # What has no part in serving a model: training, caching, and what generate() pads with.
@@ -49,6 +50,7 @@ KEYS = [
 NULLS_OF_OUR_OWN = {
     ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
     ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
+    ("Qwen3ForCausalLM", "head_dim"): {"head_dim": 16},
 }
 
 
@@ -96,14 +98,14 @@ def expected(architecture, values) -> dict:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "norm_eps": config.rms_norm_eps,
         "max_positions": config.max_position_embeddings,
-        "attention_bias": config.attention_bias if architecture == "LlamaForCausalLM" else False,
-        "mlp_bias": config.mlp_bias if architecture == "LlamaForCausalLM" else False,
+        "attention_bias": "attention_bias" in ARCHITECTURES[architecture].defaults and config.attention_bias,
+        "mlp_bias": "mlp_bias" in ARCHITECTURES[architecture].defaults and config.mlp_bias,
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": window,
         "sliding_layers": ()
         if window is None
         else tuple(kind == "sliding_attention" for kind in config.layer_types)
-        if architecture == "Qwen2ForCausalLM"
+        if architecture.startswith("Qwen")
         else (True,) * len(layers),
     }
 

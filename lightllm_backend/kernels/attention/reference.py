@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.attention.step_memo import StepMemo, once
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.norm.reference import rms_norm
 
 # The elements of an attention bias that are built at a time.
 _BIAS_ELEMENTS = 1 << 24
@@ -30,6 +32,7 @@ def rotary_kv_write(
     scales: Tensor | None = None,
     query_starts: Tensor | None = None,
     memo: StepMemo | None = None,
+    norm: HeadNorm | None = None,
 ) -> None:
     def of_prompts() -> tuple[slice, _Turns, _Places]:
         first = 0 if query_starts is None else int(query_starts[0])
@@ -37,8 +40,9 @@ def rotary_kv_write(
 
     part, turns, places = once(memo, "prompts' new tokens", of_prompts)
     q, k, v = q[part], k[part], v[part]
-    q.copy_(_rotate(q, turns))
-    written = _write(_rotate(k, turns), v, places, k_pool, v_pool, scales)
+    queries, keys = _normed(q, k, norm)
+    q.copy_(_rotate(queries, turns))
+    written = _write(_rotate(keys, turns), v, places, k_pool, v_pool, scales)
     for tensor, values in zip((k, v), written, strict=True):
         if tensor is not values:
             tensor.copy_(values)
@@ -74,6 +78,14 @@ def _write(
         pool[slots], scales[slots, :, index] = places.choose(quantized), places.choose(scale)
         written.append(quantized * scale.float().unsqueeze(-1))
     return written[0], written[1]
+
+
+def _normed(q: Tensor, k: Tensor, norm: HeadNorm | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys [tokens, heads, head_dim], each head normed."""
+    if norm is None:
+        return q, k
+    queries, keys = (rms_norm(x.flatten(0, 1), w, norm.eps).view(x.shape) for x, w in ((q, norm.q), (k, norm.k)))
+    return queries, keys
 
 
 class _Turns(NamedTuple):
@@ -231,12 +243,14 @@ def token_attention(
     scales: Tensor | None = None,
     out: Tensor | None = None,
     memo: StepMemo | None = None,
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     def of_decodes() -> tuple[_Turns, _Places]:
         return _Turns.of(cos, sin), _Places.of(slots.masked_fill(context_lengths == 0, -1))
 
     out = torch.zeros_like(q) if out is None else out
     turns, places = once(memo, "decodes' new tokens", of_decodes)
+    q, k = _normed(q, k, norm)
     q = _rotate(q, turns).to(q.dtype)
     _write(_rotate(k, turns), v, places, k_pool, v_pool, scales)
     kv_heads, head_dim = k_pool.shape[1:]
@@ -313,10 +327,11 @@ def token_attention_int8(
     window: int = 0,
     out: Tensor | None = None,
     memo: StepMemo | None = None,
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     table = (req_to_token, rows, context_lengths, max_context_length)
     new = (q, k, v, cos, sin, slots)
-    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out, memo)
+    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out, memo, norm)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:

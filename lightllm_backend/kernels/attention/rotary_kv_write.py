@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Rotary position embedding of prompts' queries and keys, and the writing of K and V to the pool, as int8 if asked.
+"""Norm and rotary position embedding of prompts' queries and keys, and the writing of K and V to the pool, as int8 if
+asked.
 
 token_attention does both for tokens that decode.
 """
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
@@ -32,11 +34,52 @@ def _store(target, offset, value, head_live, column, width: tl.constexpr):
 
 
 @triton.jit
-def _rotate(source, offset, head_live, cos, sin, pair, half: tl.constexpr):
-    """Rotates some heads; returns both halves of their rotary dimensions."""
+def _norm_factor(squares, eps, head_dim: tl.constexpr):
+    """By what heads are multiplied that have these sums of squares."""
+    return tl.rsqrt(squares / head_dim + eps)
+
+
+@triton.jit
+def _normed(value, factor, weight, column, width: tl.constexpr, dtype: tl.constexpr):
+    """Columns of heads, normed by a factor and by the weight of the first `width` columns: float32, rounded to
+    `dtype`, and to the weight's dtype before it is multiplied by it, as the models were trained."""
+    scale = tl.load(weight + column, mask=column < width, other=0.0)
+    normed = (value * factor).to(scale.dtype).to(tl.float32) * scale.to(tl.float32)
+    return normed.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotate(
+    source,
+    offset,
+    head_live,
+    cos,
+    sin,
+    pair,
+    column,
+    norm,
+    eps,
+    has_norm: tl.constexpr,
+    head_dim: tl.constexpr,
+    half: tl.constexpr,
+):
+    """Norms and rotates some heads; returns both halves of their rotary dimensions, and the others if there are any."""
     first = _load(source, offset, head_live, pair, half)
     second = _load(source + half, offset, head_live, pair, half)
-    return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+    passed = first
+    if 2 * half < head_dim:
+        passed = _load(source + 2 * half, offset, head_live, column, head_dim - 2 * half)
+    if has_norm:
+        dtype: tl.constexpr = source.dtype.element_ty
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if 2 * half < head_dim:
+            squares += tl.sum(passed * passed, 1)
+        factor = _norm_factor(squares, eps, head_dim)[:, None]
+        first = _normed(first, factor, norm, pair[None, :], half, dtype)
+        second = _normed(second, factor, norm + half, pair[None, :], half, dtype)
+        if 2 * half < head_dim:
+            passed = _normed(passed, factor, norm + 2 * half, column[None, :], head_dim - 2 * half, dtype)
+    return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :], passed
 
 
 @triton.jit
@@ -56,21 +99,29 @@ def quantize(value, scale):
 
 
 @triton.jit
-def rotated(row, column, live, cos, sin, half: tl.constexpr):
-    """Columns of a vector at `row`, or of several at [n, 1], rotated by the angles at `cos` and `sin`: float32.
+def rotated(row, column, live, cos, sin, norm, eps, has_norm: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr):
+    """Columns of a head at `row`, or of several at [n, 1], normed by the weight at `norm` if they have a norm, and
+    rotated by the angles at `cos` and `sin`: float32.
 
     Column i is paired with i + half; columns from 2 * half on pass through.
     """
     value = tl.load(row + column, mask=live, other=0.0).to(tl.float32)
+    if has_norm:
+        dtype: tl.constexpr = row.dtype.element_ty
+        factor = _norm_factor(tl.sum(value * value, len(value.shape) - 1, keep_dims=True), eps, head_dim)
+        value = _normed(value, factor, norm, column, head_dim, dtype)
     if half == 0:
         return value
     turns = column < 2 * half
     is_first = column < half
-    other = tl.load(row + tl.where(is_first, column + half, column - half), mask=live & turns, other=0.0)
+    partner = tl.where(is_first, column + half, column - half)
+    other = tl.load(row + partner, mask=live & turns, other=0.0).to(tl.float32)
+    if has_norm:
+        other = _normed(other, factor, norm, partner, head_dim, dtype)
     angle = tl.where(is_first, column, column - half)
     cosine = tl.load(cos + angle, mask=turns, other=1.0)
     sine = tl.load(sin + angle, mask=turns, other=0.0)
-    return value * cosine + tl.where(is_first, -sine, sine) * other.to(tl.float32)
+    return value * cosine + tl.where(is_first, -sine, sine) * other
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -85,6 +136,8 @@ def rotary_kv_write_kernel(
     v_pool,
     scales,
     query_starts,
+    q_norm,
+    k_norm,
     q_stride,
     q_head_stride,
     k_stride,
@@ -100,10 +153,12 @@ def rotary_kv_write_kernel(
     scale_stride,
     heads,
     kv_heads,
+    eps,
     min_scale: tl.constexpr,
     max_scale: tl.constexpr,
     is_quantized: tl.constexpr,
     has_starts: tl.constexpr,
+    has_norm: tl.constexpr,
     is_dependent: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -112,10 +167,12 @@ def rotary_kv_write_kernel(
     block_dim: tl.constexpr,
 ):
     """Handles some heads of one token: the first programs of a token rotate queries, the others write K and V."""
+    passes: tl.constexpr = 2 * half < head_dim  # some columns are not rotated
     token = tl.program_id(0).to(tl.int64)
     query_blocks = tl.cdiv(heads, block_heads)
     block = tl.program_id(1)
     pair = tl.arange(0, block_pairs)
+    column = tl.arange(0, block_dim)
     wait_for_previous(is_dependent)
     if has_starts:  # noqa: SIM102 - known when it is compiled
         if token < tl.load(query_starts):
@@ -125,29 +182,33 @@ def rotary_kv_write_kernel(
     if block < query_blocks:
         head = block * block_heads + tl.arange(0, block_heads)
         offset = token * q_stride + head * q_head_stride
-        first, second = _rotate(q, offset, head < heads, cosine, sine, pair, half)
-        _store(q, offset, first, head < heads, pair, half)
-        _store(q + half, offset, second, head < heads, pair, half)
+        live = head < heads
+        first, second, passed = _rotate(
+            q, offset, live, cosine, sine, pair, column, q_norm, eps, has_norm, head_dim if has_norm else 2 * half, half
+        )  # fmt: skip
+        _store(q, offset, first, live, pair, half)
+        _store(q + half, offset, second, live, pair, half)
+        if passes and has_norm:
+            _store(q + 2 * half, offset, passed, live, column, head_dim - 2 * half)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
             head = (block - query_blocks) * block_heads + tl.arange(0, block_heads)
             live = head < kv_heads
-            column = tl.arange(0, block_dim)
             k_offset = token * k_stride + head * k_head_stride
             k_target = slot * k_slot_stride + head * k_pool_head_stride
-            first, second = _rotate(k, k_offset, live, cosine, sine, pair, half)
-            if 2 * half < head_dim:
-                passed = _load(k + 2 * half, k_offset, live, column, head_dim - 2 * half)
+            first, second, passed = _rotate(
+                k, k_offset, live, cosine, sine, pair, column, k_norm, eps, has_norm, head_dim, half
+            )
             value = _load(v, token * v_stride + head * v_head_stride, live, column, head_dim)
             if is_quantized:
                 largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-                if 2 * half < head_dim:
+                if passes:
                     largest = tl.maximum(largest, tl.max(tl.abs(passed), 1))
                 k_scale = scale_of(largest, min_scale, max_scale, scales.dtype.element_ty)
                 tl.store(scales + slot * scale_stride + 2 * head, k_scale, mask=live)
                 first, second = quantize(first, k_scale[:, None]), quantize(second, k_scale[:, None])
-                if 2 * half < head_dim:
+                if passes:
                     passed = quantize(passed, k_scale[:, None])
                 largest = tl.max(tl.abs(value), 1)
                 v_scale = scale_of(largest, min_scale, max_scale, scales.dtype.element_ty)
@@ -155,18 +216,18 @@ def rotary_kv_write_kernel(
                 value = quantize(value, v_scale[:, None])
             _store(k_pool, k_target, first, live, pair, half)
             _store(k_pool + half, k_target, second, live, pair, half)
-            if 2 * half < head_dim:
+            if passes:
                 _store(k_pool + 2 * half, k_target, passed, live, column, head_dim - 2 * half)
             _store(v_pool, slot * v_slot_stride + head * v_pool_head_stride, value, live, column, head_dim)
             # Prefill attention reads new tokens here and not in the pool, and must see the same.
             if is_quantized:
-                first, second = first * k_scale[:, None], second * k_scale[:, None]
-                if 2 * half < head_dim:
-                    _store(k + 2 * half, k_offset, passed * k_scale[:, None], live, column, head_dim - 2 * half)
+                first, second, passed = first * k_scale[:, None], second * k_scale[:, None], passed * k_scale[:, None]
                 value *= v_scale[:, None]
                 _store(v, token * v_stride + head * v_head_stride, value, live, column, head_dim)
             _store(k, k_offset, first, live, pair, half)
             _store(k + half, k_offset, second, live, pair, half)
+            if passes and (is_quantized or has_norm):
+                _store(k + 2 * half, k_offset, passed, live, column, head_dim - 2 * half)
 
 
 def rotary_kv_write(
@@ -181,6 +242,7 @@ def rotary_kv_write(
     scales: Tensor | None = None,
     query_starts: Tensor | None = None,
     memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
+    norm: HeadNorm | None = None,
 ) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -205,6 +267,8 @@ def rotary_kv_write(
         v_pool,
         k_pool if scales is None else scales,
         slots if query_starts is None else query_starts,
+        q if norm is None else norm.q,
+        k if norm is None else norm.k,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -220,10 +284,12 @@ def rotary_kv_write(
         0 if scales is None else scales.stride(0),
         heads,
         kv_heads,
+        0.0 if norm is None else norm.eps,
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
         is_quantized=scales is not None,
         has_starts=query_starts is not None,
+        has_norm=norm is not None,
         head_dim=head_dim,
         half=half,
         block_heads=block_heads,

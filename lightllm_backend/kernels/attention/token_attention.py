@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.merge_splits import (
     LOG2_E,
     NO_WINDOW,
@@ -67,6 +68,8 @@ def token_attention_kernel(
     rows,
     context_lengths,
     alibi_slopes,
+    q_norm,
+    k_norm,
     q_stride,
     q_head_stride,
     k_stride,
@@ -84,10 +87,12 @@ def token_attention_kernel(
     table_stride,
     scale_log2,
     window,
+    eps,
     heads,
     splits,
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
+    has_norm: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -116,13 +121,19 @@ def token_attention_kernel(
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        query = rotated(q_row, column, column_live, cos, sin, half).to(q.dtype.element_ty)
+        query = rotated(q_row, column, column_live, cos, sin, q_norm, eps, has_norm, head_dim, half).to(
+            q.dtype.element_ty
+        )
         query = tl.where(live, query[None, :], 0.0).to(q.dtype.element_ty)
     else:
         q_row += member[:, None] * q_head_stride
-        query = rotated(q_row, column[None, :], live, cos, sin, half).to(q.dtype.element_ty)
+        query = rotated(q_row, column[None, :], live, cos, sin, q_norm, eps, has_norm, head_dim, half).to(
+            q.dtype.element_ty
+        )
     k_row = k + sequence * k_stride + kv_head * k_head_stride
-    new_key = rotated(k_row, column, column_live, cos, sin, half).to(k.dtype.element_ty)
+    new_key = rotated(k_row, column, column_live, cos, sin, k_norm, eps, has_norm, head_dim, half).to(
+        k.dtype.element_ty
+    )
     new_value = tl.load(v + sequence * v_stride + kv_head * v_head_stride + column, mask=column_live, other=0.0)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
@@ -203,12 +214,13 @@ def token_attention(
     window: int = 0,
     scales: Tensor | None = None,
     out: Tensor | None = None,
-    memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
+    memo: StepMemo | None = None,
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     if scales is not None:
         table = (req_to_token, rows, context_lengths, max_context_length)
         new = (q, k, v, cos, sin, slots)
-        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window, out)
+        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window, out, memo, norm)
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
     assert k_pool.dtype == v_pool.dtype == q.dtype
@@ -245,6 +257,8 @@ def token_attention(
         rows,
         context_lengths,
         q if alibi_slopes is None else alibi_slopes,
+        q if norm is None else norm.q,
+        k if norm is None else norm.k,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -262,10 +276,12 @@ def token_attention(
         req_to_token.stride(0),
         scale * LOG2_E.value,
         window or NO_WINDOW,
+        0.0 if norm is None else norm.eps,
         heads,
         splits,
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
+        has_norm=norm is not None,
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],

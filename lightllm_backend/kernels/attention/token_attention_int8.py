@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE, scale_pairs
 from lightllm_backend.kernels.attention.merge_splits import (
     LOG2_E,
@@ -132,6 +133,8 @@ def token_attention_int8_kernel(
     rows,
     context_lengths,
     alibi_slopes,
+    q_norm,
+    k_norm,
     q_stride,
     q_head_stride,
     k_stride,
@@ -150,6 +153,7 @@ def token_attention_int8_kernel(
     table_stride,
     scale_log2,
     window,
+    eps,
     heads,
     splits,
     key_dtype: tl.constexpr,
@@ -157,6 +161,7 @@ def token_attention_int8_kernel(
     is_ptx: tl.constexpr,
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
+    has_norm: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -190,11 +195,12 @@ def token_attention_int8_kernel(
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        query = rotated(q_row, column, column_live, cos, sin, half)[None, :]
+        query = rotated(q_row, column, column_live, cos, sin, q_norm, eps, has_norm, head_dim, half)[None, :]
     else:
-        query = rotated(q_row + member[:, None] * q_head_stride, column[None, :], live, cos, sin, half)
+        q_row += member[:, None] * q_head_stride
+        query = rotated(q_row, column[None, :], live, cos, sin, q_norm, eps, has_norm, head_dim, half)
     k_row = k + sequence * k_stride + kv_head * k_head_stride
-    new_key = rotated(k_row, column, column_live, cos, sin, half)
+    new_key = rotated(k_row, column, column_live, cos, sin, k_norm, eps, has_norm, head_dim, half)
     v_row = v + sequence * v_stride + kv_head * v_head_stride
     v_even = tl.load(v_row + 2 * pair, mask=pair_live, other=0.0).to(tl.float32)
     v_odd = tl.load(v_row + 2 * pair + 1, mask=pair_live, other=0.0).to(tl.float32)
@@ -315,6 +321,7 @@ def token_attention_int8(
     window: int = 0,
     out: Tensor | None = None,
     memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
@@ -356,6 +363,8 @@ def token_attention_int8(
         rows,
         context_lengths,
         q if alibi_slopes is None else alibi_slopes,
+        q if norm is None else norm.q,
+        k if norm is None else norm.k,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -374,6 +383,7 @@ def token_attention_int8(
         req_to_token.stride(0),
         scale * LOG2_E.value,
         window or NO_WINDOW,
+        0.0 if norm is None else norm.eps,
         heads,
         splits,
         key_dtype=tl.int8 if is_half and capability >= (8, 0) else dtype,
@@ -381,6 +391,7 @@ def token_attention_int8(
         is_ptx=is_half and has_ptx(q.device),
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
+        has_norm=norm is not None,
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-calls
-"""Decode attention in one call: rotary embedding, writing K and V, and attention over the pool."""
+"""Decode attention in one call: norm of heads, rotary embedding, writing K and V, and attention over the pool."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.step_memo import StepMemo, once
 from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, rounded
 
@@ -29,6 +30,17 @@ def _rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], factor: Any, 
 
 
 @compiled
+def _norm(x: NDArray[Any], weight: NDArray[Any], eps: float, out: NDArray[Any]) -> None:
+    """One head, normed, to the dtype of `x`."""
+    total = np.float32(0.0)
+    for i in range(x.shape[0]):
+        total += load(x[i]) * load(x[i])
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(eps))
+    for i in range(x.shape[0]):
+        out[i] = rounded(load(rounded(load(x[i]) * factor, weight)) * load(weight[i]), out)
+
+
+@compiled
 def _attend(
     q: NDArray[Any],
     k: NDArray[Any],
@@ -42,11 +54,15 @@ def _attend(
     rows: NDArray[Any],
     context_lengths: NDArray[Any],
     scale: float,
+    q_norm: NDArray[Any] | None,
+    k_norm: NDArray[Any] | None,
+    eps: float,
     out: NDArray[Any],
 ) -> None:
     sequences, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     shared = heads // kv_heads
+    normed = np.empty(head_dim, q.dtype)
     rotated = np.empty((shared + 1, head_dim), np.float32)
     attended = np.empty(head_dim, np.float32)
     for s in range(sequences):
@@ -56,18 +72,26 @@ def _attend(
         slot_of = req_to_token[rows[s]]
         weights = np.empty((shared, context), np.float32)
         for kv_head in range(kv_heads):
-            _rotate(k[s, kv_head], cos[s], sin[s], np.float32(1.0), rotated[shared])
+            key = k[s, kv_head]
+            if k_norm is not None:
+                _norm(key, k_norm, eps, normed)
+                key = normed
+            _rotate(key, cos[s], sin[s], np.float32(1.0), rotated[shared])
             for i in range(head_dim):
                 k_pool[slots[s], kv_head, i] = rounded(rotated[shared, i], k_pool)
                 v_pool[slots[s], kv_head, i] = v[s, kv_head, i]
             for h in range(shared):
-                _rotate(q[s, kv_head * shared + h], cos[s], sin[s], np.float32(scale), rotated[h])
+                query = q[s, kv_head * shared + h]
+                if q_norm is not None:
+                    _norm(query, q_norm, eps, normed)
+                    query = normed
+                _rotate(query, cos[s], sin[s], np.float32(scale), rotated[h])
             for position in range(context):
-                key = k_pool[slot_of[position], kv_head]
+                cached = k_pool[slot_of[position], kv_head]
                 for h in range(shared):
                     score = np.float32(0.0)
                     for i in range(head_dim):
-                        score += rotated[h, i] * load(key[i])
+                        score += rotated[h, i] * load(cached[i])
                     weights[h, position] = score
             for h in range(shared):
                 largest = weights[h].max()
@@ -104,18 +128,21 @@ def token_attention(
     scales: Tensor | None = None,
     out: Tensor | None = None,
     memo: StepMemo | None = None,
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     is_short = once(memo, "short contexts", lambda: int(context_lengths.sum()) <= _FEW_CONTEXT_TOKENS)
     is_plain = alibi_slopes is None and window == 0 and scales is None
     if not (is_short and is_plain and q.dtype == k_pool.dtype and q.dtype in DTYPES):
         return reference.token_attention(
             q, k, v, cos, sin, slots, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
-            alibi_slopes, window, scales, out, memo,
+            alibi_slopes, window, scales, out, memo, norm,
         )  # fmt: skip
     out = q.new_zeros(q.shape) if out is None else out
     rotation = once(memo, "arrays of the rotation", lambda: (array(cos), array(sin)))
     tables = once(memo, "arrays of decodes", lambda: (array(req_to_token), array(rows), array(context_lengths)))
+    norms = (None, None, 0.0) if norm is None else (array(norm.q), array(norm.k), norm.eps)
     _attend(
-        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, array(out)
+        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, *norms,
+        array(out),
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums)
     normalized = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     # Rounded before the product with the weight, as the models were trained.
-    return normalized.to(weight.dtype).mul_(weight)
+    return normalized.to(weight.dtype).mul_(weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

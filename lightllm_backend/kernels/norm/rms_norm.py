@@ -46,7 +46,7 @@ def rms_norm_kernel(
         value = total.to(tl.float32)
     normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
     # Rounded before the product with the weight, as the models were trained.
-    normalized = normalized.to(out.dtype.element_ty).to(tl.float32)
+    normalized = normalized.to(weight.dtype.element_ty).to(tl.float32)
     tl.store(out + token * out_stride + column, (normalized * scale).to(out.dtype.element_ty), mask=live)
 
 
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     assert weight.is_contiguous()
     added = x if residual is None else residual
     assert added.stride(-1) == 1
-    out = torch.empty((tokens, dim), dtype=weight.dtype, device=x.device)
+    out = torch.empty((tokens, dim), dtype=added.dtype, device=x.device)
     if tokens == 0:
         return out
     block = triton.next_power_of_2(dim)
