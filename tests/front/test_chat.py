@@ -73,6 +73,44 @@ def test_what_the_template_gets(call: Caller, client: PretendedClient) -> None:
     assert continued == "<user>Hi\n<assistant>So"
 
 
+# What templates of models that think, like Qwen3's, do: they drop the thoughts of earlier answers, and leave the model
+# no room for new ones if the request says so.
+THINKS = (
+    "{%- for m in messages -%}"
+    "{%- set said = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content -%}"
+    "{{ '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "ending", "text", "content", "reasoning"),
+    [
+        ({}, "", "<think>\nSo.\n</think>\n\nYes.", "Yes.", "So."),
+        ({"enable_thinking": False}, "<think>\n\n</think>\n\n", "Yes.", "Yes.", None),
+        ({"enable_thinking": False}, "<think>\n\n</think>\n\n", "\nYes, <think>", "\nYes, <think>", None),
+    ],
+)
+def test_a_model_thinks_unless_the_request_says_no(
+    front: Front, client: PretendedClient, kwargs: dict[str, Any], ending: str, text: str, content: str, reasoning: str
+) -> None:
+    client.items = [chunk(piece, 65) for piece in (text[:3], text[3:])] + [chunk("", 66, finish_reason="stop")]
+    caller = Caller(replace(front, chat_template=ChatTemplate(THINKS, {})))
+    before = {"role": "assistant", "content": "<think>Who?</think>\n\nHello"}
+    messages = [{"role": "user", "content": "Hi"}, before, {"role": "user", "content": "Well?"}]
+    answer = caller.post(PATH, {"messages": messages, "chat_template_kwargs": kwargs}).json()
+    turns = "".join(
+        f"<|im_start|>{role}\n{said}<|im_end|>\n"
+        for role, said in (("user", "Hi"), ("assistant", "Hello"), ("user", "Well?"))
+    )
+    assert client.calls[-1][0] == f"{turns}<|im_start|>assistant\n{ending}"
+    message = answer["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning_content")) == (content, reasoning)
+
+
 def test_max_completion_tokens_goes_before_max_tokens(call: Caller, client: PretendedClient) -> None:
     call.post(PATH, {**HELLO, "max_tokens": 3, "max_completion_tokens": 4})
     assert client.calls[0][1]["max_tokens"] == 4

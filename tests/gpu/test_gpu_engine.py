@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightllm_backend.request import SamplingParams
+from tests.models.random_models import save_random_model
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 
 pytestmark = [
@@ -91,6 +92,23 @@ def test_half_precision_agrees_where_the_choice_is_clear(directory, dtype, toler
         assert float((logits.max(-1).values - chosen).max()) < 2 * tolerance * spread
         truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < 2 * tolerance * spread
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_window"])
+def test_families_with_kernels_of_their_own(tmp_path, family) -> None:
+    """Token for token in float32; in bfloat16, with K and V in 16 and in 8 bits, no clear choice is another."""
+    save_random_model(family, tmp_path, VOCAB)
+    prompts = [prompt[:200] for prompt in PROMPTS]
+    engine = load(tmp_path, max_total_token_num=4096, batch_max_tokens=60)
+    answers = run(engine, prompts, SamplingParams(max_tokens=MAX_TOKENS), batch_max_tokens=60)
+    assert [answer.token_ids for answer in answers] == transformers_greedy(tmp_path, prompts, MAX_TOKENS, "cuda")
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    for kv_dtype in ("auto", "int8"):
+        engine = load(tmp_path, dtype="bfloat16", kv_dtype=kv_dtype, max_total_token_num=4096)
+        for prompt, answer in zip(prompts, run(engine, prompts, sampling), strict=True):
+            logits = transformers_logits(tmp_path, prompt, answer.token_ids, "cuda")
+            chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
+            assert float((logits.max(-1).values - chosen).max()) < 0.3 * float(logits.std())
 
 
 def test_sampling_is_the_same_as_on_a_cpu(directory) -> None:

@@ -23,6 +23,7 @@ from tests.kernels.kernel_harness import (
     TOLERANCE,
     Pool,
     Variant,
+    head_norm,
     make_pool,
     new_tokens,
     relative_error,
@@ -421,6 +422,30 @@ def test_token_attention(dtype: torch.dtype, shape: tuple[int, int, int], contex
     written = new.slots[new.slots >= 0].long()
     assert relative_error(pool.k[written], k[written]) < TOLERANCE[dtype]
     assert relative_error(pool.v[written], v[written]) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("shape", [LLAMA_70B, (16, 8, 256), (8, 8, 80)])
+def test_heads_are_normed(dtype: torch.dtype, shape: tuple[int, int, int], int8: bool) -> None:
+    """Alike by the kernel of decodes and by that of prompts, whose results the references confirm."""
+    heads, kv_heads, head_dim = shape
+    contexts = [700, 3, 0, 4096, 129]
+    pool = make_pool(contexts, kv_heads, head_dim, dtype, DEVICE)
+    new, pool = new_tokens(pool.to_int8() if int8 else pool, heads, dtype, head_dim)
+    rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(contexts), head_dim**-0.5)
+    norm = head_norm(head_dim, dtype, DEVICE)
+    others = [pool.copy(), pool.copy()]
+    expected = reference.token_attention(*new, others[0].k, others[0].v, *rest, scales=others[0].scales, norm=norm)
+    out = launchers.token_attention(*new, pool.k, pool.v, *rest, scales=pool.scales, norm=norm)
+    assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
+    prompts = new._replace(q=new.q.clone(), k=new.k.clone(), v=new.v.clone())
+    launchers.rotary_kv_write(*prompts, others[1].k, others[1].v, others[1].scales, norm=norm)
+    written = new.slots[new.slots >= 0].long()
+    pools = [one.to(torch.float32) for one in (pool, *others)]
+    for one in pools[1:]:
+        assert relative_error(pools[0].k[written], one.k[written]) < max(2 * TOLERANCE[dtype], 1e-3)
+        assert relative_error(pools[0].v[written], one.v[written]) < max(TOLERANCE[dtype], 1e-3)
 
 
 @DTYPES
