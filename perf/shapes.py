@@ -41,6 +41,10 @@ SHAPES = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "qwen3-8b": _llama(36, 4096, 12288, 32, 8, 151936) | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    },
     "bloom-7b1": _bloom(30, 4096, 32),
 }  # fmt: skip
 
