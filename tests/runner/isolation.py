@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -60,8 +61,13 @@ def mixed_requests(count: int, seed: int) -> tuple[list[list[int]], list[Samplin
 
 
 def load_small(directory: Path, kv_dtype: str) -> LoadedEngine:
-    """The engine on one thread: its products are too small to share, and threads that wait for each other cost most."""
-    engine = load(directory, kv_dtype=kv_dtype)
+    """The engine in float64: in fewer bits, what else is in a batch changes the last of them, and once in some
+    thousand requests an int8 of K or V, and with it a token.
+
+    On one thread: its products are too small to share, and threads that wait for each other cost most.
+    """
+    with patch("lightllm_backend.worker.load.choose_dtype", return_value=torch.float64):
+        engine = load(directory, kv_dtype=kv_dtype)
     torch.set_num_threads(1)
     return engine
 
