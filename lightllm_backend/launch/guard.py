@@ -6,7 +6,8 @@ nor obeys SIGTERM then. It kills workers that stand still, which the supervisor 
 whatever reason, it kills what the server has left, some of which would wait for ever, and removes their files.
 
 The launch command starts the guard, else the first model that loads: whoever gets the lock in the run directory passes
-it on to a new guard. All of them keep looking, so a guard that was killed is replaced within a second.
+it on to a new guard. All of them keep looking, so a guard that was killed is replaced within a second, and one that
+stays stopped by a signal after STOPPED_SECONDS.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -260,33 +262,64 @@ def start_guard(server: str, directory: Path, python: str, launcher: str = "") -
         return None  # the guard has done its work
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return subprocess.Popen(
+        guard = subprocess.Popen(
             [python, "-m", "lightllm_backend.launch.guard", server, str(directory), launcher],
             env=package_environment(os.environ),
             stdin=subprocess.DEVNULL,
             pass_fds=[lock],  # the lock is the open file's, and held until the guard ends
             start_new_session=True,  # no signal to the server's group reaches it
         )
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, identity(guard.pid).encode(), 0)  # for GuardKeeper
+        return guard
     except BlockingIOError:
         return None
     finally:
         os.close(lock)
 
 
-def keep_guard(server_pid: int, directory: Path, python: str) -> None:
-    """Start the guard of this process's parent, and another one whenever it is gone."""
-    server, launcher = identity(server_pid), os.environ.get(LAUNCHER_VARIABLE, "")
+class GuardKeeper:
+    """Starts the guard of a server where there is none, and kills one that stays stopped by a signal."""
 
-    def keep(guard: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, server: str, directory: Path, python: str, launcher: str = "") -> None:
+        self._start = partial(start_guard, server, directory, python, launcher)
+        self._lock_file = guard_lock(directory)
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._stopped_since: float | None = None
+
+    def keep(self) -> None:
+        """Look once; to be called every second or so."""
+        if self._guard:
+            self._guard.poll()  # or it would be a zombie once it is dead
+        with contextlib.suppress(OSError):  # for want of a file descriptor, or of memory: the next call tries again
+            if started := self._start():
+                self._guard = started
+            else:
+                self._end_stopped(self._lock_file.read_text())
+
+    def _end_stopped(self, guard: str) -> None:
+        if not is_alive(guard) or process_status(pid_of(guard)) != psutil.STATUS_STOPPED:
+            self._stopped_since = None
+            return
+        now = time.monotonic()
+        if self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since >= STOPPED_SECONDS:
+            say(f"the guard (process {pid_of(guard)}) is stopped and replaced")
+            os.kill(pid_of(guard), signal.SIGKILL)
+
+
+def keep_guard(server_pid: int, directory: Path, python: str) -> None:
+    """Keep a guard for this process's parent."""
+    keeper = GuardKeeper(identity(server_pid), directory, python, os.environ.get(LAUNCHER_VARIABLE, ""))
+
+    def keep() -> None:
         while os.getppid() == server_pid:
             time.sleep(CHECK_SECONDS)
-            if guard:
-                guard.poll()  # or it would be a zombie once it is dead
-            with contextlib.suppress(OSError):  # for want of a file descriptor, or of memory: it tries again
-                guard = start_guard(server, directory, python, launcher) or guard
+            keeper.keep()
 
-    guard = start_guard(server, directory, python, launcher)
-    threading.Thread(target=keep, args=(guard,), name="guard", daemon=True).start()
+    keeper.keep()
+    threading.Thread(target=keep, name="guard", daemon=True).start()
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
-from lightllm_backend.launch.guard import LAUNCHER_VARIABLE, identity, start_guard
+from lightllm_backend.launch.guard import LAUNCHER_VARIABLE, GuardKeeper, identity
 from lightllm_backend.messages.run_directory import RunDirectoryError, guard_lock, run_directory_of
 
 STOP_SECONDS = 5.0  # for a server without requests to end in order
@@ -43,20 +43,20 @@ class Server:
     """
 
     def __init__(self, launch: Launch) -> None:
-        self._launcher = identity(os.getpid())
+        launcher = identity(os.getpid())
         self._process = subprocess.Popen(
             launch.argv,
-            env=launch.environment | {LAUNCHER_VARIABLE: self._launcher},
+            env=launch.environment | {LAUNCHER_VARIABLE: launcher},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             umask=0o077,  # files and sockets of all processes are the server's user's alone
         )
-        self._identity = identity(self._process.pid)
         try:
             self.directory = run_directory_of(self._process.pid)
         except RunDirectoryError:
             self._process.kill()
             raise
+        self._keeper = GuardKeeper(identity(self._process.pid), self.directory, sys.executable, launcher)
         self.keep_guard()
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()
@@ -66,9 +66,8 @@ class Server:
         return self._process.pid
 
     def keep_guard(self) -> None:
-        """Start the guard, if there is none."""
-        with contextlib.suppress(OSError):  # for want of a file descriptor, or of memory: the next call tries again
-            start_guard(self._identity, self.directory, sys.executable, self._launcher)
+        """Start the guard if there is none, and replace one that stands still; to be called every second or so."""
+        self._keeper.keep()
 
     def ended_within(self, seconds: float) -> bool:
         self._waiter.join(seconds)

@@ -13,13 +13,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightllm_backend.environment import STUB
 from lightllm_backend.launch import guard as guard_module
-from lightllm_backend.launch.guard import Guard, identity, is_alive, start_guard
+from lightllm_backend.launch.guard import Guard, GuardKeeper, identity, is_alive, start_guard
 from lightllm_backend.messages.run_directory import run_directory_of
-from lightllm_backend.messages.vitals import read_vitals
+from lightllm_backend.messages.vitals import process_status, read_vitals
 from tests.polling import poll
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,34 @@ def test_there_is_one_guard_and_a_killed_one_is_replaced(
     assert not family.directory.exists()
 
 
+def test_a_stopped_guard_is_replaced_unless_it_goes_on_in_time(
+    family: Family, quick: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keeper = GuardKeeper(identity(family.server.pid), family.directory, sys.executable)
+    keeper.keep()
+    [first] = children(os.getpid(), "launch.guard")
+    os.kill(first, signal.SIGSTOP)
+    assert poll(lambda: process_status(first) == psutil.STATUS_STOPPED)
+    keeper.keep()
+    os.kill(first, signal.SIGCONT)
+    assert poll(lambda: process_status(first) != psutil.STATUS_STOPPED)
+    keeper.keep()
+    time.sleep(0.5)  # STOPPED_SECONDS: that it was stopped once does not count
+    os.kill(first, signal.SIGSTOP)
+    assert poll(lambda: process_status(first) == psutil.STATUS_STOPPED)
+    keeper.keep()
+    assert is_alive(identity(first))
+
+    def guards() -> list[int]:
+        keeper.keep()
+        return [pid for pid in children(os.getpid(), "launch.guard") if identity(pid) and pid != first]
+
+    assert poll(guards)
+    assert f"the guard (process {first}) is stopped and replaced" in capfd.readouterr().err
+    family.server.kill()
+    assert poll(lambda: not family.directory.exists()), "the second one works"
+
+
 KEEPER = """
 import os, sys, time
 from pathlib import Path
@@ -186,9 +215,11 @@ def test_who_keeps_a_guard_replaces_it(family: Family) -> None:
         keeper.kill()
 
 
-def children(pid: int) -> list[int]:
+def children(pid: int, part: str = "") -> list[int]:
+    """The pids of a process's children with this part in their command lines."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    pids = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [child for child in pids if part in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 # Its judgement
