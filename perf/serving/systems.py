@@ -92,11 +92,13 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
 
 
 def wait_ready(process: subprocess.Popen[bytes], paths: Mapping[int, str], log: Path) -> None:
-    """Wait until each port answers at its path. Raise SystemFailed if one does not."""
+    """Wait until each port answers at its path. Raise SystemFailed if one does not, or if the server logs an error."""
     end = time.monotonic() + START_LIMIT_SECONDS
     while not all(answers(port, path) for port, path in paths.items()):
         if process.poll() is not None:
             raise SystemFailed(f"the server ended with exit code {process.returncode}:\n{_last_lines(log)}")
+        if " error: " in log.read_text(errors="replace"):  # the launch command's own; it would try again for long
+            raise SystemFailed(f"the server does not start:\n{_last_lines(log)}")
         if time.monotonic() > end:
             raise SystemFailed(f"the server is not ready after {START_LIMIT_SECONDS:g} s:\n{_last_lines(log)}")
         time.sleep(POLL_SECONDS)

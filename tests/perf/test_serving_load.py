@@ -3,10 +3,12 @@
 
 import asyncio
 import struct
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +18,7 @@ from perf.front_throughput import fronted
 from perf.serving.calls import OpenAICaller, Part, Target, chunk_from_json, events_of
 from perf.serving.load import Planned, run_load
 from perf.serving.measure import RequestFailed
+from perf.serving.systems import SystemFailed, free_ports, wait_ready
 from perf.serving.workload import Length, WorkItem
 
 ITEM = WorkItem((5, 6, 7, 8), Length(4, 6))
@@ -211,3 +214,13 @@ def test_events_may_come_together_or_cut() -> None:
 def test_a_stream_that_is_not_whole_is_refused(stream: bytes, fault: str) -> None:
     with pytest.raises(RequestFailed, match=fault):
         parts_of(stream)
+
+
+def test_a_server_that_logs_an_error_while_it_starts_is_not_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    log.write_text("2026-01-01 00:00:00 error: a process of the front has ended, with exit code 1\n")
+    [port] = free_ports(1)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        with pytest.raises(SystemFailed, match="a process of the front has ended"):
+            wait_ready(process, {port: "/health"}, log)
+        process.kill()
