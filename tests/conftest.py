@@ -48,5 +48,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ServerSchedu
     return ServerScheduling(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the file that takes longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/kernels/test_kernel_compile.py"))
+
+
 def pytest_report_header() -> str | None:
     return None if HAS_GPU else "without an NVIDIA GPU: tests/gpu is left out"

@@ -13,19 +13,15 @@ from lightllm_backend.kernels import launchers
 
 ROOT = Path(__file__).parents[2]
 
-HOPPER_MODELS = [("bfloat16", 128, 32, 32), ("bfloat16", 128, 64, 8), ("bfloat16", 80, 32, 32), ("float32", 64, 9, 3)]
 # Compute capability, shared memory of a block in KiB, and models: dtype, head_dim, heads, KV heads; without models, the
-# products are compiled at the stored blocks.
+# products are compiled at the stored blocks. The launchers give GPUs before Ampere the same blocks, and so those from
+# Ampere to Ada: of each group the least shared memory counts, and a size is compiled for one of the group's GPUs.
 GPUS = [
-    ("7.0", 96, [("float16", 128, 32, 32)]),
-    ("7.5", 64, [("float16", 128, 32, 8)]),
-    ("8.0", 163, [("bfloat16", 128, 32, 32), ("float16", 256, 8, 2), ("float32", 128, 4, 4)]),
-    ("8.9", 99, [("bfloat16", 128, 64, 8), ("bfloat16", 64, 9, 3), ("float16", 256, 8, 8)]),
-    (
-        "9.0",
-        227,
-        [("bfloat16", 128, 32, 32), ("bfloat16", 128, 64, 8), ("bfloat16", 80, 32, 32), ("float32", 64, 9, 3)],
-    ),
+    ("7.0", 64, [("float16", 32, 4, 1)]),
+    ("7.5", 64, [("float16", 32, 4, 1), ("float16", 128, 16, 4)]),
+    ("8.0", 99, [("bfloat16", 64, 9, 3), ("float32", 128, 4, 4)]),
+    ("8.9", 99, [("bfloat16", 128, 64, 8), ("float16", 256, 8, 8)]),
+    ("9.0", 227, [("bfloat16", 128, 32, 8), ("bfloat16", 80, 8, 8), ("float32", 64, 9, 3)]),
     ("9.0", 227, []),
 ]
 OF_HOPPER = {"linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
