@@ -22,8 +22,8 @@ from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
-CASES = 120
-FRONT_CASES = 30
+CASES = 60
+FRONT_CASES = 20
 PROMPT = "Once upon a time"
 
 

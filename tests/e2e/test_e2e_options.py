@@ -69,18 +69,30 @@ def answer(responses: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("name", "value", "base"), CASES, ids=[case[0] for case in CASES])
-def test_three_ways(full_server: TritonServer, name: str, value: Any, base: dict[str, Any]) -> None:
-    request = {"max_tokens": 6, **base}
-    default = {key: kept for key, kept in request.items() if key != name}
-    without, tensor, in_json, parameter = in_parallel(
-        [
-            lambda: answer(stream_grpc(full_server, request if name == "max_tokens" else default)),
-            lambda: answer(stream_grpc(full_server, {**default, name: value})),
-            lambda: answer(stream_grpc(full_server, {**default, "sampling_parameters": json.dumps({name: value})})),
-            lambda: answer(stream_grpc(full_server, default, parameters={name: _parameter(value)})),
-        ]
-    )
+@pytest.fixture(scope="module")
+def answers(full_server: TritonServer) -> dict[str, list[dict[str, Any]]]:
+    """To each case, all at once: without the option, then with it as a tensor, in the JSON, and as a parameter."""
+
+    def ask(name: str, value: Any, base: dict[str, Any]) -> list[dict[str, Any]]:
+        request = {"max_tokens": 6, **base}
+        default = {key: kept for key, kept in request.items() if key != name}
+        in_json = {**default, "sampling_parameters": json.dumps({name: value})}
+        return in_parallel(
+            [
+                lambda: answer(stream_grpc(full_server, request if name == "max_tokens" else default)),
+                lambda: answer(stream_grpc(full_server, {**default, name: value})),
+                lambda: answer(stream_grpc(full_server, in_json)),
+                lambda: answer(stream_grpc(full_server, default, parameters={name: _parameter(value)})),
+            ]
+        )
+
+    answers = in_parallel([lambda case=case: ask(*case) for case in CASES])
+    return {name: answered for (name, *_), answered in zip(CASES, answers, strict=True)}
+
+
+@pytest.mark.parametrize("name", [case[0] for case in CASES])
+def test_three_ways(answers: dict[str, list[dict[str, Any]]], name: str) -> None:
+    without, tensor, in_json, parameter = answers[name]
     assert tensor == in_json == parameter
     assert tensor != without, f"{name} has no effect"
 

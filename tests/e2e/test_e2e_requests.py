@@ -16,7 +16,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from lightllm_client import InvalidArgument, LightLLMClient
-from tests.e2e.calls import NO_PROXY, GenerateStream, generate, stream_grpc
+from tests.e2e.calls import NO_PROXY, GenerateStream, generate, in_parallel, stream_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer
 
@@ -32,13 +32,23 @@ def test_the_table_was_found() -> None:
     assert len(ROWS) > 50
 
 
+@pytest.fixture(scope="module")
+def answers(full_server: TritonServer) -> dict[str, Any]:
+    """What each row of the table gets, all at once: the status and JSON of generate, the events of generate_stream."""
+
+    def ask(keys: str) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+        body = f'{{"text_input": "{PROMPT}", {keys[1:]}'.encode()
+        return *generate(full_server, body), list(GenerateStream(full_server, body))
+
+    calls = [lambda keys=keys: ask(keys) for keys, _ in ROWS]
+    return {keys: answer for (keys, _), answer in zip(ROWS, in_parallel(calls), strict=True)}
+
+
 @pytest.mark.parametrize(("keys", "expected"), ROWS, ids=[keys for keys, _ in ROWS])
 def test_a_row_of_the_table_of_what_the_generate_endpoints_take(
-    full_server: TritonServer, keys: str, expected: str
+    answers: dict[str, Any], keys: str, expected: str
 ) -> None:
-    body = f'{{"text_input": "{PROMPT}", {keys[1:]}'.encode()
-    status, answer = generate(full_server, body)
-    [streamed] = GenerateStream(full_server, body)
+    status, answer, [streamed] = answers[keys]
     if not expected.startswith("{"):
         ours = expected == "INVALID_ARG"
         assert status == (400 if ours else int(expected))
@@ -146,7 +156,7 @@ def test_a_seed_as_an_http_request_parameter(full_server: TritonServer) -> None:
     with tritonclient.http.InferenceServerClient(full_server.http_url) as full_client:
 
         def ids(seed: int | str) -> list[int]:
-            parameters = {"max_tokens": 8, "temperature": 3.0, "seed": seed}
+            parameters = {"max_tokens": 4, "temperature": 3.0, "seed": seed}
             return full_client.infer("lightllm_unary", [text], parameters=parameters).as_numpy("output_ids").tolist()
 
         assert ids(2**63 - 1) == ids(str(2**63 - 1)) != ids(str(2**64 - 1))

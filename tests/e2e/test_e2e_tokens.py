@@ -53,13 +53,16 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def alone(full_client: LightLLMClient) -> list[Generation]:
-    """The answer to each prompt while nothing else runs."""
-    return [full_client.generate(prompt, max_tokens=MAX_TOKENS) for prompt in PROMPTS]
+def together(full_client: LightLLMClient) -> list[Generation]:
+    """The answer to each prompt, all of which run at once and came in random order."""
+    order = list(range(len(PROMPTS)))
+    random.Random(1).shuffle(order)
+    streams = {index: full_client.stream(PROMPTS[index], max_tokens=MAX_TOKENS) for index in order}
+    return [Generation.join(streams[index]) for index in range(len(PROMPTS))]
 
 
-def test_greedy_tokens_equal_transformers(alone: list[Generation], reference: Reference) -> None:
-    for prompt, answer in zip(PROMPTS, alone, strict=True):
+def test_greedy_tokens_equal_transformers(together: list[Generation], reference: Reference) -> None:
+    for prompt, answer in zip(PROMPTS, together, strict=True):
         prompt_ids, ids = reference.encode(prompt), list(answer.token_ids)
         assert answer.num_input_tokens == len(prompt_ids)
         assert reference.greedy_matches(prompt_ids, ids), prompt
@@ -68,24 +71,21 @@ def test_greedy_tokens_equal_transformers(alone: list[Generation], reference: Re
         assert answer.finish_reason == ("stop" if ended else "length"), prompt
         assert ended or len(ids) == MAX_TOKENS, prompt
         assert answer.text == reference.decode(ids), prompt
-    assert max(answer.num_input_tokens for answer in alone) >= 600, "longer than one step's prefill"
-    assert {answer.finish_reason for answer in alone} == {"stop", "length"}
+    assert max(answer.num_input_tokens for answer in together) >= 600, "longer than one step's prefill"
+    assert {answer.finish_reason for answer in together} == {"stop", "length"}
 
 
-def test_all_at_once_in_random_order(full_client: LightLLMClient, alone: list[Generation]) -> None:
-    order = list(range(len(PROMPTS)))
-    random.Random(1).shuffle(order)
-    streams = [full_client.stream(PROMPTS[index], max_tokens=MAX_TOKENS) for index in order]
-    for index, stream in zip(order, streams, strict=True):
-        assert Generation.join(stream) == alone[index], PROMPTS[index]
+@pytest.mark.parametrize("index", [0, 3, 7, 21])
+def test_a_request_alone_gets_the_same(full_client: LightLLMClient, together: list[Generation], index: int) -> None:
+    assert full_client.generate(PROMPTS[index], max_tokens=MAX_TOKENS) == together[index]
 
 
-def test_64_requests_at_once(full_client: LightLLMClient, alone: list[Generation]) -> None:
-    short = [index for index, answer in enumerate(alone) if answer.num_input_tokens < 20]
+def test_64_requests_at_once(full_client: LightLLMClient, together: list[Generation]) -> None:
+    short = [index for index, answer in enumerate(together) if answer.num_input_tokens < 20]
     chosen = [random.Random(2).choice(short) for _ in range(64)]
     streams = [full_client.stream(PROMPTS[index], max_tokens=3) for index in chosen]
     for index, stream in zip(chosen, streams, strict=True):
-        assert Generation.join(stream).token_ids == alone[index].token_ids[:3], PROMPTS[index]
+        assert Generation.join(stream).token_ids == together[index].token_ids[:3], PROMPTS[index]
 
 
 # Log probabilities

@@ -20,14 +20,14 @@ PROMPT = "The capital of Japan is"
 
 @pytest.fixture(scope="module")
 def expected(full_client: LightLLMClient, reference: Reference) -> dict[str, Any]:
-    """The answer of eight tokens, as one response."""
-    answer = full_client.generate(PROMPT, max_tokens=8)
+    """The answer of four tokens, as one response."""
+    answer = full_client.generate(PROMPT, max_tokens=4)
     assert reference.greedy_matches(reference.encode(PROMPT), list(answer.token_ids))
     return {
         "text_output": reference.decode(list(answer.token_ids)),
         "finish_reason": "length",
         "num_input_tokens": len(reference.encode(PROMPT)),
-        "num_output_tokens": 8,
+        "num_output_tokens": 4,
         "output_ids": list(answer.token_ids),
         "output_log_probs": [],
         "cumulative_logprob": 0.0,
@@ -57,13 +57,13 @@ def joined(responses: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_http_generate(full_server: TritonServer, expected: dict[str, Any]) -> None:
-    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 8})
+    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 4})
     assert status == 200
     assert {name: answer[name] for name in expected} == expected
 
 
 def test_http_generate_stream(full_server: TritonServer, expected: dict[str, Any]) -> None:
-    stream = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": True})
+    stream = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 4, "stream": True})
     assert stream.status == 200
     events = list(stream)
     assert len(events) > 1
@@ -73,12 +73,12 @@ def test_http_generate_stream(full_server: TritonServer, expected: dict[str, Any
 
 
 def test_http_generate_stream_of_one_response(full_server: TritonServer, expected: dict[str, Any]) -> None:
-    [event] = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 8})
+    [event] = GenerateStream(full_server, {"text_input": PROMPT, "max_tokens": 4})
     assert {name: event[name] for name in expected} == expected
 
 
 def test_grpc_stream_through_our_client(full_client: LightLLMClient, expected: dict[str, Any]) -> None:
-    chunks = list(full_client.stream(PROMPT, max_tokens=8))
+    chunks = list(full_client.stream(PROMPT, max_tokens=4))
     assert len(chunks) > 1
     assert "".join(chunk.text for chunk in chunks) == expected["text_output"]
     assert [chunk.finish_reason for chunk in chunks] == [""] * (len(chunks) - 1) + ["length"]
@@ -86,28 +86,28 @@ def test_grpc_stream_through_our_client(full_client: LightLLMClient, expected: d
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_grpc_stream_through_tritonclient(full_server: TritonServer, expected: dict[str, Any], stream: bool) -> None:
-    responses = stream_grpc(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": stream})
+    responses = stream_grpc(full_server, {"text_input": PROMPT, "max_tokens": 4, "stream": stream})
     assert (len(responses) > 1) == stream
     assert joined(responses) == expected
 
 
 @pytest.mark.parametrize("infer", [infer_http, infer_grpc])
 def test_unary_infer(full_server: TritonServer, expected: dict[str, Any], infer: Any) -> None:
-    assert infer(full_server, {"text_input": PROMPT, "max_tokens": 8}) == expected
+    assert infer(full_server, {"text_input": PROMPT, "max_tokens": 4}) == expected
 
 
 def test_unary_infer_ignores_stream(full_server: TritonServer, expected: dict[str, Any]) -> None:
-    assert infer_grpc(full_server, {"text_input": PROMPT, "max_tokens": 8, "stream": True}) == expected
+    assert infer_grpc(full_server, {"text_input": PROMPT, "max_tokens": 4, "stream": True}) == expected
 
 
 def test_unary_generate(full_server: TritonServer, expected: dict[str, Any]) -> None:
-    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 8}, model="lightllm_unary")
+    status, answer = generate(full_server, {"text_input": PROMPT, "max_tokens": 4}, model="lightllm_unary")
     assert status == 200
     assert {name: answer[name] for name in expected} == expected
 
 
 def test_token_ids_as_the_prompt(full_client: LightLLMClient, reference: Reference, expected: dict[str, Any]) -> None:
-    answer = full_client.generate(reference.encode(PROMPT), max_tokens=8)
+    answer = full_client.generate(reference.encode(PROMPT), max_tokens=4)
     assert answer.text == expected["text_output"]
     assert answer.num_input_tokens == expected["num_input_tokens"]
 
@@ -122,7 +122,7 @@ def test_lightllms_own_call(full_server: TritonServer, reference: Reference) -> 
 
 def test_direct_call_of_generation(full_server: TritonServer, expected: dict[str, Any], reference: Reference) -> None:
     """Without a detokenizer nobody gives credit back; the stream must not wait for it."""
-    values = {"input_ids": reference.encode(PROMPT), "sampling_parameters": '{"max_tokens": 8, "stream": true}'}
+    values = {"input_ids": reference.encode(PROMPT), "sampling_parameters": '{"max_tokens": 4, "stream": true}'}
     responses = stream_grpc(full_server, values, model="generation")
     assert [token_id for one in responses for token_id in one["output_ids"]] == expected["output_ids"]
 
