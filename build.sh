@@ -124,14 +124,19 @@ test() {
     environment
     install_once development install_development
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # With arguments, the tests that need them fetch the packages of clients; else that goes on while mypy works.
+    local clients=
+    if [ $# -eq 0 ]; then
+        python -m tests.clients.environments clients &
+        clients=$!
+    fi
     ruff check .
     ruff format --check .
     mypy
     mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
-    # With arguments, the tests that need it make it.
-    [ $# -gt 0 ] || python -m tests.clients.environments clients || echo "build.sh: no packages for tests of clients" >&2
+    [ -z "$clients" ] || wait "$clients" || echo "build.sh: no packages for tests of clients" >&2
     # Three processes keep two cores busy, since servers are waited for; on a GPU one test after the other. Which test
     # runs on which of them: tests/conftest.py.
     local workers=3
