@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.fuzz.targets import TARGETS
 
-CASES = 100
+CASES = 60
 
 
 @pytest.mark.parametrize("name", TARGETS)

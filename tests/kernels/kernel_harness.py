@@ -16,7 +16,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 def combinations(*axes: Sequence[Any], every: int = 2) -> list[tuple[Any, ...]]:
     """All combinations on a GPU; one of `every` in the slow interpreter.
 
-    Every second one still has all combinations of any axes but one.
+    Every second one still has all combinations of any axes but one; every third, of any two axes of three, if one more
+    axis has three values or two more have two.
     """
     chosen = []
     for numbered in itertools.product(*map(enumerate, axes)):

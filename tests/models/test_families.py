@@ -21,10 +21,9 @@ from tests.models.step_harness import check_reads_nothing_back, check_steps, loa
 from tests.models.thread_parallel import run_ranks
 from tests.runner.engine_harness import load, run, transformers_greedy, transformers_logits
 
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 PROMPTS = [
-    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
-    for seed, length in enumerate([1, 2, 3, 5, 8, 21, 34, 7])
+    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in enumerate([1, 2, 5, 8, 34])
 ]
 
 

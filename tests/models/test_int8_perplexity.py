@@ -61,8 +61,7 @@ def perplexity(model: CausalLM, tokens: list[int], kv_dtype: torch.dtype, length
 
 
 def test_int8_keys_and_values_cost_less_than_half_a_percent(model):
-    tokens = Tokenizer.load(embedded_model_directory()).encode(TEXT)
-    assert 300 < len(tokens) < 512
+    tokens = Tokenizer.load(embedded_model_directory()).encode(TEXT)[:260]
     half = len(tokens) // 2
     lengths = [half, len(tokens) - 8 - half, *[1] * 7]
     plain, quantised = (perplexity(model, tokens, dtype, lengths) for dtype in (torch.float32, torch.int8))

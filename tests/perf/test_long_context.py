@@ -4,13 +4,16 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from perf import long_context, report
 from perf.shapes import LENGTHS
 
 
-def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path) -> None:
+def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_context, "SHORT_OUTPUT", 8)
+    monkeypatch.setattr(long_context, "LONG_OUTPUT", 5)
     out = tmp_path / "long_context.json"
     arguments = "--model tiny --device cpu --prompt 3500 --batches 1,2 --repeats 1"
     run = CliRunner().invoke(long_context.main, [*arguments.split(), "--out", str(out)])

@@ -11,7 +11,7 @@ from perf import prefix_cache, report
 
 def test_it_runs_with_and_without(tmp_path: Path) -> None:
     out = tmp_path / "prefix_cache.json"
-    arguments = "--model tiny --device cpu --shared 600 --own 8 --burst 4 --repeats 2 --max_total_token_num 8000"
+    arguments = "--model tiny --device cpu --shared 200 --own 8 --burst 3 --repeats 1 --max_total_token_num 2000"
     run = CliRunner().invoke(prefix_cache.main, [*arguments.split(), "--out", str(out)])
     assert run.exit_code == 0, run.output
     result = json.loads(out.read_text())

@@ -138,7 +138,7 @@ def tell_variants(kv_heads: int, kv_dtype: torch.dtype, max_total: int) -> None:
         runner.graphs = Graphs(runner._step)  # type: ignore[assignment]
     warm_up(runner, NUM_ROWS, MAX_INPUT, BATCH_MAX_TOKENS)
     ready = set(VARIANTS)
-    serve(runner, num_requests=250)
+    serve(runner, num_requests=150)
     told = {"ready": ready, "late": VARIANTS - ready}
     print(json.dumps({name: [" ".join(variant) for variant in sorted(variants)] for name, variants in told.items()}))
 

@@ -13,7 +13,7 @@ from lightllm_backend.router.router import Router
 from tests.runner.engine_harness import run, save_random_llama
 from tests.runner.isolation import POOL_TOKENS, compare, load_small, mixed_requests, solo_answers
 
-NUM_REQUESTS = 40
+NUM_REQUESTS = 30
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_mixed_requests_get_what_they_get_alone_with_freed_slots_poisoned(
     outcome = compare(engine, prompts, params, solo_answers(engine, prompts, params), overlap)
     assert outcome.differing == []
     assert outcome.preemptions > 3
-    assert outcome.shared_tokens > 50
-    assert outcome.freed > 8 * POOL_TOKENS
+    assert outcome.shared_tokens > 40
+    assert outcome.freed > 5 * POOL_TOKENS
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])

@@ -56,8 +56,7 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
     assert [answer.token_ids for answer in answers] == expected
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-@pytest.mark.parametrize("batch_max_tokens", [64, 7])
+@pytest.mark.parametrize(("batch_max_tokens", "overlap"), [(64, 0), (7, 1)])
 def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None:
     everything = SamplingParams(
         max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
@@ -174,8 +173,7 @@ SHARED = [random.Random(99).randrange(3, 199) for _ in range(70)]
 ALIKE = [SHARED[:length] + PROMPTS[index] for index, length in enumerate([40, 70, 55, 40, 70, 70])]
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize(("kv_dtype", "overlap"), [("auto", 1), ("int8", 0)])
 def test_prompts_that_begin_alike_get_the_same_tokens_as_alone(directory, kv_dtype, overlap) -> None:
     """At once, so that they share within a step, and one after the other; where prompts are cut as well."""
     engine = load(directory, kv_dtype=kv_dtype)
