@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
-from lightllm_backend.models.layers import KVLayer, PoolAttention, Rotation, StepInput, alibi_slopes
+from lightllm_backend.models.layers import KVLayer, PoolAttention, StepInput, alibi_slopes
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.placement import Placement
+from lightllm_backend.models.rotary import Rotation
 from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
@@ -117,9 +120,8 @@ class BloomForCausalLM(Decoder):
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.embedding_norm(self.embedding(input_ids))
 
-    def rotation(self, step: StepInput) -> Rotation:
-        unrotated = step.positions.new_empty((len(step.positions), 0), dtype=torch.float32)
-        return unrotated, unrotated
+    def rotations(self, step: StepInput) -> Sequence[Rotation]:
+        return [Rotation.none(step.positions)] * len(self.layers)
 
     def embedding_weight_map(self) -> dict[str, WeightSlot]:
         return super().embedding_weight_map() | self.embedding_norm.weight_map()

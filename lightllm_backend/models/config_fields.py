@@ -102,6 +102,14 @@ class ConfigFields:
         except OverflowError:
             raise self.error(key, "a smaller number is needed") from None
 
+    def positives(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers above 0."""
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.error(key, f"a list of {length} numbers above 0 is needed")
+        items = ConfigFields(self.path, {str(index): item for index, item in enumerate(value)}, f"{self.prefix}{key}.")
+        return tuple(items.positive(name) for name in items.values)
+
     def flag(self, key: str) -> bool:
         """True or false; false for a key that the class does not have."""
         value = self.get(key) if self.knows(key) else False

@@ -7,13 +7,15 @@ A model derives from it and makes the parts in its `__init__`: norms, attention 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from lightllm_backend.models.layers import HiddenStates, KVLayer, Rotation, StepInput
+from lightllm_backend.models.layers import HiddenStates, KVLayer, StepInput
 from lightllm_backend.models.placement import Placement
+from lightllm_backend.models.rotary import Rotation
 from lightllm_backend.models.vocabulary import Embedding, Head, select_tokens
 from lightllm_backend.models.weights import HEAD, WeightSlot
 
@@ -79,18 +81,17 @@ class Decoder(ABC):
         return self.embedding(input_ids)
 
     @abstractmethod
-    def rotation(self, step: StepInput) -> Rotation:
-        """The rotary embeddings of the step's tokens."""
+    def rotations(self, step: StepInput) -> Sequence[Rotation]:
+        """The rotary embeddings of the step's tokens in each layer."""
 
     def forward(self, step: StepInput) -> Tensor:
         return self.logits(self.hidden_states(step), step.last_tokens)
 
     def hidden_states(self, step: StepInput) -> HiddenStates:
-        rotation = self.rotation(step)
         residual = self.embed(step.input_ids)
         x, added = residual, None
         # Written out here: a call of a layer would keep its input alive, as the caller's variable, to its end.
-        for layer, kv in zip(self.layers, step.kv_layers, strict=True):
+        for layer, rotation, kv in zip(self.layers, self.rotations(step), step.kv_layers, strict=True):
             x = layer.attention_norm(x, added)
             x = layer.attention(x, rotation, kv, step)
             x = layer.mlp(layer.mlp_norm(x, residual))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and rotary embeddings, with this rank's part of the weights, and StepInput, which a model computes.
+"""Attention, with this rank's part of the weights, and StepInput, which a model computes.
 
 A forward pass reads nothing back from the device, and its shapes depend on the shapes of its input alone, so that CUDA
 graphs can capture it. Tensors of tokens are packed without padding: [tokens, ...].
@@ -7,26 +7,22 @@ graphs can capture it. Tensors of tokens are packed without padding: [tokens, ..
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
-from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
+from lightllm_backend.models.rotary import Rotation
 from lightllm_backend.models.weights import WeightSlot
-
-# Cosines and sines [tokens, head_dim / 2] float32; [tokens, 0] in a model without rotary embeddings.
-Rotation = tuple[Tensor, Tensor]
 
 # What the last layer leaves: its output [tokens, hidden_size], or parts of it [parts, tokens, hidden_size] for the norm
 # to sum, and the residual [tokens, hidden_size] that the norm adds to it.
@@ -50,7 +46,7 @@ class StepInput:
 
     input_ids: Tensor  # [t] int32
     positions: Tensor  # [t] int32
-    rotary_lengths: Tensor  # [t] int32, max(prompt length, position + 1): what dynamic RoPE scales by
+    rotary_lengths: Tensor  # [t] int32, max(prompt length, position + 1): by which some RoPE changes
     slots: Tensor  # [t] int32, for each token's K and V; -1 is padding
     rows: Tensor  # [n] int32, of req_to_token
     context_lengths: Tensor  # [n] int32, cached plus new tokens
@@ -61,61 +57,6 @@ class StepInput:
     req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
     kv_layers: Sequence[KVLayer]
     whole_prompts: WholePromptTiles | None = None  # the prompts without cached tokens, if the host knows them
-    memo: StepMemo = field(default_factory=dict)  # of this step alone
-
-
-class RotaryEmbedding:
-    """Rotary position embeddings: cosines and sines in float32, computed once a step for all layers.
-
-    Dynamic scaling stretches the base by the length of the sequence, so each token has frequencies of its own; a table
-    has them for each length beyond the original one.
-    """
-
-    def __init__(self, config: ModelConfig, max_length: int, device: torch.device) -> None:
-        self.first_length = config.max_positions
-        self.is_dynamic = config.rope_scaling.rope_type == "dynamic"
-        if self.is_dynamic:
-            self.frequencies = dynamic_frequencies(config, max_length).to(device)
-        else:
-            angles = torch.arange(max_length, dtype=torch.float32)[:, None] * rotary_frequencies(config)
-            # Side by side, so that one gather reads both.
-            self.table = torch.stack((angles.cos(), angles.sin()), 1).to(device)
-
-    def __call__(self, positions: Tensor, rotary_lengths: Tensor) -> Rotation:
-        if not self.is_dynamic:
-            cos, sin = self.table.index_select(0, positions).unbind(1)
-            return cos, sin
-        index = (rotary_lengths - self.first_length).clamp_min(0)
-        angles = positions[:, None] * self.frequencies.index_select(0, index)
-        return angles.cos(), angles.sin()
-
-
-def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """The angle by which each pair of dimensions turns per position, [head_dim / 2] float32."""
-    scaling = config.rope_scaling
-    frequencies = _inverse_frequencies(config.rope_theta, config.head_dim)
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    if scaling.rope_type == "llama3":
-        # Slow down frequencies with few turns over the original context, keep those with many, and blend the others.
-        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
-    return frequencies
-
-
-def dynamic_frequencies(config: ModelConfig, max_length: int) -> Tensor:
-    """The rotary frequencies for each length from the original one to `max_length`, [lengths, head_dim / 2] float32."""
-    longest = max(max_length, config.max_positions)
-    length = torch.arange(config.max_positions, longest + 1, dtype=torch.float64)
-    factor, dim = config.rope_scaling.factor, config.head_dim
-    stretch = (factor * length / config.max_positions - (factor - 1)) ** (dim / (dim - 2))
-    return _inverse_frequencies(config.rope_theta * stretch[:, None], dim)
-
-
-def _inverse_frequencies(base: float | Tensor, head_dim: int) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return (1.0 / base**exponents).float()
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -150,7 +91,7 @@ class PoolAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
         decodes = step.num_decodes
-        cos, sin = rotation
+        cos, sin, memo = rotation
         out = q.new_empty(q.shape)
         if decodes > 0:
             # The last of these tokens may belong to a prompt; the kernel leaves them alone.
@@ -162,16 +103,16 @@ class PoolAttention:
             self.kernels.token_attention(
                 first(q), first(k), first(v), first(cos), first(sin), first(step.slots), kv.k, kv.v, step.req_to_token,
                 first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
-                self.window, kv.scales, first(out), step.memo, self.norm,
+                self.window, kv.scales, first(out), memo, self.norm,
             )  # fmt: skip
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(
-                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, step.memo, self.norm
+                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, memo, self.norm
             )
             self.kernels.prefill_attention(
                 q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
                 step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
-                step.whole_prompts, out, step.memo,
+                step.whole_prompts, out, memo,
             )  # fmt: skip
         return out.flatten(1)
 

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
-from lightllm_backend.models.layers import Attention, AttentionOptions, RotaryEmbedding, Rotation, StepInput
+from lightllm_backend.models.layers import Attention, AttentionOptions, StepInput
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.placement import Placement
+from lightllm_backend.models.rotary import RotaryEmbedding, Rotation
 from lightllm_backend.models.vocabulary import Embedding, Head
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.parallel import TensorParallel
@@ -84,7 +87,9 @@ class LlamaForCausalLM(Decoder):
         self.place = place = Placement(parallel, dtype, device, kernels, config.quantization)
         places = [place.within(f"{self.layers_name}.{layer}") for layer in range(config.num_layers)]
         self.embedding = Embedding(config.vocab_size, config.hidden_size, place)
-        self.rotary = RotaryEmbedding(config, max_length, device)
+        ropes = list(dict.fromkeys(config.ropes))
+        self.rotary = [RotaryEmbedding(rope, max_length, device) for rope in ropes]
+        self.rotary_of_layers = [ropes.index(rope) for rope in config.ropes]
         self.layers = [
             DecoderLayer(
                 RMSNorm("input_layernorm", config, here),
@@ -99,5 +104,6 @@ class LlamaForCausalLM(Decoder):
         self.num_kv_heads, _ = place.kv_share(config.num_kv_heads)
         self.head_dim = config.head_dim
 
-    def rotation(self, step: StepInput) -> Rotation:
-        return self.rotary(step.positions, step.rotary_lengths)
+    def rotations(self, step: StepInput) -> Sequence[Rotation]:
+        made = [rotary(step.positions, step.rotary_lengths) for rotary in self.rotary]
+        return [made[kind] for kind in self.rotary_of_layers]

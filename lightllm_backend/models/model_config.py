@@ -6,7 +6,7 @@ Standard library only, so that processes without torch can check settings. Every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.config import on_the_fly, read_quantization, with_head
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES, MODEL_TYPES, check_architecture
+from lightllm_backend.models.rope import PHI3_ROPE_TYPES, ROPE_TYPES, Rope, read_rope, read_ropes_by_layer_type
 from lightllm_backend.models.unsupported import refuse_other_directories
 
-__all__ = ["ModelConfig", "ModelError", "RopeScaling"]
+__all__ = ["ModelConfig", "ModelError"]
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # The keys whose values the shapes of weights must agree with.
 SIZES = (
@@ -38,24 +38,11 @@ DTYPES = {
     "double": "float32",
 }
 
-# Far above all models; more layers or longer stretches would make later steps run for hours or overflow.
+# Far above all models; more layers would make later steps run for hours.
 MAX_LAYERS = 10_000
-MAX_ROPE_FACTOR = 2.0**16
 
 # Positions of a model without a limit of its own; settings may lower it.
 UNLIMITED_POSITIONS = 2**17
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary embeddings stretch over more positions than the model was first trained on."""
-
-    rope_type: str = "default"
-    factor: float = 1.0
-    # For llama3 alone.
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,17 +59,22 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     tie_word_embeddings: bool
-    max_positions: int
+    max_sequence_length: int  # the positions that the model serves, with its RoPE scaling
     torch_dtype: str | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
     # Options of some families. Each architecture's own file decides which it uses.
     attention_bias: bool = False
     mlp_bias: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    ropes: tuple[Rope, ...] = ()  # of each layer; empty: the model has no rotary embeddings
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # c in c * tanh(score / c)
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual
+    logit_divisor: float = 1.0
     quantization: Quantization = UNQUANTISED
     # For the log when the model starts.
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -108,13 +100,6 @@ class ModelConfig:
             quantization=read_quantization(directory, config),
             **shape,
         )
-
-    @property
-    def max_sequence_length(self) -> int:
-        """The positions that the model serves with its RoPE scaling (max_positions of llama3 includes the scaling)."""
-        if self.rope_scaling.rope_type in ("linear", "dynamic"):
-            return int(self.max_positions * self.rope_scaling.factor)
-        return self.max_positions
 
     def with_weight_dtype(self, weight_dtype: str, head_dtype: str, tp: int) -> ModelConfig:
         """The model with its weights quantised on the fly, as the settings of these names say, for `tp` ranks."""
@@ -163,10 +148,9 @@ class ModelConfig:
         return self.sliding_window if self.sliding_window is not None and self.sliding_layers[layer] else 0
 
 
-def _llama(config: ConfigFields) -> dict[str, Any]:
+def _llama(config: ConfigFields, rope_types: Mapping[str, str] = ROPE_TYPES) -> dict[str, Any]:
     """Read a config.json in the style of LLaMA, which most models follow."""
-    if config.get("hidden_act") not in ("silu", "swish"):
-        raise config.error("hidden_act", "'silu' is needed")
+    _check_activation(config)
     if config.get("rope_interleaved"):
         raise config.error("rope_interleaved", "false is needed")
     num_heads = config.count("num_attention_heads")
@@ -191,10 +175,14 @@ def _llama(config: ConfigFields) -> dict[str, Any]:
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
         "attention_bias": config.flag("attention_bias"),
         "mlp_bias": config.flag("mlp_bias"),
-        "max_positions": config.count("max_position_embeddings"),
-        **_rope(config),
-        **_sliding_window(config, num_layers),
+        **_layers(config, num_layers, head_dim, rope_types),
+        **_scales(config),
     }
+
+
+def _phi3(config: ConfigFields) -> dict[str, Any]:
+    """Read Phi-3's config.json, whose types of RoPE have names of their own."""
+    return _llama(config, PHI3_ROPE_TYPES)
 
 
 def _bloom(config: ConfigFields) -> dict[str, Any]:
@@ -214,14 +202,14 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
         "head_dim": hidden_size // num_heads,
         "norm_eps": config.positive("layer_norm_epsilon"),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
-        "max_positions": config.count("seq_length", null=UNLIMITED_POSITIONS),
+        "max_sequence_length": config.count("seq_length", null=UNLIMITED_POSITIONS),
         "attention_bias": True,
         "mlp_bias": True,
     }
 
 
 # Readers of config.json, by the registry's `dialect`.
-DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "bloom": _bloom}
+DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "phi3": _phi3, "bloom": _bloom}
 
 
 def _left_out(config: ConfigFields) -> Iterator[str]:
@@ -275,60 +263,67 @@ def _dtype(config: ConfigFields) -> str | None:
     return DTYPES[name]
 
 
+def _check_activation(config: ConfigFields) -> None:
+    """Refuse an activation of the MLP that the class's file does not compute."""
+    if config.knows("hidden_activation"):
+        if config.get("hidden_activation") != "gelu_pytorch_tanh":
+            raise config.error("hidden_activation", "'gelu_pytorch_tanh' is needed")
+    elif config.get("hidden_act") not in ("silu", "swish"):
+        raise config.error("hidden_act", "'silu' is needed")
+
+
+def _layers(config: ConfigFields, num_layers: int, head_dim: int, rope_types: Mapping[str, str]) -> dict[str, Any]:
+    """What differs from layer to layer: windows and rotary embeddings."""
+    positions = config.count("max_position_embeddings")
+    if config.knows("rope_local_base_freq"):
+        by_type, warnings = read_ropes_by_layer_type(config, head_dim)
+        ropes = tuple(by_type[layer_type] for layer_type in _layer_types(config, num_layers))
+    else:
+        rope, warnings = read_rope(config, head_dim, rope_types)
+        ropes = (rope,) * num_layers
+        positions = rope.stretched(positions)
+    windows = _sliding_window(config, num_layers)
+    return {"ropes": ropes, "warnings": tuple(warnings), "max_sequence_length": positions, **windows}
+
+
 def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
-    """The sliding window and its layers: those of `layer_types`, else all from `max_window_layers` on."""
+    """The sliding window and which layers have it."""
     is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
     if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
         return {}
-    window, types = config.count("sliding_window"), config.get("layer_types")
+    sliding = tuple(layer_type == "sliding_attention" for layer_type in _layer_types(config, num_layers))
+    return {"sliding_window": config.count("sliding_window"), "sliding_layers": sliding}
+
+
+def _layer_types(config: ConfigFields, num_layers: int) -> list[str]:
+    """The type of each layer: `layer_types`, else by the class's rule of how they alternate."""
+    types = config.get("layer_types") if config.knows("layer_types") else None
     if types is None:
+        full, sliding = LAYER_TYPES
+        if config.knows("sliding_window_pattern"):
+            pattern = config.count("sliding_window_pattern")
+            return [sliding if (layer + 1) % pattern else full for layer in range(num_layers)]
         first = config.count("max_window_layers", least=0) if config.knows("max_window_layers") else 0
-        return {"sliding_window": window, "sliding_layers": tuple(layer >= first for layer in range(num_layers))}
+        return [sliding if layer >= first else full for layer in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):
         raise config.error("layer_types", f"one of {' | '.join(LAYER_TYPES)} for each of {num_layers} layers is needed")
-    return {"sliding_window": window, "sliding_layers": tuple(kind == "sliding_attention" for kind in types)}
+    return types
 
 
-def _rope(config: ConfigFields) -> dict[str, Any]:
-    """The base and the scaling of RoPE, from `rope_scaling` or, as transformers 5 calls it, `rope_parameters`.
-
-    If a file has both, transformers 5.23 reads `rope_scaling` alone, and so do we. If neither has the base, it is the
-    `rope_theta` beside them.
-    """
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    warnings = []
-    if key == "rope_scaling" and config.get("rope_parameters") not in (None, {}, config.get("rope_scaling")):
-        unused = config.get("rope_parameters")
-        warnings.append(f"{config.path}: rope_scaling counts, and not rope_parameters beside it, {unused!r}")
-    parameters = config.child(key)
-    for name, value in parameters.values.items():
-        if isinstance(value, dict):
-            raise parameters.error(name, "the same parameters for all layers are needed")
-    for owner in (config, parameters):
-        if owner.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise owner.error("partial_rotary_factor", "1 is needed")
-    owner = parameters if "rope_theta" in parameters.values else config
-    scaling = _rope_scaling(config, parameters)
-    return {"rope_theta": owner.positive("rope_theta"), "rope_scaling": scaling, "warnings": tuple(warnings)}
-
-
-def _rope_scaling(config: ConfigFields, parameters: ConfigFields) -> RopeScaling:
-    key = "rope_type" if parameters.has("rope_type") else "type"
-    rope_type = parameters.get(key)
-    if rope_type not in (*ROPE_TYPES, None) or (rope_type is None and parameters.has("factor")):
-        raise parameters.error("rope_type" if rope_type is None else key, f"known: {', '.join(ROPE_TYPES)}")
-    if rope_type in ("default", None):
-        return RopeScaling()
-    factor = parameters.positive("factor")
-    if factor < 1:
-        raise parameters.error("factor", "a number of at least 1 is needed")
-    if factor > MAX_ROPE_FACTOR:
-        raise parameters.error("factor", f"a number of at most {MAX_ROPE_FACTOR:.0f} is needed")
-    if rope_type != "llama3":
-        return RopeScaling(rope_type, factor)
-    low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")
-    if low >= high:
-        raise parameters.error("low_freq_factor", f"a number below high_freq_factor, {high}, is needed")
-    key = "original_max_position_embeddings"
-    owner = config if config.has(key) else parameters
-    return RopeScaling(rope_type, factor, low, high, owner.count(key, null=config.count("max_position_embeddings")))
+def _scales(config: ConfigFields) -> dict[str, float]:
+    """The factors and soft caps of classes that have them."""
+    scales = {}
+    if config.knows("query_pre_attn_scalar"):
+        scales["attention_scale"] = config.positive("query_pre_attn_scalar") ** -0.5
+    names = {
+        "attention_multiplier": "attention_scale",
+        "attn_logit_softcapping": "attention_softcap",
+        "final_logit_softcapping": "logit_softcap",
+        "embedding_multiplier": "embedding_multiplier",
+        "residual_multiplier": "residual_multiplier",
+        "logits_scaling": "logit_divisor",
+    }
+    for key, name in names.items():
+        if config.knows(key) and (config.has(key) or not key.endswith("softcapping")):
+            scales[name] = config.positive(key)
+    return scales

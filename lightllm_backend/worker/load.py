@@ -131,7 +131,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         pool_tokens=pool_tokens,
         memory=memory,
     )
-    prefixes_are_alike = shape.rope_scaling.rope_type != "dynamic"
+    prefixes_are_alike = not any(rope.depends_on_length(limits.max_total) for rope in shape.ropes)
     return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, storage)
 
 

@@ -12,8 +12,9 @@ import torch
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.lengths import LengthLimits
-from lightllm_backend.models.layers import RotaryEmbedding
-from lightllm_backend.models.model_config import ROPE_TYPES, UNLIMITED_POSITIONS, ModelConfig
+from lightllm_backend.models.model_config import UNLIMITED_POSITIONS, ModelConfig
+from lightllm_backend.models.rope import ORIGINAL, ROPE_TYPES, Rope
+from lightllm_backend.models.rotary import RotaryEmbedding
 from lightllm_backend.options import check_lengths
 from lightllm_backend.request import RequestError, SamplingParams
 from lightllm_backend.runner.device_tables import DeviceTables
@@ -70,10 +71,12 @@ def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
         for architecture, kind, limit in table("architecture", "`rope_type`", "the model's limit")
     }
     assert {kind for _, kind in rows} == {*ROPE_TYPES, "–"}
-    scaling = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 1024}
+    scaling |= {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
     for kind in ROPE_TYPES:
-        formula = rows["LLaMA, Mistral, Qwen2, Qwen3", kind].replace("`", "").split(" × ")
-        expected = math.prod({"max_position_embeddings": 4096, "factor": FACTOR}[name] for name in formula)
+        formula = rows["all with RoPE", kind].replace("`", "").split(" × ")
+        numbers = {"max_position_embeddings": 4096, "factor": FACTOR, ORIGINAL: 1024}
+        expected = math.prod(numbers[name] for name in formula)
         assert model(tmp_path, LLAMA | {"rope_scaling": {"rope_type": kind, **scaling}}).max_sequence_length == expected
     assert rows["BLOOM", "–"] == f"`seq_length`; without it {UNLIMITED_POSITIONS}"
     assert model(tmp_path, BLOOM).max_sequence_length == UNLIMITED_POSITIONS
@@ -104,10 +107,15 @@ def test_memory_is_as_the_table_says(tmp_path: Path) -> None:
     length, head_dim, original = 131072, 128, 4096
     config = model(tmp_path, LLAMA)
     assert config.head_dim == head_dim
-    dynamic = replace(config, rope_scaling=replace(config.rope_scaling, rope_type="dynamic", factor=32.0))
+    dynamic = Rope(head_dim, rope_type="dynamic", factor=32.0, original_max_positions=original)
+    longrope = replace(dynamic, rope_type="longrope", short_factors=(1.0,) * 64, long_factors=(2.0,) * 64)
     formulas = [
         ("2 × 4 × (`running_max_req_size` + 1) × length", DeviceTables.num_bytes(1000, length)),
-        ("4 × `head_dim` × length", RotaryEmbedding(config, length, torch.device("cpu")).table.nbytes),
+        ("4 × `head_dim` × length", RotaryEmbedding(config.ropes[0], length, torch.device("cpu")).table.nbytes),
+        (
+            "4 × `head_dim` × (original + length)",
+            RotaryEmbedding(longrope, length, torch.device("cpu")).table.nbytes,
+        ),
         (
             "2 × `head_dim` × (length − original + 1)",
             RotaryEmbedding(dynamic, length, torch.device("cpu")).frequencies.nbytes,

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lightllm_backend.models import bloom, llama
-from lightllm_backend.models.model_config import DTYPES, ROPE_TYPES
+from lightllm_backend.models.model_config import DTYPES
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES
+from lightllm_backend.models.rope import ROPE_KEYS
 from lightllm_backend.models.unsupported import QUANTIZED_TENSORS
 from lightllm_backend.models.weight_files import FLOATS, NOT_THE_MODEL, USUAL
 
@@ -63,7 +64,7 @@ def test_words_for_dtypes() -> None:
 
 
 def test_rope_types() -> None:
-    assert tuple(word for row in table("type", "needs") for word in words(row["type"])) == ROPE_TYPES
+    assert {words(row["type"])[0]: tuple(words(row["reads"])) for row in table("type", "reads")} == ROPE_KEYS
 
 
 def test_weight_files() -> None:

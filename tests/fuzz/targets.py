@@ -30,6 +30,7 @@ from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import ARCHITECTURES, MODEL_TYPES
+from lightllm_backend.models.rotary import RotaryEmbedding
 from lightllm_backend.models.weight_files import FLOATS, opened, weight_files
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.option_table import CANONICAL, MAX_INT32, MAX_STOP_WORDS
@@ -168,6 +169,11 @@ _SCALING = {
     "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "factor": 2.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "truncate": True, "attention_factor": None,
+}  # fmt: skip
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 _QUANTIZATIONS = (
     {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
      "modules_to_not_convert": ["lm_head"]},
@@ -206,7 +212,9 @@ def _configs(draw: st.DrawFn) -> str:
     values = draw(mutated({**_SMALL, "architectures": [architecture], "model_type": model_type}, known))
     if draw(st.booleans()):
         values[draw(st.sampled_from(("rope_scaling", "rope_parameters")))] = draw(
-            mutated(_SCALING, ("rope_theta", "type"))
+            st.sampled_from((_SCALING, _YARN, _LONGROPE)).flatmap(
+                lambda scaling: mutated(scaling, ("rope_theta", "type", "partial_rotary_factor"))
+            )
         )
     if draw(st.booleans()):
         values |= {"sliding_window": draw(integers), "use_sliding_window": True, "layer_types": draw(json_values)}
@@ -239,6 +247,10 @@ def check_config(directory: Path, case: tuple[str, str]) -> None:
     assert config.num_heads % config.num_kv_heads == 0
     assert min(config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim) >= 1
     assert config.max_sequence_length >= 1
+    assert len(config.ropes) in (0, config.num_layers)
+    for rope in set(config.ropes) if config.head_dim <= 1024 else ():
+        cos, _, _ = RotaryEmbedding(rope, 4, torch.device("cpu"))(torch.tensor([1]), torch.tensor([2]))
+        assert 2 * cos.shape[1] <= config.head_dim
     assert all(config.window(layer) >= 0 for layer in range(config.num_layers))
     for name in ("model.layers.0.mlp.up_proj", "lm_head"):
         scheme = config.quantization.scheme(name)

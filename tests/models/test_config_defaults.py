@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lightllm_backend.models.model_config import SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
 from lightllm_backend.models.registry import ARCHITECTURES
+from lightllm_backend.models.rope import Rope
 
 CLASSES = {
     "BloomForCausalLM": transformers.BloomConfig,
@@ -85,22 +86,23 @@ def expected(architecture, values) -> dict:
             "num_kv_heads": config.n_head,
             "head_dim": config.hidden_size // config.n_head,
             "norm_eps": config.layer_norm_epsilon,
-            "max_positions": UNLIMITED_POSITIONS,
+            "max_sequence_length": UNLIMITED_POSITIONS,
             "attention_bias": True,
             "mlp_bias": True,
         }
     assert config.hidden_act == "silu"
     layers = range(config.num_hidden_layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = config.sliding_window if architecture != "LlamaForCausalLM" else None
     return common | {
         "intermediate_size": config.intermediate_size,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": head_dim,
         "norm_eps": config.rms_norm_eps,
-        "max_positions": config.max_position_embeddings,
+        "max_sequence_length": config.max_position_embeddings,
         "attention_bias": "attention_bias" in ARCHITECTURES[architecture].defaults and config.attention_bias,
         "mlp_bias": "mlp_bias" in ARCHITECTURES[architecture].defaults and config.mlp_bias,
-        "rope_theta": config.rope_parameters["rope_theta"],
+        "ropes": (Rope(head_dim, config.rope_parameters["rope_theta"]),) * config.num_hidden_layers,
         "sliding_window": window,
         "sliding_layers": ()
         if window is None
@@ -123,7 +125,10 @@ def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_
     assert fields_of(config, fields) == fields
     # The rest are what a class without RoPE or windows leaves as it is.
     others = {field.name for field in dataclasses.fields(ModelConfig)} - fields.keys()
-    assert others <= {"rope_theta", "rope_scaling", "sliding_window", "sliding_layers", "quantization", "warnings"}
+    assert others <= {
+        "ropes", "sliding_window", "sliding_layers", "quantization", "warnings", "attention_scale",
+        "attention_softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier", "logit_divisor",
+    }  # fmt: skip
     others.discard("warnings")
     assert all(
         getattr(config, field.name) == field.default for field in dataclasses.fields(config) if field.name in others
@@ -168,7 +173,7 @@ def test_a_null_means_what_it_means_to_transformers_or_is_refused(tmp_path, arch
         fields = expected(architecture, values)
     except StrictDataclassError:
         fields = None
-    if fields is None or fields.get("rope_theta", 1.0) is None:
+    if fields is None or any(rope.theta is None for rope in fields.get("ropes", ())):
         with pytest.raises(ModelError, match=f"{key} is null; .*needed"):
             ours(tmp_path, values)
     else:

@@ -71,6 +71,8 @@ def test_logits_of_each_shape_of_attention(tmp_path, heads, kv_heads, head_dim):
         {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.5, "beta_slow": 0.1},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.1] * 8, "long_factor": [1.5, 2.0, 3.0, 4.0] * 2},
         LLAMA3,
     ],
 )

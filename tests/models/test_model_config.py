@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lightllm_backend.models.model_config import ModelConfig, ModelError, RopeScaling
+from lightllm_backend.models.model_config import ModelConfig, ModelError
+from lightllm_backend.models.rope import Rope
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,12 +53,11 @@ def test_first_llama_needs_no_more_than_its_shape(tmp_path):
         num_kv_heads=32,
         head_dim=128,
         norm_eps=1e-6,
-        rope_theta=10000.0,
-        rope_scaling=RopeScaling(),
+        ropes=(Rope(128),) * 32,
         attention_bias=False,
         mlp_bias=False,
         tie_word_embeddings=False,
-        max_positions=2048,
+        max_sequence_length=2048,
         torch_dtype=None,
         bos_id=1,
         eos_ids=(2,),
@@ -77,37 +77,37 @@ def test_what_is_said_is_taken(tmp_path):
             bos_token_id=1,
         )
     )
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.bos_id) == (8, 64, 500000.0, 1)
+    assert (config.num_kv_heads, config.head_dim, config.ropes[0], config.bos_id) == (8, 64, Rope(64, 500000.0), 1)
     assert config.attention_bias
     assert config.mlp_bias
     assert config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
-    ("written", "scaling"),
+    ("written", "rope"),
     [
-        ({"rope_scaling": None}, RopeScaling()),
-        ({"rope_scaling": {"type": "linear", "factor": 4}}, RopeScaling("linear", 4.0)),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, RopeScaling("dynamic", 2.0)),
-        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
-        ({"rope_parameters": {"rope_type": "default"}}, RopeScaling()),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, RopeScaling("linear", 4.0)),
-        ({"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        ({"rope_scaling": None}, Rope(128)),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, Rope(128, 1e4, "linear", 4.0)),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, Rope(128, 1e4, "dynamic", 2.0, 2048)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(128, 1e4, "llama3", 8.0, 8192)),
+        ({"rope_parameters": {"rope_type": "default"}}, Rope(128)),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, Rope(128, 1e4, "linear", 4.0)),
+        ({"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, Rope(128, 1e4, "llama3", 8.0, 8192)),
     ],
 )
-def test_rope_scaling_in_both_spellings(tmp_path, written, scaling):
-    assert ModelConfig.from_directory(write(tmp_path, **written)).rope_scaling == scaling
+def test_rope_scaling_in_both_spellings(tmp_path, written, rope):
+    assert ModelConfig.from_directory(write(tmp_path, **written)).ropes == (rope,) * 32
 
 
 def test_rope_theta_within_rope_parameters(tmp_path):
     write(tmp_path, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
-    assert ModelConfig.from_directory(tmp_path).rope_theta == 5e5
+    assert ModelConfig.from_directory(tmp_path).ropes == (Rope(128, 5e5),) * 32
 
 
 def test_llama3_without_its_original_length_takes_the_models(tmp_path):
     without = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     write(tmp_path, rope_scaling={"rope_type": "llama3", **without})
-    assert ModelConfig.from_directory(tmp_path).rope_scaling.original_max_positions == 2048
+    assert ModelConfig.from_directory(tmp_path).ropes[0].original_max_positions == 2048
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,9 @@ def test_llama3_without_its_original_length_takes_the_models(tmp_path):
         (None, 2048),
         ({"type": "linear", "factor": 4.0}, 8192),
         ({"type": "dynamic", "factor": 2.5}, 5120),
+        ({"type": "yarn", "factor": 4.0}, 8192),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}, 2048),
         ({"rope_type": "llama3", **LLAMA3}, 2048),
     ],
 )
@@ -171,7 +174,7 @@ def test_bloom_needs_none_of_llamas_fields(tmp_path):
         head_dim=64,
         norm_eps=1e-5,
         tie_word_embeddings=True,
-        max_positions=2**17,
+        max_sequence_length=2**17,
         torch_dtype=None,
         bos_id=1,
         eos_ids=(2,),
@@ -310,10 +313,16 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({**QWEN2, "max_window_layers": None}, "max_window_layers is null; an integer of at least 0"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types is .*; one of full_attention .* each of 32 layers"),
         ({**QWEN2, "layer_types": ["chunked_attention"] * 32}, "layer_types is .*; one of full_attention | sliding"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; 1 is needed"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}},
+            "partial_rotary_factor is 0.5; 1 is needed",
+        ),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; a number of at most 1"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; an object is needed"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; known: default, linear, dynamic, llama3"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing; a number above 0"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling.type is 'su'; known: default, linear, dynamic, llama3, yarn"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; a number above 0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "type is 'dynamic'; more than 2 dim"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5; a number of at least 1"),
         (
             {"rope_scaling": {"type": "linear", "factor": 1e99}},

@@ -11,13 +11,19 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lightllm_backend.models.layers import dynamic_frequencies, rotary_frequencies
 from lightllm_backend.models.model_config import ModelConfig, ModelError
+from lightllm_backend.models.rotary import RotaryEmbedding
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 16}
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1 + index / 32 for index in range(16)],
+    "long_factor": [1 + index / 2 for index in range(16)],
+}
 
 WRITTEN = {
     "nothing": {},
@@ -56,6 +62,31 @@ WRITTEN = {
     "scaling with theta beside parameters": {
         "rope_scaling": {"type": "dynamic", "factor": 4, "rope_theta": 700.0}, "rope_parameters": DEFAULT
     },
+    "a partial factor that the class does not heed": {"partial_rotary_factor": 0.5},
+    "yarn": {"rope_scaling": {**YARN, **ORIGINAL}},
+    "yarn without its original length": {"rope_scaling": YARN},
+    "yarn, original length beside and within": {
+        "rope_scaling": {**YARN, **ORIGINAL}, "original_max_position_embeddings": 32
+    },
+    "yarn, a factor that is not the ratio of the lengths": {"rope_scaling": {**YARN, **ORIGINAL, "factor": 9.5}},
+    "yarn, factor null": {"rope_scaling": {**YARN, **ORIGINAL, "factor": None}},
+    "yarn, factor 1": {"rope_scaling": {**YARN, **ORIGINAL, "factor": 1}},
+    "yarn, attention factor": {"rope_scaling": {**YARN, **ORIGINAL, "attention_factor": 1.7, "mscale": 2.0}},
+    "yarn, attention factor null": {"rope_scaling": {**YARN, **ORIGINAL, "attention_factor": None}},
+    "yarn, mscale alone": {"rope_scaling": {**YARN, **ORIGINAL, "mscale": 0.7}},
+    "yarn, mscale of all": {"rope_scaling": {**YARN, **ORIGINAL, "mscale": 0.7, "mscale_all_dim": 1.2}},
+    "yarn, mscale of all 0": {"rope_scaling": {**YARN, **ORIGINAL, "mscale": 0.7, "mscale_all_dim": 0}},
+    "yarn, betas": {"rope_scaling": {**YARN, **ORIGINAL, "beta_fast": 4, "beta_slow": 0.3}},
+    "yarn, betas that are equal": {"rope_scaling": {**YARN, **ORIGINAL, "beta_fast": 2, "beta_slow": 2}},
+    "yarn, betas null": {"rope_scaling": {**YARN, **ORIGINAL, "beta_fast": None, "beta_slow": 0}},
+    "yarn, not truncated": {"rope_scaling": {**YARN, **ORIGINAL, "beta_fast": 4, "truncate": False}},
+    "yarn of few positions": {"rope_scaling": {**YARN, "original_max_position_embeddings": 3}},
+    "yarn, a large base": {"rope_parameters": {**YARN, **ORIGINAL, "rope_theta": 1e6}},
+    "longrope": {"rope_scaling": {**LONGROPE, **ORIGINAL}},
+    "longrope, original length beside": {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32},
+    "longrope without its original length": {"rope_scaling": LONGROPE},
+    "longrope, factor": {"rope_scaling": {**LONGROPE, **ORIGINAL, "factor": 2.5}},
+    "longrope, attention factor": {"rope_scaling": {**LONGROPE, **ORIGINAL, "factor": 2.5, "attention_factor": 1}},
 }  # fmt: skip
 
 
@@ -65,18 +96,28 @@ def ours(directory, **written) -> ModelConfig:
 
 
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
-def test_frequencies_are_those_of_transformers(tmp_path, written):
-    config = ours(tmp_path, **written)
-    # The class changes the dictionaries that it is given.
-    theirs = transformers.LlamaConfig.from_dict(copy.deepcopy({**SHAPE, **written}))
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.rope_scaling.rope_type == theirs.rope_parameters["rope_type"]
-    assert config.rope_scaling.factor == theirs.rope_parameters.get("factor", 1.0)
-    rotary = LlamaRotaryEmbedding(theirs)
-    torch.testing.assert_close(rotary_frequencies(config), rotary.inv_freq, rtol=1e-6, atol=0)
-    if config.rope_scaling.rope_type == "dynamic":
-        rotary(torch.zeros(1), torch.arange(100)[None])
-        torch.testing.assert_close(dynamic_frequencies(config, 100)[-1], rotary.inv_freq, rtol=1e-5, atol=0)
+def test_rotations_are_those_of_transformers(tmp_path, written):
+    """Of a prompt at once, below, at and beyond each length at which one of them changes."""
+    check_rotations(ours(tmp_path, **written), LlamaRotaryEmbedding(theirs(transformers.LlamaConfig, written)))
+
+
+def theirs(config_class, written) -> transformers.PretrainedConfig:
+    """The class changes the dictionaries that it is given."""
+    return config_class.from_dict(copy.deepcopy({**SHAPE, **written}))
+
+
+def check_rotations(config: ModelConfig, rotary: torch.nn.Module) -> None:
+    (rope,) = set(config.ropes)
+    for length in (2, 15, 16, 17, 32, 33, 64, 65, 100):
+        positions = torch.arange(length, dtype=torch.int32)
+        cos, sin, _ = RotaryEmbedding(rope, 100, torch.device("cpu"))(positions, torch.full_like(positions, length))
+        for own, expected in zip((cos, sin), rotary(torch.zeros(1), positions[None]), strict=True):
+            torch.testing.assert_close(own, expected[0, :, : own.shape[1]], rtol=1e-5, atol=2e-5)
+
+
+def test_a_base_for_each_type_of_layer_is_refused_by_a_class_without_it(tmp_path):
+    with pytest.raises(ModelError, match="rope_parameters.full_attention is {.*}; the same parameters for all layers"):
+        ours(tmp_path, rope_parameters={"full_attention": DEFAULT, "sliding_attention": DEFAULT})
 
 
 @pytest.mark.parametrize(
@@ -85,26 +126,35 @@ def test_frequencies_are_those_of_transformers(tmp_path, written):
         ({"rope_parameters": DEFAULT, "rope_scaling": None}, None),
         ({"rope_parameters": DEFAULT, "rope_scaling": DEFAULT}, None),
         ({"rope_parameters": {}, "rope_scaling": DEFAULT}, None),
-        ({"rope_parameters": DEFAULT, "rope_scaling": {"type": "linear", "factor": 2}}, "'rope_theta': 500000.0"),
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling counts, and not rope_parameters beside it, {'rope_type': 'default', 'rope_theta': 500000.0}",
+        ),
+        (
+            {"rope_scaling": {**YARN, "attn_factor": 2.0}},
+            "rope_scaling.attn_factor is not read for RoPE of the type 'yarn'",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not read: all dimensions of a head turn"),
+        ({"partial_rotary_factor": 1.0}, None),
     ],
 )
 def test_parameters_that_do_not_count_are_warned_of(tmp_path, written, unused):
-    warnings = [warning for warning in ours(tmp_path, **written).warnings if "rope" in warning]
-    assert len(warnings) == (unused is not None)
-    assert all("rope_scaling counts, and not rope_parameters" in warning and unused in warning for warning in warnings)
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0}
-LONGROPE = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    warnings = [warning for warning in ours(tmp_path, **written).warnings if "rope" in warning or "rotary" in warning]
+    assert [warning.partition(": ")[2] for warning in warnings] == ([] if unused is None else [unused])
 
 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"rope_scaling": YARN}, "rope_scaling.rope_type is 'yarn'; known: default, linear, dynamic, llama3"),
-        ({"rope_parameters": YARN}, "rope_parameters.rope_type is 'yarn'"),
-        ({"rope_parameters": DEFAULT, "rope_scaling": YARN}, "rope_scaling.rope_type is 'yarn'"),
-        ({"rope_scaling": LONGROPE}, "rope_scaling.type is 'longrope'"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor is 0.5; a number of at least 1"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast is 1; .*at least beta_slow, 2.0"),
+        ({"rope_scaling": {**YARN, "truncate": "no"}}, "rope_scaling.truncate is 'no'; true or false"),
+        ({"rope_scaling": {**YARN, "rope_theta": 1}}, "rope_scaling.rope_theta is 1; YaRN needs a base above 1"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor is 0; a number above 0"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "long_factor is .*; a list of 16 numbers above 0"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [0.0] * 16}}, "rope_scaling.long_factor.0 is 0.0; a number"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": None}}, "short_factor is null; a list of 16"),
+        ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 1}}, "at least 2 is needed"),
         ({"rope_scaling": {"type": "su"}}, "rope_scaling.type is 'su'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}, "rope_scaling.type is 'mrope'"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters.rope_type is 'proportional'"),
@@ -114,10 +164,9 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0]
         ({"rope_scaling": {"type": "linear", "factor": 4, "rope_theta": None}}, "rope_scaling.rope_theta is null"),
         ({"rope_theta": None}, "rope_theta is null; a number above 0"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4'; a number above 0"),
-        ({"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; 1 is needed"),
         (
-            {"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": DEFAULT}},
-            "rope_parameters.full_attention is {.*}; the same parameters for all layers",
+            {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is 0.5; 1 is needed",
         ),
     ],
 )

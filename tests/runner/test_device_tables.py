@@ -2,7 +2,6 @@
 """The tables on the device: how much memory they take beside the KV pool, and how admissions get into them."""
 
 import random
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,8 +11,9 @@ import torch
 
 from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
-from lightllm_backend.models.layers import RotaryEmbedding
-from lightllm_backend.models.model_config import ModelConfig, RopeScaling
+from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.rope import Rope
+from lightllm_backend.models.rotary import RotaryEmbedding
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission
 from lightllm_backend.runner import device_tables
@@ -27,9 +27,9 @@ GIB = 1 << 30
 
 LLAMA_3_1_8B = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
-    num_heads=32, num_kv_heads=8, head_dim=128, norm_eps=1e-5, tie_word_embeddings=False, max_positions=131072,
-    torch_dtype="bfloat16", bos_id=128000, eos_ids=(128001,), rope_theta=500000.0,
-    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    num_heads=32, num_kv_heads=8, head_dim=128, norm_eps=1e-5, tie_word_embeddings=False, max_sequence_length=131072,
+    torch_dtype="bfloat16", bos_id=128000, eos_ids=(128001,),
+    ropes=(Rope(128, 500000.0, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0),) * 32,
 )  # fmt: skip
 SLOT_BYTES = KVStorage.slot_bytes(32, 8, 128, torch.bfloat16)
 
@@ -44,12 +44,12 @@ def test_the_bytes_of_the_tables_are_told_before_they_are_made(num_rows, max_len
 
 
 @pytest.mark.parametrize(
-    ("original", "scaling", "most"),
-    [(131072, LLAMA_3_1_8B.rope_scaling, 64 << 20), (4096, RopeScaling("dynamic", 32.0), 31.01 * (1 << 20))],
+    ("rope", "most"),
+    [(LLAMA_3_1_8B.ropes[0], 64 << 20), (Rope(128, 10000.0, "dynamic", 32.0, 4096), 31.01 * (1 << 20))],
 )
-def test_a_model_of_131072_positions_needs_about_a_gibibyte_of_tables(original, scaling, most) -> None:
+def test_a_model_of_131072_positions_needs_about_a_gibibyte_of_tables(rope, most) -> None:
     """1,000 requests of any length at once; 1 % of what an H200 has for the KV pool of LLaMA 3.1 8B."""
-    rotary = RotaryEmbedding(replace(LLAMA_3_1_8B, max_positions=original, rope_scaling=scaling), 131072, CPU)
+    rotary = RotaryEmbedding(rope, 131072, CPU)
     positions = rotary.frequencies if rotary.is_dynamic else rotary.table
     assert positions.dtype == torch.float32
     assert positions.nbytes <= most
