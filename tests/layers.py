@@ -134,6 +134,7 @@ ALLOWED = {
     "models.bloom": BELOW_A_MODEL,
     "models.llama": BELOW_A_MODEL,
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),
+    "models.phi3": (*BELOW_A_MODEL, "models.llama"),
     "models.qwen2": (*BELOW_A_MODEL, "models.llama"),
     "models.qwen3": (*BELOW_A_MODEL, "models.llama"),
     "models.causal_lm": (

@@ -59,6 +59,20 @@ QWEN2: Defaults = {
 
 QWEN3: Defaults = {**QWEN2, "head_dim": 128, "attention_bias": False}
 
+PHI3: Defaults = {
+    **_LLAMA_AND_MISTRAL,
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 1.0,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "eos_token_id": 32000,
+}
+
 BLOOM: Defaults = {
     "vocab_size": 250880,
     "hidden_size": 64,

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
-from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
+from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
@@ -124,6 +124,7 @@ class AttentionOptions:
     qkv_bias: bool = False
     output_bias: bool = False
     window: int = 0  # positions that a query sees, its own included; 0: all
+    is_fused: bool = False  # the checkpoint has q, k and v in one matrix
     has_head_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
 
 
@@ -151,6 +152,8 @@ class Attention:
             Part(f"self_attn.{name}", *(heads * config.head_dim for heads in (full, share, start)))
             for name, full, share, start in shares
         ]
+        if options.is_fused:
+            parts = fused_parts("self_attn.qkv_proj", parts)
         self.qkv = ColumnLinear(parts, config.hidden_size, options.qkv_bias, place)
         inner = config.num_heads * config.head_dim
         self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, options.output_bias, place)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight, with_grid
@@ -14,17 +16,24 @@ from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.quantization.matrix import Span, StoredMatrix, empty_weight
 from lightllm_backend.models.quantization.readers import matrix_slots
-from lightllm_backend.models.weights import WeightSlot
+from lightllm_backend.models.weights import WeightSlot, join_slots
 
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint's matrix within a fused one. This rank holds `rows` of its `full_rows`, from `start` on."""
+    """Rows of a checkpoint's matrix within a fused one. This rank holds `rows` of its `full_rows`, from `start` on."""
 
     name: str
     full_rows: int
     rows: int
     start: int
+
+
+def fused_parts(name: str, parts: Sequence[Part]) -> list[Part]:
+    """The parts as a checkpoint has them whose matrix `name` holds all of them, one below the other."""
+    full_rows = sum(part.full_rows for part in parts)
+    firsts = accumulate((part.full_rows for part in parts), initial=0)
+    return [Part(name, full_rows, part.rows, first + part.start) for part, first in zip(parts, firsts, strict=False)]
 
 
 class LinearWeight:
@@ -59,7 +68,7 @@ class LinearWeight:
             self.value = with_grid(self.value)
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        slots: dict[str, WeightSlot] = {}
+        slots: list[dict[str, WeightSlot]] = []
         stored = self.value.floats if isinstance(self.value, GridWeight) else self.value
         first = 0
         for part in self._parts:
@@ -68,14 +77,14 @@ class LinearWeight:
             if isinstance(stored, Tensor):
                 dim, start = (0, part.start) if self._columns.is_whole else (1, self._columns.start)
                 shape = (part.full_rows, self._columns.full)
-                slots[f"{part.name}.weight"] = WeightSlot(stored[rows], shape, dim, start)
+                slots.append({f"{part.name}.weight": WeightSlot(stored[rows], shape, dim, start)})
             else:
                 assert self._scheme is not None
                 span = Span(part.full_rows, part.start, part.rows)
                 weight = stored.rows(rows)
                 matrix = StoredMatrix(part.name, self._path, span, self._columns, self._scheme, weight)
-                slots |= matrix_slots(matrix)
-        return slots
+                slots.append(matrix_slots(matrix))
+        return join_slots(slots)
 
 
 class ColumnLinear:
@@ -99,13 +108,15 @@ class ColumnLinear:
         return self.kernels.gated_linear(x, self.weight, self.bias)
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        slots, first = self._weight.weight_map(), 0
-        for part in self.parts:
-            if self.bias is not None:
-                bias = self.bias[first : first + part.rows]
-                slots[f"{part.name}.bias"] = WeightSlot(bias, (part.full_rows,), 0, part.start)
-            first += part.rows
-        return slots
+        weights = self._weight.weight_map()
+        if self.bias is None:
+            return weights
+        biases = torch.split(self.bias, [part.rows for part in self.parts])
+        slots = [
+            {f"{part.name}.bias": WeightSlot(bias, (part.full_rows,), 0, part.start)}
+            for part, bias in zip(self.parts, biases, strict=True)
+        ]
+        return weights | join_slots(slots)
 
 
 class RowLinear:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import Attention, AttentionOptions, StepInput
-from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
+from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.rotary import RotaryEmbedding, Rotation
@@ -48,10 +48,13 @@ class RMSNorm:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)), with the intermediate features split over the ranks. Leaves the sum to the norm."""
 
-    def __init__(self, config: ModelConfig, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, place: Placement, is_fused: bool = False) -> None:
+        """`is_fused`: the checkpoint has gate and up in one matrix."""
         features = config.intermediate_size
         share = place.share("intermediate_size", features)
         parts = [Part(f"mlp.{name}", features, share, share * place.parallel.rank) for name in ("gate_proj", "up_proj")]
+        if is_fused:
+            parts = fused_parts("mlp.gate_up_proj", parts)
         self.gate_up = ColumnLinear(parts, config.hidden_size, config.mlp_bias, place)
         self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
 
@@ -69,6 +72,7 @@ class LlamaForCausalLM(Decoder):
     embedding_name = "model.embed_tokens.weight"
     layers_name = "model.layers"
     old_buffers = OLD_BUFFERS
+    has_fused_mlp = False  # the checkpoint has gate and up in one matrix
 
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
@@ -95,7 +99,7 @@ class LlamaForCausalLM(Decoder):
                 RMSNorm("input_layernorm", config, here),
                 Attention(config, self.attention_options(config, layer), here),
                 RMSNorm("post_attention_layernorm", config, here),
-                GatedMLP(config, here),
+                GatedMLP(config, here, self.has_fused_mlp),
             )
             for layer, here in enumerate(places)
         ]

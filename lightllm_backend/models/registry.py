@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),
+    "Phi3ForCausalLM": Architecture("phi3", config_defaults.PHI3, dialect="phi3"),
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
     "Qwen3ForCausalLM": Architecture("qwen3", config_defaults.QWEN3),
 }

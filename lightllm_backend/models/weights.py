@@ -99,6 +99,56 @@ class WeightSlot:
         self.target.normal_(self.mean, 0.02, generator=generator)
 
 
+@dataclass(frozen=True)
+class JoinedSlot(WeightSlot):
+    """The slot of a tensor of which several parts are needed, each with a slot of its own for the same tensor."""
+
+    parts: tuple[WeightSlot, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[WeightSlot]) -> WeightSlot:
+        """The slot of a tensor that all of `parts` read; itself if there is one."""
+        first = parts[0]
+        return (
+            first
+            if len(parts) == 1
+            else cls(first.target, first.full_shape, first.dim, first.start, parts=tuple(parts))
+        )
+
+    @property
+    def is_optional(self) -> bool:  # type: ignore[override]
+        return self.parts[0].is_optional
+
+    @property
+    def num_weights(self) -> int:
+        return self.parts[0].num_weights
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def fill(self, source: Source) -> None:
+        for part in self.parts:
+            part.fill(source)
+
+    def finish(self) -> None:
+        for part in self.parts:
+            part.finish()
+
+    def randomize(self, generator: torch.Generator) -> None:
+        for part in self.parts:
+            part.randomize(generator)
+
+
+def join_slots(maps: Iterable[Mapping[str, WeightSlot]]) -> dict[str, WeightSlot]:
+    """The slots of all maps; those of one tensor are joined."""
+    found: dict[str, list[WeightSlot]] = {}
+    for slots in maps:
+        for name, slot in slots.items():
+            found.setdefault(name, []).append(slot)
+    return {name: JoinedSlot.of(parts) for name, parts in found.items()}
+
+
 class TiableHead(Protocol):
     """The interface of a model's head that loading needs."""
 

@@ -40,6 +40,14 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     "llama3": transformers.LlamaConfig(**{**_LLAMA, "eos_token_id": [2, 5]}, rope_parameters=_LLAMA3_ROPE),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=None),
     "mistral_window": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
+    "phi3": transformers.Phi3Config(
+        **_LLAMA,
+        pad_token_id=0,
+        sliding_window=WINDOW,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=20,  # some prompts are longer
+        rope_parameters={"rope_type": "longrope", "short_factor": [1.1] * 6, "long_factor": [1.0, 2.0, 5.0] * 2},
+    ),
     "qwen2": transformers.Qwen2Config(**_LLAMA, sliding_window=WINDOW),
     "qwen2_window": transformers.Qwen2Config(
         **_LLAMA, sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1

@@ -18,6 +18,7 @@ CLASSES = {
     "BloomForCausalLM": transformers.BloomConfig,
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
+    "Phi3ForCausalLM": transformers.Phi3Config,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "Qwen3ForCausalLM": transformers.Qwen3Config,
 }
@@ -25,7 +26,7 @@ CLASSES = {
 # What has no part in serving a model: training, caching, and what generate() pads with.
 UNUSED = {
     "attention_dropout", "hidden_dropout", "initializer_range", "pad_token_id", "pretraining_tp", "slow_but_exact",
-    "use_cache",
+    "use_cache", "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 
 # The shape of a small model, of which one key at a time is left out. Qwen2's window begins within its layers.
@@ -50,6 +51,7 @@ KEYS = [
 # Nulls with a meaning that transformers' strict types or its models do not let through: see docs/compatibility.md.
 NULLS_OF_OUR_OWN = {
     ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
+    ("Phi3ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen3ForCausalLM", "head_dim"): {"head_dim": 16},
 }
@@ -149,8 +151,10 @@ def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
         assert table.pop("layer_types") == transformers.MinistralConfig.layer_types
     inherited = {field.name for field in dataclasses.fields(transformers.PretrainedConfig)}
     own = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in inherited}
-    if architecture == "Qwen2ForCausalLM":
+    if architecture in ("Phi3ForCausalLM", "Qwen2ForCausalLM"):
         assert table.pop("head_dim") is None  # read by the model alone
+    if architecture == "Phi3ForCausalLM":
+        assert table.pop("partial_rotary_factor") == config_class().rope_parameters["partial_rotary_factor"]
     assert table == {name: default for name, default in own.items() if name not in UNUSED}
 
 

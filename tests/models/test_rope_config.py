@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lightllm_backend.models.model_config import ModelConfig, ModelError
 from lightllm_backend.models.rotary import RotaryEmbedding
@@ -113,6 +114,40 @@ def check_rotations(config: ModelConfig, rotary: torch.nn.Module) -> None:
         cos, sin, _ = RotaryEmbedding(rope, 100, torch.device("cpu"))(positions, torch.full_like(positions, length))
         for own, expected in zip((cos, sin), rotary(torch.zeros(1), positions[None]), strict=True):
             torch.testing.assert_close(own, expected[0, :, : own.shape[1]], rtol=1e-5, atol=2e-5)
+
+
+PHI3 = {**LONGROPE, "short_factor": [1.0, 1.1, 1.2, 1.3] * 3, "long_factor": [1.0, 2.0, 9.0, 30.0] * 3}
+BESIDE = {"original_max_position_embeddings": 16, "partial_rotary_factor": 0.75}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"partial_rotary_factor": 0.75},
+        {"partial_rotary_factor": 0.7},  # 22 of 32 dimensions
+        {"partial_rotary_factor": 0.72},  # 23, which is rounded up
+        {"rope_scaling": PHI3, **BESIDE},
+        {"rope_scaling": {**PHI3, "type": "yarn"}, **BESIDE},
+        {"rope_scaling": {**PHI3, "partial_rotary_factor": 0.75}, "original_max_position_embeddings": 32},
+        {"rope_scaling": {**PHI3, **ORIGINAL}, "partial_rotary_factor": 0.75},  # the class's 4096 counts more
+    ],
+)
+def test_rotations_of_phi3_are_those_of_transformers(tmp_path, written):
+    config = ours(tmp_path, **{**written, "model_type": "phi3"})
+    check_rotations(config, Phi3RotaryEmbedding(theirs(transformers.Phi3Config, {**written, "model_type": "phi3"})))
+
+
+def test_the_first_files_of_phi3_call_longrope_su(tmp_path):
+    """transformers 5.23 then does not look for the original length beside the object, where these files have it."""
+    su, longrope = (
+        ours(tmp_path, model_type="phi3", rope_scaling={**PHI3, "type": name}, **BESIDE) for name in ("su", "longrope")
+    )
+    assert su.ropes == longrope.ropes
+    assert su.ropes[0].rope_type == "longrope"
+    with pytest.raises(ModelError, match="rope_scaling.type is 'linear'; known: default, longrope, su, yarn"):
+        ours(tmp_path, model_type="phi3", rope_scaling={"type": "linear", "factor": 2.0})
+    with pytest.raises(ModelError, match="rope_scaling.long_factor is missing; a list of 16 numbers"):
+        ours(tmp_path, model_type="phi3", rope_scaling={"type": "yarn", "factor": 2.0, "short_factor": [1.0] * 16})
 
 
 def test_a_base_for_each_type_of_layer_is_refused_by_a_class_without_it(tmp_path):

@@ -75,6 +75,11 @@ CASES = {
         {"bits": 4, "group_size": 32, "sym": False, "desc_act": False},
         {"file": "quantize_config.json"},
     ),
+    "gptq, fused in the checkpoint": Case(
+        "phi3",
+        checkpoints.gptq(8, -1, symmetric=False, in_order=True, version=1),
+        {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False, "desc_act": False},
+    ),
     "gptq in an order": Case(
         "llama2_gqa",
         checkpoints.gptq(4, 16, symmetric=True, in_order=False, version=1),
@@ -172,7 +177,16 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(tmp_path, name):
         assert answer.token_ids == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["awq by channel, of an older file", "gptq", "W8A16 in an order", "fp8, static"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "awq by channel, of an older file",
+        "gptq",
+        "gptq, fused in the checkpoint",
+        "W8A16 in an order",
+        "fp8, static",
+    ],
+)
 def test_ranks_together_compute_the_same_logits(tmp_path, name):
     """A rank of two has half of the 56 or 64 inputs of some matrices, which are whole groups of 8 or parts of one."""
     case = CASES[name]

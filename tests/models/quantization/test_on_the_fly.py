@@ -42,6 +42,25 @@ def test_weights_are_near_those_of_the_checkpoint(tmp_path, weight_dtype, error,
     assert isinstance(model.head.weight, torch.Tensor)
 
 
+def test_weights_that_a_checkpoint_has_fused(tmp_path):
+    """Two ranks hold what one holds, of each part of the fused matrices."""
+    save_random_model("phi3", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = ModelConfig.from_directory(tmp_path).with_weight_dtype("int8", "auto", 1)
+    found = {}
+
+    def run(parallel):
+        layer = model_of(tmp_path, config, parallel).layers[1]
+        for name, linear in (("self_attn.qkv_proj", layer.attention.qkv), ("mlp.gate_up_proj", layer.mlp.gate_up)):
+            parts = reference.dequantize(linear.weight, torch.float32).split([part.rows for part in linear.parts])
+            found[name, parallel.rank] = parts
+
+    run_ranks(2, run)
+    for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        whole = torch.cat([part for both in zip(found[name, 0], found[name, 1], strict=True) for part in both])
+        assert relative_error(whole, tensors[f"model.layers.1.{name}.weight"]) < 0.012
+
+
 def test_a_head_of_8_bits(tmp_path):
     """Also beside weights that the checkpoint has quantised."""
     expected = write_checkpoint(tmp_path, "llama2_gqa", awq(8), {"quant_method": "awq", "group_size": 8})
