@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Shared by the kernels in Gluon, the part of Triton-lang in which a kernel assigns work to warps itself.
 
 Gluon is experimental and renames things between versions; hardware.GLUON_TRIED guards its use.
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -24,6 +26,15 @@ ELEMENTS = {
     torch.int8: gl.int8,
     torch.float8_e4m3fn: gl.float8e4nv,
 }
+
+
+@gluon.jit
+def activated(gate, is_gelu: gl.constexpr):
+    """As activation.gate's."""
+    argument = gate
+    if is_gelu:
+        argument = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    return gate / (1.0 + gl.exp(-argument))
 
 
 def tile_descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:

@@ -70,7 +70,7 @@ class Kernels(Protocol):
         Both are contiguous; `out` has any floating-point dtype.
         """
 
-    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
         """silu_and_mul of `linear`, [tokens, features]: `weight` [2 * features, in_features] is the gate's, then the
         up projection's; `bias` is [2 * features]."""
 
@@ -105,8 +105,11 @@ class Kernels(Protocol):
 
     # Activations.
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """SiLU of the first half of `gate_up` [tokens, 2 * features] times the second half, [tokens, features]."""
+    def silu_and_mul(self, gate_up: Tensor, is_gelu: bool = False) -> Tensor:
+        """SiLU of the first half of `gate_up` [tokens, 2 * features] times the second half, [tokens, features].
+
+        With `is_gelu`, gelu_tanh takes the place of SiLU.
+        """
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
         """GELU of `x` [tokens, features], approximated by tanh as in BLOOM."""

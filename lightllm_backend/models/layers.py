@@ -136,10 +136,12 @@ class Attention:
 
     def __init__(self, config: ModelConfig, options: AttentionOptions, place: Placement) -> None:
         self.head_dim = config.head_dim
-        self.head_norms, norm = [], None
+        self.head_norms: list[NormWeight] = []
+        norm = None
         if options.has_head_norm:
             self.head_norms = [NormWeight(f"self_attn.{x}_norm", config.head_dim, place) for x in "qk"]
-            norm = HeadNorm(*(weight.value for weight in self.head_norms), config.norm_eps)
+            q_norm, k_norm = (weight.value for weight in self.head_norms)
+            norm = HeadNorm(q_norm, k_norm, config.norm_eps)
         self.attend = PoolAttention(place.kernels, config.head_dim, options.window, norm=norm)
         self.num_heads = place.share("num_attention_heads", config.num_heads)
         self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
@@ -164,5 +166,7 @@ class Attention:
         return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        parts = (self.qkv, *self.head_norms, self.output)
-        return {name: slot for part in parts for name, slot in part.weight_map().items()}
+        slots = self.qkv.weight_map()
+        for weight in self.head_norms:
+            slots |= weight.weight_map()
+        return slots | self.output.weight_map()

@@ -103,7 +103,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
             q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2)
         )
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
-    launchers.silu_and_mul(q.flatten(1))
+    launchers.silu_and_mul(q.flatten(1), is_gelu=True)
     if dtype != torch.float32:
         for tokens in (1, 64, 2048):
             if tokens <= FEW_TOKENS[-1]:  # of more, they are cuBLAS's
@@ -181,7 +181,7 @@ def launch_stored(capability: str) -> None:
         other = ProductKernel.TILES if tokens > FEW_TOKENS[-1] else ProductKernel.SPLITS
         choice = Choice(ProductKernel.PREFETCH if blocks.programs_per_sm else other, blocks)
         if is_gated:
-            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), choice)
+            gated_linear.launch_gated(x, weight, None, x.new_empty(tokens, 512), choice, is_gelu=tokens > 16)
         else:
             linear_splits.launch_product(x, weight, None, x.new_empty(1, tokens, 1024), choice)
 
@@ -209,7 +209,7 @@ def launch_stored_quantized(capability: str) -> None:
             features = out_features // (2 if is_gated else 1)
             dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32
             out = torch.empty(blocks.splits, tokens, features, dtype=dtype)
-            launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated)
+            launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu=is_gated and tokens > 8)
 
 
 def launch_variants(

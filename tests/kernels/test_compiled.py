@@ -35,10 +35,11 @@ def test_rms_norm(dtype, in_parts, alone) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_and_mul(dtype, alone) -> None:
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_silu_and_mul(dtype, is_gelu, alone) -> None:
     gate_up = (torch.randn(3, 140) * 4).to(dtype)
     gate_up[0, :6] = torch.tensor([-200.0, 200.0, 0.0, -0.0, -88.0, 88.0])
-    out, expected = compiled.silu_and_mul(gate_up), reference.silu_and_mul(gate_up)
+    out, expected = compiled.silu_and_mul(gate_up, is_gelu), reference.silu_and_mul(gate_up, is_gelu)
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-6)

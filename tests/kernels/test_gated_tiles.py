@@ -15,16 +15,18 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "features", "in_features"), [(1, 8, 64), (128, 128, 72), (300, 392, 136), (2200, 264, 64)]
+    ("tokens", "features", "in_features", "is_gelu"),
+    [(1, 8, 64, False), (128, 128, 72, True), (300, 392, 136, False), (2200, 264, 64, False)],
 )
-def test_matches_the_reference(tokens, features, in_features, device):
+def test_matches_the_reference(tokens, features, in_features, is_gelu, device):
     """Tokens, features and columns that fill no tile too; several tiles for each program, and fewer than
     programs; more tiles of tokens than a group has."""
     x = torch.randn(tokens, in_features + 8, device=device).to(DTYPE)[:, :in_features]
     weight = torch.randn(2 * features, in_features, device=device).to(DTYPE) / in_features**0.5
-    out = gated_tiles.gated_tiles(x, weight)
+    out = gated_tiles.gated_tiles(x, weight, is_gelu)
     assert (out.shape, out.dtype) == ((tokens, features), DTYPE)
-    assert relative_error(out, reference.gated_linear(x.float(), weight.float())) < TOLERANCE[DTYPE]
+    expected = reference.gated_linear(x.float(), weight.float(), is_gelu=is_gelu)
+    assert relative_error(out, expected) < TOLERANCE[DTYPE]
 
 
 def test_many_tokens_of_hopper_go_there(monkeypatch, device):
@@ -37,7 +39,7 @@ def test_many_tokens_of_hopper_go_there(monkeypatch, device):
     monkeypatch.setattr(gated_tiles, "gated_tiles", lambda *arguments: launched.append(arguments))
     x, weight = torch.randn(1025, 64, device=device).to(DTYPE), torch.randn(64, 64, device=device).to(DTYPE)
     launchers.gated_linear(x, weight)
-    assert launched == [(x, weight)]
+    assert launched == [(x, weight, False)]
     for others in ((x[:1024], weight), (x, weight, weight[:, 0].contiguous()), (x, weight[:24])):
         launchers.gated_linear(*others)
     assert len(launched) == 1

@@ -26,6 +26,7 @@ NOT_KERNELS |= {
     "lamport_buffers",
     "whole_prompt_tiles",
 }
+NOT_KERNELS |= {"gate"}
 NOT_KERNELS |= {"attention", "numbers", "rows"}  # of compiled/, which has several in a file
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
 NOT_KERNELS |= {"quantized_prefetch", "unpacking"}

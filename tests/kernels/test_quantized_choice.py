@@ -93,7 +93,7 @@ def test_products_launch_it(kind, tokens, launched):
     x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
     stored = stored_blocks(BLOCKS)["9.0"][f"{kind}, 4096 x 4096"]
     parts = linear_splits(x, weight_of(kind, 4096, 4096))
-    [(values, scales, _, bias, out, blocks, is_gated)] = launched
+    [(values, scales, _, bias, out, blocks, is_gated, _)] = launched
     assert blocks == PrefetchBlocks(*stored["8" if tokens == 1 else "128"])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
@@ -105,10 +105,12 @@ def test_products_launch_it(kind, tokens, launched):
     assert not is_gated
 
 
-def test_gated_products_launch_it(launched):
-    gated = gated_linear(torch.empty(3, 4096, dtype=torch.bfloat16), weight_of("int4", 22016, 4096))
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_gated_products_launch_it(is_gelu, launched):
+    x, weight = torch.empty(3, 4096, dtype=torch.bfloat16), weight_of("int4", 22016, 4096)
+    gated = gated_linear(x, weight, is_gelu=is_gelu)
     assert gated.shape == (3, 11008)
-    assert launched[0][-1] is True
+    assert launched[0][-2:] == (True, is_gelu)
 
 
 @pytest.mark.parametrize(

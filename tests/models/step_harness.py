@@ -168,7 +168,7 @@ def _shape_kernels() -> ModuleType:
     kernels.prefill_attention = kernels.token_attention
     kernels.linear = lambda x, weight, bias=None, out=None: x.new_empty(x.shape[0], weight.shape[0])
     kernels.linear_splits = lambda x, weight, bias=None: x.new_empty(1, x.shape[0], weight.shape[0])
-    kernels.gated_linear = lambda x, weight, bias=None: x.new_empty(x.shape[0], weight.shape[0] // 2)
+    kernels.gated_linear = lambda x, weight, bias=None, is_gelu=False: x.new_empty(len(x), weight.shape[0] // 2)
     kernels.gelu_tanh = torch.empty_like
     return kernels
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gate import activated
+
 _BLOCK = 1024
 
 
@@ -16,9 +18,7 @@ def gelu_tanh_kernel(x, out, x_stride, out_stride, features, block: tl.constexpr
     column = tl.program_id(1) * block + tl.arange(0, block)
     live = column < features
     value = tl.load(x + token * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    # (1 + tanh(y)) / 2 is sigmoid(2 y), with y = sqrt(2 / pi) * (x + 0.044715 x^3).
-    doubled = 1.5957691216057308 * value * (1.0 + 0.044715 * value * value)
-    tl.store(out + token * out_stride + column, (value * tl.sigmoid(doubled)).to(out.dtype.element_ty), mask=live)
+    tl.store(out + token * out_stride + column, activated(value, True).to(out.dtype.element_ty), mask=live)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate.float()).mul_(up).to(gate_up.dtype)
+    activated = gelu_tanh(gate.float()) if is_gelu else functional.silu(gate.float())
+    return activated.mul_(up).to(gate_up.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""SiLU and product, the activation of a gated feed-forward layer."""
+"""SiLU, or GELU, and product: the activation of a gated feed-forward layer."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 _BLOCK = 1024
@@ -14,7 +15,14 @@ _BLOCK = 1024
 
 @triton.jit
 def silu_and_mul_kernel(
-    gate_up, out, gate_up_stride, out_stride, features, is_dependent: tl.constexpr, block: tl.constexpr
+    gate_up,
+    out,
+    gate_up_stride,
+    out_stride,
+    features,
+    is_gelu: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block: tl.constexpr,
 ):
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
@@ -23,16 +31,25 @@ def silu_and_mul_kernel(
     address = gate_up + token * gate_up_stride + column
     gate = tl.load(address, mask=live, other=0.0).to(tl.float32)
     up = tl.load(address + features, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + token * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
+    tl.store(out + token * out_stride + column, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
     out = torch.empty((tokens, features), dtype=gate_up.dtype, device=gate_up.device)
     if tokens == 0:
         return out
     grid = (tokens, triton.cdiv(features, _BLOCK))
-    strides, launch = (gate_up.stride(0), out.stride(0)), dependent_launch(out.device)
-    silu_and_mul_kernel[grid](gate_up, out, *strides, features, block=_BLOCK, num_warps=4, **launch)
+    silu_and_mul_kernel[grid](
+        gate_up,
+        out,
+        gate_up.stride(0),
+        out.stride(0),
+        features,
+        is_gelu=is_gelu,
+        block=_BLOCK,
+        num_warps=4,
+        **dependent_launch(out.device),
+    )
     return out

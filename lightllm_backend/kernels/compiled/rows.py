@@ -42,22 +42,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 @compiled
-def _silu_and_mul(gate_up: NDArray[Any], out: NDArray[Any]) -> None:
+def _silu_and_mul(gate_up: NDArray[Any], is_gelu: bool, out: NDArray[Any]) -> None:
     features = out.shape[1]
     for token in range(out.shape[0]):
         for i in range(features):
             gate = load(gate_up[token, i])
             up = load(gate_up[token, features + i])
-            out[token, i] = rounded(gate / (np.float32(1.0) + exp(-gate)) * up, out)
+            argument = gate
+            if is_gelu:  # see activation/gate.py
+                cubic = np.float32(1.0) + np.float32(0.044715) * gate * gate
+                argument = np.float32(1.5957691216057308) * gate * cubic
+            out[token, i] = rounded(gate / (np.float32(1.0) + exp(-argument)) * up, out)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     if gate_up.numel() > _FEW or gate_up.dtype not in DTYPES:
-        return reference.silu_and_mul(gate_up)
+        return reference.silu_and_mul(gate_up, is_gelu)
     out = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
-    _silu_and_mul(array(gate_up), array(out))
+    _silu_and_mul(array(gate_up), is_gelu, array(out))
     return out
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    return silu_and_mul(reference.linear(x, weight, bias))
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
+    return silu_and_mul(reference.linear(x, weight, bias), is_gelu)

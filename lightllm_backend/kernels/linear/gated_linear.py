@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x), by the kernel that choice.py names.
+"""The first half of a gated feed-forward layer, silu(gate(x)) * up(x) or gelu(gate(x)) * up(x), by the kernel that
+choice.py names.
 
 The kernel of this file is for up to 64 tokens: it reads both weights in one pass.
 """
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import gated_tiles
@@ -32,6 +34,7 @@ def gated_linear_kernel(
     in_features,
     x_stride,
     has_bias: tl.constexpr,
+    is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
@@ -55,30 +58,32 @@ def gated_linear_kernel(
         total += tl.load(bias + weight_row).to(tl.float32)[:, None]
     gate, up = tl.split(total.reshape(2, half, block_tokens).permute(1, 2, 0))
     address = out + token[None, :] * features + (block + tl.arange(0, half))[:, None]
-    tl.store(address, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=live)
+    tl.store(address, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        gated = quantized_gated(x, weight, bias)
+        gated = quantized_gated(x, weight, bias, is_gelu)
         if gated is not None:
             return gated
         if x.shape[0] <= MAX_UNFUSED_TOKENS or multiplies_8_bits(weight, x.device):
-            return silu_and_mul(linear(x, weight, bias))
+            return silu_and_mul(linear(x, weight, bias), is_gelu)
         x, weight = weight.order_input(x), dequantize(weight, x.dtype)
     tokens, features = x.shape[0], weight.shape[0] // 2
     assert isinstance(weight, Tensor)
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:
-        return gated_tiles.gated_tiles(x, weight)
+        return gated_tiles.gated_tiles(x, weight, is_gelu)
     if choice.kernel is ProductKernel.UNFUSED:
-        return silu_and_mul(linear(x, weight, bias))
+        return silu_and_mul(linear(x, weight, bias), is_gelu)
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
-    launch_gated(x, weight, bias, out, choice)
+    launch_gated(x, weight, bias, out, choice, is_gelu)
     return out
 
 
-def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, choice: Choice) -> None:
+def launch_gated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, choice: Choice, is_gelu: bool = False
+) -> None:
     """Write the result to `out` [tokens, features]; `weight` is [2 * features, in_features]."""
     blocks = choice.blocks
     assert blocks is not None
@@ -87,10 +92,10 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ch
     if choice.kernel is ProductKernel.PREFETCH:
         from lightllm_backend.kernels.linear.linear_prefetch import launch_prefetch  # not every Triton-lang has Gluon
 
-        launch_prefetch(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
+        launch_prefetch(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True, is_gelu=is_gelu)
         return
     if choice.kernel is ProductKernel.TILES:
-        launch_tiles(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True)
+        launch_tiles(x, weight, bias, out.unsqueeze(0), blocks, is_gated=True, is_gelu=is_gelu)
         return
     assert x.stride(1) == 1
     assert weight.is_contiguous()
@@ -105,6 +110,7 @@ def launch_gated(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ch
         in_features,
         x.stride(0),
         has_bias=bias is not None,
+        is_gelu=is_gelu,
         block_tokens=max(16, triton.next_power_of_2(tokens)),
         block_out=blocks.out,
         block_inner=blocks.inner,

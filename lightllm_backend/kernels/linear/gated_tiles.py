@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, multiprocessor_count
 
@@ -39,6 +40,7 @@ def gated_tiles_kernel(
     steps,
     token_tiles,
     feature_tiles,
+    is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_features: tl.constexpr,
@@ -60,14 +62,14 @@ def gated_tiles_kernel(
             weight = weight.reshape(2 * block_features, block_inner)
             total = tl.dot(x_tiles.load([token_tile * block_tokens, step * block_inner]), weight.T, total)
         gate, up = tl.split(total.reshape(block_tokens, 2, block_features).permute(0, 2, 1))
-        result = gate * tl.sigmoid(gate) * up
+        result = activated(gate, is_gelu) * up
         # Compute the place again, so that the loop need not keep it in registers.
         token_tile, feature_tile = _place(done, token_tiles, feature_tiles, group)
         done += tl.num_programs(0)
         out_tiles.store([token_tile * block_tokens, feature_tile * block_features], result.to(out_tiles.dtype))
 
 
-def gated_tiles(x: Tensor, weight: Tensor) -> Tensor:
+def gated_tiles(x: Tensor, weight: Tensor, is_gelu: bool = False) -> Tensor:
     tokens, in_features = x.shape
     features = weight.shape[0] // 2
     assert weight.is_contiguous()
@@ -82,6 +84,7 @@ def gated_tiles(x: Tensor, weight: Tensor) -> Tensor:
         triton.cdiv(in_features, _INNER),
         token_tiles,
         feature_tiles,
+        is_gelu=is_gelu,
         block_tokens=_TOKENS,
         block_features=_FEATURES,
         block_inner=_INNER,

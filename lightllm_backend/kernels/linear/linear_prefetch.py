@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
-from lightllm_backend.kernels.gluon import copy_tile, synchronize, tile_descriptor
+from lightllm_backend.kernels.gluon import activated, copy_tile, synchronize, tile_descriptor
 from lightllm_backend.kernels.linear.choice import LinearBlocks, padded_tokens
 
 # Registers of a multiprocessor, of each producer thread, and at most of each other thread.
@@ -73,7 +73,14 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    result, steps, shared, stages: gl.constexpr, is_gated: gl.constexpr, has_bias: gl.constexpr, num_warps: gl.constexpr
+    result,
+    steps,
+    shared,
+    stages: gl.constexpr,
+    is_gated: gl.constexpr,
+    is_gelu: gl.constexpr,
+    has_bias: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
     bias, out, row, split, tokens, features = result
     w_shared, x_shared, full, empty = shared
@@ -97,7 +104,7 @@ def _consume(
     if is_gated:
         pairs: gl.constexpr = gl.BlockedLayout([4, 1, 2], [8, 4, 1], [1, num_warps, 1], [2, 0, 1])
         gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
-        total = gate / (1.0 + gl.exp(-gate)) * up
+        total = activated(gate, is_gelu) * up
     store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
@@ -117,6 +124,7 @@ def linear_prefetch_kernel(
     steps,
     has_bias: gl.constexpr,
     is_gated: gl.constexpr,
+    is_gelu: gl.constexpr,
     is_dependent: gl.constexpr,
     block_tokens: gl.constexpr,
     block_out: gl.constexpr,
@@ -144,7 +152,7 @@ def linear_prefetch_kernel(
     result = (bias, out, row, split, tokens, features)
     gl.warp_specialize(
         [
-            (_consume, (result, steps, shared, stages, is_gated, has_bias, consumer_warps)),
+            (_consume, (result, steps, shared, stages, is_gated, is_gelu, has_bias, consumer_warps)),
             (_produce, (x_tiles, weight_tiles, row, first, steps, features, shared, stages, is_gated, is_dependent)),
         ],
         [1],
@@ -153,7 +161,13 @@ def linear_prefetch_kernel(
 
 
 def launch_prefetch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks, is_gated: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    blocks: LinearBlocks,
+    is_gated: bool,
+    is_gelu: bool = False,
 ) -> None:
     """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
 
@@ -178,6 +192,7 @@ def launch_prefetch(
         in_features // (blocks.splits * blocks.inner),
         has_bias=bias is not None,
         is_gated=is_gated,
+        is_gelu=is_gelu,
         block_tokens=block_tokens,
         block_out=blocks.out,
         block_inner=blocks.inner,

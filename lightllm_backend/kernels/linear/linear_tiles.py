@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor
 from lightllm_backend.kernels.linear.choice import LinearBlocks
@@ -28,6 +29,7 @@ def linear_tiles_kernel(
     steps,
     has_bias: tl.constexpr,
     is_gated: tl.constexpr,
+    is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
@@ -57,7 +59,7 @@ def linear_tiles_kernel(
         total += tl.where(split == 0, added, 0.0)[None, :]
     if is_gated:
         gate, up = tl.split(total.reshape(block_tokens, 2, half).permute(0, 2, 1))
-        total = gate * tl.sigmoid(gate) * up
+        total = activated(gate, is_gelu) * up
     token += tl.arange(0, block_tokens)
     feature += tl.arange(0, half)
     address = out + (split.to(tl.int64) * tokens + token[:, None]) * features + feature[None, :]
@@ -66,7 +68,13 @@ def linear_tiles_kernel(
 
 
 def launch_tiles(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: LinearBlocks, is_gated: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    blocks: LinearBlocks,
+    is_gated: bool,
+    is_gelu: bool = False,
 ) -> None:
     """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
 
@@ -96,6 +104,7 @@ def launch_tiles(
         triton.cdiv(in_features, blocks.inner),
         has_bias=bias is not None,
         is_gated=is_gated,
+        is_gelu=is_gelu,
         block_tokens=BLOCK_TOKENS,
         block_out=blocks.out,
         block_inner=blocks.inner,

@@ -28,5 +28,5 @@ def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
     return out.copy_(parts.sum(0))
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    return silu_and_mul(linear(x, weight, bias))
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
+    return silu_and_mul(linear(x, weight, bias), is_gelu)

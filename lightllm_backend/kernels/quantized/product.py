@@ -41,13 +41,13 @@ def quantized_parts(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> 
     return (torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)).unsqueeze(0)
 
 
-def quantized_gated(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
-    """silu(gate) * up by quantized_prefetch, for a weight [2 * features, in_features]; None: it does not apply."""
+def quantized_gated(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, is_gelu: bool) -> Tensor | None:
+    """gated_linear by quantized_prefetch, for a weight [2 * features, in_features]; None: it does not apply."""
     blocks = prefetch_blocks(x, weight, is_gated=True)
     if blocks is None:
         return None
     out = torch.empty((1, x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
-    return _prefetch(x, weight, bias, out, blocks, is_gated=True).squeeze(0)
+    return _prefetch(x, weight, bias, out, blocks, is_gated=True, is_gelu=is_gelu).squeeze(0)
 
 
 def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
@@ -57,7 +57,13 @@ def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
 
 
 def _prefetch(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, blocks: PrefetchBlocks, is_gated: bool
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    blocks: PrefetchBlocks,
+    is_gated: bool,
+    is_gelu: bool = False,
 ) -> Tensor:
     # Not every Triton-lang has Gluon.
     from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
@@ -65,7 +71,7 @@ def _prefetch(
     x, scales = weight.order_input(x), None
     if x.shape[0] > MAX_16_BIT_TOKENS and is_direct(weight):
         x, scales = quantize_tokens(x, weight)
-    launch_quantized_prefetch(x, scales, weight, bias, out, blocks, is_gated)
+    launch_quantized_prefetch(x, scales, weight, bias, out, blocks, is_gated, is_gelu)
     return out
 
 

@@ -23,7 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
-from lightllm_backend.kernels.gluon import ELEMENTS, copy_by_threads, copy_tile, synchronize, tile_descriptor
+from lightllm_backend.kernels.gluon import (
+    ELEMENTS,
+    activated,
+    copy_by_threads,
+    copy_tile,
+    synchronize,
+    tile_descriptor,
+)
 from lightllm_backend.kernels.linear.linear_prefetch import (
     MAX_REGISTERS,
     MULTIPROCESSOR_REGISTERS,
@@ -230,6 +237,7 @@ def _consume(
     spans: gl.constexpr,
     spans_per_group: gl.constexpr,
     is_gated: gl.constexpr,
+    is_gelu: gl.constexpr,
     has_bias: gl.constexpr,
     is_int4: gl.constexpr,
     asm: gl.constexpr,
@@ -283,7 +291,7 @@ def _consume(
     if is_gated:
         pairs: gl.constexpr = gl.BlockedLayout([4, 1, 2], [8, 4, 1], [1, num_warps, 1], [2, 0, 1])
         gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
-        total = gate / (1.0 + gl.exp(-gate)) * up
+        total = activated(gate, is_gelu) * up
     store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
@@ -341,6 +349,7 @@ def quantized_prefetch_kernel(
     has_zeros: gl.constexpr,
     is_int4: gl.constexpr,
     is_gated: gl.constexpr,
+    is_gelu: gl.constexpr,
     is_dependent: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
@@ -400,8 +409,8 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, has_bias, is_int4, asm, zero_offset, words_layout, span_layout,
-                        layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, asm, zero_offset, words_layout,
+                        span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
@@ -422,8 +431,8 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, has_bias, is_int4, asm, zero_offset, words_layout, span_layout,
-                        layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, asm, zero_offset, words_layout,
+                        span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
@@ -484,6 +493,7 @@ def launch_quantized_prefetch(
     out: Tensor,
     blocks: PrefetchBlocks,
     is_gated: bool,
+    is_gelu: bool = False,
 ) -> None:
     """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
 
@@ -538,6 +548,7 @@ def launch_quantized_prefetch(
         has_zeros=has_zeros,
         is_int4=weight.is_int4,
         is_gated=is_gated,
+        is_gelu=is_gelu,
         asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros),
         zero_offset=one if weight.is_int4 else 0.0,
         words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
