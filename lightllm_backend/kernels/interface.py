@@ -161,14 +161,16 @@ class Kernels(Protocol):
         whole_prompts: WholePromptTiles | None = None,
         out: Tensor | None = None,
         memo: StepMemo | None = None,
+        soft_cap: float = 0.0,
     ) -> Tensor:
         """Causal attention of new tokens `q` [tokens, heads, head_dim] over their sequences' cached and new tokens.
 
         Sequence s has the queries `query_starts[s]:query_starts[s + 1]` (int32), which stand at the end of its context.
         `k` and `v` [tokens, kv_heads, head_dim] are the new tokens, as rotary_kv_write leaves them; the pool is read
         for cached tokens only. `alibi_slopes` [heads] float32 lowers a score by slope times distance. With a `window`,
-        a query sees itself and the `window - 1` tokens before it; 0: all. `whole_prompts` lists the prompts without
-        cached tokens, if the host knows them.
+        a query sees itself and the `window - 1` tokens before it; 0: all. With a `soft_cap`, a scaled score s becomes
+        soft_cap * tanh(s / soft_cap); 0: none. `whole_prompts` lists the prompts without cached tokens, if the host
+        knows them.
 
         The result goes to `out` [tokens, heads, head_dim], or to a new tensor; rows of no sequence are not written.
         """
@@ -194,12 +196,13 @@ class Kernels(Protocol):
         out: Tensor | None = None,
         memo: StepMemo | None = None,
         norm: HeadNorm | None = None,
+        soft_cap: float = 0.0,
     ) -> Tensor:
         """Decode attention: one new token per sequence, `q` [sequences, heads, head_dim], over its context or window.
 
         The new token is the last of its context. Its query and key are normed and rotated, and K and V written to the
         pool, as by rotary_kv_write; `q`, `k` and `v` stay as they are. No context is longer than `max_context_length`,
-        by which the launcher sizes its grid. `alibi_slopes` and `window` are as for prefill_attention.
+        by which the launcher sizes its grid. `alibi_slopes`, `window` and `soft_cap` are as for prefill_attention.
 
         The result goes to `out` [sequences, heads, head_dim], contiguous, or to a new tensor. A context length of 0
         marks padding: it reads and writes nothing, so its row of `out` stays as it is (0 in a new tensor).
@@ -226,6 +229,7 @@ class Kernels(Protocol):
         out: Tensor | None = None,
         memo: StepMemo | None = None,
         norm: HeadNorm | None = None,
+        soft_cap: float = 0.0,
     ) -> Tensor:
         """token_attention over an int8 pool; token_attention calls it for one."""
 

@@ -62,6 +62,8 @@ VARIANTS = pytest.mark.parametrize(
         (LLAMA_70B, INT8),
         (SMOLLM2, INT8),
         ((8, 8, 80), INT8),
+        ((16, 8, 256), Variant(window=4096, soft_cap=1.5)),
+        ((16, 8, 256), Variant(int8=True, soft_cap=1.5)),
     ],
 )
 

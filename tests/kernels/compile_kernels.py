@@ -223,10 +223,11 @@ def launch_variants(
     norm = HeadNorm(q[0, 0], k[0, 0], 1e-6)
     launchers.rotary_kv_write(q, k, k, cos, cos, torch.zeros(tokens, dtype=torch.int32), int8, int8, scales, norm=norm)
     new = (q[:4], k[:4], k[:4], cos[:4], cos[:4], lengths)
-    options = (slopes, 1000, scales)
-    launchers.prefill_attention(q, k, k, int8, int8, table, lengths, starts, lengths, 0.1, *options)
-    launchers.token_attention(*new, int8, int8, table, lengths, lengths, 4096, 0.1, *options, norm=norm)
-    launchers.token_attention(*new, k, k, table, lengths, lengths, 4096, 0.1, *options[:2], norm=norm)
+    options = {"alibi_slopes": slopes, "window": 1000, "soft_cap": 50.0}
+    of_int8 = options | {"scales": scales}
+    launchers.prefill_attention(q, k, k, int8, int8, table, lengths, starts, lengths, 0.1, **of_int8)
+    launchers.token_attention(*new, int8, int8, table, lengths, lengths, 4096, 0.1, **of_int8, norm=norm)
+    launchers.token_attention(*new, k, k, table, lengths, lengths, 4096, 0.1, **options, norm=norm)
 
 
 def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:

@@ -106,10 +106,11 @@ class Variant(NamedTuple):
     alibi: bool = False
     window: int = 0
     int8: bool = False
+    soft_cap: float = 0.0
 
-    def options(self, pool: Pool, heads: int) -> dict[str, Tensor | int | None]:
+    def options(self, pool: Pool, heads: int) -> dict[str, Tensor | float | None]:
         slopes = torch.rand(heads, device=pool.k.device) if self.alibi else None
-        return {"alibi_slopes": slopes, "window": self.window, "scales": pool.scales}
+        return {"alibi_slopes": slopes, "window": self.window, "scales": pool.scales, "soft_cap": self.soft_cap}
 
 
 VARIANTS = [
@@ -119,7 +120,8 @@ VARIANTS = [
     Variant(window=64),
     Variant(window=1000),
     Variant(int8=True),
-    Variant(alibi=True, window=20, int8=True),
+    Variant(window=20, soft_cap=1.5),
+    Variant(alibi=True, window=20, int8=True, soft_cap=1.5),
 ]
 
 
@@ -165,6 +167,7 @@ def naive_attention(
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int = 0,
+    soft_cap: float = 0.0,
     **_scales: Tensor | None,
 ) -> Tensor:
     """Softmax attention in float64, query by query; `q` is packed by `query_lengths`."""
@@ -182,6 +185,8 @@ def naive_attention(
                 k = pool.k[seen].repeat_interleave(group, 1)
                 v = pool.v[seen].repeat_interleave(group, 1)
                 scores = torch.einsum("hd,thd->ht", q[token].double(), k) * scale
+                if soft_cap > 0:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
                 if alibi_slopes is not None:
                     scores += alibi_slopes.double()[:, None] * torch.arange(len(seen), device=q.device)
                 out[token] = torch.einsum("ht,thd->hd", scores.softmax(-1), v)

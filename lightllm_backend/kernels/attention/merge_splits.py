@@ -53,6 +53,16 @@ def split_buffers(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def soft_capped(score, soft_cap: tl.constexpr):
+    """The exponents of 2 that scores become if they are kept within `soft_cap` by tanh; 0: as they are."""
+    if soft_cap > 0:
+        most: tl.constexpr = soft_cap * LOG2_E
+        # tanh(y) = 1 - 2 / (1 + e^(2 y))
+        score = most - 2.0 * most / (1.0 + tl.exp2(score * (2.0 / soft_cap)))
+    return score
+
+
+@triton.jit
 def _part_length(seen, splits, block_tokens: tl.constexpr):
     """The tokens of each part but the last: whole blocks."""
     return tl.cdiv(tl.cdiv(seen, block_tokens), splits) * block_tokens

@@ -93,6 +93,7 @@ def prefill_attention_kernel(
     window,
     has_alibi: tl.constexpr,
     has_window: tl.constexpr,
+    soft_cap: tl.constexpr,
     is_quantized: tl.constexpr,
     has_tiles: tl.constexpr,
     is_dependent: tl.constexpr,
@@ -144,7 +145,8 @@ def prefill_attention_kernel(
             accumulator, maximum, total = attend_cached(
                 accumulator, maximum, total, query, cached + index, slot_row, k_head, v_head, k_slot_stride,
                 v_slot_stride, scales + head // group, scale_stride, start, cached, scale_log2, slope_log2,
-                cached + origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, is_quantized, stages,
+                cached + origin, window, head_dim, block_tokens, block_dim, has_alibi, has_window, is_quantized,
+                soft_cap, stages,
             )  # fmt: skip
 
         # Between the blocks with the window's edges and those with the diagonal lie blocks that every query sees whole.
@@ -160,24 +162,24 @@ def prefill_attention_kernel(
             accumulator, maximum, total = attend_new(
                 accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
                 query_start, tile_column, start, inner, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-                block_dim, has_alibi, has_window, True, True, has_tiles, stages,
+                block_dim, has_alibi, has_window, True, True, has_tiles, soft_cap, stages,
             )  # fmt: skip
         accumulator, maximum, total = attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
             query_start, tile_column, inner, diagonal, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-            block_dim, has_alibi, has_window, False, True, has_tiles, stages,
+            block_dim, has_alibi, has_window, False, True, has_tiles, soft_cap, stages,
         )  # fmt: skip
         whole = tl.minimum(tl.cdiv(end, block_tokens), query_length // block_tokens) * block_tokens
         accumulator, maximum, total = attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
             query_start, tile_column, diagonal, whole, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-            block_dim, has_alibi, has_window, True, True, has_tiles, stages,
+            block_dim, has_alibi, has_window, True, True, has_tiles, soft_cap, stages,
         )  # fmt: skip
         # At most one block, the sequence's last.
         accumulator, maximum, total = attend_new(
             accumulator, maximum, total, query, index, k_head, v_head, k_stride, v_stride, k_tiles, v_tiles,
             query_start, tile_column, whole, end, scale_log2, slope_log2, origin, window, head_dim, block_tokens,
-            block_dim, has_alibi, has_window, True, False, has_tiles, 1,
+            block_dim, has_alibi, has_window, True, False, has_tiles, soft_cap, 1,
         )  # fmt: skip
         # Rows behind the last query may see nothing.
         norm = 1.0 / tl.where(total > 0, total, 1.0)
@@ -214,6 +216,7 @@ def prefill_attention(
     whole_prompts: WholePromptTiles | None = None,
     out: Tensor | None = None,
     memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
+    soft_cap: float = 0.0,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = rows.shape[0], k_pool.shape[1]
@@ -226,7 +229,7 @@ def prefill_attention(
     if sequences == 0 or tokens == 0:
         return out
     min_cached = 0
-    is_plain = alibi_slopes is None and window == 0
+    is_plain = alibi_slopes is None and window == 0 and soft_cap == 0
     if whole_prompts is not None and is_plain and hopper is not None and hopper.is_made_for(q, k, v):
         hopper.prefill_attention_hopper(q, k, v, whole_prompts.tiles, scale, out)
         if whole_prompts.are_all:
@@ -273,6 +276,7 @@ def prefill_attention(
         window,
         has_alibi=alibi_slopes is not None,
         has_window=window > 0,
+        soft_cap=soft_cap,
         is_quantized=is_quantized,
         has_tiles=has_tiles,
         group=heads // kv_heads,

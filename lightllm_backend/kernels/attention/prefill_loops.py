@@ -5,6 +5,7 @@
 import triton
 import triton.language as tl
 
+from lightllm_backend.kernels.attention.merge_splits import soft_capped
 from lightllm_backend.kernels.attention.token_attention_int8 import unpack_scales
 
 
@@ -75,6 +76,7 @@ def attend_cached(
     has_alibi: tl.constexpr,
     has_window: tl.constexpr,
     is_quantized: tl.constexpr,
+    soft_cap: tl.constexpr,
     stages: tl.constexpr,
 ):
     """Attends over cached tokens `start` to `end`, all of them older than any query."""
@@ -93,10 +95,10 @@ def attend_cached(
             # Both default to 1.0.
             k_scale, v_scale = unpack_scales(tl.load(scale_head + slot * scale_stride, mask=live, other=0x3C003C00))
             # V's scale is part of the weights, whose maximum is thus 1, so float16 can hold them.
-            score = score * (k_scale * scale_log2)[None, :] + tl.log2(v_scale)[None, :]
+            score = soft_capped(score * (k_scale * scale_log2)[None, :], soft_cap) + tl.log2(v_scale)[None, :]
             inverse_scale = 1.0 / v_scale
-        elif has_alibi:
-            score *= scale_log2
+        elif has_alibi or soft_cap > 0:
+            score = soft_capped(score * scale_log2, soft_cap)
         else:
             factor = scale_log2
         if has_alibi:
@@ -140,6 +142,7 @@ def attend_new(
     is_masked: tl.constexpr,
     is_whole: tl.constexpr,
     has_tiles: tl.constexpr,
+    soft_cap: tl.constexpr,
     stages: tl.constexpr,
 ):
     """Attends over the sequence's new tokens `start` to `end`; every query sees them all unless `is_masked`.
@@ -163,9 +166,11 @@ def attend_new(
             value = tl.load(v_head + token[:, None].to(tl.int64) * v_stride + column[None, :], mask=kv_live, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")
         factor = scale_log2
-        if has_alibi:
-            score = score * scale_log2 + (slope_log2 * (token - origin).to(tl.float32))[None, :]
+        if has_alibi or soft_cap > 0:
+            score = soft_capped(score * scale_log2, soft_cap)
             factor = 1.0
+        if has_alibi:
+            score += (slope_log2 * (token - origin).to(tl.float32))[None, :]
         if is_masked:
             seen = (token < end)[None, :] & (token[None, :] <= index[:, None])
             if has_window:

@@ -136,26 +136,48 @@ def prefill_attention(
     whole_prompts: WholePromptTiles | None = None,  # noqa: ARG001 - says nothing new
     out: Tensor | None = None,
     memo: StepMemo | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    bias_heads = 0 if alibi_slopes is None else q.shape[1]
+    bias_heads = 0 if alibi_slopes is None and soft_cap == 0 else q.shape[1]
     tables = req_to_token, rows, query_starts, context_lengths
     key = "prompts", window, bias_heads
     for prompts in once(memo, key, lambda: list(_prompts(*tables, window, bias_heads))):
         mask = None if prompts.is_plain else prompts.seen
         if alibi_slopes is not None:
             mask = _bias(prompts.position, prompts.seen, alibi_slopes)
-        result = functional.scaled_dot_product_attention(
+        result = _attention(
             q[prompts.tokens].transpose(1, 2),
             _gather(k_pool, scales, 0, prompts.slots, q.dtype).transpose(1, 2),
             _gather(v_pool, scales, 1, prompts.slots, q.dtype).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=prompts.is_plain,
-            scale=scale,
-            enable_gqa=q.shape[1] != k_pool.shape[1],
+            mask,
+            prompts.is_plain,
+            scale,
+            soft_cap,
         )
         out[prompts.tokens[prompts.live]] = result.transpose(1, 2)[prompts.live]
     return out
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, soft_cap: float
+) -> Tensor:
+    """scaled_dot_product_attention [sequences, heads, queries, head_dim], also with a soft cap, which needs a mask if
+    queries differ in what they see."""
+    group = q.shape[1] // k.shape[1]
+    if soft_cap == 0:
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1
+        )
+    at_once = max(1, _BIAS_ELEMENTS // (q[:, :, :1].numel() * k.shape[2] // q.shape[3]))
+    if mask is not None and q.shape[2] > at_once:
+        parts = zip(q.split(at_once, 2), mask.split(at_once, -2), strict=True)
+        return torch.cat([_attention(part, k, v, seen, is_causal, scale, soft_cap) for part, seen in parts], 2)
+    scores = torch.matmul(q, k.repeat_interleave(group, 1).transpose(2, 3)).float()
+    scores = scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v.repeat_interleave(group, 1))
 
 
 class _Prompts(NamedTuple):
@@ -244,6 +266,7 @@ def token_attention(
     out: Tensor | None = None,
     memo: StepMemo | None = None,
     norm: HeadNorm | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     def of_decodes() -> tuple[_Turns, _Places]:
         return _Turns.of(cos, sin), _Places.of(slots.masked_fill(context_lengths == 0, -1))
@@ -262,12 +285,14 @@ def token_attention(
             bias = _bias(decodes.position, decodes.seen[:, None, None], alibi_slopes)
             mask = bias.reshape(len(bias), kv_heads, -1, bias.shape[-1])
         chosen = q if decodes.sequences is None else q[decodes.sequences]
-        result = functional.scaled_dot_product_attention(
+        result = _attention(
             chosen.reshape(len(chosen), kv_heads, -1, head_dim),
             _gather(k_pool, scales, 0, decodes.slots, q.dtype).transpose(1, 2),
             _gather(v_pool, scales, 1, decodes.slots, q.dtype).transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
+            mask,
+            False,
+            scale,
+            soft_cap,
         ).reshape(chosen.shape)
         if decodes.sequences is None:
             out.copy_(result)
@@ -328,10 +353,11 @@ def token_attention_int8(
     out: Tensor | None = None,
     memo: StepMemo | None = None,
     norm: HeadNorm | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     table = (req_to_token, rows, context_lengths, max_context_length)
     new = (q, k, v, cos, sin, slots)
-    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out, memo, norm)
+    return token_attention(*new, k_pool, v_pool, *table, scale, alibi_slopes, window, scales, out, memo, norm, soft_cap)
 
 
 def _slots(req_to_token: Tensor, rows: Tensor, skipped: Tensor, contexts: Tensor, longest: int) -> Tensor:

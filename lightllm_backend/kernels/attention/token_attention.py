@@ -21,6 +21,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
+    soft_capped,
     split_buffers,
     split_count,
     split_range,
@@ -93,6 +94,7 @@ def token_attention_kernel(
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
     has_norm: tl.constexpr,
+    soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -146,6 +148,7 @@ def token_attention_kernel(
     tl.store(k_head + new_slot * k_slot_stride, new_key, mask=written)
     tl.store(v_head + new_slot * v_slot_stride, new_value, mask=written)
     new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale_log2
+    new_score = soft_capped(new_score, soft_cap)
     maximum = tl.where(has_new, new_score, float("-inf"))
     # The sum of weights, kept per token of a block until the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
@@ -171,7 +174,7 @@ def token_attention_kernel(
         else:
             key = tl.load(key_rows, mask=column_live[None, :], other=0.0)
             value = tl.load(value_columns, mask=column_live[:, None], other=0.0)
-        score = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+        score = soft_capped(tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2, soft_cap)
         if has_alibi:
             score += slope_log2[None, :] * (token - (context - 1)).to(tl.float32)[:, None]
         score = tl.where(token_live[:, None], score, float("-inf"))
@@ -216,11 +219,14 @@ def token_attention(
     out: Tensor | None = None,
     memo: StepMemo | None = None,
     norm: HeadNorm | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     if scales is not None:
         table = (req_to_token, rows, context_lengths, max_context_length)
         new = (q, k, v, cos, sin, slots)
-        return token_attention_int8(*new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window, out, memo, norm)
+        return token_attention_int8(
+            *new, k_pool, v_pool, scales, *table, scale, alibi_slopes, window, out, memo, norm, soft_cap
+        )
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
     assert k_pool.dtype == v_pool.dtype == q.dtype
@@ -282,6 +288,7 @@ def token_attention(
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
         has_norm=norm is not None,
+        soft_cap=soft_cap,
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],

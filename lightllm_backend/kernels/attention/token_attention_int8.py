@@ -20,6 +20,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     NO_WINDOW,
     TokenBlocks,
     merge_splits,
+    soft_capped,
     split_buffers,
     split_count,
     split_range,
@@ -162,6 +163,7 @@ def token_attention_int8_kernel(
     is_split: tl.constexpr,
     has_alibi: tl.constexpr,
     has_norm: tl.constexpr,
+    soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -223,7 +225,7 @@ def token_attention_int8_kernel(
     k_bits = k_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     v_bits = v_scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     tl.store(scales + new_slot * scale_stride + kv_head, (v_bits << 16) | (k_bits & 0xFFFF), mask=is_written)
-    new_score = tl.sum(query * new_key[None, :], 1) * k_scale + _log2(v_scale, is_ptx)
+    new_score = soft_capped(tl.sum(query * new_key[None, :], 1) * k_scale, soft_cap) + _log2(v_scale, is_ptx)
     maximum = tl.where(has_new, tl.broadcast_to(new_score, (block_group,)), float("-inf"))
     # The sum of weights, kept per token of a block until the end.
     is_first = tl.arange(0, block_tokens)[:, None] == 0
@@ -253,7 +255,8 @@ def token_attention_int8_kernel(
         k_scales, v_scales = unpack_scales(scale_pair)
         # V's scale is part of the weights, whose maximum is thus 1, so float16 can hold them.
         log_scales = _log2(v_scales, is_ptx)
-        score = _scores(key, tl.trans(parts), key_dtype) * unit[None, :] * k_scales[:, None] + log_scales[:, None]
+        score = _scores(key, tl.trans(parts), key_dtype) * unit[None, :] * k_scales[:, None]
+        score = soft_capped(score, soft_cap) + log_scales[:, None]
         if has_alibi:
             score += slope_log2[None, :] * (token - (context - 1)).to(tl.float32)[:, None]
         score = tl.where(token_live[:, None], score, float("-inf"))
@@ -322,6 +325,7 @@ def token_attention_int8(
     out: Tensor | None = None,
     memo: StepMemo | None = None,  # noqa: ARG001 - of the reference
     norm: HeadNorm | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads = k_pool.shape[1]
@@ -392,6 +396,7 @@ def token_attention_int8(
         is_split=splits > 1,
         has_alibi=alibi_slopes is not None,
         has_norm=norm is not None,
+        soft_cap=soft_cap,
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],

@@ -129,20 +129,21 @@ def token_attention(
     out: Tensor | None = None,
     memo: StepMemo | None = None,
     norm: HeadNorm | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     is_short = once(memo, "short contexts", lambda: int(context_lengths.sum()) <= _FEW_CONTEXT_TOKENS)
-    is_plain = alibi_slopes is None and window == 0 and scales is None
+    is_plain = alibi_slopes is None and window == 0 and scales is None and soft_cap == 0
     if not (is_short and is_plain and q.dtype == k_pool.dtype and q.dtype in DTYPES):
         return reference.token_attention(
             q, k, v, cos, sin, slots, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
-            alibi_slopes, window, scales, out, memo, norm,
+            alibi_slopes, window, scales, out, memo, norm, soft_cap,
         )  # fmt: skip
     out = q.new_zeros(q.shape) if out is None else out
     rotation = once(memo, "arrays of the rotation", lambda: (array(cos), array(sin)))
     tables = once(memo, "arrays of decodes", lambda: (array(req_to_token), array(rows), array(context_lengths)))
-    norms = (None, None, 0.0) if norm is None else (array(norm.q), array(norm.k), norm.eps)
+    q_norm, k_norm, eps = (None, None, 0.0) if norm is None else (array(norm.q), array(norm.k), norm.eps)
     _attend(
-        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, *norms,
-        array(out),
+        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, q_norm,
+        k_norm, eps, array(out),
     )  # fmt: skip
     return out
