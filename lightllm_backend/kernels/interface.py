@@ -29,11 +29,19 @@ class Kernels(Protocol):
     # On a GPU the residual is read before the previous kernel has ended: that kernel must not write it (see
     # dependent_launch.py).
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+        post_weight: Tensor | None = None,
+    ) -> Tensor:
         """Root-mean-square norm of `x` [tokens, dim], rounded to the dtype of `weight` [dim], times `weight`.
 
-        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. The result has the dtype of
-        what is normed.
+        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. With `post_weight` [dim] as
+        well, of the same dtype as `weight`, what is added is the norm of `x` times it: the norm that some layers have
+        behind attention and MLP. The result has the dtype of what is normed.
         """
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -43,7 +51,13 @@ class Kernels(Protocol):
         """
 
     def all_reduce_rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor,
+        buffers: LamportBuffers,
+        post_weight: Tensor | None = None,
     ) -> Tensor:
         """rms_norm, with a residual, of the sum of all ranks' `x`; each is rounded to the residual's dtype first.
 

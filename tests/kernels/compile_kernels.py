@@ -96,11 +96,11 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     floats = torch.zeros(4)
     logits = torch.zeros(4, vocab_size)
     weight = torch.empty(heads * head_dim, dtype=dtype)
-    launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1))
+    launchers.rms_norm(q.flatten(1), weight, 1e-5, q.flatten(1), post_weight=weight)
     buffers = [torch.empty(2, 4, *q.flatten(1).shape, dtype=bits_type_of(dtype))] * 4
     for rows in (1, len(q)):  # in one shot, in two
         launchers.all_reduce_rms_norm(
-            q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2)
+            q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2), post_weight=weight
         )
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1), is_gelu=True)

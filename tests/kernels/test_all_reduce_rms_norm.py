@@ -39,7 +39,7 @@ def test_what_others_sent_is_added_in_each_turn(
 ):
     buffers = empty_buffers(ranks, 5, dim, dtype, device)
     own = LamportBuffers.of(buffers, rank)
-    weight = torch.randn(dim, device=device).to(dtype)
+    weight, post_weight = torch.randn(2, dim, device=device).to(dtype)
     others = [other for other in range(ranks) if other != rank]
     for turn in (0, 1, 0):
         shape = (tokens, dim) if parts is None else (parts, tokens, dim)
@@ -49,9 +49,12 @@ def test_what_others_sent_is_added_in_each_turn(
             buffers[rank][turn, other, :tokens] = sent[other].view(bits_type_of(dtype))
         residual = torch.randn(tokens, dim, device=device).to(dtype)
         sent[rank] = x if parts is None else x.sum(0).to(dtype)
-        expected_residual = residual.double() + sent.double().sum(0)
+        post = post_weight if turn == 1 else None
+        added = sent.double().sum(0)
+        added = added if post is None else reference.rms_norm(added, post.double(), EPS)
+        expected_residual = residual.double() + added
         expected = reference.rms_norm(expected_residual, weight.double(), EPS)
-        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, own)
+        out = implementation.all_reduce_rms_norm(x, weight, EPS, residual, own, post)
         assert out.dtype == dtype
         # The interpreter truncates to bfloat16 where a GPU rounds.
         tolerance = TOLERANCE[dtype]

@@ -24,14 +24,19 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_rms_norm(dtype, in_parts, alone) -> None:
-    x, residual, weight = torch.randn(3, 70).to(dtype), torch.randn(3, 70).to(dtype), torch.randn(70).to(dtype)
+@pytest.mark.parametrize("post_normed", ["not", "by the model's dtype", "by float32"])
+def test_rms_norm(dtype, in_parts, post_normed, alone) -> None:
+    weight_dtype = torch.float32 if post_normed == "by float32" else dtype
+    x, residual, weight = torch.randn(3, 70).to(dtype), torch.randn(3, 70).to(dtype), torch.randn(70).to(weight_dtype)
+    post = None if post_normed == "not" else torch.randn(70).to(weight_dtype)
     sums = residual.clone()
-    expected = reference.rms_norm(x, weight, 1e-3, sums)
-    out = compiled.rms_norm(x.unsqueeze(0) if in_parts else x, weight, 1e-3, residual)
+    expected = reference.rms_norm(x, weight, 1e-3, sums, post)
+    out = compiled.rms_norm(x.unsqueeze(0) if in_parts else x, weight, 1e-3, residual, post)
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype]
-    assert torch.equal(residual, sums)
+    if post is None:
+        assert torch.equal(residual, sums)
+    assert relative_error(residual, sums) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -52,6 +52,23 @@ def test_residual_is_the_rounded_sum(device):
     assert torch.equal(residual, expected)
 
 
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float32, torch.float32), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_what_is_added_is_normed_with_a_post_norm(implementation, dtype, weight_dtype, in_parts, device):
+    x = torch.randn(3 if in_parts else 1, 5, 70, device=device)
+    weight, post_weight = torch.randn(2, 70, device=device).to(weight_dtype)
+    residual = torch.randn(5, 70, device=device).to(dtype)
+    wide = x.double().sum(0)
+    added = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * post_weight.double()
+    total = residual.double() + added
+    expected = total / (total.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    out = implementation.rms_norm(x if in_parts else x[0].to(dtype), weight, 1e-3, residual, post_weight)
+    assert out.dtype == dtype
+    assert relative_error(residual, total) < TOLERANCE[dtype]
+    assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
+
+
 def test_no_tokens(device):
     empty = torch.empty(0, 8, device=device)
     assert launchers.rms_norm(empty, torch.ones(8, device=device), 1e-5).shape == (0, 8)

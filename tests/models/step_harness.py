@@ -161,7 +161,7 @@ def check_reads_nothing_back(directory) -> None:
 def _shape_kernels() -> ModuleType:
     """Kernels that only make tensors of the right shape, on whatever device."""
     kernels = ModuleType("shape_kernels")
-    kernels.rms_norm = lambda x, weight, eps, residual=None: x.new_empty(x.shape[-2:])
+    kernels.rms_norm = lambda x, weight, eps, residual=None, post_weight=None: x.new_empty(x.shape[-2:])
     kernels.layer_norm = lambda x, weight, bias, eps, residual=None: x.new_empty(x.shape[-2:])
     kernels.rotary_kv_write = lambda *arguments, **scales: None
     kernels.token_attention = lambda q, *arguments, **more: q.contiguous()

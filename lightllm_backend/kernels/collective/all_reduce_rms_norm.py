@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.norm.rms_norm import rms_normed
 
 
 @triton.jit
@@ -89,6 +90,7 @@ def _receive_sum(
 def all_reduce_rms_norm_kernel(
     x,
     weight,
+    post_weight,
     residual,
     out,
     own_buffer,
@@ -104,6 +106,7 @@ def all_reduce_rms_norm_kernel(
     parts: tl.constexpr,
     ranks: tl.constexpr,
     in_two_shots: tl.constexpr,
+    has_post_norm: tl.constexpr,
     empty: tl.constexpr,
     sent_for_empty: tl.constexpr,
     is_dependent: tl.constexpr,
@@ -114,7 +117,10 @@ def all_reduce_rms_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
+    weight_type: tl.constexpr = weight.dtype.element_ty
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    if has_post_norm:
+        post_scale = tl.load(post_weight + column, mask=live, other=0.0).to(tl.float32)
     wait_for_previous(is_dependent)
     residual_row = residual + token * residual_stride + column
     before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
@@ -130,6 +136,8 @@ def all_reduce_rms_norm_kernel(
         owner = token % ranks
         if owner == rank:
             total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+            if has_post_norm:
+                total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
             total = (before + total).to(row_type)
             bits = _bits(total, empty, sent_for_empty, bits_type)
             _send_to_others(buffers, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
@@ -139,17 +147,24 @@ def all_reduce_rms_norm_kernel(
     else:
         _send_to_others(buffers, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
         total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+        if has_post_norm:
+            total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
         total = (before + total).to(row_type)
     tl.store(turns + token, 1 - turn)
     tl.store(residual_row, total, mask=live)
     value = total.to(tl.float32)
-    normalized = value * tl.rsqrt(tl.sum(value * value, 0) / dim + eps)
-    # Rounded before the product with the weight, as the models were trained.
-    normalized = normalized.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + token * dim + column, (normalized * scale).to(out.dtype.element_ty), mask=live)
+    normed = rms_normed(value, scale, eps, dim, weight_type)
+    tl.store(out + token * dim + column, normed.to(out.dtype.element_ty), mask=live)
 
 
-def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
+def all_reduce_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None = None,
+) -> Tensor:
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     own = buffers.by_rank[buffers.rank]
@@ -158,13 +173,15 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
     assert x.stride(-1) == residual.stride(-1) == 1
     assert parts == 1 or x.stride(0) == tokens * x.stride(1)
     assert weight.is_contiguous()
-    out = torch.empty((tokens, dim), dtype=weight.dtype, device=x.device)
+    assert post_weight is None or post_weight.is_contiguous()
+    out = torch.empty((tokens, dim), dtype=residual.dtype, device=x.device)
     if tokens == 0:
         return out
     block = triton.next_power_of_2(dim)
     all_reduce_rms_norm_kernel[(tokens,)](
         x,
         weight,
+        weight if post_weight is None else post_weight,
         residual,
         out,
         own,
@@ -180,6 +197,7 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         parts=parts,
         ranks=own.shape[1],
         in_two_shots=buffers.use_two_shots(tokens),
+        has_post_norm=post_weight is not None,
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,

@@ -8,7 +8,14 @@ from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_
 from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
 
 
-def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, buffers: LamportBuffers) -> Tensor:
+def all_reduce_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None = None,
+) -> Tensor:
     tokens, rank = x.shape[-2], buffers.rank
     own, ranks = buffers.by_rank[rank], len(buffers.by_rank)
     token, turn = torch.arange(tokens, device=x.device), buffers.turns[:tokens].long()
@@ -32,7 +39,10 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor,
         send(other, adders[other], product[adders[other]])
     mine, theirs = adders[rank], ~adders[rank]
     arrived = [receive(torch.full_like(token[mine], sender), mine) for sender in range(ranks)]
-    residual[mine] = (residual[mine].float() + torch.stack(arrived).float().sum(0)).to(residual.dtype)
+    total = torch.stack(arrived).float().sum(0)
+    if post_weight is not None:
+        total = rms_norm(total, post_weight, eps).to(residual.dtype).float()
+    residual[mine] = (residual[mine].float() + total).to(residual.dtype)
     if in_two_shots:
         for other in range(ranks):
             if other != rank:

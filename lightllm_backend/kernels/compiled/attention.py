@@ -11,7 +11,7 @@ from torch import Tensor
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.step_memo import StepMemo, once
-from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, rounded
+from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, normed, rounded
 
 # Where the contexts have more tokens together, PyTorch's threads win.
 _FEW_CONTEXT_TOKENS = 4096
@@ -27,17 +27,6 @@ def _rotate(x: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any], factor: Any, 
         out[half + i] = (second * cos[i] + first * sin[i]) * factor
     for i in range(2 * half, x.shape[0]):
         out[i] = load(x[i]) * factor
-
-
-@compiled
-def _norm(x: NDArray[Any], weight: NDArray[Any], eps: float, out: NDArray[Any]) -> None:
-    """One head, normed, to the dtype of `x`."""
-    total = np.float32(0.0)
-    for i in range(x.shape[0]):
-        total += load(x[i]) * load(x[i])
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(eps))
-    for i in range(x.shape[0]):
-        out[i] = rounded(load(rounded(load(x[i]) * factor, weight)) * load(weight[i]), out)
 
 
 @compiled
@@ -62,7 +51,7 @@ def _attend(
     sequences, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     shared = heads // kv_heads
-    normed = np.empty(head_dim, q.dtype)
+    head = np.empty(head_dim, q.dtype)
     rotated = np.empty((shared + 1, head_dim), np.float32)
     attended = np.empty(head_dim, np.float32)
     for s in range(sequences):
@@ -74,8 +63,8 @@ def _attend(
         for kv_head in range(kv_heads):
             key = k[s, kv_head]
             if k_norm is not None:
-                _norm(key, k_norm, eps, normed)
-                key = normed
+                normed(key, k_norm, eps, head)
+                key = head
             _rotate(key, cos[s], sin[s], np.float32(1.0), rotated[shared])
             for i in range(head_dim):
                 k_pool[slots[s], kv_head, i] = rounded(rotated[shared, i], k_pool)
@@ -83,8 +72,8 @@ def _attend(
             for h in range(shared):
                 query = q[s, kv_head * shared + h]
                 if q_norm is not None:
-                    _norm(query, q_norm, eps, normed)
-                    query = normed
+                    normed(query, q_norm, eps, head)
+                    query = head
                 _rotate(query, cos[s], sin[s], np.float32(scale), rotated[h])
             for position in range(context):
                 cached = k_pool[slot_of[position], kv_head]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="call-arg, var-annotated"
-"""Numbers in compiled kernels: float32 as it is, bfloat16 as its bits in uint16, and an exponential that vectorises."""
+"""Numbers in compiled kernels: float32 as it is, bfloat16 as its bits in uint16. And what they compute of numbers: an
+exponential that vectorises, and the norm of a row.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -90,3 +92,14 @@ def exp(x):
     series = series * f + np.float32(1.0)
     series = series * f + np.float32(1.0)
     return series * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+
+
+@compiled
+def normed(x, weight, eps, out):
+    """A row to `out`, divided by its root mean square and rounded to the dtype of `weight`, times that."""
+    total = np.float32(0.0)
+    for i in range(x.shape[0]):
+        total += load(x[i]) * load(x[i])
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(x.shape[0]) + np.float32(eps))
+    for i in range(x.shape[0]):
+        out[i] = rounded(load(rounded(load(x[i]) * factor, weight)) * load(weight[i]), out)

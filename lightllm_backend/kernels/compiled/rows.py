@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, rounded
+from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, normed, rounded
 from lightllm_backend.kernels.norm.reference import sum_of_parts
 from lightllm_backend.kernels.quantized.weight import Weight
 
@@ -18,26 +18,40 @@ _FEW = 1 << 15
 
 
 @compiled
-def _add_and_norm(x: NDArray[Any], weight: NDArray[Any], eps: float, residual: NDArray[Any], out: NDArray[Any]) -> None:
+def _add_and_norm(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    post_weight: NDArray[Any] | None,
+    eps: float,
+    residual: NDArray[Any],
+    out: NDArray[Any],
+) -> None:
     dim = x.shape[1]
     for token in range(x.shape[0]):
+        added = x[token]
+        if post_weight is not None:
+            added = out[token]
+            normed(x[token], post_weight, eps, added)
         total = np.float32(0.0)
         for i in range(dim):
-            number = rounded(load(x[token, i]) + load(residual[token, i]), residual)
+            number = rounded(load(added[i]) + load(residual[token, i]), residual)
             residual[token, i] = number
             total += load(number) * load(number)
         factor = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
         for i in range(dim):
-            normalized = rounded(load(residual[token, i]) * factor, out)
+            normalized = rounded(load(residual[token, i]) * factor, weight)
             out[token, i] = rounded(load(normalized) * load(weight[i]), out)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
+) -> Tensor:
     x = sum_of_parts(x)
-    if residual is None or x.numel() > _FEW or not x.dtype == weight.dtype == residual.dtype or x.dtype not in DTYPES:
-        return reference.rms_norm(x, weight, eps, residual)
+    if residual is None or x.numel() > _FEW or x.dtype != residual.dtype or x.dtype not in DTYPES:
+        return reference.rms_norm(x, weight, eps, residual, post_weight)
     out = residual.new_empty(residual.shape)
-    _add_and_norm(array(x), array(weight), eps, array(residual), array(out))
+    post = None if post_weight is None else array(post_weight)
+    _add_and_norm(array(x), array(weight), post, eps, array(residual), array(out))
     return out
 
 

@@ -6,9 +6,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
+) -> Tensor:
     x = sum_of_parts(x)
     if residual is not None:
+        if post_weight is not None:
+            x = rms_norm(x, post_weight, eps).to(residual.dtype)
         x = residual.add_(x)
     sums = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums)
