@@ -17,7 +17,7 @@ from lightllm_backend.models.quantization.config import on_the_fly, read_quantiz
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES, MODEL_TYPES, check_architecture
 from lightllm_backend.models.rope import PHI3_ROPE_TYPES, ROPE_TYPES, Rope, read_rope, read_ropes_by_layer_type
-from lightllm_backend.models.unsupported import refuse_other_directories
+from lightllm_backend.models.unsupported import other_kind, refuse_other_directories, refuse_other_values
 
 __all__ = ["ModelConfig", "ModelError"]
 
@@ -89,6 +89,7 @@ class ModelConfig:
         config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
         config = config.with_defaults(ARCHITECTURES[architecture].defaults)
+        refuse_other_values(config)
         shape = DIALECTS[ARCHITECTURES[architecture].dialect](config)
         shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
         return cls(
@@ -151,8 +152,6 @@ class ModelConfig:
 def _llama(config: ConfigFields, rope_types: Mapping[str, str] = ROPE_TYPES) -> dict[str, Any]:
     """Read a config.json in the style of LLaMA, which most models follow."""
     _check_activation(config)
-    if config.get("rope_interleaved"):
-        raise config.error("rope_interleaved", "false is needed")
     num_heads = config.count("num_attention_heads")
     num_kv_heads = config.count("num_key_value_heads", null=num_heads)
     hidden_size = config.count("hidden_size")
@@ -213,7 +212,12 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama
 
 
 def _left_out(config: ConfigFields) -> Iterator[str]:
-    """A warning for each size that config.json leaves out: its default is seldom that of the weights."""
+    """Warnings of a window that the class does not have, and of sizes that config.json leaves out.
+
+    The default of a size is seldom that of the weights.
+    """
+    if not config.knows("sliding_window") and config.has("sliding_window"):
+        yield f"{config.path}: sliding_window is not read: the class has none, so all tokens are seen"
     for key in SIZES:
         if config.knows(key) and key not in config.values and config.has(key):
             yield f"{config.path}: {key} is missing, which makes it {config.get(key)}"
@@ -226,7 +230,9 @@ def _architecture(config: ConfigFields) -> str:
         raise config.error("model_type", "the name of a type is needed")
     if not names and model_type is not None:
         if model_type not in MODEL_TYPES:
-            raise config.error("model_type", f"known without architectures: {', '.join(sorted(MODEL_TYPES))}")
+            kind = other_kind(config)
+            known = f"known without architectures: {', '.join(sorted(MODEL_TYPES))}"
+            raise config.error("model_type", f"{kind} are not served; {known}" if kind else known)
         return MODEL_TYPES[model_type]
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", "a list with the name of the model's class, or else model_type, is needed")
@@ -234,7 +240,8 @@ def _architecture(config: ConfigFields) -> str:
     try:
         check_architecture(architecture)
     except ModelError as error:
-        raise ModelError(f"{config.path}: {error}") from error
+        kind = other_kind(config)
+        raise ModelError(f"{config.path}: {f'{kind} are not served: ' if kind else ''}{error}") from error
     if model_type in MODEL_TYPES and MODEL_TYPES[model_type] != architecture:
         raise config.error("model_type", f"architectures is {names!r}; both must name the same model")
     return architecture

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,6 +19,50 @@ QUANTIZED_TENSORS = {
     "compressed-tensors": ("weight_packed",),
     "scales": ("weight_scale", "weight_scale_inv", "input_scale", "scales"),
 }
+
+
+# Keys that transformers 5.23 heeds in the config.json of any class, and the values with which they change nothing.
+FIXED_KEYS: dict[str, tuple[object, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "rope_interleaved": (False, None),
+}
+
+# Kinds of models that are not served, and the keys and types of layers by which their config.json shows them.
+OTHER_KINDS: dict[str, tuple[str, ...]] = {
+    "mixtures of experts": (
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok",
+        "moe_num_experts",
+    ),
+    "models with linear attention or a state space": (
+        "linear_num_value_heads", "mamba_d_state", "mamba_d_conv", "ssm_state_size", "state_size", "lru_width",
+        "hybrid_override_pattern", "linear_attn_config", "linear_attention", "mamba", "recurrent", "conv",
+    ),
+    "models with images, sound or video": (
+        "vision_config", "audio_config", "speech_config", "visual", "vision_tower", "mm_vision_tower", "image_token_id",
+        "image_token_index", "thinker_config",
+    ),
+    "encoders with a decoder": ("encoder_layers", "num_decoder_layers", "encoder_attention_heads"),
+}  # fmt: skip
+
+
+def other_kind(config: ConfigFields) -> str | None:
+    """The kind of model that is not served to which this config.json belongs, as far as its keys show it."""
+    shown = {key for key, value in config.values.items() if value not in (None, False, 0, {}, [])}
+    types = config.get("layer_types") or config.get("layers_block_type")
+    shown |= {kind for kind in types if isinstance(kind, str)} if isinstance(types, list) else set()
+    return next((kind for kind, signs in OTHER_KINDS.items() if not shown.isdisjoint(signs)), None)
+
+
+def refuse_other_values(config: ConfigFields) -> None:
+    """Raise ModelError for a key by which transformers would compute something else, whatever the class."""
+    for key, values in FIXED_KEYS.items():
+        if key in config.values and config.values[key] not in values:
+            raise config.error(key, f"{json.dumps(values[0])} is needed")
 
 
 def refuse_other_directories(directory: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lightllm_backend.models import bloom, llama
 from lightllm_backend.models.model_config import DTYPES
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES
 from lightllm_backend.models.rope import ROPE_KEYS
-from lightllm_backend.models.unsupported import QUANTIZED_TENSORS
+from lightllm_backend.models.unsupported import FIXED_KEYS, QUANTIZED_TENSORS
 from lightllm_backend.models.weight_files import FLOATS, NOT_THE_MODEL, USUAL
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
@@ -67,6 +68,11 @@ def test_the_keys_of_each_class() -> None:
         key: {name for name, architecture in NAMES.items() if key in ARCHITECTURES[architecture].defaults}
         for key in keys
     }
+
+
+def test_keys_with_one_meaning() -> None:
+    allowed = {key: row["allowed"] for row in table("key", "allowed") for key in words(row["key"])}
+    assert allowed == {key: ", ".join(json.dumps(value) for value in values) for key, values in FIXED_KEYS.items()}
 
 
 def test_words_for_dtypes() -> None:

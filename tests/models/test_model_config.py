@@ -308,6 +308,28 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not known; known: .*LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is needed"),
         ({"rope_interleaved": True}, "rope_interleaved is True; false is needed"),
+        ({"is_causal": False}, "is_causal is False; true is needed"),
+        ({"is_causal": None}, "is_causal is null; true is needed"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is {.*; null is needed"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True; false is needed"),
+        ({"attention_chunk_size": 64}, "attention_chunk_size is 64; null is needed"),
+        ({"kv_sharing_modes": ["reuse"]}, r"kv_sharing_modes is \['reuse'\]; null is needed"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            "mixtures of experts are not served: the architecture 'MixtralForCausalLM' is not known",
+        ),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"], "layer_types": ["linear_attention", "full_attention"]},
+            "models with linear attention or a state space are not served: the architecture 'Qwen3NextForCausalLM'",
+        ),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"a": 1}},
+            "models with images, sound or video are not served: the architecture 'LlavaForConditionalGeneration'",
+        ),
+        (
+            {"architectures": None, "model_type": "mixtral", "num_local_experts": 8},
+            "model_type is 'mixtral'; mixtures of experts are not served; known without architectures",
+        ),
         ({**QWEN2, "sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
         ({**QWEN2, "max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
         ({**QWEN2, "max_window_layers": None}, "max_window_layers is null; an integer of at least 0"),
