@@ -49,7 +49,7 @@ class BloomAttention:
     def __init__(self, config: ModelConfig, slopes: Tensor, place: Placement) -> None:
         self.head_dim = config.head_dim
         self.num_heads = slopes.shape[0]
-        self.attend = PoolAttention(place.kernels, config.head_dim, alibi_slopes=slopes)
+        self.attend = PoolAttention(place.kernels, config.head_dim**-0.5, alibi_slopes=slopes)
         rows = 3 * self.head_dim * self.num_heads
         part = Part("self_attention.query_key_value", 3 * config.hidden_size, rows, rows * place.parallel.rank)
         self.qkv = ColumnLinear([part], config.hidden_size, True, place)

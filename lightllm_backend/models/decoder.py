@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightllm_backend.models.layers import HiddenStates, KVLayer, StepInput
+from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.rotary import Rotation
 from lightllm_backend.models.vocabulary import Embedding, Head, select_tokens
@@ -46,15 +47,19 @@ class MLP(Protocol):
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Attention and MLP, each behind a norm that first adds the previous output to the residual."""
+    """Attention and MLP, each behind a norm that first adds the previous output to the residual.
+
+    If the layer norms an output before it is added, the norm that adds it, here or in the next layer, does that too.
+    """
 
     attention_norm: Norm
     attention: SelfAttention
     mlp_norm: Norm
     mlp: MLP
+    post_norms: Sequence[NormWeight] = ()  # of attention's output and of the MLP's
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp)
+        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp, *self.post_norms)
         return {name: slot for part in parts for name, slot in part.weight_map().items()}
 
 

@@ -77,16 +77,18 @@ class PoolAttention:
     def __init__(
         self,
         kernels: Kernels,
-        head_dim: int,
+        scale: float,
         window: int = 0,
         alibi_slopes: Tensor | None = None,
         norm: HeadNorm | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         self.kernels = kernels
-        self.scale = head_dim**-0.5
+        self.scale = scale
         self.window = window
         self.alibi_slopes = alibi_slopes
         self.norm = norm
+        self.soft_cap = soft_cap
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
@@ -104,6 +106,7 @@ class PoolAttention:
                 first(q), first(k), first(v), first(cos), first(sin), first(step.slots), kv.k, kv.v, step.req_to_token,
                 first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
                 self.window, kv.scales, first(out), memo, self.norm,
+                self.soft_cap,
             )  # fmt: skip
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(
@@ -112,7 +115,7 @@ class PoolAttention:
             self.kernels.prefill_attention(
                 q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
                 step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
-                step.whole_prompts, out, memo,
+                step.whole_prompts, out, memo, self.soft_cap,
             )  # fmt: skip
         return out.flatten(1)
 
@@ -126,6 +129,7 @@ class AttentionOptions:
     window: int = 0  # positions that a query sees, its own included; 0: all
     is_fused: bool = False  # the checkpoint has q, k and v in one matrix
     has_head_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
+    norms_from_one: bool = False  # see NormWeight
 
 
 class Attention:
@@ -139,10 +143,13 @@ class Attention:
         self.head_norms: list[NormWeight] = []
         norm = None
         if options.has_head_norm:
-            self.head_norms = [NormWeight(f"self_attn.{x}_norm", config.head_dim, place) for x in "qk"]
+            names = ("self_attn.q_norm", "self_attn.k_norm")
+            self.head_norms = [NormWeight(n, config.head_dim, place, options.norms_from_one) for n in names]
             q_norm, k_norm = (weight.value for weight in self.head_norms)
             norm = HeadNorm(q_norm, k_norm, config.norm_eps)
-        self.attend = PoolAttention(place.kernels, config.head_dim, options.window, norm=norm)
+        scale = config.attention_scale or config.head_dim**-0.5
+        soft_cap = config.attention_softcap or 0.0
+        self.attend = PoolAttention(place.kernels, scale, options.window, norm=norm, soft_cap=soft_cap)
         self.num_heads = place.share("num_attention_heads", config.num_heads)
         self.num_kv_heads, first_kv_head = place.kv_share(config.num_kv_heads)
         shares = (

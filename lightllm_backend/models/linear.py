@@ -103,9 +103,9 @@ class ColumnLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(first(x)) * second(x), for two matrices of the same shape."""
-        return self.kernels.gated_linear(x, self.weight, self.bias)
+    def gated(self, x: Tensor, is_gelu: bool = False) -> Tensor:
+        """silu(first(x)) * second(x), or gelu(first(x)) * second(x), for two matrices of the same shape."""
+        return self.kernels.gated_linear(x, self.weight, self.bias, is_gelu)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         weights = self._weight.weight_map()

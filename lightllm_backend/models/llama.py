@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import Attention, AttentionOptions, StepInput
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
 from lightllm_backend.models.model_config import ModelConfig
+from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
 from lightllm_backend.models.rotary import RotaryEmbedding, Rotation
 from lightllm_backend.models.vocabulary import Embedding, Head
@@ -25,31 +27,53 @@ OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_c
 
 
 class RMSNorm:
-    """RMS norm of `x`, or of `residual += x`, which it updates in place after summing `x` over the ranks."""
+    """RMS norm of `x`, or of `residual += x`, which it updates in place after summing `x` over the ranks.
 
-    def __init__(self, name: str, config: ModelConfig, place: Placement) -> None:
-        self.name = name
+    With a post-norm, which a layer owns, the sum is normed before it is added.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        place: Placement,
+        from_one: bool = False,
+        post_norm: NormWeight | None = None,
+    ) -> None:
+        self.own = NormWeight(name, config.hidden_size, place, from_one)
+        self.weight = self.own.value
+        self.post_weight = None if post_norm is None else post_norm.value
         self.kernels = place.kernels
         self.parallel = place.parallel
         self.eps = config.norm_eps
-        self.weight = place.empty(config.hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None:
             if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
-                return self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers)
+                return self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers, self.post_weight)
             x = self.parallel.all_reduce(x)
-        return self.kernels.rms_norm(x, self.weight, self.eps, residual)
+            return self.kernels.rms_norm(x, self.weight, self.eps, residual, self.post_weight)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        return {f"{self.name}.weight": WeightSlot.whole(self.weight, mean=1.0)}
+        return self.own.weight_map()
+
+
+class NormNames(NamedTuple):
+    """The norms of a layer, as a checkpoint calls them."""
+
+    attention: str  # of attention's input
+    mlp: str
+    post_attention: str | None = None  # of attention's output, before it is added to the residual; None: it has none
+    post_mlp: str | None = None
 
 
 class GatedMLP:
     """down(silu(gate(x)) * up(x)), with the intermediate features split over the ranks. Leaves the sum to the norm."""
 
-    def __init__(self, config: ModelConfig, place: Placement, is_fused: bool = False) -> None:
-        """`is_fused`: the checkpoint has gate and up in one matrix."""
+    def __init__(self, config: ModelConfig, place: Placement, is_fused: bool = False, is_gelu: bool = False) -> None:
+        """`is_fused`: the checkpoint has gate and up in one matrix. `is_gelu`: GELU takes the place of SiLU."""
+        self.is_gelu = is_gelu
         features = config.intermediate_size
         share = place.share("intermediate_size", features)
         parts = [Part(f"mlp.{name}", features, share, share * place.parallel.rank) for name in ("gate_proj", "up_proj")]
@@ -59,7 +83,7 @@ class GatedMLP:
         self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down.unsummed(self.gate_up.gated(x))
+        return self.down.unsummed(self.gate_up.gated(x, self.is_gelu))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.gate_up.weight_map() | self.down.weight_map()
@@ -73,6 +97,9 @@ class LlamaForCausalLM(Decoder):
     layers_name = "model.layers"
     old_buffers = OLD_BUFFERS
     has_fused_mlp = False  # the checkpoint has gate and up in one matrix
+    has_gelu = False  # in the MLP, instead of SiLU
+    norm_names = NormNames("input_layernorm", "post_attention_layernorm")
+    norms_from_one = False  # see NormWeight
 
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
@@ -94,17 +121,25 @@ class LlamaForCausalLM(Decoder):
         ropes = list(dict.fromkeys(config.ropes))
         self.rotary = [RotaryEmbedding(rope, max_length, device) for rope in ropes]
         self.rotary_of_layers = [ropes.index(rope) for rope in config.ropes]
-        self.layers = [
-            DecoderLayer(
-                RMSNorm("input_layernorm", config, here),
-                Attention(config, self.attention_options(config, layer), here),
-                RMSNorm("post_attention_layernorm", config, here),
-                GatedMLP(config, here, self.has_fused_mlp),
+        self.layers = []
+        before: NormWeight | None = None  # the post-norm of the MLP before
+        for layer, here in enumerate(places):
+            post_attention, post_mlp = (
+                None if name is None else NormWeight(name, config.hidden_size, here, self.norms_from_one)
+                for name in (self.norm_names.post_attention, self.norm_names.post_mlp)
             )
-            for layer, here in enumerate(places)
-        ]
-        self.norm = RMSNorm("model.norm", config, place)
-        self.head = Head(self.embedding, config.tie_word_embeddings, place)
+            self.layers.append(
+                DecoderLayer(
+                    RMSNorm(self.norm_names.attention, config, here, self.norms_from_one, before),
+                    Attention(config, self.attention_options(config, layer), here),
+                    RMSNorm(self.norm_names.mlp, config, here, self.norms_from_one, post_attention),
+                    GatedMLP(config, here, self.has_fused_mlp, self.has_gelu),
+                    [weight for weight in (post_attention, post_mlp) if weight is not None],
+                )
+            )
+            before = post_mlp
+        self.norm = RMSNorm("model.norm", config, place, self.norms_from_one, before)
+        self.head = Head(self.embedding, config.tie_word_embeddings, place, config.logit_softcap)
         self.num_kv_heads, _ = place.kv_share(config.num_kv_heads)
         self.head_dim = config.head_dim
 

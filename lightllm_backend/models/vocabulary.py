@@ -57,14 +57,15 @@ class Head:
     """Logits over the vocabulary, split over the ranks like the embeddings.
 
     Every rank gathers all logits, with the same bits, so that all choose the same tokens. If the head is tied, its
-    weight is the embeddings', and it has no tensor in the checkpoint.
+    weight is the embeddings', and it has no tensor in the checkpoint. With a soft cap c, a logit x is c * tanh(x / c).
     """
 
-    def __init__(self, embedding: Embedding, tied: bool, place: Placement) -> None:
+    def __init__(self, embedding: Embedding, tied: bool, place: Placement, soft_cap: float | None = None) -> None:
         self.place = place
         self.vocab_size = embedding.vocab_size
         self.embedding = embedding
         self.num_held = embedding.num_held
+        self.soft_cap = soft_cap
         self._own = None if tied else self._own_weight()
         embedding.is_head = tied
 
@@ -88,7 +89,8 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self.place.parallel.all_gather(self.place.kernels.linear(x, self.weight))
-        return logits[:, : self.vocab_size]
+        logits = logits[:, : self.vocab_size]
+        return logits if self.soft_cap is None else logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return {} if self._own is None else self._own.weight_map()

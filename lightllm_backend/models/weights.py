@@ -50,13 +50,14 @@ class WeightSlot:
     dim: int = 0
     start: int = 0
     mean: float = 0.0  # of dummy weights
+    offset: float = 0.0  # added to the checkpoint's numbers
 
     is_optional: ClassVar[bool] = False  # the checkpoint may lack the tensor
 
     @classmethod
-    def whole(cls, parameter: Tensor, mean: float = 0.0) -> WeightSlot:
+    def whole(cls, parameter: Tensor, mean: float = 0.0, offset: float = 0.0) -> WeightSlot:
         """The slot of a tensor that every rank holds whole."""
-        return cls(parameter, tuple(parameter.shape), mean=mean)
+        return cls(parameter, tuple(parameter.shape), mean=mean, offset=offset)
 
     def part(self) -> tuple[slice, ...]:
         """This rank's part of the checkpoint's tensor, as an index."""
@@ -90,6 +91,8 @@ class WeightSlot:
         """Load this rank's part of a checkpoint's tensor. Raises ModelError if the tensor is not what is expected."""
         self.check(source, FLOATS)
         self.target.copy_(source.read(self.part()))
+        if self.offset != 0:
+            self.target.add_(self.offset)
 
     def finish(self) -> None:
         """Do what needs other tensors of the checkpoint; called once all slots are filled."""
