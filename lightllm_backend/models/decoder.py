@@ -119,5 +119,8 @@ class Decoder(ABC):
         """The weight map of all that comes before the first layer."""
         return self.embedding.weight_map(self.embedding_name)
 
+    def rename(self, name: str) -> str:
+        return name
+
     def ignores(self, name: str) -> bool:
         return name.endswith(self.old_buffers) or (name == HEAD and self.head.tied)

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3, text: Gemma 2 with a norm of each head's query and key, and mostly without soft caps.
-
-Layers with a sliding window have rotary embeddings of their own.
-"""
+"""The text part of Gemma 3's models that take images too: Gemma 3 whose tensors have longer names."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from lightllm_backend.models.gemma3_text import Gemma3ForCausalLM
 
-from lightllm_backend.models.gemma2 import Gemma2ForCausalLM
-from lightllm_backend.models.layers import AttentionOptions
-from lightllm_backend.models.model_config import ModelConfig
+# What the names begin with, as transformers' versions before and since 4.52 write them, and in Gemma3ForCausalLM.
+PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
 
 
-class Gemma3ForCausalLM(Gemma2ForCausalLM):
-    """Gemma 3."""
+class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
+    """Gemma 3 without its eyes."""
 
-    @staticmethod
-    def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:
-        return replace(Gemma2ForCausalLM.attention_options(config, layer), has_head_norm=True)
+    def rename(self, name: str) -> str:
+        for prefix, own in PREFIXES.items():
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        return name.removeprefix("model.").startswith(OF_IMAGES) or super().ignores(self.rename(name))

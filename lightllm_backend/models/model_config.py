@@ -27,6 +27,11 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 
+# The keys that count beside `text_config` too.
+KEYS_OF_THE_WHOLE = (
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config",
+)  # fmt: skip
+
 # A checkpoint's dtype, and the one it is served in: no kernel takes float64.
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -88,7 +93,7 @@ class ModelConfig:
         refuse_other_directories(directory)
         config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
-        config = config.with_defaults(ARCHITECTURES[architecture].defaults)
+        config = _text_part(config).with_defaults(ARCHITECTURES[architecture].defaults)
         refuse_other_values(config)
         shape = DIALECTS[ARCHITECTURES[architecture].dialect](config)
         shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
@@ -184,6 +189,13 @@ def _phi3(config: ConfigFields) -> dict[str, Any]:
     return _llama(config, PHI3_ROPE_TYPES)
 
 
+def _gemma3(config: ConfigFields) -> dict[str, Any]:
+    """Read Gemma 3's config.json, one key of which transformers 5.23 has but does not heed."""
+    if config.has("attn_logit_softcapping"):
+        raise config.error("attn_logit_softcapping", "null is needed")
+    return _llama(config)
+
+
 def _bloom(config: ConfigFields) -> dict[str, Any]:
     """Read BLOOM's config.json, most of whose keys have two names."""
     if config.flag("apply_residual_connection_post_layernorm"):
@@ -208,7 +220,12 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
 
 
 # Readers of config.json, by the registry's `dialect`.
-DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {"llama": _llama, "phi3": _phi3, "bloom": _bloom}
+DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
+    "llama": _llama,
+    "phi3": _phi3,
+    "gemma3": _gemma3,
+    "bloom": _bloom,
+}
 
 
 def _left_out(config: ConfigFields) -> Iterator[str]:
@@ -245,6 +262,18 @@ def _architecture(config: ConfigFields) -> str:
     if model_type in MODEL_TYPES and MODEL_TYPES[model_type] != architecture:
         raise config.error("model_type", f"architectures is {names!r}; both must name the same model")
     return architecture
+
+
+def _text_part(config: ConfigFields) -> ConfigFields:
+    """What a config.json says of the text, if it says that apart from what it says of images.
+
+    Beside `text_config` it has keys of the whole model, which go before those within.
+    """
+    text = config.child("text_config")
+    if not text.values:
+        return config
+    whole = {key: config.values[key] for key in KEYS_OF_THE_WHOLE if config.values.get(key) is not None}
+    return replace(text, values={**text.values, **whole})
 
 
 def _eos_ids(config: ConfigFields, generation_path: Path) -> tuple[int, ...]:

@@ -21,6 +21,9 @@ class Architecture(NamedTuple):
 # By the name in config.json's `architectures`, which is also the name of our class.
 ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
+    "Gemma2ForCausalLM": Architecture("gemma2", config_defaults.GEMMA2),
+    "Gemma3ForCausalLM": Architecture("gemma3_text", config_defaults.GEMMA3, dialect="gemma3"),
+    "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, dialect="gemma3"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),
     "Phi3ForCausalLM": Architecture("phi3", config_defaults.PHI3, dialect="phi3"),

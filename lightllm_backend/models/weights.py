@@ -179,6 +179,9 @@ class HasWeights(Protocol):
     def arrange_weights(self) -> None:
         """Bring the filled weights into the order that the kernels read best."""
 
+    def rename(self, name: str) -> str:
+        """The weight map's name of a tensor that some checkpoints call otherwise, except for the prefix."""
+
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may contain this tensor although the model does not need it."""
 
@@ -195,7 +198,7 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
             with opened(path) as sources:
                 refuse_quantized(path, _unknown(model, slots, sources))
                 for source in sources.values():
-                    name = source.name if source.name in slots else model.prefix + source.name
+                    name = _name_in(slots, model, source.name)
                     if name in loaded:
                         raise ModelError(
                             f"{path}: {source.name} is in {loaded[name].name} too; one file must have it, so remove "
@@ -224,9 +227,15 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
     model.arrange_weights()
 
 
+def _name_in(slots: Mapping[str, object], model: HasWeights, name: str) -> str:
+    """The name by which the model knows a checkpoint's tensor, if it does."""
+    name = model.rename(name)
+    return name if name in slots else model.prefix + name
+
+
 def _unknown(model: HasWeights, slots: Mapping[str, WeightSlot], names: Iterable[str]) -> list[str]:
     """The names of tensors that have no slot."""
-    return [name for name in names if name not in slots and model.prefix + name not in slots]
+    return [name for name in names if _name_in(slots, model, name) not in slots]
 
 
 def _mismatch(missing: list[str], left_over: list[str]) -> str:
@@ -249,14 +258,14 @@ def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
     """
     if not model.head.tied:
         return dict(model.weight_map())
-    names = {HEAD: HEAD, model.embedding_name: model.embedding_name}
-    names[model.embedding_name.removeprefix(model.prefix)] = model.embedding_name
+    wanted = dict.fromkeys((HEAD, model.embedding_name))
     found: dict[str, Source] = {}
     with ExitStack() as kept:
         for path in files:
             with ExitStack() as file:
                 sources = file.enter_context(opened(path))
-                if here := {names[name]: source for name, source in sources.items() if name in names}:
+                named = ((_name_in(wanted, model, name), source) for name, source in sources.items())
+                if here := {name: source for name, source in named if name in wanted}:
                     found |= here
                     kept.push(file.pop_all())
         slot = model.weight_map()[model.embedding_name]

@@ -36,6 +36,26 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
         f"bloom_{heads}_heads": transformers.BloomConfig(**_COMMON, hidden_size=heads * 16, n_layer=3, n_head=heads)
         for heads in (6, 8, 12)
     },
+    "gemma2": transformers.Gemma2Config(
+        **_LLAMA,
+        head_dim=32,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **{**_LLAMA, "num_key_value_heads": 4},
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        attention_bias=True,
+        sliding_window=WINDOW,
+        sliding_window_pattern=2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     "llama2_gqa": transformers.LlamaConfig(**_LLAMA),
     "llama3": transformers.LlamaConfig(**{**_LLAMA, "eos_token_id": [2, 5]}, rope_parameters=_LLAMA3_ROPE),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=None),
@@ -72,8 +92,9 @@ def random_model(family: str, vocab_size: int = VOCAB) -> transformers.PreTraine
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm = "norm" in name or "ln_f" in name
-            parameter.normal_(1.0 if is_norm and name.endswith("weight") else 0.0, 0.2, generator=generator)
+            is_norm = ("norm" in name or "ln_f" in name) and name.endswith("weight")
+            from_one = is_norm and not family.startswith("gemma")
+            parameter.normal_(1.0 if from_one else 0.0, 0.2, generator=generator)
     return model
 
 

@@ -10,12 +10,15 @@ import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from lightllm_backend.models.model_config import SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
+from lightllm_backend.models.model_config import LAYER_TYPES, SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
 from lightllm_backend.models.registry import ARCHITECTURES
 from lightllm_backend.models.rope import Rope
+from lightllm_backend.models.unsupported import FIXED_KEYS
 
 CLASSES = {
     "BloomForCausalLM": transformers.BloomConfig,
+    "Gemma2ForCausalLM": transformers.Gemma2Config,
+    "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
     "Phi3ForCausalLM": transformers.Phi3Config,
@@ -37,19 +40,31 @@ SMALL = {
     "attention_bias": True, "mlp_bias": True, "sliding_window": 12, "use_sliding_window": True, "max_window_layers": 29,
     "bos_token_id": 7, "eos_token_id": 8,
 }  # fmt: skip
+SMALL_GEMMA = {
+    **SMALL, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 25,
+    "final_logit_softcapping": 9.0,
+}  # fmt: skip
 SMALL_BLOOM = {
     "vocab_size": 1000, "hidden_size": 512, "n_layer": 3, "n_head": 16, "layer_norm_epsilon": 1e-3,
     "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": False, "bos_token_id": 7,
     "eos_token_id": 8,
 }  # fmt: skip
-KEYS = [
-    (architecture, key)
-    for architecture in CLASSES
-    for key in (SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL)
-]
+
+
+def small(architecture):
+    values = SMALL_GEMMA if "Gemma" in architecture else SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL
+    return {"model_type": CLASSES[architecture].model_type, **values}
+
+
+KEYS = [(architecture, key) for architecture in CLASSES for key in small(architecture) if key != "model_type"]
 
 # Nulls with a meaning that transformers' strict types or its models do not let through: see docs/compatibility.md.
 NULLS_OF_OUR_OWN = {
+    **{
+        (architecture, key): meaning
+        for architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+        for key, meaning in (("num_key_value_heads", {"num_kv_heads": 32}), ("head_dim", {"head_dim": 16}))
+    },
     ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
     ("Phi3ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
@@ -60,11 +75,6 @@ NULLS_OF_OUR_OWN = {
 def ours(directory, values) -> ModelConfig:
     (directory / "config.json").write_text(json.dumps(values))
     return ModelConfig.from_directory(directory)
-
-
-def small(architecture):
-    values = SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL
-    return {"model_type": CLASSES[architecture].model_type, **values}
 
 
 def expected(architecture, values) -> dict:
@@ -92,10 +102,20 @@ def expected(architecture, values) -> dict:
             "attention_bias": True,
             "mlp_bias": True,
         }
-    assert config.hidden_act == "silu"
+    is_gemma = "Gemma" in architecture
+    assert config.hidden_activation == "gelu_pytorch_tanh" if is_gemma else config.hidden_act == "silu"
     layers = range(config.num_hidden_layers)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = config.sliding_window if architecture != "LlamaForCausalLM" else None
+    ropes = config.rope_parameters
+    by_type = ropes if architecture == "Gemma3ForCausalLM" else dict.fromkeys(LAYER_TYPES, ropes)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    if is_gemma:
+        common |= {
+            "attention_scale": config.query_pre_attn_scalar**-0.5,
+            "attention_softcap": config.attn_logit_softcapping,
+            "logit_softcap": config.final_logit_softcapping,
+        }
     return common | {
         "intermediate_size": config.intermediate_size,
         "num_kv_heads": config.num_key_value_heads,
@@ -104,12 +124,12 @@ def expected(architecture, values) -> dict:
         "max_sequence_length": config.max_position_embeddings,
         "attention_bias": "attention_bias" in ARCHITECTURES[architecture].defaults and config.attention_bias,
         "mlp_bias": "mlp_bias" in ARCHITECTURES[architecture].defaults and config.mlp_bias,
-        "ropes": (Rope(head_dim, config.rope_parameters["rope_theta"]),) * config.num_hidden_layers,
+        "ropes": tuple(Rope(head_dim, by_type[layer_type]["rope_theta"]) for layer_type in types),
         "sliding_window": window,
         "sliding_layers": ()
         if window is None
         else tuple(kind == "sliding_attention" for kind in config.layer_types)
-        if architecture.startswith("Qwen")
+        if architecture.startswith(("Qwen", "Gemma"))
         else (True,) * len(layers),
     }
 
@@ -120,7 +140,7 @@ def fields_of(config: ModelConfig, names) -> dict:
 
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_path, architecture):
-    assert CLASSES.keys() == ARCHITECTURES.keys()
+    assert CLASSES.keys() == ARCHITECTURES.keys() - {"Gemma3ForConditionalGeneration"}
     config_class = CLASSES[architecture]
     fields = expected(architecture, config_class().to_dict())
     config = ours(tmp_path, {"model_type": config_class.model_type})
@@ -144,8 +164,14 @@ def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
     config_class, table = CLASSES[architecture], dict(ARCHITECTURES[architecture].defaults)
-    if architecture != "BloomForCausalLM":
+    if architecture == "Gemma3ForCausalLM":
+        bases = {"global": table.pop("rope_theta"), "local": table.pop("rope_local_base_freq")}
+        assert bases == config_class.default_theta
+    elif architecture != "BloomForCausalLM":
         assert table.pop("rope_theta") == config_class.default_theta
+    if "Gemma" in architecture:
+        types = config_class().layer_types
+        assert types.index("full_attention") == table.pop("sliding_window_pattern") - 1
     if architecture == "MistralForCausalLM":
         # AutoConfig reads a Mistral with this key as Ministral.
         assert table.pop("layer_types") == transformers.MinistralConfig.layer_types
@@ -155,7 +181,7 @@ def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
         assert table.pop("head_dim") is None  # read by the model alone
     if architecture == "Phi3ForCausalLM":
         assert table.pop("partial_rotary_factor") == config_class().rope_parameters["partial_rotary_factor"]
-    assert table == {name: default for name, default in own.items() if name not in UNUSED}
+    assert table == {name: default for name, default in own.items() if name not in {*UNUSED, *FIXED_KEYS}}
 
 
 @pytest.mark.parametrize(("architecture", "key"), KEYS)

@@ -48,6 +48,12 @@ NO_EFFECT = {
     "slow_but_exact": (SPEED, False),  # true leaves out biases where pretraining_tp is above 1
 }
 
+# What Gemma 3 needs for images.
+OF_IMAGES = {
+    "text_config", "vision_config", "mm_tokens_per_image", "image_token_id", "image_token_index", "boi_token_index",
+    "eoi_token_index",
+}  # fmt: skip
+
 
 def read_of_config(source: str) -> set[str]:
     """The attributes of a variable or attribute called `config` that a module reads."""
@@ -84,6 +90,8 @@ def test_no_key_is_unknown(architecture):
     known = {*ARCHITECTURES[architecture].defaults, *ALSO_READ, *NO_EFFECT, *FIXED_KEYS}
     # A window in a file of a class that has none: transformers' cache heeds it, its masks do not. We warn.
     known |= {"sliding_window", "rope_parameters"}
+    if "Gemma3" in architecture:
+        known |= OF_IMAGES
     assert keys <= known
 
 

@@ -118,6 +118,26 @@ def test_names_may_lack_the_prefix(tmp_path, family, suffix):
     check_steps(load_model(tmp_path), random_model(family))
 
 
+@pytest.mark.parametrize("prefix", ["", "model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_model_with_images(tmp_path, prefix):
+    """As transformers 5.23 saves it, and with the names of other versions."""
+    text = FAMILIES["gemma3"].to_dict() | {"vocab_size": VOCAB}
+    vision = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model, expected = transformers.Gemma3ForConditionalGeneration(config).float(), random_model("gemma3")
+    model.model.language_model.load_state_dict(expected.model.state_dict())
+    model.save_pretrained(tmp_path)
+    if prefix:
+        tensors = load_file(tmp_path / "model.safetensors")
+        of_text = {name for name in tensors if "language_model" in name}
+        assert len(of_text) == len(expected.model.state_dict()) < len(tensors)
+        named = {
+            prefix + name.partition("language_model.")[2].removeprefix("model."): tensors[name] for name in of_text
+        }
+        save_file({**{n: t for n, t in tensors.items() if n not in of_text}, **named}, tmp_path / "model.safetensors")
+    check_steps(load_model(tmp_path), expected)
+
+
 def test_the_masks_of_the_first_blooms_are_ignored(tmp_path):
     save_random_model("bloom_8_heads", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
