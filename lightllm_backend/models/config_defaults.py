@@ -109,6 +109,39 @@ GEMMA3: Defaults = {
     "sliding_window_pattern": 6,
 }
 
+SMOLLM3: Defaults = {
+    **_LLAMA_AND_MISTRAL,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2000000.0,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+INTERNLM3: Defaults = {
+    **LLAMA,
+    "vocab_size": 128512,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+}
+
 BLOOM: Defaults = {
     "vocab_size": 250880,
     "hidden_size": 64,

@@ -6,6 +6,7 @@ Standard library only, so that processes without torch can check settings. Every
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,13 @@ from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.config import on_the_fly, read_quantization, with_head
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
-from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES, MODEL_TYPES, check_architecture
+from lightllm_backend.models.registry import (
+    ARCHITECTURES,
+    FORMER_NAMES,
+    MODEL_TYPES,
+    SAVED_AS_LLAMA,
+    check_architecture,
+)
 from lightllm_backend.models.rope import PHI3_ROPE_TYPES, ROPE_TYPES, Rope, read_rope, read_ropes_by_layer_type
 from lightllm_backend.models.unsupported import other_kind, refuse_other_directories, refuse_other_values
 
@@ -196,6 +203,18 @@ def _gemma3(config: ConfigFields) -> dict[str, Any]:
     return _llama(config)
 
 
+def _internlm3(config: ConfigFields) -> dict[str, Any]:
+    """Read InternLM3's config.json, which has names of its own for biases. Its class has all of them or none."""
+    values = dict(config.values)
+    for name, key in (("qkv_bias", "attention_bias"), ("bias", "mlp_bias")):
+        if name in values:
+            values[key] = values.pop(name)
+    shape = _llama(replace(config, values=values))
+    if shape["attention_bias"] != shape["mlp_bias"]:
+        raise config.error("bias", f"{json.dumps(shape['attention_bias'])} is needed, as qkv_bias says")
+    return shape
+
+
 def _bloom(config: ConfigFields) -> dict[str, Any]:
     """Read BLOOM's config.json, most of whose keys have two names."""
     if config.flag("apply_residual_connection_post_layernorm"):
@@ -224,6 +243,7 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "llama": _llama,
     "phi3": _phi3,
     "gemma3": _gemma3,
+    "internlm3": _internlm3,
     "bloom": _bloom,
 }
 
@@ -254,6 +274,8 @@ def _architecture(config: ConfigFields) -> str:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", "a list with the name of the model's class, or else model_type, is needed")
     architecture = FORMER_NAMES.get(names[0], names[0])
+    if architecture == "LlamaForCausalLM" and model_type in SAVED_AS_LLAMA:
+        architecture = MODEL_TYPES[model_type]
     try:
         check_architecture(architecture)
     except ModelError as error:
@@ -316,10 +338,24 @@ def _layers(config: ConfigFields, num_layers: int, head_dim: int, rope_types: Ma
         ropes = tuple(by_type[layer_type] for layer_type in _layer_types(config, num_layers))
     else:
         rope, warnings = read_rope(config, head_dim, rope_types)
-        ropes = (rope,) * num_layers
+        unrotated = Rope(0)
+        ropes = tuple(rope if rotates else unrotated for rotates in _rotating_layers(config, num_layers))
         positions = rope.stretched(positions)
     windows = _sliding_window(config, num_layers)
     return {"ropes": ropes, "warnings": tuple(warnings), "max_sequence_length": positions, **windows}
+
+
+def _rotating_layers(config: ConfigFields, num_layers: int) -> list[bool]:
+    """Which layers have rotary embeddings: all, or those of `no_rope_layers` with a 1, else all but every nth."""
+    if not config.knows("no_rope_layers"):
+        return [True] * num_layers
+    listed = config.get("no_rope_layers")
+    if listed is None:
+        interval = config.count("no_rope_layer_interval")
+        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if not isinstance(listed, list) or len(listed) < num_layers or any(value not in (0, 1) for value in listed):
+        raise config.error("no_rope_layers", f"1 or, without rotary embeddings, 0 for each of {num_layers} layers")
+    return [value == 1 for value in listed[:num_layers]]
 
 
 def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
@@ -339,6 +375,8 @@ def _layer_types(config: ConfigFields, num_layers: int) -> list[str]:
         if config.knows("sliding_window_pattern"):
             pattern = config.count("sliding_window_pattern")
             return [sliding if (layer + 1) % pattern else full for layer in range(num_layers)]
+        if config.knows("no_rope_layers"):
+            return [full if rotates else sliding for rotates in _rotating_layers(config, num_layers)]
         first = config.count("max_window_layers", least=0) if config.knows("max_window_layers") else 0
         return [sliding if layer >= first else full for layer in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):

@@ -24,15 +24,20 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": Architecture("gemma2", config_defaults.GEMMA2),
     "Gemma3ForCausalLM": Architecture("gemma3_text", config_defaults.GEMMA3, dialect="gemma3"),
     "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, dialect="gemma3"),
+    "InternLM3ForCausalLM": Architecture("internlm3", config_defaults.INTERNLM3, dialect="internlm3"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),
     "Phi3ForCausalLM": Architecture("phi3", config_defaults.PHI3, dialect="phi3"),
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
     "Qwen3ForCausalLM": Architecture("qwen3", config_defaults.QWEN3),
+    "SmolLM3ForCausalLM": Architecture("smollm3", config_defaults.SMOLLM3),
 }
 
 # Names from before a class was in a release of transformers; checkpoints of that time still have them.
 FORMER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+
+# Types of which transformers 5 has a configuration alone; it builds, and saves, a LLaMA from it.
+SAVED_AS_LLAMA = {"internlm3"}
 
 # By config.json's `model_type`.
 MODEL_TYPES = {entry.module: architecture for architecture, entry in ARCHITECTURES.items()}

@@ -58,6 +58,7 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     ),
     "llama2_gqa": transformers.LlamaConfig(**_LLAMA),
     "llama3": transformers.LlamaConfig(**{**_LLAMA, "eos_token_id": [2, 5]}, rope_parameters=_LLAMA3_ROPE),
+    "internlm3": transformers.InternLM3Config(**_LLAMA, head_dim=24, attention_bias=True, mlp_bias=True),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=None),
     "mistral_window": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
     "phi3": transformers.Phi3Config(
@@ -80,6 +81,14 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
         sliding_window=WINDOW,
         use_sliding_window=True,
         max_window_layers=1,
+    ),
+}
+
+
+FAMILIES |= {
+    # The second layer has no rotary embeddings, and a window.
+    "smollm3": transformers.SmolLM3Config(
+        **_LLAMA, pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW
     ),
 }
 

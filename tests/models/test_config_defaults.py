@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from lightllm_backend.models.model_config import LAYER_TYPES, SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
-from lightllm_backend.models.registry import ARCHITECTURES
+from lightllm_backend.models.registry import ARCHITECTURES, SAVED_AS_LLAMA
 from lightllm_backend.models.rope import Rope
 from lightllm_backend.models.unsupported import FIXED_KEYS
 
@@ -19,11 +19,13 @@ CLASSES = {
     "BloomForCausalLM": transformers.BloomConfig,
     "Gemma2ForCausalLM": transformers.Gemma2Config,
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
+    "InternLM3ForCausalLM": transformers.InternLM3Config,
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "Qwen3ForCausalLM": transformers.Qwen3Config,
+    "SmolLM3ForCausalLM": transformers.SmolLM3Config,
 }
 
 # What has no part in serving a model: training, caching, and what generate() pads with.
@@ -53,6 +55,8 @@ SMALL_BLOOM = {
 
 def small(architecture):
     values = SMALL_GEMMA if "Gemma" in architecture else SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL
+    if architecture == "InternLM3ForCausalLM":  # has both biases or none
+        values = {**values, "attention_bias": False, "mlp_bias": False}
     return {"model_type": CLASSES[architecture].model_type, **values}
 
 
@@ -69,6 +73,7 @@ NULLS_OF_OUR_OWN = {
     ("Phi3ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen3ForCausalLM", "head_dim"): {"head_dim": 16},
+    ("SmolLM3ForCausalLM", "head_dim"): {"head_dim": 16},
 }
 
 
@@ -106,10 +111,14 @@ def expected(architecture, values) -> dict:
     assert config.hidden_activation == "gelu_pytorch_tanh" if is_gemma else config.hidden_act == "silu"
     layers = range(config.num_hidden_layers)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = config.sliding_window if architecture != "LlamaForCausalLM" else None
+    table = ARCHITECTURES[architecture].defaults
+    window = config.sliding_window if "sliding_window" in table else None
+    if "use_sliding_window" in table and not config.use_sliding_window:
+        window = None
     ropes = config.rope_parameters
     by_type = ropes if architecture == "Gemma3ForCausalLM" else dict.fromkeys(LAYER_TYPES, ropes)
     types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    rotating = config.no_rope_layers if "no_rope_layers" in table else [1] * len(layers)
     if is_gemma:
         common |= {
             "attention_scale": config.query_pre_attn_scalar**-0.5,
@@ -122,14 +131,17 @@ def expected(architecture, values) -> dict:
         "head_dim": head_dim,
         "norm_eps": config.rms_norm_eps,
         "max_sequence_length": config.max_position_embeddings,
-        "attention_bias": "attention_bias" in ARCHITECTURES[architecture].defaults and config.attention_bias,
-        "mlp_bias": "mlp_bias" in ARCHITECTURES[architecture].defaults and config.mlp_bias,
-        "ropes": tuple(Rope(head_dim, by_type[layer_type]["rope_theta"]) for layer_type in types),
+        "attention_bias": "attention_bias" in table and config.attention_bias,
+        "mlp_bias": "mlp_bias" in table and config.mlp_bias,
+        "ropes": tuple(
+            Rope(head_dim, by_type[layer_type]["rope_theta"]) if rotates else Rope(0)
+            for layer_type, rotates in zip(types, rotating, strict=True)
+        ),
         "sliding_window": window,
         "sliding_layers": ()
         if window is None
         else tuple(kind == "sliding_attention" for kind in config.layer_types)
-        if architecture.startswith(("Qwen", "Gemma"))
+        if is_gemma or "use_sliding_window" in table
         else (True,) * len(layers),
     }
 
@@ -177,7 +189,7 @@ def test_the_table_has_every_key_of_the_class_with_its_default(architecture):
         assert table.pop("layer_types") == transformers.MinistralConfig.layer_types
     inherited = {field.name for field in dataclasses.fields(transformers.PretrainedConfig)}
     own = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in inherited}
-    if architecture in ("Phi3ForCausalLM", "Qwen2ForCausalLM"):
+    if "head_dim" not in own and "head_dim" in table:
         assert table.pop("head_dim") is None  # read by the model alone
     if architecture == "Phi3ForCausalLM":
         assert table.pop("partial_rotary_factor") == config_class().rope_parameters["partial_rotary_factor"]
@@ -214,7 +226,8 @@ def test_a_null_means_what_it_means_to_transformers_or_is_refused(tmp_path, arch
 def test_the_type_alone_gives_transformers_causal_language_model(tmp_path, architecture):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": CLASSES[architecture].model_type}))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ == architecture
+    theirs = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    assert theirs == ("LlamaForCausalLM" if type(config).model_type in SAVED_AS_LLAMA else architecture)
     assert ModelConfig.from_directory(tmp_path).architecture == architecture
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, cache_utils, masking_utils
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, cache_utils, masking_utils
 
 from lightllm_backend.models.model_config import ModelConfig, ModelError
 from lightllm_backend.models.registry import ARCHITECTURES
@@ -76,7 +76,7 @@ def read_of_config(source: str) -> set[str]:
 
 def config_of(architecture: str) -> type[transformers.PretrainedConfig]:
     """The configuration class of an architecture."""
-    return next(one for one, model in MODEL_FOR_CAUSAL_LM_MAPPING.items() if model.__name__ == architecture)
+    return CONFIG_MAPPING[ARCHITECTURES[architecture].module]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -232,6 +232,8 @@ def test_the_window_of_each_layer(tmp_path, architecture, written, windows):
         ({"architectures": [], "model_type": "mistral"}, "MistralForCausalLM"),
         ({"architectures": "absent", "model_type": "qwen2"}, "Qwen2ForCausalLM"),
         ({"architectures": "absent", "model_type": "bloom"}, "BloomForCausalLM"),
+        ({"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}, "InternLM3ForCausalLM"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "internlm3"}, "InternLM3ForCausalLM"),
     ],
 )
 def test_the_class_is_named_by_architectures_or_else_by_model_type(tmp_path, named, architecture):
@@ -298,7 +300,10 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; allowed: bfloat16, "),
         ({"architectures": []}, r"architectures is \[\]; a list with the name"),
         ({"architectures": "absent"}, "architectures is missing; a list with the name"),
-        ({"architectures": "absent", "model_type": "gpt2"}, "model_type is 'gpt2'; known .*: bloom, llama, mistral, "),
+        (
+            {"architectures": "absent", "model_type": "gpt2"},
+            "is 'gpt2'; known .*: bloom, gemma2, ",
+        ),
         (
             {"model_type": "mistral"},
             r"model_type is 'mistral'; architectures is \['LlamaForCausalLM'\]; both must name",
@@ -308,6 +313,11 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not known; known: .*LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is needed"),
         ({"rope_interleaved": True}, "rope_interleaved is True; false is needed"),
+        ({"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}, "bias is missing; true is needed, as qkv_bias"),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+            r"no_rope_layers is \[1\]; 1 or, without .* 32",
+        ),
         ({"is_causal": False}, "is_causal is False; true is needed"),
         ({"is_causal": None}, "is_causal is null; true is needed"),
         ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is {.*; null is needed"),
