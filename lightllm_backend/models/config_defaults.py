@@ -109,6 +109,14 @@ GEMMA3: Defaults = {
     "sliding_window_pattern": 6,
 }
 
+GRANITE: Defaults = {
+    **LLAMA,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
 SMOLLM3: Defaults = {
     **_LLAMA_AND_MISTRAL,
     "vocab_size": 128256,

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": Architecture("gemma2", config_defaults.GEMMA2),
     "Gemma3ForCausalLM": Architecture("gemma3_text", config_defaults.GEMMA3, dialect="gemma3"),
     "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, dialect="gemma3"),
+    "GraniteForCausalLM": Architecture("granite", config_defaults.GRANITE),
     "InternLM3ForCausalLM": Architecture("internlm3", config_defaults.INTERNLM3, dialect="internlm3"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),

@@ -19,6 +19,7 @@ CLASSES = {
     "BloomForCausalLM": transformers.BloomConfig,
     "Gemma2ForCausalLM": transformers.Gemma2Config,
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
+    "GraniteForCausalLM": transformers.GraniteConfig,
     "InternLM3ForCausalLM": transformers.InternLM3Config,
     "LlamaForCausalLM": transformers.LlamaConfig,
     "MistralForCausalLM": transformers.MistralConfig,
@@ -69,6 +70,7 @@ NULLS_OF_OUR_OWN = {
         for architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
         for key, meaning in (("num_key_value_heads", {"num_kv_heads": 32}), ("head_dim", {"head_dim": 16}))
     },
+    ("GraniteForCausalLM", "head_dim"): {"head_dim": 16},
     ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
     ("Phi3ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Qwen2ForCausalLM", "head_dim"): {"head_dim": 16},
@@ -124,6 +126,13 @@ def expected(architecture, values) -> dict:
             "attention_scale": config.query_pre_attn_scalar**-0.5,
             "attention_softcap": config.attn_logit_softcapping,
             "logit_softcap": config.final_logit_softcapping,
+        }
+    if architecture == "GraniteForCausalLM":
+        common |= {
+            "attention_scale": config.attention_multiplier,
+            "embedding_multiplier": config.embedding_multiplier,
+            "residual_multiplier": config.residual_multiplier,
+            "logit_divisor": config.logits_scaling,
         }
     return common | {
         "intermediate_size": config.intermediate_size,
