@@ -59,7 +59,9 @@ class DecoderLayer:
     post_norms: Sequence[NormWeight] = ()  # of attention's output and of the MLP's
 
     def weight_map(self) -> dict[str, WeightSlot]:
-        parts = (self.attention_norm, self.attention, self.mlp_norm, self.mlp, *self.post_norms)
+        parts: list[Norm | SelfAttention | MLP | NormWeight] = [
+            self.attention_norm, self.attention, self.mlp_norm, self.mlp, *self.post_norms,
+        ]  # fmt: skip
         return {name: slot for part in parts for name, slot in part.weight_map().items()}
 
 

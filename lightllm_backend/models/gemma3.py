@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lightllm_backend.models.gemma3_text import Gemma3ForCausalLM
 
-# What the names begin with, as transformers' versions before and since 4.52 write them, and in Gemma3ForCausalLM.
+# What the names begin with, in files that transformers writes and in its classes since 4.52, and in Gemma3ForCausalLM.
 PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
 

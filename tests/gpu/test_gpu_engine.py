@@ -94,7 +94,7 @@ def test_half_precision_agrees_where_the_choice_is_clear(directory, dtype, toler
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < 2 * tolerance * spread
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_window"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_window", "gemma2", "gemma3"])
 def test_families_with_kernels_of_their_own(tmp_path, family) -> None:
     """Token for token in float32; in bfloat16, with K and V in 16 and in 8 bits, no clear choice is another."""
     save_random_model(family, tmp_path, VOCAB)

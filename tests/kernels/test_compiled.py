@@ -79,7 +79,17 @@ def test_what_is_no_number_stays_none(dtype) -> None:
     assert compiled.silu_and_mul(torch.full((1, 140), torch.nan).to(dtype)).isnan().all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if not (one.alibi or one.int8)])
+def test_token_attention_with_windows_and_soft_caps(variant, dtype, alone) -> None:
+    new, pool = new_tokens(make_pool([5, 0, 33, 130], 2, 64, dtype, CPU), 4, dtype, 64)
+    other, rest = pool.copy(), (pool.req_to_token, pool.rows, pool.context_lengths, 130, 0.3)
+    out = compiled.token_attention(*new, pool.k, pool.v, *rest, **variant.options(pool, 4))
+    expected = reference.token_attention(*new, other.k, other.v, *rest, **variant.options(pool, 4))
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if one.alibi or one.int8])
 def test_the_reference_computes_what_is_not_compiled(variant) -> None:
     pool = make_pool([5, 33], 2, 64, torch.float32, CPU)
     new, pool = new_tokens(pool.to_int8() if variant.int8 else pool, 4, torch.float32, 64)

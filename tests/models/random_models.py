@@ -49,6 +49,7 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
         head_dim=16,
         query_pre_attn_scalar=24,
         attention_bias=True,
+        tie_word_embeddings=False,
         sliding_window=WINDOW,
         sliding_window_pattern=2,
         rope_parameters={

@@ -52,7 +52,9 @@ def test_ranks_together_compute_the_same_logits(tmp_path, family):
     run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
 
 
-@pytest.mark.parametrize(("family", "size"), [("mistral", 2), ("qwen2_window", 4), ("bloom_12_heads", 2)])
+@pytest.mark.parametrize(
+    ("family", "size"), [("mistral", 2), ("gemma3", 2), ("qwen2_window", 4), ("bloom_12_heads", 2)]
+)
 def test_ranks_together_through_lamport_buffers(tmp_path, family, size):
     """With room for 3 rows: what the last norm takes of each step, and some whole steps."""
     save_random_model(family, tmp_path)
@@ -118,23 +120,24 @@ def test_names_may_lack_the_prefix(tmp_path, family, suffix):
     check_steps(load_model(tmp_path), random_model(family))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.language_model.", "language_model.model."])
-def test_the_text_part_of_a_model_with_images(tmp_path, prefix):
-    """As transformers 5.23 saves it, and with the names of other versions."""
+@pytest.mark.parametrize("names", ["of files", "of classes"])
+def test_the_text_part_of_a_model_with_images(tmp_path, names):
+    """As transformers 5.23 saves it, and with the names that its classes have."""
     text = FAMILIES["gemma3"].to_dict() | {"vocab_size": VOCAB}
     vision = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
     model, expected = transformers.Gemma3ForConditionalGeneration(config).float(), random_model("gemma3")
     model.model.language_model.load_state_dict(expected.model.state_dict())
+    model.lm_head.load_state_dict(expected.lm_head.state_dict())
     model.save_pretrained(tmp_path)
-    if prefix:
+    if names == "of classes":
         tensors = load_file(tmp_path / "model.safetensors")
-        of_text = {name for name in tensors if "language_model" in name}
-        assert len(of_text) == len(expected.model.state_dict()) < len(tensors)
-        named = {
-            prefix + name.partition("language_model.")[2].removeprefix("model."): tensors[name] for name in of_text
-        }
-        save_file({**{n: t for n, t in tensors.items() if n not in of_text}, **named}, tmp_path / "model.safetensors")
+        renamed = {name.replace("language_model.model.", "language_model."): tensors[name] for name in tensors}
+        head = renamed.pop("language_model.lm_head.weight")
+        assert renamed.keys() | {"lm_head.weight"} == {name.removeprefix("model.") for name in model.state_dict()}
+        renamed = {f"model.{name}": tensor for name, tensor in renamed.items()}
+        save_file({**renamed, "lm_head.weight": head}, tmp_path / "model.safetensors")
     check_steps(load_model(tmp_path), expected)
 
 

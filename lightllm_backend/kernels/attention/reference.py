@@ -171,7 +171,7 @@ def _attention(
         )
     at_once = max(1, _BIAS_ELEMENTS // (q[:, :, :1].numel() * k.shape[2] // q.shape[3]))
     if mask is not None and q.shape[2] > at_once:
-        parts = zip(q.split(at_once, 2), mask.split(at_once, -2), strict=True)
+        parts = zip(torch.split(q, at_once, 2), torch.split(mask, at_once, -2), strict=True)
         return torch.cat([_attention(part, k, v, seen, is_causal, scale, soft_cap) for part, seen in parts], 2)
     scores = torch.matmul(q, k.repeat_interleave(group, 1).transpose(2, 3)).float()
     scores = scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap)

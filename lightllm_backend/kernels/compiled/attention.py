@@ -43,6 +43,8 @@ def _attend(
     rows: NDArray[Any],
     context_lengths: NDArray[Any],
     scale: float,
+    window: int,
+    soft_cap: float,
     q_norm: NDArray[Any] | None,
     k_norm: NDArray[Any] | None,
     eps: float,
@@ -58,8 +60,9 @@ def _attend(
         context = context_lengths[s]
         if context == 0:
             continue
-        slot_of = req_to_token[rows[s]]
-        weights = np.empty((shared, context), np.float32)
+        seen = min(context, window)
+        slot_of = req_to_token[rows[s], context - seen : context]
+        weights = np.empty((shared, seen), np.float32)
         for kv_head in range(kv_heads):
             key = k[s, kv_head]
             if k_norm is not None:
@@ -75,7 +78,7 @@ def _attend(
                     normed(query, q_norm, eps, head)
                     query = head
                 _rotate(query, cos[s], sin[s], np.float32(scale), rotated[h])
-            for position in range(context):
+            for position in range(seen):
                 cached = k_pool[slot_of[position], kv_head]
                 for h in range(shared):
                     score = np.float32(0.0)
@@ -83,14 +86,21 @@ def _attend(
                         score += rotated[h, i] * load(cached[i])
                     weights[h, position] = score
             for h in range(shared):
+                if soft_cap > 0.0:  # tanh(y) = 1 - 2 / (1 + e^(2 y))
+                    doubled = np.float32(2.0 / soft_cap)
+                    for position in range(seen):
+                        tanh = np.float32(1.0) - np.float32(2.0) / (
+                            np.float32(1.0) + exp(weights[h, position] * doubled)
+                        )
+                        weights[h, position] = np.float32(soft_cap) * tanh
                 largest = weights[h].max()
                 total = np.float32(0.0)
-                for position in range(context):
+                for position in range(seen):
                     weight = exp(weights[h, position] - largest)
                     weights[h, position] = weight
                     total += weight
                 attended[:] = 0.0
-                for position in range(context):
+                for position in range(seen):
                     value = v_pool[slot_of[position], kv_head]
                     for i in range(head_dim):
                         attended[i] += weights[h, position] * load(value[i])
@@ -121,7 +131,7 @@ def token_attention(
     soft_cap: float = 0.0,
 ) -> Tensor:
     is_short = once(memo, "short contexts", lambda: int(context_lengths.sum()) <= _FEW_CONTEXT_TOKENS)
-    is_plain = alibi_slopes is None and window == 0 and scales is None and soft_cap == 0
+    is_plain = alibi_slopes is None and scales is None
     if not (is_short and is_plain and q.dtype == k_pool.dtype and q.dtype in DTYPES):
         return reference.token_attention(
             q, k, v, cos, sin, slots, k_pool, v_pool, req_to_token, rows, context_lengths, max_context_length, scale,
@@ -132,7 +142,7 @@ def token_attention(
     tables = once(memo, "arrays of decodes", lambda: (array(req_to_token), array(rows), array(context_lengths)))
     q_norm, k_norm, eps = (None, None, 0.0) if norm is None else (array(norm.q), array(norm.k), norm.eps)
     _attend(
-        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale, q_norm,
-        k_norm, eps, array(out),
+        array(q), array(k), array(v), *rotation, array(slots), array(k_pool), array(v_pool), *tables, scale,
+        window or max_context_length, soft_cap, q_norm, k_norm, eps, array(out),
     )  # fmt: skip
     return out
