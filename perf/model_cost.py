@@ -30,6 +30,9 @@ class ModelCost:
     attention_flops: int  # of one query with one token of its context
     # Those layer_weights that activations of 8 bits may multiply.
     eight_bit_weights: int = 0
+    # What a query sees in this share of the layers, its own position included.
+    window: int = 0
+    window_share: float = 0.0
 
     @classmethod
     def of(
@@ -55,6 +58,8 @@ class ModelCost:
             weight_bytes=sum(slot.nbytes for slot in slots) - (weights - layers - head) * dtype.itemsize,
             slot_bytes=KVStorage.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype),
             attention_flops=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+            window=shape.sliding_window or 0,
+            window_share=sum(shape.sliding_layers) / shape.num_layers,
             eight_bit_weights=sum(slot.num_weights for name, slot in named.items() if _takes_8_bits(shape, name, slot)),
         )
 
@@ -62,14 +67,17 @@ class ModelCost:
         """The least that a decode step takes on one GPU: its weights or its matrix products, then all of K and V."""
         weights_read = self.weight_bytes / limits["read_bytes_per_second"]
         arithmetic = self._arithmetic_seconds(2 * (self.layer_weights + self.head_weights) * batch, batch, limits)
-        kv_read = context_tokens * self.slot_bytes / limits["read_bytes_per_second"]
+        in_windows = min(context_tokens, batch * self.window)
+        tokens_read = context_tokens + self.window_share * (in_windows - context_tokens)
+        kv_read = tokens_read * self.slot_bytes / limits["read_bytes_per_second"]
         return float(max(weights_read, arithmetic) + kv_read)
 
     def prefill_flops(self, prompt_lengths: Sequence[int]) -> int:
         """Matrix products of every token, causal attention, and the logits of each prompt's last token."""
-        pairs = sum(length * (length + 1) // 2 for length in prompt_lengths)
+        pairs = sum(_pairs(length) for length in prompt_lengths)
+        behind_windows = sum(_pairs(length - self.window) for length in prompt_lengths if length > self.window)
         matrices = self.layer_weights * sum(prompt_lengths) + self.head_weights * len(prompt_lengths)
-        return 2 * matrices + self.attention_flops * pairs
+        return 2 * matrices + int(self.attention_flops * (pairs - self.window_share * behind_windows))
 
     def prefill_seconds(self, prompt_lengths: Sequence[int], limits: dict[str, Any]) -> float:
         """The least that the arithmetic of a prefill takes on one GPU."""
@@ -80,6 +88,11 @@ class ModelCost:
         in_8_bits = 2 * self.eight_bit_weights * tokens
         peak = limits["bf16_flops_per_second"]
         return float((flops - in_8_bits) / peak + in_8_bits / (limits.get("fp8_flops_per_second") or peak))
+
+
+def _pairs(length: int) -> int:
+    """Of a query and a token that it sees, in causal attention."""
+    return length * (length + 1) // 2
 
 
 def _takes_8_bits(shape: ModelConfig, name: str, slot: WeightSlot) -> bool:

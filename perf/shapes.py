@@ -45,6 +45,13 @@ SHAPES = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128,
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
     },
+    "gemma-3-12b": _llama(48, 3840, 15360, 16, 8, 262208) | {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+        "sliding_window": 1024, "sliding_window_pattern": 6, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     "bloom-7b1": _bloom(30, 4096, 32),
 }  # fmt: skip
 
