@@ -92,7 +92,7 @@ CASES = {
          "checkpoint_format": "gptq_v2"},
     ),
     "W4A16": Case(
-        "qwen2",
+        "gemma3",
         checkpoints.packed(4, 8, symmetric=False),
         compressed({"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": False}, "pack-quantized",
                    ignore=["lm_head"]),
@@ -104,7 +104,7 @@ CASES = {
                    ignore=["re:.*lm_head"]),
     ),
     "W8A8": Case(
-        "qwen2",
+        "qwen3",
         checkpoints.int8_by_channel,
         compressed({"num_bits": 8, "strategy": "channel"}, "int-quantized", BY_TOKEN, ignore=["lm_head"]),
         rounded=checkpoints.int8_by_token,
