@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,11 +109,27 @@ def test_rms_norm(dtype: torch.dtype, tokens: int, dim: int, with_residual: bool
     assert relative_error(out, reference.rms_norm(total.float(), weight.float(), 1e-5)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "tokens", "dim"), [(1, 1, 3840), (3, 33, 2304), (1, 700, 5376)])
+def test_rms_norm_with_a_post_norm(dtype: torch.dtype, parts: int, tokens: int, dim: int) -> None:
+    """Weights of float32, as Gemma has them."""
+    x, residual = _random(parts, tokens, dim, dtype=torch.float32), _random(tokens, dim, dtype=dtype)
+    weight, post_weight = _random(2, dim, dtype=torch.float32)
+    expected_residual = residual.float()
+    expected = reference.rms_norm(x.sum(0), weight, 1e-6, expected_residual, post_weight)
+    out = launchers.rms_norm(x, weight, 1e-6, residual, post_weight)
+    assert out.dtype == dtype
+    assert relative_error(residual, expected_residual) < TOLERANCE[dtype]
+    assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
+
+
 @DTYPES
+@pytest.mark.parametrize("is_gelu", [False, True])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 11008), (256, 11008), (4096, 11008), (5, 1536), (64, 3584)])
-def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int) -> None:
+def test_silu_and_mul(dtype: torch.dtype, tokens: int, features: int, is_gelu: bool) -> None:
     gate_up = _random(tokens, 2 * features, dtype=dtype)
-    assert relative_error(launchers.silu_and_mul(gate_up), reference.silu_and_mul(gate_up.float())) < TOLERANCE[dtype]
+    expected = reference.silu_and_mul(gate_up.float(), is_gelu)
+    assert relative_error(launchers.silu_and_mul(gate_up, is_gelu), expected) < TOLERANCE[dtype]
 
 
 @DTYPES
@@ -153,8 +170,9 @@ def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -
     features, in_features = shape
     x, weight = _random(tokens, in_features, dtype=dtype), _random(2 * features, in_features, dtype=dtype)
     weight /= in_features**0.5
-    expected = reference.gated_linear(x.float(), weight.float())
-    assert relative_error(launchers.gated_linear(x, weight), expected) < TOLERANCE[dtype]
+    for is_gelu in (False, True):
+        expected = reference.gated_linear(x.float(), weight.float(), is_gelu=is_gelu)
+        assert relative_error(launchers.gated_linear(x, weight, is_gelu=is_gelu), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -214,8 +232,9 @@ def test_products_whose_weights_are_copied_ahead(
         out = out if splits > 1 else out.to(dtype)
         x = launchers.rms_norm(inputs, scale, 1e-5)
         parts = out[:-1024].view(splits, tokens, features)
-        launch_prefetch(x, weight, bias, parts, LinearBlocks(*cut, splits, programs_per_sm), is_gated)
-        product = reference.gated_linear if is_gated else reference.linear
+        is_gelu = is_gated and with_bias
+        launch_prefetch(x, weight, bias, parts, LinearBlocks(*cut, splits, programs_per_sm), is_gated, is_gelu)
+        product = partial(reference.gated_linear, is_gelu=is_gelu) if is_gated else reference.linear
         expected = product(x.float(), weight.float(), None if bias is None else bias.float())
         assert relative_error(parts.float().sum(0), expected) < TOLERANCE[dtype]
         assert bool((out[-1024:] == 7).all()), "nothing is written behind the result"
@@ -264,14 +283,15 @@ def test_quantised_weights_are_decoded_on_their_way(
         weight = replace(into_fragments(plain), quantizes_input=is_direct)
         bias = torch.randn(rows, device=DEVICE).to(dtype)
         inputs = torch.randn(tokens, in_features, device=DEVICE).to(dtype)
-        product = reference.gated_linear if is_gated else reference.linear
+        is_gelu = is_gated and tokens > 8
+        product = partial(reference.gated_linear, is_gelu=is_gelu) if is_gated else reference.linear
         results = []
         for _ in range(20):
             x = launchers.rms_norm(inputs, torch.ones(in_features, device=DEVICE, dtype=dtype), 1e-5)
             values, scales = launchers.quantize_tokens(x, weight) if is_direct else (x, None)
             shape = (cut.splits, tokens, features)
             out = torch.full(shape, torch.nan, device=DEVICE, dtype=torch.float32 if cut.splits > 1 else dtype)
-            launch_quantized_prefetch(values, scales, weight, bias, out, cut, is_gated)
+            launch_quantized_prefetch(values, scales, weight, bias, out, cut, is_gated, is_gelu)
             results.append(out)
         assert all(torch.equal(one, results[0]) for one in results)
         expected = product(x.float(), dense, bias.float())
