@@ -22,8 +22,8 @@ class Scaled:
     part: SelfAttention | MLP
     factor: float
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        return self.part(*inputs).mul_(self.factor)
+    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        return self.part(x, *others, **named).mul_(self.factor)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.part.weight_map()

@@ -46,7 +46,7 @@ class StepInput:
 
     input_ids: Tensor  # [t] int32
     positions: Tensor  # [t] int32
-    rotary_lengths: Tensor  # [t] int32, max(prompt length, position + 1): by which some RoPE changes
+    rotary_lengths: Tensor  # [t] int32, max(tokens prefilled at first, position + 1): by which some RoPE changes
     slots: Tensor  # [t] int32, for each token's K and V; -1 is padding
     rows: Tensor  # [n] int32, of req_to_token
     context_lengths: Tensor  # [n] int32, cached plus new tokens

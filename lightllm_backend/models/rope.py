@@ -114,7 +114,9 @@ def read_ropes_by_layer_type(config: ConfigFields, head_dim: int) -> tuple[dict[
                 raise scaling.error("rope_type", "a type is needed: beside rope_theta, `type` is not read")
             own = replace(scaling, values={**own.values, **scaling.values})
         theta = own.positive("rope_theta") if "rope_theta" in own.values else config.positive(base)
-        rope = ropes[layer_type] = _read(config, own, theta, head_dim, ROPE_TYPES, own)
+        # One length of longrope for all layers: a sequence that outgrows it computes them all anew.
+        types = {name: name for name in ROPE_TYPES if name != "longrope"}
+        rope = ropes[layer_type] = _read(config, own, theta, head_dim, types, own)
         if not rope.truncate:
             raise own.error("truncate", "true is needed: transformers does not read it here")
         warnings += _unread(config, own, rope)

@@ -21,6 +21,7 @@ class Admission:
     sampling: SamplingParams
     generated_ids: tuple[int, ...] = ()  # before a preemption; prefilled after the prompt
     cached_slots: tuple[int, ...] = ()  # of the first tokens, from the prefix cache
+    is_recomputed: bool = False  # it has outgrown Router's recompute_at: all its tokens turn as those of a long prompt
 
 
 class ScoredChunk(NamedTuple):

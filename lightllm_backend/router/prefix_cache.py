@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -60,7 +60,7 @@ class PrefixCache:
     def __init__(self, num_rows: int) -> None:
         self._root = Node(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), None)
         # By tenant. A root lives as long as it has children, or a row that it is the end of.
-        self._tenant_roots: WeakValueDictionary[str, Node] = WeakValueDictionary()
+        self._tenant_roots: WeakValueDictionary[Hashable, Node] = WeakValueDictionary()
         self._leaves: list[_Leaf] = []  # a heap; some entries are stale
         self._clock = itertools.count(1)
         self._entries = itertools.count()
@@ -73,7 +73,7 @@ class PrefixCache:
     def root(self) -> Node:
         return self._root
 
-    def root_of(self, tenant: str) -> Node:
+    def root_of(self, tenant: Hashable) -> Node:
         """The root of this tenant's own tree."""
         root = self._tenant_roots.get(tenant)
         if root is None:
@@ -171,7 +171,7 @@ class PrefixCache:
         self.num_evictable -= len(slots)
         return slots
 
-    def drop(self, tenant: str) -> Ids:
+    def drop(self, tenant: Hashable) -> Ids:
         """Evict this tenant's tree, of which nobody holds a node, and return its slots."""
         root = self._tenant_roots.pop(tenant, None)
         waiting: list[Node] = [root] if root else []

@@ -55,14 +55,20 @@ class Router:
         prefix_cache: bool | str = True,
         tenant_weights: Mapping[str, float] | None = None,
         tenant_reserve: float = 0.0,
+        recompute_at: int | None = None,
     ) -> None:
-        """prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`."""
+        """prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`.
+
+        recompute_at: a sequence that grows beyond so many tokens computes all its K and V anew, since K of longer
+        sequences turns otherwise (longrope).
+        """
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
         self._max_queue_size = max_queue_size
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
         self._policy = policy or ExactAdmission()
+        self._recompute_at = recompute_at
 
         self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids))
         self._pool = SlotPool(capacity, self._table, bool(prefix_cache), by_tenant=prefix_cache == "tenant")
@@ -143,6 +149,7 @@ class Router:
         """Plan the next step; None if there is nothing to run."""
         self._expire()
         self._release_planned_out()
+        self._put_back_what_outgrows()
         self._preempt_until_it_fits()
         self._queue.charge_decodes(self._prefilling)
         decode_rows = self._table.decode_rows_longest_first()
@@ -373,6 +380,16 @@ class Router:
             for step in self._in_flight:
                 step.holds_row[step.arrival_indices == sequence.arrival_index] = False
 
+    def _put_back_what_outgrows(self) -> None:
+        """Put back the sequences whose next token would be the first beyond `recompute_at`: they prefill anew."""
+        if self._recompute_at is not None:
+            rows = self._table.decode_rows()
+            for sequence in self._table.owners[rows[self._table.cached[rows] == self._recompute_at]]:
+                self._put_back(sequence)
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self._recompute_at is not None and sequence.known_length > self._recompute_at
+
     def _preempt_until_it_fits(self) -> None:
         """Preempt sequences until the pool has a slot for each decode and for the next chunk of the cut prompt."""
         while self._slots_needed() > self._pool.available:
@@ -387,7 +404,11 @@ class Router:
         return needed
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Preempt a running sequence: release all it holds and put it in front of its tenant's queue."""
+        self._put_back(sequence)
+        self._preemptions_total += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Release all that a running sequence holds and put it in front of its tenant's queue."""
         row = sequence.row
         assert row is not None, "a sequence that runs has a row"
         sequence.known_ids = self._table.known_token_ids(row).copy()
@@ -397,7 +418,6 @@ class Router:
             self._prefilling = None
         sequence.state = SequenceState.PREEMPTED
         self._queue.put_back(sequence)
-        self._preemptions_total += 1
 
     def _record_length(self, sequence: Sequence, length: int) -> None:
         """Tell the policy the length of an answer that was free to end."""
@@ -423,7 +443,7 @@ class Router:
                 break
             # The cache has K and V, but not the hidden states that log probabilities come from.
             reusable = sequence.known_ids[:1] if sequence.scores_prompt else sequence.known_ids
-            prefix = self._pool.find(reusable, sequence.request.tenant, sequence.tree)
+            prefix = self._pool.find(reusable, sequence.request.tenant, sequence.tree, self._is_long(sequence))
             # A cut prompt takes the whole budget, so here all running sequences decode.
             if gate is None or prefix.num_sole:
                 gate = Gate(self._policy, self._table.demand(self._pool.shared_beside(prefix)))
@@ -454,7 +474,10 @@ class Router:
         row = self._table.take_row(sequence, slots)
         self._pool.hold(row, prefix)
         generated = sequence.known_ids[sequence.prompt_length :].tolist()
-        return Admission(row, request.prompt_ids, request.sampling, tuple(generated), tuple(slots.tolist()))
+        is_recomputed = bool(generated) and self._is_long(sequence)
+        return Admission(
+            row, request.prompt_ids, request.sampling, tuple(generated), tuple(slots.tolist()), is_recomputed
+        )
 
     def _plan_chunk(self, sequence: Sequence, budget: int) -> PromptChunk:
         row = sequence.row

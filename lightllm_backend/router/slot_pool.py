@@ -86,15 +86,17 @@ class SlotPool:
         shared[prefix.sole_holder] += prefix.num_sole
         return shared
 
-    def find(self, token_ids: NDArray[np.int32], tenant: str = "", tree: str = "") -> Prefix:
+    def find(self, token_ids: NDArray[np.int32], tenant: str = "", tree: str = "", is_long: bool = False) -> Prefix:
         """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute.
 
-        tree: if the cache is off, where to look instead; `drop_tree` ends it.
+        tree: if the cache is off, where to look instead; `drop_tree` ends it. is_long: K of the sequence turns as that
+        of long ones does, which have trees of their own.
         """
         if self._with_cache:
-            root = self._cache.root_of(tenant) if self._by_tenant else self._cache.root
+            tenant = tenant if self._by_tenant else ""
+            root = self._cache.root_of((tenant, is_long)) if tenant or is_long else self._cache.root
         elif tree:
-            root = self._cache.root_of(tree)
+            root = self._cache.root_of((tree, is_long))
         else:
             return Prefix(self._cache.root, 0)
         end, length = self._cache.find(token_ids[:-1], root)
@@ -141,7 +143,8 @@ class SlotPool:
     def drop_tree(self, tree: str) -> None:
         """Evict what sequences without a cache have shared, once all of them have ended."""
         if not self._with_cache:
-            self._allocator.free(self._cache.drop(tree))
+            for is_long in (False, True):
+                self._allocator.free(self._cache.drop((tree, is_long)))
 
     def on_free(self, call: Callable[[NDArray[np.int32]], None]) -> None:
         """Call this with the slots whenever some become free."""

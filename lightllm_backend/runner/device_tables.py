@@ -34,6 +34,8 @@ class DeviceTables:
         self.token_ids = torch.zeros(self.shape(num_rows, max_length), dtype=torch.int32, device=device)
         self.slots = torch.zeros_like(self.token_ids)
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
+        # The length of the sequence by which the first tokens are rotated; later ones have a length each.
+        self.rotary_lengths = np.zeros(num_rows, dtype=np.int32)
 
     @staticmethod
     def shape(num_rows: int, max_length: int) -> tuple[int, int]:
@@ -53,6 +55,9 @@ class DeviceTables:
         """
         rows = np.array([admission.row for admission in admissions], dtype=np.int32)
         self.prompt_lengths[rows] = [len(admission.prompt_ids) for admission in admissions]
+        self.rotary_lengths[rows] = [
+            len(one.prompt_ids) + (len(one.generated_ids) if one.is_recomputed else 0) for one in admissions
+        ]
         ids = self._beginnings(rows, [one.prompt_ids + one.generated_ids for one in admissions])
         slots = self._beginnings(rows, [one.cached_slots for one in admissions])
         for first in range(0, len(ids[0]), _ADMITTED_AT_ONCE):  # fewer have slots

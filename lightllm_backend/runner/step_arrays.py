@@ -69,7 +69,7 @@ def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables)
     tokens, decodes, prefills = Bucket.of(batch)
     positions = packed_positions(batch.starts, batch.lengths)
     context_lengths = batch.starts + batch.lengths
-    rotary_lengths = np.maximum(np.repeat(tables.prompt_lengths[batch.rows], batch.lengths), positions + 1)
+    rotary_lengths = np.maximum(np.repeat(tables.rotary_lengths[batch.rows], batch.lengths), positions + 1)
     token_indices = tables.flat_indices(np.repeat(batch.rows, batch.lengths), positions)
     for target, values, padding in (
         (arrays.token_indices, token_indices, tables.padding_index),

@@ -127,9 +127,10 @@ class BatchReceiver:
 
 def _pack_admission(admission: Admission) -> list[Any]:
     arrays = (admission.prompt_ids, admission.generated_ids, admission.cached_slots)
-    return [admission.row, vars(admission.sampling), *(np.array(ids, dtype=np.int32).tobytes() for ids in arrays)]
+    packed = (np.array(ids, dtype=np.int32).tobytes() for ids in arrays)
+    return [admission.row, vars(admission.sampling), admission.is_recomputed, *packed]
 
 
-def _unpack_admission(row: int, sampling: dict[str, Any], *arrays: bytes) -> Admission:
-    prompt_ids, *others = (tuple(np.frombuffer(array, dtype=np.int32).tolist()) for array in arrays)
-    return Admission(row, prompt_ids, SamplingParams.from_plain(sampling), *others)
+def _unpack_admission(row: int, sampling: dict[str, Any], is_recomputed: bool, *arrays: bytes) -> Admission:
+    prompt_ids, generated_ids, slots = (tuple(np.frombuffer(array, dtype=np.int32).tolist()) for array in arrays)
+    return Admission(row, prompt_ids, SamplingParams.from_plain(sampling), generated_ids, slots, is_recomputed)

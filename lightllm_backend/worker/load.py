@@ -54,6 +54,7 @@ class LoadedEngine:
     info: EngineInfo
     batch_max_tokens: int
     prefixes_are_alike: bool  # K and V of a prefix do not depend on what follows it
+    recompute_at: int | None  # tokens beyond which all K of a sequence turns otherwise (longrope)
     storage: KVStorage
 
 
@@ -131,8 +132,10 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         pool_tokens=pool_tokens,
         memory=memory,
     )
-    prefixes_are_alike = not any(rope.depends_on_length(limits.max_total) for rope in shape.ropes)
-    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, storage)
+    changing = [rope for rope in set(shape.ropes) if rope.depends_on_length(limits.max_total)]
+    prefixes_are_alike = all(rope.rope_type == "longrope" for rope in changing)
+    recompute_at = changing[0].original_max_positions if changing and prefixes_are_alike else None
+    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, recompute_at, storage)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ log = logging.getLogger("lightllm.worker")
 
 
 def build_router(
-    config: EngineConfig, info: EngineInfo, batch_max_tokens: int, prefixes_are_alike: bool = True
+    config: EngineConfig,
+    info: EngineInfo,
+    batch_max_tokens: int,
+    prefixes_are_alike: bool = True,
+    recompute_at: int | None = None,
 ) -> Router:
     """The Router of an engine with these settings."""
     return Router(
@@ -70,6 +74,7 @@ def build_router(
         prefix_cache=config.prefix_cache if prefixes_are_alike else False,
         tenant_weights=dict(config.tenant_weights or ()),
         tenant_reserve=config.tenant_reserve,
+        recompute_at=recompute_at,
     )
 
 
@@ -95,7 +100,9 @@ class Leader:
 
     def run(self) -> None:
         engine = self._engine
-        router = build_router(self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike)
+        router = build_router(
+            self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike, engine.recompute_at
+        )
         if os.environ.get(POISON_VARIABLE) == "1":
             log.warning("debug mode: K and V of token slots that become free are overwritten with NaN")
             router.on_free(engine.storage.poison)

@@ -67,7 +67,7 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
         pad_token_id=0,
         sliding_window=WINDOW,
         partial_rotary_factor=0.75,
-        original_max_position_embeddings=20,  # some prompts are longer
+        original_max_position_embeddings=64,
         rope_parameters={"rope_type": "longrope", "short_factor": [1.1] * 6, "long_factor": [1.0, 2.0, 5.0] * 2},
     ),
     "qwen2": transformers.Qwen2Config(**_LLAMA, sliding_window=WINDOW),

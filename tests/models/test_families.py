@@ -12,10 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from lightllm_backend.config import EngineConfig
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.layers import alibi_slopes
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.request import SamplingParams
+from lightllm_backend.worker.main import build_router
 from tests.models.random_models import FAMILIES, VOCAB, random_model, save_random_model
 from tests.models.step_harness import check_reads_nothing_back, check_steps, load_model
 from tests.models.thread_parallel import run_ranks
@@ -44,6 +46,27 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
     arrivals = [random.Random(7).randrange(10) for _ in PROMPTS]
     answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens=9)
     assert [answer.token_ids for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_answers_that_cross_the_limit_of_longrope_are_those_of_transformers_generate(tmp_path, overlap):
+    """All but two prompts have at most the original positions, and their answers end beyond them."""
+    save_random_model("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["original_max_position_embeddings"] = config["rope_parameters"]["original_max_position_embeddings"] = 9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = load(tmp_path)
+    assert (engine.prefixes_are_alike, engine.recompute_at) == (True, 9)
+    assert load(tmp_path, max_req_total_len=9).recompute_at is None
+    sampling = SamplingParams(max_tokens=MAX_TOKENS)
+    expected = transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+    for arrivals in (None, [random.Random(7).randrange(10) for _ in PROMPTS]):
+        answers = run(engine, PROMPTS, sampling, arrivals, batch_max_tokens=9, overlap=overlap)
+        assert [answer.token_ids for answer in answers] == expected
+    # Without it, some answers differ.
+    router = build_router(EngineConfig(running_max_req_size=16), engine.info, 9)
+    answers = run(engine, PROMPTS, sampling, router=router)
+    assert [answer.token_ids for answer in answers] != expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,7 +35,11 @@ def expected_answer(request: Request, eos_ids: frozenset[int]) -> tuple[list[int
 class FakeRunner:
     """Keeps tokens where a real one keeps K and V, so that a slot or row in wrong hands changes the answer."""
 
-    def __init__(self, capacity: int, num_rows: int) -> None:
+    def __init__(self, capacity: int, num_rows: int, recompute_at: int | None = None) -> None:
+        """`recompute_at`: K of longer sequences turns otherwise, and a step must not see K of both kinds."""
+        self.recompute_at = recompute_at
+        self.turning_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.is_long = np.zeros(capacity, dtype=np.bool_)
         self.pool = np.full(capacity, UNWRITTEN, dtype=np.int64)
         self.slot_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
         self.token_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
@@ -48,6 +52,7 @@ class FakeRunner:
             known = admission.prompt_ids + admission.generated_ids
             self.token_of[admission.row, : len(known)] = known
             self.slot_of[admission.row, : len(admission.cached_slots)] = admission.cached_slots
+            self.turning_lengths[admission.row] = len(known) if admission.is_recomputed else len(admission.prompt_ids)
         spans = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True))
         offset = 0
         for row, start, length in spans:
@@ -55,10 +60,16 @@ class FakeRunner:
             offset += length
             self.slot_of[row, start : start + length] = slots
             self.pool[slots] = self.token_of[row, start : start + length]
+            if self.recompute_at is not None:
+                lengths = np.maximum(self.turning_lengths[row], np.arange(start, start + length) + 1)
+                self.is_long[slots] = lengths > self.recompute_at
         token_ids = []
         for (row, start, length), samples in zip(spans, batch.samples.tolist(), strict=True):
             if samples:
                 context = self.pool[self.slot_of[row, : start + length]]
+                if self.recompute_at is not None:
+                    is_long = start + length > self.recompute_at
+                    assert (self.is_long[self.slot_of[row, : start + length]] == is_long).all(), "K of both kinds"
                 token_ids.append(next_token(context.tolist()))
                 self.token_of[row, start + length] = token_ids[-1]
         log_probs = np.array([-token - 0.5 for token in token_ids], dtype=np.float32)

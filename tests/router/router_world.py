@@ -55,6 +55,7 @@ class Conditions:
     prefix_cache: bool | str = True
     tenant_reserve: float = 0.0
     queue_timeout_s: float | None = None
+    recompute_at: int | None = None
 
 
 @dataclass
@@ -93,9 +94,9 @@ class World:
         self.router = Router(
             given.capacity, given.max_running, given.batch_max_tokens, given.max_queue_size, EOS_IDS,
             given.queue_timeout_s, lambda: self.now, POLICIES[given.policy](), given.prefix_cache, WEIGHTS,
-            given.tenant_reserve,
+            given.tenant_reserve, given.recompute_at,
         )  # fmt: skip
-        self.runner = FakeRunner(given.capacity, given.max_running)
+        self.runner = FakeRunner(given.capacity, given.max_running, given.recompute_at)
         self.live: dict[str, Life] = {}
         self.num_accepted = self.num_refused = self.num_ended = self.steps = self.preemptions = 0
         self.most_used = 0
@@ -244,6 +245,7 @@ class World:
     def _note_preemptions(self, total: int) -> None:
         if total > self.preemptions:
             assert self.conditions.policy != "exact", "nobody is preempted where admission is exact"
+        if total > self.preemptions or self.conditions.recompute_at is not None:
             self.preemptions = total
             for life in self.live.values():
                 if not life.outside and (life.begun or life.first):
@@ -322,6 +324,7 @@ def random_conditions(rng: random.Random) -> Conditions:
         prefix_cache=rng.choice([False, True, "tenant"]),
         tenant_reserve=rng.choice([0.0, 0.3]),
         queue_timeout_s=rng.choice([None, 30.0]),
+        recompute_at=rng.choice([None, None, rng.randint(2, 20)]),
     )
 
 

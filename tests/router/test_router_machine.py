@@ -21,6 +21,7 @@ from tests.router.router_world import POLICIES, TENANTS, Conditions, World, make
 
 conditions = st.builds(
     Conditions,
+    recompute_at=st.none() | st.integers(2, 20),
     capacity=st.integers(20, 80),
     max_running=st.integers(1, 5),
     batch_max_tokens=st.integers(1, 30),

@@ -90,7 +90,7 @@ def test_admissions_are_written_whatever_the_size_of_a_copy(monkeypatch, at_once
     sampling = SamplingParams()
     admissions = [
         Admission(2, tuple(range(10, 19)), sampling, (90, 91), (70, 71, 72)),
-        Admission(0, (5,), sampling),
+        Admission(0, (5,), sampling, (95, 96), is_recomputed=True),
         Admission(3, tuple(range(20, 32)), sampling, (), tuple(range(40, 51))),
     ]
     tables.admit(admissions, Staging(CPU))
@@ -102,6 +102,7 @@ def test_admissions_are_written_whatever_the_size_of_a_copy(monkeypatch, at_once
     assert (tables.token_ids.numpy() == expected_tokens).all()
     assert (tables.slots.numpy() == expected_slots).all()
     assert tables.prompt_lengths.tolist() == [1, 0, 9, 12]
+    assert tables.rotary_lengths.tolist() == [3, 0, 9, 12]
 
 
 def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> None:

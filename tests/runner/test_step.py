@@ -124,7 +124,7 @@ def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> 
 
 def test_arrays_of_a_padded_step_by_hand() -> None:
     tables = DeviceTables(num_rows=4, max_length=90, device=CPU)  # rows of 96
-    tables.prompt_lengths[:] = [3, 9, 8, 2]
+    tables.rotary_lengths[:] = [3, 9, 8, 2]
     # Row 3 decodes; row 0 prefills all of its prompt; row 1 tokens 4 and 5 of a prompt of 9.
     batch = Batch(
         rows=np.array([3, 0, 1], np.int32),

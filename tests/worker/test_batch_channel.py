@@ -24,7 +24,7 @@ def batch_of(num_decodes: int, prompts: list[tuple[int, ...]]) -> Batch:
     lengths = np.array([1] * num_decodes + [len(prompt) for prompt in prompts], dtype=np.int32)
     rows = np.arange(len(lengths), dtype=np.int32)[::-1].copy()
     admitted = tuple(
-        Admission(int(row), prompt, EVERYTHING, prompt[1:], prompt[:2])
+        Admission(int(row), prompt, EVERYTHING, prompt[1:], prompt[:2], is_recomputed=len(prompt) == 1)
         for row, prompt in zip(rows[num_decodes:], prompts, strict=True)
     )
     slots = np.arange(lengths.sum(), dtype=np.int32) * 3
