@@ -40,12 +40,10 @@ def _norm_factor(squares, eps, head_dim: tl.constexpr):
 
 
 @triton.jit
-def _normed(value, factor, weight, column, width: tl.constexpr, dtype: tl.constexpr):
-    """Columns of heads, normed by a factor and by the weight of the first `width` columns: float32, rounded to
-    `dtype`, and to the weight's dtype before it is multiplied by it, as the models were trained."""
-    scale = tl.load(weight + column, mask=column < width, other=0.0)
-    normed = (value * factor).to(scale.dtype).to(tl.float32) * scale.to(tl.float32)
-    return normed.to(dtype).to(tl.float32)
+def _normed(value, factor, weight, dtype: tl.constexpr):
+    """Columns of heads, normed by a factor and their weight: float32, rounded to `dtype`, and to the weight's dtype
+    before the product with it, as the models were trained."""
+    return ((value * factor).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -75,10 +73,13 @@ def _rotate(
         if 2 * half < head_dim:
             squares += tl.sum(passed * passed, 1)
         factor = _norm_factor(squares, eps, head_dim)[:, None]
-        first = _normed(first, factor, norm, pair[None, :], half, dtype)
-        second = _normed(second, factor, norm + half, pair[None, :], half, dtype)
+        weight = tl.load(norm + pair, mask=pair < half, other=0.0)
+        first = _normed(first, factor, weight[None, :], dtype)
+        weight = tl.load(norm + half + pair, mask=pair < half, other=0.0)
+        second = _normed(second, factor, weight[None, :], dtype)
         if 2 * half < head_dim:
-            passed = _normed(passed, factor, norm + 2 * half, column[None, :], head_dim - 2 * half, dtype)
+            weight = tl.load(norm + 2 * half + column, mask=column < head_dim - 2 * half, other=0.0)
+            passed = _normed(passed, factor, weight[None, :], dtype)
     return first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :], passed
 
 
@@ -99,9 +100,36 @@ def quantize(value, scale):
 
 
 @triton.jit
-def rotated(row, column, live, cos, sin, norm, eps, has_norm: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr):
-    """Columns of a head at `row`, or of several at [n, 1], normed by the weight at `norm` if they have a norm, and
-    rotated by the angles at `cos` and `sin`: float32.
+def load_norm(norm, head_dim: tl.constexpr, half: tl.constexpr, heads: tl.constexpr, block_dim: tl.constexpr):
+    """The weights at `norm` of a head's columns, and of those that they are paired with, for `rotated`.
+
+    They have the shape of the heads, and hence their layout in registers: [heads, block_dim], or [block_dim] of one.
+    """
+    column = tl.arange(0, block_dim)
+    if heads > 1:
+        norm += tl.zeros([heads, 1], dtype=tl.int32)
+        column = column[None, :]
+    weight = tl.load(norm + column, mask=column < head_dim, other=0.0)
+    partner = tl.where(column < half, column + half, column - half)
+    return weight, tl.load(norm + partner, mask=column < 2 * half, other=0.0)
+
+
+@triton.jit
+def rotated(
+    row,
+    column,
+    live,
+    cos,
+    sin,
+    weight,
+    partner_weight,
+    eps,
+    has_norm: tl.constexpr,
+    head_dim: tl.constexpr,
+    half: tl.constexpr,
+):
+    """Columns of a head at `row`, or of several at [n, 1], normed if they have a norm, whose weight load_norm returns,
+    and rotated by the angles at `cos` and `sin`: float32.
 
     Column i is paired with i + half; columns from 2 * half on pass through.
     """
@@ -109,7 +137,7 @@ def rotated(row, column, live, cos, sin, norm, eps, has_norm: tl.constexpr, head
     if has_norm:
         dtype: tl.constexpr = row.dtype.element_ty
         factor = _norm_factor(tl.sum(value * value, len(value.shape) - 1, keep_dims=True), eps, head_dim)
-        value = _normed(value, factor, norm, column, head_dim, dtype)
+        value = _normed(value, factor, weight, dtype)
     if half == 0:
         return value
     turns = column < 2 * half
@@ -117,7 +145,7 @@ def rotated(row, column, live, cos, sin, norm, eps, has_norm: tl.constexpr, head
     partner = tl.where(is_first, column + half, column - half)
     other = tl.load(row + partner, mask=live & turns, other=0.0).to(tl.float32)
     if has_norm:
-        other = _normed(other, factor, norm, partner, head_dim, dtype)
+        other = _normed(other, factor, partner_weight, dtype)
     angle = tl.where(is_first, column, column - half)
     cosine = tl.load(cos + angle, mask=turns, other=1.0)
     sine = tl.load(sin + angle, mask=turns, other=0.0)

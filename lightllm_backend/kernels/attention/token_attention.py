@@ -26,7 +26,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     split_count,
     split_range,
 )
-from lightllm_backend.kernels.attention.rotary_kv_write import rotated
+from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, rotated
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
@@ -112,6 +112,11 @@ def token_attention_kernel(
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
+    q_weight, q_partner_weight, k_weight, k_partner_weight = eps, eps, eps, eps  # of no use without a norm
+    if has_norm:
+        q_heads: tl.constexpr = block_group if group > 1 else 1
+        q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
+        k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
     wait_for_previous(is_dependent)
     # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
@@ -123,19 +128,19 @@ def token_attention_kernel(
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        query = rotated(q_row, column, column_live, cos, sin, q_norm, eps, has_norm, head_dim, half).to(
-            q.dtype.element_ty
-        )
+        query = rotated(
+            q_row, column, column_live, cos, sin, q_weight, q_partner_weight, eps, has_norm, head_dim, half
+        ).to(q.dtype.element_ty)
         query = tl.where(live, query[None, :], 0.0).to(q.dtype.element_ty)
     else:
         q_row += member[:, None] * q_head_stride
-        query = rotated(q_row, column[None, :], live, cos, sin, q_norm, eps, has_norm, head_dim, half).to(
-            q.dtype.element_ty
-        )
+        query = rotated(
+            q_row, column[None, :], live, cos, sin, q_weight, q_partner_weight, eps, has_norm, head_dim, half
+        ).to(q.dtype.element_ty)
     k_row = k + sequence * k_stride + kv_head * k_head_stride
-    new_key = rotated(k_row, column, column_live, cos, sin, k_norm, eps, has_norm, head_dim, half).to(
-        k.dtype.element_ty
-    )
+    new_key = rotated(
+        k_row, column, column_live, cos, sin, k_weight, k_partner_weight, eps, has_norm, head_dim, half
+    ).to(k.dtype.element_ty)
     new_value = tl.load(v + sequence * v_stride + kv_head * v_head_stride + column, mask=column_live, other=0.0)
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E

@@ -25,7 +25,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
     split_count,
     split_range,
 )
-from lightllm_backend.kernels.attention.rotary_kv_write import quantize, rotated, scale_of
+from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, quantize, rotated, scale_of
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, has_ptx, multiprocessor_count
@@ -184,6 +184,11 @@ def token_attention_int8_kernel(
     context = tl.load(context_lengths + sequence)
     slot_row = req_to_token + tl.load(rows + sequence).to(tl.int64) * table_stride
     new_slot = tl.load(slots + sequence).to(tl.int64)
+    q_weight, q_partner_weight, k_weight, k_partner_weight = eps, eps, eps, eps  # of no use without a norm
+    if has_norm:
+        q_heads: tl.constexpr = block_group if group > 1 else 1
+        q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
+        k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
     wait_for_previous(is_dependent)
     # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
@@ -197,12 +202,16 @@ def token_attention_int8_kernel(
     sin += sequence * sin_stride
     q_row = q + sequence * q_stride + kv_head * group * q_head_stride
     if group == 1:
-        query = rotated(q_row, column, column_live, cos, sin, q_norm, eps, has_norm, head_dim, half)[None, :]
+        query = rotated(
+            q_row, column, column_live, cos, sin, q_weight, q_partner_weight, eps, has_norm, head_dim, half
+        )[None, :]
     else:
         q_row += member[:, None] * q_head_stride
-        query = rotated(q_row, column[None, :], live, cos, sin, q_norm, eps, has_norm, head_dim, half)
+        query = rotated(
+            q_row, column[None, :], live, cos, sin, q_weight, q_partner_weight, eps, has_norm, head_dim, half
+        )
     k_row = k + sequence * k_stride + kv_head * k_head_stride
-    new_key = rotated(k_row, column, column_live, cos, sin, k_norm, eps, has_norm, head_dim, half)
+    new_key = rotated(k_row, column, column_live, cos, sin, k_weight, k_partner_weight, eps, has_norm, head_dim, half)
     v_row = v + sequence * v_stride + kv_head * v_head_stride
     v_even = tl.load(v_row + 2 * pair, mask=pair_live, other=0.0).to(tl.float32)
     v_odd = tl.load(v_row + 2 * pair + 1, mask=pair_live, other=0.0).to(tl.float32)
