@@ -140,6 +140,7 @@ ALLOWED = {
     "models.gemma3_text": (*BELOW_A_MODEL, "models.gemma2"),
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),
     "models.granite": (*BELOW_A_MODEL, "models.llama"),
+    "models.olmo2": (*BELOW_A_MODEL, "models.llama"),
     "models.internlm3": (*BELOW_A_MODEL, "models.llama"),
     "models.smollm3": (*BELOW_A_MODEL, "models.llama"),
     "models.phi3": (*BELOW_A_MODEL, "models.llama"),

@@ -117,6 +117,18 @@ GRANITE: Defaults = {
     "logits_scaling": 1.0,
 }
 
+OLMO2: Defaults = {
+    **_LLAMA_AND_MISTRAL,
+    "vocab_size": 50304,
+    "intermediate_size": 11008,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "bos_token_id": None,
+    "eos_token_id": 50279,
+}
+
 SMOLLM3: Defaults = {
     **_LLAMA_AND_MISTRAL,
     "vocab_size": 128256,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
-from lightllm_backend.models.decoder import Decoder, DecoderLayer
+from lightllm_backend.models.decoder import Decoder, DecoderLayer, Norm
 from lightllm_backend.models.layers import Attention, AttentionOptions, StepInput
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
 from lightllm_backend.models.model_config import ModelConfig
@@ -59,11 +59,38 @@ class RMSNorm:
         return self.own.weight_map()
 
 
+class PostNorm:
+    """Adds `x`, summed over the ranks and normed, to the residual, and returns the residual itself.
+
+    In front of attention or an MLP whose input has no norm. The layer owns the weight; the first one has none.
+    """
+
+    def __init__(self, config: ModelConfig, place: Placement, weight: NormWeight | None) -> None:
+        self.kernels = place.kernels
+        self.parallel = place.parallel
+        self.eps = config.norm_eps
+        self.weight = None if weight is None else weight.value
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return x
+        assert self.weight is not None, "a layer that follows another has its post-norm"
+        # The kernel also norms the sum, which is of no use here.
+        if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
+            self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers, self.weight)
+        else:
+            self.kernels.rms_norm(self.parallel.all_reduce(x), self.weight, self.eps, residual, self.weight)
+        return residual
+
+    def weight_map(self) -> dict[str, WeightSlot]:
+        return {}
+
+
 class NormNames(NamedTuple):
     """The norms of a layer, as a checkpoint calls them."""
 
-    attention: str  # of attention's input
-    mlp: str
+    attention: str | None  # of attention's input; None: it has none
+    mlp: str | None
     post_attention: str | None = None  # of attention's output, before it is added to the residual; None: it has none
     post_mlp: str | None = None
 
@@ -100,6 +127,7 @@ class LlamaForCausalLM(Decoder):
     has_gelu = False  # in the MLP, instead of SiLU
     norm_names = NormNames("input_layernorm", "post_attention_layernorm")
     norms_from_one = False  # see NormWeight
+    attention_class = Attention
 
     @staticmethod
     def attention_options(config: ModelConfig, layer: int) -> AttentionOptions:  # noqa: ARG004 - some mix their layers
@@ -130,9 +158,9 @@ class LlamaForCausalLM(Decoder):
             )
             self.layers.append(
                 DecoderLayer(
-                    RMSNorm(self.norm_names.attention, config, here, self.norms_from_one, before),
-                    Attention(config, self.attention_options(config, layer), here),
-                    RMSNorm(self.norm_names.mlp, config, here, self.norms_from_one, post_attention),
+                    self._norm(self.norm_names.attention, config, here, before),
+                    self.attention_class(config, self.attention_options(config, layer), here),
+                    self._norm(self.norm_names.mlp, config, here, post_attention),
                     GatedMLP(config, here, self.has_fused_mlp, self.has_gelu),
                     [weight for weight in (post_attention, post_mlp) if weight is not None],
                 )
@@ -142,6 +170,11 @@ class LlamaForCausalLM(Decoder):
         self.head = Head(self.embedding, config.tie_word_embeddings, place, config.logit_softcap)
         self.num_kv_heads, _ = place.kv_share(config.num_kv_heads)
         self.head_dim = config.head_dim
+
+    def _norm(self, name: str | None, config: ModelConfig, place: Placement, post_norm: NormWeight | None) -> Norm:
+        if name is None:
+            return PostNorm(config, place, post_norm)
+        return RMSNorm(name, config, place, self.norms_from_one, post_norm)
 
     def rotations(self, step: StepInput) -> Sequence[Rotation]:
         made = [rotary(step.positions, step.rotary_lengths) for rotary in self.rotary]

@@ -20,6 +20,7 @@ NAMES = {
     "Granite": "GraniteForCausalLM",
     "InternLM3": "InternLM3ForCausalLM",
     "Mistral": "MistralForCausalLM",
+    "OLMo 2": "Olmo2ForCausalLM",
     "Phi-3": "Phi3ForCausalLM",
     "Qwen2": "Qwen2ForCausalLM",
     "Qwen3": "Qwen3ForCausalLM",

@@ -76,7 +76,7 @@ def test_ranks_together_compute_the_same_logits(tmp_path, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "size"), [("mistral", 2), ("gemma3", 2), ("qwen2_window", 4), ("bloom_12_heads", 2)]
+    ("family", "size"), [("mistral", 2), ("gemma3", 2), ("qwen2_window", 4), ("bloom_12_heads", 2), ("olmo2", 2)]
 )
 def test_ranks_together_through_lamport_buffers(tmp_path, family, size):
     """With room for 3 rows: what the last norm takes of each step, and some whole steps."""
@@ -86,7 +86,9 @@ def test_ranks_together_through_lamport_buffers(tmp_path, family, size):
     run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer), 3, columns)
 
 
-@pytest.mark.parametrize(("family", "size"), [("bloom_6_heads", 3), ("bloom_12_heads", 4), ("qwen2_window", 4)])
+@pytest.mark.parametrize(
+    ("family", "size"), [("bloom_6_heads", 3), ("bloom_12_heads", 4), ("qwen2_window", 4), ("olmo2", 4)]
+)
 def test_more_ranks(tmp_path, family, size):
     save_random_model(family, tmp_path)
     run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
