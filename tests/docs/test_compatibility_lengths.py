@@ -27,6 +27,7 @@ LLAMA = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 256, "intermediate_size": 32,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 2}
 BLOOM = {
     "architectures": ["BloomForCausalLM"],
     "vocab_size": 64,
@@ -70,7 +71,7 @@ def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
         (architecture, kind.strip("`")): limit
         for architecture, kind, limit in table("architecture", "`rope_type`", "the model's limit")
     }
-    assert {kind for _, kind in rows} == {*ROPE_TYPES, "–"}
+    assert {kind for _, kind in rows} == {*ROPE_TYPES, "any", "–"}
     scaling = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 1024}
     scaling |= {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
     for kind in ROPE_TYPES:
@@ -78,6 +79,9 @@ def test_the_model_s_limit_is_as_the_table_says(tmp_path: Path) -> None:
         numbers = {"max_position_embeddings": 4096, "factor": FACTOR, ORIGINAL: 1024}
         expected = math.prod(numbers[name] for name in formula)
         assert model(tmp_path, LLAMA | {"rope_scaling": {"rope_type": kind, **scaling}}).max_sequence_length == expected
+    assert rows["Gemma 3", "any"] == "`max_position_embeddings`"
+    scaled = GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": FACTOR}}
+    assert model(tmp_path, scaled).max_sequence_length == 4096
     assert rows["BLOOM", "–"] == f"`seq_length`; without it {UNLIMITED_POSITIONS}"
     assert model(tmp_path, BLOOM).max_sequence_length == UNLIMITED_POSITIONS
     assert model(tmp_path, BLOOM | {"seq_length": 77}).max_sequence_length == 77

@@ -94,8 +94,8 @@ def test_half_precision_agrees_where_the_choice_is_clear(directory, dtype, toler
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < 2 * tolerance * spread
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_window", "gemma2", "gemma3"])
-def test_families_with_kernels_of_their_own(tmp_path, family) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_window", "gemma2", "gemma3", "phi3", "olmo2"])
+def test_families_that_are_not_quite_llama(tmp_path, family) -> None:
     """Token for token in float32; in bfloat16, with K and V in 16 and in 8 bits, no clear choice is another."""
     save_random_model(family, tmp_path, VOCAB)
     prompts = [prompt[:200] for prompt in PROMPTS]

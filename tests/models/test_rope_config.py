@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 import transformers
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -148,6 +149,47 @@ def test_the_first_files_of_phi3_call_longrope_su(tmp_path):
         ours(tmp_path, model_type="phi3", rope_scaling={"type": "linear", "factor": 2.0})
     with pytest.raises(ModelError, match="rope_scaling.long_factor is missing; a list of 16 numbers"):
         ours(tmp_path, model_type="phi3", rope_scaling={"type": "yarn", "factor": 2.0, "short_factor": [1.0] * 16})
+
+
+BY_TYPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {}}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {},
+        {"rope_theta": 2e6, "rope_local_base_freq": 500.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 2e6},
+        {"rope_parameters": BY_TYPE},
+        {"rope_parameters": BY_TYPE, "rope_theta": 3e6, "rope_local_base_freq": 300.0},
+        {"rope_parameters": {**BY_TYPE, "full_attention": None}, "rope_theta": 3e6},
+        {"rope_parameters": {"full_attention": {**YARN, **ORIGINAL}, "sliding_attention": DEFAULT}},
+    ],
+)
+def test_rotations_of_each_type_of_layer_are_those_of_transformers(tmp_path, written):
+    shape = {"head_dim": 32, "num_key_value_heads": 2, "model_type": "gemma3_text", "num_hidden_layers": 6}
+    config = ours(tmp_path, **shape, **written)
+    rotary = Gemma3RotaryEmbedding(theirs(transformers.Gemma3TextConfig, {**shape, **written}))
+    positions = torch.arange(100, dtype=torch.int32)
+    for layer, name in ((0, "sliding_attention"), (5, "full_attention")):
+        own = RotaryEmbedding(config.ropes[layer], 100, torch.device("cpu"))(positions, positions + 1)
+        for one, other in zip(own[:2], rotary(torch.zeros(1), positions[None], name), strict=True):
+            torch.testing.assert_close(one, other[0, :, :16], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"rope_parameters": DEFAULT}, "rope_parameters.rope_type is 'default'; parameters within full_attention and"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.rope_type is missing; a type is needed"),
+        ({"rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, "truncate is False; true is needed"),
+        ({"rope_parameters": {"full_attention": LONGROPE}}, "full_attention.type is 'longrope'; known: default, lin"),
+        ({"rope_parameters": {"full_attention": 5}}, "full_attention is 5; an object is needed"),
+    ],
+)
+def test_what_is_not_known_of_a_type_of_layer_is_refused(tmp_path, written, message):
+    with pytest.raises(ModelError, match=message):
+        ours(tmp_path, head_dim=32, num_key_value_heads=2, **{**written, "model_type": "gemma3_text"})
 
 
 def test_a_base_for_each_type_of_layer_is_refused_by_a_class_without_it(tmp_path):
