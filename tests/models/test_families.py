@@ -123,6 +123,19 @@ def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(t
         assert float((logits.max(-1).values - chosen).max()) < 0.2
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
+def test_bfloat16_chooses_the_same_tokens_where_the_choice_is_clear(tmp_path, family):
+    """Of families whose norms and soft caps are rounded in ways of their own."""
+    engine = load(save_random_model(family, tmp_path), dtype="bfloat16")
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
+    for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
+        logits = transformers_logits(tmp_path, prompt, answer.token_ids)
+        chosen = torch.tensor(answer.token_ids).unsqueeze(1)
+        assert float((logits.max(-1).values - logits.gather(1, chosen).squeeze(1)).max()) < 0.1 * float(logits.std())
+        log_probs = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
+        torch.testing.assert_close(torch.tensor(answer.log_probs), log_probs, atol=0.1 * float(logits.std()), rtol=0)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 7, 8, 12, 16, 31, 112])
 def test_alibi_slopes_are_those_of_transformers(heads):
     positions = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)
