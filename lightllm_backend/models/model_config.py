@@ -158,7 +158,10 @@ class ModelConfig:
 
     def window(self, layer: int) -> int:
         """The positions that a query of this layer sees, its own included; 0: all."""
-        return self.sliding_window if self.sliding_window is not None and self.sliding_layers[layer] else 0
+        if self.sliding_window is None or not self.sliding_layers[layer]:
+            return 0
+        # Kernels without a window are faster, and Phi-3's is wider than its longest sequence.
+        return self.sliding_window if self.sliding_window < self.max_sequence_length else 0
 
 
 def _llama(config: ConfigFields, rope_types: Mapping[str, str] = ROPE_TYPES) -> dict[str, Any]:

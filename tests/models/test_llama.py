@@ -134,7 +134,10 @@ def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused(tmp_path, s
         load_model(tmp_path, parallel=TensorParallel(0, size))
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}, LONGROPE])
 def test_a_step_never_asks_the_device_for_a_value(tmp_path, scaling):
     random_transformer(rope_scaling=scaling).save_pretrained(tmp_path)
     check_reads_nothing_back(tmp_path)

@@ -204,6 +204,8 @@ SOME_LAYERS = ["sliding_attention", "full_attention", "full_attention"]
         ("LlamaForCausalLM", {"sliding_window": 8}, (0, 0, 0)),
         ("MistralForCausalLM", {}, (4096, 4096, 4096)),
         ("MistralForCausalLM", {"sliding_window": None}, (0, 0, 0)),
+        ("MistralForCausalLM", {"max_position_embeddings": 4097}, (4096, 4096, 4096)),
+        ("MistralForCausalLM", {"max_position_embeddings": 4096}, (0, 0, 0)),
         ("MistralForCausalLM", {"sliding_window": 8, "use_sliding_window": False}, (8, 8, 8)),
         ("MistralForCausalLM", {"sliding_window": 8, "max_window_layers": 2}, (8, 8, 8)),
         ("MistralForCausalLM", {"sliding_window": 8, "layer_types": SOME_LAYERS}, (8, 0, 0)),
@@ -217,7 +219,8 @@ SOME_LAYERS = ["sliding_attention", "full_attention", "full_attention"]
     ],
 )
 def test_the_window_of_each_layer(tmp_path, architecture, written, windows):
-    write(tmp_path, architectures=[architecture], num_hidden_layers=3, **written)
+    shape = {"max_position_embeddings": 8192, "num_hidden_layers": 3, "architectures": [architecture]}
+    write(tmp_path, **{**shape, **written})
     config = ModelConfig.from_directory(tmp_path)
     assert tuple(config.window(layer) for layer in range(3)) == windows
 
