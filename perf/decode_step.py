@@ -14,7 +14,7 @@ from torch import Tensor
 from lightllm_backend import kernels
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import model_class
-from lightllm_backend.models.layers import KVLayer, StepInput
+from lightllm_backend.models.layers import GroupInput, KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
@@ -53,14 +53,13 @@ class DecodeStep:
             input_ids=rows,
             positions=full(CONTEXT - 1),
             rotary_lengths=full(CONTEXT),
-            slots=self._table[:batch, -1].contiguous(),
             rows=rows,
             context_lengths=full(CONTEXT),
             query_starts=full(0, 1),
             num_decodes=batch,
             max_context_length=CONTEXT,
             last_tokens=None,
-            req_to_token=self._table,
+            groups=[GroupInput(self._table[:batch, -1].contiguous(), self._table)],
             kv_layers=self._layers,
         )
 

@@ -34,6 +34,10 @@ class CausalLM(HasWeights, Protocol):
     ) -> None:
         """Allocate the parameters; load_weights or dummy_weights fills them."""
 
+    @property
+    def windows(self) -> list[int]:
+        """Of each layer, the positions that a query sees, its own included; 0: all."""
+
     def forward(self, step: StepInput) -> Tensor:
         """Write the new K and V into the pool and return the logits [m, vocab] of `step.last_tokens`."""
 

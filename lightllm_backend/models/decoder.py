@@ -57,6 +57,7 @@ class DecoderLayer:
     mlp_norm: Norm
     mlp: MLP
     post_norms: Sequence[NormWeight] = ()  # of attention's output and of the MLP's
+    window: int = 0  # of attention, see AttentionOptions
 
     def weight_map(self) -> dict[str, WeightSlot]:
         parts: list[Norm | SelfAttention | MLP | NormWeight] = [
@@ -90,6 +91,10 @@ class Decoder(ABC):
     @abstractmethod
     def rotations(self, step: StepInput) -> Sequence[Rotation]:
         """The rotary embeddings of the step's tokens in each layer."""
+
+    @property
+    def windows(self) -> list[int]:
+        return [layer.window for layer in self.layers]
 
     def forward(self, step: StepInput) -> Tensor:
         return self.logits(self.hidden_states(step), step.last_tokens)

@@ -35,6 +35,14 @@ class KVLayer(NamedTuple):
     k: Tensor  # [slots, kv_heads, head_dim]
     v: Tensor
     scales: Tensor | None = None  # of an int8 pool: the scales of K and V, [slots, kv_heads, 2] float16
+    group: int = 0  # its layer group: which of StepInput.groups has its slots
+
+
+class GroupInput(NamedTuple):
+    """Where the K and V of a step are in the layers of one group (kv_pool/layer_groups.py)."""
+
+    slots: Tensor  # [t] int32, for each token's K and V; -1 is padding
+    req_to_token: Tensor  # [table rows, max length] int32, the slot of each position that a query sees
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,13 @@ class StepInput:
     input_ids: Tensor  # [t] int32
     positions: Tensor  # [t] int32
     rotary_lengths: Tensor  # [t] int32, max(tokens prefilled at first, position + 1): by which some RoPE changes
-    slots: Tensor  # [t] int32, for each token's K and V; -1 is padding
-    rows: Tensor  # [n] int32, of req_to_token
+    rows: Tensor  # [n] int32, of each group's req_to_token
     context_lengths: Tensor  # [n] int32, cached plus new tokens
     query_starts: Tensor  # [n_prefill + 1] int32, the first token of each prompt chunk, and the end of the last
     num_decodes: int  # padding included; the other sequences prefill
     max_context_length: int
     last_tokens: Tensor | None  # [m] int64, the tokens whose logits to compute; None: all, in order
-    req_to_token: Tensor  # [table rows, max length] int32, the slot of each position
+    groups: Sequence[GroupInput]  # of the layers, by KVLayer.group
     kv_layers: Sequence[KVLayer]
     whole_prompts: WholePromptTiles | None = None  # the prompts without cached tokens, if the host knows them
 
@@ -92,8 +99,9 @@ class PoolAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         """Take q, k, v [tokens, heads, head_dim]; return [tokens, heads * head_dim]."""
-        decodes = step.num_decodes
-        cos, sin, memo = rotation
+        decodes, (slots, req_to_token) = step.num_decodes, step.groups[kv.group]
+        cos, sin, memos = rotation
+        memo = memos.setdefault(kv.group, {})
         out = q.new_empty(q.shape)
         if decodes > 0:
             # The last of these tokens may belong to a prompt; the kernel leaves them alone.
@@ -103,17 +111,17 @@ class PoolAttention:
                 return tensor if is_all else tensor[:decodes]
 
             self.kernels.token_attention(
-                first(q), first(k), first(v), first(cos), first(sin), first(step.slots), kv.k, kv.v, step.req_to_token,
+                first(q), first(k), first(v), first(cos), first(sin), first(slots), kv.k, kv.v, req_to_token,
                 first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
                 self.window, kv.scales, first(out), memo, self.norm,
                 self.soft_cap,
             )  # fmt: skip
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(
-                q, k, v, cos, sin, step.slots, kv.k, kv.v, kv.scales, step.query_starts, memo, self.norm
+                q, k, v, cos, sin, slots, kv.k, kv.v, kv.scales, step.query_starts, memo, self.norm
             )
             self.kernels.prefill_attention(
-                q, k, v, kv.k, kv.v, step.req_to_token, step.rows[decodes:], step.query_starts,
+                q, k, v, kv.k, kv.v, req_to_token, step.rows[decodes:], step.query_starts,
                 step.context_lengths[decodes:], self.scale, self.alibi_slopes, self.window, kv.scales,
                 step.whole_prompts, out, memo, self.soft_cap,
             )  # fmt: skip

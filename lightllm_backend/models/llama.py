@@ -156,13 +156,15 @@ class LlamaForCausalLM(Decoder):
                 None if name is None else NormWeight(name, config.hidden_size, here, self.norms_from_one)
                 for name in (self.norm_names.post_attention, self.norm_names.post_mlp)
             )
+            options = self.attention_options(config, layer)
             self.layers.append(
                 DecoderLayer(
                     self._norm(self.norm_names.attention, config, here, before),
-                    self.attention_class(config, self.attention_options(config, layer), here),
+                    self.attention_class(config, options, here),
                     self._norm(self.norm_names.mlp, config, here, post_attention),
                     GatedMLP(config, here, self.has_fused_mlp, self.has_gelu),
                     [weight for weight in (post_attention, post_mlp) if weight is not None],
+                    options.window,
                 )
             )
             before = post_mlp

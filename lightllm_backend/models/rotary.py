@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
 
     cos: Tensor  # [tokens, pairs of dimensions that turn] float32
     sin: Tensor
-    memo: StepMemo  # what kernels derive from them and from the step
+    memos: dict[int, StepMemo]  # by layer group: what kernels derive from them and from the step
 
     @classmethod
     def none(cls, positions: Tensor) -> Rotation:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
 from lightllm_backend.models.causal_lm import CausalLM
-from lightllm_backend.models.layers import KVLayer, StepInput
+from lightllm_backend.models.layers import GroupInput, KVLayer, StepInput
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.device_tables import DeviceTables
 from lightllm_backend.runner.prompt_scores import DeviceScores, ScoredTokens, score
@@ -81,7 +81,6 @@ class Step:
             input_ids=all_token_ids.index_select(0, arrays.token_indices),
             positions=arrays.positions,
             rotary_lengths=arrays.rotary_lengths,
-            slots=arrays.slots,
             rows=arrays.rows,
             context_lengths=arrays.context_lengths,
             query_starts=arrays.query_starts,
@@ -90,7 +89,7 @@ class Step:
             max_context_length=tables.token_ids.shape[1],
             # Without prefills, the step samples after every token.
             last_tokens=arrays.last_tokens if bucket.prefills else None,
-            req_to_token=tables.slots,
+            groups=[GroupInput(arrays.slots, tables.slots)],
             kv_layers=self._kv_layers,
             whole_prompts=prompts,
         )

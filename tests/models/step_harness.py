@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lightllm_backend.kernels import reference
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import CausalLM, model_class
-from lightllm_backend.models.layers import KVLayer, StepInput
+from lightllm_backend.models.layers import GroupInput, KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import load_weights
 from lightllm_backend.parallel import TensorParallel
@@ -59,7 +59,7 @@ class StepHarness:
         self.req_to_token = torch.randperm(slots, generator=generator).view(rows, max_length).to(torch.int32)
         storage = KVStorage(num_layers, slots, model.num_kv_heads, model.head_dim, kv_dtype, CPU)
         self.kv_layers = [KVLayer(*layer) for layer in storage.layers]
-        for tensor in (tensor for layer in self.kv_layers for tensor in layer if tensor is not None):
+        for tensor in (tensor for layer in self.kv_layers for tensor in layer[:3] if tensor is not None):
             # What nobody has written must not be read.
             tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
 
@@ -89,14 +89,13 @@ class StepHarness:
             input_ids=_int32(ids),
             positions=_int32(positions),
             rotary_lengths=_int32(lengths),
-            slots=_int32(slots),
             rows=_int32([sequence.row for sequence, _ in work]),
             context_lengths=_int32(contexts),
             query_starts=_int32(starts),
             num_decodes=sum(decoding),
             max_context_length=max(contexts),
             last_tokens=counts.cumsum(0) - 1,
-            req_to_token=self.req_to_token,
+            groups=[GroupInput(_int32(slots), self.req_to_token)],
             kv_layers=self.kv_layers,
         )
 

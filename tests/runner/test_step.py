@@ -57,7 +57,7 @@ def sampling(source: random.Random) -> SamplingParams:
 
 
 def pool(runner: ModelRunner) -> list[torch.Tensor]:
-    return [tensor for layer in runner._step._kv_layers for tensor in layer if tensor is not None]
+    return [tensor for layer in runner._step._kv_layers for tensor in layer[:3] if tensor is not None]
 
 
 def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngine, seed: int) -> int:
