@@ -21,14 +21,19 @@ class LengthLimits:
     max_total_source: str
 
     @classmethod
-    def of(cls, config: EngineConfig, model_limit: int, pool_tokens: int | None = None) -> LengthLimits:
-        """Take the least of the model's limit, the settings and, once its size is known, the KV pool."""
+    def of(
+        cls, config: EngineConfig, model_limit: int, pool_tokens: int | None = None, longest: int | None = None
+    ) -> LengthLimits:
+        """Take the least of the model's limit, the settings and, once its size is known, the KV pool.
+
+        longest: the tokens that the pool can hold of one sequence, if not `pool_tokens`.
+        """
         limits = [(model_limit, THE_MODEL)]
         if config.max_req_total_len is not None:
             limits.insert(0, (config.max_req_total_len, "max_req_total_len"))
         if pool_tokens is not None:
             # The model never reads the last token, so it needs no slot.
-            limits.append((pool_tokens + 1, f"the KV pool of {pool_tokens} tokens"))
+            limits.append(((longest or pool_tokens) + 1, f"the KV pool of {pool_tokens} tokens"))
         max_total, total_source = min(limits, key=lambda limit: limit[0])  # the first among equal limits
         max_input, input_source = max_total - 1, total_source
         if config.max_req_input_len is not None and config.max_req_input_len <= max_input:

@@ -18,6 +18,7 @@ import time
 import numpy as np
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.request import TOP_LOG_PROB
@@ -87,6 +88,8 @@ class SleepingEngine:
 
     batch_max_tokens = 8192
     prefixes_are_alike = True
+    recompute_at = None
+    groups = ONE_GROUP
 
     def __init__(self, config: EngineConfig) -> None:
         self.runner = SleepingRunner()

@@ -65,7 +65,7 @@ class StepLoop:
 
     def __init__(self, engine: LoadedEngine, config: EngineConfig, case: Case, seed: int) -> None:
         self._runner = engine.runner
-        self._router = build_router(config, engine.info, engine.batch_max_tokens)
+        self._router = build_router(config, engine.info, engine.batch_max_tokens, groups=engine.groups)
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._case = case
         chooser, vocabulary = random.Random(seed), range(engine.info.vocab_size)

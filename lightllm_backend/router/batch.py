@@ -42,7 +42,7 @@ class Batch:
     rows: NDArray[np.int32]  # [n] rows of the request table
     starts: NDArray[np.int32]  # [n] tokens cached before this step
     lengths: NDArray[np.int32]  # [n] new tokens; 1 for a decode
-    slots: NDArray[np.int32]  # [sum(lengths)] token slots of the new tokens, packed in the order of rows
+    slots: NDArray[np.int32]  # [layer groups, sum(lengths)] slots of the new tokens, packed in the order of rows
     samples: NDArray[np.bool_]  # [n] whether the step samples a token: for decodes and last chunks of prompts
     num_decodes: int
     admitted: tuple[Admission, ...]  # for the runner to upload before this step

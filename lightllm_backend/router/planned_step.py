@@ -18,10 +18,14 @@ class PromptChunk(NamedTuple):
 
     row: int
     start: int
-    slots: NDArray[np.int32]
+    slots: NDArray[np.int32]  # [groups, tokens]
     is_last: bool
     num_scored: int  # tokens whose successors get log probabilities
     num_top: int  # see ScoredChunk
+
+    @property
+    def num_tokens(self) -> int:
+        return self.slots.shape[1]
 
 
 class Decodes(NamedTuple):
@@ -29,7 +33,7 @@ class Decodes(NamedTuple):
 
     rows: NDArray[np.int64]  # [n] int64: numpy indexes more slowly by other integers
     starts: NDArray[np.int32]  # [n]
-    slots: NDArray[np.int32]  # [n]
+    slots: NDArray[np.int32]  # [groups, n]
 
 
 class PlannedStep(NamedTuple):
@@ -76,8 +80,8 @@ def make_batch(decodes: Decodes, chunks: Sequential[PromptChunk], admitted: Sequ
     return Batch(
         rows=_followed_by(decodes.rows.astype(np.int32), [chunk.row for chunk in chunks]),
         starts=_followed_by(decodes.starts, [chunk.start for chunk in chunks]),
-        lengths=_followed_by(np.ones(len(decodes.rows), dtype=np.int32), [len(chunk.slots) for chunk in chunks]),
-        slots=np.concatenate([decodes.slots, *(chunk.slots for chunk in chunks)]),
+        lengths=_followed_by(np.ones(len(decodes.rows), dtype=np.int32), [chunk.num_tokens for chunk in chunks]),
+        slots=np.concatenate([decodes.slots, *(chunk.slots for chunk in chunks)], axis=1),
         samples=_followed_by(np.ones(len(decodes.rows), dtype=np.bool_), [chunk.is_last for chunk in chunks]),
         num_decodes=len(decodes.rows),
         admitted=tuple(admitted),

@@ -9,7 +9,8 @@ sequences. `finish` is the only end, whatever the reason, and makes the one chun
 
 Steps overlap: the worker may call `next_batch` for step N + 1 before `apply` of step N, since planning never looks at
 tokens. The Router then notices an EOS one step late, and ignores what the sequence does in that step. It reuses
-released rows and token slots at once, even if a running batch contains them: the device runs steps in order.
+released rows and token slots at once, even if a running batch contains them: the device runs steps in order. The same
+holds for the slots of layer groups with a window that no query can see any more: each step begins by giving them back.
 
 Nobody overtakes the request whose turn it is, and no sequence is preempted for fairness. If a policy has admitted more
 than the pool can hold, the Router preempts the newest sequences of the tenant that has received most: they release
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP, LayerGroups
 from lightllm_backend.request import FinishReason, Request, RequestError, TokenChunk
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Gate, candidate_demand
 from lightllm_backend.router.batch import Admission, Batch, RouterOutput, StepResult
@@ -56,12 +58,16 @@ class Router:
         tenant_weights: Mapping[str, float] | None = None,
         tenant_reserve: float = 0.0,
         recompute_at: int | None = None,
+        groups: LayerGroups = ONE_GROUP,
     ) -> None:
-        """prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`.
+        """capacity: the slots of the KV pool, of which a token takes one in each of the layer `groups`.
 
-        recompute_at: a sequence that grows beyond so many tokens computes all its K and V anew, since K of longer
-        sequences turns otherwise (longrope).
+        prefix_cache: "tenant" keeps those of tenants apart. tenant_reserve: see `_plan_prefill`. recompute_at: a
+        sequence that grows beyond so many tokens computes all its K and V anew, since K of longer sequences turns
+        otherwise (longrope). groups: one of all layers by default; with windows, prefixes are not shared.
         """
+        self._groups = groups
+        assert not (prefix_cache and groups.num_windowed), "what is given back cannot be shared"
         assert min(max_running, batch_max_tokens, max_queue_size) > 0, "the limits are positive"
         self._batch_max_tokens = batch_max_tokens
         self._max_queue_size = max_queue_size
@@ -70,7 +76,7 @@ class Router:
         self._policy = policy or ExactAdmission()
         self._recompute_at = recompute_at
 
-        self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids))
+        self._table = RequestTable(max_running, len(self._policy.draw_quantiles()), sorted(eos_ids), self._groups)
         self._pool = SlotPool(capacity, self._table, bool(prefix_cache), by_tenant=prefix_cache == "tenant")
         self._reserve = math.ceil(tenant_reserve * max_running), math.ceil(tenant_reserve * capacity)
         self._live: dict[str, Sequence] = {}  # by uid; the sequences that have not ended
@@ -98,7 +104,8 @@ class Router:
 
         Outputs name its first answer by `handle`, the second by `handle` + 1 and so on. All but the first join the
         queue, in front, when the first is admitted: they then find the prompt's K and V in the prefix cache, or in a
-        tree of their own if the cache is off. matcher: of structured output; each further answer has a copy.
+        tree of their own if the cache is off (not with layer groups that have a window). matcher: of structured output;
+        each further answer has a copy.
         """
         indices = self._urgent_indices if request.urgent else self._arrival_indices
         tree = request.uid if request.sampling.n > 1 else ""
@@ -150,6 +157,7 @@ class Router:
         self._expire()
         self._release_planned_out()
         self._put_back_what_outgrows()
+        self._pool.give_back()
         self._preempt_until_it_fits()
         self._queue.charge_decodes(self._prefilling)
         decode_rows = self._table.decode_rows_longest_first()
@@ -298,9 +306,9 @@ class Router:
         return EngineStats(
             queued_requests=len(self._queue),
             running_requests=len(self._live) - len(self._queue),
-            kv_tokens_used=self._pool.capacity - self._pool.available,
+            kv_tokens_used=-(-(self._pool.capacity - self._pool.available) // self._groups.count),
             kv_tokens_cached=self._pool.num_evictable,
-            kv_tokens_total=self._pool.capacity,
+            kv_tokens_total=self._pool.capacity // self._groups.count,
             preemptions_total=self._preemptions_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
@@ -338,11 +346,12 @@ class Router:
             raise self._closed
         if request.uid in self._live or request.uid in self._num_answers:
             raise RequestError("INVALID_ARG", f"uid {request.uid!r} belongs to a request that has not ended")
-        if sequence.max_slots > self._pool.capacity:
+        most_held = self._groups.most_held(sequence.max_slots, self._batch_max_tokens)
+        if most_held > self._pool.capacity:
             raise RequestError(
                 "INVALID_ARG",
                 f"the prompt has {sequence.prompt_length} tokens and max_tokens is {request.sampling.max_tokens}; "
-                f"that takes {sequence.max_slots} token slots, and the KV pool has {self._pool.capacity}",
+                f"that takes {most_held} token slots, and the KV pool has {self._pool.capacity}",
             )
         if len(self._queue) >= self._max_queue_size and not request.urgent:
             full = RequestError("UNAVAILABLE", f"the queue is full ({len(self._queue)} requests)")
@@ -401,7 +410,7 @@ class Router:
         if self._prefilling is not None:
             left = self._prefilling.known_length - int(self._table.cached[self._prefilling.row])
             needed += min(left, self._batch_max_tokens)
-        return needed
+        return needed * self._groups.count
 
     def _preempt(self, sequence: Sequence) -> None:
         self._put_back(sequence)
@@ -434,7 +443,7 @@ class Router:
         chunks: list[PromptChunk] = []
         if self._prefilling is not None:
             chunks.append(self._plan_chunk(self._prefilling, budget))
-            budget -= len(chunks[0].slots)
+            budget -= chunks[0].num_tokens
         admitted: list[Admission] = []
         gate: Gate | None = None
         while budget > 0 and (sequence := self._queue.next()) is not None and not sequence.num_due:
@@ -446,15 +455,18 @@ class Router:
             prefix = self._pool.find(reusable, sequence.request.tenant, sequence.tree, self._is_long(sequence))
             # A cut prompt takes the whole budget, so here all running sequences decode.
             if gate is None or prefix.num_sole:
-                gate = Gate(self._policy, self._table.demand(self._pool.shared_beside(prefix)))
+                running = self._table.demand(self._pool.shared_beside(prefix))
+                gate = Gate(self._policy, running, self._groups, self._batch_max_tokens)
             planned = min(sequence.known_length, prefix.length + budget)
             num_held = prefix.num_shared + prefix.num_sole
             demand = candidate_demand(sequence, planned, num_held, self._batch_max_tokens)
+            if self._groups.num_windowed and planned * self._groups.count > self._pool.available - slots:
+                break  # until the next step, prompts hold more than the forecast counts
             if not gate.admits(demand, self._pool.plannable - prefix.num_sole - slots):
                 break
             admitted.append(self._admit(sequence, prefix))
             chunks.append(self._plan_chunk(sequence, budget))
-            budget -= len(chunks[-1].slots)
+            budget -= chunks[-1].num_tokens
         self._prompt_tokens_total += self._batch_max_tokens - budget
         return chunks, admitted
 

@@ -86,7 +86,8 @@ class Sequence:
 
     @property
     def max_slots(self) -> int:
-        """The most token slots it can hold. The last token of max_tokens is never fed back and needs no slot."""
+        """The most token slots it can hold in a layer group. The last token of max_tokens is never fed back and needs
+        none."""
         return self.prompt_length + self.request.sampling.max_sampled - 1
 
     @property

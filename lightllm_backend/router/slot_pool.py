@@ -72,13 +72,20 @@ class SlotPool:
         """[rows] how many of each row's slots other rows hold too."""
         return self._cache.shared
 
-    def allocate(self, count: int) -> NDArray[np.int32]:
+    def allocate(self, num_tokens: int) -> NDArray[np.int32]:
+        """Take slots for new tokens, [groups, num_tokens]."""
+        count = num_tokens * self._table.groups.count
         missing = count - self._allocator.available
         if missing > 0:
             # Evict 0.1 % of the pool in advance, so that one eviction serves all the chunks of a step.
             in_advance = self.capacity // 1000
             self._allocator.free(self._cache.evict(min(missing + in_advance, self._cache.num_evictable)))
-        return self._allocator.allocate(count)
+        return self._allocator.allocate(count).reshape(self._table.groups.count, num_tokens)
+
+    def give_back(self) -> None:
+        """Free what no query of a step to come can see. Whoever gets it next writes it after the steps in flight."""
+        if self._table.groups.num_windowed:
+            self._allocator.free(self._table.give_back())
 
     def shared_beside(self, prefix: Prefix) -> NDArray[np.int64]:
         """[rows] how many of each row's slots other rows would hold too if one more began with this prefix."""
@@ -90,8 +97,11 @@ class SlotPool:
         """The longest cached beginning of these tokens. It leaves out the last token, which a step must compute.
 
         tree: if the cache is off, where to look instead; `drop_tree` ends it. is_long: K of the sequence turns as that
-        of long ones does, which have trees of their own.
+        of long ones does, which have trees of their own. Layer groups with a window share nothing, since one sequence
+        would give back what another still needs.
         """
+        if self._table.groups.num_windowed:
+            return Prefix(self._cache.root, 0)
         if self._with_cache:
             tenant = tenant if self._by_tenant else ""
             root = self._cache.root_of((tenant, is_long)) if tenant or is_long else self._cache.root
@@ -159,6 +169,8 @@ class SlotPool:
 
         The holder that ends last is charged for a shared slot.
         """
+        if self._table.groups.num_windowed:
+            return self._windowed_peak(batch_max_tokens)
         remaining = self._table.remaining.copy()
         held = self._table.cached - self._num_cached
         rows = [row for row, owner in enumerate(self._table.owners) if owner is not None]
@@ -172,6 +184,22 @@ class SlotPool:
             if node.holders:
                 held[max(node.holders, key=lambda row: remaining[row])] += len(node.token_ids)
         return Forecast(held[rows], remaining[rows]).peak
+
+    def _windowed_peak(self, batch_max_tokens: int) -> int:
+        """Step by step: sequences cache a chunk of their prompt or a token each, and those that have ended leave."""
+        groups, table = self._table.groups, self._table
+        peak = self.capacity - self.available
+        rows = [row for row, owner in enumerate(table.owners) if owner is not None]
+        alive = [(int(table.cached[row]), table.owners[row].known_length, table.owners[row].max_slots) for row in rows]
+        while alive := [one for one in alive if one[0] < one[2]]:
+            held, planned = 0, []
+            for cached, known, most in alive:
+                new = min(known - cached, batch_max_tokens) if cached < known else 1
+                in_window = min(cached, groups.window - 1) + new
+                held += groups.num_full * (cached + new) + groups.num_windowed * in_window
+                planned.append((cached + new, known, most))
+            alive, peak = planned, max(peak, held)
+        return peak
 
     def check(self) -> None:
         """Assert that each slot has exactly one owner. For tests."""

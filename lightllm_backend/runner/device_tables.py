@@ -24,15 +24,18 @@ _ADMITTED_AT_ONCE = 1 << 15
 
 
 class DeviceTables:
-    """Two tables: `token_ids[row, position]`, prompt and generated, and `slots[row, position]`, of K and V.
+    """Two tables: `token_ids[row, position]`, prompt and generated, and `slots[group, row, position]`, of K and V.
 
-    Each row has room for the longest sequence: with a shared prefix, many long sequences can run at once.
+    Each row has room for the longest sequence: with a shared prefix, many long sequences can run at once. In a group of
+    layers with a window, slots of positions that no query sees any more may be another row's.
     """
 
-    def __init__(self, num_rows: int, max_length: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, max_length: int, device: torch.device, num_groups: int = 1) -> None:
         self.padding_row = num_rows  # belongs to no request
-        self.token_ids = torch.zeros(self.shape(num_rows, max_length), dtype=torch.int32, device=device)
-        self.slots = torch.zeros_like(self.token_ids)
+        shape = self.shape(num_rows, max_length)
+        self.token_ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.slots = torch.zeros((num_groups, *shape), dtype=torch.int32, device=device)
+        self.num_groups = num_groups
         self.prompt_lengths = np.zeros(num_rows, dtype=np.int32)
         # The length of the sequence by which the first tokens are rotated; later ones have a length each.
         self.rotary_lengths = np.zeros(num_rows, dtype=np.int32)
@@ -43,9 +46,9 @@ class DeviceTables:
         return num_rows + 1, -(-max_length // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
     @classmethod
-    def num_bytes(cls, num_rows: int, max_length: int) -> int:
+    def num_bytes(cls, num_rows: int, max_length: int, num_groups: int = 1) -> int:
         """The bytes of both tables on the device."""
-        return 2 * torch.int32.itemsize * math.prod(cls.shape(num_rows, max_length))
+        return (1 + num_groups) * torch.int32.itemsize * math.prod(cls.shape(num_rows, max_length))
 
     def admit(self, admissions: Sequence[Admission], staging: Staging) -> None:
         """Upload the known token ids of admitted sequences and the slots of their cached tokens.
@@ -65,7 +68,7 @@ class DeviceTables:
             uploaded = staging.upload(*(array[part] for array in (*ids, *slots)))
             self.token_ids.view(-1).index_copy_(0, *uploaded[:2])
             if first < len(slots[0]):
-                self.slots.view(-1).index_copy_(0, *uploaded[2:])
+                self.slots[0].view(-1).index_copy_(0, *uploaded[2:])  # only one group shares prefixes
 
     def _beginnings(
         self, rows: NDArray[np.int32], values: Sequence[Sequence[int]]

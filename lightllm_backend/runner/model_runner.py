@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
+from lightllm_backend.kv_pool.layer_groups import LayerGroups
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.models.causal_lm import CausalLM
 from lightllm_backend.models.layers import KVLayer
@@ -159,12 +160,15 @@ class ModelRunner:
         eos_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
+        groups: LayerGroups | None = None,
     ) -> None:
+        """groups: of the storage's layers and the model's; by default, each layer of the model has its own."""
+        groups = groups or LayerGroups.whole(len(storage.layers))
         self.overlap = 1 if device.type == "cuda" else 0
         self._staging = Staging(device)
         self._results = ResultRing(num_rows, device)
-        self._tables = DeviceTables(num_rows, max_length, device)
-        kv_layers = [KVLayer(*layer) for layer in storage.layers]
+        self._tables = DeviceTables(num_rows, max_length, device, groups.count)
+        kv_layers = [KVLayer(*storage.layers[place], group=group) for group, place in groups.places]
         self._step = Step(model, kernels, self._tables, kv_layers, self._staging)
         self.graphs: CudaGraphs | None = None  # None: every step launches kernel by kernel
         self._kernels = kernels

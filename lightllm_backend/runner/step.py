@@ -48,7 +48,7 @@ class Step:
 
     def upload(self, batch: Batch, bucket: Bucket, target: Tensor | None = None) -> Tensor:
         """Copy the batch's StepArrays to the device, as bytes, in one asynchronous copy."""
-        layout = bucket.layout()
+        layout = bucket.layout(self._tables.num_groups)
         buffer = self._staging.buffer(layout.num_bytes)
         fill(StepArrays(*buffer.arrays(layout)), batch, bucket, self._tables)
         return buffer.send(layout.num_bytes, target)
@@ -73,10 +73,11 @@ class Step:
         It reads nothing back from the device, and launches the same for all batches of a bucket, except for `prompts`
         and `scored`.
         """
-        arrays = StepArrays(*bucket.layout().tensors(inputs))
         tables = self._tables
+        arrays = StepArrays(*bucket.layout(tables.num_groups).tensors(inputs))
         all_token_ids = tables.token_ids.view(-1)
-        tables.slots.view(-1).index_copy_(0, arrays.token_indices, arrays.slots)
+        slots = arrays.slots.view(tables.num_groups, -1)[:, : bucket.tokens]
+        tables.slots.view(tables.num_groups, -1).index_copy_(1, arrays.token_indices, slots)
         step = StepInput(
             input_ids=all_token_ids.index_select(0, arrays.token_indices),
             positions=arrays.positions,
@@ -89,7 +90,7 @@ class Step:
             max_context_length=tables.token_ids.shape[1],
             # Without prefills, the step samples after every token.
             last_tokens=arrays.last_tokens if bucket.prefills else None,
-            groups=[GroupInput(arrays.slots, tables.slots)],
+            groups=[GroupInput(*group) for group in zip(slots.unbind(), tables.slots.unbind(), strict=True)],
             kv_layers=self._kv_layers,
             whole_prompts=prompts,
         )

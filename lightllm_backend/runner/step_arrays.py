@@ -14,7 +14,7 @@ from lightllm_backend.runner.staging import Layout
 _INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 
 _NONE = np.empty(0, dtype=np.int32)
-EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE, np.empty(0, dtype=np.bool_), 0, ())
+EMPTY_BATCH = Batch(_NONE, _NONE, _NONE, _NONE[np.newaxis], np.empty(0, dtype=np.bool_), 0, ())
 
 
 class Bucket(NamedTuple):
@@ -30,17 +30,22 @@ class Bucket(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> Bucket:
         """The bucket that the batch fills exactly."""
-        return cls(len(batch.slots), batch.num_decodes, len(batch.rows) - batch.num_decodes)
+        return cls(batch.slots.shape[1], batch.num_decodes, len(batch.rows) - batch.num_decodes)
+
+    @property
+    def slots_stride(self) -> int:
+        """Where the slots of a group begin behind those of the group before: aligned, see staging.py."""
+        return -(-self.tokens // 4) * 4
 
     @property
     def samples(self) -> int:
         """The most sequences that can sample a token."""
         return min(self.decodes + self.prefills, self.tokens)
 
-    def layout(self) -> Layout:
+    def layout(self, num_groups: int = 1) -> Layout:
         """The layout of its StepArrays in one buffer."""
         t, n, m = self.tokens, self.decodes + self.prefills, self.samples
-        lengths = StepArrays(t, m, m, t, t, t, n, n, self.prefills + 1)
+        lengths = StepArrays(t, m, m, t, num_groups * self.slots_stride, t, n, n, self.prefills + 1)
         return Layout([(_INT64, length) for length in lengths[:3]] + [(_INT32, length) for length in lengths[3:]])
 
 
@@ -57,7 +62,7 @@ class StepArrays(NamedTuple):
     last_tokens: Any  # [samples] int64, the tokens whose logits the step computes
     sampled_indices: Any  # [samples] int64, index of each sampled token in the flattened table of token ids
     positions: Any  # [t] int32
-    slots: Any  # [t] int32; -1 is padding
+    slots: Any  # [groups * slots_stride] int32; -1 is padding
     rotary_lengths: Any  # [t] int32, see models.layers.StepInput
     rows: Any  # [n] int32
     context_lengths: Any  # [n] int32
@@ -74,11 +79,14 @@ def fill(arrays: StepArrays, batch: Batch, bucket: Bucket, tables: DeviceTables)
     for target, values, padding in (
         (arrays.token_indices, token_indices, tables.padding_index),
         (arrays.positions, positions, 0),
-        (arrays.slots, batch.slots, -1),
         (arrays.rotary_lengths, rotary_lengths, 0),
     ):
         target[:tokens] = values
         target[tokens:] = padding
+    assert len(batch.slots) == tables.num_groups or not batch.slots.any(), "each layer group has slots of its own"
+    slots = arrays.slots.reshape(tables.num_groups, bucket.slots_stride)
+    slots[:, :tokens] = batch.slots
+    slots[:, tokens:] = -1
     for target, values, padding in (
         (arrays.rows, batch.rows, tables.padding_row),
         (arrays.context_lengths, context_lengths, 0),

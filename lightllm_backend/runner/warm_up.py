@@ -121,13 +121,13 @@ def _sizes(largest: int, ratio: float) -> list[int]:
 def example_batch(decodes: int, prompts: Sequence[int], sampling: SamplingParams, cached: int = 0) -> Batch:
     """A batch of new sequences, with the first `cached` tokens of each prompt cached.
 
-    All tokens use slot 0 of the pool, whatever it holds: only shapes matter.
+    All tokens use slot 0 of the pool in each layer group, whatever it holds: only shapes matter.
     """
     lengths = np.array([1] * decodes + [length - cached for length in prompts], np.int32)
     rows = np.arange(len(lengths), dtype=np.int32)
     starts = np.array([0] * decodes + [cached] * len(prompts), np.int32)
     admitted = tuple(Admission(row, (0,) * length, sampling) for row, length in enumerate((starts + lengths).tolist()))
-    slots, samples = np.zeros(int(lengths.sum()), np.int32), np.ones(len(lengths), np.bool_)
+    slots, samples = np.zeros((1, int(lengths.sum())), np.int32), np.ones(len(lengths), np.bool_)
     return Batch(rows, starts, lengths, slots, samples, decodes, admitted)
 
 
@@ -165,13 +165,16 @@ def bytes_left(mem_fraction: float, peak_bytes: int, device: torch.device, log: 
     return room
 
 
-def tokens_that_fit(room: int, slot_bytes: int, table_bytes: Callable[[int], int], max_length: int) -> int:
-    """The most token slots that fit into `room` bytes beside the tables for the longest sequence of so many slots.
+def tokens_that_fit(
+    room: int, token_bytes: int, table_bytes: Callable[[int], int], max_length: int, longest: Callable[[int], int] = int
+) -> int:
+    """The most tokens that fit into `room` bytes beside the tables for the longest sequence of a pool for so many.
 
-    No sequence is longer than `max_length`, and one of n tokens needs n - 1 slots. A result below 1: none fits.
+    longest: what a pool for so many tokens can hold of one sequence: so many by default. No sequence is longer than
+    `max_length`, and its last token needs no place. A result below 1: none fits.
     """
 
-    def needed(slots: int) -> int:
-        return slots * slot_bytes + table_bytes(min(max_length, slots + 1))
+    def needed(tokens: int) -> int:
+        return tokens * token_bytes + table_bytes(min(max_length, longest(tokens) + 1))
 
-    return bisect_right(range(max(room, 0) // slot_bytes + 1), room, key=needed) - 1
+    return bisect_right(range(max(room, 0) // token_bytes + 1), room, key=needed) - 1

@@ -41,6 +41,7 @@ class RunBatch(Message):
     def unpack(cls, *packed: Any) -> RunBatch:
         *integers, samples, num_decodes, admitted, scored = packed
         rows, starts, lengths, slots = (np.frombuffer(array, dtype=np.int32) for array in integers)
+        slots = slots.reshape(-1, lengths.sum())
         batch = Batch(
             rows,
             starts,

@@ -7,13 +7,13 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from lightllm_backend import kernels
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.kernels.interface import Kernels
+from lightllm_backend.kv_pool.layer_groups import LayerGroups
 from lightllm_backend.kv_pool.storage import KVStorage
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
@@ -56,6 +56,7 @@ class LoadedEngine:
     prefixes_are_alike: bool  # K and V of a prefix do not depend on what follows it
     recompute_at: int | None  # tokens beyond which all K of a sequence turns otherwise (longrope)
     storage: KVStorage
+    groups: LayerGroups
 
 
 def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
@@ -97,7 +98,10 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     seconds = time.monotonic() - started
     log.info("weights of %s loaded as %s%s on %s in %.1f s", directory, dtype, quantised, device, seconds)
 
-    parts = _Parts(config, shape, model, chosen_kernels, kv_dtype, eos_ids, batch_max_tokens, device)
+    # What is given back cannot be shared.
+    windows = [0] * shape.num_layers if config.prefix_cache else model.windows
+    groups = LayerGroups.of(windows, limits.max_total)
+    parts = _Parts(config, shape, model, chosen_kernels, kv_dtype, eos_ids, batch_max_tokens, device, groups)
     memory = {"weights": sum(slot.nbytes for slot in model.weight_map().values())}
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if on_gpu:
@@ -106,7 +110,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         buckets = step_buckets(config.running_max_req_size, batch_max_tokens, max_graph_tokens)
         peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)
         memory["workspace"] = peak - memory["weights"]
-    limits = LengthLimits.of(config, shape.max_sequence_length, pool_tokens)
+    limits = LengthLimits.of(config, shape.max_sequence_length, pool_tokens, parts.longest(pool_tokens))
     for warning in limits.warnings(config):
         log.warning("%s", warning)
     runner, storage = parts.runner_with(pool_tokens, limits.max_total)
@@ -121,6 +125,8 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         compile_on_a_cpu(runner)
         log.info("kernels compiled in %.1f s", time.monotonic() - started)
     log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
+    if groups.num_windowed:
+        log.info("layers with a window of %d keep no more than it: %s", groups.window, groups)
     log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
     info = EngineInfo(
         model=os.fsencode(directory).decode(errors="replace"),
@@ -135,7 +141,7 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
     changing = [rope for rope in set(shape.ropes) if rope.depends_on_length(limits.max_total)]
     prefixes_are_alike = all(rope.rope_type == "longrope" for rope in changing)
     recompute_at = changing[0].original_max_positions if changing and prefixes_are_alike else None
-    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, recompute_at, storage)
+    return LoadedEngine(runner, info, batch_max_tokens, prefixes_are_alike, recompute_at, storage, groups)
 
 
 @dataclass(frozen=True)
@@ -150,25 +156,35 @@ class _Parts:
     eos_ids: tuple[int, ...]
     batch_max_tokens: int
     device: torch.device
+    groups: LayerGroups
 
     @property
     def _kv_shape(self) -> tuple[int, int, torch.dtype]:
         return self.model.num_kv_heads, self.model.head_dim, self.kv_dtype
 
     @property
-    def slot_bytes(self) -> int:
-        return KVStorage.slot_bytes(self.shape.num_layers, *self._kv_shape)
+    def token_bytes(self) -> int:
+        """The bytes of a token's slots in all layer groups."""
+        return self.groups.count * KVStorage.slot_bytes(self.groups.layers_per_slot, *self._kv_shape)
 
-    def runner_with(self, num_slots: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
-        storage = KVStorage(self.shape.num_layers, num_slots, *self._kv_shape, self.device)
+    def longest(self, pool_tokens: int) -> int:
+        """The tokens that a pool of this size can hold of one sequence."""
+        return self.groups.longest(pool_tokens * self.groups.count, self.batch_max_tokens)
+
+    def table_bytes(self, max_length: int) -> int:
+        return DeviceTables.num_bytes(self.config.running_max_req_size, max_length, self.groups.count)
+
+    def runner_with(self, pool_tokens: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
+        num_slots = pool_tokens * self.groups.count
+        storage = KVStorage(self.groups.layers_per_slot, num_slots, *self._kv_shape, self.device)
         num_rows = self.config.running_max_req_size
         sizes = num_rows, max_length, self.eos_ids, self.shape.vocab_size
-        runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device)
+        runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device, self.groups)
         return runner, storage
 
 
 def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, buckets: list[Bucket]) -> tuple[int, int]:
-    """Compile the kernels and measure the workspace. Returns the bytes of weights and workspace, and the pool's slots.
+    """Compile the kernels and measure the workspace. Returns the bytes of weights and workspace, and the pool's tokens.
 
     `limits` does not depend on the pool yet. The pool shares the memory that is left with the request tables, which are
     as wide as the longest sequence that the pool holds.
@@ -180,10 +196,9 @@ def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, bu
     log.info("kernels compiled in %.1f s", time.monotonic() - started)
     batches = worst_batches(num_rows, limits.max_input, parts.batch_max_tokens)
     peak = workspace_bytes(parts.runner_with(1, max_length)[0], batches, buckets, parts.device)
-    peak -= DeviceTables.num_bytes(num_rows, max_length)
+    peak -= parts.table_bytes(max_length)
     room = bytes_left(config.mem_fraction, peak, parts.device, log.info)
-    table_bytes = partial(DeviceTables.num_bytes, num_rows)
-    fitting = tokens_that_fit(room, parts.slot_bytes, table_bytes, limits.max_total)
+    fitting = tokens_that_fit(room, parts.token_bytes, parts.table_bytes, limits.max_total, parts.longest)
     return peak, _pool_tokens(config, parallel.minimum(fitting, parts.device))
 
 

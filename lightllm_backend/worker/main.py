@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP, LayerGroups
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.messages.engine_load import EngineLoad
 from lightllm_backend.messages.engine_messages import EngineInfo
@@ -61,10 +62,11 @@ def build_router(
     batch_max_tokens: int,
     prefixes_are_alike: bool = True,
     recompute_at: int | None = None,
+    groups: LayerGroups = ONE_GROUP,
 ) -> Router:
     """The Router of an engine with these settings."""
     return Router(
-        capacity=info.pool_tokens,
+        capacity=info.pool_tokens * groups.count,
         max_running=config.running_max_req_size,
         batch_max_tokens=batch_max_tokens,
         max_queue_size=config.max_queue_size,
@@ -75,6 +77,7 @@ def build_router(
         tenant_weights=dict(config.tenant_weights or ()),
         tenant_reserve=config.tenant_reserve,
         recompute_at=recompute_at,
+        groups=groups,
     )
 
 
@@ -101,7 +104,12 @@ class Leader:
     def run(self) -> None:
         engine = self._engine
         router = build_router(
-            self._config, engine.info, engine.batch_max_tokens, engine.prefixes_are_alike, engine.recompute_at
+            self._config,
+            engine.info,
+            engine.batch_max_tokens,
+            engine.prefixes_are_alike,
+            engine.recompute_at,
+            engine.groups,
         )
         if os.environ.get(POISON_VARIABLE) == "1":
             log.warning("debug mode: K and V of token slots that become free are overwritten with NaN")

@@ -66,7 +66,7 @@ def test_short_prompts_that_arrive_while_others_decode(directory, batch_max_toke
 
     def run_and_count(batch):
         output = replayed(batch)
-        taken.append((batch.num_decodes > 0, len(batch.slots) > batch.num_decodes, output is not None))
+        taken.append((batch.num_decodes > 0, batch.slots.shape[1] > batch.num_decodes, output is not None))
         return output
 
     graphs.run = run_and_count

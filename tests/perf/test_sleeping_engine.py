@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).parents[2] / "perf" / "sleeping_engine.py"
 def decodes(count: int) -> Batch:
     one = np.ones(count, dtype=np.int32)
     admitted = (Admission(1, (5,), SamplingParams()),)
-    return Batch(one, one, one, one, np.ones(count, dtype=np.bool_), num_decodes=count, admitted=admitted)
+    return Batch(one, one, one, one[np.newaxis], np.ones(count, dtype=np.bool_), num_decodes=count, admitted=admitted)
 
 
 def test_a_step_begins_when_the_one_before_has_ended():
@@ -35,7 +35,7 @@ def test_a_step_begins_when_the_one_before_has_ended():
 def test_it_knows_log_probabilities_of_prompts_and_of_the_likeliest_tokens():
     rows, ones = np.arange(2, dtype=np.int32), np.ones(2, dtype=np.int32)
     admitted = tuple(Admission(row, (5,), SamplingParams(top_logprobs=2 * row)) for row in (0, 1))
-    batch = Batch(rows, ones, ones, ones, np.ones(2, dtype=np.bool_), 2, admitted, (ScoredChunk(0, 3, 2),))
+    batch = Batch(rows, ones, ones, ones[np.newaxis], np.ones(2, dtype=np.bool_), 2, admitted, (ScoredChunk(0, 3, 2),))
     result = SleepingRunner().launch(batch).result()
     assert [array.shape for array in result.scores[0]] == [(3,), (3, 2), (3, 2)]
     assert result.top_log_probs is not None

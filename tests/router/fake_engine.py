@@ -7,7 +7,9 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP, LayerGroups
 from lightllm_backend.request import MAX_ANSWERS, FinishReason, Request, SamplingParams, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
 from lightllm_backend.router.router import Router
@@ -33,47 +35,75 @@ def expected_answer(request: Request, eos_ids: frozenset[int]) -> tuple[list[int
 
 
 class FakeRunner:
-    """Keeps tokens where a real one keeps K and V, so that a slot or row in wrong hands changes the answer."""
+    """Keeps tokens where a real one keeps K and V, so that a slot or row in wrong hands changes the answer.
 
-    def __init__(self, capacity: int, num_rows: int, recompute_at: int | None = None) -> None:
+    With layer groups, each of them must have what its queries see.
+    """
+
+    def __init__(
+        self, capacity: int, num_rows: int, recompute_at: int | None = None, groups: LayerGroups = ONE_GROUP
+    ) -> None:
         """`recompute_at`: K of longer sequences turns otherwise, and a step must not see K of both kinds."""
         self.recompute_at = recompute_at
         self.turning_lengths = np.zeros(num_rows, dtype=np.int64)
         self.is_long = np.zeros(capacity, dtype=np.bool_)
+        self.groups = groups
         self.pool = np.full(capacity, UNWRITTEN, dtype=np.int64)
-        self.slot_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
-        self.token_of = np.full((num_rows, capacity + 1), UNWRITTEN, dtype=np.int64)
+        longest = max(capacity, 100) + 1  # with a window, more tokens than slots
+        self.slot_of = np.full((self.groups.count, num_rows, longest), UNWRITTEN, dtype=np.int64)
+        self.token_of = np.full((num_rows, longest), UNWRITTEN, dtype=np.int64)
 
     def step(self, batch: Batch) -> StepResult:
         check_shape(batch)
         for admission in batch.admitted:
-            self.slot_of[admission.row] = UNWRITTEN
+            self.slot_of[:, admission.row] = UNWRITTEN
             self.token_of[admission.row] = UNWRITTEN
             known = admission.prompt_ids + admission.generated_ids
             self.token_of[admission.row, : len(known)] = known
-            self.slot_of[admission.row, : len(admission.cached_slots)] = admission.cached_slots
+            self.slot_of[0, admission.row, : len(admission.cached_slots)] = admission.cached_slots
             self.turning_lengths[admission.row] = len(known) if admission.is_recomputed else len(admission.prompt_ids)
         spans = list(zip(batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True))
         offset = 0
         for row, start, length in spans:
-            slots = batch.slots[offset : offset + length]
+            slots = batch.slots[:, offset : offset + length]
             offset += length
-            self.slot_of[row, start : start + length] = slots
+            self.slot_of[:, row, start : start + length] = slots
             self.pool[slots] = self.token_of[row, start : start + length]
             if self.recompute_at is not None:
                 lengths = np.maximum(self.turning_lengths[row], np.arange(start, start + length) + 1)
                 self.is_long[slots] = lengths > self.recompute_at
         token_ids = []
         for (row, start, length), samples in zip(spans, batch.samples.tolist(), strict=True):
+            context = self._context(row, start, length)
             if samples:
-                context = self.pool[self.slot_of[row, : start + length]]
                 if self.recompute_at is not None:
                     is_long = start + length > self.recompute_at
-                    assert (self.is_long[self.slot_of[row, : start + length]] == is_long).all(), "K of both kinds"
+                    seen = np.concatenate(self._seen(row, start, length))
+                    assert (self.is_long[seen] == is_long).all(), "K of both kinds"
                 token_ids.append(next_token(context.tolist()))
                 self.token_of[row, start + length] = token_ids[-1]
         log_probs = np.array([-token - 0.5 for token in token_ids], dtype=np.float32)
         return StepResult(np.array(token_ids, dtype=np.int32), log_probs)
+
+    def spoil(self, slots: NDArray[np.int32]) -> None:
+        """Overwrite what is in slots that become free."""
+        self.pool[slots] = UNWRITTEN
+
+    def _context(self, row: int, start: int, length: int) -> NDArray[np.int64]:
+        """What the row's last query sees, from a group without a window if there is one."""
+        contexts, tokens = [self.pool[slots] for slots in self._seen(row, start, length)], self.token_of[row]
+        for context in contexts[self.groups.num_full :]:
+            expected = tokens[start + length - len(context) : start + length]
+            assert np.array_equal(context, expected), "a query sees what is not its own"
+        whole = contexts[: self.groups.num_full] or [tokens[: start + length]]
+        assert all(np.array_equal(whole[0], other) for other in whole[1:]), "groups differ"
+        return whole[0]
+
+    def _seen(self, row: int, start: int, length: int) -> list[NDArray[np.int64]]:
+        """The slots, in each group, of what the queries of these tokens see."""
+        groups = self.groups
+        firsts = [0] * groups.num_full + [max(0, start + 1 - groups.window)] * groups.num_windowed
+        return [slots[row, first : start + length] for slots, first in zip(self.slot_of, firsts, strict=True)]
 
 
 def check_shape(batch: Batch) -> None:
@@ -82,7 +112,8 @@ def check_shape(batch: Batch) -> None:
     assert {array.dtype for array in (batch.rows, batch.starts, batch.lengths, batch.slots)} == {np.dtype(np.int32)}
     assert batch.samples.dtype == np.bool_
     assert len(set(batch.rows.tolist())) == len(batch.rows)
-    assert len(set(batch.slots.tolist())) == len(batch.slots) == batch.lengths.sum()
+    assert len(set(batch.slots.ravel().tolist())) == batch.slots.size
+    assert batch.slots.shape[1] == batch.lengths.sum()
     assert (batch.lengths >= 1).all()
     assert (batch.lengths[: batch.num_decodes] == 1).all()
     assert batch.samples[: batch.num_decodes].all()

@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP, LayerGroups
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission
 from lightllm_backend.router.batch import Batch, RouterOutput, StepResult
@@ -39,6 +40,8 @@ WEIGHTS = {"a": 2.0, "b": 0.5}
 POLICIES: dict[str, Callable[[], AdmissionPolicy]] = {
     "exact": ExactAdmission, "past_future": PastFutureAdmission, "reckless": RecklessAdmission,
 }  # fmt: skip
+# Layers without a window in one group or two, with windows in up to three, and a window that few sequences outgrow.
+GROUPS = [ONE_GROUP] * 3 + [LayerGroups(*numbers) for numbers in ((0, 1, 5), (1, 1, 3), (2, 1, 1), (1, 3, 9))]
 CLOSED = "the server is stopped"
 
 
@@ -56,6 +59,7 @@ class Conditions:
     tenant_reserve: float = 0.0
     queue_timeout_s: float | None = None
     recompute_at: int | None = None
+    groups: LayerGroups = ONE_GROUP  # with a window, the prefix cache is off
 
 
 @dataclass
@@ -93,10 +97,12 @@ class World:
         self.now = 1000.0
         self.router = Router(
             given.capacity, given.max_running, given.batch_max_tokens, given.max_queue_size, EOS_IDS,
-            given.queue_timeout_s, lambda: self.now, POLICIES[given.policy](), given.prefix_cache, WEIGHTS,
-            given.tenant_reserve, given.recompute_at,
+            given.queue_timeout_s, lambda: self.now, POLICIES[given.policy](),
+            given.prefix_cache if given.groups.num_windowed == 0 else False, WEIGHTS, given.tenant_reserve,
+            given.recompute_at, given.groups,
         )  # fmt: skip
-        self.runner = FakeRunner(given.capacity, given.max_running, given.recompute_at)
+        self.runner = FakeRunner(given.capacity, given.max_running, given.recompute_at, given.groups)
+        self.router.on_free(self.runner.spoil)
         self.live: dict[str, Life] = {}
         self.num_accepted = self.num_refused = self.num_ended = self.steps = self.preemptions = 0
         self.most_used = 0
@@ -111,7 +117,9 @@ class World:
         """Submit; whether the Router takes it, which the model foresees."""
         waiting = [life for life in self.live.values() if self._waits(life)]
         full = len(waiting) >= self.conditions.max_queue_size and not request.urgent
-        too_large = len(request.prompt_ids) + request.sampling.max_tokens - 1 > self.conditions.capacity
+        longest = len(request.prompt_ids) + request.sampling.max_tokens - 1
+        given = self.conditions
+        too_large = given.groups.most_held(longest, given.batch_max_tokens) > given.capacity
         displaced = self._displaced_by(request) if full and not (too_large or self.closed) else None
         if displaced is not None:
             self._may_end(displaced, FinishReason.REJECTED)
@@ -207,8 +215,10 @@ class World:
         batch = self.router.next_batch()
         self.collect()  # what a deadline has ended
         stats = self.router.stats()
-        self.most_used = max(self.most_used, stats.kv_tokens_used)
-        assert stats.kv_tokens_used <= self.conditions.capacity
+        used = self.router._pool.capacity - self.router._pool.available
+        self.most_used = max(self.most_used, used)
+        assert used <= self.conditions.capacity
+        assert stats.kv_tokens_used == -(-used // self.conditions.groups.count)
         self._note_preemptions(stats.preemptions_total)
         self.router.check_integrity()
         if batch is not None:
@@ -224,7 +234,7 @@ class World:
         offset = 0
         for row, length in zip(batch.rows.tolist(), batch.lengths.tolist(), strict=True):
             tenant = owners[row].request.tenant
-            self._written_by |= dict.fromkeys(batch.slots[offset : offset + length].tolist(), tenant)
+            self._written_by |= dict.fromkeys(batch.slots[:, offset : offset + length].ravel().tolist(), tenant)
             offset += length
         for admission in batch.admitted:
             life = self.live[owners[admission.row].request.uid]
@@ -325,6 +335,7 @@ def random_conditions(rng: random.Random) -> Conditions:
         tenant_reserve=rng.choice([0.0, 0.3]),
         queue_timeout_s=rng.choice([None, 30.0]),
         recompute_at=rng.choice([None, None, rng.randint(2, 20)]),
+        groups=rng.choice(GROUPS),
     )
 
 

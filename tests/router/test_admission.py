@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightllm_backend.router.admission import Forecast, candidate_demand
+from lightllm_backend.kv_pool.layer_groups import LayerGroups
+from lightllm_backend.router.admission import Forecast, WindowedForecast, candidate_demand
 from lightllm_backend.router.sequence import Sequence
 from tests.router.fake_engine import make_request
 
@@ -53,6 +54,42 @@ def test_candidates_join_one_by_one(running: list[tuple[int, int]], candidates: 
         assert with_candidates.peak_with(*candidate) == expected
         with_candidates.add(*candidate)
         assert with_candidates.peak == expected
+
+
+grouped = st.builds(LayerGroups, st.integers(0, 2), st.integers(1, 3), st.integers(1, 30))
+
+
+def windowed_peak(groups: LayerGroups, batch_max_tokens: int, mix: list[tuple[int, int, int]]) -> int:
+    """As `simulated_peak`, of sequences that prefill for so many steps, of which each may have all prompt tokens."""
+    alive, peak = [(tokens, left, tokens + prefilling, prefilling) for tokens, left, prefilling in mix], 0
+    while alive:
+        held = 0
+        for tokens, _, known, prefilling in alive:
+            held += groups.num_full * tokens + groups.num_windowed * min(tokens, groups.window)
+            if prefilling >= 0:
+                most = min(known, groups.window - 1 + batch_max_tokens) - min(known, groups.window)
+                held += groups.num_windowed * most
+        peak = max(peak, held)
+        alive = [(tokens + 1, left - 1, known, steps - 1) for tokens, left, known, steps in alive if left > 0]
+    return peak
+
+
+@given(grouped, mixes, mixes, sequences, st.integers(0, 5), st.integers(1, 20))
+def test_windows_fill_and_then_hold_what_they_have(
+    groups: LayerGroups, running: list[tuple[int, int]], joining: list[tuple[int, int]], last: tuple[int, int],
+    prefilling: int, batch_max_tokens: int,
+) -> None:  # fmt: skip
+    """Those that run and those that join decode; the last one joins with its prompt cut."""
+    tokens, remaining = np.array(running, dtype=np.int64).reshape(-1, 2).T
+    found = WindowedForecast(groups, batch_max_tokens, tokens, remaining)
+    mix = [(*one, -1) for one in running]
+    assert found.peak == windowed_peak(groups, batch_max_tokens, mix)
+    for one in joining:
+        found.add(*one)
+        mix.append((*one, -1))
+        assert found.peak == windowed_peak(groups, batch_max_tokens, mix)
+    cut = (last[0], last[1] + prefilling, prefilling)
+    assert found.peak_with(*cut) == windowed_peak(groups, batch_max_tokens, [*mix, cut])
 
 
 # A prompt of 10 tokens and 6 to generate take 15 slots in the end, however many of the 6 are known. What is not planned

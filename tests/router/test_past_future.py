@@ -16,8 +16,9 @@ def demand(policy: PastFutureAdmission, made: list[int], most: list[int]) -> Dem
     """Of sequences that hold 10 slots and have made so many tokens of so many."""
     made_, most_ = np.array(made), np.array(most)
     return Demand(
-        np.full(len(made), 10), most_ - made_, made_, most_, np.array([policy.draw_quantiles() for _ in made])
-    )
+        np.full(len(made), 10), most_ - made_, made_, most_, np.array([policy.draw_quantiles() for _ in made]),
+        np.zeros(len(made), dtype=np.int64),
+    )  # fmt: skip
 
 
 def experienced(lengths: list[int]) -> PastFutureAdmission:

@@ -22,7 +22,7 @@ def test_what_is_known_stays_when_the_table_grows() -> None:
         slots = np.arange(cached, dtype=np.int32) + length
         row = table.take_row(sequence(length, 9), slots)
         chunk = np.arange(length - cached, dtype=np.int32)
-        table.append_chunk(row, chunk)
+        table.append_chunk(row, chunk[np.newaxis])
         expected[row] = (length, np.concatenate([slots, chunk]))
     for row, (length, slots) in expected.items():
         assert table.known_token_ids(row).tolist() == list(range(length))

@@ -92,7 +92,7 @@ def test_a_batch_spelled_out() -> None:
     assert batch is not None
     assert batch.num_decodes == 0
     assert (batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist()) == ([0, 1], [0, 0], [3, 2])
-    assert batch.slots.tolist() == [0, 1, 2, 3, 4]
+    assert batch.slots.tolist() == [[0, 1, 2, 3, 4]]
     assert batch.samples.tolist() == [True, False]
     assert [(entry.row, entry.prompt_ids, entry.sampling) for entry in batch.admitted] == [
         (0, first.prompt_ids, first.sampling),
@@ -102,7 +102,7 @@ def test_a_batch_spelled_out() -> None:
     assert batch is not None
     assert batch.num_decodes == 1
     assert (batch.rows.tolist(), batch.starts.tolist(), batch.lengths.tolist()) == ([0, 1], [3, 2], [1, 2])
-    assert batch.slots.tolist() == [5, 6, 7]
+    assert batch.slots.tolist() == [[5, 6, 7]]
     assert batch.samples.tolist() == [True, True]
     assert batch.admitted == ()
 

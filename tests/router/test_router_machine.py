@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.router import router_world
-from tests.router.router_world import POLICIES, TENANTS, Conditions, World, make_request
+from tests.router.router_world import GROUPS, POLICIES, TENANTS, Conditions, World, make_request
 
 conditions = st.builds(
     Conditions,
@@ -31,6 +31,7 @@ conditions = st.builds(
     prefix_cache=st.sampled_from([True, "tenant", False]),
     tenant_reserve=st.sampled_from([0.0, 0.3]),
     queue_timeout_s=st.sampled_from([None, 5.0]),
+    groups=st.sampled_from(GROUPS),
 )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightllm_backend.kv_pool.layer_groups import ONE_GROUP, LayerGroups
 from lightllm_backend.request import FinishReason, Request
-from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Forecast
+from lightllm_backend.router.admission import AdmissionPolicy, ExactAdmission, Forecast, WindowedForecast
 from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, expected_answer, make_request, submit
@@ -101,15 +102,25 @@ def test_random_lives(
 @given(
     mix=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 15)), min_size=1, max_size=8),
     depth=st.integers(0, 1),
+    groups=st.sampled_from([ONE_GROUP, LayerGroups(0, 1, 8), LayerGroups(1, 2, 5)]),
 )
-def test_the_pool_is_filled_to_the_last_slot(mix: list[tuple[int, int]], depth: int) -> None:
+def test_the_pool_is_filled_to_the_last_slot(mix: list[tuple[int, int]], depth: int, groups: LayerGroups) -> None:
     prompts, answers = np.array(mix, dtype=np.int64).T
-    capacity = Forecast(prompts, answers - 1).peak
-    router = Router(capacity, len(mix), batch_max_tokens=1000, max_queue_size=100, eos_ids=EOS_IDS)
-    loop = EngineLoop(router, FakeRunner(capacity, len(mix)), depth)
+    if groups.num_windowed:
+        # In the first step, prompts have all their slots.
+        forecast = WindowedForecast(groups, 1000, prompts, answers - 1).peak
+        peak = max(groups.count * int(prompts.sum()), forecast)
+        capacity = max(peak, *(groups.most_held(length, 1000) for length in (prompts + answers - 1).tolist()))
+    else:
+        peak = capacity = Forecast(prompts, answers - 1).peak
+    router = Router(
+        capacity, len(mix), batch_max_tokens=1000, max_queue_size=100, eos_ids=EOS_IDS,
+        prefix_cache=groups.num_windowed == 0, groups=groups,
+    )  # fmt: skip
+    loop = EngineLoop(router, FakeRunner(capacity, len(mix), groups=groups), depth)
     for index, (prompt_length, max_tokens) in enumerate(mix):
         submit(router, make_request(f"r{index}", prompt_length, max_tokens, ignore_eos=True))
     loop.run()
     assert len(loop.batches[0].admitted) == len(mix)
     assert len(loop.batches) == answers.max()
-    assert loop.most_used == capacity
+    assert loop.most_used == -(-peak // groups.count)

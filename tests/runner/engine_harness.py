@@ -72,11 +72,12 @@ def run(
     The answers to one prompt follow each other. compiler: for prompts with structured output.
     """
     router = router or build_router(
-        EngineConfig(running_max_req_size=16),
+        EngineConfig(running_max_req_size=16, prefix_cache=engine.groups.num_windowed == 0),
         engine.info,
         batch_max_tokens or engine.batch_max_tokens,
         engine.prefixes_are_alike,
         engine.recompute_at,
+        engine.groups,
     )
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     requests = [Request(str(i), tuple(prompt), params[i]) for i, prompt in enumerate(prompts)]

@@ -13,7 +13,7 @@ from lightllm_backend.runner.step_arrays import Bucket
 
 def batch_of(decodes: int, prompts: list[int]) -> Batch:
     lengths = np.array([1] * decodes + prompts, np.int32)
-    rows, slots = np.arange(len(lengths), dtype=np.int32), np.zeros(lengths.sum(), np.int32)
+    rows, slots = np.arange(len(lengths), dtype=np.int32), np.zeros((1, lengths.sum()), np.int32)
     return Batch(rows, np.zeros_like(rows), lengths, slots, np.ones(len(rows), bool), decodes, ())
 
 

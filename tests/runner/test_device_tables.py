@@ -34,11 +34,13 @@ LLAMA_3_1_8B = ModelConfig(
 SLOT_BYTES = KVStorage.slot_bytes(32, 8, 128, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("num_rows", "max_length"), [(1, 2), (7, 16), (7, 17), (1000, 131072)])
-def test_the_bytes_of_the_tables_are_told_before_they_are_made(num_rows, max_length) -> None:
-    tables = DeviceTables(num_rows, max_length, META)
-    assert tables.token_ids.nbytes + tables.slots.nbytes == DeviceTables.num_bytes(num_rows, max_length)
-    for table in (tables.token_ids, tables.slots):
+@pytest.mark.parametrize(
+    ("num_rows", "max_length", "num_groups"), [(1, 2, 1), (7, 16, 6), (7, 17, 1), (1000, 131072, 6)]
+)
+def test_the_bytes_of_the_tables_are_told_before_they_are_made(num_rows, max_length, num_groups) -> None:
+    tables = DeviceTables(num_rows, max_length, META, num_groups)
+    assert tables.token_ids.nbytes + tables.slots.nbytes == DeviceTables.num_bytes(num_rows, max_length, num_groups)
+    for table in (tables.token_ids, *tables.slots):
         assert table.shape[1] >= max_length
         assert table.stride(0) * table.element_size() % 64 == 0, "kernels are compiled for aligned rows"
 
@@ -100,7 +102,7 @@ def test_admissions_are_written_whatever_the_size_of_a_copy(monkeypatch, at_once
         expected_tokens[one.row, : len(known)] = known
         expected_slots[one.row, : len(one.cached_slots)] = one.cached_slots
     assert (tables.token_ids.numpy() == expected_tokens).all()
-    assert (tables.slots.numpy() == expected_slots).all()
+    assert (tables.slots[0].numpy() == expected_slots).all()
     assert tables.prompt_lengths.tolist() == [1, 0, 9, 12]
     assert tables.rotary_lengths.tolist() == [3, 0, 9, 12]
 

@@ -48,7 +48,7 @@ def test_a_freed_slot_that_is_read_changes_the_answer(directory: Path, kv_dtype:
         if batch is not None:
             planned.append(batch)
             if len(planned) == 4:
-                engine.storage.poison(planned[0].slots[2:3])
+                engine.storage.poison(planned[0].slots[0, 2:3])
         return batch
 
     router.next_batch = poisoning_next_batch

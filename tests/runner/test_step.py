@@ -69,7 +69,8 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
     is_quantized = any(tensor.dtype == torch.int8 for tensor in pool(plain))
     chosen = other = 0
     source = random.Random(seed)
-    router = build_router(EngineConfig(running_max_req_size=NUM_ROWS), engine.info, source.choice([5, 16, 64]))
+    config = EngineConfig(running_max_req_size=NUM_ROWS, prefix_cache=engine.groups.count == 1)
+    router = build_router(config, engine.info, source.choice([5, 16, 64]), groups=engine.groups)
     num_requests, submitted, steps = 14, 0, 0
     while submitted < num_requests or router.has_work:
         for _ in range(source.choice([0, 0, 1, 2, 5]) if submitted < num_requests else 0):
@@ -92,7 +93,7 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
             tolerance = 0.05 if is_quantized else 1e-4
             np.testing.assert_allclose(result.log_probs[same], expected.log_probs[same], atol=tolerance)
         assert torch.equal(padded._tables.token_ids[:-1], plain._tables.token_ids[:-1])
-        assert torch.equal(padded._tables.slots[:-1], plain._tables.slots[:-1])
+        assert torch.equal(padded._tables.slots[:, :-1], plain._tables.slots[:, :-1])
         for ours, theirs in zip(pool(padded), pool(plain), strict=True):
             tolerance = 4 if ours.dtype == torch.int8 else 1e-3  # scales are float16
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-3, equal_nan=True)
@@ -105,12 +106,20 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
 
 
 @pytest.mark.parametrize(
-    ("family", "kv_dtype"),
-    [("llama2_gqa", "auto"), ("llama2_gqa", "int8"), ("bloom_6_heads", "auto"), ("mistral_window", "auto")],
+    ("family", "kv_dtype", "num_groups"),
+    [
+        ("llama2_gqa", "auto", 1),
+        ("llama2_gqa", "int8", 1),
+        ("bloom_6_heads", "auto", 1),
+        ("mistral_window", "auto", 1),
+        ("qwen2_window", "auto", 3),
+    ],
 )
-def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str) -> None:
+def test_padding_changes_nothing(tmp_path: Path, family: str, kv_dtype: str, num_groups: int) -> None:
     save_random_model(family, tmp_path)
-    engines = [load(tmp_path, kv_dtype=kv_dtype, max_total_token_num=700) for _ in range(2)]
+    settings = {"kv_dtype": kv_dtype, "max_total_token_num": 700, "prefix_cache": num_groups == 1}
+    engines = [load(tmp_path, **settings) for _ in range(2)]
+    assert engines[0].groups.count == num_groups
     plain, padded = (engine.runner for engine in engines)
     steps = PaddedSteps(padded._step)
     padded.graphs = steps  # type: ignore[assignment]
@@ -130,7 +139,7 @@ def test_arrays_of_a_padded_step_by_hand() -> None:
         rows=np.array([3, 0, 1], np.int32),
         starts=np.array([6, 0, 4], np.int32),
         lengths=np.array([1, 3, 2], np.int32),
-        slots=np.array([50, 10, 11, 12, 30, 31], np.int32),
+        slots=np.array([[50, 10, 11, 12, 30, 31]], np.int32),
         samples=np.array([True, True, False]),
         num_decodes=1,
         admitted=(),
@@ -158,13 +167,13 @@ def test_a_bucket_that_the_batch_fills_has_no_padding() -> None:
     tables = DeviceTables(num_rows=2, max_length=10, device=CPU)  # rows of 16
     batch = Batch(
         rows=np.array([1], np.int32), starts=np.array([2], np.int32), lengths=np.array([2], np.int32),
-        slots=np.array([5, 6], np.int32), samples=np.array([False]), num_decodes=0, admitted=(),
+        slots=np.array([[5, 6]], np.int32), samples=np.array([False]), num_decodes=0, admitted=(),
     )  # fmt: skip
     bucket = Bucket.of(batch)
     assert bucket == (2, 0, 1)
     arrays = StepArrays(*bucket.layout().arrays(np.zeros(bucket.layout().num_bytes, np.uint8)))
     fill(arrays, batch, bucket, tables)
-    assert arrays.slots.tolist() == [5, 6]
+    assert arrays.slots.tolist() == [5, 6, -1, -1], "aligned"
     assert arrays.query_starts.tolist() == [0, 2]
     assert arrays.sampled_indices.tolist() == [32], "a chunk that is not the last samples nothing"
 

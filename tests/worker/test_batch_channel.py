@@ -27,7 +27,7 @@ def batch_of(num_decodes: int, prompts: list[tuple[int, ...]]) -> Batch:
         Admission(int(row), prompt, EVERYTHING, prompt[1:], prompt[:2], is_recomputed=len(prompt) == 1)
         for row, prompt in zip(rows[num_decodes:], prompts, strict=True)
     )
-    slots = np.arange(lengths.sum(), dtype=np.int32) * 3
+    slots = np.arange(2 * lengths.sum(), dtype=np.int32).reshape(2, -1) * 3
     return Batch(rows, rows * 5, lengths, slots, rows % 2 == 0, num_decodes, admitted)
 
 

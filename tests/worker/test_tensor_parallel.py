@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import transformers
 
 from lightllm_backend.generation.worker_group import EngineStartError
 from lightllm_backend.request import FinishReason, SamplingParams
 from lightllm_backend.text.tokenizer import Tokenizer
 from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
+from tests.runner.test_layer_groups import MODELS
 from tests.runner.test_prompt_scores import check
 from tests.worker.process_harness import TIMEOUT, configuration, started, workers
 
@@ -69,6 +73,20 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(directory, expected, sample
             check(directory, prompt, 3, answer.chunks[0].prompt_log_probs)
     assert workers() == []
     assert shared_memory() <= shared_before
+
+
+def test_every_rank_gives_back_what_is_behind_the_window(tmp_path: Path) -> None:
+    shutil.copy(TOKENIZER, tmp_path)
+    shape = copy.copy(MODELS["most"])
+    shape.vocab_size = 517
+    torch.manual_seed(7)
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    expected = transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+    # Two layers without a window and five with one of 8: longer than the pool is wide.
+    settings = {"prefix_cache": False, "max_total_token_num": 36, "batch_max_tokens": 9}
+    with started(configuration(tmp_path, 2, **settings)) as engine:
+        greedy = engine.answer(PROMPTS, SamplingParams(max_tokens=MAX_TOKENS))
+    assert [answer.tokens for answer in greedy] == expected
 
 
 @pytest.fixture(scope="module")
