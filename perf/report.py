@@ -248,6 +248,22 @@ def admission(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def window_slots(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            row["model"],
+            "yes" if row["gives_back"] else "no",
+            f"{row['groups']} of {row['layers_per_slot']} layers",
+            *(f"{row[name] / (1 << 30):.2f}" for name in ("most_bytes", "last_bytes")),
+            f"{row['at_once']:,}",
+        ]
+        for row in result["rows"]
+    ]
+    lengths = f"{result['prompt']:,} + {result['output']:,} tokens"
+    headings = ["model", "gives back", "groups", "most, GiB", "at its end, GiB", f"at once in {result['pool_gib']} GiB"]
+    return [f"**K and V of a sequence of {lengths}, simulated** ({origin(result)}):", "", *table(headings, rows)]
+
+
 def fairness(result: dict[str, Any]) -> list[str]:
     times = ("first_p50_s", "first_p99_s", "p50_s", "p99_s")
     rows = [
@@ -500,8 +516,8 @@ SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "cpu_peer": cpu_peer,
-    "router_time": router_time, "admission": admission, "fairness": fairness, "prefix_cache": prefix_cache,
-    "long_context": long_context, "overload": overload, "soak": soak,
+    "router_time": router_time, "admission": admission, "window_slots": window_slots, "fairness": fairness,
+    "prefix_cache": prefix_cache, "long_context": long_context, "overload": overload, "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,
 }  # fmt: skip
 
