@@ -66,7 +66,8 @@ class EngineConfig:
     model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
     tp: int = _count(1, "tensor-parallel ranks, one process and GPU each")
     max_total_token_num: int | None = _count(
-        None, "token slots of the KV pool; each rank holds its share of every slot (default: what fits in mem_fraction)"
+        None,
+        "tokens that the KV pool holds in all layers; each rank has its share (default: what fits in mem_fraction)",
     )
     mem_fraction: float = _setting(
         0.9,
@@ -94,7 +95,8 @@ class EngineConfig:
     )
     prefix_cache: bool | str = _setting(
         True,
-        "reuse K and V of earlier requests with the same prefix; tenant: only of the same tenant's",
+        "reuse K and V of earlier requests with the same prefix; tenant: only of the same tenant's; false: layers with"
+        " a sliding window keep K and V of the window alone",
         "true | false | tenant",
         lambda v: v in (True, False, "tenant"),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -117,8 +118,28 @@ def test_the_kernels_for_40_tokens() -> None:
     assert kernels([head], v100) == {ProductKernel.CUBLAS}
 
 
-def test_the_glossary_has_25_words_in_order() -> None:
+def test_the_figures_of_windows_are_those_that_are_stored() -> None:
+    stored = json.loads((ROOT / "perf" / "results" / "window_slots.json").read_text(encoding="utf-8"))
+    rows = {(row["model"], row["gives_back"]): row for row in stored["rows"]}
+    mistral, gemma = ((rows[model, True], rows[model, False]) for model in ("Mistral 7B v0.1", "Gemma 3 12B"))
+
+    def gib(row: dict, name: str) -> str:
+        return f"{row[name] / 2**30:.2f}"
+
+    ends = [[gib(row, "last_bytes") for row in model] for model in (mistral, gemma)]
+    tokens = f"{stored['prompt'] + stored['output']:,} tokens"
+    assert f"a sequence of {tokens} holds {ends[0][0]} GiB of the pool instead of {ends[0][1]}" in ARCHITECTURE
+    assert f"and {ends[1][0]} instead of {ends[1][1]} with that of Gemma 3 12B" in ARCHITECTURE
+    most = [gib(model[0], "most_bytes") for model in (mistral, gemma)]
+    assert f"{stored['batch_max_tokens']:,} tokens a step, it is {most[0]} and {most[1]}" in ARCHITECTURE
+    at_once = [f"{after['at_once']} instead of {before['at_once']}" for after, before in (mistral, gemma)]
+    assert f"{at_once[0]} and {at_once[1]} run at once in {stored['pool_gib']} GiB" in ARCHITECTURE
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{tokens} then hold {ends[0][0]} GiB instead of {ends[0][1]}" in readme
+
+
+def test_the_glossary_has_26_words_in_order() -> None:
     glossary = ARCHITECTURE[ARCHITECTURE.index("## Glossary") :]
     words = [line.split("|")[1].strip() for line in glossary.splitlines() if line.startswith("| ")][2:]
-    assert len(words) == 25
+    assert len(words) == 26
     assert words == sorted(words, key=str.lower)
