@@ -27,7 +27,8 @@ NOT_KERNELS |= {
     "whole_prompt_tiles",
 }
 NOT_KERNELS |= {"gate"}
-NOT_KERNELS |= {"attention", "numbers", "rows"}  # of compiled/, which has several in a file
+# Of compiled/, which has several in a file.
+NOT_KERNELS |= {"attention", "dot_product", "numbers", "products", "rows", "threads"}
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
 NOT_KERNELS |= {"quantized_prefetch", "unpacking"}
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.

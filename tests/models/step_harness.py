@@ -27,10 +27,10 @@ def load_model(directory, max_length=64, parallel=None, dtype=torch.float32) -> 
     return model_of(directory, ModelConfig.from_directory(directory), parallel, dtype, max_length)
 
 
-def model_of(directory, config, parallel=None, dtype=torch.float32, max_length=64) -> CausalLM:
+def model_of(directory, config, parallel=None, dtype=torch.float32, max_length=64, kernels=reference) -> CausalLM:
     """The model of a configuration that may differ from the directory's."""
     parallel = parallel or TensorParallel()
-    model = model_class(config.architecture)(config, reference, parallel, dtype, CPU, max_length)
+    model = model_class(config.architecture)(config, kernels, parallel, dtype, CPU, max_length)
     load_weights(model, directory, progress=False)
     return model
 

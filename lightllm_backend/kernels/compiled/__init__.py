@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of a CPU engine for speed: the references, some of them compiled by numba for steps of few tokens.
+"""The kernels of a CPU engine for speed: the references, some of them compiled by numba.
 
-Such a step reads so few weights that what a reference does around its loops, a dozen calls of PyTorch, takes longer
-than the loops. A compiled kernel is one call. It hands everything that is not its common case to the reference.
+A step of few tokens reads so few weights that what a reference does around its loops, a dozen calls of PyTorch, takes
+longer than the loops. A compiled kernel is one call. Threads share its work only if there is much of it. It hands
+everything that is not its common case to the reference.
 """
 
 from lightllm_backend.kernels.compiled.attention import token_attention
-from lightllm_backend.kernels.compiled.rows import gated_linear, rms_norm, silu_and_mul
+from lightllm_backend.kernels.compiled.products import gated_linear, linear, linear_splits
+from lightllm_backend.kernels.compiled.rows import rms_norm, silu_and_mul
 from lightllm_backend.kernels.reference import (
     add_logit_bias,
     all_reduce_rms_norm,
@@ -18,8 +20,6 @@ from lightllm_backend.kernels.reference import (
     dequantize,
     gelu_tanh,
     layer_norm,
-    linear,
-    linear_splits,
     merge_splits,
     prefill_attention,
     quantize_tokens,

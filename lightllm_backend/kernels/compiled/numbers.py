@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# mypy: disable-error-code="call-arg, var-annotated"
+# mypy: disable-error-code="attr-defined, call-arg, var-annotated"
 """Numbers in compiled kernels: float32 as it is, bfloat16 as its bits in uint16. And what they compute of numbers: an
 exponential that vectorises, and the norm of a row.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,26 +27,65 @@ _FAST_MATH = {"arcp", "contract", "nsz", "reassoc"}
 def compiled(function: _Function) -> _Function:
     """Compile at the first call, and keep the result for later processes if any directory for it can be written."""
     try:
-        return cast(_Function, njit(cache=True, fastmath=_FAST_MATH)(function))
+        return cast(_Function, njit(cache=True, nogil=True, fastmath=_FAST_MATH)(function))
     except RuntimeError:
-        return cast(_Function, njit(fastmath=_FAST_MATH)(function))
+        return cast(_Function, njit(nogil=True, fastmath=_FAST_MATH)(function))
 
 
 def array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory, with bfloat16 as uint16."""
+    """The tensor's memory, with bfloat16 as uint16. Kernels take activations by address, which is quicker."""
     values = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     result: NDArray[Any] = values.numpy()
     return result
 
 
+# By dtype, an array of none: kernels that take addresses learn the type from it.
+LIKE = {dtype: array(torch.empty(0, dtype=dtype)) for dtype in DTYPES}
+
+
+def lasting_array(tensor: Tensor) -> NDArray[Any]:
+    """`array` of a tensor that lives as long as the engine, made once: that takes as long as a small loop."""
+    kept: NDArray[Any] | None = getattr(tensor, "kept_array", None)
+    if kept is None:
+        kept = array(tensor)
+        tensor.kept_array = kept
+    return kept
+
+
 @intrinsic
-def _float_of(context, bits):  # noqa: ARG001 - numba's signature
+def float_of(context, bits):  # noqa: ARG001 - numba's signature
     return types.float32(types.uint32), lambda _, builder, __, values: builder.bitcast(values[0], ir.FloatType())
 
 
 @intrinsic
-def _bits_of(context, number):  # noqa: ARG001
+def bits_of(context, number):  # noqa: ARG001
     return types.uint32(types.float32), lambda _, builder, __, values: builder.bitcast(values[0], ir.IntType(32))
+
+
+@intrinsic
+def _pointer(context, address, like):  # noqa: ARG001
+    def generate(context, builder, signature, values):
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), generate
+
+
+@compiled
+def row(array, i, j):
+    """array[i, j] of a three-dimensional array whose last dimension is contiguous, though its type need not say so."""
+    return vector(array.ctypes.data + i * array.strides[0] + j * array.strides[1], array.shape[2], array)
+
+
+@compiled
+def vector(address, count, like):
+    """The elements at an address, which are of the type of those of `like`."""
+    return carray(_pointer(address, like), count)
+
+
+@compiled
+def matrix(address, rows, columns, like):
+    """The same, [rows, columns]."""
+    return carray(_pointer(address, like), (rows, columns))
 
 
 def load(number):
@@ -63,7 +102,7 @@ def rounded(number, like):
 def _load(number):
     if number is types.float32:
         return lambda number: number
-    return lambda number: _float_of(np.uint32(number) << np.uint32(16))
+    return lambda number: float_of(np.uint32(number) << np.uint32(16))
 
 
 @overload(rounded, inline="always")
@@ -72,7 +111,7 @@ def _rounded(number, like):  # noqa: ARG001
         return lambda number, like: np.float32(number)
 
     def to_bfloat16(number, like):  # noqa: ARG001
-        bits = _bits_of(np.float32(number))
+        bits = bits_of(np.float32(number))
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
     return to_bfloat16
@@ -91,7 +130,7 @@ def exp(x):
     series = series * f + np.float32(0.5)
     series = series * f + np.float32(1.0)
     series = series * f + np.float32(1.0)
-    return series * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+    return series * float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
 
 
 @compiled

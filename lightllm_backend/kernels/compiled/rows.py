@@ -5,13 +5,23 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels import reference
-from lightllm_backend.kernels.compiled.numbers import DTYPES, array, compiled, exp, load, normed, rounded
-from lightllm_backend.kernels.norm.reference import sum_of_parts
-from lightllm_backend.kernels.quantized.weight import Weight
+from lightllm_backend.kernels.compiled.numbers import (
+    DTYPES,
+    LIKE,
+    array,
+    compiled,
+    exp,
+    lasting_array,
+    load,
+    matrix,
+    normed,
+    rounded,
+)
 
 # With more numbers PyTorch's threads win.
 _FEW = 1 << 15
@@ -19,40 +29,64 @@ _FEW = 1 << 15
 
 @compiled
 def _add_and_norm(
-    x: NDArray[Any],
+    of_x: int,
+    of_residual: int,
+    of_out: int,
+    tokens: int,
+    like: NDArray[Any],
     weight: NDArray[Any],
     post_weight: NDArray[Any] | None,
     eps: float,
-    residual: NDArray[Any],
-    out: NDArray[Any],
 ) -> None:
-    dim = x.shape[1]
-    for token in range(x.shape[0]):
+    """The three matrices at these addresses have the type of `like`."""
+    dim = len(weight)
+    x, residual, out = (
+        matrix(of_x, tokens, dim, like), matrix(of_residual, tokens, dim, like), matrix(of_out, tokens, dim, like)
+    )  # fmt: skip
+    for token in range(tokens):
         added = x[token]
         if post_weight is not None:
             added = out[token]
             normed(x[token], post_weight, eps, added)
         total = np.float32(0.0)
         for i in range(dim):
-            number = rounded(load(added[i]) + load(residual[token, i]), residual)
+            number = rounded(load(added[i]) + load(residual[token, i]), like)
             residual[token, i] = number
             total += load(number) * load(number)
         factor = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
         for i in range(dim):
             normalized = rounded(load(residual[token, i]) * factor, weight)
-            out[token, i] = rounded(load(normalized) * load(weight[i]), out)
+            out[token, i] = rounded(load(normalized) * load(weight[i]), like)
+
+
+def _is_plain(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
+    """Whether `x` is not in several parts, and is like `residual`."""
+    return (
+        x.dtype == residual.dtype
+        and x.dtype in DTYPES
+        and weight.dtype in DTYPES
+        and x.numel() == residual.numel() <= _FEW
+        and x.is_contiguous()
+        and residual.is_contiguous()
+    )
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
 ) -> Tensor:
-    x = sum_of_parts(x)
-    if residual is None or x.numel() > _FEW or x.dtype != residual.dtype or x.dtype not in DTYPES:
+    if residual is None or not _is_plain(x, weight, residual):
         return reference.rms_norm(x, weight, eps, residual, post_weight)
-    out = residual.new_empty(residual.shape)
-    post = None if post_weight is None else array(post_weight)
-    _add_and_norm(array(x), array(weight), post, eps, array(residual), array(out))
+    out = torch.empty_like(residual)
+    addresses = x.data_ptr(), residual.data_ptr(), out.data_ptr()
+    post = None if post_weight is None else lasting_array(post_weight)
+    _add_and_norm(*addresses, residual.shape[0], LIKE[x.dtype], lasting_array(weight), post, eps)
     return out
+
+
+@compiled
+def gelu_argument(x: Any) -> Any:
+    """What the sigmoid takes in GELU: see activation/gate.py."""
+    return np.float32(1.5957691216057308) * x * (np.float32(1.0) + np.float32(0.044715) * x * x)
 
 
 @compiled
@@ -62,10 +96,7 @@ def _silu_and_mul(gate_up: NDArray[Any], is_gelu: bool, out: NDArray[Any]) -> No
         for i in range(features):
             gate = load(gate_up[token, i])
             up = load(gate_up[token, features + i])
-            argument = gate
-            if is_gelu:  # see activation/gate.py
-                cubic = np.float32(1.0) + np.float32(0.044715) * gate * gate
-                argument = np.float32(1.5957691216057308) * gate * cubic
+            argument = gelu_argument(gate) if is_gelu else gate
             out[token, i] = rounded(gate / (np.float32(1.0) + exp(-argument)) * up, out)
 
 
@@ -75,7 +106,3 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     out = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
     _silu_and_mul(array(gate_up), is_gelu, array(out))
     return out
-
-
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
-    return silu_and_mul(reference.linear(x, weight, bias), is_gelu)

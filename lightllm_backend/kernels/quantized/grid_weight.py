@@ -2,117 +2,158 @@
 """GridWeight: a weight of floats that 4 or 8 bits express, multiplied in so many bits where that is quicker on a CPU.
 
 Weights that were dequantised from a GGUF file lie on a grid: in each group of 32 input features they are equally spaced
-numbers. Reading those from memory takes a quarter of the bytes or half, and for few tokens little else counts.
+numbers. Reading those from memory takes a quarter of the bytes or half, and integers multiply faster than floats.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-# PyTorch's kernels have no public names, so a release may lack them.
-_pack: Any = getattr(torch, "_convert_weight_to_int4pack_for_cpu", None)
-_product: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
-# Input features of a group, as GGUF has them.
-_GROUP = 32
-# The kernel's blocks of output features are of 64 at the most.
-_BLOCK = 64
+# Input features of a group, as GGUF has them, and output features of a block.
+GROUP = 32
+BLOCK = 16
+# Of a group of a block: scales and least weights, float16, before the numbers.
+SCALE_BYTES = 2 * 2 * BLOCK
 # A weight and the greatest of its group, each rounded to bfloat16, by whose ratio we judge.
 _ROUNDING = 2.0**-7
-# The most tokens for which a product with one 4-bit matrix is quicker than with the floats.
-_FEW_TOKENS = 16
+# The most tokens for which a product with the numbers is quicker than with floats in bfloat16; float32 never is.
+_FEW_TOKENS = 64
 # Numbers that are looked at at once: 2 MiB of float32, which a cache holds.
 _CHUNK = 1 << 19
+# Bytes of memory that weights share.
+_PIECE = 32 << 20
 
 
 @dataclass(frozen=True)
 class GridWeight:
-    """A weight [out_features, in_features], and the same on its grid.
+    """A weight [out_features, in_features], and the same on its grid: number * scale + least.
 
-    8 bits are two matrices of 4 bits side by side, of the higher and of the lower halves: the input is doubled.
+    `packed` [blocks, groups, bytes] uint8 is what a product reads, in order: for each block of 16 output features and
+    group of 32 input features its scales [16] float16, its least weights [16] float16, and its numbers. These are
+    [8, 16, 4] bytes, four input features of each output feature side by side; of 4 bits, [4, 16, 4] bytes with the
+    first 16 input features in their lower halves and the others in their higher ones.
     """
 
     floats: Tensor
-    packed: Tensor  # 4-bit values [out_features, halves * in_features / 2], as PyTorch's kernel wants them
-    scales_and_zeros: Tensor  # [halves * groups, out_features, 2] bfloat16: a weight is (value - 8) * scale + zero
-    halves: int
+    packed: Tensor
+    bits: int
 
-    @property
+    @cached_property
+    def array(self) -> NDArray[np.uint8]:
+        """`packed` for a compiled kernel."""
+        array: NDArray[np.uint8] = self.packed.numpy()
+        return array
+
+    @cached_property
     def shape(self) -> torch.Size:
         return self.floats.shape
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether the product with `x` [tokens, in_features] is that of the numbers."""
+        return x.shape[0] <= _FEW_TOKENS or x.dtype == torch.float32
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product with `x` [tokens, in_features], whose activations are rounded to bfloat16 for few tokens."""
-        if len(x) * self.halves**2 > _FEW_TOKENS:
+        """The plain PyTorch of the product with `x`, whose activations are rounded to 8 bits in groups of 32."""
+        if not self.takes(x):
             return functional.linear(x, self.floats, bias)
-        activations = x.to(torch.bfloat16)
-        if self.halves == 2:
-            activations = torch.cat((activations, activations), 1)
-        product: Tensor = _product(activations, self.packed, _GROUP, self.scales_and_zeros).to(x.dtype)
-        return product if bias is None else product.add_(bias)
+        groups = x.float().view(len(x), -1, GROUP)
+        scales = groups.abs().amax(-1, keepdim=True) / 127
+        values = (groups / scales.clamp_min(1e-30)).round_() * scales
+        product = functional.linear(values.flatten(1), self.dequantized(), None if bias is None else bias.float())
+        return product.to(x.dtype)
+
+    def dequantized(self) -> Tensor:
+        """The weight that the grid expresses, [out_features, in_features] float32."""
+        blocks, groups, _ = self.packed.shape
+        heads = self.packed[:, :, :SCALE_BYTES].contiguous().view(torch.float16).float()
+        scales, least = heads.view(blocks, groups, 2, BLOCK, 1).unbind(2)
+        numbers = self.packed[:, :, SCALE_BYTES:].reshape(blocks, groups, -1, BLOCK, 4)
+        if self.bits == 4:
+            numbers = torch.cat((numbers & 15, numbers >> 4), 2)
+        weights: Tensor = numbers.transpose(2, 3).flatten(3) * scales + least  # [blocks, groups, 16, 32]
+        return weights.transpose(1, 2).reshape(self.shape)
 
 
 def with_grid(floats: Tensor) -> Tensor | GridWeight:
     """The weight [out_features, in_features] with its grid, or alone if it has none or this CPU no kernel for it."""
     rows, columns = floats.shape
-    if rows % _BLOCK != 0 or columns % _GROUP != 0 or not has_kernel(floats.device):
+    if rows % (2 * BLOCK) != 0 or columns % GROUP != 0 or not has_kernel(floats.device):
         return floats
-    for halves, grid_of in ((1, _grid_of_4_bits), (2, _grid_of_8_bits)):
-        if grid_of(floats[:_BLOCK]) is None:
+    for bits in (4, 8):
+        if _packed(floats[:BLOCK], bits) is None:
             continue
-        packed, scales_and_zeros = [], []
-        step = max(_BLOCK, _CHUNK // columns // _BLOCK * _BLOCK)
+        packed = _memory.take(rows // BLOCK, columns // GROUP, SCALE_BYTES + GROUP * bits // 8 * BLOCK)
+        step = max(BLOCK, _CHUNK // columns // BLOCK * BLOCK)
         for first in range(0, rows, step):
-            if (grid := grid_of(floats[first : first + step])) is None:
+            if (chunk := _packed(floats[first : first + step], bits)) is None:
                 return floats
-            packed.append(_pack(grid[0], 1))
-            scales_and_zeros.append(grid[1])
-        return GridWeight(floats, torch.cat(packed), torch.cat(scales_and_zeros, 1), halves)
+            packed[first // BLOCK : (first + step) // BLOCK] = chunk
+        return GridWeight(floats, packed, bits)
     return floats
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether PyTorch has a vectorised product with 4 bits for this CPU."""
-    return (
-        device.type == "cpu"
-        and None not in (_pack, _product)
-        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    )
+class _HugePages:
+    """Memory of many weights in large pieces, for which NumPy asks Linux for pages of 2 MiB.
 
-
-def _grid_of_4_bits(floats: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Values 0 to 15 [rows, columns] int32, and scales_and_zeros; None if the weights lie on no grid of 16 numbers.
-
-    The least and the greatest weight of a group are the first and the last number of the grid, as in GGUF's Q4_1.
+    A step reads every weight once, so with pages of 4 KiB each begins with a miss of the page tables.
     """
-    groups = floats.float().view(len(floats), -1, _GROUP)
-    least, greatest = groups.aminmax(dim=-1, keepdim=True)
-    scales = (greatest - least) / 15
-    values = ((groups - least) / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
-    error = torch.addcmul(least, values, scales).sub_(groups).abs_()
-    if not bool((error <= torch.maximum(greatest, -least) * _ROUNDING).all()):  # NaN is on no grid
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, *shape: int) -> Tensor:
+        """A tensor [shape] uint8 that begins at a multiple of 64 bytes."""
+        count = math.prod(shape)
+        if len(self._free) < count:
+            self._free = torch.from_numpy(np.empty(max(count + 64, _PIECE), np.uint8))
+            self._free = self._free[-self._free.data_ptr() % 64 :]
+        taken, self._free = self._free[:count], self._free[-(-count // 64) * 64 :]
+        return taken.view(shape)
+
+
+_memory = _HugePages()
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether numba is there, and compiles the product for this CPU."""
+    if device.type != "cpu" or importlib.util.find_spec("numba") is None:
+        return False
+    from numba.core.registry import cpu_target
+
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return {"+avx2", "+f16c", "+fma"}.issubset(features)
+
+
+def _packed(floats: Tensor, bits: int) -> Tensor | None:
+    """These rows as GridWeight packs them, or None if the weights lie on no grid of so many bits.
+
+    In each group, 4 bits count from the least weight to the greatest, as in GGUF's Q4_1. 8 bits count from -128, of
+    which the greatest magnitude is 127, as in Q8_0.
+    """
+    groups = floats.float().view(len(floats), -1, GROUP)
+    if bits == 4:
+        least, greatest = groups.aminmax(dim=-1, keepdim=True)
+        scales, tolerance = (greatest - least) / 15, torch.maximum(greatest, -least)
+    else:
+        scales, tolerance = groups.abs().amax(-1, keepdim=True) / 127, groups.abs()
+        least = -128 * scales
+    numbers = ((groups - least) / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+    scales, least = scales.half(), least.half()
+    error = torch.addcmul(least.float(), numbers, scales.float()).sub_(groups).abs_()
+    if not bool((error <= tolerance * _ROUNDING).all()):  # NaN is on no grid
         return None
-    return values.flatten(1).int(), _scales_and_zeros(scales, least + 8 * scales)
-
-
-def _grid_of_8_bits(floats: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same for values -127 to 127 around 0, as in GGUF's Q8_0: higher and lower halves [rows, 2 * columns]."""
-    groups = floats.float().view(len(floats), -1, _GROUP)
-    scales = groups.abs().amax(-1, keepdim=True) / 127
-    values = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
-    error = (values * scales).sub_(groups).abs_()
-    if not bool((error <= groups.abs() * _ROUNDING).all()):
-        return None
-    whole = values.flatten(1).int()
-    higher = _scales_and_zeros(16 * scales, torch.zeros_like(scales))
-    lower = _scales_and_zeros(scales, 8 * scales)
-    return torch.cat(((whole >> 4) + 8, whole & 15), 1), torch.cat((higher, lower))
-
-
-def _scales_and_zeros(scales: Tensor, zeros: Tensor) -> Tensor:
-    """From [rows, groups, 1] to [groups, rows, 2] bfloat16."""
-    return torch.cat((scales, zeros), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+    blocks, count = len(floats) // BLOCK, groups.shape[1]
+    heads = torch.cat((scales, least), -1).view(blocks, BLOCK, count, 2).permute(0, 2, 3, 1).contiguous()
+    values = numbers.to(torch.uint8).view(blocks, BLOCK, count, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        values = values[:, :, :4] | values[:, :, 4:] << 4
+    return torch.cat((heads.flatten(2).view(torch.uint8), values.flatten(2)), -1)
