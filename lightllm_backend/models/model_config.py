@@ -100,9 +100,12 @@ class ModelConfig:
         refuse_other_directories(directory)
         config = ConfigFields.read(directory / "config.json")
         architecture = _architecture(config)
-        config = _text_part(config).with_defaults(ARCHITECTURES[architecture].defaults)
+        entry = ARCHITECTURES[architecture]
+        if entry.has_text_config:
+            config = _text_part(config)
+        config = config.with_defaults(entry.defaults)
         refuse_other_values(config)
-        shape = DIALECTS[ARCHITECTURES[architecture].dialect](config)
+        shape = DIALECTS[entry.dialect](config)
         shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
         return cls(
             architecture=architecture,
@@ -290,13 +293,8 @@ def _architecture(config: ConfigFields) -> str:
 
 
 def _text_part(config: ConfigFields) -> ConfigFields:
-    """What a config.json says of the text, if it says that apart from what it says of images.
-
-    Beside `text_config` it has keys of the whole model, which go before those within.
-    """
+    """What a config.json says of the text: `text_config`, and keys of the whole model, which go before those within."""
     text = config.child("text_config")
-    if not text.values:
-        return config
     whole = {key: config.values[key] for key in KEYS_OF_THE_WHOLE if config.values.get(key) is not None}
     return replace(text, values={**text.values, **whole})
 

@@ -16,6 +16,7 @@ class Architecture(NamedTuple):
     module: str  # in this folder, named like config.json's `model_type`
     defaults: config_defaults.Defaults  # of config.json's keys
     dialect: str = "llama"  # the style of its config.json: see model_config
+    has_text_config: bool = False  # that key holds the text's part of config.json
 
 
 # By the name in config.json's `architectures`, which is also the name of our class.
@@ -23,7 +24,7 @@ ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
     "Gemma2ForCausalLM": Architecture("gemma2", config_defaults.GEMMA2),
     "Gemma3ForCausalLM": Architecture("gemma3_text", config_defaults.GEMMA3, dialect="gemma3"),
-    "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, dialect="gemma3"),
+    "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, "gemma3", has_text_config=True),
     "GraniteForCausalLM": Architecture("granite", config_defaults.GRANITE),
     "InternLM3ForCausalLM": Architecture("internlm3", config_defaults.INTERNLM3, dialect="internlm3"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),

@@ -243,6 +243,22 @@ def test_the_class_is_named_by_architectures_or_else_by_model_type(tmp_path, nam
     assert ModelConfig.from_directory(write(tmp_path, **named)).architecture == architecture
 
 
+def test_of_a_model_with_images_the_text_part_is_read(tmp_path):
+    text = {"hidden_size": 64, "num_hidden_layers": 6, "sliding_window": 8, "eos_token_id": 1, "dtype": "float16"}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "hidden_size": 7, "eos_token_id": [1, 106]}
+    values = {**whole, "torch_dtype": "bfloat16", "dtype": "bfloat16", "text_config": text, "vision_config": {"a": 1}}
+    config = ModelConfig.from_directory(write(tmp_path, base=values))
+    assert (config.hidden_size, config.num_layers, config.sliding_window) == (64, 6, 8)
+    assert config.sliding_layers == (True,) * 5 + (False,)
+    assert (config.torch_dtype, config.eos_ids) == ("bfloat16", (1, 106))
+    for changes, message in (
+        ({"hidden_activation": "relu"}, "text_config.hidden_activation is 'relu'; 'gelu_pytorch_tanh' is needed"),
+        ({"attn_logit_softcapping": 50.0}, "text_config.attn_logit_softcapping is 50.0; null is needed"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            ModelConfig.from_directory(write(tmp_path, base=values, text_config=text | changes))
+
+
 @pytest.mark.parametrize(("architecture", "expected"), [("MistralForCausalLM", False), ("LlamaForCausalLM", True)])
 def test_a_key_that_a_class_does_not_know_is_not_read(tmp_path, architecture, expected):
     write(tmp_path, architectures=[architecture], mlp_bias=True, attention_bias=True)
