@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A KV pool whose slots belong to sequences at random, for the attention kernels.
 
-Their variants are "" (K and V are of the model's type), "int8", and "ALiBi": BLOOM's.
+Their variants are "" (K and V are of the model's type), "int8", "ALiBi", BLOOM's, and "norm": Qwen3's and Gemma 3's, of
+each head's query and key.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention: LLaMA-7B's heads, LLaMA-3-8B's, which share K and V, 70B's on one of four GPUs, BLOOM's."""
+"""Decode attention: LLaMA-7B's heads, LLaMA-3-8B's, which share K and V, 70B's on one of four GPUs, BLOOM's.
+
+With a norm of heads: Qwen3-8B's, and Gemma-3-12B's within a window.
+"""
 
 from __future__ import annotations
 
+from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from perf.kernels.measure import Arguments, Case, Place
 from perf.kernels.pool import mixed_contexts, pool_arguments, pool_bytes
 
@@ -15,8 +19,10 @@ SIZES = [
     *((580, 0, 32, kv_heads, 128, "") for kv_heads in (32, 8)),
     *((sequences, 192, 16, 2, 128, "") for sequences in (1, 32, 128)),
     *((sequences, 192, 32, 32, 128, "ALiBi") for sequences in (1, 256)),
+    *((sequences, 192, 32, 8, 128, "norm") for sequences in (1, 64)),
+    *((sequences, 1024, 16, 8, 256, variant) for variant in ("", "norm") for sequences in (1, 64)),
 ]
-TINY = [(2, 40, 4, 2, 16, ""), (3, 9, 2, 2, 16, ""), (2, 70, 2, 2, 16, "ALiBi")]
+TINY = [(2, 40, 4, 2, 16, ""), (2, 40, 4, 2, 16, "norm"), (3, 9, 2, 2, 16, ""), (2, 70, 2, 2, 16, "ALiBi")]
 MEAN_CONTEXT = 395
 
 
@@ -29,7 +35,9 @@ def case(place: Place, sequences: int, context: int, heads: int, kv_heads: int, 
         rest = pool_arguments(place, contexts, kv_heads, head_dim, variant)
         slots = rest["req_to_token"].gather(1, rest["context_lengths"][:, None].long() - 1).squeeze(1)
         out = place.randn(sequences, heads, head_dim)
-        return {"q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(), "slots": slots, **rest, "out": out}
+        norm = HeadNorm(place.randn(head_dim), place.randn(head_dim), 1e-6) if variant == "norm" else None
+        turned = {"cos": angle.cos(), "sin": angle.sin(), "norm": norm}
+        return {"q": q, "k": k, "v": v, **turned, "slots": slots, **rest, "out": out}
 
     pool = pool_bytes(sum(contexts), kv_heads, head_dim, variant)
     lengths = context or f"mixed, mean {MEAN_CONTEXT}"
