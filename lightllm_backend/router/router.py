@@ -14,8 +14,8 @@ holds for the slots of layer groups with a window that no query can see any more
 
 Nobody overtakes the request whose turn it is, and no sequence is preempted for fairness. If a policy has admitted more
 than the pool can hold, the Router preempts the newest sequences of the tenant that has received most: they release
-their slots, return to the front of its queue, and later prefill their prompt and their generated tokens. A sequence that
-outgrows `recompute_at` is put back in the same way.
+their slots, return to the front of its queue, and later prefill their prompt and their generated tokens. A sequence
+that outgrows `recompute_at` is put back in the same way.
 """
 
 from __future__ import annotations
