@@ -363,6 +363,10 @@ def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
     """The sliding window and which layers have it."""
     is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
     if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
+        types = config.get("layer_types")
+        if isinstance(types, list) and config.knows("layer_types") and "sliding_attention" in types:
+            key = "use_sliding_window" if is_off else "sliding_window"
+            raise config.error(key, "a window is needed for the sliding_attention in layer_types")
         return {}
     sliding = tuple(layer_type == "sliding_attention" for layer_type in _layer_types(config, num_layers))
     return {"sliding_window": config.count("sliding_window"), "sliding_layers": sliding}

@@ -186,7 +186,7 @@ def _yarn(parameters: ConfigFields, rope: Rope, original: int, positions: int) -
     if rope.theta <= 1:
         raise parameters.error("rope_theta", "YaRN needs a base above 1")
     if "factor" in parameters.values and not parameters.has("factor"):
-        factor = max(1.0, positions / original)
+        factor = positions / original
     else:
         factor = _factor(parameters)
     # Zero stands for the default, and is no value of the others.
@@ -199,7 +199,7 @@ def _yarn(parameters: ConfigFields, rope: Rope, original: int, positions: int) -
         raise parameters.error("truncate", "true or false is needed")
 
     def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if parameters.has("attention_factor"):
         attention = parameters.positive("attention_factor")

@@ -359,6 +359,14 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
             {"architectures": None, "model_type": "mixtral", "num_local_experts": 8},
             "model_type is 'mixtral'; mixtures of experts are not served; known without architectures",
         ),
+        (
+            {**QWEN2, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 32},
+            "use_sliding_window is False; a window is needed for the sliding_attention in layer_types",
+        ),
+        (
+            {**QWEN2, "sliding_window": None, "layer_types": ["sliding_attention"] * 32},
+            "sliding_window is null; a window is needed for the sliding_attention in layer_types",
+        ),
         ({**QWEN2, "sliding_window": 0}, "sliding_window is 0; an integer of at least 1"),
         ({**QWEN2, "max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
         ({**QWEN2, "max_window_layers": None}, "max_window_layers is null; an integer of at least 0"),

@@ -72,6 +72,9 @@ WRITTEN = {
     },
     "yarn, a factor that is not the ratio of the lengths": {"rope_scaling": {**YARN, **ORIGINAL, "factor": 9.5}},
     "yarn, factor null": {"rope_scaling": {**YARN, **ORIGINAL, "factor": None}},
+    "yarn, factor null, of more positions than are left": {
+        "rope_scaling": {**YARN, "original_max_position_embeddings": 100, "factor": None}
+    },
     "yarn, factor 1": {"rope_scaling": {**YARN, **ORIGINAL, "factor": 1}},
     "yarn, attention factor": {"rope_scaling": {**YARN, **ORIGINAL, "attention_factor": 1.7, "mscale": 2.0}},
     "yarn, attention factor null": {"rope_scaling": {**YARN, **ORIGINAL, "attention_factor": None}},
