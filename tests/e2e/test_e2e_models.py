@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "llama"
 VOCAB = 512  # of that tokenizer
-PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(1 + 6 * seed)] for seed in range(6)]
+PROMPTS = [random.Random(seed).choices(range(3, VOCAB), k=1 + 6 * seed) for seed in range(6)]
 MAX_TOKENS = 10
 
 

@@ -24,9 +24,7 @@ from tests.models.thread_parallel import run_ranks
 from tests.runner.engine_harness import load, run, transformers_greedy, transformers_logits
 
 MAX_TOKENS = 8
-PROMPTS = [
-    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in enumerate([1, 2, 5, 8, 34])
-]
+PROMPTS = [random.Random(seed).choices(range(3, VOCAB), k=length) for seed, length in enumerate([1, 2, 5, 8, 34])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,6 +61,13 @@ def test_answers_that_cross_the_limit_of_longrope_are_those_of_transformers_gene
     for arrivals in (None, [random.Random(7).randrange(10) for _ in PROMPTS]):
         answers = run(engine, PROMPTS, sampling, arrivals, batch_max_tokens=9, overlap=overlap)
         assert [answer.token_ids for answer in answers] == expected
+    # Once more, with K and V of both kinds in the prefix cache.
+    router = build_router(EngineConfig(running_max_req_size=16), engine.info, 9, recompute_at=engine.recompute_at)
+    for _ in range(2):
+        answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
+        assert [answer.token_ids for answer in answers] == expected
+    first_time = sum(map(len, PROMPTS)) + 10 * sum(len(prompt) <= 9 for prompt in PROMPTS)
+    assert 0 < router.stats().prompt_tokens_total - first_time <= 2 * len(PROMPTS)
     # Without it, some answers differ.
     router = build_router(EngineConfig(running_max_req_size=16), engine.info, 9)
     answers = run(engine, PROMPTS, sampling, router=router)
@@ -120,7 +125,7 @@ def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(t
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
         logits = transformers_logits(tmp_path, prompt, answer.token_ids)
         chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
-        assert float((logits.max(-1).values - chosen).max()) < 0.2
+        assert float((logits.max(-1).values - chosen).max()) < 0.25 * float(logits.std())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "granite", "olmo2"])

@@ -19,7 +19,7 @@ from tests.runner.engine_harness import load, run, save_random_llama, transforme
 
 MAX_TOKENS = 12
 PROMPTS = [
-    [random.Random(seed).randrange(3, 199) for _ in range(length)]
+    random.Random(seed).choices(range(3, 199), k=length)
     for seed, length in enumerate([1, 2, 3, 5, 8, 13, 21, 34, 55, 60, 1, 7])
 ]
 

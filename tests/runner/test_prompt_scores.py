@@ -19,9 +19,7 @@ from lightllm_backend.worker.load import LoadedEngine
 from tests.router.test_preemption import RecklessAdmission
 from tests.runner.engine_harness import load, run, save_random_llama, transformers_logits
 
-PROMPTS = [
-    [random.Random(seed).randrange(3, 199) for _ in range(length)] for seed, length in enumerate([1, 2, 13, 34, 60, 21])
-]
+PROMPTS = [random.Random(seed).choices(range(3, 199), k=length) for seed, length in enumerate([1, 2, 13, 34, 60, 21])]
 COUNTS = [3, 0, -1, 5, 2, 0]
 
 

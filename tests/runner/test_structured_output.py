@@ -24,7 +24,7 @@ TOKENIZER = Tokenizer.load(ROOT / "tests/data/llama")
 EOS = 2
 SCHEMAS = json.loads((ROOT / "perf/data/json_schemas.json").read_text())
 FEW = ("person", "nested_arrays", "recursive_tree", "discriminated_union", "patterns")
-PROMPTS = [[random.Random(i).randrange(3, TOKENIZER.vocab_size) for _ in range(i % 7 + 1)] for i in range(10)]
+PROMPTS = [random.Random(i).choices(range(3, TOKENIZER.vocab_size), k=i % 7 + 1) for i in range(10)]
 WILD = SamplingParams(max_tokens=200, do_sample=True, temperature=2.0)
 FREE = SamplingParams(max_tokens=12, ignore_eos=True)
 

@@ -165,9 +165,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(tmp_path, name):
     transformer = write(tmp_path, case)
     if case.rounded is not None:
         round_inputs(transformer, case.rounded)
-    prompts = [
-        [random.Random(seed).randrange(3, VOCAB) for _ in range(length)] for seed, length in enumerate((1, 5, 21))
-    ]
+    prompts = [random.Random(seed).choices(range(3, VOCAB), k=length) for seed, length in enumerate((1, 5, 21))]
     answers = run(load(tmp_path), prompts, SamplingParams(max_tokens=12), batch_max_tokens=9)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
