@@ -18,7 +18,7 @@ pytestmark = [
 
 VOCAB = 8003
 PROMPTS = [
-    [random.Random(seed).randrange(3, VOCAB) for _ in range(length)]
+    random.Random(seed).choices(range(3, VOCAB), k=length)
     for seed, length in enumerate([1, 2, 7, 16, 33, 100, 257, 700])
 ]
 MAX_TOKENS = 24

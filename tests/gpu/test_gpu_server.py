@@ -22,7 +22,7 @@ pytestmark = [
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "llama"
 VOCAB = 512  # of that tokenizer
-PROMPTS = [[random.Random(seed).randrange(3, VOCAB) for _ in range(3 + 5 * seed)] for seed in range(24)]
+PROMPTS = [random.Random(seed).choices(range(3, VOCAB), k=3 + 5 * seed) for seed in range(24)]
 
 
 @pytest.fixture(scope="module")

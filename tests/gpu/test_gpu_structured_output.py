@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TOKENIZER = Tokenizer.load(ROOT / "tests/data/llama")
 SCHEMAS = json.loads((ROOT / "perf/data/json_schemas.json").read_text())
 SHORT = ("person", "nested_arrays", "recursive_tree", "discriminated_union", "patterns")  # whose documents may end soon
-PROMPTS = [[random.Random(index).randrange(3, 512) for _ in range(index % 9 + 1)] for index in range(40)]
+PROMPTS = [random.Random(index).choices(range(3, 512), k=index % 9 + 1) for index in range(40)]
 
 
 @pytest.mark.parametrize("with_graphs", [True, False])
