@@ -149,7 +149,7 @@ def test_what_triton_servers_openai_frontend_sends(
     assert finals == [False] * (len(responses) - 1) + [True]
     full = [one for one in responses if one.as_numpy("text_output") is not None]
     assert len(responses) - len(full) <= 1
-    assert len(full) == (4 if stream else 1)
+    assert 1 < len(full) <= 4 if stream else len(full) == 1  # tokens come together if the client is slow
     texts = [one.as_numpy("text_output") for one in full]
     assert all(text.size == 1 for text in texts)
     assert "".join(text.item().decode() for text in texts) == client.generate(PROMPT, max_tokens=4).text

@@ -251,7 +251,7 @@ def test_converted_configuration(tiny):
     directory, transformer = tiny
     config = ModelConfig.from_directory(directory)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (HEADS, KV_HEADS, 8)
-    assert (config.norm_eps, config.rope_theta, config.tie_word_embeddings) == (1e-6, 1e5, True)
+    assert (config.norm_eps, config.ropes[0].theta, config.tie_word_embeddings) == (1e-6, 1e5, True)
     assert (config.torch_dtype, config.bos_id, config.eos_ids) == ("bfloat16", 1, (2,))
     assert config.vocab_size == transformer.config.vocab_size
 
