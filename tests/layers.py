@@ -143,6 +143,7 @@ ALLOWED = {
     "models.granite": (*BELOW_A_MODEL, "models.llama"),
     "models.olmo2": (*BELOW_A_MODEL, "models.llama"),
     "models.internlm3": (*BELOW_A_MODEL, "models.llama"),
+    "models.seed_oss": (*BELOW_A_MODEL, "models.llama"),
     "models.smollm3": (*BELOW_A_MODEL, "models.llama"),
     "models.phi3": (*BELOW_A_MODEL, "models.llama"),
     "models.qwen2": (*BELOW_A_MODEL, "models.llama"),

@@ -151,6 +151,20 @@ SMOLLM3: Defaults = {
     "eos_token_id": 128001,
 }
 
+SEED_OSS: Defaults = {
+    **LLAMA,
+    "vocab_size": 155136,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 80,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 524288,
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "bos_token_id": 0,
+}
+
 INTERNLM3: Defaults = {
     **LLAMA,
     "vocab_size": 128512,

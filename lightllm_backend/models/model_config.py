@@ -77,6 +77,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     # Options of some families. Each architecture's own file decides which it uses.
     attention_bias: bool = False
+    attention_out_bias: bool = False  # of the output projection, where the class has a key for it
     mlp_bias: bool = False
     ropes: tuple[Rope, ...] = ()  # of each layer; empty: the model has no rotary embeddings
     sliding_window: int | None = None
@@ -191,6 +192,7 @@ def _llama(config: ConfigFields, rope_types: Mapping[str, str] = ROPE_TYPES) -> 
         "norm_eps": config.positive("rms_norm_eps"),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
         "attention_bias": config.flag("attention_bias"),
+        "attention_out_bias": config.flag("attention_out_bias"),
         "mlp_bias": config.flag("mlp_bias"),
         **_layers(config, num_layers, head_dim, rope_types),
         **_scales(config),

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": Architecture("phi3", config_defaults.PHI3, dialect="phi3"),
     "Qwen2ForCausalLM": Architecture("qwen2", config_defaults.QWEN2),
     "Qwen3ForCausalLM": Architecture("qwen3", config_defaults.QWEN3),
+    "SeedOssForCausalLM": Architecture("seed_oss", config_defaults.SEED_OSS),
     "SmolLM3ForCausalLM": Architecture("smollm3", config_defaults.SMOLLM3),
 }
 

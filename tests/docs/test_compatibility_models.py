@@ -26,6 +26,7 @@ NAMES = {
     "Qwen3": "Qwen3ForCausalLM",
     "Gemma 2": "Gemma2ForCausalLM",
     "Gemma 3": "Gemma3ForCausalLM",
+    "Seed-OSS": "SeedOssForCausalLM",
     "SmolLM3": "SmolLM3ForCausalLM",
     "BLOOM": "BloomForCausalLM",
 }

@@ -91,6 +91,9 @@ FAMILIES |= {
         **_LLAMA, embedding_multiplier=2.5, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=0.5
     ),
     "olmo2": transformers.Olmo2Config(**_LLAMA, attention_bias=True),
+    "seed_oss": transformers.SeedOssConfig(
+        **_LLAMA, head_dim=24, attention_bias=False, attention_out_bias=True, mlp_bias=True
+    ),
     # The second layer has no rotary embeddings, and a window.
     "smollm3": transformers.SmolLM3Config(
         **_LLAMA, pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW

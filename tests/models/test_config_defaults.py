@@ -25,7 +25,7 @@ CLASSES = {
 # What has no part in serving a model: training, caching, and what generate() pads with.
 UNUSED = {
     "attention_dropout", "hidden_dropout", "initializer_range", "pad_token_id", "pretraining_tp", "slow_but_exact",
-    "use_cache", "resid_pdrop", "embd_pdrop",
+    "use_cache", "resid_pdrop", "residual_dropout", "embd_pdrop",
 }  # fmt: skip
 
 # The shape of a small model, of which one key at a time is left out. Qwen2's window begins within its layers.
@@ -51,6 +51,8 @@ def small(architecture):
     values = SMALL_GEMMA if "Gemma" in architecture else SMALL_BLOOM if architecture == "BloomForCausalLM" else SMALL
     if architecture == "InternLM3ForCausalLM":  # has both biases or none
         values = {**values, "attention_bias": False, "mlp_bias": False}
+    if architecture == "SeedOssForCausalLM":
+        values = {**values, "attention_bias": False, "attention_out_bias": True}
     return {"model_type": CLASSES[architecture].model_type, **values}
 
 
@@ -128,6 +130,8 @@ def expected(architecture, values) -> dict:
             "residual_multiplier": config.residual_multiplier,
             "logit_divisor": config.logits_scaling,
         }
+    if architecture == "SeedOssForCausalLM":
+        common |= {"attention_out_bias": config.attention_out_bias}
     return common | {
         "intermediate_size": config.intermediate_size,
         "num_kv_heads": config.num_key_value_heads,
@@ -164,6 +168,7 @@ def test_a_file_of_nothing_but_the_type_is_the_class_built_with_no_argument(tmp_
     assert others <= {
         "ropes", "sliding_window", "sliding_layers", "quantization", "warnings", "attention_scale",
         "attention_softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier", "logit_divisor",
+        "attention_out_bias",
     }  # fmt: skip
     others.discard("warnings")
     assert all(

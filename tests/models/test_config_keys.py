@@ -31,6 +31,7 @@ NO_EFFECT = {
     "embd_pdrop": (TRAINING, 0.5),
     "hidden_dropout": (TRAINING, 0.5),
     "resid_pdrop": (TRAINING, 0.5),
+    "residual_dropout": (TRAINING, 0.5),
     "initializer_range": (TRAINING, 0.9),
     "pad_token_id": (PLACES, 5),
     "id2label": (LABELS, {"0": "a", "1": "b", "2": "c"}),
@@ -95,7 +96,7 @@ def test_no_key_is_unknown(architecture):
     assert keys <= known
 
 
-@pytest.mark.parametrize("family", ["bloom_6_heads", "llama2_gqa", "phi3"])
+@pytest.mark.parametrize("family", ["bloom_6_heads", "llama2_gqa", "phi3", "seed_oss"])
 def test_keys_without_effect_change_no_logit(family):
     ids = torch.arange(3, 20)[None]
     values = {key: value for key, (_, value) in NO_EFFECT.items() if key not in ("_attn_implementation", "return_dict")}
