@@ -139,6 +139,7 @@ ALLOWED = {
     "models.gemma2": (*BELOW_A_MODEL, "models.llama"),
     "models.gemma3": ("models.gemma3_text",),
     "models.gemma3_text": (*BELOW_A_MODEL, "models.gemma2"),
+    "models.ministral": ("models.mistral",),
     "models.mistral": (*BELOW_A_MODEL, "models.llama"),
     "models.granite": (*BELOW_A_MODEL, "models.llama"),
     "models.olmo2": (*BELOW_A_MODEL, "models.llama"),

@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "GraniteForCausalLM": Architecture("granite", config_defaults.GRANITE),
     "InternLM3ForCausalLM": Architecture("internlm3", config_defaults.INTERNLM3, dialect="internlm3"),
     "LlamaForCausalLM": Architecture("llama", config_defaults.LLAMA),
+    "MinistralForCausalLM": Architecture("ministral", config_defaults.MISTRAL),
     "MistralForCausalLM": Architecture("mistral", config_defaults.MISTRAL),
     "Olmo2ForCausalLM": Architecture("olmo2", config_defaults.OLMO2),
     "Phi3ForCausalLM": Architecture("phi3", config_defaults.PHI3, dialect="phi3"),

@@ -19,6 +19,7 @@ NAMES = {
     "LLaMA": "LlamaForCausalLM",
     "Granite": "GraniteForCausalLM",
     "InternLM3": "InternLM3ForCausalLM",
+    "Ministral": "MinistralForCausalLM",
     "Mistral": "MistralForCausalLM",
     "OLMo 2": "Olmo2ForCausalLM",
     "Phi-3": "Phi3ForCausalLM",

@@ -90,6 +90,13 @@ FAMILIES |= {
     "granite": transformers.GraniteConfig(
         **_LLAMA, embedding_multiplier=2.5, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=0.5
     ),
+    "ministral": transformers.MinistralConfig(
+        **_LLAMA,
+        head_dim=24,
+        tie_word_embeddings=True,
+        sliding_window=WINDOW,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
     "olmo2": transformers.Olmo2Config(**_LLAMA, attention_bias=True),
     "seed_oss": transformers.SeedOssConfig(
         **_LLAMA, head_dim=24, attention_bias=False, attention_out_bias=True, mlp_bias=True

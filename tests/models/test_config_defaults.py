@@ -66,6 +66,7 @@ NULLS_OF_OUR_OWN = {
         for key, meaning in (("num_key_value_heads", {"num_kv_heads": 32}), ("head_dim", {"head_dim": 16}))
     },
     ("GraniteForCausalLM", "head_dim"): {"head_dim": 16},
+    ("MinistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
     ("MistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
     ("Olmo2ForCausalLM", "head_dim"): {"head_dim": 16},
     ("Phi3ForCausalLM", "head_dim"): {"head_dim": 16},
