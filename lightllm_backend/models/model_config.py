@@ -32,6 +32,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 # The keys whose values the shapes of weights must agree with.
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
 )  # fmt: skip
 
 # The keys that count beside `text_config` too.
@@ -240,7 +241,7 @@ def _bloom(config: ConfigFields) -> dict[str, Any]:
         "head_dim": hidden_size // num_heads,
         "norm_eps": config.positive("layer_norm_epsilon"),
         "tie_word_embeddings": config.flag("tie_word_embeddings"),
-        "max_sequence_length": config.count("seq_length", null=UNLIMITED_POSITIONS),
+        "max_sequence_length": config.count("seq_length", null=UNLIMITED_POSITIONS, least=2),
         "attention_bias": True,
         "mlp_bias": True,
     }
@@ -335,7 +336,7 @@ def _check_activation(config: ConfigFields) -> None:
 
 def _layers(config: ConfigFields, num_layers: int, head_dim: int, rope_types: Mapping[str, str]) -> dict[str, Any]:
     """What differs from layer to layer: windows and rotary embeddings."""
-    positions = config.count("max_position_embeddings")
+    positions = config.count("max_position_embeddings", least=2)  # a prompt, and an answer
     if config.knows("rope_local_base_freq"):
         by_type, warnings = read_ropes_by_layer_type(config, head_dim)
         ropes = tuple(by_type[layer_type] for layer_type in _layer_types(config, num_layers))
@@ -365,8 +366,8 @@ def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
     """The sliding window and which layers have it."""
     is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
     if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
-        types = config.get("layer_types")
-        if isinstance(types, list) and config.knows("layer_types") and "sliding_attention" in types:
+        types = config.get("layer_types") if config.knows("layer_types") else None
+        if types is not None and "sliding_attention" in _layer_types(config, num_layers):
             key = "use_sliding_window" if is_off else "sliding_window"
             raise config.error(key, "a window is needed for the sliding_attention in layer_types")
         return {}

@@ -278,7 +278,7 @@ def test_a_default_that_does_not_fit_is_said_to_be_one(tmp_path):
         ({"n_head": 12}, "hidden_size is 1024; a multiple of n_head, 12, is needed"),
         ({"n_embed": 1000}, "n_embed is 1000; a multiple of n_head, 16, is needed"),
         ({"n_layer": 0}, "n_layer is 0; an integer of at least 1 is needed"),
-        ({"seq_length": "long"}, "seq_length is 'long'; an integer of at least 1"),
+        ({"seq_length": "long"}, "seq_length is 'long'; an integer of at least 2"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0; a number above 0"),
         (
             {"apply_residual_connection_post_layernorm": True},
@@ -371,6 +371,11 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({**QWEN2, "max_window_layers": -1}, "max_window_layers is -1; an integer of at least 0"),
         ({**QWEN2, "max_window_layers": None}, "max_window_layers is null; an integer of at least 0"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types is .*; one of full_attention .* each of 32 layers"),
+        (
+            {**QWEN2, "use_sliding_window": False, "layer_types": ["linear_attention"] * 32},
+            "layer_types is .*; one of full_attention .* each of 32 layers",
+        ),
+        ({**QWEN2, "max_position_embeddings": 1}, "max_position_embeddings is 1; an integer of at least 2 is needed"),
         ({**QWEN2, "layer_types": ["chunked_attention"] * 32}, "layer_types is .*; one of full_attention | sliding"),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}},
