@@ -172,6 +172,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         return ApiError(400, f"{field} is missing; allowed: every required field", param)
     if kind == "extra_forbidden":
         return ApiError(400, f"{field} is not a field of this request; allowed: those that /openapi.json lists", param)
+    if kind == "model_attributes_type" and isinstance(body, bytes):
+        return ApiError(400, "the header Content-Type names no JSON; allowed: application/json")
     if kind == "model_attributes_type":
         return ApiError(400, f"{field} is {_shown(first.get('input'))}; allowed: a JSON object", param)
     allowed = re.sub(r"^Input should be (an? instance of )?", "", message)

@@ -176,7 +176,14 @@ class _Parts:
 
     def runner_with(self, pool_tokens: int, max_length: int) -> tuple[ModelRunner, KVStorage]:
         num_slots = pool_tokens * self.groups.count
-        storage = KVStorage(self.groups.layers_per_slot, num_slots, *self._kv_shape, self.device)
+        try:
+            storage = KVStorage(self.groups.layers_per_slot, num_slots, *self._kv_shape, self.device)
+        except RuntimeError:
+            if self.device.type != "cpu":
+                raise
+            raise ConfigError(
+                f"max_total_token_num is {pool_tokens}; allowed: at most what this machine has memory for"
+            ) from None
         num_rows = self.config.running_max_req_size
         sizes = num_rows, max_length, self.eos_ids, self.shape.vocab_size
         runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device, self.groups)

@@ -54,6 +54,13 @@ def test_a_server_that_is_not_there_is_not_told_by_its_address() -> None:
     assert mapped.message == "the server does not answer: it is starting, or has stopped; try again"
 
 
+def test_a_body_that_is_not_called_json(call: Caller) -> None:
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = call("POST", "/v1/completions", content=b'{"prompt": "Hi"}', headers=headers)
+    message = "the header Content-Type names no JSON; allowed: application/json"
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)
+
+
 def test_paths_and_methods(call: Caller) -> None:
     assert call("GET", "/v1/nothing").status_code == 404
     response = call("PUT", "/v1/models")

@@ -77,6 +77,14 @@ def test_a_rope_that_does_not_count_is_warned_of(tmp_path, caplog, both) -> None
     assert ("rope_scaling counts, and not rope_parameters beside it" in caplog.text) == both
 
 
+def test_a_pool_beyond_the_memory_of_a_cpu_is_refused(tmp_path) -> None:
+    config = replace(dummy_model(tmp_path), max_total_token_num=10**15)
+    with pytest.raises(
+        ConfigError, match="max_total_token_num is 1000000000000000; allowed: at most what this machine"
+    ):
+        load_engine(config)
+
+
 def test_a_dtype_that_does_not_exist_is_refused_on_a_cpu_as_well(tmp_path) -> None:
     with pytest.raises(ModelError, match="torch_dtype is 'bfloat17'; allowed: bfloat16, float16, "):
         load_engine(dummy_model(tmp_path, torch_dtype="bfloat17"))
