@@ -13,6 +13,7 @@ import collections
 import json
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import click
@@ -39,9 +40,10 @@ def problem(answer: Answer, schema: object, tokenizer: Tokenizer, eos_ids: Seque
     if answer.reason is not FinishReason.STOP:
         return f"{answer.reason}: {answer.error}"
     text = tokenizer.decode([token for token in answer.token_ids if token not in eos_ids], skip_special_tokens=False)
+    exact = json.loads(json.dumps(schema), parse_float=Decimal)  # in floats, 1.12 is no multiple of 0.01
     try:
-        validator = jsonschema.validators.validator_for(schema)(schema, format_checker=CHECKED_FORMATS)
-        validator.validate(json.loads(text))
+        validator = jsonschema.validators.validator_for(exact)(exact, format_checker=CHECKED_FORMATS)
+        validator.validate(json.loads(text, parse_float=Decimal))
     except (ValueError, jsonschema.ValidationError) as error:
         return f"{str(error).splitlines()[0]} in {text!r}"
     return None
