@@ -45,6 +45,7 @@ ALLOWED = {
     "models.config_defaults": (),
     "models.config_fields": ("json_file", "models.errors"),
     "models.rope": ("models.config_fields",),
+    "models.layer_types": ("models.config_fields", "models.rope"),
     "models.rotary": ("kernels.attention.step_memo", "models.rope"),
     "models.registry": ("models.config_defaults", "models.errors"),
     "models.unsupported": ("models.config_fields", "models.errors"),
@@ -66,6 +67,7 @@ ALLOWED = {
     "models.model_config": (
         "models.config_fields",
         "models.errors",
+        "models.layer_types",
         "models.quantization.config",
         "models.quantization.scheme",
         "models.registry",

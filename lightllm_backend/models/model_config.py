@@ -14,6 +14,7 @@ from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.layer_types import read_layers
 from lightllm_backend.models.quantization.config import on_the_fly, read_quantization, with_head
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
 from lightllm_backend.models.registry import (
@@ -23,12 +24,11 @@ from lightllm_backend.models.registry import (
     SAVED_AS_LLAMA,
     check_architecture,
 )
-from lightllm_backend.models.rope import PHI3_ROPE_TYPES, ROPE_TYPES, Rope, read_rope, read_ropes_by_layer_type
+from lightllm_backend.models.rope import PHI3_ROPE_TYPES, ROPE_TYPES, Rope
 from lightllm_backend.models.unsupported import other_kind, refuse_other_directories, refuse_other_values
 
 __all__ = ["ModelConfig", "ModelError"]
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 # The keys whose values the shapes of weights must agree with.
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -195,7 +195,7 @@ def _llama(config: ConfigFields, rope_types: Mapping[str, str] = ROPE_TYPES) -> 
         "attention_bias": config.flag("attention_bias"),
         "attention_out_bias": config.flag("attention_out_bias"),
         "mlp_bias": config.flag("mlp_bias"),
-        **_layers(config, num_layers, head_dim, rope_types),
+        **read_layers(config, num_layers, head_dim, rope_types),
         **_scales(config),
     }
 
@@ -332,64 +332,6 @@ def _check_activation(config: ConfigFields) -> None:
             raise config.error("hidden_activation", "'gelu_pytorch_tanh' is needed")
     elif config.get("hidden_act") not in ("silu", "swish"):
         raise config.error("hidden_act", "'silu' is needed")
-
-
-def _layers(config: ConfigFields, num_layers: int, head_dim: int, rope_types: Mapping[str, str]) -> dict[str, Any]:
-    """What differs from layer to layer: windows and rotary embeddings."""
-    positions = config.count("max_position_embeddings", least=2)  # a prompt, and an answer
-    if config.knows("rope_local_base_freq"):
-        by_type, warnings = read_ropes_by_layer_type(config, head_dim)
-        ropes = tuple(by_type[layer_type] for layer_type in _layer_types(config, num_layers))
-    else:
-        rope, warnings = read_rope(config, head_dim, rope_types)
-        unrotated = Rope(0)
-        ropes = tuple(rope if rotates else unrotated for rotates in _rotating_layers(config, num_layers))
-        positions = rope.stretched(positions)
-    windows = _sliding_window(config, num_layers)
-    return {"ropes": ropes, "warnings": tuple(warnings), "max_sequence_length": positions, **windows}
-
-
-def _rotating_layers(config: ConfigFields, num_layers: int) -> list[bool]:
-    """Which layers have rotary embeddings: all, or those of `no_rope_layers` with a 1, else all but every nth."""
-    if not config.knows("no_rope_layers"):
-        return [True] * num_layers
-    listed = config.get("no_rope_layers")
-    if listed is None:
-        interval = config.count("no_rope_layer_interval")
-        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
-    if not isinstance(listed, list) or len(listed) < num_layers or any(value not in (0, 1) for value in listed):
-        raise config.error("no_rope_layers", f"1 or, without rotary embeddings, 0 for each of {num_layers} layers")
-    return [value == 1 for value in listed[:num_layers]]
-
-
-def _sliding_window(config: ConfigFields, num_layers: int) -> dict[str, Any]:
-    """The sliding window and which layers have it."""
-    is_off = config.knows("use_sliding_window") and not config.flag("use_sliding_window")
-    if is_off or not config.knows("sliding_window") or not config.has("sliding_window"):
-        types = config.get("layer_types") if config.knows("layer_types") else None
-        if types is not None and "sliding_attention" in _layer_types(config, num_layers):
-            key = "use_sliding_window" if is_off else "sliding_window"
-            raise config.error(key, "a window is needed for the sliding_attention in layer_types")
-        return {}
-    sliding = tuple(layer_type == "sliding_attention" for layer_type in _layer_types(config, num_layers))
-    return {"sliding_window": config.count("sliding_window"), "sliding_layers": sliding}
-
-
-def _layer_types(config: ConfigFields, num_layers: int) -> list[str]:
-    """The type of each layer: `layer_types`, else by the class's rule of how they alternate."""
-    types = config.get("layer_types") if config.knows("layer_types") else None
-    if types is None:
-        full, sliding = LAYER_TYPES
-        if config.knows("sliding_window_pattern"):
-            pattern = config.count("sliding_window_pattern")
-            return [sliding if (layer + 1) % pattern else full for layer in range(num_layers)]
-        if config.knows("no_rope_layers"):
-            return [full if rotates else sliding for rotates in _rotating_layers(config, num_layers)]
-        first = config.count("max_window_layers", least=0) if config.knows("max_window_layers") else 0
-        return [sliding if layer >= first else full for layer in range(num_layers)]
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in LAYER_TYPES for kind in types):
-        raise config.error("layer_types", f"one of {' | '.join(LAYER_TYPES)} for each of {num_layers} layers is needed")
-    return types
 
 
 def _scales(config: ConfigFields) -> dict[str, float]:

@@ -10,7 +10,8 @@ import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from lightllm_backend.models.model_config import LAYER_TYPES, SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
+from lightllm_backend.models.layer_types import LAYER_TYPES
+from lightllm_backend.models.model_config import SIZES, UNLIMITED_POSITIONS, ModelConfig, ModelError
 from lightllm_backend.models.registry import ARCHITECTURES, SAVED_AS_LLAMA
 from lightllm_backend.models.rope import Rope
 from lightllm_backend.models.unsupported import FIXED_KEYS
