@@ -91,7 +91,7 @@ class ModelCost:
 
 
 def _pairs(length: int) -> int:
-    """Of a query and a token that it sees, in causal attention."""
+    """The pairs of a query and a token that it sees, in causal attention."""
     return length * (length + 1) // 2
 
 

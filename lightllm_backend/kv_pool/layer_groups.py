@@ -82,5 +82,5 @@ class LayerGroups:
         return (slots - self.num_windowed * in_window) // self.num_full if self.num_full else ENDLESS
 
 
-# Of any layers. The Router needs no places.
+# The Router needs no places, so that this is one group of any layers.
 ONE_GROUP = LayerGroups()

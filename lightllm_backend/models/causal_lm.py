@@ -36,7 +36,7 @@ class CausalLM(HasWeights, Protocol):
 
     @property
     def windows(self) -> list[int]:
-        """Of each layer, the positions that a query sees, its own included; 0: all."""
+        """The positions that a query sees in each layer, its own included; 0: all."""
 
     def forward(self, step: StepInput) -> Tensor:
         """Write the new K and V into the pool and return the logits [m, vocab] of `step.last_tokens`."""

@@ -113,8 +113,7 @@ class PoolAttention:
             self.kernels.token_attention(
                 first(q), first(k), first(v), first(cos), first(sin), first(slots), kv.k, kv.v, req_to_token,
                 first(step.rows), first(step.context_lengths), step.max_context_length, self.scale, self.alibi_slopes,
-                self.window, kv.scales, first(out), memo, self.norm,
-                self.soft_cap,
+                self.window, kv.scales, first(out), memo, self.norm, self.soft_cap,
             )  # fmt: skip
         if len(step.query_starts) > 1:
             self.kernels.rotary_kv_write(

@@ -27,7 +27,7 @@ NOT_KERNELS |= {
     "whole_prompt_tiles",
 }
 NOT_KERNELS |= {"gate"}
-# Of compiled/, which has several in a file.
+# A file of compiled/ has several kernels.
 NOT_KERNELS |= {"attention", "dot_product", "numbers", "products", "rows", "threads"}
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
 NOT_KERNELS |= {"quantized_prefetch", "unpacking"}

@@ -131,7 +131,7 @@ def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(t
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "granite", "olmo2"])
 def test_bfloat16_chooses_the_same_tokens_where_the_choice_is_clear(tmp_path, family):
-    """Of families whose norms, soft caps and products are rounded in ways of their own."""
+    """These families round norms, soft caps or products in ways of their own."""
     engine = load(save_random_model(family, tmp_path), dtype="bfloat16")
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):

@@ -102,7 +102,7 @@ def ours(directory, **written) -> ModelConfig:
 
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
 def test_rotations_are_those_of_transformers(tmp_path, written):
-    """Of a prompt at once, below, at and beyond each length at which one of them changes."""
+    """The prompts end below, at and beyond each length at which a rotation changes."""
     check_rotations(ours(tmp_path, **written), LlamaRotaryEmbedding(theirs(transformers.LlamaConfig, written)))
 
 

@@ -21,7 +21,7 @@ def make_loop(depth: int, capacity: int = 100, **settings) -> EngineLoop:
 
 
 def admissions(loop: EngineLoop) -> Iterable[tuple[int, int, int, bool]]:
-    """Of each: prompt, generated and cached tokens, and whether it is recomputed."""
+    """The prompt, generated and cached tokens of each admission, and whether it is recomputed."""
     return [
         (len(one.prompt_ids), len(one.generated_ids), len(one.cached_slots), one.is_recomputed)
         for batch in loop.batches

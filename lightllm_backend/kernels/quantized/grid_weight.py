@@ -21,7 +21,7 @@ from torch.nn import functional
 # Input features of a group, as GGUF has them, and output features of a block.
 GROUP = 32
 BLOCK = 16
-# Of a group of a block: scales and least weights, float16, before the numbers.
+# Scales and least weights, float16, stand before the numbers of each group of a block.
 SCALE_BYTES = 2 * 2 * BLOCK
 # A weight and the greatest of its group, each rounded to bfloat16, by whose ratio we judge.
 _ROUNDING = 2.0**-7

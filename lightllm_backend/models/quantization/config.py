@@ -31,9 +31,7 @@ from lightllm_backend.models.quantization.scheme import (
 # The head's name; most tools never quantise it.
 HEAD = "lm_head"
 
-# Keys of config.json, and files beside it, that only a quantised checkpoint has.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# The files, and the method of one that does not name its own.
+# Files beside config.json that only a quantised checkpoint has, and the method of one that does not name its own.
 QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 BLOCK = 128
