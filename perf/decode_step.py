@@ -19,7 +19,7 @@ from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from perf.kernels.measure import seconds_of
-from perf.shapes import SHAPES
+from perf.shapes import SHAPES, rank_shape
 
 DEVICE = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
@@ -27,11 +27,14 @@ CONTEXT = 192  # what the static inference test has on average
 
 
 class DecodeStep:
-    """Of a shape by name, of at most `most` sequences, each with CONTEXT tokens anywhere in a pool."""
+    """Of a shape by name, of at most `most` sequences, each with CONTEXT tokens anywhere in a pool.
 
-    def __init__(self, name: str, most: int, weight_dtype: str = "auto") -> None:
+    Of several ranks it is one's, without what it waits for from the others.
+    """
+
+    def __init__(self, name: str, most: int, weight_dtype: str = "auto", tp: int = 1) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.json").write_text(json.dumps(SHAPES[name]))
+            Path(directory, "config.json").write_text(json.dumps(rank_shape(SHAPES[name], tp)))
             config = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, "auto", tp=1)
         parallel = TensorParallel.connect(0, 1, DEVICE, "")
         self._model = model_class(config.architecture)(config, kernels.select(DEVICE), parallel, DTYPE, DEVICE, CONTEXT)

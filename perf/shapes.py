@@ -55,6 +55,23 @@ SHAPES = {
     "bloom-7b1": _bloom(30, 4096, 32),
 }  # fmt: skip
 
+
+def rank_shape(config: dict[str, Any], tp: int) -> dict[str, Any]:
+    """The part of one of `tp` ranks, as the config.json of a model whose products are the rank's."""
+    heads = config.get("num_attention_heads") or config["n_head"]
+    if tp == 1:
+        return config
+    if "intermediate_size" not in config:
+        raise ValueError(f"tp is {tp}; allowed: 1, since the parts of a BLOOM are no BLOOM")
+    return config | {
+        "head_dim": config.get("head_dim", config["hidden_size"] // heads),
+        "num_attention_heads": heads // tp,
+        "num_key_value_heads": max(1, config.get("num_key_value_heads", heads) // tp),
+        "intermediate_size": config["intermediate_size"] // tp,
+        "vocab_size": -(-config["vocab_size"] // (8 * tp)) * 8,
+    }
+
+
 # Settings with which the stored figures were measured, unless a benchmark has longer requests: what a start takes and
 # how many tokens the KV pool holds depend on them.
 LENGTHS = {"max_req_input_len": 2048, "max_req_total_len": 3072}

@@ -3,22 +3,27 @@
 
     python -m perf.step_profile --model llama-7b --batches 1,256,1000
     python -m perf.step_profile --model llama-7b --batches 256 --prefill
+    python -m perf.step_profile --model llama-7b --batches 1,128 --tp 2
 
-The engine runs in this process: the worker's loop without its sockets, on one GPU. First some steps are timed by the
+The engine runs in this process: the worker's loop without its sockets. Of several GPUs it is the first's rank, and the
+others are followers in processes of their own. First some steps are timed by the
 clock alone, then others are recorded by PyTorch's profiler, which slows small kernels down a little: the recorded span
 beside the wall time tells how much. On a CPU there are only the host's times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +35,12 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.generation.worker_group import worker_environment
+from lightllm_backend.messages.run_directory import batches_address, rendezvous_file
 from lightllm_backend.request import Request, SamplingParams
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.model_runner import PendingStep
+from lightllm_backend.worker.batch_channel import BatchSender
 from lightllm_backend.worker.load import LoadedEngine, load_engine
 from lightllm_backend.worker.main import build_router
 from perf.cases import WORKLOAD, Case, SizeList, mixed_case
@@ -63,8 +71,11 @@ class Activity(NamedTuple):
 class StepLoop:
     """A batch of requests in an engine of its own Router, taken through the worker's loop turn by turn."""
 
-    def __init__(self, engine: LoadedEngine, config: EngineConfig, case: Case, seed: int) -> None:
+    def __init__(
+        self, engine: LoadedEngine, followers: BatchSender, config: EngineConfig, case: Case, seed: int
+    ) -> None:
         self._runner = engine.runner
+        self._followers = followers
         self._router = build_router(config, engine.info, engine.batch_max_tokens, groups=engine.groups)
         self._in_flight: deque[tuple[Batch, PendingStep]] = deque()
         self._case = case
@@ -78,6 +89,7 @@ class StepLoop:
         batch = self._router.next_batch()
         planned = time.perf_counter()
         if batch is not None:
+            self._followers.send(batch)
             self._in_flight.append((batch, self._runner.launch(batch)))
         launched = time.perf_counter()
         wait = apply = 0.0
@@ -149,13 +161,37 @@ def summarize(activities: Sequence[Activity], steps: int) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def loaded(config: EngineConfig) -> Iterator[tuple[LoadedEngine, BatchSender]]:
+    """Rank 0 of an engine, and what leads its other ranks, as the worker's main has them."""
+    with tempfile.TemporaryDirectory() as directory:
+        address = str(Path(directory, "engine"))
+        batches = BatchSender(batches_address(address), config.tp - 1)
+        module = [sys.executable, "-m", "lightllm_backend.worker.main", address]
+        followers = [
+            subprocess.Popen(
+                [*module, str(rank)], env=worker_environment(config), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            )
+            for rank in range(1, config.tp)
+        ]
+        try:
+            engine = load_engine(config, 0, rendezvous_file(address))
+            batches.accept()
+            yield engine, batches
+        finally:
+            batches.close()
+            for follower in followers:
+                follower.kill()
+                follower.wait()
+
+
 def profile_case(
-    engine: LoadedEngine, config: EngineConfig, case: Case, steps: int, in_prefill: bool
+    engine: LoadedEngine, followers: BatchSender, config: EngineConfig, case: Case, steps: int, in_prefill: bool
 ) -> dict[str, Any]:
     """One row of the result: of all steps that prefill the batch, or of as many that decode all of it."""
     on_gpu = engine.info.device == "cuda"
-    StepLoop(engine, config, case, seed=0).finish()  # whatever happens only once happens here
-    loop = StepLoop(engine, config, case, seed=1)
+    StepLoop(engine, followers, config, case, seed=0).finish()  # whatever happens only once happens here
+    loop = StepLoop(engine, followers, config, case, seed=1)
     started = time.perf_counter()
     times = loop.prefill()
     if not in_prefill:
@@ -179,7 +215,7 @@ def profile_case(
     if on_gpu:
         if in_prefill:
             loop.finish()
-            loop = StepLoop(engine, config, case, seed=2)
+            loop = StepLoop(engine, followers, config, case, seed=2)
             row |= summarize(activities_of(loop.prefill), len(times))
         else:
             row |= summarize(activities_of(lambda: [loop.turn() for _ in range(steps)]), steps)
@@ -232,6 +268,7 @@ def cases_for(
 @click.option("--mean_context", default=395, show_default=True, type=click.IntRange(min=1), help="of the mixed batch")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(min=1), help="timed, and as many recorded")
 @click.option("--prefill", is_flag=True, help="the steps that prefill the batch, not those that decode")
+@click.option("--tp", type=click.IntRange(min=1), help="GPUs that share the model")
 @click.option("--dtype", help="bfloat16 | float16 | float32")
 @click.option("--weight_dtype", type=click.Choice(WEIGHT_DTYPES), help="of the layers' weights")
 @click.option("--head_dtype", type=click.Choice(HEAD_DTYPES), help="of the head's weight")
@@ -249,21 +286,26 @@ def main(
     prefill: bool,
     batch_max_tokens: int,
     out: Path | None,
+    tp: int | None,
     **settings: str | None,
 ) -> None:
     cases = cases_for(batches, input_len, mixed, mean_context, steps, batch_max_tokens)
     # Without the prefix cache, since prompts that begin with the same token by chance would share it.
     settings |= {"load_format": "dummy", "batch_max_tokens": str(batch_max_tokens), "prefix_cache": "false"}
+    settings["tp"] = str(tp) if tp else None
     if not torch.cuda.is_available():
         settings["max_total_token_num"] = str(max(case.batch * case.longest for case in cases))
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(SHAPES[model]))
         config = engine_config(directory, settings, cases)
-        engine = load_engine(config)
-    on_gpu = engine.info.device == "cuda"
-    if on_gpu:
-        activities_of(lambda: torch.zeros(1, device="cuda"))  # the first recording sets the profiler up
-    rows = [profile_case(engine, config, case, steps, prefill) for case in tqdm(cases, desc=model, unit="batch")]
+        with loaded(config) as (engine, followers):
+            on_gpu = engine.info.device == "cuda"
+            if on_gpu:
+                activities_of(lambda: torch.zeros(1, device="cuda"))  # the first recording sets the profiler up
+            rows = [
+                profile_case(engine, followers, config, case, steps, prefill)
+                for case in tqdm(cases, desc=model, unit="batch")
+            ]
     console = Console(width=120)
     for row in rows:
         print_row(row, console)

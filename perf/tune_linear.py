@@ -50,7 +50,7 @@ from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.decode_step import DEVICE, DTYPE
 from perf.kernels.measure import seconds_of
 from perf.record import circumstances
-from perf.shapes import SHAPES
+from perf.shapes import SHAPES, rank_shape
 
 WEIGHT_BYTES = 600 << 20
 # Added to the time of split products that no norm sums, and of gated products by cuBLAS.
@@ -68,21 +68,20 @@ class Product(NamedTuple):
     norm_sums_parts: bool  # a norm follows at once
 
 
-def products(config: dict[str, Any], tp: int) -> list[Product]:
-    """The products of one rank of a LLaMA or a BLOOM."""
+def products(config: dict[str, Any], tp: int = 1) -> list[Product]:
+    """The products of one rank of a LLaMA, or of a BLOOM on one GPU."""
+    config = rank_shape(config, tp)
     hidden, heads = config["hidden_size"], config.get("num_attention_heads") or config["n_head"]
-    head_dim = hidden // heads
-    kv_heads = max(config.get("num_key_value_heads", heads), tp)
-    qkv = (heads + 2 * kv_heads) * head_dim // tp
+    head_dim = config.get("head_dim", hidden // heads)
+    kv_heads = config.get("num_key_value_heads", heads)
     is_gated = "intermediate_size" in config
-    features = config.get("intermediate_size", 4 * hidden) // tp
-    vocabulary = config["vocab_size"] if tp == 1 else -(-config["vocab_size"] // (8 * tp)) * 8
+    features = config.get("intermediate_size", 4 * hidden)
     return [
-        Product(qkv, hidden, False, False),
-        Product(hidden, hidden // tp, False, tp == 1),
+        Product((heads + 2 * kv_heads) * head_dim, hidden, False, False),
+        Product(hidden, heads * head_dim, False, True),
         Product(2 * features if is_gated else features, hidden, is_gated, False),
-        Product(hidden, features, False, tp == 1),
-        Product(vocabulary, hidden, False, False),
+        Product(hidden, features, False, True),
+        Product(config["vocab_size"], hidden, False, False),
     ]
 
 
@@ -183,7 +182,9 @@ def block_times(product: Product, tokens: int, tried: list[LinearBlocks]) -> dic
 @click.option("--rule", is_flag=True, help="time the rule for weights without stored blocks instead")
 def main(models: tuple[str, ...], tp: str, tokens: str, rule: bool) -> None:
     names = models or tuple(name for name in SHAPES if name != "tiny")
-    found = {product for name in names for ranks in tp.split(",") for product in products(SHAPES[name], int(ranks))}
+    sizes = [int(size) for size in tp.split(",")]
+    parted = {name: sizes if "intermediate_size" in SHAPES[name] else [1] for name in names}
+    found = {product for name in names for size in parted[name] for product in products(SHAPES[name], size)}
     if rule:
         gpu = Gpu(compute_capability(DEVICE), multiprocessor_count(DEVICE))
         for product, count in itertools.product(sorted(found), FEW_TOKENS):

@@ -3,6 +3,7 @@
 
     python -m perf.tune_prefetch
     python -m perf.tune_prefetch --tokens 32,64 llama-7b
+    python -m perf.tune_prefetch --tp 2 llama-7b
 
 It times whole decode steps of a model of random weights in a CUDA graph, since the kernel's gain lies between products:
 timed alone, it would be chosen too often. Product after product, it tries all blocks that fit the shared memory, and
@@ -48,6 +49,8 @@ MARGIN = 0.002
 TOLERANCE = 0.01
 # Shared memory of a multiprocessor, less what barriers and the system take.
 SHARED_BYTES = 222_000
+# Fewer cannot keep as many reads in flight as memory takes.
+MIN_PROGRAMS = 60
 
 
 def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
@@ -61,7 +64,7 @@ def candidates(product: Product, tokens: int) -> Iterator[LinearBlocks]:
         if (
             stages >= 3
             and product.in_features % (splits * inner) == 0
-            and programs >= 80
+            and programs >= MIN_PROGRAMS
             and (splits == 1 or (programs <= 270 and not product.is_gated))
         ):
             blocks = LinearBlocks(rows, inner, stages, warps, splits, beside)
@@ -132,12 +135,13 @@ def _milliseconds(seconds: list[float]) -> str:
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
 @click.option("--tokens", default=",".join(map(str, BATCHES)), show_default=True, help="blocks of tokens")
-def main(models: tuple[str, ...], tokens: str) -> None:
+@click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
+def main(models: tuple[str, ...], tokens: str, tp: int) -> None:
     table = stored_blocks(PREFETCH_BLOCKS).setdefault(capability(), {})
     done: set[Product] = set()
     for name in models or ("llama-7b", "llama-3-8b", "bloom-7b1", "llama-13b"):
-        step = DecodeStep(name, max(itertools.chain(*BATCHES.values())))
-        new = [product for product in products(SHAPES[name], 1) if product not in done]
+        step = DecodeStep(name, max(itertools.chain(*BATCHES.values())), tp=tp)
+        new = [product for product in products(SHAPES[name], tp) if product not in done]
         for count in tokens.split(","):
             tune(step, new, int(count), table)
         done.update(new)

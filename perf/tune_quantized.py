@@ -3,6 +3,7 @@
 
     python -m perf.tune_quantized
     python -m perf.tune_quantized --kinds int4 --tokens 8,16 llama-7b
+    python -m perf.tune_quantized --kinds fp8 --tp 4 llama-7b llama-2-70b
 
 All blocks that fit are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input,
 since a part of the gain lies between the two. Then whole decode steps decide between the best of each product. The
@@ -26,7 +27,7 @@ import click
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
@@ -81,7 +82,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
     tokens = min(tokens, MAX_BLOCK_TOKENS)
     for (rows, warps, consumers), inner, beside, splits in itertools.product(
         ((64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1)),
-        (128, 256),
+        (128, 256) if product.in_features % 128 == 0 else (64,),
         (1, 2, 3),
         (1, 2, 3, 4, 6),
     ):
@@ -135,6 +136,8 @@ def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
             torch.cuda.synchronize()
         except OutOfResources:
             pass
+        except PTXASError:
+            pass
         except RuntimeError as error:
             print(f"FAILED {job}, {tuple(blocks)}: {str(error).splitlines()[0]}", flush=True)
             return index
@@ -145,7 +148,7 @@ def runnable(pairs: list[tuple[Job, PrefetchBlocks]]) -> set[tuple[Job, Prefetch
     """Those whose kernels compile and run. A failure ends its process's use of the GPU."""
     failed = set()
     chunks = [pairs[i : i + 40] for i in range(0, len(pairs), 40)]
-    context, workers = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) - 1)
+    context, workers = multiprocessing.get_context("spawn"), max(1, len(os.sched_getaffinity(0)) - 1)
     with context.Pool(workers, maxtasksperchild=1) as pool:
         while chunks:
             ran = pool.map(try_some, chunks, chunksize=1)
@@ -171,7 +174,7 @@ def times(job: Job, tried: Sequence[PrefetchBlocks]) -> dict[PrefetchBlocks, flo
     for blocks in tried:
         try:
             result = result_of(job, blocks, x, scales, weight).float().sum(0)
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             continue
         error = float((result - expected).norm() / expected.norm())
         if not error < TOLERANCE[scales is not None]:
@@ -194,14 +197,15 @@ def key(job: Job) -> str:
 @click.option("--kinds", default="fp8,int4", show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="blocks of tokens")
 @click.option("--compare", is_flag=True, help="also time the steps in 16 bits")
+@click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
 @torch.inference_mode()
-def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool) -> None:
+def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: int) -> None:
     began = time.monotonic()
     table = stored_blocks(BLOCKS).setdefault(capability(), {})
     counts = [int(count) for count in tokens.split(",")]
     measure.GRAPH_SECONDS, measure.REPLAYS = 2e-3, 5
     for name in models or ("llama-7b",):
-        new = products(SHAPES[name], 1)[:4]  # the head is another option's
+        new = products(SHAPES[name], tp)[:4]  # the head is another option's
         jobs = [Job(kind, product, count) for kind in kinds.split(",") for product in new for count in counts]
         pairs = [(job, blocks) for job in jobs for blocks in candidates(job)]
         print(f"{len(pairs)} kernels", flush=True)
@@ -221,13 +225,13 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool) -> Non
         most = max(max(BATCHES[count]) for count in counts)
         bf16: dict[int, list[float]] = {}
         if compare:
-            step = DecodeStep(name, most)
+            step = DecodeStep(name, most, tp=tp)
             bf16 = {count: step.seconds(BATCHES[count]) for count in counts}
             milliseconds = {count: [round(1e3 * one, 3) for one in bf16[count]] for count in counts}
             print(f"bf16, {milliseconds}", flush=True)
             del step
         for kind in kinds.split(","):
-            step = DecodeStep(name, most, kind)
+            step = DecodeStep(name, most, kind, tp)
             for count in counts:
                 best = sum(step.seconds(BATCHES[count]))
                 for job in (job for job in jobs if job.kind == kind and job.tokens == count):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random weights of 4 and 8 bits, for the kernels that multiply by them.
 
-Their kinds are int4 (groups of 128 columns, with zero points), int8 and fp8 (a scale for each output feature), and fp8
-blocks (a scale for 128 columns).
+Their kinds are int4 (groups with zero points, of 128 columns or of as many as divide them), int8 and fp8 (a scale for
+each output feature), and fp8 blocks (a scale for 128 columns).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -21,7 +23,7 @@ PRODUCTS = [
 
 
 def random_weight(place: Place, kind: str, out_features: int, in_features: int) -> QuantizedWeight:
-    group_size = in_features if kind in ("int8", "fp8") else min(GROUP, in_features)
+    group_size = in_features if kind in ("int8", "fp8") else math.gcd(GROUP, in_features)
     groups, scale = in_features // group_size, torch.float16 if kind == "int4" else torch.float32
     scales = (place.randn(groups, out_features, dtype=torch.float32).abs() + 0.5).to(scale)
     if kind == "int4":

@@ -5,13 +5,18 @@ import itertools
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 from lightllm_backend.request import SamplingParams
-from tests.runner.engine_harness import save_random_llama, transformers_greedy, transformers_logits
+from tests.models.quantization.checkpoints import Store, awq, fp8_by_channel, gptq, int8_by_channel, write_checkpoint
+from tests.runner.engine_harness import load, run, save_random_llama, transformers_greedy, transformers_logits
 from tests.worker.process_harness import configuration, started, workers
 
 NUM_GPUS = torch.cuda.device_count()
@@ -47,6 +52,44 @@ REAL_SHAPES = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 2048,
         "initializer_range": 0.02,
     },
+}  # fmt: skip
+
+
+def compressed_tensors(stored: str, numbers: dict[str, object]) -> dict[str, object]:
+    """Weights of 8 bits by channel, activations by token."""
+    eight = {"num_bits": 8, "symmetric": True, **numbers}
+    inputs = eight | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": eight | {"strategy": "channel"}, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors", "format": stored, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
+# Formats of which a rank's part is cut in ways of its own; groups of 64, since a quarter of 11,008 columns is no
+# multiple of 128.
+FORMATS: dict[str, tuple[Store, dict[str, object]]] = {
+    "awq": (awq(64), {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}),
+    "gptq": (
+        gptq(4, 64, symmetric=True, in_order=True, version=1),
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+    ),
+    "W8A8": (int8_by_channel, compressed_tensors("int-quantized", {})),
+    "FP8_DYNAMIC": (
+        fp8_by_channel,
+        compressed_tensors("float-quantized", {"type": "float"}),
+    ),
+}
+FAMILIES = {
+    "qwen3": transformers.Qwen3Config(
+        vocab_size=VOCAB, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=2048, initializer_range=0.03,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=3840, intermediate_size=15360, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, max_position_embeddings=2048, initializer_range=0.03,
+        query_pre_attn_scalar=256, sliding_window=64, sliding_window_pattern=3,
+    ),
 }  # fmt: skip
 
 RANK = """
@@ -217,6 +260,70 @@ def test_half_precision_agrees_where_the_choice_is_clear(directory, tmp_path_fac
         truth = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens).unsqueeze(1)).squeeze(1)
         assert float((truth - torch.tensor(answer.log_probs)).abs().max()) < tolerance
     assert workers() == []
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Writes a directory with weights of this format and shape, once."""
+
+    @lru_cache
+    def write(name: str, shape: str) -> Path:
+        store, method = FORMATS[name]
+        torch.manual_seed(7)
+        config = transformers.LlamaConfig(**REAL_SHAPES[shape] | {"num_hidden_layers": 1})
+        directory = tmp_path_factory.mktemp("quantised")
+        with torch.device("cuda"):
+            write_checkpoint(directory, transformers.LlamaForCausalLM(config), store, method)
+        torch.cuda.empty_cache()
+        return directory
+
+    return write
+
+
+def check_against_one_gpu(directory: Path, tp: int, tolerance: float = 0.35, **settings: object) -> None:
+    """Teacher-forced: of each token that the ranks choose, one GPU's log probability is next to its greatest.
+
+    tolerance: in nats, what another order of sums changes in bfloat16. A random choice differs by several.
+    """
+    settings |= {"dtype": "bfloat16", "max_total_token_num": 4096, "device": "cuda"}
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
+    with started(configuration(directory, tp, **settings)) as engine:
+        answers = engine.answer(PROMPTS, sampling)
+    assert workers() == []
+    scored = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=1)
+    sequences = [[*prompt, *answer.tokens] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    alone = run(load(directory, **settings), sequences, scored)
+    for answer, score in zip(answers, alone, strict=True):
+        assert score.prompt is not None
+        truth = np.frombuffer(score.prompt.log_probs, np.float32)[-MAX_TOKENS:]
+        best = np.frombuffer(score.prompt.top_log_probs, np.float32)[-MAX_TOKENS:]
+        assert np.max(best - truth) < tolerance
+        assert np.max(np.abs(truth - np.array(answer.log_probs))) < tolerance
+
+
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("shape", list(REAL_SHAPES))
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_quantised_weights_choose_as_on_one_gpu(quantised, name, shape, tp) -> None:
+    # Decode steps leave activations in 16 bits, the prompt that scores them has 8 where the checkpoint says so.
+    check_against_one_gpu(quantised(name, shape), tp, tolerance=0.8 if "8" in name else 0.35)
+
+
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_weights_quantised_on_the_fly_choose_as_on_one_gpu(tmp_path, weight_dtype, tp) -> None:
+    save_random_llama(tmp_path, **REAL_SHAPES["7b"])
+    check_against_one_gpu(tmp_path, tp, weight_dtype=weight_dtype)
+
+
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_at_real_widths_choose_as_on_one_gpu(tmp_path, family, tp) -> None:
+    torch.manual_seed(7)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    check_against_one_gpu(tmp_path, tp)
 
 
 @pytest.mark.parametrize("tp", SIZES)

@@ -33,15 +33,15 @@ Store = Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
 
 def write_checkpoint(
     directory: Path,
-    family: str,
+    family: str | transformers.PreTrainedModel,
     store: Store,
     config: dict[str, object],
     file: str = "config.json",
     left_out: Iterable[str] = (),
     with_head: bool = False,
 ) -> transformers.PreTrainedModel:
-    """Write the family's random model, its linear layers stored so; return transformers' model of what they mean."""
-    model = random_model(family)
+    """Write the family's random model, or that one, its linear layers stored so; return what they mean, as a model."""
+    model = random_model(family) if isinstance(family, str) else family
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     head = [("lm_head", model.lm_head)] if with_head else []
     with torch.no_grad():
@@ -98,12 +98,13 @@ def group_index(in_features: int, group_size: int, in_order: bool = True) -> Ten
 def quantise(weight: Tensor, bits: int, groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Numbers without a sign [out, in], float16 scales and zero points [out, groups], and the weight they stand for."""
     top, count = 2**bits - 1, int(groups.max()) + 1
-    numbers = torch.empty(weight.shape, dtype=torch.int64)
-    scales, zeros = torch.empty(len(weight), count), torch.empty(len(weight), count, dtype=torch.int64)
+    numbers = torch.empty_like(weight, dtype=torch.int64)
+    scales = weight.new_empty(len(weight), count)
+    zeros = torch.empty_like(scales, dtype=torch.int64)
     for group in range(count):
         columns = weight[:, groups == group]
         if symmetric:
-            scale, zero = columns.abs().amax(1) * 2 / top, torch.full((len(weight),), 2 ** (bits - 1))
+            scale, zero = columns.abs().amax(1) * 2 / top, zeros.new_full((len(weight),), 2 ** (bits - 1))
         else:
             least = columns.amin(1).clamp_max(0)
             scale = (columns.amax(1).clamp_min(0) - least) / top
@@ -118,7 +119,7 @@ def quantise(weight: Tensor, bits: int, groups: Tensor, symmetric: bool) -> tupl
 def pack(numbers: Tensor, bits: int, order: Iterable[int] | None = None) -> Tensor:
     """Numbers [n, m] as words of 32 bits along the last dimension; number order[i] of a word is in bits b i and up."""
     per_word = 32 // bits
-    padded = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % per_word)).numpy().astype(np.uint32)
+    padded = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % per_word)).cpu().numpy().astype(np.uint32)
     words = np.zeros((len(padded), padded.shape[1] // per_word), np.uint32)
     for place, number in enumerate(range(per_word) if order is None else order):
         words |= padded[:, number::per_word] << np.uint32(bits * place)
@@ -190,10 +191,9 @@ def fp8_by_tensor(input_scale: Callable[[str], float] | None = None) -> Store:
 
 def fp8_in_blocks(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     rows, columns = (torch.arange(size) // 128 for size in weight.shape)
-    scales = torch.empty(int(rows.max()) + 1, int(columns.max()) + 1)
-    for row in range(len(scales)):
-        for column in range(scales.shape[1]):
-            scales[row, column] = weight[rows == row][:, columns == column].abs().amax() / 448
+    short = [-size % 128 for size in weight.shape]
+    blocks = torch.nn.functional.pad(weight.abs(), (0, short[1], 0, short[0]))
+    scales = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).amax((1, 3)) / 448
     by_weight = scales[rows][:, columns]
     values = fp8(weight, by_weight)
     return {"weight": values, "weight_scale_inv": scales}, values.float() * by_weight
