@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which products with weights of 4 and 8 bits Hopper's kernel computes, and that what is stored for it fits."""
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -29,7 +30,7 @@ MULTIPROCESSORS = 132
 
 def weight_of(kind: str, out_features: int, in_features: int, group_size: int | None = None) -> QuantizedWeight:
     """Without data, as weight_dtype makes it."""
-    group_size = group_size or (128 if kind == "int4" else in_features)
+    group_size = group_size or (math.gcd(128, in_features) if kind == "int4" else in_features)
     values = torch.empty(out_features, in_features // (8 if kind == "int4" else 1), dtype=DTYPES[kind])
     scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if kind == "int4" else None)
     return QuantizedWeight(values, scales, group_size, quantizes_input=kind == "fp8", in_fragments=True)
@@ -39,7 +40,7 @@ def test_stored_blocks_fit_and_divide_their_products():
     for name, by_tokens in stored_blocks(BLOCKS)["9.0"].items():
         kind, out_features, in_features, gated = re.fullmatch(r"(\w+), (\d+) x (\d+)(, gated)?", name).groups()
         weight = weight_of(kind, int(out_features), int(in_features))
-        assert list(map(int, by_tokens)) == list(PREFETCH_TOKENS)
+        assert set(map(int, by_tokens)) <= set(PREFETCH_TOKENS)
         for tokens, stored in by_tokens.items():
             if stored is not None:
                 blocks = PrefetchBlocks(*stored)
