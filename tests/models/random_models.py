@@ -59,7 +59,6 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     ),
     "llama2_gqa": transformers.LlamaConfig(**_LLAMA),
     "llama3": transformers.LlamaConfig(**{**_LLAMA, "eos_token_id": [2, 5]}, rope_parameters=_LLAMA3_ROPE),
-    "internlm3": transformers.InternLM3Config(**_LLAMA, head_dim=24, attention_bias=True, mlp_bias=True),
     "mistral": transformers.MistralConfig(**_LLAMA, sliding_window=None),
     "mistral_window": transformers.MistralConfig(**_LLAMA, sliding_window=WINDOW),
     "phi3": transformers.Phi3Config(
@@ -106,6 +105,10 @@ FAMILIES |= {
         **_LLAMA, pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW
     ),
 }
+
+
+if hasattr(transformers, "InternLM3Config"):  # not in transformers 5.17
+    FAMILIES["internlm3"] = transformers.InternLM3Config(**_LLAMA, head_dim=24, attention_bias=True, mlp_bias=True)
 
 
 def random_model(family: str, vocab_size: int = VOCAB) -> transformers.PreTrainedModel:
