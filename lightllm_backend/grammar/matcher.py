@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -16,9 +17,16 @@ from lightllm_backend.request import RequestError, SamplingParams
 _ALL_ALLOWED = -1
 # What llguidance says of a token that its mask has not allowed. Its other errors are limits that a text has reached.
 _NO_FIT = "doesn't satisfy the grammar"
-# Fewer masks are made quicker by one thread.
+# Fewer masks are made, and tokens taken, quicker by one thread.
 _PARALLEL_FROM = 8
-_MAX_THREADS = 8
+# The longest of a step's 64 masks takes as long as twenty others, so more threads gain nothing.
+_MAX_THREADS = 16
+
+
+@lru_cache
+def _executor() -> LLExecutor:
+    """Threads of llguidance's own, which leave a core to the loop and one to the server."""
+    return LLExecutor(max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) - 2)))
 
 
 class Matcher:
@@ -44,21 +52,40 @@ class Matcher:
         other.inner = self.inner.deep_copy()
         return other
 
-    def accept(self, token_id: int) -> bool:
-        """Take the next token; return whether the text is complete, so that nothing may follow.
+    @staticmethod
+    def accept_all(matchers: Sequence[Matcher], token_ids: Sequence[int]) -> list[bool | RequestError]:
+        """Give each of these matchers its next token; return whether its text is complete, so that nothing may follow.
 
-        Raises RequestError if the grammar has become too complex for llguidance's limits.
+        A RequestError in the place of that: the grammar has become too complex for llguidance's limits. llguidance
+        releases the interpreter's lock while several take theirs.
         """
+        pairs = list(zip(matchers, token_ids, strict=True))
+        ended = [matcher.is_ended_by(token_id) for matcher, token_id in pairs]
+        consuming = [pair for pair, has_ended in zip(pairs, ended, strict=True) if not has_ended]
+        if len(consuming) < _PARALLEL_FROM:
+            taken = iter([matcher.inner.consume_token(token_id) for matcher, token_id in consuming])
+        else:
+            taken = iter(_executor().consume_token_par([(matcher.inner, token_id) for matcher, token_id in consuming]))
+        return [
+            has_ended or matcher.outcome(token_id, next(taken))
+            for (matcher, token_id), has_ended in zip(pairs, ended, strict=True)
+        ]
+
+    def is_ended_by(self, token_id: int) -> bool:
+        """Count the token; return whether it is a stop id that the text cannot go on with."""
         self._num_tokens += 1
-        is_broken = self.inner.is_error()  # since the mask was made
-        if token_id in self._stop_ids and not is_broken and not self.inner.validate_tokens([token_id]):
-            return True
-        if not self.inner.consume_token(token_id):
-            reason = self.inner.get_error().splitlines()[0]
-            if _NO_FIT in reason:
-                raise RequestError("INTERNAL", f"token {token_id} does not follow structured_output: {reason}")
-            raise RequestError("INVALID_ARG", f"structured_output has become too complex: {reason}")
-        return self.inner.is_stopped()
+        if token_id not in self._stop_ids or self.inner.is_error():  # an error since the mask was made
+            return False
+        return not self.inner.validate_tokens([token_id])
+
+    def outcome(self, token_id: int, is_taken: bool) -> bool | RequestError:
+        """Return what `accept_all` says of a token that llguidance has taken or not."""
+        if is_taken:
+            return self.inner.is_stopped()
+        reason = self.inner.get_error().splitlines()[0]
+        if _NO_FIT in reason:
+            return RequestError("INTERNAL", f"token {token_id} does not follow structured_output: {reason}")
+        return RequestError("INVALID_ARG", f"structured_output has become too complex: {reason}")
 
     def change_ends(self, mask: NDArray[np.int32]) -> None:
         """Allow and forbid in the mask [words] of the next token what the request's options say about the end."""
@@ -81,9 +108,6 @@ class Matcher:
 class MaskMaker:
     """Makes the masks of a step. llguidance releases the interpreter's lock meanwhile."""
 
-    def __init__(self) -> None:
-        self._executor = LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
-
     def fill(self, matchers: Sequence[Matcher | None], masks: NDArray[np.int32]) -> None:
         """Write the mask of each matcher's next token into `masks` [matchers, words]; None allows all tokens."""
         size = masks.shape[1] * masks.itemsize
@@ -95,7 +119,7 @@ class MaskMaker:
                 matcher.inner.unsafe_compute_mask_ptr(masks[index].ctypes.data, size)
         else:
             places = [(matcher.inner, index) for matcher, index in live]
-            self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, size, len(masks))
+            _executor().unsafe_compute_mask_ptr(places, masks.ctypes.data, size, len(masks))
         for matcher, index in live:
             matcher.change_ends(masks[index])
 

@@ -147,6 +147,23 @@ class Router:
                 self._record_length(sequence, self._table.num_generated(sequence.row))
             self.finish(sequence, FinishReason.STOP)
 
+    def follow(self, uid: str, matcher: TextMatcher) -> None:
+        """Give a request the matcher that it was submitted without. It may have ended already."""
+        if uid in self._live:
+            self._live[uid].matcher = matcher
+
+    def refuse(self, uid: str, error: RequestError) -> None:
+        """End a request that turns out to be inadmissible. It may have ended already."""
+        if uid in self._live:
+            self.finish(self._live[uid], FinishReason.REJECTED, error)
+
+    def withdraw(self, uid: str) -> None:
+        """Forget a request for one answer that has no token yet, as if it had not been submitted."""
+        if uid in self._live:
+            self.finish(self._live[uid], FinishReason.CANCELLED)
+            self._chunks.pop()
+            self._requests[FinishReason.CANCELLED.value] -= 1
+
     def on_free(self, call: Callable[[NDArray[np.int32]], None]) -> None:
         """Call this with the token slots whenever some become free; all steps that use them are launched then."""
         self._pool.on_free(call)
@@ -196,6 +213,7 @@ class Router:
         self._table.record(step.rows[known], step.positions[known], token_ids[known])
         goes_on = known & step.is_plain & ~ends
         top = result.top_log_probs.by_sample() if result.top_log_probs else {}
+        accepted = self._accept(step, token_ids)
         for index in (~goes_on).nonzero()[0].tolist():
             sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:
@@ -211,13 +229,10 @@ class Router:
             if index in top:
                 likeliest = top[index][: sampling.top_logprobs].tobytes()
             sampled = [int(token_ids[index])]
-            complete = False
-            if sequence.matcher is not None:
-                try:
-                    complete = sequence.matcher.accept(sampled[0])
-                except RequestError as error:
-                    self.finish(sequence, FinishReason.FAILED, error)
-                    continue
+            complete = accepted.get(index, False)
+            if isinstance(complete, RequestError):
+                self.finish(sequence, FinishReason.FAILED, complete)
+                continue
             if sequence.state is SequenceState.PREEMPTED:
                 sequence.known_ids = np.append(sequence.known_ids, token_ids[index])
                 sequence.num_due -= 1
@@ -230,6 +245,19 @@ class Router:
         handles = self._table.handles[step.rows[goes_on]]
         self._generated_tokens_total += len(handles)
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
+
+    def _accept(self, step: PlannedStep, token_ids: NDArray[np.int32]) -> dict[int, bool | RequestError]:
+        """Give the matchers the tokens of their sequences; return what TextMatcher.accept_all says, by index."""
+        matchers = {}
+        for index in step.structured.nonzero()[0].tolist():
+            sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
+            if sequence is not None and sequence.matcher is not None and sequence.request.sampling.max_tokens > 0:
+                matchers[index] = sequence.matcher
+        if not matchers:
+            return {}
+        live = list(matchers.values())
+        outcomes = live[0].accept_all(live, [int(token_ids[index]) for index in matchers])
+        return dict(zip(matchers, outcomes, strict=True))
 
     def _take_scores(self, step: PlannedStep, result: StepResult) -> None:
         for chunk, arrival_index, scores in zip(step.batch.scored, step.scored_arrivals, result.scores, strict=True):

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequential
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,11 @@ from lightllm_backend.router.batch import Scores
 class TextMatcher(Protocol):
     """What the text of a sequence must follow, and how far it has come."""
 
-    def accept(self, token_id: int) -> bool:
-        """Take the next token; return whether the text is complete, so that nothing may follow.
+    @staticmethod
+    def accept_all(matchers: Sequential[Any], token_ids: Sequential[int]) -> list[bool | RequestError]:
+        """Give each of these matchers its next token; return whether its text is complete, so that nothing may follow.
 
-        Raises the RequestError that ends the request if the token does not fit.
+        A RequestError in the place of that ends the request: the token does not fit.
         """
 
     def copy(self) -> TextMatcher:

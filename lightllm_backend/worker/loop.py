@@ -67,7 +67,7 @@ def run(
                     # They depend on the tokens of all steps before, while this one's forward already runs.
                     while in_flight:
                         take_result()
-                    structured.fill(router.matchers(batch), step.masks)
+                    structured.fill(router, batch, step.masks)
                     followers.send_masks(step.masks)
                     runner.sample(step)
                 in_flight.append((batch, step))
@@ -103,7 +103,7 @@ def receive(
 ) -> list[TokenChunk]:
     """Hand the messages that have come to the Router; return the last chunks of requests that never reach it.
 
-    Requests with structured output come later, when that is compiled.
+    Requests with structured output may come later, when that is compiled.
     """
     last_chunks: list[TokenChunk] = []
 
@@ -134,6 +134,6 @@ def receive(
         elif isinstance(message, CloseEngine):
             router.close(RequestError("UNAVAILABLE", message.reason), message.drain)
             vitals.refuse_requests()
-    for message, matcher in structured.take_done():
+    for message, matcher in structured.take_ready(router):
         submit(message, matcher)
     return last_chunks

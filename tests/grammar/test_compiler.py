@@ -2,6 +2,8 @@
 """GrammarCompiler: what is compiled is followed, what cannot be is refused with the place and the reason."""
 
 import json
+import random
+import re
 import threading
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def follows(matcher: Matcher, mode: str, text: str) -> bool:
             return False
         token = max(fitting, key=lambda token: len(spellings[token]))
         rest = rest[len(spellings[token]) :]
-        complete = matcher.accept(token)
+        [complete] = Matcher.accept_all([matcher], [token])
     return complete or EOS in allowed(matcher, tokenizer.vocab_size + 5)
 
 
@@ -169,21 +171,21 @@ def test_the_longest_chains_do_not_overflow_the_stack(asked) -> None:
     threading.stack_size(usual)
     thread.join()
     vocab_size = TOKENIZERS["auto"].vocab_size + 5
-    assert matchers[0].accept(allowed(matchers[0], vocab_size)[0]) is False
+    assert Matcher.accept_all(matchers[:1], allowed(matchers[0], vocab_size)[:1]) == [False]
 
 
 def test_a_text_that_becomes_too_complex_is_refused() -> None:
     grammar = "start: r0\n" + "\n".join(f'r{i}: r{i + 1} | "x"' for i in range(2500)) + '\nr2500: "y"'
     matcher = compiler_of().compile(params(grammar=grammar))
-    with pytest.raises(RequestError, match="INVALID_ARG: structured_output has become too complex: .*max is 2000"):
-        matcher.accept(allowed(matcher, 517)[0])
+    [error] = Matcher.accept_all([matcher], allowed(matcher, 517)[:1])
+    assert re.match("INVALID_ARG: structured_output has become too complex: .*max is 2000", str(error))
 
 
 def test_matchers_of_one_text_do_not_know_each_other() -> None:
     compiler = compiler_of()
     one, other = (compiler.compile(params(regex="ab|cd")) for _ in range(2))
     before = allowed(other, 517)
-    one.accept(before[0])
+    Matcher.accept_all([one], before[:1])
     assert allowed(other, 517) == before != allowed(one, 517)
 
 
@@ -209,3 +211,17 @@ def test_a_panic_of_the_library_refuses_it_with_the_reason(monkeypatch) -> None:
     compiler.prepare()
     with pytest.raises(RequestError, match="INVALID_ARG: .* with this model's tokenizer: index out of bounds"):
         compiler.compile(params(regex="a"))
+
+
+def test_tokens_taken_together_leave_matchers_as_tokens_taken_alone() -> None:
+    compiler = compiler_of()
+    source = random.Random(0)
+    together, alone = ([compiler.compile(params(json_schema={"type": "object"})) for _ in range(20)] for _ in range(2))
+    for _ in range(12):
+        tokens = [source.choice(allowed(matcher, 517)) for matcher in alone]
+        apart = [Matcher.accept_all([matcher], [token])[0] for matcher, token in zip(alone, tokens, strict=True)]
+        assert Matcher.accept_all(together, tokens) == apart
+        goes_on = [index for index, complete in enumerate(apart) if not complete]
+        together, alone = ([matchers[index] for index in goes_on] for matchers in (together, alone))
+        assert [allowed(matcher, 517) for matcher in together] == [allowed(matcher, 517) for matcher in alone]
+    assert len(alone) > 8, "they were many to the end"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
-from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.grammar.matcher import Matcher
+from lightllm_backend.request import FinishReason, RequestError, SamplingParams
 from lightllm_backend.router.router import Router
 from lightllm_backend.runner.token_masks import mask_of
 from lightllm_backend.text.tokenizer import Tokenizer
@@ -161,8 +162,9 @@ def test_a_matcher_that_fails_ends_its_request_alone(engine, compiler) -> None:
         def change_ends(self, mask) -> None:
             mask[:] = torch.from_numpy(mask_of([5], len(mask))).numpy()  # a token that does not fit
 
-        def accept(self, token_id: int) -> bool:
-            return compiler.compile(asking(FREE, regex="a+")).accept(token_id)
+        @staticmethod
+        def accept_all(matchers, token_ids) -> list[bool | RequestError]:
+            return Matcher.accept_all([compiler.compile(asking(FREE, regex="a+")) for _ in matchers], token_ids)
 
     class Compiler:
         def compile(self, _: SamplingParams) -> Broken:

@@ -55,6 +55,7 @@ class CountingRunner:
         self.most_in_flight = 0
         self._in_flight = 0
         self._last: dict[int, int] = {}  # by row of the request table
+        self._structured: set[int] = set()  # rows
 
     def launch(self, batch: Batch) -> Any:
         self.num_launched += 1
@@ -62,12 +63,20 @@ class CountingRunner:
         self.most_in_flight = max(self.most_in_flight, self._in_flight)
         for admission in batch.admitted:
             self._last[admission.row] = (admission.prompt_ids + admission.generated_ids)[-1]
+            self._structured.discard(admission.row)
+            if admission.sampling.structured_output:
+                self._structured.add(admission.row)
         tokens = []
         for row in batch.rows[batch.samples].tolist():
             self._last[row] += 1
             tokens.append(self._last[row])
         result = StepResult(np.array(tokens, np.int32), -np.array(tokens, np.float32))
-        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set, masks=None)
+        num_structured = len(self._structured.intersection(batch.rows[batch.samples].tolist()))
+        masks = np.zeros((num_structured, -(-VOCAB_SIZE // 32)), dtype=np.int32) if num_structured else None
+        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set, masks=masks)
+
+    def sample(self, step: Any) -> None:
+        """Nothing is left to do: masks make no difference to a number."""
 
     def _finish(self, result: StepResult) -> StepResult:
         self._in_flight -= 1

@@ -4,9 +4,11 @@
 import threading
 from pathlib import Path
 
+import numpy as np
+
 from lightllm_backend.messages.engine_messages import Submit
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
-from lightllm_backend.worker.structured_output import StructuredOutput
+from lightllm_backend.worker.structured_output import Pending, StructuredOutput
 from tests.polling import poll
 from tests.worker.engine_harness import Answer, counting_engine
 
@@ -60,30 +62,97 @@ def test_as_many_are_compiled_as_may_be_queued(tmp_path: Path) -> None:
         assert [answer.wait().last.finish_reason for answer in waiting] == [FinishReason.REJECTED] * 2
 
 
-def test_large_texts_wait_for_each_other_and_small_ones_for_none_of_them() -> None:
-    may_go_on = threading.Event()
-    compiled = []
+class HeldCompiler:
+    """Compiles large texts, or all, once it may."""
 
-    class Compiler:
-        def cached(self, _: SamplingParams) -> None:
-            return None
+    def __init__(self, holds_all: bool = False) -> None:
+        self.may_go_on = threading.Event()
+        self.compiled: list[str] = []
+        self._holds_all = holds_all
 
-        def compile(self, sampling: SamplingParams) -> None:
-            if len(sampling.structured_output) > 8192:
-                assert may_go_on.wait(10)
-            compiled.append(sampling.structured_output[0])
+    def cached(self, _: SamplingParams) -> None:
+        return None
+
+    def compile(self, sampling: SamplingParams) -> object:
+        if self._holds_all or len(sampling.structured_output) > 8192:
+            assert self.may_go_on.wait(60)
+        self.compiled.append(sampling.structured_output[0])
+        if "x" in sampling.structured_output:
             raise RequestError("INVALID_ARG", "no")
+        return sampling.structured_output
 
-    woken = threading.Semaphore(0)
-    structured = StructuredOutput(Compiler(), woken.release)  # type: ignore[arg-type]
+
+class Calls:
+    """A Router whose newest batch has these matchers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.waiting: list[Pending] = []
+
+    def matchers(self, _: object) -> list[Pending | None]:
+        return [None if matcher.uid in str(self.calls) else matcher for matcher in self.waiting]
+
+    def follow(self, *given: object) -> None:
+        self.calls.append(("follow", *given))
+
+    def refuse(self, *given: object) -> None:
+        self.calls.append(("refuse", *given))
+
+    def withdraw(self, *given: object) -> None:
+        self.calls.append(("withdraw", *given))
+
+
+def asking(uid: str, text: str, n: int = 1) -> Submit:
+    return Submit(Request(uid, (1,), SamplingParams(structured_output=text, n=n)), 0)
+
+
+def test_large_texts_wait_for_each_other_and_small_ones_for_none_of_them() -> None:
+    compiler, woken, router = HeldCompiler(), threading.Semaphore(0), Calls()
+    structured = StructuredOutput(compiler, woken.release)  # type: ignore[arg-type]
     for name, size in (("a", 9000), ("b", 9000), ("c", 9000), ("d", 9)):
-        structured.add(Submit(Request(name, (1,), SamplingParams(structured_output=name * size)), 0))
-    assert woken.acquire(timeout=10)
-    assert [message.request.uid for message, _ in structured.take_done()] == ["d"]
+        structured.add(asking(name, name * size, n=2))
+    assert woken.acquire(timeout=60)
+    assert [message.request.uid for message, _ in structured.take_ready(router)] == ["d"]  # type: ignore[arg-type]
     structured.cancel("b")
-    may_go_on.set()
-    assert woken.acquire(timeout=10)
-    assert woken.acquire(timeout=10)
-    assert [message.request.uid for message, _ in structured.take_done()] == ["a", "c"]
-    assert compiled == ["d", "a", "c"], "nothing is compiled for a client that has gone"
+    compiler.may_go_on.set()
+    assert woken.acquire(timeout=60)
+    assert woken.acquire(timeout=60)
+    assert [message.request.uid for message, _ in structured.take_ready(router)] == ["a", "c"]  # type: ignore[arg-type]
+    assert compiler.compiled == ["d", "a", "c"], "nothing is compiled for a client that has gone"
+    assert router.calls == []
+    structured.close()
+
+
+def test_a_prompt_runs_while_its_text_is_compiled() -> None:
+    compiler, woken, router = HeldCompiler(holds_all=True), threading.Semaphore(0), Calls()
+    structured = StructuredOutput(compiler, woken.release)  # type: ignore[arg-type]
+    for uid, text in (("kept", "a"), ("wrong", "x"), ("gone", "a"), ("several", "a")):
+        structured.add(asking(uid, text, n=2 if uid == "several" else 1))
+    submitted = structured.take_ready(router)  # type: ignore[arg-type]
+    assert [message.request.uid for message, _ in submitted] == ["kept", "wrong", "gone"]
+    assert structured.cancel("gone") == [], "the Router ends it"
+    compiler.may_go_on.set()
+    for _ in range(3):
+        assert woken.acquire(timeout=60)
+    assert [message.request.uid for message, _ in structured.take_ready(router)] == ["several"]  # type: ignore[arg-type]
+    assert [call[:2] for call in router.calls] == [("follow", "kept"), ("refuse", "wrong")]
+    assert len(structured) == 0
+    structured.close()
+
+
+def test_a_step_does_not_wait_for_a_text_that_takes_long() -> None:
+    compiler, woken, router = HeldCompiler(holds_all=True), threading.Semaphore(0), Calls()
+    structured = StructuredOutput(compiler, woken.release)  # type: ignore[arg-type]
+    structured.add(asking("slow", "a"))
+    [(_, pending)] = structured.take_ready(router)  # type: ignore[arg-type]
+    assert isinstance(pending, Pending)
+    router.waiting = [pending]
+    masks = np.zeros((1, 4), dtype=np.int32)
+    structured.fill(router, None, masks)  # type: ignore[arg-type]
+    assert router.calls == [("withdraw", "slow")]
+    assert masks.all(), "any token will do, since nobody gets it"
+    compiler.may_go_on.set()
+    assert woken.acquire(timeout=60)
+    [(message, matcher)] = structured.take_ready(router)  # type: ignore[arg-type]
+    assert (message.request.uid, matcher) == ("slow", "a")
     structured.close()
