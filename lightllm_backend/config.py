@@ -16,6 +16,7 @@ from typing import Any
 
 ENVIRONMENT_PREFIX = "LIGHTLLM_"
 PROBE_KEY_VARIABLE = "LIGHTLLM_PROBE_KEY"  # the secret that marks the launch command's probes
+TORCHRUN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")  # as torchrun and its operators set them; ours have precedence
 API_KEY_VARIABLE = "LIGHTLLM_API_KEY"  # API keys of the front; no setting, since every user can read command lines
 
 TOKENIZER_MODES = ("auto", "slow")
@@ -64,7 +65,13 @@ class EngineConfig:
     """All settings. The server determines a default of `None` at start, as the help says."""
 
     model_dir: str | None = _setting(None, "Hugging Face directory of the model (default: the embedded SmolLM2)")
-    tp: int = _count(1, "tensor-parallel ranks, one process and GPU each")
+    tp: int = _count(1, "tensor-parallel ranks, one process and GPU each, on all hosts together")
+    nnodes: int = _count(1, "hosts that compute the model together, with tp / nnodes ranks each")
+    node_rank: int = _count(0, "this host's number among them; the server runs on host 0", 0)
+    master_addr: str | None = _setting(
+        None, "address of host 0 at which the other hosts join it; also: MASTER_ADDR (with several hosts only)"
+    )
+    master_port: int = _port(29500, "port of host 0 at which the other hosts join it; also: MASTER_PORT")
     max_total_token_num: int | None = _count(
         None,
         "tokens that the KV pool holds in all layers; each rank has its share (default: what fits in mem_fraction)",
@@ -217,6 +224,12 @@ class EngineConfig:
             value = getattr(self, setting.name)
             if value is not None and not setting.metadata["holds"](value):
                 raise _refusal(setting.name, value, setting.metadata["allowed"])
+        if self.tp % self.nnodes:
+            raise ConfigError(f"tp is {self.tp}; allowed: a multiple of nnodes, which is {self.nnodes}")
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"node_rank is {self.node_rank}; allowed: less than nnodes, which is {self.nnodes}")
+        if self.nnodes > 1 and self.master_addr is None:
+            raise ConfigError(f"master_addr is not set; allowed: the address of host 0, since nnodes is {self.nnodes}")
 
     @classmethod
     def build(cls, parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
@@ -226,6 +239,7 @@ class EngineConfig:
             if key not in cls.__dataclass_fields__:
                 raise _unknown(key, "config.pbtxt")
             values[key] = value
+        values |= {name.lower(): environment[name] for name in TORCHRUN_VARIABLES if environment.get(name)}
         for variable, value in environment.items():
             key = variable.removeprefix(ENVIRONMENT_PREFIX)
             if key == variable or key in _OTHER_VARIABLES:
@@ -234,6 +248,26 @@ class EngineConfig:
                 raise _unknown(variable, "the environment")
             values[key.lower()] = value
         return cls(**{key: _parse(key, value) for key, value in values.items() if value != ""})
+
+    @property
+    def host_ranks(self) -> range:
+        """The ranks on this host."""
+        per_host = self.tp // self.nnodes
+        return range(self.node_rank * per_host, (self.node_rank + 1) * per_host)
+
+    def check_host(self, serves: bool) -> None:
+        """Raise ConfigError unless this host is host 0, if it serves, or another one, if it does not."""
+        if serves and self.node_rank > 0:
+            raise ConfigError(
+                f"node_rank is {self.node_rank}; allowed: 0 for the server; the other hosts run"
+                " python -m lightllm_backend.worker"
+            )
+        if not serves and self.node_rank == 0:
+            raise ConfigError(
+                f"node_rank is 0; allowed: 1 … {self.nnodes - 1}; host 0 runs the server"
+                if self.nnodes > 1
+                else "nnodes is 1; allowed: at least 2; one host alone runs the server"
+            )
 
     def local_address(self, port: int) -> str:
         """Return the address of a port for a client on this machine, also if the server listens on all interfaces."""

@@ -2,9 +2,9 @@
 """TensorParallel: this process's rank, and the collective operations that join the parts of a model.
 
 There is one process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks:
-NCCL on GPUs, gloo on a CPU. GPUs that can read each other's memory sum the messages of a decode step through symmetric
-memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them, through Lamport
-buffers.
+NCCL on GPUs, gloo on a CPU. GPUs of one host that can read each other's memory sum the messages of a decode step
+through symmetric memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them,
+through Lamport buffers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, LamportBuffers, bits_type_of
 
@@ -27,6 +29,9 @@ ONE_SHOT_BYTES = 256 << 10
 VECTOR_BYTES = 16
 # The largest message that goes through Lamport buffers, which take 2 * ranks times its size: 256 MiB with 8 ranks.
 MAILED_BYTES = 16 << 20
+
+# How long ranks may wait for each other: a step on a CPU may take minutes. That a host is lost is noticed otherwise.
+GROUP_TIMEOUT = timedelta(minutes=10)
 
 # torch 2.13 has renamed all_gather_into_tensor.
 _all_gather: Callable[[Tensor, Tensor], object] = getattr(
@@ -42,27 +47,36 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
+    one_host: bool = True  # all ranks are on this host
     symmetric: SymmetricMemory | None = field(default=None, kw_only=True, repr=False)
 
     @classmethod
-    def connect(cls, rank: int, size: int, device: torch.device, store: str) -> TensorParallel:
-        """Connect to the other ranks through the new file `store`. Waits for all of them."""
+    def connect(
+        cls, rank: int, size: int, device: torch.device, store: str | Store, one_host: bool = True
+    ) -> TensorParallel:
+        """Connect to the other ranks through `store`, or through the new file of this name. Waits for all of them."""
         if size > 1:
             is_cuda = device.type == "cuda"
+            if isinstance(store, str):
+                store = torch.distributed.FileStore(store, size)  # type: ignore[attr-defined]
             torch.distributed.init_process_group(
                 "nccl" if is_cuda else "gloo",
-                store=torch.distributed.FileStore(store, size),  # type: ignore[attr-defined]
+                store=store,
                 rank=rank,
                 world_size=size,
+                timeout=GROUP_TIMEOUT,
                 device_id=device if is_cuda else None,  # NCCL connects now, not in the first step
             )
-        return cls(rank, size)
+        return cls(rank, size, one_host)
 
     def with_symmetric_memory(
         self, rows: int, columns: int, dtype: torch.dtype, device: torch.device
     ) -> TensorParallel:
         """Add symmetric memory for messages of up to [rows, columns], if the GPUs support it. Collective."""
         if self.size == 1 or device.type != "cuda":
+            return self
+        if not self.one_host:
+            log.info("all-reduce is NCCL's: the ranks are on several hosts, which have no symmetric memory")
             return self
         reason = ""
         try:

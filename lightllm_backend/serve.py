@@ -19,14 +19,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from lightllm_backend.command_line import CONTEXT_SETTINGS, USAGE_ERROR, setting_options
 from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.front.generation_defaults import read_generation_defaults
@@ -43,9 +42,6 @@ from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import TritonServerError
 from lightllm_backend.triton_server.setup import repository_parameters
-
-MODEL_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
-USAGE_ERROR = 2
 
 # tritonserver's options that would contradict a setting, with that setting.
 _OWNED_OPTIONS = {
@@ -87,6 +83,7 @@ def prepare(
     variables = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items()}
     merged = {**environment, **variables}
     config = EngineConfig.build(repository_parameters(repository), merged)
+    config.check_host(serves=True)
     if arguments and not arguments[0].startswith("-"):
         raise ServeError(f"{arguments[0]} is not an option; settings are given as --name value")
     for argument in arguments:
@@ -147,28 +144,13 @@ def check_ports(config: EngineConfig) -> None:
             ) from None
 
 
-def setting_options() -> list[click.Parameter]:
-    """Make a command-line option for each setting. Values stay text, since config.py parses those of every source."""
-    options: list[click.Parameter] = []
-    for setting in fields(EngineConfig):
-        default, allowed = setting.default, setting.metadata["allowed"]
-        notes = [f"allowed: {allowed}"] if allowed else []
-        notes += [] if default is None else [f"default: {str(default).lower() if default is False else default}"]
-        flag: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if isinstance(default, bool) else {}
-        text = setting.metadata["help"] + (f" [{'; '.join(notes)}]" if notes else "")
-        options.append(click.Option([f"--{setting.name}"], type=str, metavar="VALUE", help=text, **flag))
-    options.append(
-        click.Option(
-            ["--model_repository"],
-            default=str(MODEL_REPOSITORY),
-            show_default=True,
-            metavar="PATH",
-            help="the folder with LightLLM's models for Triton server",
-        )
-    )
-    options.append(click.Option(["--verbose"], is_flag=True, help="show tritonserver's own information as well"))
-    options.append(click.Argument(["tritonserver_arguments"], nargs=-1, type=click.UNPROCESSED))
-    return options
+def options() -> list[click.Parameter]:
+    """The command line: the settings, and what is the launch command's own."""
+    return [
+        *setting_options(),
+        click.Option(["--verbose"], is_flag=True, help="show tritonserver's own information as well"),
+        click.Argument(["tritonserver_arguments"], nargs=-1, type=click.UNPROCESSED),
+    ]
 
 
 def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str, ...], **settings: str | None) -> None:
@@ -196,9 +178,9 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
 command = click.Command(
     "serve",
     callback=run,
-    params=setting_options(),
+    params=options(),
     help=run.__doc__,
-    context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120},
+    context_settings=CONTEXT_SETTINGS,
 )
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def loaded(config: EngineConfig) -> Iterator[tuple[LoadedEngine, BatchSender]]:
             for rank in range(1, config.tp)
         ]
         try:
-            engine = load_engine(config, 0, rendezvous_file(address))
+            engine = load_engine(config, 0, lambda directory, device: rendezvous_file(address))
             batches.accept()
             yield engine, batches
         finally:

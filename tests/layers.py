@@ -30,6 +30,7 @@ ALLOWED = {
     "grammar.matcher": ("request",),
     "grammar.compiler": ("grammar.matcher", "grammar.schema_place", "request", "text.tokenizer"),
     "client_options": ("option_table", "request"),
+    "command_line": ("config",),
     "readme_tables": ("config", "option_table", "request"),
     "lengths": ("config",),
     "option_table": ("client_json", "request", "structured_output"),
@@ -249,6 +250,17 @@ ALLOWED = {
     "generation.worker_group": ("config", "environment", "messages.run_directory"),
     "worker": (),
     "worker.batch_channel": ("messages.channel", "request", "router.batch"),
+    "worker.__main__": (
+        "command_line",
+        "config",
+        "generation.supervisor",
+        "launch.embedded_model",
+        "messages.run_directory",
+        "models.errors",
+        "models.model_config",
+        "triton_server.setup",
+    ),
+    "worker.host_group": ("config", "messages.channel"),
     "worker.launch_timer": ("router.batch",),
     "worker.load": (
         "config",
@@ -301,6 +313,7 @@ ALLOWED = {
         "router.router",
         "text.model_tokenizer",
         "worker.batch_channel",
+        "worker.host_group",
         "worker.load",
         "worker.loop",
         "worker.server",
@@ -492,6 +505,7 @@ ALLOWED = {
     "front.openai.schema": ("option_table", "request"),
     "front.openai.models": ("front.errors", "front.state", "options"),
     "serve": (
+        "command_line",
         "config",
         "file_limit",
         "front.generation_defaults",
@@ -531,6 +545,7 @@ ALLOWED_PACKAGES = {
 # The modules that run in Triton server's processes, and those that schedule without tensors.
 WITHOUT_TORCH = (
     "client_options",
+    "command_line",
     "config",
     "environment",
     "client_json",
@@ -582,6 +597,7 @@ WITHOUT_TORCH = (
     "triton_server.responses",
     "triton_server.setup",
     "triton_server.tensors",
+    "worker.__main__",
     "worker.batch_channel",
     "worker.loop",
     "worker.server",

@@ -33,6 +33,16 @@ class EngineSupervisor:
         self._group.wait_ready()
         self._watcher.start()
 
+    def keep(self) -> None:
+        """Block until `stop`, and keep the workers running; a first start that fails is repeated like any other."""
+        is_up = True
+        try:
+            self._group.wait_ready()
+        except EngineStartError as error:
+            log.error("the engine could not be started: %s; it is tried again in %.1f s", error, FIRST_PAUSE_SECONDS)
+            is_up = False
+        self._watch(is_up)
+
     @property
     def pids(self) -> list[int]:
         """The workers' process ids, in order of rank."""
@@ -53,8 +63,8 @@ class EngineSupervisor:
             self._group = WorkerGroup(self._config, self._address)
             return self._group
 
-    def _watch(self) -> None:
-        pause, is_up = FIRST_PAUSE_SECONDS, True
+    def _watch(self, is_up: bool = True) -> None:
+        pause = FIRST_PAUSE_SECONDS
         while not self._stopping.is_set():
             try:  # only this thread restarts the engine, so nothing may end it
                 if is_up:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WorkerGroup: the worker processes of one start of the engine, one for each tensor-parallel rank. No torch.
+"""WorkerGroup: the worker processes of one start of the engine, one for each rank on this host. No torch.
 
 A worker reports its state on standard output, one line each: `ready`, or `error: …` before it gives up. Its standard
 input is the parent pipe: when the process that started it ends, for any reason, the worker reads end-of-file and exits.
@@ -34,12 +34,13 @@ class WorkerGroup:
     def __init__(self, config: EngineConfig, address: str) -> None:
         Path(rendezvous_file(address)).unlink(missing_ok=True)
         self._told: SimpleQueue[tuple[int, str | None]] = SimpleQueue()  # rank and line; None: its output has ended
-        self._workers: list[subprocess.Popen[str]] = []
+        self._workers: dict[int, subprocess.Popen[str]] = {}  # by rank
+        self._has_peers = config.tp > 1
         environment = worker_environment(config)
         # A stub embeds its own interpreter, so sys.executable says nothing there.
         python = config.worker_python or "python3"
         try:
-            for rank in range(config.tp):
+            for rank in config.host_ranks:
                 self._start(rank, [python, "-m", "lightllm_backend.worker.main", address, str(rank)], environment)
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             self.kill()
@@ -50,17 +51,17 @@ class WorkerGroup:
         worker = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
         )
-        self._workers.append(worker)
+        self._workers[rank] = worker
         threading.Thread(target=self._read, args=(rank, worker), name=f"rank-{rank}", daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
         """The process ids, in order of rank."""
-        return [worker.pid for worker in self._workers]
+        return [worker.pid for worker in self._workers.values()]
 
     def wait_ready(self) -> None:
         """Block until all are ready. If one gives up, end all and raise EngineStartError with its error."""
-        waiting = set(range(len(self._workers)))
+        waiting = set(self._workers)
         while waiting:
             rank, line = self._told.get()
             if line == "ready":
@@ -68,7 +69,7 @@ class WorkerGroup:
             elif line is None or line.startswith("error: "):
                 reason = f"{self._end_of(rank)} before it was ready; its log says why" if line is None else line
                 self.kill()
-                prefix = f"rank {rank}: " if len(self._workers) > 1 else ""
+                prefix = f"rank {rank}: " if self._has_peers else ""
                 raise EngineStartError(prefix + reason.removeprefix("error: "))
 
     def wait_end(self) -> str:
@@ -76,15 +77,15 @@ class WorkerGroup:
         while True:
             rank, line = self._told.get()
             if line is None:
-                return (f"rank {rank}: " if len(self._workers) > 1 else "") + self._end_of(rank)
+                return (f"rank {rank}: " if self._has_peers else "") + self._end_of(rank)
 
     def stop(self) -> None:
         """Let all end by themselves, and kill those that do not; blocks."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             assert worker.stdin is not None
             worker.stdin.close()
         deadline = time.monotonic() + STOP_SECONDS
-        for worker in self._workers:
+        for worker in self._workers.values():
             try:
                 worker.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -92,9 +93,9 @@ class WorkerGroup:
 
     def kill(self) -> None:
         """Kill all."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.kill()
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.wait()
 
     def _read(self, rank: int, worker: subprocess.Popen[str]) -> None:
@@ -119,7 +120,7 @@ def worker_environment(config: EngineConfig) -> dict[str, str]:
     # that the awaited thread needs, which made a CPU engine ten times slower.
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "10000")  # some 0.1 ms, which bridges a step's gaps
-    # All ranks are on this machine, whatever its host name resolves to.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if config.nnodes == 1:  # all ranks are on this machine, whatever its host name resolves to
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return environment | config.environment()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import signal
 import threading
 import time
@@ -156,7 +157,9 @@ class Service:
             self._say(f"warning: the server is ready, its engine is not: {error}")
         key = self._launch.environment[PROBE_KEY_VARIABLE]
         closer = EngineCloser(server.directory)
-        prober = _Prober(Health(self._address, server.directory, engine, start_seconds, key))
+        # A lost host may stay away for as long as it likes: another server would wait for it no less.
+        excused_seconds = start_seconds if self._launch.config.nnodes == 1 else math.inf
+        prober = _Prober(Health(self._address, server.directory, engine, excused_seconds, key))
         try:
             while not server.ended_within(LOOK_SECONDS):
                 server.keep_guard()
@@ -232,7 +235,8 @@ def summary(launch: Launch, info: EngineInfo) -> Table:
     weights = f" with {config.weight_dtype} weights" if config.weight_dtype != "auto" else ""
     rows = {
         "model": info.model + (" (random weights)" if config.load_format == "dummy" else ""),
-        "computed on": f"{info.device}, {info.dtype}{weights}, {config.tp} rank{'s' * (config.tp > 1)}",
+        "computed on": f"{info.device}, {info.dtype}{weights}, {config.tp} rank{'s' * (config.tp > 1)}"
+        + f" on {config.nnodes} hosts" * (config.nnodes > 1),
         "KV pool": f"{info.pool_tokens:,} tokens, {info.memory['KV pool'] / 2**30:.2f} GiB"
         + " on each rank" * (config.tp > 1),
         "a request": str(info.lengths),

@@ -103,7 +103,7 @@ def remove_stale_run_directories() -> None:
     """Remove the run directories of servers that are gone."""
     if os.environ.get(_OVERRIDE):
         return
-    for directory in run_directory().parent.iterdir():
+    for directory in _base().iterdir():
         pid, _, created = directory.name.partition("-")
         with contextlib.suppress(OSError, ValueError, psutil.AccessDenied):
             try:

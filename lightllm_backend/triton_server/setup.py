@@ -54,7 +54,9 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
     parameters.update({key: value["string_value"] for key, value in own.items()})
     # A stub's file system encoding is ASCII: other characters are spelled there as os.environ spells them.
     parameters = {key: os.fsdecode(value.encode()) for key, value in parameters.items()}
-    return EngineConfig.build(parameters, os.environ)
+    config = EngineConfig.build(parameters, os.environ)
+    config.check_host(serves=True)
+    return config
 
 
 def repository_parameters(repository: Path) -> dict[str, str]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch channel: rank 0 sends each Batch to the followers, ranks 1 and up, before it launches it. No torch.
 
-It is a Unix socket. Median time from `send` to the arrays in a follower that blocks in `receive`, on two shared CPU
-cores: 65 µs for 8 sequences, 75 µs for 1,000. Shared memory with a pipe to wake the follower takes 53 and 60 µs. A
-follower that spins gets them in 19 and 25 µs, but costs a core a rank even when idle, and p99 rises to milliseconds
-where cores are scarce. A GPU waits for none of this: the batch is sent while the step before it runs.
+It is a Unix socket, or a TCP connection to a rank of another host (host_group.py). Median time from `send` to the
+arrays in a follower that blocks in `receive`, on two shared CPU cores: 65 µs for 8 sequences, 75 µs for 1,000. Shared
+memory with a pipe to wake the follower takes 53 and 60 µs. A follower that spins gets them in 19 and 25 µs, but costs a
+core a rank even when idle, and p99 rises to milliseconds where cores are scarce. A GPU waits for none of this: the
+batch is sent while the step before it runs.
 """
 
 from __future__ import annotations
@@ -66,14 +67,20 @@ class BatchSender:
     """Rank 0's end: owns the listener, open from construction, and a channel to each follower."""
 
     def __init__(self, address: str, num_followers: int) -> None:
-        self._num_followers = num_followers
+        """num_followers: those on this host, which connect to `address`."""
+        self._num_missing = num_followers
         self._listener = listen(address) if num_followers else None
         self._followers: list[Channel] = []
 
     def accept(self) -> None:
-        """Wait until all followers have connected."""
-        while self._listener and len(self._followers) < self._num_followers:
+        """Wait until all followers on this host have connected."""
+        while self._listener and self._num_missing:
             self._followers.append(Channel.accept(self._listener))
+            self._num_missing -= 1
+
+    def add(self, follower: Channel) -> None:
+        """Send to this follower, on another host, too."""
+        self._followers.append(follower)
 
     def send(self, batch: Batch) -> None:
         """Send the batch to all followers. Raises ChannelClosed if one is gone."""
@@ -101,12 +108,15 @@ class BatchSender:
 class BatchReceiver:
     """A follower's end."""
 
-    def __init__(self, address: str) -> None:
-        """Connects; waits for rank 0 to listen."""
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @classmethod
+    def connect(cls, address: str) -> BatchReceiver:
+        """Connect to a rank 0 on this host; waits for it to listen."""
         while True:
             try:
-                self._channel = Channel.connect(address)
-                return
+                return cls(Channel.connect(address))
             except ChannelClosed:
                 time.sleep(CONNECT_PAUSE_SECONDS)
 

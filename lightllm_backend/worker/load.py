@@ -6,9 +6,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightllm_backend import kernels
 from lightllm_backend.config import ConfigError, EngineConfig
@@ -43,6 +45,10 @@ GPU_BATCH_MAX_TOKENS = 8192
 # Width of the request tables with which the workspace is measured: longer ones get no more splits in decode attention.
 _MEASURED_LENGTH = 4096
 
+# Waits for the other ranks, with the model's directory and this rank's device, and returns what they meet through: a
+# store of torch.distributed, or the name of a file for one.
+Meet = Callable[[str, torch.device], Store | str]
+
 log = logging.getLogger("lightllm.load")
 
 
@@ -59,14 +65,14 @@ class LoadedEngine:
     groups: LayerGroups
 
 
-def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedEngine:
-    """Load this rank's part of the engine; the ranks meet through the file `store`.
+def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -> LoadedEngine:
+    """Load this rank's part of the engine; several ranks meet by `meet`.
 
     Raises ConfigError or ModelError, with the reason, for what cannot be served.
     """
     device = choose_device(config, rank)
     on_gpu = device.type == "cuda"
-    directory = config.model_dir or str(embedded_model_directory())
+    directory = str(config.model_dir or embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
     shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
     # float32 is what a CPU is asked for where its answers are compared with those of others.
@@ -75,7 +81,8 @@ def load_engine(config: EngineConfig, rank: int = 0, store: str = "") -> LoadedE
         shape = shape.with_grids()
     for warning in shape.warnings:
         log.warning(warning)
-    parallel = TensorParallel.connect(rank, config.tp, device, store)
+    store = meet(directory, device) if meet else ""
+    parallel = TensorParallel.connect(rank, config.tp, device, store, one_host=config.nnodes == 1)
     dtype = choose_dtype(config, shape, device, parallel)
     parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
     limits = LengthLimits.of(config, shape.max_sequence_length)
@@ -214,13 +221,18 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no GPU; allowed here: auto | cpu")
     if config.device == "cpu" or not torch.cuda.is_available():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(config.host_ranks)))
         return torch.device("cpu")
     num_devices = torch.cuda.device_count()
-    if config.tp > num_devices:
-        raise ConfigError(f"tp is {config.tp}; allowed: at most {num_devices}, the number of GPUs that PyTorch finds")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    if len(config.host_ranks) > num_devices:
+        on_hosts = f" on this host, times {config.nnodes} hosts" * (config.nnodes > 1)
+        raise ConfigError(
+            f"tp is {config.tp}; allowed: at most {num_devices * config.nnodes},"
+            f" the number of GPUs that PyTorch finds{on_hosts}"
+        )
+    index = rank - config.host_ranks[0]
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def choose_dtype(

@@ -42,7 +42,11 @@ from lightllm_backend.worker.statistics_log import StatisticsLog
 from lightllm_backend.worker.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
-    from lightllm_backend.worker.load import LoadedEngine
+    import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from lightllm_backend.worker.host_group import BatchConnection
+    from lightllm_backend.worker.load import LoadedEngine, Meet
 
 # How long a worker whose supervisor is gone may take to end by itself: the loop ends after the step that runs.
 ORPHAN_SECONDS = 5.0
@@ -89,17 +93,26 @@ class Leader:
         self._load = EngineLoad(Path(address).parent)
         self._load.publish(0, 0)  # the worker before this one may have died with a full queue
         # Opens the listener before _load() waits for the other ranks, so that they find it.
-        self._followers = BatchSender(batches_address(address), config.tp - 1)
+        self._followers = BatchSender(batches_address(address), len(config.host_ranks) - 1)
         compiler = GrammarCompiler(partial(_vocabulary, config))
         preparing = threading.Thread(target=compiler.prepare, name="grammar", daemon=True)
         preparing.start()  # the tokenizer is there before the weights are
-        self._engine = _load(config, 0, address)
+        self._hosts: list[BatchConnection] = []
+        self._engine = _load(config, 0, self._meet if config.nnodes > 1 else _meet_on_this_host(address))
         preparing.join()
         self._server = EngineServer(address, self._engine.info, parent_pipe)
         self._structured = StructuredOutput(compiler, self._server.wake)
         self._followers.accept()
         # Last: whoever reads the vitals takes it that requests are served.
         self._vitals = _vitals(address, 0, self._engine.info)
+
+    def _meet(self, directory: str, device: torch.device) -> Store:
+        from lightllm_backend.worker.host_group import Card, lead
+
+        store, self._hosts = lead(self._config, Card.of(self._config, 0, directory, device), _leave_with_host)
+        for host in self._hosts:
+            self._followers.add(host.channel)
+        return store
 
     def run(self) -> None:
         engine = self._engine
@@ -124,6 +137,8 @@ class Leader:
             self._load.publish(0, 0)
             self._structured.close()
             self._server.close()
+            for host in self._hosts:
+                host.unwatch()
             self._followers.close()
             self._vitals.close()
 
@@ -132,9 +147,20 @@ class Follower:
     """Any other rank: runs the batches of rank 0."""
 
     def __init__(self, config: EngineConfig, address: str, rank: int) -> None:
-        self._engine = _load(config, rank, address)
+        self._config = config
+        self._rank = rank
+        self._leader: BatchConnection | None = None  # if rank 0 is on another host
+        self._engine = _load(config, rank, self._meet if config.nnodes > 1 else _meet_on_this_host(address))
         self._vitals = _vitals(address, rank, self._engine.info)
-        self._batches = BatchReceiver(batches_address(address))
+        leader = self._leader
+        self._batches = BatchReceiver(leader.channel) if leader else BatchReceiver.connect(batches_address(address))
+
+    def _meet(self, directory: str, device: torch.device) -> Store:
+        from lightllm_backend.worker.host_group import Card, join
+
+        card = Card.of(self._config, self._rank, directory, device)
+        store, self._leader = join(self._config, card, _leave_with_host)
+        return store
 
     def run(self) -> None:
         try:
@@ -143,11 +169,21 @@ class Follower:
             self._vitals.close()
 
 
-def _load(config: EngineConfig, rank: int, address: str) -> LoadedEngine:
+def _load(config: EngineConfig, rank: int, meet: Meet) -> LoadedEngine:
     # This imports torch, which takes seconds; a wrong setting has been reported before.
     from lightllm_backend.worker.load import load_engine
 
-    return load_engine(config, rank, rendezvous_file(address))
+    return load_engine(config, rank, meet)
+
+
+def _meet_on_this_host(address: str) -> Meet:
+    return lambda directory, device: rendezvous_file(address)
+
+
+def _leave_with_host(loss: str) -> None:
+    """End this process: without all hosts there is no engine, and its supervisor starts another."""
+    log.error("%s", loss)
+    leave(1)
 
 
 def _vocabulary(config: EngineConfig) -> ModelVocabulary:
@@ -162,10 +198,10 @@ def _vitals(address: str, rank: int, info: EngineInfo) -> Vitals:
     return Vitals(Path(address).parent, f"worker-{rank}", patience)
 
 
-def watch_parent(parent_pipe: int) -> None:
+def watch_parent(parent_pipe: int, seconds: float) -> None:
     """End this process soon after its supervisor, even if a collective waits for a rank that is gone."""
     os.read(parent_pipe, 1)  # returns at end-of-file: nothing is ever written
-    time.sleep(ORPHAN_SECONDS)
+    time.sleep(seconds)
     os._exit(1)
 
 
@@ -176,12 +212,14 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints belongs to the log
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
     threading.excepthook = leave_with_thread
-    threading.Thread(target=watch_parent, args=(parent_pipe,), name="parent-pipe", daemon=True).start()
     try:
         config = EngineConfig.build({}, os.environ)
+        # Nobody tells the ranks of another host to end after their step, and rank 0 learns from their end.
+        seconds = ORPHAN_SECONDS if config.node_rank == 0 else 0.0
+        threading.Thread(target=watch_parent, args=(parent_pipe, seconds), name="parent-pipe", daemon=True).start()
         worker = Leader(config, address, parent_pipe) if rank == 0 else Follower(config, address, rank)
     except Exception as error:
-        known = isinstance(error, (ConfigError, ModelError))
+        known = isinstance(error, (ConfigError, ConnectionError, ModelError))
         log.error("cannot start: %s", error, exc_info=not known)
         message = str(error) if known else f"{type(error).__name__}: {error}"
         os.write(status, f"error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))

@@ -56,7 +56,7 @@ def test_every_follower_gets_every_batch(tmp_path) -> None:
     closed = []
 
     def follow(which: int) -> None:
-        receiver = BatchReceiver(address)
+        receiver = BatchReceiver.connect(address)
         try:
             while True:
                 received[which].append(receiver.receive())
@@ -81,7 +81,7 @@ def test_every_follower_gets_every_batch(tmp_path) -> None:
 def test_a_follower_that_is_gone_is_noticed(tmp_path) -> None:
     address = str(tmp_path / "batches")
     sender = BatchSender(address, num_followers=1)
-    receiver = BatchReceiver(address)
+    receiver = BatchReceiver.connect(address)
     sender.accept()
     receiver.close()
     with pytest.raises(ChannelClosed):
