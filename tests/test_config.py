@@ -40,6 +40,35 @@ def test_an_empty_value_is_not_given() -> None:
     assert EngineConfig.build({"model_dir": "/a"}, {"LIGHTLLM_MODEL_DIR": ""}).model_dir is None
 
 
+def test_torchrun_s_variables_name_host_0() -> None:
+    torchrun = {"MASTER_ADDR": "a", "MASTER_PORT": "7", "LIGHTLLM_MASTER_PORT": "8"}
+    config = EngineConfig.build({"master_addr": "b", "nnodes": "2", "tp": "4", "node_rank": "1"}, torchrun)
+    assert (config.master_addr, config.master_port) == ("a", 8)
+    assert config.host_ranks == range(2, 4)
+    assert EngineConfig.build({}, config.environment()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nnodes": 2, "tp": 3}, "tp is 3; allowed: a multiple of nnodes, which is 2"),
+        ({"node_rank": 1}, "node_rank is 1; allowed: less than nnodes, which is 1"),
+        ({"nnodes": 2, "tp": 2}, "master_addr is not set; allowed: the address of host 0, since nnodes is 2"),
+    ],
+)
+def test_hosts_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        EngineConfig(**settings)
+
+
+def test_the_server_runs_on_host_0() -> None:
+    hosts = [EngineConfig(nnodes=2, tp=2, master_addr="a", node_rank=number) for number in (0, 1)]
+    hosts[0].check_host(serves=True)
+    hosts[1].check_host(serves=False)
+    with pytest.raises(ConfigError, match=r"^node_rank is 1; allowed: 0 for the server; the other hosts run python -m"):
+        hosts[1].check_host(serves=True)
+
+
 @pytest.mark.parametrize("variable", ["PATH", "LIGHTLLM_CACHE", "LIGHTLLM_RUN_DIR", "LIGHTLLM_TRITONSERVER"])
 def test_variables_that_are_no_settings_are_left_alone(variable: str) -> None:
     assert EngineConfig.build({}, {variable: "anything"}) == EngineConfig()

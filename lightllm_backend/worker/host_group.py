@@ -46,6 +46,7 @@ SHARED_SETTINGS = (
 
 LOST_SECONDS = 10.0  # without a sign of life of the other end's kernel
 POLL_SECONDS = 0.1  # from one look into the store to the next
+RETRY_SECONDS = 1.0  # from one attempt to join to the next
 TELL_SECONDS = 10.0  # from one line about what is waited for to the next
 # For all members to read the verdict, and to connect: what takes longer has ended meanwhile.
 VERDICT_SECONDS, CONNECT_SECONDS = 5.0, 30.0
@@ -167,7 +168,7 @@ def join(config: EngineConfig, card: Card, on_lost: Callable[[str], None]) -> tu
         except (torch.distributed.DistError, OSError) as error:
             reason = str(error).partition("\n")[0]
             told.tell(f"rank 0 has gone before all hosts had joined it; waiting for its next start ({reason})")
-        time.sleep(1.0)
+        time.sleep(RETRY_SECONDS)
 
 
 class Patience:
@@ -292,7 +293,7 @@ def _wait_for_master(config: EngineConfig, told: Patience) -> str:
                 return address
         except OSError as error:  # host 0 is not up, or has no name yet
             told.tell(f"waiting for host 0 at {config.master_addr} port {config.master_port} ({error})")
-            time.sleep(10 * POLL_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
 
 def _notice_losses(connected: socket.socket) -> None:
