@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -89,6 +91,27 @@ def started(config: EngineConfig, on_restart: Callable[[], None] = lambda: None)
             if client:
                 client.close()
             supervisor.stop()
+
+
+def further_host(
+    config: EngineConfig, log: Path, prefix: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
+    """The command of host 1, appending to `log`. prefix: the beginning of its command line."""
+    settings = replace(config, node_rank=1, worker_python=None).environment()
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*prefix, sys.executable, "-m", "lightllm_backend.worker"],
+            env={**os.environ, **settings, **variables}, stdout=output, stderr=output, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and all below it, as when a host loses power."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def workers() -> list[psutil.Process]:

@@ -4,26 +4,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lightllm_backend.config import EngineConfig
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.worker.host_group import LOST_SECONDS
 from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
-from tests.worker.process_harness import TIMEOUT, Engine, Pending, configuration, started
-from tests.worker.two_hosts import Host, NoNamespaces, kill_all, two_hosts
+from tests.worker.process_harness import TIMEOUT, Engine, Pending, configuration, further_host, kill_all, started
+from tests.worker.two_hosts import Host, NoNamespaces, two_hosts
 
-ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "tests" / "data" / "llama" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[1] / "data" / "llama" / "tokenizer.json"
 PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61))]
 GREEDY = SamplingParams(max_tokens=12)
 ENDLESS = SamplingParams(max_tokens=250, ignore_eos=True)
@@ -51,12 +46,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield pair
 
 
-def follower(host: Host, config: EngineConfig, log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | replace(config, node_rank=1, worker_python=None).environment()
-    with log.open("ab") as output:
-        return host.start(["-m", "lightllm_backend.worker"], env=environment, stdout=output, stderr=output, cwd=ROOT)
-
-
 def runs(engine: Engine) -> Pending:
     """A request that has begun and would go on for long."""
     pending = engine.submit(PROMPTS[0], ENDLESS)
@@ -75,7 +64,7 @@ def test_two_hosts_lose_each_other_and_meet_again(hosts, tmp_path: Path, monkeyp
     config = configuration(
         model, 2, nnodes=2, master_addr=first.address, worker_python=first.python(tmp_path / "python")
     )
-    process = follower(second, config, log)
+    process = further_host(config, log, second.inside())
     try:
         with started(config) as engine:
             assert [answer.tokens for answer in engine.answer(PROMPTS, GREEDY)] == expected

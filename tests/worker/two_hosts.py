@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
-
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # reserved for documentation, so nobody's
 
 
@@ -35,10 +33,6 @@ class Host:
         done = subprocess.run(self.inside(*command), capture_output=True, text=True)
         if done.returncode:
             raise NoNamespaces(f"{' '.join(command)}: {done.stderr.strip()}")
-
-    def start(self, arguments: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
-        """Start Python with these arguments on this host."""
-        return subprocess.Popen(self.inside(sys.executable, *arguments), **options)  # type: ignore[call-overload]
 
     def python(self, path: Path) -> str:
         """Write a script that is this interpreter on this host; return its path."""
@@ -86,12 +80,3 @@ def _keeper(stack: contextlib.ExitStack, command: Sequence[str]) -> subprocess.P
     if keeper.stdout.readline() != b"inside\n":
         raise NoNamespaces(keeper.stderr.read().decode().strip())
     return keeper
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and all below it, as when a host loses power."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait()
