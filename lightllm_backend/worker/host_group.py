@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -71,7 +72,7 @@ class Card:
     def of(cls, config: EngineConfig, rank: int, directory: str, device: torch.device) -> Card:
         """The card of this process, which serves the model in `directory`."""
         facts = {
-            "lightllm_backend": importlib.metadata.version("lightllm-backend"),
+            "lightllm_backend": _version(),
             "torch": torch.__version__,
             "device": _kind(device),
             "model": _fingerprint(Path(directory)),
@@ -152,10 +153,7 @@ def join(config: EngineConfig, card: Card, on_lost: Callable[[str], None]) -> tu
                 timeout=timedelta(seconds=STORE_SECONDS),
             )
             store.set(_key(card.rank), json.dumps(asdict(card)))
-            while not store.check(["verdict"]):
-                told.tell("waiting for the other hosts")
-                time.sleep(POLL_SECONDS)
-            verdict = json.loads(store.get("verdict"))
+            verdict = _wait_for_verdict(store, told)
             store.set(f"read by {card.id}", "")
             if card.id in verdict["members"] and verdict["error"]:
                 raise ConfigError(verdict["error"])
@@ -273,6 +271,17 @@ def _received(connected: socket.socket, count: int) -> str:
     return received.decode(errors="replace")
 
 
+def _wait_for_verdict(store: Store, told: Patience) -> Any:
+    """Wait for as long as rank 0 answers; a loss of the network without a word ends `wait`, unlike `check`, in time."""
+    while True:
+        told.tell("waiting for the other hosts")
+        try:
+            store.wait(["verdict"], timedelta(seconds=TELL_SECONDS))
+            return json.loads(store.get("verdict"))
+        except torch.distributed.DistStoreError:  # not yet
+            pass
+
+
 def _connect(config: EngineConfig, card: Card, port: int, on_lost: Callable[[str], None]) -> BatchConnection | None:
     if config.node_rank == 0:
         return None
@@ -315,6 +324,19 @@ def _kind(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return "GPU of compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _version() -> str:
+    """This package's version, and a digest of its source, which may change without the version."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    try:
+        version = importlib.metadata.version("lightllm-backend")
+    except importlib.metadata.PackageNotFoundError:  # found by PYTHONPATH alone
+        version = "a version that is not installed"
+    return f"{version} (source {digest.hexdigest()[:12]})"
 
 
 def _fingerprint(directory: Path) -> str:

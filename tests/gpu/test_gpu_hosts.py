@@ -23,12 +23,12 @@ GREEDY = SamplingParams(max_tokens=12)
 
 def test_two_hosts_compute_over_nccl_and_meet_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, log = tmp_path / "model", tmp_path / "log"
-    save_random_llama(model, num_attention_heads=4, hidden_size=64, vocab_size=517)
+    save_random_llama(model, num_attention_heads=4, hidden_size=64, vocab_size=517, max_position_embeddings=8192)
     shutil.copy(TOKENIZER, model)
     expected = transformers_greedy(model, PROMPTS, GREEDY.max_tokens)
     [port] = free_ports(1)
     group = {"nnodes": 2, "master_addr": "127.0.0.1", "master_port": port}
-    config = configuration(model, 2, device="cuda", mem_fraction=0.3, **group)
+    config = configuration(model, 2, device="cuda", mem_fraction=0.3, max_total_token_num=8192, **group)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("NCCL_HOSTID", "host-0")
     other = {"CUDA_VISIBLE_DEVICES": "1", "NCCL_HOSTID": "host-1"}
@@ -36,7 +36,7 @@ def test_two_hosts_compute_over_nccl_and_meet_again(tmp_path: Path, monkeypatch:
     try:
         with started(config) as engine:
             assert [answer.tokens for answer in engine.answer(PROMPTS, GREEDY)] == expected
-            pending = engine.submit(PROMPTS[0], SamplingParams(max_tokens=250, ignore_eos=True))
+            pending = engine.submit(PROMPTS[0], SamplingParams(max_tokens=8000, ignore_eos=True))
             assert pending.started.wait(TIMEOUT)
             kill_all(host)
             assert pending.ended.wait(TIMEOUT)

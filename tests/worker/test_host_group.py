@@ -85,7 +85,10 @@ def test_all_meet_and_other_hosts_are_connected(config: EngineConfig, ranks: Ran
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"lightllm_backend": "0.0.1"}, r"lightllm_backend is [\d.]+ on host 0 \(.+\) and 0.0.1 on host 1 \(.+\)"),
+        (
+            {"lightllm_backend": "0.0.1"},
+            r"lightllm_backend is [\d.]+ \(source \w+\) on host 0 \(.+\) and 0.0.1 on host 1 \(.+\)",
+        ),
         ({"kv_dtype": "int8"}, r"kv_dtype is auto on host 0 \(.+\) and int8 on host 1 \(.+\)"),
         (
             {"device": "GPU of compute capability 9.0", "max_total_token_num": "7"},

@@ -21,8 +21,8 @@ from tests.worker.two_hosts import Host, NoNamespaces, two_hosts
 TOKENIZER = Path(__file__).parents[1] / "data" / "llama" / "tokenizer.json"
 PROMPTS = [[5], [17, 3, 98, 42, 7], list(range(20, 61))]
 GREEDY = SamplingParams(max_tokens=12)
-ENDLESS = SamplingParams(max_tokens=250, ignore_eos=True)
-BUSY_SECONDS = 20.0  # more, on a machine that is busy with other things
+ENDLESS = SamplingParams(max_tokens=8000, ignore_eos=True)
+BUSY_SECONDS = 60.0  # more, on a machine that is busy with other things
 
 # Ends a process that unpickles anything but plain data. Python imports it at start.
 NO_PICKLE = """
@@ -58,11 +58,16 @@ def test_two_hosts_lose_each_other_and_meet_again(hosts, tmp_path: Path, monkeyp
     (tmp_path / "sitecustomize.py").write_text(NO_PICKLE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     model, log = tmp_path / "model", tmp_path / "log"
-    save_random_llama(model, num_attention_heads=4, hidden_size=64, vocab_size=517)
+    save_random_llama(model, num_attention_heads=4, hidden_size=64, vocab_size=517, max_position_embeddings=8192)
     shutil.copy(TOKENIZER, model)
     expected = transformers_greedy(model, PROMPTS, GREEDY.max_tokens)
     config = configuration(
-        model, 2, nnodes=2, master_addr=first.address, worker_python=first.python(tmp_path / "python")
+        model,
+        2,
+        nnodes=2,
+        master_addr=first.address,
+        worker_python=first.python(tmp_path / "python"),
+        max_total_token_num=8192,
     )
     process = further_host(config, log, second.inside())
     try:
