@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from lightllm_backend.messages.channel import MAX_UNSENT_BYTES, Channel, ChannelClosed, Message
 from lightllm_backend.messages.engine_messages import (
+    ENGINE_STOPPED,
     Cancel,
     EngineInfo,
     Ready,
@@ -200,6 +201,5 @@ class EngineClient:
         with self._lock:
             lost = self._outstanding
             self._channel, self._outstanding = None, {}
-        error = RequestError("UNAVAILABLE", "the engine stopped while the request was running; try again")
         for request in lost.values():
-            request.on_chunk(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=error))
+            request.on_chunk(TokenChunk(request.uid, [], [], FinishReason.FAILED, error=ENGINE_STOPPED))

@@ -18,6 +18,9 @@ from lightllm_backend.messages.channel import Message
 from lightllm_backend.request import FinishReason, PromptLogProbs, Request, RequestError, SamplingParams, TokenChunk
 from lightllm_backend.router.statistics import EngineStats
 
+# What a request is told that cannot end, since a process of the engine has.
+ENGINE_STOPPED = RequestError("UNAVAILABLE", "the engine stopped while the request was running; try again")
+
 
 @dataclass(frozen=True)
 class EngineInfo:

@@ -10,6 +10,7 @@ batch is sent while the step before it runs.
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 
 CONNECT_PAUSE_SECONDS = 0.02  # rank 0 listens before it loads the model, so hardly anybody waits
+LOSS_SECONDS = 1.0  # from the end of one of a process's connections to the end of all, on a busy machine
 FLUSH_SECONDS = 1.0  # for the last batch, which rank 0 has launched; a follower that stands still does not read it
 
 
@@ -89,6 +91,13 @@ class BatchSender:
     def send_masks(self, masks: NDArray[np.int32]) -> None:
         """Send the masks that the step of the batch sent last waits for."""
         self._send(lambda: Masks(masks.tobytes()))
+
+    def has_lost_one(self) -> bool:
+        """Whether a follower is gone, which a failed operation between the ranks may tell first; waits LOSS_SECONDS."""
+        ends = select.poll()
+        for follower in self._followers:
+            ends.register(follower.fileno(), select.POLLRDHUP)
+        return bool(self._followers and ends.poll(LOSS_SECONDS * 1e3))
 
     def _send(self, message: Callable[[], Message]) -> None:
         if self._followers:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightllm_backend.messages.channel import ChannelClosed
 from lightllm_backend.messages.engine_load import EngineLoad
-from lightllm_backend.messages.engine_messages import Cancel, CloseEngine, Stop, Submit
+from lightllm_backend.messages.engine_messages import ENGINE_STOPPED, Cancel, CloseEngine, Stop, Submit
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput
@@ -78,7 +78,8 @@ def run(
             server.publish(stats)
             statistics.update(stats)
     except Exception as error:
-        router.fail_all(RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}"))
+        failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
+        router.fail_all(ENGINE_STOPPED if followers.has_lost_one() else failure)
         server.send(RouterOutput.of_chunks(router.drain_finished()))
         raise
 

@@ -11,6 +11,7 @@ import pytest
 from lightllm_backend.messages.channel import ChannelClosed
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
+from lightllm_backend.worker import batch_channel
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
 
 EVERYTHING = SamplingParams(
@@ -78,12 +79,15 @@ def test_every_follower_gets_every_batch(tmp_path) -> None:
         assert all(same(one, other) for one, other in zip(batches, BATCHES, strict=True))
 
 
-def test_a_follower_that_is_gone_is_noticed(tmp_path) -> None:
+def test_a_follower_that_is_gone_is_noticed(tmp_path, monkeypatch) -> None:
     address = str(tmp_path / "batches")
     sender = BatchSender(address, num_followers=1)
     receiver = BatchReceiver.connect(address)
     sender.accept()
+    monkeypatch.setattr(batch_channel, "LOSS_SECONDS", 0.01)
+    assert not sender.has_lost_one()
     receiver.close()
+    assert sender.has_lost_one()
     with pytest.raises(ChannelClosed):
         sender.send(BATCHES[0])
     sender.close()

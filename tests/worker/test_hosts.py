@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lightllm_backend.messages.engine_messages import ENGINE_STOPPED
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.worker.host_group import LOST_SECONDS
 from tests.polling import poll
@@ -25,11 +26,11 @@ ENDLESS = SamplingParams(max_tokens=8000, ignore_eos=True)
 BUSY_SECONDS = 60.0  # more, on a machine that is busy with other things
 
 # Ends a process that unpickles anything but plain data. Python imports it at start.
-NO_PICKLE = """
+NO_PICKLE = r"""
 import os, sys
 def refuse(event, arguments):
     if event == "pickle.find_class":
-        os.write(2, f"unpickled: {arguments}\\n".encode())
+        os.write(2, f"unpickled: {arguments}\n".encode())
         os._exit(77)
 sys.addaudithook(refuse)
 os.write(2, b"unpickling is refused\n")
@@ -79,7 +80,7 @@ def test_two_hosts_lose_each_other_and_meet_again(hosts, tmp_path: Path, monkeyp
             began = time.monotonic()
             assert pending.ended.wait(TIMEOUT)
             assert time.monotonic() - began < LOST_SECONDS + BUSY_SECONDS
-            assert pending.chunks[-1].error.code == "UNAVAILABLE"
+            assert str(pending.chunks[-1].error) == str(ENGINE_STOPPED)
             assert poll(lambda: "host 0 is lost: " in log.read_text(), LOST_SECONDS + BUSY_SECONDS), "it notices, too"
             assert process.poll() is None
             second.plug(is_in=True)
@@ -89,7 +90,7 @@ def test_two_hosts_lose_each_other_and_meet_again(hosts, tmp_path: Path, monkeyp
             pending = runs(engine)
             kill_all(process)
             assert pending.ended.wait(BUSY_SECONDS)
-            assert pending.chunks[-1].error.code == "UNAVAILABLE"
+            assert str(pending.chunks[-1].error) == str(ENGINE_STOPPED)
     finally:
         if process.poll() is None:
             kill_all(process)
