@@ -129,3 +129,12 @@ def test_others_do_not_launch_it(change, dtype, launched):
     assert choice.prefetch_blocks(torch.empty(65, 128, dtype=torch.bfloat16), rounded, is_gated=False) is None
     assert choice.prefetch_blocks(torch.empty(64, 128, dtype=torch.bfloat16), rounded, is_gated=False) is not None
     assert not launched
+
+
+@pytest.mark.parametrize("tokens", PREFETCH_TOKENS)
+def test_stored_blocks_leave_room_for_the_scales_of_small_groups(tokens, launched):
+    weight = weight_of("int4", 22016, 4096, group_size=64)
+    weight = replace(weight, zeros=torch.empty(weight.scales.shape, dtype=torch.int8))
+    blocks = choice.prefetch_blocks(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight, is_gated=True)
+    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight)
+    assert not launched

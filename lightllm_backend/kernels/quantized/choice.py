@@ -49,8 +49,13 @@ def prefetch_blocks(x: Tensor, weight: QuantizedWeight, is_gated: bool) -> Prefe
     table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(x.device)), {})
     row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
     if str(padded) in row:
-        blocks = row[str(padded)]
-        return None if blocks is None else PrefetchBlocks(*blocks)
+        if row[str(padded)] is None:
+            return None
+        blocks = PrefetchBlocks(*row[str(padded)])
+        # They are tuned with groups of 128; the scales of smaller ones take shared memory from the stages.
+        stages = min(blocks.stages, most_stages(blocks, padded, weight))
+        if stages >= max(2, blocks.consumers):
+            return blocks._replace(stages=stages)
     return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(x.device))
 
 
