@@ -47,7 +47,7 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    one_host: bool = True  # all ranks are on this host
+    one_host: bool = field(default=True, kw_only=True)  # all ranks are on this host
     symmetric: SymmetricMemory | None = field(default=None, kw_only=True, repr=False)
 
     @classmethod
@@ -67,7 +67,7 @@ class TensorParallel:
                 timeout=GROUP_TIMEOUT,
                 device_id=device if is_cuda else None,  # NCCL connects now, not in the first step
             )
-        return cls(rank, size, one_host)
+        return cls(rank, size, one_host=one_host)
 
     def with_symmetric_memory(
         self, rows: int, columns: int, dtype: torch.dtype, device: torch.device

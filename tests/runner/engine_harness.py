@@ -133,7 +133,7 @@ def run(
 def transformers_greedy(
     directory: Path, prompts: Sequence[Sequence[int]], max_tokens: int, device: str = "cpu"
 ) -> list[list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    model = _reference_model(directory, device)
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=device)
@@ -156,4 +156,8 @@ def transformers_logits(
 
 @lru_cache(maxsize=1)
 def _reference_model(directory: Path, device: str) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    # Not the default attention: that of transformers 5.17 leaves out Gemma 2's soft cap.
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.to(device).eval()
