@@ -49,9 +49,9 @@ def prefetch_blocks(x: Tensor, weight: QuantizedWeight, is_gated: bool) -> Prefe
     table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(x.device)), {})
     row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
     if str(padded) in row:
-        if row[str(padded)] is None:
+        if (stored := row[str(padded)]) is None:
             return None
-        blocks = PrefetchBlocks(*row[str(padded)])
+        blocks = PrefetchBlocks(*stored)
         # They are tuned with groups of 128; the scales of smaller ones take shared memory from the stages.
         stages = min(blocks.stages, most_stages(blocks, padded, weight))
         if stages >= max(2, blocks.consumers):
