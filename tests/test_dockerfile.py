@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from lightllm_backend.launch.embedded_model import REQUIREMENT
 
 ROOT = Path(__file__).parent.parent
-INSTALLERS = ("apt-get", "python3", "useradd", "rm")
+INSTALLERS = ("apt-get", "python3", "groupadd", "useradd", "rm")
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -33,13 +33,26 @@ def arguments_of(instruction: str) -> list[str]:
     return [rest for name, rest in instructions() if name == instruction]
 
 
+def last_stage() -> list[tuple[str, str]]:
+    names = [name for name, _ in instructions()]
+    return instructions()[len(names) - names[::-1].index("FROM") :]
+
+
 def copied() -> list[tuple[list[str], str]]:
-    return [(words[:-1], words[-1]) for words in (rest.split() for rest in arguments_of("COPY"))]
+    """The sources and the target of each COPY from the build context."""
+    return [(words[:-1], words[-1]) for words in map(str.split, arguments_of("COPY")) if "--from" not in words[0]]
 
 
-def test_it_is_built_on_nvidia_s_server_of_a_version_that_can_be_chosen() -> None:
-    assert instructions()[0] == ("ARG", "TRITON_SERVER=26.10")
-    assert arguments_of("FROM") == ["nvcr.io/nvidia/tritonserver:${TRITON_SERVER}-py3"]
+def test_it_is_built_on_nvidia_s_server_of_a_version_and_digest_that_can_be_chosen() -> None:
+    assert instructions()[:2] == [("ARG", "TRITON_SERVER=26.10"), ("ARG", "TRITON_SERVER_DIGEST=")]
+    server = "nvcr.io/nvidia/tritonserver:${TRITON_SERVER}-py3${TRITON_SERVER_DIGEST}"
+    assert arguments_of("FROM") == [f"{server} AS server", "server AS build", "server"]
+
+
+def test_the_image_has_the_result_of_the_build_alone() -> None:
+    assert [rest for name, rest in last_stage() if name in ("COPY", "RUN", "ADD")] == [
+        "--from=build /opt/lightllm /opt/lightllm"
+    ]
 
 
 def test_what_is_copied_exists_and_is_part_of_the_build_context() -> None:
@@ -60,23 +73,32 @@ def test_a_step_is_valid_shell(command: str) -> None:
 
 @pytest.mark.parametrize("torch", ["", "torch==2.10.0"])
 def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path, torch: str) -> None:
-    """COPY, WORKDIR, ARG and ENV are carried out; the installers write down how they were called."""
+    """COPY, WORKDIR, ARG and ENV are carried out, each stage in a root of its own; the installers write down how they
+    were called."""
     log = tmp_path / "calls"
     for program in INSTALLERS:
         path = tmp_path / "programs" / program
         path.parent.mkdir(exist_ok=True)
         path.write_text(f'#!/bin/sh\necho "{program} $*" >>{log}\n')
         path.chmod(0o755)
-    variables = {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"}
-    directory = tmp_path
+    stage, roots, directory, variables = "", {"": tmp_path}, tmp_path, {"PATH": ""}
     for name, rest in instructions():
-        if name in ("ARG", "ENV"):
+        if name == "FROM":
+            stage = rest.partition(" AS ")[2] or "last"
+            roots[stage] = directory = tmp_path / stage
+            directory.mkdir()
+            variables = {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"}
+        elif name in ("ARG", "ENV"):
             pairs = dict(pair.split("=", 1) for pair in rest.split())
             variables |= {key: Template(value).substitute(variables) for key, value in pairs.items()}
-            variables["TORCH"] = torch
+            if "TORCH" in pairs:
+                variables["TORCH"] = torch
         elif name == "WORKDIR":
-            directory = tmp_path / "image" / rest.lstrip("/")
-            directory.mkdir(parents=True)
+            directory = roots[stage] / rest.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)
+        elif name == "COPY" and rest.startswith("--from="):
+            source, target = rest.removeprefix("--from=build ").split()
+            copy(roots["build"] / source.lstrip("/"), roots[stage] / target.lstrip("/"))
         elif name == "COPY":
             *sources, target = rest.split()
             for source in sources:
@@ -84,14 +106,16 @@ def test_the_steps_run_in_order_and_install_what_they_should(tmp_path: Path, tor
         elif name == "RUN":
             subprocess.run(["sh", "-c", rest], cwd=directory, env=variables, check=True, timeout=30)
     called = [call.removeprefix("python3 -m ") for call in log.read_text().splitlines() if call.startswith("python3 ")]
+    assert stage == "last"
     editable = "--config-settings editable_mode=compat"
     assert called == [
         "venv environment",
         "pip install --no-deps --require-hashes --requirement requirements.lock",
         *([f"pip install {torch}"] if torch else []),
         f"pip install --no-deps --no-build-isolation {editable} --editable . --editable ./client",
+        "compileall -q lightllm_backend client",
     ]
-    assert variables["PATH"].startswith(f"/{directory.relative_to(tmp_path / 'image')}/environment/bin:")
+    assert variables["PATH"].startswith(f"/{directory.relative_to(roots[stage])}/environment/bin:")
     assert {"lightllm_backend", "client", "model_repository", "pyproject.toml"} <= {p.name for p in directory.iterdir()}
 
 
@@ -131,10 +155,12 @@ def copy(source: Path, target: Path) -> None:
 
 def test_it_does_not_run_as_root() -> None:
     (user,) = arguments_of("USER")
-    assert user not in ("root", "0")
-    assert f"--uid {user} " in " ".join(arguments_of("RUN"))
-    names = [name for name, _ in instructions()]
-    assert names.index("USER") > max(index for index, name in enumerate(names) if name == "RUN")
+    uid, _, gid = user.partition(":")
+    assert "0" not in (uid, gid)
+    made = " ".join(arguments_of("RUN"))
+    assert f"groupadd --gid {gid} " in made
+    assert f" --uid {uid} --gid {gid} " in made
+    names = [name for name, _ in last_stage()]
     assert names.index("USER") < names.index("ENTRYPOINT")
 
 
