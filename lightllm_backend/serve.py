@@ -92,10 +92,16 @@ def prepare(
     check_run_directory()
     python = config.worker_python or sys.executable
     model_dir = Path(config.model_dir) if config.model_dir else embedded_model_directory(python)
-    shape = ModelConfig.from_directory(model_dir)
-    shape.check_ranks(config.tp)
-    shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
-    load_tokenizer(model_dir, config)
+    try:
+        shape = ModelConfig.from_directory(model_dir)
+        shape.check_ranks(config.tp)
+        shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
+        load_tokenizer(model_dir, config)
+    except PermissionError as error:
+        raise ServeError(
+            f"model_dir is {model_dir} ({error.filename}: {error.strerror}); allowed: a directory that user"
+            f" {os.geteuid()} may read"
+        ) from None
     check_ports(config)
     check_front(config)
     if config.openai_port is not None and config.generation_config == "auto":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch command: settings and checks, and the supervision of a stand-in for tritonserver."""
 
+import errno
 import json
 import os
 import socket
@@ -144,6 +145,18 @@ def test_a_model_that_cannot_be_served_is_told_before_anything_starts(
     assert "tokenizer.json" in error_of(options(settings))
     (model_dir / "config.json").write_text(json.dumps({**MODEL, "architectures": ["NoSuchModel"]}))
     assert "'NoSuchModel' is not known" in error_of(options(settings))
+
+
+def test_a_model_that_may_not_be_read_is_told_before_anything_starts(
+    settings: dict[str, str], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(path: Path) -> bool:  # root may read everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    message = error_of(options(settings))
+    assert f"model_dir is {model_dir} ({model_dir / 'config.json'}: Permission denied)" in message
+    assert f"a directory that user {os.geteuid()} may read" in message
 
 
 def test_an_occupied_port_is_told_before_anything_starts(settings: dict[str, str]) -> None:
