@@ -100,6 +100,7 @@ install_runtime() {
 
 install_development() {
     pip_install -r requirements.txt -r requirements-dev.txt
+    "$VENV/bin/python" -m tests.deploy.helm
 }
 
 environment() {

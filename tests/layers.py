@@ -29,6 +29,7 @@ ALLOWED = {
     "grammar.schema_place": (),
     "grammar.matcher": ("request",),
     "grammar.compiler": ("grammar.matcher", "grammar.schema_place", "request", "text.tokenizer"),
+    "chart_schema": ("config",),
     "client_options": ("option_table", "request"),
     "command_line": ("config",),
     "readme_tables": ("config", "option_table", "request"),
