@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightllm_backend"
 PAGES = (
     "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md", "docs/security.md",
-    "docs/troubleshooting.md", "docs/multiple_hosts.md",
+    "docs/troubleshooting.md", "docs/multiple_hosts.md", "docs/kubernetes.md",
 )  # fmt: skip
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
