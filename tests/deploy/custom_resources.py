@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON schemas of the custom resources that the manifests use, as far as they use them.
 
-No package has the CRDs of these projects, so these schemas are written by hand after their API references: of
-prometheus-operator's monitoring.coreos.com/v1, LeaderWorkerSet's v1, the Gateway API's v1 and its inference extension's
-v1. A field that is not listed here is refused, so that a new one is looked up before it is used.
+These schemas are written by hand after the API references of prometheus-operator's monitoring.coreos.com/v1,
+LeaderWorkerSet's v1, the Gateway API's v1 and its inference extension's v1: no package that we found has their CRDs. A
+field that is not listed here is refused, so that a new one is looked up before it is used.
 """
 
 from __future__ import annotations
