@@ -274,12 +274,11 @@ def _received(connected: socket.socket, count: int) -> str:
 def _wait_for_verdict(store: Store, told: Patience) -> Any:
     """Wait for as long as rank 0 answers; a loss of the network without a word ends `wait`, unlike `check`, in time."""
     while True:
-        told.tell("waiting for the other hosts")
         try:
             store.wait(["verdict"], timedelta(seconds=TELL_SECONDS))
             return json.loads(store.get("verdict"))
         except torch.distributed.DistStoreError:  # not yet
-            pass
+            told.tell("waiting for the other hosts")
 
 
 def _connect(config: EngineConfig, card: Card, port: int, on_lost: Callable[[str], None]) -> BatchConnection | None:
