@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 
 
 def _setting(default: Any, help: str, allowed: str = "", holds: Callable[[Any], bool] = lambda value: True) -> Any:
-    """Make a field with its help and its check; the launch command's options and README's table use them."""
+    """Make a field with its help and its check; the launch command's options and the documentation's table use them."""
     return field(default=default, metadata={"help": help, "allowed": allowed, "holds": holds})
 
 

@@ -51,7 +51,7 @@ class Option:
     tensor: tuple[str, int] | None = None  # type and size (-1: any) of the input tensor; None: no tensor
     aliases: tuple[str, ...] = ()  # other names, also for tensors
     keys: tuple[str, ...] = ()  # other names, for JSON keys and request parameters only
-    help: str = ""  # what README's table and the client's command line say, beside the default
+    help: str = ""  # what the documentation's table and the client's command line say, beside the default
 
     @property
     def other_names(self) -> tuple[str, ...]:

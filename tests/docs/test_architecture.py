@@ -134,8 +134,8 @@ def test_the_figures_of_windows_are_those_that_are_stored() -> None:
     assert f"{stored['batch_max_tokens']:,} tokens a step, it is {most[0]} and {most[1]}" in ARCHITECTURE
     at_once = [f"{after['at_once']} instead of {before['at_once']}" for after, before in (mistral, gemma)]
     assert f"{at_once[0]} and {at_once[1]} run at once in {stored['pool_gib']} GiB" in ARCHITECTURE
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{tokens} then hold {ends[0][0]} GiB instead of {ends[0][1]}" in readme
+    serving = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert f"{tokens} then hold {ends[0][0]} GiB instead of {ends[0][1]}" in serving
 
 
 def test_the_glossary_has_26_words_in_order() -> None:

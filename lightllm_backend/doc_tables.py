@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes README's tables of settings and request options from config.py and the option table.
+"""Writes the documentation's tables of settings, request options and metrics from the code that has them.
 
-    python -m lightllm_backend.readme_tables
+    python -m lightllm_backend.doc_tables
 
-Each table is between a pair of comments in README.md; the rest is written by hand and kept.
+Each table is between a pair of comments of its page; the rest is written by hand and kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ from typing import Any
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.option_table import OPTIONS, boolean
 from lightllm_backend.request import DEFAULTS
+from lightllm_backend.triton_server.metrics import COUNTERS, GAUGES, HISTOGRAMS, STATUSES
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
+COMMAND = "python -m lightllm_backend.doc_tables"
 _NAMES = {*OPTIONS, *EngineConfig.__dataclass_fields__}
 _POWERS = {2**31 - 1: "2³¹−1", 2**64 - 1: "2⁶⁴−1"}
 
 
-def updated(text: str) -> str:
-    """README's text with both tables made anew."""
-    for name, rows in {"settings": _settings(), "options": _options()}.items():
-        first, last = f"<!-- {name}: python -m lightllm_backend.readme_tables -->", f"<!-- end of {name} -->"
+def updated(page: Path, text: str) -> str:
+    """The text of a page with its tables made anew. ValueError if the text has no place for one."""
+    for name, rows in TABLES[page].items():
+        first, last = f"<!-- {name}: {COMMAND} -->", f"<!-- end of {name} -->"
         before, _, rest = text.partition(first)
         _, found, after = rest.partition(last)
         if not found:
-            raise ValueError(f"README.md has no table between {first} and {last}")
-        table = "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) + "\n" for row in rows)
+            raise ValueError(f"{page.name} has no table between {first} and {last}")
+        table = "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) + "\n" for row in rows())
         text = f"{before}{first}\n\n{table}\n{last}{after}"
     return text
 
@@ -71,6 +73,16 @@ def _options() -> Iterable[tuple[str, ...]]:
     )
 
 
+def _metrics() -> Iterable[tuple[str, ...]]:
+    yield "metric", "type", ""
+    yield "---", "---", "---"
+    statuses = ", ".join(f"`{status}`" for status in STATUSES)
+    yield "`lightllm_requests_total`", "counter", f"Requests that have ended, by `status`: {statuses}"
+    for kind, metrics in {"counter": COUNTERS, "gauge": GAUGES, "histogram": HISTOGRAMS}.items():
+        for name, text in metrics.items():
+            yield f"`lightllm_{name}`", kind, _with_code(text)
+
+
 def _default(value: Any) -> str:
     """A default as a user writes it; a dash if there is none, or the help names it."""
     if value in (None, (), ""):
@@ -89,5 +101,13 @@ def _with_powers(text: str) -> str:
     return re.sub(r"\d+", lambda number: _POWERS.get(int(number[0]), number[0]), text)
 
 
+# The pages, and the tables of each.
+TABLES: dict[Path, dict[str, Callable[[], Iterable[tuple[str, ...]]]]] = {
+    DOCS / "settings.md": {"settings": _settings},
+    DOCS / "request_options.md": {"options": _options},
+    DOCS / "monitoring.md": {"metrics": _metrics},
+}
+
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page in TABLES:
+        page.write_text(updated(page, page.read_text(encoding="utf-8")), encoding="utf-8")
