@@ -21,6 +21,7 @@ help() {
   demo               start a server with the embedded model, ask it something, stop it
   serve [SETTINGS]   run a server, for example: ./build.sh serve --model_dir /models/llama-7B --tp 1
   test [ARGUMENTS]   check style and types, then run pytest with these arguments
+  docs               build the documentation's site in build/site
   docker             build the container image
   audit              look for known vulnerabilities in the image's packages; exit code 1 if there are any
   sbom               print the image's Python packages as a software bill of materials (CycloneDX, JSON)
@@ -77,7 +78,7 @@ find_python() {
 install_once() {
     local stamp=$VENV/.installed-$1 state
     shift
-    state=$(printf '%s\n' "$PWD" "$TORCH" "$EMBEDDED_MODEL" "$*" | cat - requirements.txt requirements-dev.txt pyproject.toml client/pyproject.toml | sha256sum)
+    state=$(printf '%s\n' "$PWD" "$TORCH" "$EMBEDDED_MODEL" "$*" | cat - requirements.txt requirements-dev.txt requirements-docs.txt pyproject.toml client/pyproject.toml | sha256sum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
     "$@"
     echo "$state" >"$stamp"
@@ -99,18 +100,22 @@ install_runtime() {
 }
 
 install_development() {
-    pip_install -r requirements.txt -r requirements-dev.txt
+    pip_install -r requirements.txt -r requirements-dev.txt -r requirements-docs.txt
     "$VENV/bin/python" -m tests.deploy.helm
 }
 
-environment() {
+virtual_environment() {
     local python
     if [ ! -x "$VENV/bin/python" ]; then
         python=$(find_python)
         "$python" -m venv "$VENV"
     fi
-    install_once runtime install_runtime
     export PATH="$VENV/bin:$PATH" VIRTUAL_ENV=$VENV
+}
+
+environment() {
+    virtual_environment
+    install_once runtime install_runtime
 }
 
 demo() {
@@ -147,6 +152,14 @@ test() {
     # A test that fails runs once more, and the summary names it: a machine that is busy with something else may have made
     # it late. A fault fails twice.
     exec python -m pytest -q -rR --reruns 1 --numprocesses "$workers" --no-loadscope-reorder "$@"
+}
+
+# Any warning, a broken link or anchor for example, is an error.
+docs() {
+    virtual_environment
+    install_once docs pip_install -r requirements-docs.txt
+    NO_MKDOCS_2_WARNING=true python -m mkdocs build --strict --quiet "$@"
+    echo "build/site has the documentation; to read it: python3 -m http.server --bind 127.0.0.1 --directory build/site"
 }
 
 docker() {
@@ -210,7 +223,7 @@ lock_clients() {
 command=${1:-help}
 [ $# -gt 0 ] && shift
 case $command in
-    demo | serve | test | docker | audit | sbom | lock | help) "$command" "$@" ;;
+    demo | serve | test | docs | docker | audit | sbom | lock | help) "$command" "$@" ;;
     -h | --help) help ;;
     *) help >&2; fail "unknown command $command" ;;
 esac

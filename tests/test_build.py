@@ -58,7 +58,7 @@ def test_help_is_the_default_and_names_every_command(environment: dict[str, str]
     _, default = build(environment=environment)
     assert helped.returncode == default.returncode == 0
     assert helped.stdout == default.stdout
-    for command in ("demo", "serve", "test", "docker", "audit", "sbom", "lock", "help"):
+    for command in ("demo", "serve", "test", "docs", "docker", "audit", "sbom", "lock", "help"):
         assert f"\n  {command} " in helped.stdout
 
 
@@ -162,6 +162,15 @@ def test_docker_builds_with_the_engine_that_runs(interpreters: dict[str, str], t
     assert run.stdout == f"{pid} build --tag lightllm_backend --no-cache .\n"
 
 
+def test_the_site_needs_no_engine_and_is_strict(environment: dict[str, str]) -> None:
+    _, run = build("docs", environment=environment)
+    assert [call.partition(" ")[2] for call in calls(environment)] == [
+        "-m pip install --disable-pip-version-check -r requirements-docs.txt",
+        "-m mkdocs build --strict --quiet",
+    ]
+    assert "http.server" in run.stdout
+
+
 def test_the_audit_fails_for_what_cannot_be_looked_up(environment: dict[str, str], tmp_path: Path) -> None:
     tools = tmp_path / "venv" / "tools" / "bin"
     script(tools / "python", f'echo "tools $*" >>{tmp_path}/calls')
@@ -193,7 +202,7 @@ def requirements(*names: str) -> Iterator[Requirement]:
 
 @pytest.mark.parametrize("python", PYTHON_VERSIONS)
 def test_every_requirement_has_one_version_on_every_python(python: str) -> None:
-    listed = list(requirements("requirements.txt", "requirements-dev.txt"))
+    listed = list(requirements("requirements.txt", "requirements-dev.txt", "requirements-docs.txt"))
     for name in {requirement.name for requirement in listed}:
         matching = [
             requirement
