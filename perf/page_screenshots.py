@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of the page in README and docs/page.md, from a server that runs, with some load beside the answer that they show.
+"""The pictures in docs/page.md, from a server that runs, with some load beside the answer that they show.
 
 ./build.sh serve --openai_port 9000
 python -m perf.page_screenshots http://127.0.0.1:9000/

@@ -28,6 +28,7 @@ PAGES = {
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^()\s:#]+)(#[^()\s]*)?\)")
+LEADING_COMMENTS = re.compile(r"\A(?:<!--.*?-->\s*)+")
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +44,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the links at the site's pages and files, and add the files."""
+    """Point the links at the site's pages and files, and add the files; the title is the first thing of a page."""
+    markdown = LEADING_COMMENTS.sub("", markdown)
     here = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
 

@@ -26,7 +26,8 @@ from lightllm_backend.generation.token_times import Observer, TokenTimes
 from lightllm_backend.request import FinishReason, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 
-# How often a stream's client is checked: twice this and a round trip stay below the second that docs/triton_api.md promises.
+# How often a stream's client is checked: twice this and a round trip stay below the promised second
+# (docs/triton_api.md).
 CHECK_SECONDS = 0.25
 # An acknowledgement comes in well under a second unless the whole machine stands still. If none arrives for this long,
 # the detokenizer has crashed.

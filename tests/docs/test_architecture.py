@@ -14,13 +14,13 @@ import pytest
 
 from lightllm_backend.kernels.linear.choice import Gpu, ProductKernel, choose_kernel
 from lightllm_backend.router.admission import Forecast
+from tests.docs.snippets import pages
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightllm_backend"
-PAGES = (
-    "README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/reliability.md", "docs/security.md",
-    "docs/troubleshooting.md", "docs/multiple_hosts.md", "docs/kubernetes.md",
-)  # fmt: skip
+# docs/compatibility.md names files of other projects.
+OTHERS = ("CHANGELOG", "client/", "docs/compatibility.md", "findings/", "perf/")
+PAGES = [page for page in pages() if not page.startswith(OTHERS)]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 # `folder/file.py`, `folder/file.py:name`, `folder/`; NAME stands for any name.
