@@ -12,7 +12,7 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
-from docs.site.pictures import IMAGES, PICTURES
+from docs.site.pictures import CAPACITY, IMAGES, PICTURES, RUNNING, WAITING, demand
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.option_table import OPTIONS
 from tests.docs.snippets import ROOT, pages
@@ -82,6 +82,20 @@ def test_scripts_load_nothing_from_other_hosts(site: Path) -> None:
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_as_the_script_draws_it(name: str) -> None:
     assert (IMAGES / name).read_text(encoding="utf-8") == PICTURES[name]().svg(), "run python docs/site/pictures.py"
+
+
+def test_the_words_below_the_picture_of_the_peak_are_true() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    peak, higher = (max(sum(step.values()) for step in demand(held)) for held in (RUNNING, RUNNING | WAITING))
+    assert f"never hold more than {peak} of the {CAPACITY} slots together" in text
+    assert f"each counted at its longest would make {sum(map(sum, RUNNING.values()))}" in text
+    assert f"with it the peak would be {higher}" in text
+
+
+def test_readme_and_the_page_on_models_name_the_same_models() -> None:
+    families = re.compile(r"^BLOOM, .* and SmolLM3", re.MULTILINE)
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert families.findall(page) == families.findall((ROOT / "README.md").read_text(encoding="utf-8")) != []
 
 
 def test_what_people_move_to_exists() -> None:
