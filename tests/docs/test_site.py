@@ -15,7 +15,7 @@ from mkdocs.config import load_config
 from docs.site.pictures import CAPACITY, IMAGES, PICTURES, RUNNING, WAITING, demand
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.option_table import OPTIONS
-from tests.docs.snippets import ROOT, pages
+from tests.docs.snippets import ROOT, blocks, pages
 
 # What a browser loads by itself, and does not wait for a click to follow.
 LOADED = {
@@ -82,6 +82,11 @@ def test_scripts_load_nothing_from_other_hosts(site: Path) -> None:
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_as_the_script_draws_it(name: str) -> None:
     assert (IMAGES / name).read_text(encoding="utf-8") == PICTURES[name]().svg(), "run python docs/site/pictures.py"
+
+
+def test_diagrams_are_pictures() -> None:
+    """Mermaid would come from another host."""
+    assert [str(block) for page in pages() for block in blocks(page) if block.language == "mermaid"] == []
 
 
 def test_the_words_below_the_picture_of_the_peak_are_true() -> None:

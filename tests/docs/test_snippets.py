@@ -48,6 +48,14 @@ def test_the_others_run_beside_a_server() -> None:
     assert wrong == [], "say above the block who runs it, or why nobody does: tests/docs/snippets.py"
 
 
+# What takes the settings of the launch command.
+STARTS = (
+    ["./build.sh", "serve"],
+    ["python", "-m", "lightllm_backend.serve"],
+    ["python", "-m", "lightllm_backend.worker"],
+)
+
+
 def all_commands() -> Iterator[tuple[Block, list[str]]]:
     for block in THAT_RUN:
         if block.language in SHELLS:
@@ -57,7 +65,7 @@ def all_commands() -> Iterator[tuple[Block, list[str]]]:
 
 def settings(words: list[str]) -> list[str] | None:
     """What a command gives to the launch command, or None if it does not start it."""
-    for start in (["./build.sh", "serve"], ["python", "-m", "lightllm_backend.serve"]):
+    for start in STARTS:
         if words[: len(start)] == start:
             return words[len(start) :]
     if words[:2] == ["docker", "run"] and "lightllm_backend" in words and "--entrypoint" not in words:
