@@ -17,7 +17,7 @@ from typing import Any
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.option_table import OPTIONS, boolean
 from lightllm_backend.request import DEFAULTS
-from lightllm_backend.triton_server.metrics import COUNTERS, GAUGES, HISTOGRAMS, STATUSES
+from lightllm_backend.triton_server.metric_table import METRICS, PREFIX
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python -m lightllm_backend.doc_tables"
@@ -74,13 +74,13 @@ def _options() -> Iterable[tuple[str, ...]]:
 
 
 def _metrics() -> Iterable[tuple[str, ...]]:
-    yield "metric", "type", ""
-    yield "---", "---", "---"
-    statuses = ", ".join(f"`{status}`" for status in STATUSES)
-    yield "`lightllm_requests_total`", "counter", f"Requests that have ended, by `status`: {statuses}"
-    for kind, metrics in {"counter": COUNTERS, "gauge": GAUGES, "histogram": HISTOGRAMS}.items():
-        for name, text in metrics.items():
-            yield f"`lightllm_{name}`", kind, _with_code(text)
+    yield "metric", "kind", "labels", ""
+    yield "---", "---", "---", "---"
+    for name, metric in METRICS.items():
+        labels = [
+            f"`{label}`" + (f" ({', '.join(values)})" if values else "") for label, values in metric.labels.items()
+        ]
+        yield f"`{PREFIX}{name}`", metric.kind.lower(), ", ".join(labels) or "–", _with_code(metric.help)
 
 
 def _default(value: Any) -> str:

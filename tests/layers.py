@@ -19,6 +19,7 @@ BELOW_A_MODEL = (
 # Each module, and the modules and folders of the package that it may import. A folder's name alone is its __init__.py.
 ALLOWED = {
     "request": (),
+    "version": (),
     "config": (),
     "environment": (),
     "file_limit": (),
@@ -32,7 +33,7 @@ ALLOWED = {
     "chart_schema": ("config",),
     "client_options": ("option_table", "request"),
     "command_line": ("config",),
-    "doc_tables": ("config", "option_table", "request", "triton_server.metrics"),
+    "doc_tables": ("config", "option_table", "request", "triton_server.metric_table"),
     "lengths": ("config",),
     "option_table": ("client_json", "request", "structured_output"),
     "options": ("client_json", "lengths", "option_table", "request", "structured_output"),
@@ -346,7 +347,15 @@ ALLOWED = {
         "triton_server.requests",
         "triton_server.responses",
     ),
-    "triton_server.metrics": ("request", "router.statistics"),
+    "triton_server.metric_table": ("router.statistics",),
+    "triton_server.metrics": (
+        "generation.token_times",
+        "messages.engine_messages",
+        "request",
+        "router.statistics",
+        "triton_server.metric_table",
+        "version",
+    ),
     "triton_server.model_configs": ("triton_server.tensors",),
     "triton_server.requests": (
         "config",
@@ -438,7 +447,7 @@ ALLOWED = {
         "request",
     ),
     "front": (),
-    "front.application": ("front",),
+    "front.application": ("front", "version"),
     "front.engine_load": (),
     "front.errors": ("options",),
     "front.lightllm": (),
@@ -532,6 +541,7 @@ SHARED_RULES = ("kernels",)
 ALLOWED_PACKAGES = {
     "json_file": (),
     "request": (),
+    "version": (),
     "config": (),
     "environment": (),
     "messages.seal": (),
@@ -590,6 +600,7 @@ WITHOUT_TORCH = (
     "text.tokenizer",
     "triton_server.entrance",
     "triton_server.executable",
+    "triton_server.metric_table",
     "triton_server.metrics",
     "triton_server.model_configs",
     "triton_server.requests",

@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from lightllm_backend.launch.embedded_model import REQUIREMENT
+from lightllm_backend.version import VERSION
 
 ROOT = Path(__file__).parent.parent
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12")
@@ -218,3 +219,7 @@ def test_every_requirement_has_one_version_on_every_python(python: str) -> None:
 def test_numpy_is_one_that_the_python_backend_can_use() -> None:
     (numpy,) = (requirement for requirement in requirements("requirements.txt") if requirement.name == "numpy")
     assert not numpy.specifier.contains("2.0.0")
+
+
+def test_the_package_knows_its_version() -> None:
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()

@@ -16,6 +16,7 @@ from lightllm_backend.front.openai import chat, completions, models
 from lightllm_backend.front.page.router import page_router
 from lightllm_backend.front.security import Guard
 from lightllm_backend.front.state import Front
+from lightllm_backend.version import VERSION
 
 
 def make_application(front: Front, api_keys: Iterable[str] = ()) -> FastAPI:
@@ -29,7 +30,7 @@ def make_application(front: Front, api_keys: Iterable[str] = ()) -> FastAPI:
     # Without pages that load scripts from elsewhere; /openapi.json describes the requests.
     application = FastAPI(
         title="LightLLM on Triton server",
-        version="0.2.0",
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,

@@ -57,8 +57,9 @@ class EngineClient:
         self,
         address: str,
         on_stats: Callable[[EngineStats], None] = lambda stats: None,
-        on_up: Callable[[bool], None] = lambda up: None,
+        on_up: Callable[[EngineInfo | None], None] = lambda info: None,
     ) -> None:
+        """on_up: told that a worker is connected, and that it is gone (None)."""
         self._address = address
         self._on_stats = on_stats
         self._on_up = on_up
@@ -168,7 +169,7 @@ class EngineClient:
                     return
                 self._channel, self._info = channel, ready.info
             self._ready.set()
-            self._on_up(True)
+            self._on_up(ready.info)
             while True:
                 message = channel.receive()
                 if isinstance(message, Tokens):
@@ -196,7 +197,7 @@ class EngineClient:
 
     def _lose_worker(self) -> None:
         if self._ready.is_set():
-            self._on_up(False)
+            self._on_up(None)
         self._ready.clear()
         with self._lock:
             lost = self._outstanding

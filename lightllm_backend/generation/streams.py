@@ -13,7 +13,7 @@ from functools import partial
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import CHECK_SECONDS, Responder, Stream
-from lightllm_backend.generation.token_times import Observer
+from lightllm_backend.generation.token_times import EndedRequest, Observer
 from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
 from lightllm_backend.messages.seal import Seal
@@ -39,7 +39,7 @@ class _Unobserved:
     def next_token(self, seconds: float) -> None:
         pass
 
-    def finished(self, status: str, seconds: float) -> None:
+    def finished(self, ended: EndedRequest) -> None:
         pass
 
 

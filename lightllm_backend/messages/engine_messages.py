@@ -34,6 +34,9 @@ class EngineInfo:
     lengths: LengthLimits
     pool_tokens: int
     memory: dict[str, int]  # bytes on each rank's device, by part
+    weight_dtype: str = ""  # of the linear layers: a data type or a checkpoint's method of quantisation
+    kv_dtype: str = ""
+    tp: int = 1
 
 
 @dataclass

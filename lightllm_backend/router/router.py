@@ -39,7 +39,7 @@ from lightllm_backend.router.planned_step import Decodes, PlannedStep, PromptChu
 from lightllm_backend.router.request_table import RequestTable
 from lightllm_backend.router.sequence import Sequence, SequenceState, TextMatcher
 from lightllm_backend.router.slot_pool import Prefix, SlotPool
-from lightllm_backend.router.statistics import EngineStats
+from lightllm_backend.router.statistics import EngineStats, no_steps
 
 
 class Router:
@@ -96,6 +96,10 @@ class Router:
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._device_seconds_total = 0.0
+        self._steps_total = no_steps()
+        self._step_tokens_total = no_steps()
+        self._prefix_cache_queries_total = 0
+        self._prefix_cache_hits_total = 0
         self._requests: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
 
     # Requests of clients
@@ -184,6 +188,9 @@ class Router:
         chunks, admitted = self._plan_prefill()
         if len(decode_rows) == 0 and not chunks:
             return None
+        kind = "decode" if not chunks else "mixed" if len(decode_rows) else "prefill"
+        self._steps_total[kind] += 1
+        self._step_tokens_total[kind] += len(decode_rows) + sum(chunk.num_tokens for chunk in chunks)
         batch = make_batch(Decodes(decode_rows, decode_starts, decode_slots), chunks, admitted)
         self._in_flight.append(PlannedStep.of(batch, self._table))
         return batch
@@ -342,6 +349,10 @@ class Router:
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             device_seconds_total=self._device_seconds_total,
+            steps_total=self._steps_total.copy(),
+            step_tokens_total=self._step_tokens_total.copy(),
+            prefix_cache_queries_total=self._prefix_cache_queries_total,
+            prefix_cache_hits_total=self._prefix_cache_hits_total,
         )
 
     @property
@@ -506,6 +517,8 @@ class Router:
         if sequence.state is SequenceState.QUEUED:
             sequence.queue_seconds = self._clock() - sequence.arrival_time
             sequence.num_cached_tokens = prefix.length
+            self._prefix_cache_queries_total += sequence.prompt_length
+            self._prefix_cache_hits_total += prefix.length
         copies, sequence.copies = sequence.copies, []
         for copy in copies:
             self._register(copy)

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+STEP_KINDS = ("prefill", "decode", "mixed")  # what a step computes: prompt tokens, decodes or both
+
+
+def no_steps() -> dict[str, int]:
+    """Return a count of zero for each kind of step."""
+    return dict.fromkeys(STEP_KINDS, 0)
 
 
 @dataclass(frozen=True)
@@ -19,3 +27,7 @@ class EngineStats:
     generated_tokens_total: int = 0  # given out in chunks
     preemptions_total: int = 0
     device_seconds_total: float = 0.0
+    steps_total: Mapping[str, int] = field(default_factory=no_steps)  # planned, by kind
+    step_tokens_total: Mapping[str, int] = field(default_factory=no_steps)  # that these compute
+    prefix_cache_queries_total: int = 0  # prompt tokens of admitted requests
+    prefix_cache_hits_total: int = 0  # those of them that the prefix cache had

@@ -11,12 +11,16 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lightllm_backend.generation.token_times import EndedRequest
+from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.request import RequestError
 from lightllm_backend.router.statistics import EngineStats
+from lightllm_backend.triton_server.metric_table import METRICS, PREFIX
+from lightllm_backend.version import VERSION
 
 FLUSH_SECONDS = 0.1  # far below the interval at which anybody scrapes metrics
 WORKS_SECONDS = 1.0  # from one look at the workers to the next
@@ -27,34 +31,32 @@ MAX_OBSERVATIONS = 50
 PAUSE_SECONDS = 0.2e-3
 SECONDS_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 
-GAUGES = {
-    "queued_requests": "Requests that wait for admission",
-    "running_requests": "Requests that are being computed",
-    "kv_tokens_used": "Token slots of the KV pool that live sequences hold",
-    "kv_tokens_cached": "Token slots that only the prefix cache holds",
-    "kv_tokens_total": "Token slots of the KV pool",
-    "engine_up": "1 if the engine takes requests",
-}
-COUNTERS = {
-    "prompt_tokens_total": "Prompt tokens computed",
-    "generated_tokens_total": "Tokens generated",
-    "device_seconds_total": "Seconds that the device has computed",
-    "preemptions_total": "Times a running request gave its token slots to older ones (admission past_future)",
-    "engine_restarts_total": "Times the engine was started again after it failed",
-}
-HISTOGRAMS = {
-    "queue_seconds": "From submission to admission",
-    "time_to_first_token_seconds": "From submission to the first token",
-    "inter_token_seconds": "Between tokens of one request (sampled above 500 a second)",
-    "request_seconds": "From submission to the last token",
-}
-log = logging.getLogger(__name__)
-
-STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
+HISTOGRAMS = tuple(name for name, metric in METRICS.items() if metric.kind == "HISTOGRAM")
+# Whatever the worker counts begins at zero with each worker.
+WORKER_TOTALS = {name for name, metric in METRICS.items() if metric.of_engine and metric.kind == "COUNTER"}
+WORKER_TOTALS.remove("engine_restarts_total")
 STATUS_OF_REFUSAL = {
     "INVALID_ARG": "rejected", "NOT_FOUND": "rejected", "UNAVAILABLE": "rejected", "CANCELLED": "cancelled",
     "INTERNAL": "failed",
 }  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+Sample = tuple[str, tuple[str, ...]]  # a metric's name and the values of its labels
+
+
+def info_labels(info: EngineInfo, model: str) -> dict[str, str]:
+    """Return the labels of the metric `info`. model: the name by which clients know the model."""
+    return {
+        "model": model,
+        "device": info.device,
+        "dtype": info.dtype,
+        "weight_dtype": info.weight_dtype,
+        "kv_dtype": info.kv_dtype,
+        "tp": str(info.tp),
+        "slots": str(info.pool_tokens),
+        "version": VERSION,
+    }
 
 
 class Metrics:
@@ -66,40 +68,30 @@ class Metrics:
     """
 
     def __init__(self, backend: Any, with_engine: bool, engine_works: Callable[[], bool] = lambda: True) -> None:
-        self._lock = threading.Lock()
-        self._ended: Counter[str] = Counter()
+        self._lock = threading.Lock()  # guards what requests and the engine tell, and what of it is reported
+        self._counted: Counter[Sample] = Counter()
         self._observed: dict[str, list[float]] = {name: [] for name in HISTOGRAMS}
         self._engine: EngineStats | None = None
-        self._engine_up = False
+        self._labels: Mapping[str, str] | None = None  # of `info`, while the engine is up
+        self._shown_labels: Mapping[str, str] = {}
         self._engine_works = engine_works
         self._works = True
         self._looked_at = 0.0
         self._restarts = 0
-        self._reported: Counter[str] = Counter()
-
-        def metric(name: str, description: str, kind: Any, **options: Any) -> Any:
-            family = backend.MetricFamily(name=f"lightllm_{name}", description=description, kind=kind)
-            self._families.append(family)
-            return family.Metric(**options)
-
-        self._families: list[Any] = []  # a family must outlive its metrics
-        family_kinds = backend.MetricFamily
-        requests = backend.MetricFamily(
-            name="lightllm_requests_total", description="Requests that have ended, by status", kind=family_kinds.COUNTER
-        )
-        self._families.append(requests)
-        self._requests = {status: requests.Metric(labels={"status": status}) for status in STATUSES}
-        self._histograms = {
-            name: metric(name, text, family_kinds.HISTOGRAM, labels={}, buckets=SECONDS_BUCKETS)
-            for name, text in HISTOGRAMS.items()
+        self._reported: dict[Sample, float] = defaultdict(float)
+        self._with_engine = with_engine
+        kinds = backend.MetricFamily
+        # A family must outlive its metrics.
+        self._families = {
+            name: backend.MetricFamily(name=PREFIX + name, description=metric.help, kind=getattr(kinds, metric.kind))
+            for name, metric in METRICS.items()
+            if with_engine or not metric.of_engine
         }
-        self._gauges: dict[str, Any] = {}
-        self._counters: dict[str, Any] = {}
-        if with_engine:
-            self._gauges = {name: metric(name, text, family_kinds.GAUGE, labels={}) for name, text in GAUGES.items()}
-            self._counters = {
-                name: metric(name, text, family_kinds.COUNTER, labels={}) for name, text in COUNTERS.items()
-            }
+        self._samples: dict[Sample, Any] = {}
+        for name, family in self._families.items():
+            options = {"buckets": SECONDS_BUCKETS} if name in HISTOGRAMS else {}
+            for labels in METRICS[name].label_sets():
+                self._samples[name, tuple(labels.values())] = family.Metric(labels=labels, **options)
         self._closing = threading.Event()
         self._flusher = threading.Thread(target=self._flush_for_ever, name="metrics", daemon=True)
         self._flusher.start()
@@ -117,18 +109,20 @@ class Metrics:
         with self._lock:
             self._observed["inter_token_seconds"].append(seconds)
 
-    def finished(self, status: str, seconds: float) -> None:
-        """A request that was submitted has ended, so long after that. The Router's refusals have no duration."""
+    def finished(self, ended: EndedRequest) -> None:
+        """A request that was submitted has ended. The Router's refusals have neither a duration nor tokens."""
         with self._lock:
-            self._ended[status] += 1
-            if status != "rejected":
-                self._observed["request_seconds"].append(seconds)
+            self._counted["requests_total", (ended.status,)] += 1
+            if ended.status != "rejected":
+                self._observed["request_seconds"].append(ended.seconds)
+                self._counted["request_tokens_total", (ended.status, "prompt")] += ended.num_prompt_tokens
+                self._counted["request_tokens_total", (ended.status, "answer")] += ended.num_answer_tokens
 
     def refused(self, error: Exception) -> None:
         """A request ended before it was submitted: with an error of its own or the server's, or its time was up."""
         code = error.code if isinstance(error, RequestError) else "INTERNAL"
         with self._lock:
-            self._ended[STATUS_OF_REFUSAL[code]] += 1
+            self._counted["requests_total", (STATUS_OF_REFUSAL[code],)] += 1
 
     # From the engine
 
@@ -137,18 +131,19 @@ class Metrics:
         with self._lock:
             self._engine = stats
 
-    def engine_up(self, up: bool) -> None:
-        """The engine takes requests from now on, or no more."""
+    def engine_up(self, labels: Mapping[str, str] | None) -> None:
+        """The engine takes requests from now on, and these are the labels of `info`; None: it takes no more."""
         with self._lock:
-            self._engine_up = up
+            self._labels = labels
 
     def engine_restarted(self) -> None:
         """A new worker was started, which counts its totals from zero."""
         with self._lock:
             self._restarts += 1
             self._engine = None
-            for name in COUNTERS.keys() - {"engine_restarts_total"}:
-                self._reported[name] = 0
+            for sample in self._samples:
+                if sample[0] in WORKER_TOTALS:
+                    self._reported[sample] = 0
 
     def close(self) -> None:
         """Stop the thread."""
@@ -169,30 +164,55 @@ class Metrics:
                 log.exception("metrics could not be carried over")
 
     def _flush(self) -> None:
-        if self._gauges and time.monotonic() >= self._looked_at + WORKS_SECONDS:
-            self._looked_at, self._works = time.monotonic(), self._engine_works()
+        if self._with_engine:
+            if time.monotonic() >= self._looked_at + WORKS_SECONDS:
+                self._looked_at, self._works = time.monotonic(), self._engine_works()
+            self._show_labels()
         for call, value in self._calls():
             call(value)
             time.sleep(PAUSE_SECONDS)
 
-    def _calls(self) -> Iterator[tuple[Callable[[float], None], float]]:
+    def _show_labels(self) -> None:
+        """Have `info` bear the labels of the newest engine alone."""
+        labels = self._labels
+        if labels and labels != self._shown_labels:
+            self._samples.pop(("info", tuple(self._shown_labels.values())), None)  # the server forgets it, too
+            made = self._samples["info", tuple(labels.values())] = self._families["info"].Metric(labels=dict(labels))
+            made.set(1)
+            self._shown_labels = labels
+
+    def _calls(self) -> list[tuple[Callable[[float], None], float]]:
         """The calls that carry over what has changed."""
+        calls: list[tuple[Callable[[float], None], float]] = []
         with self._lock:
-            ended, self._ended = self._ended, Counter()
+            counted, self._counted = self._counted, Counter()
             observed, self._observed = self._observed, {name: [] for name in HISTOGRAMS}
-            now = dict(vars(self._engine)) if self._engine else {}
-            now |= {"engine_up": float(self._engine_up and self._works), "engine_restarts_total": self._restarts}
-            increments = {name: now[name] - self._reported[name] for name in self._counters if name in now}
-            self._reported.update(increments)
-        for status, count in ended.items():
-            yield self._requests[status].increment, count
+            changed = []
+            for sample, value in self._engine_state():
+                change = value - self._reported[sample]
+                if change:
+                    self._reported[sample] = value
+                    is_counter = METRICS[sample[0]].kind == "COUNTER"
+                    changed.append((sample, change if is_counter else value))
+        calls += [(self._samples[sample].increment, count) for sample, count in counted.items() if count]
         for name, values in observed.items():
-            for value in values[:: -(-len(values) // MAX_OBSERVATIONS) or 1]:
-                yield self._histograms[name].observe, value
-        for name, increment in increments.items():
-            if increment:
-                yield self._counters[name].increment, increment
-        for name, gauge in self._gauges.items():
-            if name in now and now[name] != self._reported[name]:
-                yield gauge.set, now[name]
-                self._reported[name] = now[name]
+            observe = self._samples[name, ()].observe
+            calls += [(observe, value) for value in values[:: -(-len(values) // MAX_OBSERVATIONS) or 1]]
+        for sample, value in changed:
+            made = self._samples[sample]
+            calls.append((made.increment if METRICS[sample[0]].kind == "COUNTER" else made.set, value))
+        return calls
+
+    def _engine_state(self) -> Iterator[tuple[Sample, float]]:
+        if not self._with_engine:
+            return
+        yield ("engine_up", ()), float(self._labels is not None and self._works)
+        yield ("engine_restarts_total", ()), self._restarts
+        if self._engine is None:
+            return
+        yield ("kv_cache_utilization", ()), self._engine.kv_tokens_used / max(1, self._engine.kv_tokens_total)
+        for name, value in vars(self._engine).items():
+            if isinstance(value, Mapping):
+                yield from (((name, (label,)), count) for label, count in value.items())
+            else:
+                yield (name, ()), value

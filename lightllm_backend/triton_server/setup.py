@@ -84,6 +84,11 @@ def known_lengths(config: EngineConfig) -> LengthLimits:
     return model_tokenizer.known_lengths(_served_directory(config), config)
 
 
+def served_name(config: EngineConfig) -> str:
+    """The name by which clients of the front know the model."""
+    return config.served_model_name or Path(_served_directory(config)).resolve().name
+
+
 def _served_directory(config: EngineConfig) -> str | Path:
     return config.model_dir or embedded_model_directory(config.worker_python or "python3")
 

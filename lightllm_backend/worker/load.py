@@ -144,6 +144,9 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
         lengths=limits,
         pool_tokens=pool_tokens,
         memory=memory,
+        weight_dtype=_weight_dtype(config, shape, dtype),
+        kv_dtype=_name(kv_dtype),
+        tp=config.tp,
     )
     changing = [rope for rope in set(shape.ropes) if rope.depends_on_length(limits.max_total)]
     prefixes_are_alike = all(rope.rope_type == "longrope" for rope in changing)
@@ -281,6 +284,10 @@ def _pool_tokens(config: EngineConfig, fitting: int) -> int:
             f"mem_fraction is {config.mem_fraction}; allowed: enough for weights, workspace and a KV pool"
         )
     return asked or fitting
+
+
+def _weight_dtype(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> str:
+    return config.weight_dtype if config.weight_dtype != "auto" else shape.quantization.method or _name(dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

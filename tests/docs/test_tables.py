@@ -9,6 +9,7 @@ import pytest
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.doc_tables import COMMAND, DOCS, TABLES, updated
 from lightllm_backend.option_table import OPTIONS
+from lightllm_backend.triton_server.metric_table import METRICS, PREFIX
 from lightllm_backend.triton_server.tensors import PUBLIC_OUTPUTS
 
 
@@ -46,3 +47,9 @@ def test_every_option_has_a_row_with_its_tensor_and_other_names() -> None:
 def test_every_output_has_a_row_with_its_type() -> None:
     for name, kind in PUBLIC_OUTPUTS.items():
         assert len(rows_with("request_options.md", f"| `{name}` | {kind[0]} [{kind[1]}] |")) == 1, name
+
+
+def test_every_metric_has_a_row_with_its_kind_and_labels() -> None:
+    for name, metric in METRICS.items():
+        [row] = rows_with("monitoring.md", f"| `{PREFIX}{name}` | {metric.kind.lower()} |")
+        assert all(f"`{label}`" in row for label in metric.labels), name

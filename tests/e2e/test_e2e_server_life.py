@@ -17,6 +17,8 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from lightllm_backend.triton_server import metric_table
+from lightllm_backend.version import VERSION
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
 from tests.e2e.calls import NO_PROXY, infer_grpc
 from tests.e2e.conftest import SHORT_MODEL_SAYS
@@ -27,26 +29,18 @@ pytestmark = pytest.mark.e2e
 
 PROMPT = "The capital of Japan is"
 DEFAULT_PORTS = (8000, 8001, 8002)
-GAUGES = ("queued_requests", "running_requests", "kv_tokens_used", "kv_tokens_cached", "kv_tokens_total", "engine_up")
-COUNTERS = (
-    "prompt_tokens_total",
-    "generated_tokens_total",
-    "preemptions_total",
-    "device_seconds_total",
-    "engine_restarts_total",
-)
-HISTOGRAMS = ("queue_seconds", "time_to_first_token_seconds", "inter_token_seconds", "request_seconds")
-STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
 
 
 # Metrics
 
 
 def test_all_metrics_are_there(server: TritonServer) -> None:
-    names = {f"lightllm_{name}" for name in GAUGES + COUNTERS}
-    names |= {f'lightllm_requests_total{{status="{status}"}}' for status in STATUSES}
-    names |= {f"lightllm_{name}_{part}" for name in HISTOGRAMS for part in ("count", "sum")}
-    assert names <= set(server.metrics())
+    names = {name.partition("{")[0] for name in server.metrics()}
+    assert set(metric_table.samples()) <= names
+    [info] = [name for name in server.metrics() if name.startswith("lightllm_info{")]
+    assert 'device="cpu"' in info
+    assert 'dtype="float32"' in info
+    assert f'version="{VERSION}"' in info
 
 
 def settled_metrics(server: TritonServer) -> dict[str, float]:
@@ -76,12 +70,16 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
             for name in (
                 'requests_total{status="length"}', 'requests_total{status="stop"}', "request_seconds_count",
                 "queue_seconds_count", "time_to_first_token_seconds_count",
+                'request_tokens_total{part="prompt",status="length"}',
+                'request_tokens_total{part="answer",status="length"}',
             )
         }  # fmt: skip
 
     expected = {
         'requests_total{status="length"}': 5, 'requests_total{status="stop"}': 1, "request_seconds_count": 6,
         "queue_seconds_count": 6, "time_to_first_token_seconds_count": 6,
+        'request_tokens_total{part="prompt",status="length"}': 5 * 5,
+        'request_tokens_total{part="answer",status="length"}': 3 * 4 + 5 + 2,
     }  # fmt: skip
     assert poll(lambda: grown() == expected), grown()
 
@@ -96,6 +94,11 @@ def test_metrics_count(server: TritonServer, client: LightLLMClient) -> None:
     # Of each prompt's 5 tokens at least the last; the others lie in the prefix cache, at the latest after the first.
     assert 6 <= computed <= 5 + 5 * 1
     assert now["lightllm_kv_tokens_cached"] >= 5
+    queried, hit = (
+        now[f"lightllm_prefix_cache_{what}_total"] - before[f"lightllm_prefix_cache_{what}_total"]
+        for what in ("queries", "hits")
+    )
+    assert (queried, queried - hit) == (6 * 5, computed)
 
 
 def test_gauges_while_a_request_runs(server: TritonServer, client: LightLLMClient) -> None:

@@ -21,6 +21,7 @@ from lightllm_backend.generation import send_queue as send_queue_module
 from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import ACKNOWLEDGEMENT_SECONDS, CHECK_SECONDS, Stream
+from lightllm_backend.generation.token_times import EndedRequest
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 
 STOP_TOKEN = 9  # completes the stop string of a stream that has one
@@ -69,7 +70,7 @@ class StopText:
 class SilentObserver:
     def first_token(self, seconds: float, queue_seconds: float) -> None: ...
     def next_token(self, seconds: float) -> None: ...
-    def finished(self, status: str, seconds: float) -> None: ...
+    def finished(self, ended: EndedRequest) -> None: ...
 
 
 class State(NamedTuple):

@@ -17,6 +17,7 @@ from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import Stream
 from lightllm_backend.generation.streams import Streams
+from lightllm_backend.generation.token_times import EndedRequest
 from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
@@ -66,6 +67,7 @@ class FakeObserver:
         self.first: list[float] = []
         self.between = 0
         self.ended: list[str] = []
+        self.requests: list[EndedRequest] = []
         self.seconds: list[float] = []
 
     def first_token(self, seconds: float, queue_seconds: float) -> None:
@@ -76,9 +78,10 @@ class FakeObserver:
         self.seconds.append(seconds)
         self.between += 1
 
-    def finished(self, status: str, seconds: float) -> None:
-        self.seconds.append(seconds)
-        self.ended.append(status)
+    def finished(self, ended: EndedRequest) -> None:
+        self.requests.append(ended)
+        self.seconds.append(ended.seconds)
+        self.ended.append(ended.status)
 
 
 class FakeEngine:
@@ -171,7 +174,7 @@ def test_tokens_made_while_a_chunk_is_on_its_way_are_one_chunk() -> None:
 
 def test_the_last_chunk_waits_for_the_one_before_it_and_takes_all_along() -> None:
     stream, responder, observer = stream_of()
-    stream.on_chunk(chunk([1]))
+    stream.on_chunk(chunk([1], queue_seconds=0.25, num_cached_tokens=2))
     stream.on_chunk(chunk([2]))
     stream.on_chunk(chunk([3], FinishReason.LENGTH))
     assert responder.ids == [[1]]
@@ -183,7 +186,16 @@ def test_the_last_chunk_waits_for_the_one_before_it_and_takes_all_along() -> Non
     stream.delivered()
     stream.on_chunk(chunk([4]))  # whatever comes after the end is dropped
     assert responder.ids == [[1], [2, 3]]
-    assert observer.ended == ["length"]
+    [ended] = observer.requests
+    assert (ended.status, ended.num_prompt_tokens, ended.num_cached_tokens, ended.num_answer_tokens) == (
+        "length",
+        3,
+        2,
+        3,
+    )
+    assert ended.queue_seconds == 0.25
+    assert ended.first_token_seconds is not None
+    assert 0 <= ended.first_token_seconds <= ended.seconds
     assert all(0 <= seconds < 60 for seconds in observer.seconds)
 
 

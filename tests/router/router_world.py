@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,8 @@ class World:
         self.router.on_free(self.runner.spoil)
         self.live: dict[str, Life] = {}
         self.num_accepted = self.num_refused = self.num_ended = self.steps = self.preemptions = 0
+        self.num_steps: Counter[str] = Counter()  # by kind
+        self.num_step_tokens: Counter[str] = Counter()
         self.most_used = 0
         self.closed = False
         self._in_flight: deque[tuple[Batch, StepResult]] = deque()
@@ -205,6 +207,8 @@ class World:
         assert self.num_ended == self.num_accepted
         stats = self.router.stats()
         assert (stats.queued_requests, stats.running_requests, stats.kv_tokens_used) == (0, 0, 0)
+        assert (Counter(stats.steps_total), Counter(stats.step_tokens_total)) == (self.num_steps, self.num_step_tokens)
+        assert stats.prefix_cache_hits_total <= stats.prefix_cache_queries_total
         ended = self.router.ended_requests
         assert sum(ended.values()) == self.num_accepted + self.num_refused
 
@@ -222,6 +226,9 @@ class World:
         self._note_preemptions(stats.preemptions_total)
         self.router.check_integrity()
         if batch is not None:
+            kind = "decode" if batch.num_decodes == len(batch.rows) else "mixed" if batch.num_decodes else "prefill"
+            self.num_steps[kind] += 1
+            self.num_step_tokens[kind] += int(batch.lengths.sum())
             assert batch.lengths[batch.num_decodes :].sum() <= self.conditions.batch_max_tokens
             assert len(batch.rows) <= self.conditions.max_running
             self._check_admissions(batch)

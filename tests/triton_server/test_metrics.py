@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lightllm_backend.generation.token_times import EndedRequest
 from lightllm_backend.request import RequestError
 from lightllm_backend.router.statistics import EngineStats
 from lightllm_backend.triton_server import metrics
-from lightllm_backend.triton_server.metrics import MAX_OBSERVATIONS, STATUSES, Metrics
+from lightllm_backend.triton_server.metric_table import METRICS, PREFIX, STATUSES
+from lightllm_backend.triton_server.metrics import MAX_OBSERVATIONS, Metrics, info_labels
+from lightllm_backend.version import VERSION
+from tests.worker.engine_harness import INFO
 
 
 class FakeMetric:
@@ -52,8 +56,11 @@ class FakeBackend:
         [metric] = self.families[f"lightllm_{name}"].metrics
         return metric
 
+    def values(self, name: str) -> dict[tuple[str, ...], float]:
+        return {tuple(metric.labels.values()): metric.value for metric in self.families[f"lightllm_{name}"].metrics}
+
     def requests(self) -> dict[str, float]:
-        return {metric.labels["status"]: metric.value for metric in self.families["lightllm_requests_total"].metrics}
+        return {status: value for (status,), value in self.values("requests_total").items()}
 
 
 class FakeFamily:
@@ -88,22 +95,19 @@ def engine_metrics(backend: FakeBackend) -> Iterator[Metrics]:
     made.close()
 
 
-DOCUMENTED = {
-    "lightllm_requests_total": "counter", "lightllm_queued_requests": "gauge", "lightllm_running_requests": "gauge",
-    "lightllm_kv_tokens_used": "gauge", "lightllm_kv_tokens_cached": "gauge", "lightllm_kv_tokens_total": "gauge",
-    "lightllm_prompt_tokens_total": "counter", "lightllm_generated_tokens_total": "counter",
-    "lightllm_preemptions_total": "counter", "lightllm_device_seconds_total": "counter",
-    "lightllm_engine_up": "gauge", "lightllm_engine_restarts_total": "counter", "lightllm_queue_seconds": "histogram",
-    "lightllm_time_to_first_token_seconds": "histogram", "lightllm_inter_token_seconds": "histogram",
-    "lightllm_request_seconds": "histogram",
-}  # fmt: skip
+LABELS = info_labels(INFO, "counting")
 
 
-def test_the_documented_metrics_are_there(backend: FakeBackend, engine_metrics: Metrics) -> None:
-    assert {name: family.kind for name, family in backend.families.items()} == DOCUMENTED
+def kinds(of_engine: bool) -> dict[str, str]:
+    return {PREFIX + name: metric.kind.lower() for name, metric in METRICS.items() if of_engine or not metric.of_engine}
+
+
+def test_all_metrics_of_the_table_are_there(backend: FakeBackend, engine_metrics: Metrics) -> None:
+    assert {name: family.kind for name, family in backend.families.items()} == kinds(of_engine=True)
     buckets = backend["queue_seconds"].buckets
     assert buckets is not None
     assert buckets == sorted(buckets)
+    assert set(backend.values("steps_total")) == {("prefill",), ("decode",), ("mixed",)}
 
 
 def test_a_process_without_the_engine_reports_requests_only(backend: FakeBackend) -> None:
@@ -111,15 +115,37 @@ def test_a_process_without_the_engine_reports_requests_only(backend: FakeBackend
     made.engine_stats(EngineStats(queued_requests=3))
     made._flush()
     made.close()
-    kinds = {name: kind for name, kind in DOCUMENTED.items() if kind == "histogram"}
-    assert {name: family.kind for name, family in backend.families.items()} == {
-        **kinds, "lightllm_requests_total": "counter",
-    }  # fmt: skip
+    assert {name: family.kind for name, family in backend.families.items()} == kinds(of_engine=False)
+
+
+def test_tokens_are_counted_by_status(backend: FakeBackend, engine_metrics: Metrics) -> None:
+    engine_metrics.finished(EndedRequest("stop", 1.0, 7, 4, 3))
+    engine_metrics.finished(EndedRequest("stop", 1.0, 5, 0, 1))
+    engine_metrics.finished(EndedRequest("rejected", 0.0, 9))
+    engine_metrics._flush()
+    counted = {labels: value for labels, value in backend.values("request_tokens_total").items() if value}
+    assert counted == {("stop", "prompt"): 12, ("stop", "answer"): 4}
+
+
+def test_the_info_is_that_of_the_newest_engine(backend: FakeBackend, engine_metrics: Metrics) -> None:
+    engine_metrics._flush()
+    assert backend.values("info") == {}, "nothing is known before the engine is up"
+    for slots in ("500", "500", "700"):
+        engine_metrics.engine_up(LABELS | {"slots": slots})
+        engine_metrics._flush()
+        engine_metrics.engine_up(None)
+    shown = backend.families["lightllm_info"].metrics
+    assert [(one.labels["slots"], one.value) for one in shown] == [("500", 1), ("700", 1)]
+    assert [sample for sample in engine_metrics._samples if sample[0] == "info"] == [
+        ("info", tuple({**LABELS, "slots": "700"}.values()))
+    ], "the first is given back to the server"
+    assert LABELS["version"] == VERSION
+    assert set(LABELS) == set(METRICS["info"].labels)
 
 
 def test_requests_are_counted_by_status(backend: FakeBackend, engine_metrics: Metrics) -> None:
     for status in ("stop", "length", "length", "cancelled", "failed"):
-        engine_metrics.finished(status, 1.0)
+        engine_metrics.finished(EndedRequest(status, 1.0))
     engine_metrics.refused(RequestError("UNAVAILABLE", "the queue is full"))
     assert set(backend.requests().values()) == {0.0}, "nothing is carried over before a flush"
     engine_metrics._flush()
@@ -134,7 +160,7 @@ def test_times_are_observed(backend: FakeBackend, engine_metrics: Metrics) -> No
     engine_metrics.first_token(0.5, queue_seconds=0.25)
     engine_metrics.next_token(0.01)
     engine_metrics.next_token(0.02)
-    engine_metrics.finished("stop", 2.0)
+    engine_metrics.finished(EndedRequest("stop", 2.0))
     engine_metrics._flush()
     engine_metrics._flush()
     assert backend["time_to_first_token_seconds"].observed == [0.5]
@@ -158,20 +184,23 @@ def test_of_very_many_an_even_choice_is_observed(backend: FakeBackend, engine_me
 
 
 def test_the_engine_s_state(backend: FakeBackend, engine_metrics: Metrics) -> None:
-    engine_metrics.engine_up(True)
+    engine_metrics.engine_up(LABELS)
     engine_metrics.engine_stats(EngineStats(1, 2, 30, 4, 100, 50, 60))
     engine_metrics._flush()
-    state = {name.removeprefix("lightllm_") for name, kind in DOCUMENTED.items() if kind == "gauge"}
+    state = [name for name, metric in METRICS.items() if metric.kind == "GAUGE" and not metric.labels]
     assert {name: backend[name].value for name in state} == {
         "queued_requests": 1, "running_requests": 2, "kv_tokens_used": 30, "kv_tokens_cached": 4,
-        "kv_tokens_total": 100, "engine_up": 1,
+        "kv_tokens_total": 100, "engine_up": 1, "kv_cache_utilization": 0.3,
     }  # fmt: skip
-    engine_metrics.engine_stats(EngineStats(0, 0, 0, 0, 100, 55, 70))
-    engine_metrics.engine_up(False)
+    steps = {"prefill": 2, "decode": 5, "mixed": 1}
+    engine_metrics.engine_stats(EngineStats(0, 0, 0, 0, 100, 55, 70, steps_total=steps, prefix_cache_hits_total=9))
+    engine_metrics.engine_up(None)
     engine_metrics._flush()
     assert backend["kv_tokens_used"].value == backend["queued_requests"].value == backend["engine_up"].value == 0
     assert backend["prompt_tokens_total"].value == 55
     assert backend["generated_tokens_total"].value == 70
+    assert backend.values("steps_total") == {("prefill",): 2, ("decode",): 5, ("mixed",): 1}
+    assert backend["prefix_cache_hits_total"].value == 9
 
 
 def test_an_engine_that_stands_still_is_not_up(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +209,7 @@ def test_an_engine_that_stands_still_is_not_up(backend: FakeBackend, monkeypatch
     engine_metrics = Metrics(backend, with_engine=True, engine_works=lambda: works.pop(0))
     engine_metrics.close()
     works[:] = [True, False, True]
-    engine_metrics.engine_up(True)
+    engine_metrics.engine_up(LABELS)
     seen = []
     for _ in range(3):
         engine_metrics._flush()

@@ -32,6 +32,7 @@ from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.streams import Streams
+from lightllm_backend.generation.token_times import EndedRequest
 from lightllm_backend.messages.return_channel import ReturnChannel
 from lightllm_backend.messages.return_messages import ClientGone, Delivered
 from lightllm_backend.messages.seal import Purpose, Seal
@@ -83,7 +84,7 @@ class Silent:
 
     def first_token(self, seconds: float, queue_seconds: float) -> None: ...
     def next_token(self, seconds: float) -> None: ...
-    def finished(self, status: str, seconds: float) -> None: ...
+    def finished(self, ended: EndedRequest) -> None: ...
 
 
 class Client:

@@ -13,7 +13,7 @@ import pytest
 from lightllm_backend.launch.closing import EngineCloser, Progress
 from lightllm_backend.launch.health import why_unready
 from lightllm_backend.messages.channel import Channel
-from lightllm_backend.messages.engine_messages import Ready, Submit, Tokens
+from lightllm_backend.messages.engine_messages import EngineInfo, Ready, Submit, Tokens
 from lightllm_backend.messages.vitals import read_vitals
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
 from lightllm_backend.router.statistics import EngineStats
@@ -183,7 +183,7 @@ def test_a_step_that_fails_ends_every_request_once_and_the_worker(tmp_path: Path
 
 
 def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: Path) -> None:
-    told: list[bool] = []
+    told: list[EngineInfo | None] = []
     address = str(tmp_path / "engine")
     first = CountingEngine(address)
     client = EngineClient(address, on_up=told.append)
@@ -204,7 +204,7 @@ def test_requests_of_a_worker_that_dies_end_and_a_new_worker_is_found(tmp_path: 
     second = CountingEngine(address)
     client.wait_ready(10)
     assert Answer(client, [7], max_tokens=2).wait().tokens == [8, 9]
-    assert told == [True, False, True]
+    assert told == [INFO, None, INFO]
     second.stop()
     client.close()
 
@@ -328,8 +328,10 @@ def test_statistics_reach_the_clients_and_come_to_rest(tmp_path: Path) -> None:
     Answer(client, [1, 2, 3], max_tokens=4).wait()
     assert poll(lambda: told and told[-1].generated_tokens_total == 4)
     assert told[-1] == EngineStats(
-        kv_tokens_cached=6, kv_tokens_total=500, prompt_tokens_total=3, generated_tokens_total=4
-    )
+        kv_tokens_cached=6, kv_tokens_total=500, prompt_tokens_total=3, generated_tokens_total=4,
+        steps_total={"prefill": 1, "decode": 3, "mixed": 0}, step_tokens_total={"prefill": 3, "decode": 3, "mixed": 0},
+        prefix_cache_queries_total=3,
+    )  # fmt: skip
     engine.stop()
     client.close()
 

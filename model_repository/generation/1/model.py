@@ -18,10 +18,11 @@ from lightllm_backend.messages.seal import Purpose, Seal
 from lightllm_backend.messages.vitals import Vitals
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.text_stream import TextStream
+from lightllm_backend.triton_server.metrics import info_labels
 from lightllm_backend.triton_server.requests import is_probe, read_generation_request
 from lightllm_backend.triton_server.responders import DirectResponder, GenerationResponder
 from lightllm_backend.triton_server.responses import ServerSender, error_response
-from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, starting
+from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, served_name, starting
 
 CONNECT_SECONDS = 60.0  # generous, since the supervisor has already reported a ready engine
 
@@ -39,7 +40,12 @@ class TritonPythonModel:
         address = engine_address(self.run_directory)
         self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
         self.supervisor.wait_ready()
-        self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=self.metrics.engine_up)
+        name = served_name(config)
+
+        def on_up(info):
+            self.metrics.engine_up(info and info_labels(info, name))
+
+        self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=on_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.load = EngineLoad(self.run_directory)
         self.tokens_seal, self.chunk_seal, returns_seal = (Seal.of(self.run_directory, purpose) for purpose in Purpose)
