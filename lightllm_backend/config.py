@@ -20,6 +20,7 @@ TORCHRUN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")  # as torchrun and its opera
 API_KEY_VARIABLE = "LIGHTLLM_API_KEY"  # API keys of the front; no setting, since every user can read command lines
 
 TOKENIZER_MODES = ("auto", "slow")
+LOG_FORMATS = ("text", "json")
 # The APIs of Triton server that change or read what belongs to all clients, as its options spell them.
 ADMINISTRATION_APIS = ("logging", "model-repository", "shared-memory", "trace")
 
@@ -155,6 +156,28 @@ class EngineConfig:
     device: str = _choice("auto", "auto: a GPU if there is one", "auto", "cuda", "cpu")
     log_stats_interval: float = _setting(
         10.0, "interval of statistics lines in the log, in seconds; 0: none", "seconds ≥ 0", lambda v: 0 <= v < math.inf
+    )
+    log_format: str = _choice("text", "form of the lines in the log of all processes of ours", *LOG_FORMATS)
+    log_requests: str = _choice(
+        "none",
+        "requests whose end is a line in the log: none; failed: those that failed or were rejected; all",
+        "none",
+        "failed",
+        "all",
+    )
+    log_prompts: bool = _setting(False, "let the lines of log_requests have the requests' prompts", "true | false")
+    trace_url: str | None = _setting(
+        None,
+        "OpenTelemetry collector that gets spans, as OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces"
+        " (default: no spans)",
+        "a URL that begins with http:// or https://",
+        lambda v: re.fullmatch(r"https?://[^/\s]+\S*", v) is not None,
+    )
+    trace_rate: int = _count(
+        0,
+        "every so many requests one is traced; 0: only those whose client sends a traceparent, which always are"
+        " (launch command only)",
+        0,
     )
     worker_python: str | None = _setting(None, "interpreter of the workers (default: python3 on PATH)")
     unread_timeout_s: float = _setting(

@@ -25,6 +25,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from lightllm_backend import logs
 from lightllm_backend.command_line import CONTEXT_SETTINGS, USAGE_ERROR, setting_options
 from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
@@ -34,6 +35,7 @@ from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_
 from lightllm_backend.launch.fronts import check_front, front_environment
 from lightllm_backend.launch.server import Launch
 from lightllm_backend.launch.service import Service
+from lightllm_backend.launch.trace_options import TraceError, trace_options
 from lightllm_backend.messages.run_directory import RunDirectoryError, check_run_directory
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
@@ -65,6 +67,7 @@ _START_ERRORS = (
     RunDirectoryError,
     ServeError,
     TokenizerError,
+    TraceError,
     TritonServerError,
 )
 
@@ -113,6 +116,7 @@ def prepare(
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
         *closing_options(config.open_apis or ()),
+        *trace_options(config),
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
         *arguments,  # the last value of a repeated option wins
     ]
@@ -172,13 +176,23 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
     except _START_ERRORS as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
-    console = Console(stderr=True)
+    os.environ[logs.FORMAT_VARIABLE] = launch.config.log_format
+    sys.exit(Service(launch, _say_json if launch.config.log_format == "json" else _say_text).run())
 
-    def say(what: str | Table) -> None:
-        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}" if isinstance(what, str) else what
-        console.print(stamped, markup=False, highlight=False, soft_wrap=True)
 
-    sys.exit(Service(launch, say).run())
+def _say_text(what: str | Table) -> None:
+    stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}" if isinstance(what, str) else what
+    Console(stderr=True).print(stamped, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_json(what: str | Table) -> None:
+    if isinstance(what, str):
+        level, found, line = what.partition(": ")
+        known = bool(found) and level in ("error", "warning")
+        logs.say("launch", level if known else "info", line if known else what)
+    else:
+        names, values = (column.cells for column in what.columns)
+        logs.say("launch", "info", "the settings in effect", {"settings": dict(zip(names, values, strict=True))})
 
 
 command = click.Command(

@@ -25,8 +25,15 @@ CLIENT_EXTRAS = {"chat": ("jinja2",), "template_sandbox": ("jinja2",)}
 
 # Requirements that are imported by another name than their own, and what needs none.
 IMPORT_NAMES = {"grpcio": "grpc", "protobuf": "google"}
-# pydantic_core is a part of pydantic, which pins it.
-WITHOUT_REQUIREMENT = {PACKAGE, CLIENT, "triton_python_backend_utils", "pydantic_core", *sys.stdlib_module_names}
+# pydantic_core is a part of pydantic, which pins it; opentelemetry is the extra "tracing" of pyproject.toml.
+WITHOUT_REQUIREMENT = {
+    PACKAGE,
+    CLIENT,
+    "triton_python_backend_utils",
+    "pydantic_core",
+    "opentelemetry",
+    *sys.stdlib_module_names,
+}
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -199,13 +199,18 @@ class AsyncLightLLMClient:
             self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         return self._stub
 
+    def _identity(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """The id of the request that is made now, and the headers that go with it."""
+        return "", ()
+
     def _start(
         self, prompt: str | Sequence[int], stream: bool, timeout: float | None, options: Options
     ) -> AsyncChunkStream:
         asyncio.get_running_loop()  # raises where there is none
         request = self._endpoint.infer_request(prompt, stream, options)
+        request.id, metadata = self._identity()
         seconds = self._endpoint.seconds(timeout)
-        call = self._connected().ModelStreamInfer(iter([request]), timeout=seconds)
+        call = self._connected().ModelStreamInfer(iter([request]), timeout=seconds, metadata=metadata)
         chunks = AsyncChunkStream(call, self._endpoint, seconds, options)
         self._streams.add(chunks)
         return chunks

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from lightllm_backend.front import errors
+from lightllm_backend.front import errors, metrics
 from lightllm_backend.front.description import described
 from lightllm_backend.front.lightllm import router as lightllm
 from lightllm_backend.front.openai import chat, completions, models
@@ -38,7 +38,7 @@ def make_application(front: Front, api_keys: Iterable[str] = ()) -> FastAPI:
     )
     application.state.front = front
     application.openapi = lambda: described(application)  # type: ignore[method-assign]
-    for router in (models.router, completions.router, chat.router, lightllm.router, page_router(front)):
+    for router in (models.router, completions.router, chat.router, lightllm.router, metrics.router, page_router(front)):
         application.include_router(router)
     errors.install(application)
     # The last one added comes first.

@@ -15,21 +15,25 @@ GAUGES = ("running_requests", "queued_requests", "kv_tokens_used", "kv_tokens_ca
 
 
 class EngineLoad:
-    """Reads the metrics at host:port, at most once in MAX_AGE_S seconds."""
+    """Reads the metrics at host:port, no more often than who asks can use."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._reading = asyncio.Lock()
-        self._read_at = -MAX_AGE_S
-        self._load: dict[str, int | bool | None] = {}
+        self._read_at = float("-inf")
+        self._text = ""
 
     async def read(self) -> dict[str, int | bool | None]:
         """Return `up`, whether the engine takes requests, and the values of GAUGES; None is what nobody knows."""
+        return load_from_metrics(await self.text(MAX_AGE_S))
+
+    async def text(self, max_age: float) -> str:
+        """Return the metrics as Triton server wrote them at most `max_age` seconds ago; "" if it does not answer."""
         async with self._reading:
-            if time.monotonic() >= self._read_at + MAX_AGE_S:
-                self._load = load_from_metrics(await asyncio.to_thread(_metrics, self._address))
+            if time.monotonic() >= self._read_at + max_age:
+                self._text = await asyncio.to_thread(_metrics, self._address)
                 self._read_at = time.monotonic()
-            return self._load
+            return self._text
 
 
 def load_from_metrics(text: str) -> dict[str, int | bool | None]:

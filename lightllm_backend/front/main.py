@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import uvicorn
 import uvloop
 
+from lightllm_backend import logs
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.front.application import make_application
@@ -45,6 +46,7 @@ def make_server(environment: Mapping[str, str]) -> uvicorn.Server:
             lifespan="on",
             access_log=False,
             log_level="warning",
+            log_config=None,  # its loggers pass on to ours
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -67,7 +69,7 @@ def _on_parent(server: uvicorn.Server) -> None:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(asctime)s front[%(process)d] %(levelname)s: %(message)s", level=logging.WARNING)
+    logs.set_up("front", level=logging.WARNING)
     raise_file_limit()
     sockets = [socket.socket(fileno=int(sys.argv[1]))] if len(sys.argv) > 1 else None
     try:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightllm_backend.config import API_KEY_VARIABLE, ConfigError, EngineConfig
+from lightllm_backend.front.caller import CALLER, Caller
 from lightllm_backend.front.errors import ApiError
 
 # What anybody may ask: whether the server works, which requests there are, and the page, which asks for a key itself.
@@ -22,6 +23,7 @@ OPEN_FOLDERS = ("/page/",)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _ID_HEADER = b"x-request-id"
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
 
 
 def read_api_keys(config: EngineConfig, environment: Mapping[str, str]) -> frozenset[str]:
@@ -69,6 +71,8 @@ class Guard:
             request_id = secrets.token_hex(16).encode()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id.decode()
+        trace = tuple((name.decode(), headers[name].decode("latin-1")) for name in _TRACE_HEADERS if name in headers)
+        CALLER.set(Caller(request_id.decode(), trace))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -127,4 +131,4 @@ class Guard:
         )
 
 
-_HEADERS = frozenset([_ID_HEADER, b"authorization", b"content-length"])
+_HEADERS = frozenset([_ID_HEADER, *_TRACE_HEADERS, b"authorization", b"content-length"])

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.front.caller import CallingClient
 from lightllm_backend.front.engine_load import EngineLoad
 from lightllm_backend.front.generation_defaults import read_generation_defaults
 from lightllm_backend.front.token_texts import TokenTexts
@@ -57,7 +58,7 @@ class Front:
         return cls(
             config=config,
             model_name=config.served_model_name or directory.resolve().name,
-            client=AsyncLightLLMClient(config.local_address(config.grpc_port)),
+            client=CallingClient(config.local_address(config.grpc_port)),
             tokenizer=load_tokenizer(directory, config),
             lengths=known_lengths(directory, config),
             chat_template=template,

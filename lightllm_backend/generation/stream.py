@@ -22,7 +22,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from lightllm_backend.generation.send_queue import SendQueue
-from lightllm_backend.generation.token_times import Observer, TokenTimes
+from lightllm_backend.generation.token_times import NOBODY, Identity, Observer, TokenTimes
 from lightllm_backend.request import FinishReason, TokenChunk
 from lightllm_backend.text.text_stream import TextStream
 
@@ -85,17 +85,18 @@ class Stream:
         observer: Observer,
         send_queue: SendQueue,
         on_end: Callable[[], object] = lambda: None,
+        identity: Identity = NOBODY,
     ) -> None:
         """stop_text: the text in which stop strings are found, if there are any. on_end: called after the last chunk.
 
-        flow_control: whether a detokenizer acknowledges each chunk.
+        flow_control: whether a detokenizer acknowledges each chunk. identity: what the observer is told of the request.
         """
         self.coalesces = False  # see send_queue.Sender
         self.last_check = time.monotonic()  # of the client
         self._responder = responder
         self._delivery = Delivery(streaming, flow_control)
         self._stop_text = stop_text
-        self._times = TokenTimes(observer)
+        self._times = TokenTimes(observer, identity)
         self._send_queue = send_queue
         self._on_end = on_end
         self._lock = threading.Lock()  # guards what follows

@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from lightllm_backend.generation.engine_client import EngineClient
 from lightllm_backend.generation.send_queue import SendQueue
 from lightllm_backend.generation.stream import CHECK_SECONDS, Responder, Stream
-from lightllm_backend.generation.token_times import EndedRequest, Observer
+from lightllm_backend.generation.token_times import NOBODY, EndedRequest, Identity, Observer
 from lightllm_backend.messages.channel import Channel, ChannelClosed, listen
 from lightllm_backend.messages.return_messages import ClientGone, DecodingFailed, Delivered, Introduction
 from lightllm_backend.messages.seal import Seal
@@ -69,7 +70,7 @@ class Streams:
     def submit(
         self, prompt_ids: Sequence[int], options: RequestOptions, deadline: float | None,
         responder_for: Callable[[str, int], Responder], flow_control: bool, new_text: Callable[[], TextStream],
-        urgent: bool = False, ticket: int = 0,
+        urgent: bool = False, ticket: int = 0, identity: Identity = NOBODY,
     ) -> None:  # fmt: skip
         """Submit a request to the engine. Raises RequestError if it is refused; then no responder is used.
 
@@ -83,10 +84,13 @@ class Streams:
             self._engine.new_uid(), tuple(prompt_ids), sampling, deadline, urgent, options.tenant, options.priority,
             ticket,
         )  # fmt: skip
+        if not identity.id:
+            identity = replace(identity, id=request.uid)
         streams = {
             uid: Stream(
                 responder_for(uid, number), options.stream, flow_control, new_text() if sampling.stop_words else None,
                 observer, self._send_queue, on_end=partial(self._forget, uid),
+                identity=identity,
             )
             for number, uid in enumerate(request.uids)
         }  # fmt: skip

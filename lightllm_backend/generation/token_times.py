@@ -3,11 +3,32 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from lightllm_backend.request import TokenChunk
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose request it is, for logs and traces."""
+
+    id: str = ""  # the client's, else the engine's
+    tenant: str = ""
+    trace_context: str = ""  # of the span above its own, as a JSON object of headers; empty: it is not traced
+    prompt: Callable[[], str] | None = None  # makes its text; None: logs do not show it
+
+    @property
+    def trace_id(self) -> str:
+        """The id in the trace context; empty if it has none."""
+        parts = json.loads(self.trace_context or "{}").get("traceparent", "").split("-")
+        return parts[1] if len(parts) == 4 else ""
+
+
+NOBODY = Identity()
 
 
 @dataclass(frozen=True)
@@ -16,6 +37,8 @@ class EndedRequest:
 
     status: str  # the finish reason
     seconds: float
+    identity: Identity = NOBODY
+    error_code: str = ""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, from the prefix cache
     num_answer_tokens: int = 0
@@ -24,7 +47,7 @@ class EndedRequest:
 
 
 class Observer(Protocol):
-    """Learns when things happen to requests: the metrics."""
+    """Learns when things happen to requests: the telemetry."""
 
     def first_token(self, seconds: float, queue_seconds: float) -> None: ...
     def next_token(self, seconds: float) -> None: ...
@@ -34,8 +57,9 @@ class Observer(Protocol):
 class TokenTimes:
     """Measures one request from its construction to its last chunk."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, identity: Identity = NOBODY) -> None:
         self._observer = observer
+        self._identity = identity
         self._started = self._last_token = time.monotonic()
         self._num_answer_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
         self._queue_seconds: float | None = None
@@ -56,6 +80,8 @@ class TokenTimes:
                 EndedRequest(
                     chunk.finish_reason.value,
                     now - self._started,
+                    self._identity,
+                    chunk.error.code if chunk.error else "",
                     # The last chunk of an engine that is gone has no prompt tokens.
                     self._num_prompt_tokens or chunk.num_prompt_tokens,
                     self._num_cached_tokens or chunk.num_cached_tokens,

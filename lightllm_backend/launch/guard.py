@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from lightllm_backend import logs
 from lightllm_backend.environment import STUB, package_environment
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.launch.closing import EngineCloser, wait_delivered
@@ -224,8 +225,7 @@ def wait_dead(processes: Sequence[str], seconds: float) -> bool:
 
 def say(line: str) -> None:
     """Print an error among the lines of the launch command, or of the server."""
-    with contextlib.suppress(OSError):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {line}", file=sys.stderr, flush=True)
+    logs.say("guard", "error", line)
 
 
 def _arguments(pid: int) -> list[str]:

@@ -16,9 +16,9 @@ from lightllm_backend.request import RequestError
 from lightllm_backend.text.prompt import Prompt, check_prompt, encode_prompt
 from lightllm_backend.text.prompt_lane import LongPrompt, PromptLane
 from lightllm_backend.text.tokenizer import Tokenizer
-from lightllm_backend.triton_server.metrics import Metrics
 from lightllm_backend.triton_server.requests import is_probe, read_deadline, read_request
 from lightllm_backend.triton_server.responses import ServerSender, error_response
+from lightllm_backend.triton_server.telemetry import Telemetry
 
 # Prompts up to this size are encoded at once: encoding them takes 1.5 ms, which nobody notices.
 SHORT_PROMPT_BYTES = 4096
@@ -48,7 +48,7 @@ class Entrance:
         config: EngineConfig,
         tokenizer: Tokenizer,
         lengths: LengthLimits,
-        metrics: Metrics,
+        telemetry: Telemetry,
         run_directory: Path,
         go_on: Callable[[Entered], Any],
     ) -> None:
@@ -56,7 +56,7 @@ class Entrance:
         self._max_prompt_bytes = config.max_prompt_bytes
         self._tokenizer = tokenizer
         self._lengths = lengths
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._go_on = go_on
         self._lane = PromptLane(config.max_queue_size, LONGEST_PROMPTS * config.max_prompt_bytes)
 
@@ -74,7 +74,7 @@ class Entrance:
                 return self._enter(request, parsed, deadline)
             self._lane.put(self._long_prompt(request, parsed, size, deadline))
         except Exception as error:  # noqa: BLE001 (a request without an answer hangs)
-            return self._refusal(error)
+            return self._refusal(request, error)
         return None
 
     def close(self) -> None:
@@ -88,18 +88,18 @@ class Entrance:
             try:
                 response = self._enter(request, parsed, deadline)
             except Exception as error:  # noqa: BLE001 (a request without an answer hangs)
-                response = self._refusal(error)
+                response = self._refusal(request, error)
             if response is not None:
                 sender.send(response, final=True)
 
         def refuse(error: RequestError) -> None:
-            sender.send(self._refusal(error), final=True)
+            sender.send(self._refusal(request, error), final=True)
 
         return LongPrompt(size, deadline, sender.is_cancelled, encode, refuse)
 
     def _enter(self, request: Any, parsed: ParsedRequest, deadline: float | None) -> Any:
         return self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer, self._lengths), deadline))
 
-    def _refusal(self, error: Exception) -> Any:
-        self._metrics.refused(error)
+    def _refusal(self, request: Any, error: Exception) -> Any:
+        self._telemetry.refused(request, error)
         return error_response(error)

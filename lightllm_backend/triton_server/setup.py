@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightllm_backend import logs
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.generation.worker_group import EngineStartError
@@ -27,6 +28,7 @@ from lightllm_backend.text import model_tokenizer
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
 from lightllm_backend.triton_server.metrics import Metrics
+from lightllm_backend.triton_server.telemetry import Telemetry
 
 # Errors of the setting or the model, not of the code: the message says what to change.
 _START_ERRORS = (
@@ -47,7 +49,7 @@ log = logging.getLogger("lightllm")
 def engine_config(arguments: dict[str, str]) -> EngineConfig:
     """The settings of any of the models: from the generation model's config.pbtxt, its own, and the environment.
 
-    arguments: those that Triton server gives to `initialize`.
+    From now on the process logs as they say. arguments: those that Triton server gives to `initialize`.
     """
     parameters = repository_parameters(_model_directory(arguments).parent)
     own = json.loads(arguments["model_config"]).get("parameters", {})
@@ -56,6 +58,7 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
     parameters = {key: os.fsdecode(value.encode()) for key, value in parameters.items()}
     config = EngineConfig.build(parameters, os.environ)
     config.check_host(serves=True)
+    logs.set_up(arguments["model_name"], config.log_format)
     return config
 
 
@@ -100,11 +103,12 @@ def warn_of_tokens_past_model(tokenizer: Tokenizer) -> None:
         log.warning(warning)
 
 
-def make_metrics(with_engine: bool) -> Metrics:
-    """This process's metrics. with_engine: whether it reports the engine's state."""
+def make_telemetry(config: EngineConfig, with_engine: bool) -> Telemetry:
+    """This process's metrics, log and spans of requests. with_engine: whether it reports the engine's state."""
     import triton_python_backend_utils as pb_utils  # only a stub has it
 
-    return Metrics(pb_utils, with_engine, lambda: _workers_work(run_directory()))
+    metrics = Metrics(pb_utils, with_engine, lambda: _workers_work(run_directory()))
+    return Telemetry(metrics, config, served_name(config))
 
 
 def _workers_work(directory: Path) -> bool:
@@ -121,7 +125,7 @@ def starting() -> Iterator[None]:
     hide_shared_memory()
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    logs.set_up("model")
     try:
         raise_file_limit()
         # A stub has the packages of the first python3 on PATH.

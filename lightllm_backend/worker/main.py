@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lightllm_backend import logs
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
@@ -210,7 +211,7 @@ def main() -> None:
     status, parent_pipe = os.dup(sys.stdout.fileno()), os.dup(sys.stdin.fileno())
     raise_file_limit()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints belongs to the log
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname).1s %(name)s.{rank}: %(message)s")
+    logs.set_up(f"worker-{rank}")
     threading.excepthook = leave_with_thread
     try:
         config = EngineConfig.build({}, os.environ)

@@ -17,9 +17,12 @@ import tokenizers
 import torch
 import transformers
 
+from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import embedded_model_directory
+from lightllm_backend.launch.trace_options import trace_options
 from lightllm_client import LightLLMClient
+from tests.e2e.collector import Collector
 from tests.e2e.front import FrontProcess
 from tests.e2e.server import TritonServer
 
@@ -66,10 +69,23 @@ def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Has the short model; its administration APIs are closed, as the launch command closes them."""
+def collector() -> Iterator[Collector]:
+    """Gets the spans of `server`."""
+    collector = Collector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="session")
+def server(short_model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Has the short model; its administration APIs are closed, as the launch command closes them.
+
+    Each request is a line of JSON in its log, and those with a traceparent are traced.
+    """
     log = tmp_path_factory.mktemp("server") / "log"
-    yield from _running(TritonServer(log, closing_options(()), model_dir=short_model))
+    arguments = [*closing_options(()), *trace_options(EngineConfig(trace_url=collector.url))]
+    settings = {"log_format": "json", "log_requests": "all", "trace_url": collector.url}
+    yield from _running(TritonServer(log, arguments, model_dir=short_model, **settings))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -176,7 +177,7 @@ def test_it_says_what_was_chosen_and_stops_when_it_is_asked_to(
 
 def test_the_front_runs_beside_it(start: Start) -> None:
     [port] = free_ports(1)
-    command = start(openai_port=port)
+    command = start(openai_port=port, log_format="json")
 
     def answers() -> bool:
         with socket.socket() as probe:
@@ -191,6 +192,10 @@ def test_the_front_runs_beside_it(start: Start) -> None:
     assert poll(answers, 60), command.log()
     command.process.terminate()
     assert command.process.wait(60) == 0
+    lines = [json.loads(line) for line in command.log().splitlines()]
+    said = {line["message"]: line for line in lines if line["process"] == "launch"}
+    assert said["the settings in effect"]["settings"]["front"] == f"http://127.0.0.1:{port}/v1"
+    assert {line["level"] for line in said.values()} == {"info", "warning"}
     assert not answers()
 
 

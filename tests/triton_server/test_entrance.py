@@ -66,7 +66,7 @@ class Place:
             EngineConfig(max_queue_size=2, max_prompt_bytes=100_000),
             Tokenizer.load(DATA / "llama"),
             LengthLimits(MAX_INPUT, "max_req_input_len", MAX_INPUT + 1, "max_req_total_len"),
-            SimpleNamespace(refused=lambda error: self.refused.append(str(error))),  # type: ignore[arg-type]
+            SimpleNamespace(refused=lambda request, error: self.refused.append(str(error))),  # type: ignore[arg-type]
             directory,
             self.go_on,
         )

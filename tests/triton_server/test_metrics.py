@@ -119,9 +119,9 @@ def test_a_process_without_the_engine_reports_requests_only(backend: FakeBackend
 
 
 def test_tokens_are_counted_by_status(backend: FakeBackend, engine_metrics: Metrics) -> None:
-    engine_metrics.finished(EndedRequest("stop", 1.0, 7, 4, 3))
-    engine_metrics.finished(EndedRequest("stop", 1.0, 5, 0, 1))
-    engine_metrics.finished(EndedRequest("rejected", 0.0, 9))
+    engine_metrics.finished(EndedRequest("stop", 1.0, num_prompt_tokens=7, num_cached_tokens=4, num_answer_tokens=3))
+    engine_metrics.finished(EndedRequest("stop", 1.0, num_prompt_tokens=5, num_answer_tokens=1))
+    engine_metrics.finished(EndedRequest("rejected", 0.0, num_prompt_tokens=9))
     engine_metrics._flush()
     counted = {labels: value for labels, value in backend.values("request_tokens_total").items() if value}
     assert counted == {("stop", "prompt"): 12, ("stop", "answer"): 4}

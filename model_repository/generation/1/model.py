@@ -22,7 +22,7 @@ from lightllm_backend.triton_server.metrics import info_labels
 from lightllm_backend.triton_server.requests import is_probe, read_generation_request
 from lightllm_backend.triton_server.responders import DirectResponder, GenerationResponder
 from lightllm_backend.triton_server.responses import ServerSender, error_response
-from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_metrics, served_name, starting
+from lightllm_backend.triton_server.setup import engine_config, load_tokenizer, make_telemetry, served_name, starting
 
 CONNECT_SECONDS = 60.0  # generous, since the supervisor has already reported a ready engine
 
@@ -36,20 +36,21 @@ class TritonPythonModel:
         remove_stale_run_directories()
         self.run_directory = run_directory()
         self.tokenizer = load_tokenizer(config)
-        self.metrics = make_metrics(with_engine=True)
+        self.telemetry = make_telemetry(config, with_engine=True)
+        metrics = self.telemetry.metrics
         address = engine_address(self.run_directory)
-        self.supervisor = EngineSupervisor(config, address, on_restart=self.metrics.engine_restarted)
+        self.supervisor = EngineSupervisor(config, address, on_restart=metrics.engine_restarted)
         self.supervisor.wait_ready()
         name = served_name(config)
 
         def on_up(info):
-            self.metrics.engine_up(info and info_labels(info, name))
+            metrics.engine_up(info and info_labels(info, name))
 
-        self.engine = EngineClient(address, on_stats=self.metrics.engine_stats, on_up=on_up)
+        self.engine = EngineClient(address, on_stats=metrics.engine_stats, on_up=on_up)
         self.engine.wait_ready(CONNECT_SECONDS)
         self.load = EngineLoad(self.run_directory)
         self.tokens_seal, self.chunk_seal, returns_seal = (Seal.of(self.run_directory, purpose) for purpose in Purpose)
-        self.streams = Streams(self.engine, self.metrics, return_address(self.run_directory), returns_seal)
+        self.streams = Streams(self.engine, self.telemetry, return_address(self.run_directory), returns_seal)
         self.vitals = Vitals(self.run_directory, "generation", count_open=self.streams.count_open)
 
     def execute(self, requests):
@@ -61,7 +62,7 @@ class TritonPythonModel:
         try:
             self.submit(request)
         except Exception as error:
-            self.metrics.refused(error)
+            self.telemetry.refused(request, error)
             ServerSender(request).send(error_response(error), final=True)
 
     def submit(self, request):
@@ -91,6 +92,9 @@ class TritonPythonModel:
                 new_text=new_text,
                 urgent=is_probe(request),
                 ticket=ticket,
+                identity=self.telemetry.identity(
+                    request, options.tenant, partial(self.tokenizer.decode_prompt, token_ids, False)
+                ),
             )
         except Exception:
             self.load.refused(ticket)
@@ -100,6 +104,6 @@ class TritonPythonModel:
         self.engine.close()  # this ends all requests
         self.streams.close()
         self.supervisor.stop()
-        self.metrics.close()
+        self.telemetry.close()
         self.vitals.close()
         remove_addresses(self.run_directory)

@@ -13,7 +13,7 @@ from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.triton_server.entrance import Entrance
 from lightllm_backend.triton_server.requests import is_probe
 from lightllm_backend.triton_server.responders import UnaryResponder
-from lightllm_backend.triton_server.setup import engine_config, known_lengths, load_tokenizer, make_metrics, starting
+from lightllm_backend.triton_server.setup import engine_config, known_lengths, load_tokenizer, make_telemetry, starting
 
 
 class TritonPythonModel:
@@ -21,11 +21,11 @@ class TritonPythonModel:
         with starting():
             config = engine_config(args)
             self.tokenizer = load_tokenizer(config)
-            self.metrics = make_metrics(with_engine=False)
+            self.telemetry = make_telemetry(config, with_engine=False)
             self.engine = EngineClient(engine_address(run_directory()))
-            self.streams = Streams(self.engine, self.metrics)
+            self.streams = Streams(self.engine, self.telemetry)
             self.entrance = Entrance(
-                config, self.tokenizer, known_lengths(config), self.metrics, run_directory(), self.submit
+                config, self.tokenizer, known_lengths(config), self.telemetry, run_directory(), self.submit
             )
             self.vitals = Vitals(run_directory(), "lightllm_unary", count_open=self.streams.count_open)
 
@@ -51,11 +51,14 @@ class TritonPythonModel:
             flow_control=False,
             new_text=new_text,
             urgent=is_probe(entered.request),
+            identity=self.telemetry.identity(
+                entered.request, options.tenant, partial(self.tokenizer.decode_prompt, prompt.token_ids, False)
+            ),
         )
 
     def finalize(self):
         self.entrance.close()
         self.engine.close()  # this ends all requests
         self.streams.close()
-        self.metrics.close()
+        self.telemetry.close()
         self.vitals.close()

@@ -11,7 +11,7 @@ from lightllm_backend.triton_server.setup import (
     engine_config,
     known_lengths,
     load_tokenizer,
-    make_metrics,
+    make_telemetry,
     starting,
     warn_of_tokens_past_model,
 )
@@ -23,9 +23,9 @@ class TritonPythonModel:
             config = engine_config(args)
             tokenizer = load_tokenizer(config)
             warn_of_tokens_past_model(tokenizer)
-            self.metrics = make_metrics(with_engine=False)
+            self.telemetry = make_telemetry(config, with_engine=False)
             self.entrance = Entrance(
-                config, tokenizer, known_lengths(config), self.metrics, run_directory(), self.pass_on
+                config, tokenizer, known_lengths(config), self.telemetry, run_directory(), self.pass_on
             )
             self.vitals = Vitals(run_directory(), "tokenizer")
             self.seal = Seal.of(run_directory(), Purpose.TOKENS)
@@ -41,5 +41,5 @@ class TritonPythonModel:
 
     def finalize(self):
         self.entrance.close()
-        self.metrics.close()
+        self.telemetry.close()
         self.vitals.close()

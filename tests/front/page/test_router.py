@@ -14,7 +14,7 @@ import pytest
 from lightllm_backend.front import engine_load
 from lightllm_backend.front.engine_load import load_from_metrics
 from lightllm_backend.front.page.router import CONTENT_SECURITY_POLICY, STATIC
-from lightllm_backend.triton_server.metrics import GAUGES
+from lightllm_backend.triton_server.metric_table import METRICS
 from tests.front.page.fake_front import FakeFront, running
 
 FILES = sorted(path.name for path in STATIC.iterdir())
@@ -77,8 +77,10 @@ def test_every_control_has_a_label() -> None:
 
 
 def test_the_load_is_that_of_the_metrics() -> None:
-    assert set(engine_load.GAUGES) < set(GAUGES)
-    text = "# HELP lightllm_engine_up x\n" + "".join(f"lightllm_{name} {i}\n" for i, name in enumerate(GAUGES))
+    gauges = ("queued_requests", "running_requests", "kv_tokens_used", "kv_tokens_cached", "kv_tokens_total")
+    assert set(engine_load.GAUGES) == set(gauges) < METRICS.keys()
+    samples = "".join(f"lightllm_{name} {value}\n" for value, name in enumerate(gauges))
+    text = f"# HELP lightllm_engine_up x\n{samples}lightllm_engine_up 0\n"
     assert load_from_metrics(text) == {
         "up": False, "queued_requests": 0, "running_requests": 1, "kv_tokens_used": 2, "kv_tokens_cached": 3,
         "kv_tokens_total": 4,
