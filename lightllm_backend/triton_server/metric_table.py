@@ -44,7 +44,7 @@ METRICS: dict[str, Metric] = {
     "engine_up": Metric("GAUGE", "1 if the engine takes requests"),
     "info": Metric(
         "GAUGE",
-        "Always 1; the labels say what is served, with tensor-parallel ranks and token slots",
+        "1; the labels say what is served, with tensor-parallel ranks and token slots; 0: no more, since a restart",
         dict.fromkeys(("model", "device", "dtype", "weight_dtype", "kv_dtype", "tp", "slots", "version"), ()),
     ),
     "requests_total": Metric("COUNTER", "Requests that have ended, by status", {"status": STATUSES}, of_engine=False),

@@ -173,13 +173,17 @@ class Metrics:
             time.sleep(PAUSE_SECONDS)
 
     def _show_labels(self) -> None:
-        """Have `info` bear the labels of the newest engine alone."""
+        """Have `info` say 1 with the labels of the newest engine, and 0 with others, which the server never forgets."""
         labels = self._labels
-        if labels and labels != self._shown_labels:
-            self._samples.pop(("info", tuple(self._shown_labels.values())), None)  # the server forgets it, too
-            made = self._samples["info", tuple(labels.values())] = self._families["info"].Metric(labels=dict(labels))
-            made.set(1)
-            self._shown_labels = labels
+        if not labels or labels == self._shown_labels:
+            return
+        if self._shown_labels:
+            self._samples["info", tuple(self._shown_labels.values())].set(0)
+        sample = "info", tuple(labels.values())
+        if sample not in self._samples:
+            self._samples[sample] = self._families["info"].Metric(labels=dict(labels))
+        self._samples[sample].set(1)
+        self._shown_labels = labels
 
     def _calls(self) -> list[tuple[Callable[[float], None], float]]:
         """The calls that carry over what has changed."""
