@@ -258,6 +258,7 @@ ALLOWED = {
         "config",
         "generation.supervisor",
         "launch.embedded_model",
+        "logs",
         "messages.run_directory",
         "models.errors",
         "models.model_config",

@@ -8,7 +8,6 @@ next one. SIGTERM and SIGINT end it. Exit codes: 0 for a signal, 2 for a wrong s
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import NoReturn
 
 import click
 
+from lightllm_backend import logs
 from lightllm_backend.command_line import CONTEXT_SETTINGS, USAGE_ERROR, setting_options
 from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
 from lightllm_backend.generation.supervisor import EngineSupervisor
@@ -40,7 +40,7 @@ def run(model_repository: str, **settings: str | None) -> NoReturn:
     Every setting may also come from the environment as LIGHTLLM_<NAME>; names may have dashes instead of underscores.
     Settings that only the server reads are accepted and ignored, so that all hosts may be given the same ones.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    logs.set_up("worker")
     given = {ENVIRONMENT_PREFIX + name.upper(): value for name, value in settings.items() if value is not None}
     try:
         config = EngineConfig.build(repository_parameters(Path(model_repository)), {**os.environ, **given})
@@ -51,6 +51,7 @@ def run(model_repository: str, **settings: str | None) -> NoReturn:
     except (ConfigError, EmbeddedModelError, ModelError, RunDirectoryError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
+    logs.set_up("worker", config.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(0))
     config = replace(config, worker_python=config.worker_python or sys.executable)
