@@ -113,7 +113,6 @@ def test_a_stopped_client_without_requests_stops_nobody_and_stays_connected(
 ) -> None:
     """The launch command is one: it gets statistics only, and those fill its socket."""
     monkeypatch.setattr(server_module, "STATS_SECONDS", 0.0)
-    monkeypatch.setattr(server_module, "MAX_UNREAD_SECONDS", 0.2)
     with (
         counting_engine(tmp_path) as (engine, client),
         stopped_watcher(str(tmp_path / "engine")) as watcher,
@@ -124,9 +123,11 @@ def test_a_stopped_client_without_requests_stops_nobody_and_stays_connected(
                 break
             Answer(client, [1], max_tokens=300).wait()
         assert 0 < idle.num_unsent < 1000, "one message of statistics, since the others are left out"
-        ends = time.monotonic() + 3 * server_module.MAX_UNREAD_SECONDS
-        while time.monotonic() < ends:
+        # As if time had passed: a shorter limit would hold for the other client too, whom a busy machine may hold up.
+        idle._read_at -= 2 * server_module.MAX_UNREAD_SECONDS
+        for _ in range(3):
             assert Answer(client, [7], max_tokens=20).wait().tokens == list(range(8, 28))
+        assert idle.unread_seconds > server_module.MAX_UNREAD_SECONDS
         watcher.send_signal(signal.SIGCONT)
         assert watcher.communicate("", timeout=60)[0] == "True\n"
 
