@@ -18,6 +18,6 @@ def device() -> torch.device:
 def _poisoned() -> Iterator[None]:
     """Fixed random numbers, and NaN in memory that nobody has written."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms takes seconds: it imports torch._inductor
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait."""
 
+import multiprocessing
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -179,7 +178,8 @@ GROUPS = [(3, reference), (3, launchers)]
 
 
 def run_rank_of_each_group(rank: int, directory: Path) -> None:
-    """One process for all groups that have the rank, since it takes seconds to start."""
+    """One process for all groups that have the rank."""
+    torch.set_num_threads(1)  # threads do not survive a fork
     lamport_buffers.MIN_BYTES_SAVED_BY_TWO_SHOTS = 100  # of three ranks, two rows and more are summed in two shots
     for number, (ranks, implementation) in enumerate(GROUPS):
         if rank < ranks:
@@ -196,14 +196,14 @@ def test_ranks_wait_for_each_other(tmp_path, device):
             path = tmp_path / str(number) / str(rank)
             path.parent.mkdir(exist_ok=True)
             torch.from_file(str(path), shared=True, size=2 * ranks * ROWS * DIM, dtype=torch.int32).fill_(EMPTY)
-    code = (
-        "import sys; import tests.conftest; from pathlib import Path; from tests.kernels.test_all_reduce_rms_norm "
-        f"import run_rank_of_each_group; run_rank_of_each_group(int(sys.argv[1]), Path({str(tmp_path)!r}))"
-    )
-    root = Path(__file__).parents[2]
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=root) for rank in range(3)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_rank_of_each_group, args=(rank, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
     try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
     finally:
         for process in processes:
             process.kill()
