@@ -2,19 +2,24 @@
 """Compiles what the launchers would launch on another GPU, without one.
 
 `python -m tests.kernels.compile_kernels JOBS` takes a JSON list of jobs, each a compute capability and its models:
-every kernel is compiled for these; without models, the products are compiled at the blocks that are stored for the GPU.
+every kernel is compiled for these, to machine code for the first model of a dtype, and for the others as far as their
+shared memory is known; without models, the products are compiled at the blocks that are stored for the GPU.
 Prints a JSON list of the shared memory that each kernel takes in each job. Must run without TRITON_INTERPRET.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import llvm
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -56,6 +61,29 @@ POINTERS = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+
+
+@contextlib.contextmanager
+def sizes_alone() -> Iterator[None]:
+    """Compiles to unoptimized LLVM IR, which has the shared memory; the rest takes four times as long."""
+
+    def change_stages(*of_backend: Any) -> tuple[str, str]:
+        if of_backend:
+            stages = of_backend[1]
+            lower = stages["llir"]
+
+            def lower_only(source: Any, metadata: dict[str, Any]) -> Any:
+                with mock.patch.object(llvm, "optimize_module"):
+                    return lower(source, metadata)
+
+            def end(_: Any, metadata: dict[str, Any]) -> str:
+                return str(metadata.setdefault("name", "none"))
+
+            stages |= {"llir": lower_only, "ptx": end, "cubin": end}
+        return "sizes", "sizes"  # in the key of Triton-lang's cache
+
+    with mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", change_stages):
+        yield
 
 
 def compile_launch(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any], target: GPUTarget) -> int:
@@ -120,8 +148,9 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     for pool, longest in ((q, 60), (k[:, :1], 4096)):
         new = (q[:4], pool[:4], pool[:4], cos[:4], cos[:4], lengths)
         launchers.token_attention(*new, pool, pool, table, lengths, lengths, longest, 0.1)
-    if with_variants:
+    with sizes_alone():
         launch_large_batches(q, k, table, lengths)
+    if with_variants:
         launch_variants(q, k, table, lengths, starts)
         launch_quantized(dtype)
     launchers.add_logit_bias(logits, lengths, lengths, table[:, :300].contiguous(), torch.zeros(4, 300))
@@ -249,9 +278,12 @@ def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:
     if not models:
         launch_stored(capability)
         launch_stored_quantized(capability)
-    for index, (dtype, *shape) in enumerate(models):
-        # They take no more shared memory than the plain ones, and longer to compile.
-        launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
+    seen: set[str] = set()
+    for dtype, *shape in models:
+        with sizes_alone() if dtype in seen else contextlib.nullcontext():
+            # Variants take no more shared memory than plain kernels, and longer to compile.
+            launch_all(getattr(torch, dtype), *shape, with_variants=not seen)
+        seen.add(dtype)
     return shared
 
 

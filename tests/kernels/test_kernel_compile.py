@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 # products are compiled at the stored blocks. The launchers give GPUs before Ampere the same blocks, and so those from
 # Ampere to Ada: of each group the least shared memory counts, and a size is compiled for one of the group's GPUs.
 GPUS = [
-    ("7.0", 64, [("float16", 32, 4, 1)]),
-    ("7.5", 64, [("float16", 32, 4, 1), ("float16", 128, 16, 4)]),
+    ("7.0", 64, [("float16", 16, 4, 1)]),
+    ("7.5", 64, [("float16", 16, 4, 1), ("float16", 128, 16, 4)]),
     ("8.0", 99, [("bfloat16", 64, 9, 3), ("float32", 128, 4, 4)]),
-    ("8.9", 99, [("bfloat16", 128, 64, 8), ("float16", 256, 8, 8)]),
+    ("8.9", 99, [("bfloat16", 32, 4, 1), ("float16", 32, 4, 1), ("bfloat16", 128, 64, 8), ("float16", 256, 8, 8)]),
     ("9.0", 227, [("bfloat16", 128, 32, 8), ("bfloat16", 80, 8, 8), ("float32", 64, 9, 3)]),
     ("9.0", 227, []),
 ]
