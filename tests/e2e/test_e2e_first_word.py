@@ -14,7 +14,7 @@ import pytest
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import generate, in_parallel, infer_grpc, infer_http
-from tests.e2e.server import TritonServer
+from tests.e2e.server import REPOSITORY, TritonServer
 from tests.models.random_models import save_random_model
 
 pytestmark = pytest.mark.e2e
@@ -32,17 +32,20 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["auto", "slow"])
-def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """tokenizer.json, then tokenizer.model; a directory may have any name."""
-    directory = save_random_model("llama2_gqa", tmp_path_factory.mktemp("llama") / "modèle 模型", VOCAB)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """With tokenizer.model, since other servers have tokenizer.json; the directory is named in config.pbtxt."""
+    folder = tmp_path_factory.mktemp("llama")
+    directory = save_random_model("llama2_gqa", folder / "modèle 模型", VOCAB)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, directory)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] = {str(VOCAB): {"content": "<pad>", "special": True, "normalized": False}}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    log = tmp_path_factory.mktemp("log") / "log"
-    server = TritonServer(log, model_dir=directory, tokenizer_mode=request.param)
+    repository = Path(shutil.copytree(REPOSITORY, folder / "repository"))
+    with (repository / "generation" / "config.pbtxt").open("a", encoding="utf-8") as generation:
+        generation.write(f'parameters {{ key: "model_dir", value: {{ string_value: "{directory}" }} }}')
+    server = TritonServer(folder / "log", repository=repository, tokenizer_mode="slow")
     try:
         yield server.wait_ready()
     finally:

@@ -22,12 +22,15 @@ from lightllm_backend.version import VERSION
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
 from tests.e2e.calls import NO_PROXY, infer_grpc
 from tests.e2e.conftest import SHORT_MODEL_SAYS
+from tests.e2e.faults import Streams
+from tests.e2e.launch_command import Traces
 from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get
 from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
 PROMPT = "The capital of Japan is"
+DEAD_SECONDS = 20.0  # until a server with a dead step has ended, as in test_e2e_standstill
 DEFAULT_PORTS = (8000, 8001, 8002)
 
 
@@ -156,41 +159,37 @@ def test_the_unary_entry_unloaded_and_loaded(
 # Servers as processes
 
 
-def test_two_servers_do_not_meet_and_one_leaves_nothing(
+def test_two_servers_do_not_meet_and_one_with_a_dead_step_ends_and_leaves_nothing(
     server: TritonServer, client: LightLLMClient, tiny_model: Path, tmp_path: Path
 ) -> None:
-    other = TritonServer(tmp_path / "log", model_dir=tiny_model, max_total_token_num=500)
+    other = TritonServer(tmp_path / "log", model_dir=tiny_model, max_total_token_num=1000)
     try:
         other.wait_ready()
         run_directory, processes = other.run_directory(), other.processes()
+        traces = Traces(processes[0], run_directory.parent / "none")
+        assert len(processes) == 9, "the server, a stub for each instance of five models, the worker, the guard"
         assert run_directory != server.run_directory()
         with LightLLMClient(other.grpc_url, timeout=60) as other_client:
             assert other_client.generate([5, 6, 7], max_tokens=4, ignore_eos=True).num_output_tokens == 4
             with pytest.raises(InvalidArgument, match="input_ids holds 600; allowed: 0 ≤ id < 512"):
                 other_client.generate([600], max_tokens=1)
-            with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 499; allowed: .* 500 tokens"):
-                other_client.generate([5, 6, 7], max_tokens=499)
+            with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 999; allowed: .* 1000 tokens"):
+                other_client.generate([5, 6, 7], max_tokens=999)
         assert client.generate([600], max_tokens=1).num_output_tokens == 1
-        assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 500)
+        assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 1000)
+        [victim] = [one for one in processes if "/generation/" in " ".join(one.cmdline())]
+        streams = Streams(other.grpc_url, other.http_port, max_tokens=900, count=1)
+        streams.wait_begun()
+        victim.kill()
+        assert poll(lambda: other.process.poll() is not None, DEAD_SECONDS)
+        assert streams.wait_ended(DEAD_SECONDS)
     finally:
-        other.stop()
-    assert poll(lambda: not any(process.is_running() for process in processes))
-    assert poll(lambda: not run_directory.exists())
+        other.process.kill()
+        other.process.wait()
+    assert poll(lambda: not traces.left() and not run_directory.exists()), traces.left()
+    said = "error: the server is ended: generation (process " in other.log()
+    assert said or other.process.returncode < 0, "Triton server at times dies of a dead step before it is ended"
     assert client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
-
-
-def test_a_killed_server_leaves_no_process(tiny_model: Path, tmp_path: Path) -> None:
-    killed = TritonServer(tmp_path / "log", model_dir=tiny_model)
-    try:
-        killed.wait_ready()
-        processes = killed.processes()
-        assert len(processes) == 9, "the server, a stub for each instance of five models, the worker, the guard"
-        run_directory = killed.run_directory()
-    finally:
-        killed.process.kill()
-        killed.process.wait()
-    assert poll(lambda: not any(process.is_running() for process in processes))
-    assert not run_directory.exists()
 
 
 def test_plain_tritonserver(tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lightllm_client import LightLLMClient, Unavailable
 from tests.e2e.faults import HEADER, Streams, inject, serves
-from tests.e2e.launch_command import LaunchCommand, Traces
-from tests.e2e.server import TritonServer
+from tests.e2e.launch_command import LaunchCommand
 from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
@@ -142,22 +140,7 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
     assert poll(lambda: not traces.left()), traces.left()
 
 
-# Without a launch command, and of the launch command itself
-
-
-def test_a_plain_server_with_a_dead_step_ends_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    server = TritonServer(tmp_path / "log", model_dir=tiny_model).wait_ready()
-    traces = Traces(psutil.Process(server.process.pid), server.run_directory().parent / "none")
-    directory = server.run_directory()
-    [victim] = [one for one in server.processes() if "/generation/" in " ".join(one.cmdline())]
-    streams = Streams(server.grpc_url, server.http_port, max_tokens=1000, count=2)
-    streams.wait_begun()
-    victim.kill()
-    assert poll(lambda: server.process.poll() is not None, DEAD_SECONDS + ENDED_SECONDS + BUSY_SECONDS)
-    assert streams.wait_ended(ENDED_SECONDS + BUSY_SECONDS)
-    assert poll(lambda: not traces.left() and not directory.exists()), traces.left()
-    said = "error: the server is ended: generation (process " in server.log()
-    assert said or server.process.returncode < 0, "Triton server at times dies of a dead step before it is ended"
+# Of the launch command itself
 
 
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.soak)])
