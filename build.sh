@@ -132,6 +132,7 @@ test() {
     environment
     install_once development install_development
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    unset PYTHONDONTWRITEBYTECODE # each of some hundred processes would compile the modules anew
     # With arguments, the tests that need them fetch the packages of clients; else that goes on while mypy works.
     local clients=
     if [ $# -eq 0 ]; then

@@ -48,9 +48,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ServerSchedu
     return ServerScheduling(config, log)
 
 
+# What takes longest, so that the processes of pytest-xdist end with many small files, at about the same time.
+FIRST = ("tests/kernels/test_kernel_compile.py", "tests/e2e/", "tests/worker/", "tests/perf/", "tests/runner/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the file that takes longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/kernels/test_kernel_compile.py"))
+    """Begins with FIRST."""
+    items.sort(key=lambda item: next((at for at, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
 
 
 def pytest_report_header() -> str | None:
