@@ -39,7 +39,7 @@ STREAMS_OF_A_PROCESS = 4
 DOOMED_PROCESS = f"""
 import sys, time
 from lightllm_client import LightLLMClient
-clients = [LightLLMClient(sys.argv[1]) for _ in range({STREAMS_OF_A_PROCESS})]
+clients = [LightLLMClient(sys.argv[1], max_retries=0) for _ in range({STREAMS_OF_A_PROCESS})]
 streams = [client.stream({PROMPT!r}, max_tokens={LONG}, ignore_eos=True) for client in clients]
 print("opened", flush=True)
 time.sleep(600)
@@ -54,17 +54,17 @@ class Visitor:
         self._grpc_address = grpc_address
 
     def whole(self) -> None:
-        with LightLLMClient(self._grpc_address, timeout=600) as client:
+        with LightLLMClient(self._grpc_address, timeout=600, max_retries=0) as client:
             client.generate(PROMPT, max_tokens=SHORT, ignore_eos=True)
 
     def stream_cancelled(self) -> None:
-        with LightLLMClient(self._grpc_address, timeout=600) as client:
+        with LightLLMClient(self._grpc_address, timeout=600, max_retries=0) as client:
             stream = client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
             self._read_some(stream)
             stream.close()
 
     def channel_closed(self) -> None:
-        client = LightLLMClient(self._grpc_address, timeout=600)
+        client = LightLLMClient(self._grpc_address, timeout=600, max_retries=0)
         self._read_some(client.stream(PROMPT, max_tokens=LONG, ignore_eos=True))
         client.close()
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 from lightllm_client.endpoint import HEALTH_SECONDS, Endpoint, StreamState
 from lightllm_client.errors import Cancelled, LightLLMError
 from lightllm_client.options import Options
+from lightllm_client.retries import Retries
 from lightllm_client.tensors import Chunk, Generation
 
 if TYPE_CHECKING:
@@ -33,27 +34,65 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
     `client.stream(...)` does. A closed stream has no more chunks.
     """
 
-    def __init__(self, call: Any, endpoint: Endpoint, timeout: float | None, options: Options) -> None:
+    def __init__(
+        self,
+        call: Any,
+        repeat: Callable[[float | None], Any],
+        endpoint: Endpoint,
+        timeout: float | None,
+        options: Options,
+        retries: Retries,
+    ) -> None:
+        """call: of the request; repeat: sends it again, with a timeout in seconds, and returns that call."""
         self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._closing = asyncio.Event()  # interrupts the pause before a retry
+        self._client_closed = False
+        self._state = StreamState(options)
+        self._repeat = repeat
         self._endpoint = endpoint
         self._timeout = timeout
-        self._state = StreamState(options)
-        self._loop = asyncio.get_running_loop()
-        self._client_closed = False
+        self._retries = retries
 
     async def __anext__(self) -> Chunk:
         while not self._state.closed:
-            message = await self._next_message()
-            if message is None:
-                break
             try:
+                message = await self._next_message()
+                if message is None:
+                    break
                 chunk = self._state.take(message)
-            except LightLLMError:
+            except LightLLMError as error:
+                if await self._begins_again(error):
+                    continue
                 await self.aclose()
                 raise
             if chunk is not None:
+                self._retries.stop()
                 return chunk
         raise StopAsyncIteration
+
+    async def _begins_again(self, error: LightLLMError) -> bool:
+        """Whether the request was sent again, after a pause, or the stream was closed meanwhile."""
+        pause = self._retries.pause_after(error)
+        if pause is None:
+            return False
+        if self._state.finished:
+            await _drain(self._call)
+        self._state.begin_again()
+        try:
+            await asyncio.wait_for(self._closing.wait(), pause)
+        except asyncio.TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            self._state.closed = True
+            raise
+        if self._state.closed:
+            return True
+        if self._client_closed:
+            self._state.closed = True
+            raise Cancelled("the client was closed")
+        self._call = self._repeat(self._retries.seconds_left())
+        return True
 
     async def _next_message(self) -> Any | None:
         """The server's next message; None when the request is over or was closed here."""
@@ -69,7 +108,6 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
         except grpc.RpcError as error:
             if self._state.closed:
                 return None
-            self._state.closed = True
             raise self._endpoint.error(error, self._timeout) from None
         if message is grpc.aio.EOF:
             if not self._state.closed:
@@ -82,11 +120,13 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
         if self._state.finished and not self._state.closed:
             await _drain(self._call)
         self._state.closed = True
+        self._closing.set()
         self._call.cancel()
 
     def abandon(self) -> None:
         """Cancel the request because its client is closed; whoever waits for a chunk gets the error Cancelled."""
         self._client_closed = True
+        self._closing.set()
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -132,38 +172,57 @@ class AsyncLightLLMClient:
     """Calls the ensemble `model` of the Triton server whose gRPC port is at `url`, from one event loop.
 
     Any number of tasks may use it at once. It connects at its first call, so it may be made before the event loop runs.
-    `timeout` is in seconds and covers a whole request, to its last token; each call may set its own. Errors are
-    LightLLMError and its subclasses.
+    `timeout` is in seconds and covers a whole request, to its last token; each call may set its own. `max_retries` and
+    `prefix_key` are LightLLMClient's. Errors are LightLLMError and its subclasses.
     """
 
     def __init__(
-        self, url: str = Endpoint.url, model: str = Endpoint.model, timeout: float | None = Endpoint.timeout
+        self,
+        url: str = Endpoint.url,
+        model: str = Endpoint.model,
+        timeout: float | None = Endpoint.timeout,
+        max_retries: int = Endpoint.max_retries,
     ) -> None:
-        self._endpoint = Endpoint(url, model, timeout)
+        self._endpoint = Endpoint(url, model, timeout, max_retries)
         self._channel: Any = None
         self._stub: Any = None
         self._streams: weakref.WeakSet[AsyncChunkStream] = weakref.WeakSet()
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        prefix_key: str | None = None,
+        **options: Unpack[Options],
     ) -> Generation:
         """The whole answer to a prompt, which is text or token ids; `Options` lists the options."""
         self._endpoint.check_one_answer(options)
-        async with self._start(prompt, False, timeout, options) as chunks:
+        async with self._start(prompt, False, timeout, prefix_key, options) as chunks:
             return Generation.join([chunk async for chunk in chunks])
 
     async def generate_several(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        prefix_key: str | None = None,
+        **options: Unpack[Options],
     ) -> list[Generation]:
         """The whole answers to a prompt, as many as the option `n` says, in order of their seeds."""
-        async with self._start(prompt, True, timeout, options) as chunks:
+        async with self._start(prompt, True, timeout, prefix_key, options) as chunks:
             return Generation.join_several([chunk async for chunk in chunks])
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        prefix_key: str | None = None,
+        **options: Unpack[Options],
     ) -> AsyncChunkStream:
         """The answer to a prompt, chunk by chunk as it is made; the event loop sends the request when it next runs."""
-        return self._start(prompt, True, timeout, options)
+        return self._start(prompt, True, timeout, prefix_key, options)
 
     async def health(self, timeout: float | None = HEALTH_SECONDS) -> float:
         """How many seconds the server took to say that it works; raises Unavailable, with the reason, if it does not.
@@ -204,13 +263,22 @@ class AsyncLightLLMClient:
         return "", ()
 
     def _start(
-        self, prompt: str | Sequence[int], stream: bool, timeout: float | None, options: Options
+        self,
+        prompt: str | Sequence[int],
+        stream: bool,
+        timeout: float | None,
+        prefix_key: str | None,
+        options: Options,
     ) -> AsyncChunkStream:
         asyncio.get_running_loop()  # raises where there is none
         request = self._endpoint.infer_request(prompt, stream, options)
-        request.id, metadata = self._identity()
-        seconds = self._endpoint.seconds(timeout)
-        call = self._connected().ModelStreamInfer(iter([request]), timeout=seconds, metadata=metadata)
-        chunks = AsyncChunkStream(call, self._endpoint, seconds, options)
+        request.id, headers = self._identity()
+        metadata, stub = (*headers, *self._endpoint.metadata(prefix_key)), self._connected()
+
+        def call(seconds: float | None) -> Any:
+            return stub.ModelStreamInfer(iter([request]), timeout=seconds, metadata=metadata)
+
+        seconds, retries = self._endpoint.seconds(timeout), self._endpoint.retries(timeout)
+        chunks = AsyncChunkStream(call(seconds), call, self._endpoint, seconds, options, retries)
         self._streams.add(chunks)
         return chunks

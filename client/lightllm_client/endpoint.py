@@ -9,6 +9,7 @@ that is cancelled, so both clients open streams through the stub that tritonclie
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +26,27 @@ from lightllm_client.errors import (
     error_from_status,
 )
 from lightllm_client.options import Options
+from lightllm_client.retries import MAX_RETRIES, Retries, check_max_retries
 from lightllm_client.tensors import Chunk, chunk_from_response, infer_request
 
 HEALTH_SECONDS = 10.0
+PREFIX_KEY_HEADER = "x-prefix-key"  # by which a proxy chooses a replica
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The model that a client calls, on which server, and within how many seconds unless a call has its own timeout."""
+    """The model that a client calls, on which server, and within how many seconds unless a call has its own timeout.
+
+    max_retries: how often a request that got nothing is sent again (retries.py).
+    """
 
     url: str = "127.0.0.1:8001"
     model: str = "lightllm"
     timeout: float | None = None
+    max_retries: int = MAX_RETRIES
+
+    def __post_init__(self) -> None:
+        check_max_retries(self.max_retries)
 
     def channel_options(self) -> list[tuple[str, int]]:
         """The gRPC channel's options."""
@@ -61,6 +71,17 @@ class Endpoint:
     def infer_request(self, prompt: str | Sequence[int], stream: bool, options: Options) -> Any:
         """The one message of a request."""
         return infer_request(self.model, prompt, stream, options)
+
+    def retries(self, timeout: float | None) -> Retries:
+        """The retries of a request that has this timeout, or None, of its own."""
+        return Retries(self.max_retries, self.seconds(timeout))
+
+    @staticmethod
+    def metadata(prefix_key: str | None) -> tuple[tuple[str, str], ...]:
+        """The gRPC metadata of a request: a digest of its prefix key, since a key may be any text of any length."""
+        if prefix_key is None:
+            return ()
+        return ((PREFIX_KEY_HEADER, hashlib.sha256(prefix_key.encode()).hexdigest()[:32]),)
 
     @staticmethod
     def check_one_answer(options: Options) -> None:
@@ -89,7 +110,12 @@ class StreamState:
     closed = False
 
     def __init__(self, options: Options) -> None:
-        self._num_open = int(options.get("n", 1))  # answers that have not ended
+        self._num_answers = self._num_open = int(options.get("n", 1))  # of these, that have not ended
+
+    def begin_again(self) -> None:
+        """Expect the answers of a repeated request."""
+        self.finished = False
+        self._num_open = self._num_answers
 
     def take(self, message: Any) -> Chunk | None:
         """The chunk in a message of the server, None if it holds none; raises the error that it reports."""

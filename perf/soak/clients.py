@@ -55,7 +55,7 @@ class Clients:
 
     def __init__(self, http_port: int, grpc_port: int, longest: int, on_end: Callable[[End], None]) -> None:
         self._http_port = http_port
-        self._client = AsyncLightLLMClient(f"127.0.0.1:{grpc_port}")
+        self._client = AsyncLightLLMClient(f"127.0.0.1:{grpc_port}", max_retries=0)
         self._longest = longest
         self._on_end = on_end
 

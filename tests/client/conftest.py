@@ -2,8 +2,9 @@
 """A gRPC server that answers like the ensemble with made-up words, and remembers what it was asked.
 
 What the prompt begins with decides: "endless" streams until the request is cancelled, "error X" answers with the error
-message X, "late error X" does so after two words, "status X" ends the call with that gRPC status, "silent" ends the
-stream without an answer; anything else gets as many words as max_tokens says.
+message X, "late error X" does so after two words, "busy N" answers the first N requests with UNAVAILABLE, "status X"
+ends the call with that gRPC status, "silent" ends the stream without an answer; anything else gets as many words as
+max_tokens says.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Recorded:
     tensors: dict[str, tuple[str, list[int], list[Any]]]  # name → datatype, shape, values
     peer: str
     timeout: float | None
+    metadata: dict[str, str] = field(default_factory=dict)
     answered: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -70,7 +72,10 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         for request in request_iterator:
-            recorded = Recorded(request.model_name, decode_inputs(request), context.peer(), context.time_remaining())
+            metadata = dict(context.invocation_metadata())
+            recorded = Recorded(
+                request.model_name, decode_inputs(request), context.peer(), context.time_remaining(), metadata
+            )
             self.requests.append(recorded)
             context.add_callback(recorded.end)
             yield from self._answer(recorded, context)
@@ -80,7 +85,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         prompt = recorded.value("text_input", "")
         count = recorded.value("max_tokens", 16)
         stream = recorded.value("stream", False)
-        if prompt.startswith("error "):
+        if prompt.startswith("busy ") and len(self.requests) <= int(prompt.split()[1]):
+            yield service_pb2.ModelStreamInferResponse(error_message="UNAVAILABLE: the queue is full")
+        elif prompt.startswith("error "):
             yield service_pb2.ModelStreamInferResponse(error_message=prompt.removeprefix("error "))
         elif prompt.startswith("late error "):
             yield response(recorded, 0, 1, "")

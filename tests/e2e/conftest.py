@@ -105,7 +105,7 @@ def small_server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def client(server: TritonServer) -> Iterator[LightLLMClient]:
-    with LightLLMClient(server.grpc_url, timeout=120) as client:
+    with LightLLMClient(server.grpc_url, timeout=120, max_retries=0) as client:
         yield client
 
 
@@ -122,13 +122,13 @@ def http(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def full_client(full_server: TritonServer) -> Iterator[LightLLMClient]:
-    with LightLLMClient(full_server.grpc_url, timeout=120) as client:
+    with LightLLMClient(full_server.grpc_url, timeout=120, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def small_client(small_server: TritonServer) -> Iterator[LightLLMClient]:
-    with LightLLMClient(small_server.grpc_url, timeout=120) as client:
+    with LightLLMClient(small_server.grpc_url, timeout=120, max_retries=0) as client:
         yield client
 
 

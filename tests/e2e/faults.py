@@ -47,7 +47,7 @@ class Streams:
     def _grpc(self, url: str) -> None:
         end = "whole"
         try:
-            with LightLLMClient(url, timeout=300) as client:
+            with LightLLMClient(url, timeout=300, max_retries=0) as client:
                 for _ in client.stream(PROMPT, max_tokens=self._max_tokens, ignore_eos=True):
                     self.begun += 1
         except LightLLMError as error:
@@ -118,7 +118,7 @@ def inject(command: LaunchCommand, role: str, number: signal.Signals, max_tokens
 
 def serves(command: LaunchCommand) -> bool:
     """Whether both entries answer a request."""
-    with LightLLMClient(command.grpc_url, timeout=10) as client:
+    with LightLLMClient(command.grpc_url, timeout=10, max_retries=0) as client:
         try:
             return client.generate(PROMPT, max_tokens=1, ignore_eos=True).num_output_tokens == 1
         except LightLLMError:

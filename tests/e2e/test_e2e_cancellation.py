@@ -112,7 +112,7 @@ def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
             break
 
     async def leave_all() -> None:
-        async with AsyncLightLLMClient(small_server.grpc_url) as client:
+        async with AsyncLightLLMClient(small_server.grpc_url, max_retries=0) as client:
             # One answer leaves slots for the streams, which need a first token; the later answers run or wait.
             answers = [asyncio.create_task(client.generate(PROMPT, **LONG))]
             await asyncio.gather(*(leave_the_loop(client) for _ in range(RUNNING - 1)))
@@ -168,7 +168,7 @@ def test_during_a_long_prefill(small_server: TritonServer, small_client: LightLL
 
 
 def test_a_channel_that_is_closed_under_its_streams(small_server: TritonServer) -> None:
-    client = LightLLMClient(small_server.grpc_url, timeout=120)
+    client = LightLLMClient(small_server.grpc_url, timeout=120, max_retries=0)
     streams = [client.stream(PROMPT, **LONG) for _ in range(RUNNING + 2)]
     assert next(streams[0]).text
     assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
@@ -179,7 +179,7 @@ def test_a_channel_that_is_closed_under_its_streams(small_server: TritonServer) 
 DOOMED_PROCESS = f"""
 import sys, time
 from lightllm_client import LightLLMClient
-client = LightLLMClient(sys.argv[1])
+client = LightLLMClient(sys.argv[1], max_retries=0)
 streams = [client.stream({PROMPT!r}, max_tokens=2000, ignore_eos=True) for _ in range({RUNNING + 2})]
 time.sleep(600)
 """

@@ -169,7 +169,7 @@ def test_two_servers_do_not_meet_and_one_with_a_dead_step_ends_and_leaves_nothin
         traces = Traces(processes[0], run_directory.parent / "none")
         assert len(processes) == 9, "the server, a stub for each instance of five models, the worker, the guard"
         assert run_directory != server.run_directory()
-        with LightLLMClient(other.grpc_url, timeout=60) as other_client:
+        with LightLLMClient(other.grpc_url, timeout=60, max_retries=0) as other_client:
             assert other_client.generate([5, 6, 7], max_tokens=4, ignore_eos=True).num_output_tokens == 4
             with pytest.raises(InvalidArgument, match="input_ids holds 600; allowed: 0 ≤ id < 512"):
                 other_client.generate([600], max_tokens=1)

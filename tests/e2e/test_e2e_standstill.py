@@ -82,7 +82,7 @@ def test_a_fault_of_another_rank(two_ranks: LaunchCommand, number: signal.Signal
 
 
 def test_a_stopped_worker_makes_the_server_unready_at_once(command: LaunchCommand) -> None:
-    with LightLLMClient(command.grpc_url) as client:
+    with LightLLMClient(command.grpc_url, max_retries=0) as client:
         worker = command.find("worker-0")
         assert poll(lambda: is_ready(client))
         worker.send_signal(STOP)
@@ -124,7 +124,7 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
     streams = Streams(command.grpc_url, command.http_port, max_tokens=25, count=5)
     streams.wait_begun()
     queued = Streams(command.grpc_url, command.http_port, max_tokens=25, count=2)
-    with LightLLMClient(command.grpc_url) as client:
+    with LightLLMClient(command.grpc_url, max_retries=0) as client:
         time.sleep(0.2)
         command.process.terminate()
         assert queued.wait_ended(60)
