@@ -12,6 +12,7 @@ Called as an interpreter would be: `sleeping_engine.py -m lightllm_backend.worke
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -29,6 +30,7 @@ from perf.simulated_engine import step_seconds
 VOCABULARY = 32000
 POOL_TOKENS = 229000
 POSITIONS = 16384
+SLOWDOWN = float(os.environ.get("SLEEPING_ENGINE_SLOWDOWN", "1"))  # for machines that carry less
 
 
 class SleepingStep:
@@ -58,7 +60,7 @@ class SleepingRunner:
         self._num_top: dict[int, int] = {}  # by row, what its request asks for as top_logprobs
 
     def launch(self, batch: Batch) -> SleepingStep:
-        seconds = step_seconds(batch, int(batch.starts.sum()))
+        seconds = SLOWDOWN * step_seconds(batch, int(batch.starts.sum()))
         self._free_at = max(self._free_at, time.monotonic()) + seconds
         count = int(batch.samples.sum())
         tokens = self._random.integers(3, VOCABULARY, count, dtype=np.int32)

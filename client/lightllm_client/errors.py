@@ -65,6 +65,8 @@ _BY_CODE: dict[str, type[LightLLMError]] = {
     error.code: error for error in (InvalidArgument, Unavailable, Cancelled, NotFound, Internal, DeadlineExceeded)
 }
 _BY_STATUS: dict[str, type[LightLLMError]] = {**_BY_CODE, "INVALID_ARGUMENT": InvalidArgument}
+# What gRPC says of a call whose connection ended before its status came: a server has died behind a proxy.
+_CUT = re.compile("Stream removed|RST_STREAM|END_STREAM")
 _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
 # Triton server refuses some requests before any of our models sees them; its message then has no code in front.
@@ -91,6 +93,8 @@ def error_from_message(message: str) -> LightLLMError:
 
 def error_from_status(status: str, details: str) -> LightLLMError:
     """The error for a gRPC status (by name) with its details."""
+    if status in ("UNKNOWN", "INTERNAL") and _CUT.search(details):
+        return Unavailable(f"the connection was lost: {details}")
     error = _BY_STATUS.get(status)
     if error is None:
         coded = error_from_message(details)

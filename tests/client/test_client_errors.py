@@ -54,6 +54,13 @@ def test_an_error_from_a_message(message, kind, text):
         ("UNAVAILABLE", "last error: INTERNAL: x", Unavailable, "UNAVAILABLE: last error: INTERNAL: x"),
         ("INTERNAL", "broken", Internal, "INTERNAL: broken"),
         ("UNKNOWN", "in ensemble, UNAVAILABLE: full", Unavailable, "UNAVAILABLE: full"),
+        # of HAProxy 2.6 whose server dies in the middle of an answer
+        (
+            "UNKNOWN",
+            "Stream removed (Data frame with END_STREAM flag received)",
+            Unavailable,
+            "UNAVAILABLE: the connection was lost: Stream removed (Data frame with END_STREAM flag received)",
+        ),
         ("UNIMPLEMENTED", "not here", LightLLMError, "UNKNOWN: UNIMPLEMENTED: not here"),
     ],
 )
