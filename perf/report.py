@@ -512,6 +512,40 @@ def front_throughput(result: dict[str, Any]) -> list[str]:
     return [title, "", *table(headings, rows), "", f"Parts of a response: {parts}.", "", many]
 
 
+def chaos_table(result: dict[str, Any]) -> list[str]:
+    """What was done to replicas and how requests ended meanwhile, as in docs/replicas.md."""
+    rows = []
+    for phase in result["phases"]:
+        tally = phase["tally"]
+        ejected = "–" if phase["ejected_seconds"] is None else f"{phase['ejected_seconds']:.1f}"
+        ends = (tally["done"], tally["retries"], sum(tally["told"].values()), len(tally["lost"]))
+        rows.append([phase["name"], f"{phase['seconds']:.0f}", ejected, *(f"{count:,}" for count in ends)])
+    return table(["meanwhile", "seconds", "ejected after, s", "answered", "retries", "broken off", "lost"], rows)
+
+
+def replicas_chaos(result: dict[str, Any]) -> list[str]:
+    title = (
+        f"**{result['replicas']} replicas of the {result['engine']} engine, {result['concurrency']} requests at once**"
+    )
+    haproxy = f"HAProxy {result['versions']['haproxy']}"
+    return [f"{title} ({haproxy}, {origin(result)}):", "", *chaos_table(result)]
+
+
+def throughput_table(result: dict[str, Any]) -> list[str]:
+    """Tokens a second by number of replicas, as in docs/replicas.md."""
+    rows = [
+        [str(row["replicas"]), f"{row['tokens_per_second']:,.0f}", f"{row['linear']:.3f}"] for row in result["rows"]
+    ]
+    return table(["replicas", "tokens/s", "of linear"], rows)
+
+
+def replicas_throughput(result: dict[str, Any]) -> list[str]:
+    steps = f", steps {result['slowdown']:g} times as long" if result["slowdown"] != 1 else ""
+    title = f"**Replicas of the sleeping engine{steps}, {result['concurrency']} requests at once each**"
+    haproxy = f"HAProxy {result['versions']['haproxy']}"
+    return [f"{title} ({haproxy}, {origin(result)}):", "", *throughput_table(result)]
+
+
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
@@ -519,6 +553,7 @@ SECTIONS = {
     "router_time": router_time, "admission": admission, "window_slots": window_slots, "fairness": fairness,
     "prefix_cache": prefix_cache, "long_context": long_context, "overload": overload, "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,
+    "replicas_chaos": replicas_chaos, "replicas_throughput": replicas_throughput,
 }  # fmt: skip
 
 

@@ -74,9 +74,8 @@ class Clients:
         self._grpc = AsyncLightLLMClient(grpc_url, timeout=ANSWER_SECONDS)
         self._ways = WAYS if openai_port else tuple(way for way in WAYS if way.startswith("gRPC"))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{openai_port}", timeout=ANSWER_SECONDS, limits=limits, trust_env=False
-        )
+        self._http = httpx.AsyncClient(timeout=ANSWER_SECONDS, limits=limits, trust_env=False)
+        self._completions = f"http://127.0.0.1:{openai_port}/v1/completions"
         self._concurrency, self._max_tokens, self._expected = concurrency, max_tokens, expected
         self._numbers = itertools.count()
         self._stopping = False
@@ -146,7 +145,7 @@ class Clients:
         for retry in range(MAX_RETRIES + 1):
             data = b""
             try:
-                async with self._http.stream("POST", "/v1/completions", json=body) as response:
+                async with self._http.stream("POST", self._completions, json=body) as response:
                     async for part in response.aiter_bytes():
                         data += part
                 if response.status_code == httpx.codes.OK:

@@ -20,8 +20,10 @@ from pathlib import Path
 import psutil
 
 from lightllm_backend.launch.health import http_call
+from perf.model_directory import write_model_directory
 from perf.record import ROOT
 from perf.serving.systems import free_ports
+from perf.shapes import LENGTHS
 
 CONFIGURATION = ROOT / "deploy" / "proxy" / "haproxy.cfg"
 MOST_REPLICAS = 4  # that the configuration lists
@@ -184,9 +186,10 @@ class Proxy:
         """The requests that a replica has now."""
         return sum(int(row["scur"]) for row in self.statistics() if row["svname"] == name)
 
-    def requests(self, name: str) -> int:
-        """The requests that a replica has had."""
-        return sum(int(row["stot"]) for row in self.statistics() if row["svname"] == name)
+    def requests(self, backend: str) -> dict[str, int]:
+        """How many requests of a backend each replica has had."""
+        rows = [row for row in self.statistics() if row["pxname"] == backend and row["svname"].startswith("replica-")]
+        return {row["svname"]: int(row["stot"]) for row in rows}
 
     def statistics(self) -> list[dict[str, str]]:
         """A row for each proxy, server and listener, by column."""
@@ -246,9 +249,10 @@ def running_fleet(settings: Mapping[str, object], folder: Path, front: bool = Tr
 
 
 def sleeping_settings(folder: Path, slowdown: float = 1.0) -> dict[str, object]:
-    """The settings of a replica whose engine only tells the time (perf/sleeping_engine.py)."""
+    """The settings of a replica whose engine only tells the time (perf/sleeping_engine.py), as LLaMA-7B on an H200."""
+    write_model_directory("llama-7b", folder / "llama-7b")
     python = folder / "python"  # of this environment, whichever is on PATH
     command = f"{sys.executable} {SLEEPING_ENGINE}"
     python.write_text(f'#!/bin/sh\nSLEEPING_ENGINE_SLOWDOWN={slowdown} exec {command} "$@"\n')
     python.chmod(0o755)
-    return {"worker_python": python}
+    return {"worker_python": python, "model_dir": folder / "llama-7b", "load_format": "dummy", **LENGTHS}
