@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -156,7 +157,7 @@ def throughput(
                 rate = _tokens_a_second(fleet, number * requests, number * concurrency, max_tokens, processes)
                 rates[number].append(rate)
                 click.echo(f"{number} replicas: {rate:,.0f} tokens/s")
-    medians = {number: sorted(seen)[len(seen) // 2] for number, seen in rates.items()}
+    medians = {number: statistics.median(seen) for number, seen in rates.items()}
     base = medians[numbers[0]] / numbers[0]
     rows = [
         {"replicas": number, "tokens_per_second": medians[number], "runs": rates[number],
