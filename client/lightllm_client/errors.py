@@ -65,8 +65,9 @@ _BY_CODE: dict[str, type[LightLLMError]] = {
     error.code: error for error in (InvalidArgument, Unavailable, Cancelled, NotFound, Internal, DeadlineExceeded)
 }
 _BY_STATUS: dict[str, type[LightLLMError]] = {**_BY_CODE, "INVALID_ARGUMENT": InvalidArgument}
-# What gRPC says of a call whose connection ended before its status came: a server has died behind a proxy.
-_CUT = re.compile("Stream removed|RST_STREAM|END_STREAM")
+# What gRPC says of a call whose connection ended before its status came: a server has died behind a proxy. The last one
+# is grpc.aio's if not even the initial metadata had come.
+_CUT = re.compile("Stream removed|RST_STREAM|END_STREAM|Internal error from Core")
 _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
 # Triton server refuses some requests before any of our models sees them; its message then has no code in front.

@@ -61,6 +61,12 @@ def test_an_error_from_a_message(message, kind, text):
             Unavailable,
             "UNAVAILABLE: the connection was lost: Stream removed (Data frame with END_STREAM flag received)",
         ),
+        (
+            "INTERNAL",
+            "Internal error from Core",
+            Unavailable,
+            "UNAVAILABLE: the connection was lost: Internal error from Core",
+        ),
         ("UNIMPLEMENTED", "not here", LightLLMError, "UNKNOWN: UNIMPLEMENTED: not here"),
     ],
 )

@@ -31,7 +31,7 @@ def test_the_server_waits_for_a_lost_host(tiny_model: Path, tmp_path: Path) -> N
         assert "2 ranks on 2 hosts" in command.log()
         start_seconds = time.monotonic() - began
         server = command.find("tritonserver")
-        with LightLLMClient(command.grpc_url) as client:
+        with LightLLMClient(command.grpc_url, max_retries=0) as client:
             before = client.generate("Once", max_tokens=8)
             kill_all(host)
             assert poll(lambda: "host 1 (" in command.log(), 60), command.log()
