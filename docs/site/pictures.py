@@ -234,7 +234,33 @@ def overlapped_steps() -> Picture:
     return picture
 
 
+def replicas() -> Picture:
+    """The proxy chooses a replica for each request."""
+    picture = Picture(
+        "HAProxy in front of replicas: a prefix key chooses by consistent hash, else least requests", 800, 250
+    )
+    picture.box(14, 96, 120, 54, "clients", "with retries")
+    picture.rectangle(190, 14, 360, 222, "group", radius=8)
+    picture.text(204, 34, "HAProxy", "bold")
+    picture.box(206, 96, 110, 54, "prefix key?")
+    picture.box(370, 46, 166, 54, "consistent hash", "at most 1.25 × the average")
+    picture.box(370, 146, 166, 54, "least requests")
+    picture.arrow((134, 123), (206, 123))
+    picture.arrow((261, 96), (261, 73), (370, 73))
+    picture.text(315, 67, "yes", "small faint middle")
+    picture.arrow((261, 150), (261, 173), (370, 173))
+    picture.text(315, 167, "no", "small faint middle")
+    for number, name in enumerate(("replica 1", "replica 2", "replica …")):
+        y = 46 + number * 54
+        picture.box(650, y, 130, 40, name)
+        picture.arrow((536, 73), (650, y + 16))
+        picture.arrow((536, 173), (650, y + 24))
+    picture.text(204, 222, "asks the model health of each replica every second", "small faint")
+    return picture
+
+
 PICTURES = {
+    "replicas.svg": replicas,
     "request_path.svg": request_path,
     "token_slots.svg": token_slots,
     "admission.svg": admission,
