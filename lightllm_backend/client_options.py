@@ -59,6 +59,8 @@ def source() -> str:
         + f"LISTS = ({', '.join(map(_quoted, lists))})\n"
         + "\n# These are sent as JSON.\n"
         + f"JSON = ({', '.join(map(_quoted, _JSON))})\n"
+        + "\n# What other servers and libraries call these options.\n"
+        + _dictionary("OTHER_NAMES", ((other, name) for name in tensors for other in OPTIONS[name].other_names))
         + "\n# What each option does, as the command line says it.\n"
         + _dictionary("HELP", ((name, _help(name)) for name in tensors))
     )

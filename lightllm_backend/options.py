@@ -110,7 +110,7 @@ def parse_request(
             f"{given['min_tokens'].key} is {sampling.min_tokens}; allowed: from 0 to {most} ({sampling.max_tokens})"
         )
     if sampling.max_tokens == 0 and sampling.prompt_logprobs < 0:
-        raise _invalid(f"{given['max_tokens'].key} is 0; allowed: an integer from 1, or 0 with prompt_logprobs")
+        raise _invalid(f"{given['max_tokens'].key} is 0; allowed: {OPTIONS['max_tokens'].allowed}")
     if "best_of" in given and values["best_of"] != sampling.n:
         raise _invalid(f"{given['best_of'].key} is {values['best_of']}; allowed: the value of n ({sampling.n})")
     options = RequestOptions(sampling, **{name: values[name] for name in _OPTION_NAMES if name in values})

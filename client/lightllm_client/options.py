@@ -74,6 +74,20 @@ LISTS = ("stop_words", "stop_token_ids", "allowed_token_ids")
 # These are sent as JSON.
 JSON = ("logit_bias", "structured_output")
 
+# What other servers and libraries call these options.
+OTHER_NAMES: dict[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "random_seed": "seed",
+    "min_length": "min_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop": "stop_words",
+    "stop_sequences": "stop_words",
+    "stop_ids": "stop_token_ids",
+    "return_logprobs": "return_log_probs",
+    "num_return_sequences": "n",
+    "request_priority": "priority",
+}
+
 # What each option does, as the command line says it.
 HELP: dict[str, str] = {
     "max_tokens": "Tokens to generate at most; with the prompt at most max_req_total_len (default: 16).",

@@ -14,7 +14,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from lightllm_client.errors import Internal, InvalidArgument
-from lightllm_client.options import DATATYPES, JSON, LISTS, Options
+from lightllm_client.options import DATATYPES, JSON, LISTS, OTHER_NAMES, Options
 
 
 class _Scalar(NamedTuple):
@@ -118,7 +118,8 @@ def infer_request(model: str, prompt: str | Sequence[int], stream: bool, options
     for name, value in options.items():
         datatype = DATATYPES.get(name)
         if datatype is None:
-            raise InvalidArgument(f"{name} is not an option; allowed: {', '.join(DATATYPES)}")
+            meant = f"{OTHER_NAMES[name]} is meant; " if name in OTHER_NAMES else ""
+            raise InvalidArgument(f"{name} is not an option; {meant}allowed: {', '.join(DATATYPES)}")
         items = _items(name, value)
         add(name, datatype, len(items), _encode(name, datatype, items))
     return request

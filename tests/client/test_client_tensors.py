@@ -117,6 +117,7 @@ def test_an_empty_prompt_is_left_to_the_server_to_refuse():
         ({"structured_output": {"choice": {1}}}, "structured_output is {'choice': .*; allowed: a mapping of JSON"),
         ({"logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; allowed: a mapping"),
         ({"max_token": 3}, "max_token is not an option; allowed: max_tokens, do_sample"),
+        ({"stop": ["."]}, "stop is not an option; stop_words is meant; allowed: max_tokens"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_name_and_value(options, message):

@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": [-1, 5], "exclude_input_in_output": False},
         r"input_ids is \[-1, 5\], which holds -1; allowed: .* ≥ 0",
     ),
-    "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: an integer from 1"),
+    "no tokens": ({"text_input": "a", "max_tokens": 0}, r"max_tokens is 0; allowed: -1 \(as many as fit\), 0 "),
     "negative": ({"text_input": "a", "max_tokens": -2}, r"max_tokens is -2; allowed: -1 \(as many as fit\), .*"),
     "too many": ({"text_input": "a", "max_tokens": 2**31 - 1}, r"max_tokens is 2147483647; allowed: .* 8192"),
     "top_p 0": ({"text_input": "a", "top_p": 0.0}, r"top_p is 0.0; allowed: 0 < top_p ≤ 1"),
