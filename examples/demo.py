@@ -4,11 +4,15 @@ prints the calls that do the same, and stops the server. `./build.sh demo`"""
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server to stop: no traceback of an import
+
 import contextlib
 import http.client
 import json
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -101,10 +105,12 @@ def openai_call() -> str:
 
 def main() -> int:
     """Run the demo; the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the server is stopped
-    ports = free_ports(4)
-    server = start_server(ports)
+    server: subprocess.Popen[bytes] | None = None
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt, so that the server is stopped
+        ports = free_ports(4)
+        server = start_server(ports)
         with LightLLMClient(f"127.0.0.1:{ports[1]}", timeout=120) as client:
             if not wait_until_ready(server, ports[0], client):
                 return server.wait() or 1
@@ -122,9 +128,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if server.poll() is None:
+        if server:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C reaches the launch command itself
             server.terminate()
-        server.wait(STOP_SECONDS)
+            server.wait(STOP_SECONDS)
 
 
 if __name__ == "__main__":

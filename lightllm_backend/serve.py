@@ -9,9 +9,16 @@ in a row. SIGTERM and SIGINT let running requests end, and stop the server. Exit
 1  the server could not be started, or failed too often
 2  a wrong setting, told in one line before anything is started
 3  stopped by a signal, and requests were ended with an error, at the limit `shutdown_timeout_s` or by a second signal
+
+A signal that comes before anything is started ends the command by that signal, which a shell reports as 130 or 143.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Service takes it: no traceback of an import
 
 import os
 import secrets

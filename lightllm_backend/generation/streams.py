@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,11 @@ from lightllm_backend.text.text_stream import TextStream
 
 # Limit on checks of all clients together: one takes the detokenizer nearly as long as a response.
 MAX_CHECKS_PER_SECOND = 1000.0
+# Checks without a pause: chunks wait behind them in the detokenizers.
+CHECKS_AT_ONCE = 16
 # Limit on the share of its time that the watcher checks. A check waits for the server, so a busy server is asked less.
 MAX_CHECKING_SHARE = 0.1
-MAX_PAUSE_SECONDS = 1.0  # for the sake of this limit
+MAX_PAUSE_SECONDS = 1.0  # for the sake of this limit, in each round of checks
 ACCEPT_PAUSE_SECONDS = 0.1  # keeps a failure that lasts from filling the log
 
 log = logging.getLogger(__name__)
@@ -149,22 +152,26 @@ class Streams:
 
     def _watch_clients(self) -> None:
         """Check each stream's client every CHECK_SECONDS, or less often within the limits."""
-        paused_until = 0.0
-        while not self._closing.wait(CHECK_SECONDS):
+        pause, num_checks = CHECK_SECONDS, 0
+        due: deque[tuple[str, Stream]] = deque()  # the rest of a round
+        while not self._closing.wait(pause):
             self._send_queue.forget_overdue()
             began = time.monotonic()
-            if began < paused_until:
-                continue
-            streams = list(self._streams.items())
-            checked_before = began - max(CHECK_SECONDS, len(streams) / MAX_CHECKS_PER_SECOND)
-            for uid, stream in streams:
-                try:
-                    if stream.last_check <= checked_before and stream.check_client():
-                        self._cancel(uid)
-                except Exception:
-                    log.exception("the client of request %s cannot be checked", uid)
-            ended = time.monotonic()
-            paused_until = ended + min((ended - began) / MAX_CHECKING_SHARE, MAX_PAUSE_SECONDS)
+            if not due:
+                due.extend(one for one in list(self._streams.items()) if one[1].last_check <= began - CHECK_SECONDS)
+                num_checks = max(len(due), CHECKS_AT_ONCE)
+            for _ in range(min(len(due), CHECKS_AT_ONCE)):
+                self._check_client(*due.popleft())
+            seconds = time.monotonic() - began
+            least = CHECKS_AT_ONCE / MAX_CHECKS_PER_SECOND if due else CHECK_SECONDS
+            pause = max(least, min(seconds / MAX_CHECKING_SHARE, MAX_PAUSE_SECONDS * CHECKS_AT_ONCE / num_checks))
+
+    def _check_client(self, uid: str, stream: Stream) -> None:
+        try:
+            if stream.check_client():
+                self._cancel(uid)
+        except Exception:
+            log.exception("the client of request %s cannot be checked", uid)
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -16,7 +16,6 @@ from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch.guard import LAUNCHER_VARIABLE, GuardKeeper, identity
 from lightllm_backend.messages.run_directory import RunDirectoryError, guard_lock, run_directory_of
 
-STOP_SECONDS = 5.0  # for a server without requests to end in order
 # For the guard to kill what a dead server has left, and to remove its files.
 CLEAN_UP_SECONDS = 15.0
 
@@ -73,8 +72,8 @@ class Server:
         self._waiter.join(seconds)
         return not self._waiter.is_alive()
 
-    def stop(self, seconds: float = STOP_SECONDS) -> bool:
-        """End the server; return false if it had to be killed."""
+    def stop(self, seconds: float) -> bool:
+        """End the server; return false if it had to be killed after `seconds`."""
         self._process.terminate()
         if self.ended_within(seconds):
             return True

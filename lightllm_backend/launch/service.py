@@ -22,7 +22,7 @@ from lightllm_backend.launch.closing import EngineCloser, Progress, wait_deliver
 from lightllm_backend.launch.fronts import Fronts
 from lightllm_backend.launch.health import Health, http_call
 from lightllm_backend.launch.http_sockets import enlarge_message_buffers, limit_unread_seconds
-from lightllm_backend.launch.server import STOP_SECONDS, Launch, Server
+from lightllm_backend.launch.server import Launch, Server
 from lightllm_backend.messages.engine_messages import EngineInfo
 from lightllm_backend.messages.run_directory import engine_address
 from lightllm_backend.request import RequestError
@@ -32,10 +32,12 @@ STOPPED, FAILED, CUT = 0, 1, 3
 
 LOOK_SECONDS = 0.1  # from one look at the server, and at signals, to the next
 PROGRESS_SECONDS = 10.0
-# For a server that has answered everything to write out what its connections still hold. To unload its models takes it
+# For the clients of a server that is stopped to hear it, through the server and through the front. With STOP_SECONDS,
+# and about a second for the guard to clean up, a stop takes 5 s beyond `shutdown_timeout_s`.
+TELL_SECONDS = 2.5
+# For a server to end in order. What has been answered leaves its connections in far less; to unload its models takes it
 # seconds more and serves nobody: they keep nothing, and the guard removes what a killed server leaves.
-ANSWERED_STOP_SECONDS = 2.0
-TELL_SECONDS = 3.0  # for the clients of a server that is stopped to hear it
+STOP_SECONDS = 1.5
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0  # before a restart; the pause doubles with each failure in a row
 STEADY_SECONDS = 300.0  # a server that has served for so long has not failed in a row
 FEW_MESSAGES = 10_000  # for a thread of the HTTP frontend; an answer takes two, and one per chunk if it streams
@@ -107,7 +109,7 @@ class Service:
                 self._watch(server, engine, start_seconds)
             finally:
                 engine.close()
-        elif self._signals and not server.stop():
+        elif self._signals and not server.stop(STOP_SECONDS):
             self._say(f"tritonserver was loading and did not end within {STOP_SECONDS:g} s; it was killed")
         seconds = 0.0 if start_seconds is None else time.monotonic() - ready_at
         code = server.end()
@@ -170,7 +172,7 @@ class Service:
                     self._say(f"error: the server does not work any more and is stopped: {prober.failure}")
                     closer.close_engine(f"the server is stopped: {prober.failure}")
                     wait_delivered(server.directory, TELL_SECONDS)
-                    server.stop()
+                    server.stop(STOP_SECONDS)
                     return
         finally:
             prober.stop()
@@ -193,12 +195,13 @@ class Service:
         if not is_drained:
             self._say(f"ending requests before they are complete: {progress.num_open}")
             closer.close_engine(reason)
+        told_by = time.monotonic() + TELL_SECONDS
         has_answered = self._signals == 1 and wait_delivered(server.directory, TELL_SECONDS)
-        self._stop_fronts(TELL_SECONDS if self._signals == 1 else 0.0)
-        seconds = 0.0 if self._signals > 1 else ANSWERED_STOP_SECONDS if has_answered else STOP_SECONDS
+        self._stop_fronts(max(0.0, told_by - time.monotonic()) if self._signals == 1 else 0.0)
+        seconds = STOP_SECONDS if self._signals == 1 else 0.0
         self._was_killed = not server.stop(seconds)
         if self._was_killed and seconds and not has_answered:
-            self._say(f"tritonserver did not end within {seconds:g} s and was killed")
+            self._say(f"not every answer was sent within {TELL_SECONDS:g} s; tritonserver was killed")
         return STOPPED if is_drained else CUT
 
     def _stop_fronts(self, seconds: float) -> None:

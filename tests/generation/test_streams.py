@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightllm_backend.generation import send_queue as send_queue_module
@@ -435,6 +436,36 @@ def test_the_longer_a_check_takes_the_fewer_there_are(
     pauses = [after - before for before, after in zip(ended, begun[1:], strict=False)]
     assert min(pauses) >= seconds_between - 1e-9
     assert max(pauses) <= seconds_between + 0.25 + 1e-9
+
+
+def test_many_clients_are_checked_a_few_at_a_time_and_all_within_a_second_and_a_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = WatchersTime(10)
+    checked_at: dict[int, list[float]] = {number: [] for number in range(1000)}
+
+    class Checked:
+        last_check = 0.0
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def check_client(self) -> bool:
+            clock.now += 0.0001
+            self.last_check = clock.now
+            checked_at[self.number].append(clock.now)
+            return False
+
+    monkeypatch.setattr(streams_module, "time", clock)
+    streams = Streams.__new__(Streams)  # without its threads
+    streams._closing = clock  # type: ignore[assignment]
+    streams._send_queue = SendQueue(num_threads=0)
+    streams._streams = {str(number): Checked(number) for number in checked_at}  # type: ignore[misc]
+    streams._watch_clients()
+    moments = sorted(itertools.chain(*checked_at.values()))
+    pairs = zip(moments, moments[streams_module.CHECKS_AT_ONCE :], strict=False)
+    assert min(after - before for before, after in pairs) > 0.01, "chunks have their turn"
+    assert all(max(np.diff(times)) < 1.5 for times in checked_at.values())
 
 
 # All streams of a process

@@ -4,8 +4,10 @@
 import errno
 import json
 import os
+import signal
 import socket
 import stat
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -197,3 +199,32 @@ def test_what_the_server_writes_is_private(tmp_path: Path) -> None:
     server = Server(Launch(EngineConfig(), Path(), [sys.executable, "-c", code], dict(os.environ)))
     assert server.end() == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+INTERRUPTED = """
+import runpy, sys, time
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+{run}
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "module"),
+    [
+        ("runpy.run_module('lightllm_backend.serve', run_name='__main__')", "click"),
+        ("runpy.run_path('examples/demo.py', run_name='__main__')", "lightllm_client"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_ends_quietly(run: str, module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED.format(run=run, module=module)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT

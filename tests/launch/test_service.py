@@ -86,7 +86,7 @@ PROGRAM = """
 import ctypes
 from lightllm_backend import serve
 from lightllm_backend.launch import health, service
-health.PROBE_SECONDS, service.STOP_SECONDS, service.ANSWERED_STOP_SECONDS = 0.2, 0.5, 0.3
+health.PROBE_SECONDS, service.STOP_SECONDS = 0.2, 0.5
 service.FEW_MESSAGES = 1e9  # no buffer holds so many
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 serve.command()
