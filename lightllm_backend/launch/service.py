@@ -32,9 +32,9 @@ STOPPED, FAILED, CUT = 0, 1, 3
 
 LOOK_SECONDS = 0.1  # from one look at the server, and at signals, to the next
 PROGRESS_SECONDS = 10.0
-# For the clients of a server that is stopped to hear it, through the server and through the front. With STOP_SECONDS,
-# and about a second for the guard to clean up, a stop takes 5 s beyond `shutdown_timeout_s`.
-TELL_SECONDS = 2.5
+# The parts of a stop beyond `shutdown_timeout_s`, one after the other. The guard needs half a second more: 5 s in all.
+TELL_SECONDS = 2.0  # for the clients of a server that is stopped to hear it
+FRONT_SECONDS = 1.0  # for the front to pass on what it has heard
 # For a server to end in order. What has been answered leaves its connections in far less; to unload its models takes it
 # seconds more and serves nobody: they keep nothing, and the guard removes what a killed server leaves.
 STOP_SECONDS = 1.5
@@ -195,9 +195,8 @@ class Service:
         if not is_drained:
             self._say(f"ending requests before they are complete: {progress.num_open}")
             closer.close_engine(reason)
-        told_by = time.monotonic() + TELL_SECONDS
         has_answered = self._signals == 1 and wait_delivered(server.directory, TELL_SECONDS)
-        self._stop_fronts(max(0.0, told_by - time.monotonic()) if self._signals == 1 else 0.0)
+        self._stop_fronts(FRONT_SECONDS if self._signals == 1 else 0.0)
         seconds = STOP_SECONDS if self._signals == 1 else 0.0
         self._was_killed = not server.stop(seconds)
         if self._was_killed and seconds and not has_answered:
