@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_every_process_is_in_the_table_of_faults_and_the_promise_has_its_worst_f
 
 def test_the_exit_codes_are_the_launch_command_s() -> None:
     meanings = {int(code): meaning for code, meaning, _ in table("code", "meaning", "what to do")}
-    assert list(meanings) == sorted({STOPPED, FAILED, CUT, 2})
+    assert list(meanings) == sorted({STOPPED, FAILED, CUT, 2, 128 + SIGINT})
     assert "no running request was cut" in meanings[STOPPED]
     assert "failed more than `restart` times" in meanings[FAILED]
     assert "ended with an error" in meanings[CUT]
