@@ -3,10 +3,11 @@
 
     python -m perf.overload --protocol grpc --requests 5000 --set max_queue_size=500
 
-The engine only tells the time (perf/sleeping_engine.py), so the figures are the server's. Streams run for some seconds
-before the flood and through it. The flood comes from a process of its own; a request's time counts from its sending.
-CPU seconds say what the flood costs each process, whatever else the machine does. Then the same flood goes to a Triton
-server with a single model that only refuses: no refusal by a Python model can come sooner.
+The engine only tells the time (perf/sleeping_engine.py) in steps that are all alike, so the figures are the server's.
+Streams run for some seconds before the flood and through it. The flood comes from a process of its own; a request's
+time counts from its sending. CPU seconds say what the flood costs each process, whatever else the machine does. Then
+the same flood goes to a Triton server with one model that only refuses, and another that streams at the same pace and
+does nothing else: no refusal by a Python model comes sooner, and no stream is held up less.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import re
 import subprocess
 import tempfile
@@ -39,6 +41,7 @@ from perf.serving.calls import Target, caller_for
 from perf.serving.measure import RequestFailed
 from perf.serving.systems import free_ports, launched_server, wait_ready
 from perf.serving.workload import Length, WorkItem
+from perf.sleeping_engine import STEP_MS
 
 # So few run at once that the engine's queue fills, and not the server before it.
 SETTINGS = {
@@ -53,6 +56,8 @@ PROCESSES = {
 }  # fmt: skip
 CALM_SECONDS = 4.0  # the streams alone
 ROOT = Path(__file__).resolve().parents[1]
+STREAMING = "streaming"
+STREAM_LENGTH = 15_000  # tokens, more than a stream gets
 REFUSING_MODEL = """
 import triton_python_backend_utils as pb_utils
 
@@ -62,6 +67,35 @@ class TritonPythonModel:
         for request in requests:
             response = pb_utils.InferenceResponse(error=error)
             request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+STREAMING_MODEL = """
+import os, threading, time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+def tensors():
+    for name in ("text_output", "finish_reason"):
+        yield pb_utils.Tensor(name, np.array([b" word" if name == "text_output" else b""], dtype=object))
+    for name in ("num_input_tokens", "num_output_tokens", "output_ids"):
+        yield pb_utils.Tensor(name, np.ones(1, dtype=np.int32))
+    yield pb_utils.Tensor("output_log_probs", np.empty(0, dtype=np.float32))
+    yield pb_utils.Tensor("cumulative_logprob", np.zeros(1, dtype=np.float32))
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.senders = []
+        threading.Thread(target=self.send, daemon=True).start()
+
+    def execute(self, requests):
+        self.senders += [request.get_response_sender() for request in requests]
+
+    def send(self):
+        due = time.monotonic()
+        while True:
+            for sender in self.senders:
+                sender.send(pb_utils.InferenceResponse(list(tensors())))
+            due += float(os.environ["STEP_MS"]) / 1e3
+            time.sleep(max(0.0, due - time.monotonic()))
 """
 
 Answered = tuple[str, float, float]  # what became of a request, when it was sent, after how many seconds it ended
@@ -93,18 +127,22 @@ async def stream_until(target: Target, done: asyncio.Event) -> list[float]:
     """The times of the chunks of one stream."""
     async with caller_for(target) as caller:
         times = []
-        async for _ in caller.ask(caller.payload(WorkItem("Once upon a time", Length(4, 15000)))):
+        async for _ in caller.ask(caller.payload(WorkItem("Once upon a time", Length(4, STREAM_LENGTH)))):
             times.append(time.monotonic())
             if done.is_set():
                 break
     return times
 
 
-async def measure(target: Target, count: int, output: int, streams: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+async def measure(
+    target: Target, count: int, output: int, streams: int, pool: ProcessPoolExecutor, streaming_model: str = "lightllm"
+) -> dict[str, Any]:
+    """Flood the target while streams of a model run."""
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(pool, flood, target, 1, 1)  # the process has imported what it needs
     done = asyncio.Event()
-    running = [asyncio.create_task(stream_until(replace(target, streaming=True), done)) for _ in range(streams)]
+    streaming = replace(target, streaming=True, model=streaming_model)
+    running = [asyncio.create_task(stream_until(streaming, done)) for _ in range(streams)]
     await asyncio.sleep(CALM_SECONDS)
     cpu_before = cpu_seconds()
     answered = await loop.run_in_executor(pool, flood, target, count, output)
@@ -128,16 +166,17 @@ async def measure(target: Target, count: int, output: int, streams: int, pool: P
 
 @contextlib.contextmanager
 def refusing_server(target: Target, repository: Path) -> Iterator[Target]:
-    """Triton server with one model of the ensemble's name, inputs and outputs, which refuses all requests."""
+    """Triton server with two models of the ensemble's inputs and outputs: one of its name, which refuses all requests,
+    and STREAMING, which answers them in steps."""
     ensemble = (ROOT / "model_repository" / "lightllm" / "config.pbtxt").read_text(encoding="utf-8")
     interface, _, _ = ensemble.replace('platform: "ensemble"', 'backend: "python"').partition("ensemble_scheduling")
-    program = repository / "lightllm" / "1" / "model.py"
-    program.parent.mkdir(parents=True)
-    program.write_text(REFUSING_MODEL, encoding="utf-8")
-    (repository / "lightllm" / "config.pbtxt").write_text(
-        f"{interface}\nmodel_transaction_policy {{ decoupled: true }}\ninstance_group [{{ kind: KIND_CPU }}]\n",
-        encoding="utf-8",
-    )
+    interface += "\nmodel_transaction_policy { decoupled: true }\ninstance_group [{ kind: KIND_CPU }]\n"
+    for name, source in (("lightllm", REFUSING_MODEL), (STREAMING, STREAMING_MODEL)):
+        program = repository / name / "1" / "model.py"
+        program.parent.mkdir(parents=True)
+        program.write_text(source, encoding="utf-8")
+        config = interface.replace('name: "lightllm"', f'name: "{name}"')
+        (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
     http_port, grpc_port, metrics_port = free_ports(3)
     services = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
     ports = [f"--{name}-port={port}" for name, port in services.items()]
@@ -153,17 +192,6 @@ def refusing_server(target: Target, repository: Path) -> Iterator[Target]:
     finally:
         process.kill()
         process.wait()
-
-
-def measure_refusing(target: Target, count: int, output: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
-    pool.submit(flood, target, 1, 1).result()
-    cpu_before = cpu_seconds()
-    answered = pool.submit(flood, target, count, output).result()
-    cpu_after = cpu_seconds()
-    return {
-        "refused_seconds": percentiles([seconds for _, _, seconds in answered]),
-        "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
-    }
 
 
 def cpu_seconds() -> Counter[str]:
@@ -190,8 +218,8 @@ def gaps(times: Sequence[Sequence[float]], begin: float, end: float) -> list[flo
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
-    p50, p99, most = np.percentile(values, [50, 99, 100])
-    return {"p50": float(p50), "p99": float(p99), "max": float(most)}
+    names = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
+    return {name: float(np.percentile(values, percent)) for name, percent in names.items()}
 
 
 @click.command()
@@ -199,10 +227,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 @click.option("--requests", default=5000, show_default=True)
 @click.option("--output_len", default=128, show_default=True, help="tokens of each answer")
 @click.option("--streams", default=8, show_default=True, help="streams that run meanwhile")
+@click.option("--step_ms", default=5.0, show_default=True, help="how long each step of the engine takes")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a setting of the engine")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "overload.json", show_default=True)
-def main(protocol: str, requests: int, output_len: int, streams: int, settings: Sequence[str], out: Path) -> None:
+def main(
+    protocol: str, requests: int, output_len: int, streams: int, step_ms: float, settings: Sequence[str], out: Path
+) -> None:
     """Flood a server with requests and print how they ended."""
+    os.environ[STEP_MS] = str(step_ms)
     given = dict(setting.split("=", 1) for setting in settings)
     target = Target(protocol, "", streaming=False)
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -210,7 +242,8 @@ def main(protocol: str, requests: int, output_len: int, streams: int, settings: 
         with launched_server({**SETTINGS, "model_dir": scratch, **given}, target, 1) as server:
             result = asyncio.run(measure(server.target, requests, output_len, streams, pool))
         with refusing_server(target, Path(scratch, "models")) as refusing:
-            result["model_that_only_refuses"] = measure_refusing(refusing, requests, output_len, pool)
+            bare = asyncio.run(measure(refusing, requests, output_len, streams, pool, STREAMING))
+        result["model_that_only_refuses"] = bare
     for name, value in result.items():
         click.echo(f"{name}: {value}")
     write_result(
@@ -220,6 +253,7 @@ def main(protocol: str, requests: int, output_len: int, streams: int, settings: 
             **circumstances(None),
             "protocol": protocol,
             "requests": requests,
+            "step_ms": step_ms,
             "settings": given,
             **result,
         },

@@ -456,8 +456,14 @@ def overload(result: dict[str, Any]) -> list[str]:
     headings = ["done", "refused", "refused after, s, p50", "p99", "longest", "between responses before, ms, p99"]
     headings += ["while refusing, ms, p99", "longest pause, s"]
     lines = [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
-    if least := result.get("model_that_only_refuses", {}).get("refused_seconds"):
+    bare = result.get("model_that_only_refuses", {})
+    if least := bare.get("refused_seconds"):
         lines += ["", f"A model that only refuses: {least['p50']:.2f} s (p50), {least['max']:.2f} s (longest)."]
+    if gap := bare.get("gap_while_refusing"):
+        lines[-1] += (
+            f" Streams of another model beside it: {1e3 * bare['gap_before']['p99']:.1f} → {1e3 * gap['p99']:.1f} ms"
+            f" between responses (p99), the longest pause {gap['max']:.2f} s."
+        )
     return lines
 
 

@@ -6,7 +6,8 @@
         --lengths perf/data/workload_2000.csv --request-rate 200 --processes 8
 
 Everything is the server's and the worker's own but the runner: a step takes as long as LLaMA-7B's shape does on an H200
-(perf/simulated_engine.py), and its tokens are drawn by chance. `max_total_token_num` is 229,000 unless it is set.
+(perf/simulated_engine.py), or STEP_MS if the environment has it, so that pauses between tokens are the server's doing
+alone. The tokens are drawn by chance. `max_total_token_num` is 229,000 unless it is set.
 Called as an interpreter would be: `sleeping_engine.py -m lightllm_backend.worker.main SOCKET RANK`.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,6 +33,7 @@ VOCABULARY = 32000
 POOL_TOKENS = 229000
 POSITIONS = 16384
 SLOWDOWN = float(os.environ.get("SLEEPING_ENGINE_SLOWDOWN", "1"))  # for machines that carry less
+STEP_MS = "STEP_MS"  # the environment's variable
 
 
 class SleepingStep:
@@ -54,13 +57,15 @@ class SleepingRunner:
 
     overlap = 1
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_of: Callable[[Batch, int], float] = step_seconds) -> None:
+        """seconds_of: how long a step takes, from its batch and its K and V in tokens."""
+        self._seconds_of = seconds_of
         self._random = np.random.default_rng(0)
         self._free_at = 0.0
         self._num_top: dict[int, int] = {}  # by row, what its request asks for as top_logprobs
 
     def launch(self, batch: Batch) -> SleepingStep:
-        seconds = SLOWDOWN * step_seconds(batch, int(batch.starts.sum()))
+        seconds = SLOWDOWN * self._seconds_of(batch, int(batch.starts.sum()))
         self._free_at = max(self._free_at, time.monotonic()) + seconds
         count = int(batch.samples.sum())
         tokens = self._random.integers(3, VOCABULARY, count, dtype=np.int32)
@@ -94,7 +99,8 @@ class SleepingEngine:
     groups = ONE_GROUP
 
     def __init__(self, config: EngineConfig) -> None:
-        self.runner = SleepingRunner()
+        milliseconds = float(os.environ.get(STEP_MS, "0"))
+        self.runner = SleepingRunner(lambda *_: milliseconds / 1e3) if milliseconds else SleepingRunner()
         pool_tokens = config.max_total_token_num or POOL_TOKENS
         self.info = EngineInfo(
             model="sleeping", dtype="none", device="cpu", vocab_size=VOCABULARY, eos_ids=(2,),

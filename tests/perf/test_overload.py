@@ -16,4 +16,4 @@ def test_a_pause_counts_if_any_of_it_lies_in_the_time() -> None:
 
 def test_percentiles_of_nothing_are_none() -> None:
     assert percentiles([]) == {}
-    assert percentiles([1.0, 3.0]) == pytest.approx({"p50": 2.0, "p99": 2.98, "max": 3.0})
+    assert percentiles([1.0, 3.0]) == pytest.approx({"p50": 2.0, "p99": 2.98, "p99.9": 2.998, "max": 3.0})
