@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tests.fuzz.targets import Target
 
 MAX_LENGTH = 64  # of the server's requests, in tokens
+START_SECONDS = 900.0  # nobody waits for it, and the machine may be busy
 EXAMPLES_AT_ONCE = 2000  # hypothesis remembers all examples of a run
 
 
@@ -45,7 +46,7 @@ def server_targets() -> Iterator[dict[str, Target]]:
         server = TritonServer(Path(folder, "log"), max_req_total_len=MAX_LENGTH)
         stack.callback(server.stop)
         settings = {"max_req_total_len": MAX_LENGTH, "max_body_bytes": MAX_BODY_BYTES}
-        front = FrontProcess(server.wait_ready(), Path(folder, "front log"), **settings)
+        front = FrontProcess(server.wait_ready(START_SECONDS), Path(folder, "front log"), **settings)
         stack.callback(front.stop)
         yield {
             "server": Target(requests.calls, lambda call: requests.check(server, call)),
