@@ -467,6 +467,28 @@ def overload(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def slow_readers(result: dict[str, Any]) -> list[str]:
+    beside, nothing = result["pace"], "beside clients that read nothing"
+    title = (
+        f"**{result['readers']} streams of clients that read nothing, beside {result['neighbours']} of others, "
+        f"{result['seconds']:g} s each** ({origin(result)}):"
+    )
+    rows = [
+        [name, f"{100 * share['median']:.1f}", f"{100 * share['least']:.1f}", f"{result['p99_gap_ms'][name]:.0f}"]
+        for name, share in beside.items()
+    ]
+    headings = ["the neighbours", "% of their pace alone, median", "least", "between responses, ms, p99"]
+    growth = ", ".join(f"{role} {megabytes:+.1f}" for role, megabytes in sorted(result["growth_mb"].items()))
+    alone = f"Alone: {result['p99_gap_ms']['alone']:.0f} ms between responses (p99)."
+    return [
+        title,
+        "",
+        *table(headings, rows),
+        "",
+        f"{alone} What a phase {nothing} adds to each process, MB: {growth}.",
+    ]
+
+
 def soak(result: dict[str, Any]) -> list[str]:
     minutes = result["seconds"] / 60
     title = f"**{result['model']}: {minutes:g} minutes of mixed load, {result['clients']} requests at once**"
@@ -557,7 +579,8 @@ SECTIONS = {
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "cpu_peer": cpu_peer,
     "router_time": router_time, "admission": admission, "window_slots": window_slots, "fairness": fairness,
-    "prefix_cache": prefix_cache, "long_context": long_context, "overload": overload, "soak": soak,
+    "prefix_cache": prefix_cache, "long_context": long_context, "overload": overload, "slow_readers": slow_readers,
+    "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,
     "replicas_chaos": replicas_chaos, "replicas_throughput": replicas_throughput,
 }  # fmt: skip

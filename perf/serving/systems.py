@@ -46,10 +46,13 @@ class System(Protocol):
 
 
 class ServerSystem:
-    """Any server that runs."""
+    """Any server that runs. ports: of one that was launched, by the names of their settings."""
 
-    def __init__(self, target: Target, metrics_address: str, processes: int) -> None:
+    def __init__(
+        self, target: Target, metrics_address: str, processes: int, ports: Mapping[str, int] | None = None
+    ) -> None:
         self.target = target
+        self.ports = ports or {}
         self._metrics_address = metrics_address
         self._processes = processes
 
@@ -79,7 +82,8 @@ def launched_server(settings: Mapping[str, str], target: Target, processes: int)
         try:
             wait_ready(process, ready, Path(log.name))
             address = f"127.0.0.1:{ports[f'{target.protocol}_port']}"
-            yield ServerSystem(replace(target, address=address), f"127.0.0.1:{ports['metrics_port']}", processes)
+            metrics_address = f"127.0.0.1:{ports['metrics_port']}"
+            yield ServerSystem(replace(target, address=address), metrics_address, processes, ports)
         except RequestFailed as failure:
             raise RequestFailed(f"{failure}\nthe server's last lines:\n{_last_lines(Path(log.name))}") from None
         finally:
