@@ -55,6 +55,7 @@ PROCESSES = {
     "the flood's client": r"multiprocessing\.spawn",
 }  # fmt: skip
 CALM_SECONDS = 4.0  # the streams alone
+INTAKE_SECONDS = 2.0  # in which a flood that is not refused has come in
 ROOT = Path(__file__).resolve().parents[1]
 STREAMING = "streaming"
 STREAM_LENGTH = 15_000  # tokens, more than a stream gets
@@ -160,6 +161,7 @@ async def measure(
         "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
         "gap_before": percentiles(gaps(times, begun - CALM_SECONDS / 2, begun)),
         "gap_while_refusing": percentiles(gaps(times, begun, max(refused_until, begun + 0.5))),
+        "gap_while_waiting": percentiles(gaps(times, max(refused_until, begun + INTAKE_SECONDS), ended)),
         "gap_during": percentiles(gaps(times, begun, ended)),
     }
 

@@ -452,9 +452,11 @@ def overload(result: dict[str, Any]) -> list[str]:
     title = f"**{result['requests']:,} requests at once over {result['protocol']}, an engine that tells the time**"
     figures = [f"{outcomes.get(name, 0):,}" for name in ("done", "refused")]
     figures += [f"{refused[name]:.2f}" for name in ("p50", "p99", "max")]
-    figures += [f"{1e3 * gap['p99']:.1f}" for gap in (before, during)] + [f"{during['max']:.2f}"]
+    waiting = result.get("gap_while_waiting")
+    figures += [f"{1e3 * gap['p99']:.1f}" if gap else "–" for gap in (before, during, waiting)]
+    figures += [f"{during['max']:.2f}"]
     headings = ["done", "refused", "refused after, s, p50", "p99", "longest", "between responses before, ms, p99"]
-    headings += ["while refusing, ms, p99", "longest pause, s"]
+    headings += ["while refusing, ms, p99", "while others wait, ms, p99", "longest pause, s"]
     lines = [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
     bare = result.get("model_that_only_refuses", {})
     if least := bare.get("refused_seconds"):
