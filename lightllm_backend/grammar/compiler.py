@@ -117,7 +117,8 @@ class GrammarCompiler:
         if reason or compiled is None:
             place = place_of_error(value, lambda schema: attempt(schema)[1]) if kind == "json_schema" else ""
             where = f"{kind} at {place}" if place else kind
-            raise RequestError("INVALID_ARG", f"structured_output cannot be followed: {where}: {reason}")
+            allowed = f"allowed: a {kind} that llguidance can follow (docs/structured_output.md)"
+            raise RequestError("INVALID_ARG", f"structured_output cannot be followed: {where}: {reason}; {allowed}")
         compiled.compute_bitmask()  # copies begin with what this has found out
         return compiled
 

@@ -112,6 +112,7 @@ def test_refusals_say_where_and_why(asked, why) -> None:
     with pytest.raises(RequestError) as refusal:
         compiler_of().compile(params(**asked))
     assert str(refusal.value).startswith(f"INVALID_ARG: structured_output cannot be followed: {why}")
+    assert "; allowed: a " in str(refusal.value)
 
 
 def test_a_text_is_compiled_once_and_the_oldest_forgotten(monkeypatch) -> None:
