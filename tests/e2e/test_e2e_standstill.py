@@ -180,7 +180,7 @@ def test_a_stop_keeps_its_time(short_model: Path, tmp_path: Path, killed: bool) 
     assert streams.wait_ended(5)
     if not killed:
         assert all("the server is shutting down" in end for _, end in streams.ends), streams.ends
-    assert traces.left() == []
+    assert poll(lambda: not traces.left()), traces.left()
 
 
 @pytest.mark.soak
@@ -201,9 +201,9 @@ def test_fifty_starts_and_stops_leave_nothing(tiny_model: Path, tmp_path: Path) 
         finally:
             begun = time.monotonic()
             code = command.stop()
-        assert code == 0, command.log()
         seconds[state] = max(seconds[state], time.monotonic() - begun)
-        assert traces.left() == []
+        assert code == 0, command.log()
+        assert poll(lambda traces=traces: not traces.left()), traces.left()  # type: ignore[misc]
     print(f"\nthe longest stops, in seconds: {seconds}")
     assert max(seconds.values()) < STOPPED_SECONDS + BUSY_SECONDS
     assert len(set(Path("/dev/shm").iterdir()) - before) == 0

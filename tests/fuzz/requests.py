@@ -23,7 +23,7 @@ from tests.fuzz.values import EDGES, json_texts, mutated, texts
 # What Triton server 2.51 answers with 500 before any model of ours sees the request.
 TRITONS_500 = re.compile(
     r"failed to parse the request JSON buffer|Unable to parse|attempt to (access|get members)|Unexpected type|"
-    r"expected .* to be of type|must be specified|Request parameter"
+    r"expected .* to be of type|must be specified|Request parameter|was not found in the JSON"
 )
 _OUR_ERROR = re.compile(r"(in ensemble 'lightllm', )?(INVALID_ARG|UNAVAILABLE|CANCELLED): ")
 
