@@ -28,7 +28,7 @@ from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.router import Router
 from perf.lengths import DATA, Lengths, conversation_lengths
 from perf.record import RESULTS, circumstances, write_result
-from perf.simulated_engine import EOS_ID, Outcome, SimulatedEngine
+from perf.simulated_engine import EOS_ID, Outcome, simulate_alone
 
 BATCH_MAX_TOKENS = 8192
 ASKED_FOR = 1024
@@ -50,7 +50,7 @@ def simulate(
         eos_ids = frozenset({EOS_ID})
         return Router(capacity, num_rows, BATCH_MAX_TOKENS, num_rows, eos_ids, clock=clock, policy=make_policy())
 
-    return SimulatedEngine(router_for, num_rows, lengths, arrivals or [0.0] * num_rows, max_tokens).run()
+    return simulate_alone(router_for, num_rows, lengths, arrivals or [0.0] * num_rows, max_tokens)
 
 
 def pool_use(capacity: int, outcome: Outcome) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lightllm_backend.router.router import Router
 from perf.admission import BATCH_MAX_TOKENS, show
 from perf.lengths import DATA, Lengths, conversation_lengths
 from perf.record import RESULTS, circumstances, write_result
-from perf.simulated_engine import EOS_ID, Outcome, SimulatedEngine
+from perf.simulated_engine import EOS_ID, Outcome, simulate_alone
 
 CAPACITY, NUM_ROWS = 121_060, 1000
 SINGLE = Lengths(200, 100)
@@ -52,7 +52,7 @@ def simulate(flood: Sequence[Lengths], singles: int, reserve: float | None) -> O
             CAPACITY, NUM_ROWS, BATCH_MAX_TOKENS, queue_size, eos_ids, clock=clock, tenant_reserve=reserve or 0.0
         )  # fmt: skip
 
-    return SimulatedEngine(router_for, NUM_ROWS, lengths, arrivals, tenants=tenants).run()
+    return simulate_alone(router_for, NUM_ROWS, lengths, arrivals, tenants=tenants)
 
 
 def row(flood: str, case: str, outcome: Outcome, singles: int, alone: Outcome) -> dict[str, Any]:

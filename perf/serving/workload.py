@@ -59,10 +59,33 @@ def lengths_from_table(path: Path) -> list[Length]:
 
 
 def first_exchanges(path: Path) -> Iterator[tuple[str, str]]:
-    """The first thing that the human says and the first answer of each conversation of a ShareGPT file.
+    """The first thing that the human says and the first answer of each conversation of a ShareGPT file."""
+    for turns in _conversations(path):
+        prompt = None
+        for turn in turns:
+            if prompt is None:
+                prompt = turn["value"] if turn["from"] == "human" else None
+            elif turn["from"] == "gpt":
+                yield prompt, turn["value"]
+                break
 
-    A file that was cut short gives what is whole in it.
+
+def all_exchanges(path: Path) -> Iterator[list[tuple[str, str]]]:
+    """The questions and answers of each conversation of a ShareGPT file that begins with a human and takes turns.
+
+    Who published the file has cut conversations into pieces of about 2,048 tokens; those that begin with an answer are
+    left out.
     """
+    for turns in _conversations(path):
+        speakers = [turn["from"] for turn in turns]
+        length = len(turns) // 2 * 2
+        if length and speakers[:length] == ["human", "gpt"] * (length // 2):
+            texts = [turn["value"] for turn in turns]
+            yield list(zip(texts[:length:2], texts[1:length:2], strict=True))
+
+
+def _conversations(path: Path) -> Iterator[list[dict[str, str]]]:
+    """The turns of each conversation. A file that was cut short gives what is whole in it."""
     text = path.read_text()
     decoder = json.JSONDecoder()
     position = text.find("{")
@@ -71,13 +94,7 @@ def first_exchanges(path: Path) -> Iterator[tuple[str, str]]:
             conversation, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError:
             return
-        prompt = None
-        for turn in conversation["conversations"]:
-            if prompt is None:
-                prompt = turn["value"] if turn["from"] == "human" else None
-            elif turn["from"] == "gpt":
-                yield prompt, turn["value"]
-                break
+        yield conversation["conversations"]
         position = text.find("{", end)
 
 

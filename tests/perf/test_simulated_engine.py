@@ -9,15 +9,14 @@ import pytest
 from lightllm_backend.router.router import Router
 from perf.admission import pool_use, service, simulate
 from perf.lengths import DATA, Lengths, conversation_lengths
-from perf.simulated_engine import EOS_ID, KV_TOKEN_MS, PROMPT_TOKEN_MS, SEQUENCE_MS, STEP_MS, SimulatedEngine
+from perf.simulated_engine import EOS_ID, KV_TOKEN_MS, PROMPT_TOKEN_MS, SEQUENCE_MS, STEP_MS, simulate_alone
 
 
 def test_two_requests_by_hand() -> None:
     lengths, arrivals = [Lengths(10, 3), Lengths(5, 1)], [0.0, 7.0]
-    engine = SimulatedEngine(
+    outcome = simulate_alone(
         lambda clock: Router(100, 4, 50, 10, frozenset({EOS_ID}), clock=clock), 4, lengths, arrivals, max_tokens=9
     )
-    outcome = engine.run()
     # A prefill of 10, then three decodes, the last in vain because the EOS is noticed one step late; then the other.
     steps = [PROMPT_TOKEN_MS * 10 + KV_TOKEN_MS * 10, *(SEQUENCE_MS + KV_TOKEN_MS * held for held in (11, 12, 13))]
     others = [PROMPT_TOKEN_MS * 5 + KV_TOKEN_MS * 5, SEQUENCE_MS + KV_TOKEN_MS * 6]
