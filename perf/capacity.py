@@ -2,7 +2,7 @@
 """What 1 to 64 replicas carry, and what a million tokens costs.
 
     python -m perf.capacity --price 2.5
-    python -m perf.capacity --simulate llama-7b --replicas 8 --rates 6,10,14,18,22
+    python -m perf.capacity --simulate llama-7b --replicas 8 --rates 8,12,16,20
     python -m perf.capacity --validate
 
 The first prints what the stored simulations cost at a price of a GPU for an hour. The second simulates: the real Router
@@ -40,6 +40,7 @@ BATCH_MAX_TOKENS = 8192  # the default on a GPU
 QUEUE_SIZE = 10_000  # the default
 WARM_UP_SECONDS = 8.0  # until as many requests run as later
 GRACE_SECONDS = 2.0  # after the requests that count: one without its first token by then counts as never answered
+SUSTAINED = 0.95  # of the requests that come, at least so many must end in the same seconds
 
 
 class Model(NamedTuple):
@@ -82,7 +83,7 @@ class Case(NamedTuple):
     @property
     def seconds(self) -> float:
         """How many count: fewer where more replicas make as many requests."""
-        return max(6.0, 120 / self.replicas)
+        return max(4.0, 120 / self.replicas)
 
 
 def simulate(case: Case) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def simulate(case: Case) -> dict[str, Any]:
     end = WARM_UP_SECONDS + case.seconds
     chats = chat_traffic(case.rate * case.replicas, end + GRACE_SECONDS, case.seed)
     gc.freeze()
-    gc.disable()  # as good as nothing here is a circle, and it takes a third of the time
+    gc.disable()  # millions of objects, hardly a circle
     replicas = SimulatedReplicas(make_router(steps, num_rows), num_rows, case.replicas, choose, steps)
     replicas.fill(chats.before)
     served = replicas.run(chats.turns, until=end + GRACE_SECONDS)
@@ -114,6 +115,7 @@ def row_of(case: Case, served: Sequence[Served]) -> dict[str, Any]:
         "policy": case.policy,
         "rate": case.rate,
         "requests": len(arrived),
+        "arrivals_per_second": len(arrived) / case.seconds,
         "requests_per_second": len(ended) / case.seconds,
         "prompt_tokens_per_second": sum(one.turn.prompt for one in ended) / case.seconds,
         "output_tokens_per_second": sum(one.turn.output for one in ended) / case.seconds,
@@ -171,8 +173,29 @@ def cost(row: dict[str, Any], gpus: int, price: float) -> dict[str, float]:
     return {"per_million_output": 1e6 * dollars / output, "per_million": 1e6 * dollars / (output + prompt)}
 
 
+def best(rows: Sequence[dict[str, Any]], first_token_seconds: float) -> list[dict[str, Any]]:
+    """Of each number of replicas and policy, the row with the most output tokens whose p99 of the first token holds.
+
+    Where fewer requests end than come, more and more run at once: no load for long.
+    """
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in rows:
+        group = row["replicas"], POLICIES.index(row["policy"])
+        if row["first_token_p99"] is not None and row["first_token_p99"] <= first_token_seconds and is_sustained(row):
+            found[group] = max(row, found.get(group, row), key=lambda one: float(one["output_tokens_per_second"]))
+    return [found[group] for group in sorted(found)]
+
+
+def is_sustained(row: dict[str, Any]) -> bool:
+    return float(row["requests_per_second"]) >= SUSTAINED * float(row["arrivals_per_second"])
+
+
+def stored_validation() -> dict[str, Any]:
+    return _stored("capacity_validation")
+
+
 def stored_capacities() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("capacity_*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("capacity_*_nvidia_h200.json"))]
 
 
 class Capacities:
@@ -181,11 +204,10 @@ class Capacities:
     def __init__(self, model: str) -> None:
         self._path = RESULTS / f"capacity_{model.replace(' ', '_')}_nvidia_h200.json"
         self._model = model
-        rows = json.loads(self._path.read_text())["rows"] if self._path.exists() else []
-        self._rows = {_name(row): row for row in rows}
 
     def add(self, row: dict[str, Any]) -> None:
-        self._rows[_name(row)] = row
+        before = json.loads(self._path.read_text())["rows"] if self._path.exists() else []
+        rows = {_name(one): one for one in (*before, row)}
         steps = MODELS[self._model].steps
         write_result(
             self._path,
@@ -193,7 +215,7 @@ class Capacities:
                 "benchmark": "capacity", "model": self._model, "gpu": steps.result["machine"]["gpu"],
                 "gpus": int(steps.result["settings"].get("LIGHTLLM_TP", 1)), "pool_tokens": steps.pool_tokens,
                 "most_running": steps.most_running, "pause_seconds": PAUSE_SECONDS, "max_tokens": MAX_TOKENS,
-                **circumstances(None), "rows": [self._rows[name] for name in sorted(self._rows)],
+                **circumstances(None), "rows": [rows[name] for name in sorted(rows)],
             },
         )  # fmt: skip
 
@@ -207,30 +229,69 @@ def _stored(name: str) -> dict[str, Any]:
     return result
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(item) for item in text.split(",")]
+class Numbers(click.ParamType):
+    """Positive numbers separated by commas."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        try:
+            numbers = [self._kind(item) for item in str(value).split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(0 < number < math.inf for number in numbers):
+            whole = "whole " if self._kind is int else ""
+            self.fail(f"{value!r}; allowed: {whole}numbers > 0, separated by commas", param, ctx)
+        return numbers
+
+
+def show_costs(price: float, first_token_seconds: float) -> None:
+    rows = []
+    for result in stored_capacities():
+        for row in best(result["rows"], first_token_seconds):
+            load = {name: row[name] for name in ("replicas", "policy", "rate", "requests_per_second")}
+            load |= {name: row[name] for name in ("output_tokens_per_second", "first_token_p99", "cached_share")}
+            rows.append({"model": result["model"], **load, **cost(row, result["gpus"], price)})
+    if not rows:
+        raise click.UsageError(f"--first_token is {first_token_seconds:g}; no stored simulation keeps that limit")
+    show(f"dollars for a million tokens, at {price:g} dollars a GPU and hour", rows)
 
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.option("--price", default=2.5, show_default=True, type=click.FloatRange(min=0), help="dollars a GPU and hour")
+@click.option(
+    "--first_token", default=0.5, show_default=True, type=click.FloatRange(min=0), help="most seconds until it, p99"
+)
 @click.option("--simulate", "model", type=click.Choice(list(MODELS)), help="simulate this model instead")
-@click.option("--replicas", default="8", show_default=True, help="how many, separated by commas")
-@click.option("--rates", default="16", show_default=True, help="requests a second and replica, separated by commas")
+@click.option("--replicas", default="8", show_default=True, type=Numbers(int), help="how many, separated by commas")
+@click.option(
+    "--rates", default="16", show_default=True, type=Numbers(float), help="requests a second and replica, by commas"
+)
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="that simulate")
 @click.option("--validate", "is_validation", is_flag=True, help="compare with measured runs instead")
-def main(price: float, model: str | None, replicas: str, rates: str, processes: int, is_validation: bool) -> None:
+def main(
+    price: float,
+    first_token: float,
+    model: str | None,
+    replicas: list[int],
+    rates: list[float],
+    processes: int,
+    is_validation: bool,
+) -> None:
     if is_validation:
-        rows = validate()
-        write_result(
-            RESULTS / "capacity_validation.json", {"benchmark": "validation", **circumstances(None), "rows": rows}
-        )
+        result = {"benchmark": "capacity_validation", **circumstances(None), "rows": validate()}
+        write_result(RESULTS / "capacity_validation.json", result)
     elif model:
-        numbers = product((int(count) for count in _numbers(replicas)), _numbers(rates), POLICIES)
-        cases = [Case(model, *numbers) for numbers in numbers]
+        cases = [Case(model, *one) for one in product(replicas, rates, POLICIES)]
         capacities = Capacities(model)
         with ProcessPoolExecutor(processes) as pool:
             for row in tqdm(pool.map(simulate, cases), total=len(cases), unit="case"):
                 capacities.add(row)
+    else:
+        show_costs(price, first_token)
 
 
 if __name__ == "__main__":

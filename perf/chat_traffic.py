@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Turn(NamedTuple):
     output: int
 
 
+@cache
 def conversations(path: Path = DATA / "sharegpt_conversations.csv") -> list[list[Lengths]]:
     """The requests of each conversation: their whole prompts and their answers."""
     exchanges: dict[str, list[Lengths]] = {}

@@ -576,6 +576,48 @@ def replicas_throughput(result: dict[str, Any]) -> list[str]:
     return [f"{title} ({haproxy}, {origin(result)}):", "", *throughput_table(result)]
 
 
+def capacity_headings() -> list[str]:
+    return [
+        "replicas", "policy", "asked requests/s and replica", "arrived requests/s", "ended", "output tokens/s",
+        "first token p50, ms", "p99", "per output token p50, ms", "prompt tokens cached",
+        "busiest replica, of an even share",
+    ]  # fmt: skip
+
+
+def capacity_cells(row: dict[str, Any]) -> list[str]:
+    first = [row[f"first_token_{name}"] for name in ("p50", "p99")]
+    return [
+        str(row["replicas"]), row["policy"], f"{row['rate']:g}", f"{row['arrivals_per_second']:,.1f}",
+        f"{row['requests_per_second']:,.1f}", f"{row['output_tokens_per_second']:,.0f}",
+        *("later" if one is None else f"{1e3 * one:,.0f}" for one in first),
+        f"{1e3 * row['per_output_token_p50']:.1f}", f"{row['cached_share']:.0%}", f"{row['busiest']:.2f}",
+    ]  # fmt: skip
+
+
+def capacity(result: dict[str, Any]) -> list[str]:
+    title = f"**Simulated: chats on replicas of {result['model']}, steps of one {result['gpu']}**"
+    return [f"{title} ({origin(result)}):", "", *table(capacity_headings(), map(capacity_cells, result["rows"]))]
+
+
+def validation_table(result: dict[str, Any]) -> list[str]:
+    figures = {
+        "requests/s": ("requests_per_second", 1, "{:.1f}"), "first token p50, ms": ("first_token_p50", 1e3, "{:,.0f}"),
+        "p99": ("first_token_p99", 1e3, "{:,.0f}"), "end to end mean, s": ("end_to_end_mean", 1, "{:.2f}"),
+    }  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        cells = [row["workload"], f"{row['rate']:g}" if row["rate"] else "all at once"]
+        for name, factor, layout in figures.values():
+            cells += [layout.format(factor * row[f"{name}_{source}"]) for source in ("measured", "simulated")]
+        rows.append(cells)
+    headings = [name for figure in figures for name in (f"{figure}, measured", "simulated")]
+    return table(["workload", "asked requests/s", *headings], rows)
+
+
+def capacity_validation(result: dict[str, Any]) -> list[str]:
+    return [f"**LLaMA-7B's service, measured and simulated** ({origin(result)}):", "", *validation_table(result)]
+
+
 SECTIONS = {
     "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
@@ -585,6 +627,7 @@ SECTIONS = {
     "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,
     "replicas_chaos": replicas_chaos, "replicas_throughput": replicas_throughput,
+    "capacity": capacity, "capacity_validation": capacity_validation,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from perf.serving.workload import (
     FIRST_ORDINARY_ID,
     Length,
     WorkloadError,
+    all_exchanges,
     arrival_times,
     first_exchanges,
     id_prompts,
@@ -62,6 +63,7 @@ def test_a_dataset_gives_the_first_exchange_also_when_it_is_cut_short(tmp_path: 
     dataset = tmp_path / "dataset.json"
     dataset.write_text(text)
     assert list(first_exchanges(dataset)) == [("one {", "two }"), ("five", "six"), ("seven", "eight")]
+    assert list(all_exchanges(dataset)) == [[("one {", "two }"), ("three", "four")], [("seven", "eight")]]
     dataset.write_text(text[: text.index("eight")])
     assert list(first_exchanges(dataset)) == [("one {", "two }"), ("five", "six")]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from perf.capacity import best, cost, stored_capacities
+from perf.capacity_page import FOLDER
 from tests.front.page.fake_front import MODEL, WAIT, FakeFront, running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -292,3 +294,34 @@ def test_a_key_is_asked_for_and_kept_and_a_model_without_chat_template_completes
         call.token(" there")
         call.finish()
         expect(tab.last.locator(".text")).to_have_text("Hi there")
+
+
+def test_the_documentation_s_page_of_costs_calculates_under_a_strict_policy(browser: Any) -> None:
+    """Here, since a browser takes a second to start."""
+    policy = "default-src 'none'; script-src 'self'; style-src 'self'"
+    [result, *_] = stored_capacities()
+    complaints: list[str] = []
+    context = browser.new_context()
+    context.route(
+        "**/*",
+        lambda route: route.fulfill(
+            path=FOLDER / route.request.url.rpartition("/")[2], headers={"Content-Security-Policy": policy}
+        ),
+    )
+    page = context.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto("http://docs.test/cost.html")
+    page.get_by_label("Model").select_option(result["model"])
+    page.get_by_label("Replicas").select_option("8")
+    page.get_by_label("The proxy chooses by").select_option("both")
+    page.get_by_label("Dollars for a GPU and hour").fill("3.6")
+    [row] = [row for row in best(result["rows"], 0.5) if (row["replicas"], row["policy"]) == (8, "both")]
+    dollars = cost(row, result["gpus"], price=3.6)
+    for name, value in zip(("A million output tokens", "A million tokens of"), dollars.values(), strict=True):
+        shown = page.get_by_role("row", name=name).get_by_role("cell").inner_text()
+        assert float(shown.removeprefix("$")) == pytest.approx(value, rel=0.01)
+    page.get_by_label("Dollars for a GPU and hour").fill("-1")
+    expect(page.locator("output")).to_have_text("The price is -1; allowed: a number of at least 0.")
+    context.close()
+    assert complaints == []
