@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What 1 to 64 replicas carry, and what a million tokens costs.
+"""What replicas behind a proxy carry, and what a million tokens costs.
 
     python -m perf.capacity --price 2.5
-    python -m perf.capacity --simulate llama-7b --replicas 8 --rates 8,12,16,20
+    python -m perf.capacity --simulate llama-7b --replicas 8 --rates 8,12,14,16,20
     python -m perf.capacity --validate
 
 The first prints what the stored simulations cost at a price of a GPU for an hour. The second simulates: the real Router

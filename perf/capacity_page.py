@@ -7,6 +7,7 @@ These are its plots (needs matplotlib), its tables, and the data of the page tha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,9 +28,9 @@ PRICE = 2.5  # dollars a GPU and hour, as an example
 FIRST_TOKEN_SECONDS = 0.5
 MARKERS = ("o", "s", "^", "D")
 PANELS = {
-    "requests_per_second": "requests/s of all replicas",
-    "first_token_p99": "first token p99, ms",
-    "cached_share": "prompt tokens found in the cache, %",
+    "requests/s that end, a replica": lambda row: row["requests_per_second"] / row["replicas"],
+    "first token p99, ms": lambda row: 1e3 * (row["first_token_p99"] or math.inf),
+    "prompt tokens found in the cache, %": lambda row: 100 * row["cached_share"],
 }
 
 
@@ -43,12 +44,10 @@ def draw(result: dict[str, Any], rows: Sequence[dict[str, Any]], over: str, labe
 
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
-        for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
-            factor = {"first_token_p99": 1e3, "cached_share": 100}.get(key, 1)
+        for axis, (title, value) in zip(axes, PANELS.items(), strict=True):
             for policy, marker in zip(POLICIES, MARKERS, strict=True):
-                points = [row for row in rows if row["policy"] == policy and row[key] is not None]
-                xs, ys = [row[over] for row in points], [factor * row[key] for row in points]
-                axis.plot(xs, ys, marker=marker, label=policy, alpha=0.8)
+                points = [row for row in rows if row["policy"] == policy]
+                axis.plot([row[over] for row in points], list(map(value, points)), marker=marker, label=policy)
             axis.set(xlabel=label, ylabel=title)
             axis.grid(alpha=0.3)
         axes[1].set_yscale("log")
@@ -56,11 +55,10 @@ def draw(result: dict[str, Any], rows: Sequence[dict[str, Any]], over: str, labe
             ticks(LogFormatter(minor_thresholds=(2, 0.5)))
         if over == "replicas":
             counts = sorted({row["replicas"] for row in rows})
-            axes[0].set_yscale("log")
             for axis in axes:
                 axis.set_xscale("log")
                 axis.set_xticks(counts, [str(count) for count in counts])
-                axis.minorticks_off()
+                axis.set_xticks([], minor=True)
         axes[0].legend()
         figure.suptitle(f"{result['model']} on {result['gpu']}", size=10)
         figure.savefig(path, metadata={"Date": None})

@@ -8,6 +8,138 @@ const CAPACITY = [
   "gpus": 1,
   "rows": [
    {
+    "replicas": 1,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.09094,
+    "cached_share": 0.4363,
+    "arrivals_per_second": 15.17,
+    "requests_per_second": 15.28,
+    "prompt_tokens_per_second": 10400.0,
+    "output_tokens_per_second": 4853.0
+   },
+   {
+    "replicas": 1,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.09094,
+    "cached_share": 0.4363,
+    "arrivals_per_second": 15.17,
+    "requests_per_second": 15.28,
+    "prompt_tokens_per_second": 10400.0,
+    "output_tokens_per_second": 4853.0
+   },
+   {
+    "replicas": 1,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.09094,
+    "cached_share": 0.4363,
+    "arrivals_per_second": 15.17,
+    "requests_per_second": 15.28,
+    "prompt_tokens_per_second": 10400.0,
+    "output_tokens_per_second": 4853.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.09094,
+    "cached_share": 0.4363,
+    "arrivals_per_second": 15.17,
+    "requests_per_second": 15.28,
+    "prompt_tokens_per_second": 10400.0,
+    "output_tokens_per_second": 4853.0
+   },
+   {
+    "replicas": 2,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.1347,
+    "cached_share": 0.1925,
+    "arrivals_per_second": 31.67,
+    "requests_per_second": 29.78,
+    "prompt_tokens_per_second": 20940.0,
+    "output_tokens_per_second": 8643.0
+   },
+   {
+    "replicas": 2,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.1046,
+    "cached_share": 0.2299,
+    "arrivals_per_second": 31.68,
+    "requests_per_second": 30.07,
+    "prompt_tokens_per_second": 21140.0,
+    "output_tokens_per_second": 8761.0
+   },
+   {
+    "replicas": 2,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.09744,
+    "cached_share": 0.381,
+    "arrivals_per_second": 31.68,
+    "requests_per_second": 30.45,
+    "prompt_tokens_per_second": 21430.0,
+    "output_tokens_per_second": 8932.0
+   },
+   {
+    "replicas": 2,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.0992,
+    "cached_share": 0.3751,
+    "arrivals_per_second": 31.68,
+    "requests_per_second": 30.48,
+    "prompt_tokens_per_second": 21480.0,
+    "output_tokens_per_second": 8942.0
+   },
+   {
+    "replicas": 4,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.1049,
+    "cached_share": 0.1167,
+    "arrivals_per_second": 62.47,
+    "requests_per_second": 57.87,
+    "prompt_tokens_per_second": 38930.0,
+    "output_tokens_per_second": 16170.0
+   },
+   {
+    "replicas": 4,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.09847,
+    "cached_share": 0.1553,
+    "arrivals_per_second": 62.7,
+    "requests_per_second": 58.37,
+    "prompt_tokens_per_second": 39460.0,
+    "output_tokens_per_second": 16450.0
+   },
+   {
+    "replicas": 4,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.09213,
+    "cached_share": 0.4323,
+    "arrivals_per_second": 62.9,
+    "requests_per_second": 59.17,
+    "prompt_tokens_per_second": 39940.0,
+    "output_tokens_per_second": 16900.0
+   },
+   {
+    "replicas": 4,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.08952,
+    "cached_share": 0.4104,
+    "arrivals_per_second": 62.83,
+    "requests_per_second": 59.1,
+    "prompt_tokens_per_second": 39850.0,
+    "output_tokens_per_second": 16880.0
+   },
+   {
     "replicas": 8,
     "policy": "random",
     "rate": 8.0,
@@ -98,6 +230,50 @@ const CAPACITY = [
    {
     "replicas": 8,
     "policy": "random",
+    "rate": 14.0,
+    "first_token_p99": 0.1106,
+    "cached_share": 0.05834,
+    "arrivals_per_second": 114.7,
+    "requests_per_second": 107.1,
+    "prompt_tokens_per_second": 72360.0,
+    "output_tokens_per_second": 30350.0
+   },
+   {
+    "replicas": 8,
+    "policy": "least loaded",
+    "rate": 14.0,
+    "first_token_p99": 0.08433,
+    "cached_share": 0.078,
+    "arrivals_per_second": 114.9,
+    "requests_per_second": 109.3,
+    "prompt_tokens_per_second": 73370.0,
+    "output_tokens_per_second": 31380.0
+   },
+   {
+    "replicas": 8,
+    "policy": "prefix hash",
+    "rate": 14.0,
+    "first_token_p99": 0.08167,
+    "cached_share": 0.4288,
+    "arrivals_per_second": 114.8,
+    "requests_per_second": 110.1,
+    "prompt_tokens_per_second": 74530.0,
+    "output_tokens_per_second": 31940.0
+   },
+   {
+    "replicas": 8,
+    "policy": "both",
+    "rate": 14.0,
+    "first_token_p99": 0.08132,
+    "cached_share": 0.4015,
+    "arrivals_per_second": 115.1,
+    "requests_per_second": 110.7,
+    "prompt_tokens_per_second": 75560.0,
+    "output_tokens_per_second": 32420.0
+   },
+   {
+    "replicas": 8,
+    "policy": "random",
     "rate": 16.0,
     "first_token_p99": 0.1156,
     "cached_share": 0.04065,
@@ -182,6 +358,50 @@ const CAPACITY = [
     "requests_per_second": 126.5,
     "prompt_tokens_per_second": 86330.0,
     "output_tokens_per_second": 34120.0
+   },
+   {
+    "replicas": 16,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.1251,
+    "cached_share": 0.02967,
+    "arrivals_per_second": 251.6,
+    "requests_per_second": 211.5,
+    "prompt_tokens_per_second": 147600.0,
+    "output_tokens_per_second": 57760.0
+   },
+   {
+    "replicas": 16,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.09456,
+    "cached_share": 0.07751,
+    "arrivals_per_second": 252.1,
+    "requests_per_second": 218.0,
+    "prompt_tokens_per_second": 151500.0,
+    "output_tokens_per_second": 60180.0
+   },
+   {
+    "replicas": 16,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.08412,
+    "cached_share": 0.4317,
+    "arrivals_per_second": 252.5,
+    "requests_per_second": 221.3,
+    "prompt_tokens_per_second": 153300.0,
+    "output_tokens_per_second": 62220.0
+   },
+   {
+    "replicas": 16,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.0814,
+    "cached_share": 0.4068,
+    "arrivals_per_second": 252.5,
+    "requests_per_second": 221.3,
+    "prompt_tokens_per_second": 153800.0,
+    "output_tokens_per_second": 62320.0
    }
   ]
  }
