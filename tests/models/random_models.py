@@ -115,7 +115,10 @@ def random_model(family: str, vocab_size: int = VOCAB) -> transformers.PreTraine
     """Every parameter is drawn, biases as well; far apart logits, so that ties do not decide."""
     config = copy.deepcopy(FAMILIES[family])
     config.vocab_size = vocab_size
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Not the default attention: that of transformers 5.20 leaves out Gemma 2's soft cap.
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -156,7 +156,7 @@ def transformers_logits(
 
 @lru_cache(maxsize=1)
 def _reference_model(directory: Path, device: str) -> torch.nn.Module:
-    # Not the default attention: that of transformers 5.17 leaves out Gemma 2's soft cap.
+    # Not the default attention: that of transformers 5.20 leaves out Gemma 2's soft cap.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
