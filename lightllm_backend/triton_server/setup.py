@@ -89,7 +89,9 @@ def known_lengths(config: EngineConfig) -> LengthLimits:
 
 def served_name(config: EngineConfig) -> str:
     """The name by which clients of the front know the model."""
-    return config.served_model_name or Path(_served_directory(config)).resolve().name
+    name = config.served_model_name or Path(_served_directory(config)).resolve().name
+    # A stub's own encoding is ASCII, so a name of other letters has surrogates, which no scraper of metrics can read.
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _served_directory(config: EngineConfig) -> str | Path:

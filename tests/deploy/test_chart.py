@@ -195,7 +195,7 @@ def test_a_pod_has_time_to_drain_before_it_is_killed(values: str) -> None:
     limit = settings(template).shutdown_timeout_s
     pause = container(template)["lifecycle"]["preStop"]["sleep"]["seconds"]
     # Telling the clients, the front's last answers, tritonserver's end, and the guard's work.
-    after = service.TELL_SECONDS + service.TELL_SECONDS + server.STOP_SECONDS + server.CLEAN_UP_SECONDS
+    after = service.TELL_SECONDS + service.FRONT_SECONDS + service.STOP_SECONDS + server.CLEAN_UP_SECONDS
     assert template["spec"]["terminationGracePeriodSeconds"] >= pause + limit + after
 
 

@@ -55,7 +55,7 @@ class Simulation:
         router = Router(10**6, rows, 8192, 10**6, frozenset(), clock=lambda: self.now)
         vitals = SimpleNamespace(turn=lambda busy: None, took=lambda: None)
         load = SimpleNamespace(publish=lambda queued, limit, longest: None, took=lambda ticket: None)
-        structured = SimpleNamespace(take_done=list)
+        structured = SimpleNamespace(take_ready=lambda router: [])
         run(
             self, router, BatchSender("", 0), self, StatisticsLog(0), vitals, load, structured, lambda: self.now  # type: ignore[arg-type]
         )  # fmt: skip
