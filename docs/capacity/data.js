@@ -402,6 +402,94 @@ const CAPACITY = [
     "requests_per_second": 221.3,
     "prompt_tokens_per_second": 153800.0,
     "output_tokens_per_second": 62320.0
+   },
+   {
+    "replicas": 32,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.1233,
+    "cached_share": 0.01054,
+    "arrivals_per_second": 513.2,
+    "requests_per_second": 402.0,
+    "prompt_tokens_per_second": 279100.0,
+    "output_tokens_per_second": 104200.0
+   },
+   {
+    "replicas": 32,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.1035,
+    "cached_share": 0.04872,
+    "arrivals_per_second": 514.5,
+    "requests_per_second": 409.8,
+    "prompt_tokens_per_second": 281800.0,
+    "output_tokens_per_second": 108400.0
+   },
+   {
+    "replicas": 32,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.09177,
+    "cached_share": 0.3864,
+    "arrivals_per_second": 519.2,
+    "requests_per_second": 426.2,
+    "prompt_tokens_per_second": 289800.0,
+    "output_tokens_per_second": 116600.0
+   },
+   {
+    "replicas": 32,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.09205,
+    "cached_share": 0.3578,
+    "arrivals_per_second": 519.5,
+    "requests_per_second": 423.2,
+    "prompt_tokens_per_second": 289500.0,
+    "output_tokens_per_second": 115300.0
+   },
+   {
+    "replicas": 64,
+    "policy": "random",
+    "rate": 16.0,
+    "first_token_p99": 0.1196,
+    "cached_share": 0.007813,
+    "arrivals_per_second": 1017.0,
+    "requests_per_second": 824.2,
+    "prompt_tokens_per_second": 589100.0,
+    "output_tokens_per_second": 217500.0
+   },
+   {
+    "replicas": 64,
+    "policy": "least loaded",
+    "rate": 16.0,
+    "first_token_p99": 0.1039,
+    "cached_share": 0.04167,
+    "arrivals_per_second": 1020.0,
+    "requests_per_second": 843.2,
+    "prompt_tokens_per_second": 605200.0,
+    "output_tokens_per_second": 227700.0
+   },
+   {
+    "replicas": 64,
+    "policy": "prefix hash",
+    "rate": 16.0,
+    "first_token_p99": 0.09671,
+    "cached_share": 0.3789,
+    "arrivals_per_second": 1021.0,
+    "requests_per_second": 864.8,
+    "prompt_tokens_per_second": 623200.0,
+    "output_tokens_per_second": 236400.0
+   },
+   {
+    "replicas": 64,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.09708,
+    "cached_share": 0.3606,
+    "arrivals_per_second": 1022.0,
+    "requests_per_second": 871.5,
+    "prompt_tokens_per_second": 633100.0,
+    "output_tokens_per_second": 239300.0
    }
   ]
  }
