@@ -44,7 +44,7 @@ SUSTAINED = 0.95  # of the requests that come, at least so many must end in the 
 
 
 class Model(NamedTuple):
-    """Whose steps are simulated: a result of static_inference, and the one that tells how long K and V take."""
+    """The model that is simulated: a result of static_inference, and the one that tells how long K and V take."""
 
     result: str
     kv_from: str | None = None
@@ -174,9 +174,10 @@ def cost(row: dict[str, Any], gpus: int, price: float) -> dict[str, float]:
 
 
 def best(rows: Sequence[dict[str, Any]], first_token_seconds: float) -> list[dict[str, Any]]:
-    """Of each number of replicas and policy, the row with the most output tokens whose p99 of the first token holds.
+    """Return the rows with the most output tokens, one for each number of replicas and policy.
 
-    Where fewer requests end than come, more and more run at once: no load for long.
+    The first token's p99 holds in them. Where fewer requests end than come, more and more run at once, so such a load
+    cannot last.
     """
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for row in rows:

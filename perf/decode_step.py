@@ -27,9 +27,9 @@ CONTEXT = 192  # what the static inference test has on average
 
 
 class DecodeStep:
-    """Of a shape by name, of at most `most` sequences, each with CONTEXT tokens anywhere in a pool.
+    """Steps of a shape by name and at most `most` sequences, each with CONTEXT tokens anywhere in a pool.
 
-    Of several ranks it is one's, without what it waits for from the others.
+    With several ranks, the steps are those of one, without waiting for the others.
     """
 
     def __init__(self, name: str, most: int, weight_dtype: str = "auto", tp: int = 1) -> None:

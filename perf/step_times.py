@@ -37,7 +37,7 @@ class StepTimes(NamedTuple):
 
     @classmethod
     def stored(cls, name: str, kv_from: str | None = None) -> StepTimes:
-        """Of perf/results/static_inference_{name}.json; the reading of K and V of another one, if need be."""
+        """Read perf/results/static_inference_{name}.json, and how long K and V take from another one, if need be."""
         result = _read(name)
         kv_token_seconds = _kv_token_seconds(_read(kv_from) if kv_from else result)
         decodes = sorted(

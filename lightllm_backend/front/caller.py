@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose request a task works on: its id and its trace, which go on to Triton server with every call of the engine."""
+"""The caller of a task's request: its id and its trace go on to Triton server with every call of the engine."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lightllm_backend.request import TokenChunk
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose request it is, for logs and traces."""
+    """Names a request and its client in logs and traces."""
 
     id: str = ""  # the client's, else the engine's
     tenant: str = ""

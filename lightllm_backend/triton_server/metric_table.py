@@ -15,7 +15,7 @@ from lightllm_backend.router.statistics import STEP_KINDS
 
 PREFIX = "lightllm_"
 STATUSES = ("stop", "length", "cancelled", "failed", "rejected")
-# Of requests that the Router has taken, and that thus have tokens.
+# The Router has taken these requests, so they have tokens.
 _ENDED = ("stop", "length", "cancelled", "failed")
 
 

@@ -45,7 +45,7 @@ class Telemetry:
             self._writer.start()
 
     def identity(self, request: Any, tenant: str, prompt: Callable[[], str]) -> Identity:
-        """Whose request of Triton server's this is. prompt: makes its text, for logs that are to have it."""
+        """Return the identity of a request of Triton server. prompt: makes its text, for logs that are to have it."""
         context = request.trace().get_context() if self._spans else None
         shown = prompt if self._log and self._shows_prompts else None
         return Identity(request.request_id(), tenant, context or "", shown)
