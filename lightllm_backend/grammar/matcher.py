@@ -19,7 +19,8 @@ _ALL_ALLOWED = -1
 _NO_FIT = "doesn't satisfy the grammar"
 # Fewer masks are made, and tokens taken, quicker by one thread.
 _PARALLEL_FROM = 8
-# The longest of a step's 64 masks takes as long as twenty others, so more threads gain nothing.
+# The longest of a step's 64 masks takes as long as ten others (schemas of perf.structured_steps), so more threads gain
+# nothing.
 _MAX_THREADS = 16
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric table: every metric that this server adds to Triton server's, by its name without the prefix.
 
-metrics.py makes the metrics of it and readme_tables.py their documentation; dashboards and alerts are tested against
+metrics.py makes the metrics of it and doc_tables.py their documentation; dashboards and alerts are tested against
 it.
 """
 

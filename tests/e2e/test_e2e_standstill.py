@@ -141,7 +141,7 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
     assert poll(lambda: not traces.left()), traces.left()
 
 
-# Of the launch command itself
+# Faults of the launch command itself
 
 
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.soak)])

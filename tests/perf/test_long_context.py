@@ -29,7 +29,6 @@ def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path, monkeypatch: 
     assert "long" not in short
     for row in result["rows"]:
         assert [step["batch"] for step in row["steps"]] == [1, 2]
-        assert all("step_ms" in step for step in row["steps"])  # of few steps, so noise may make one negative
     lines = report.SECTIONS["long_context"](result)
     assert f"{longest['long']['prefill_seconds']:.2f}" in lines[-2]
     assert lines[-2].startswith("| 16,384 |")
