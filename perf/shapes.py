@@ -54,6 +54,7 @@ SHAPES = {
     },
     "bloom-7b1": _bloom(30, 4096, 32),
 }  # fmt: skip
+SHAPES["gemma-3-12b-full"] = SHAPES["gemma-3-12b"] | {"sliding_window_pattern": 1}  # the same without windows
 
 
 def rank_shape(config: dict[str, Any], tp: int) -> dict[str, Any]:
