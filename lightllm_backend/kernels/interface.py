@@ -64,6 +64,21 @@ class Kernels(Protocol):
         All ranks of the group must call it with the same shapes, and get the same bits. The message must fit `buffers`.
         """
 
+    def all_reduce_embeddings(
+        self, input_ids: Tensor, weight: Tensor, first_id: int, held: int, buffers: LamportBuffers
+    ) -> Tensor:
+        """The embeddings [tokens, dim] of `input_ids` [tokens] int32.
+
+        The first rows of this rank's `weight` [rows, dim] are those of the `held` ids from `first_id` on. All ranks
+        must call it with the same ids, each of which one rank holds. The message must fit `buffers`.
+        """
+
+    def all_gather(self, x: Tensor, buffers: LamportBuffers) -> Tensor:
+        """All ranks' `x` [tokens, columns] side by side, in order of rank: [tokens, ranks * columns].
+
+        All ranks must call it with the same shape, and get the same bits. The message must fit `buffers` in pieces.
+        """
+
     # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits.
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -130,6 +130,9 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launchers.all_reduce_rms_norm(
             q[:rows].flatten(1), weight, 1e-5, q.flatten(1), LamportBuffers.of(buffers, rank=2), post_weight=weight
         )
+    own = LamportBuffers.of(buffers, rank=2)
+    launchers.all_reduce_embeddings(lengths, q.flatten(1), 0, 4096, own)
+    launchers.all_gather(logits.to(dtype), own)
     launchers.layer_norm(q.flatten(1), weight, weight, 1e-5, q.flatten(1))
     launchers.silu_and_mul(q.flatten(1), is_gelu=True)
     if dtype != torch.float32:

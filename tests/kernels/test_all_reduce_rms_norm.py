@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait."""
+"""all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait, in this
+and the other exchanges through Lamport buffers."""
 
 import multiprocessing
 import random
@@ -161,7 +162,7 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
     buffers = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
     own = LamportBuffers.of([buffer.view(2, ranks, ROWS, DIM) for buffer in buffers], rank)
     weight = torch.ones(DIM)
-    for number in range(8):
+    for number in range(6):
         tokens = random.Random(number).randint(0, ROWS)
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(ranks, tokens, DIM, generator=generator)
@@ -172,6 +173,13 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
         out = implementation.all_reduce_rms_norm(x[rank], weight, EPS, residual, own)
         assert relative_error(residual, expected_residual) < 1e-6
         assert relative_error(out, reference.rms_norm(expected_residual, weight, EPS)) < 1e-5
+        # The other exchanges use the same places in turns.
+        gathered = implementation.all_gather(x[rank], own)
+        assert torch.equal(gathered, torch.cat(list(x), 1))
+        ids = torch.randint(2 * ranks, (tokens,), generator=generator, dtype=torch.int32)
+        table = torch.randn(2 * ranks, DIM, generator=generator)
+        held = table[2 * rank : 2 * rank + 2]
+        assert torch.equal(implementation.all_reduce_embeddings(ids, held, 2 * rank, 2, own), table[ids.long()])
 
 
 GROUPS = [(3, reference), (3, launchers)]

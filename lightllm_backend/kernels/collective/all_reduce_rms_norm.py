@@ -2,9 +2,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """All-reduce of a product, addition to the residual, and root-mean-square norm, in one kernel.
 
-Each program handles one row: it sends the row to the other ranks and waits for theirs (see lamport_buffers.py), never
-for other programs of its own rank. GPUs start programs in order, so the first unfinished row is running, or will run,
-on all ranks: there is always progress, however few programs fit at once.
+Each program handles one row (see messages.py).
 
 One shot: every rank sends its row to all others, and all of them add. Two shots: each row has an owner, which alone
 receives the others' rows, adds them and the residual, and sends the sum back: two trips instead of one, for 2 / ranks
@@ -17,73 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
+from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, receive_sum, send, send_to_others
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.norm.rms_norm import rms_normed
-
-
-@triton.jit
-def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, bits_type: tl.constexpr):
-    bits = row.to(bits_type, bitcast=True)
-    return tl.where(bits == empty, sent_for_empty, bits).to(bits_type)
-
-
-@triton.jit
-def _send(buffers, receiver, own_buffer, offset, bits, live):
-    buffer = tl.multiple_of(tl.load(buffers + receiver).to(own_buffer.dtype), 16)
-    # Write through to the other GPU's memory at once.
-    tl.store(buffer + offset, bits, mask=live, cache_modifier=".wt")
-
-
-@triton.jit
-def _send_to_others(
-    buffers, own_buffer, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr
-):
-    # Start with different receivers.
-    for distance in tl.static_range(1, ranks):
-        _send(buffers, (rank + distance) % ranks, own_buffer, first + rank * sender_stride + column, bits, live)
-
-
-@triton.jit
-def _receive(place, live, row_type: tl.constexpr, empty: tl.constexpr):
-    """Poll for one rank's row until all of it has arrived, then clear its place."""
-    bits = tl.load(place, mask=live, other=0, volatile=True)
-    while tl.max((bits == empty).to(tl.int32), 0) > 0:
-        bits = tl.load(place, mask=live, other=0, volatile=True)
-    # The reduction is over, so every thread has read.
-    tl.store(place, tl.full(bits.shape, empty, dtype=bits.dtype), mask=live)
-    return bits.to(row_type, bitcast=True)
-
-
-@triton.jit
-def _receive_sum(
-    place,
-    own_bits,
-    live,
-    sender_stride,
-    row_type: tl.constexpr,
-    rank: tl.constexpr,
-    ranks: tl.constexpr,
-    empty: tl.constexpr,
-):
-    """Sum all ranks' rows in float32, in order of rank, so that every rank gets the same bits."""
-    total = tl.zeros(own_bits.shape, dtype=tl.float32)
-    missing = 1
-    while missing > 0:
-        total = tl.zeros(own_bits.shape, dtype=tl.float32)
-        is_missing = tl.zeros(own_bits.shape, dtype=tl.int32)
-        for sender in tl.static_range(ranks):
-            arrived = own_bits
-            if sender != rank:
-                arrived = tl.load(place + sender * sender_stride, mask=live, other=0, volatile=True)
-            is_missing |= (arrived == empty).to(tl.int32)
-            total += arrived.to(row_type, bitcast=True).to(tl.float32)
-        missing = tl.max(is_missing, 0)
-    # The reduction is over, so every thread has read.
-    nothing = tl.full(own_bits.shape, empty, dtype=own_bits.dtype)
-    for sender in tl.static_range(ranks):
-        if sender != rank:
-            tl.store(place + sender * sender_stride, nothing, mask=live)
-    return total
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -121,6 +55,7 @@ def all_reduce_rms_norm_kernel(
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
     if has_post_norm:
         post_scale = tl.load(post_weight + column, mask=live, other=0.0).to(tl.float32)
+    next_address = address_of(buffers, (rank + 1) % ranks)
     wait_for_previous(is_dependent)
     residual_row = residual + token * residual_stride + column
     before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
@@ -131,22 +66,22 @@ def all_reduce_rms_norm_kernel(
     own = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    own_bits = _bits(own.to(row_type), empty, sent_for_empty, bits_type)
+    own_bits = as_bits(own.to(row_type), empty, sent_for_empty, bits_type)
     if in_two_shots:
         owner = token % ranks
         if owner == rank:
-            total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+            total = receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
             if has_post_norm:
                 total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
             total = (before + total).to(row_type)
-            bits = _bits(total, empty, sent_for_empty, bits_type)
-            _send_to_others(buffers, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
+            bits = as_bits(total, empty, sent_for_empty, bits_type)
+            send_to_others(buffers, next_address, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
         else:
-            _send(buffers, owner, own_buffer, first + rank * sender_stride + column, own_bits, live)
-            total = _receive(place + owner * sender_stride, live, row_type, empty)
+            send(address_of(buffers, owner), own_buffer, first + rank * sender_stride + column, own_bits, live)
+            total = receive(place + owner * sender_stride, live, row_type, empty)
     else:
-        _send_to_others(buffers, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
-        total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+        send_to_others(buffers, next_address, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
+        total = receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
         if has_post_norm:
             total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
         total = (before + total).to(row_type)
