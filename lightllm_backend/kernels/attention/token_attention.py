@@ -139,6 +139,8 @@ def token_attention_kernel(
         _prefetch(k_pool + kv_head * k_pool_head_stride + row * k_slot_stride + line)
         _prefetch(v_pool + kv_head * v_pool_head_stride + row * v_slot_stride + line)
     wait_for_previous(is_dependent)
+    if is_split and start >= end:
+        return  # an empty part, which nobody reads
     # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
     column_live = column < head_dim

@@ -21,6 +21,7 @@ from lightllm_backend.kernels.norm.rms_norm import rms_normed
 
 # The product behind a norm copies weights while ranks wait for each other.
 STARTS_NEXT_EARLY = True
+COLUMNS_OF_WARP = 512
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -142,7 +143,7 @@ def all_reduce_rms_norm(
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,
         is_early=STARTS_NEXT_EARLY,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // COLUMNS_OF_WARP)),
         **dependent_launch(x.device),
     )
     return out
