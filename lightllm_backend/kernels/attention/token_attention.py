@@ -32,9 +32,6 @@ from lightllm_backend.kernels.attention.token_attention_int8 import token_attent
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
 
-# Whether programs that start early prefetch.
-PREFETCHES = True
-
 
 def choose_decode_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
     """The tile for `heads` KV heads of all sequences together (measured in whole decode steps on an H200, at 192 and
@@ -53,14 +50,6 @@ def choose_decode_blocks(block_dim: int, element_size: int, capability: tuple[in
         return TokenBlocks(tokens, 1, 2)
     larger = min(128, 2 * tokens)
     return TokenBlocks(larger, 2, 2, starts_early=False) if 256 <= heads < 704 else TokenBlocks(larger, 1, 2)
-
-
-@triton.jit
-def _prefetch(address):
-    """Bring the line of 128 bytes at each address into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -107,8 +96,6 @@ def token_attention_kernel(
     has_norm: tl.constexpr,
     soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
-    prefetches: tl.constexpr,
-    lines: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -131,13 +118,6 @@ def token_attention_kernel(
         q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
         k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
     start, end = split_range(context, window, split, splits, block_tokens)
-    if is_dependent and prefetches:
-        # K and V of former tokens are older than the step: the first of them come while the previous kernel ends.
-        early = tl.minimum(start + tl.arange(0, block_tokens), end - 1)
-        row = tl.load(slot_row + early, mask=early >= 0, other=0).to(tl.int64)[:, None]
-        line = tl.arange(0, lines)[None, :] * (1024 // k_pool.dtype.element_ty.primitive_bitwidth)
-        _prefetch(k_pool + kv_head * k_pool_head_stride + row * k_slot_stride + line)
-        _prefetch(v_pool + kv_head * v_pool_head_stride + row * v_slot_stride + line)
     wait_for_previous(is_dependent)
     if is_split and start >= end:
         return  # an empty part, which nobody reads
@@ -316,8 +296,6 @@ def token_attention(
         has_alibi=alibi_slopes is not None,
         has_norm=norm is not None,
         soft_cap=soft_cap,
-        prefetches=PREFETCHES,
-        lines=max(1, triton.next_power_of_2(head_dim) * q.element_size() // 128),
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],

@@ -16,12 +16,8 @@ from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, receive_sum, send, send_to_others
-from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.norm.rms_norm import rms_normed
-
-# The product behind a norm copies weights while ranks wait for each other.
-STARTS_NEXT_EARLY = True
-COLUMNS_OF_WARP = 512
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -48,10 +44,8 @@ def all_reduce_rms_norm_kernel(
     empty: tl.constexpr,
     sent_for_empty: tl.constexpr,
     is_dependent: tl.constexpr,
-    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
-    start_next(is_dependent and is_early)
     row_type: tl.constexpr = residual.dtype.element_ty
     bits_type: tl.constexpr = own_buffer.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -142,8 +136,7 @@ def all_reduce_rms_norm(
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,
-        is_early=STARTS_NEXT_EARLY,
-        num_warps=min(16, max(1, block // COLUMNS_OF_WARP)),
+        num_warps=min(16, max(1, block // 256)),
         **dependent_launch(x.device),
     )
     return out
