@@ -24,6 +24,18 @@ import triton.language as tl
 from lightllm_backend.kernels.hardware import compute_capability
 
 
+EARLY = {"rms_norm", "merge_splits", "quantize_tokens", "silu_and_mul"}
+
+
+@triton.jit
+def start_next(is_dependent: tl.constexpr):
+    """Lets the next kernel start at once: for kernels that products follow, which copy weights before they wait."""
+    if is_dependent:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 @triton.jit
 def wait_for_previous(is_dependent: tl.constexpr):
     """Waits for the previous kernel to end, then lets the next one start. Does nothing in an ordinary launch."""

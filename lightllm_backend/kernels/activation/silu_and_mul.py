@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
 
 _BLOCK = 1024
 
@@ -22,8 +22,10 @@ def silu_and_mul_kernel(
     features,
     is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
+    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
+    start_next(is_dependent and is_early)
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -50,6 +52,7 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
         is_gelu=is_gelu,
         block=_BLOCK,
         num_warps=4,
+        is_early="silu_and_mul" in EARLY,
         **dependent_launch(out.device),
     )
     return out

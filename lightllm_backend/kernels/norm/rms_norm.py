@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
 
 
 @triton.jit
@@ -35,8 +35,10 @@ def rms_norm_kernel(
     has_residual: tl.constexpr,
     has_post_norm: tl.constexpr,
     is_dependent: tl.constexpr,
+    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
+    start_next(is_dependent and is_early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
@@ -95,6 +97,7 @@ def rms_norm(
         has_post_norm=post_weight is not None,
         block=block,
         num_warps=min(16, max(1, block // 256)),
+        is_early="rms_norm" in EARLY,
         **dependent_launch(x.device),
     )
     return out

@@ -155,6 +155,40 @@ def _product(weights, x_tile, total, layout: gl.constexpr):
 
 
 @gluon.jit
+def _multiply_direct(
+    place,
+    shared,
+    first: gl.constexpr,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end.
+
+    They add up in the tensor cores, which keep 14 bits of a sum of fp8: less than rounding the activations loses.
+    """
+    _, steps = place
+    w_shared, x_shared, full, empty = shared
+    rows: gl.constexpr = w_shared.shape[1]
+    block_tokens: gl.constexpr = x_shared.shape[1]
+    total = gl.zeros([rows, block_tokens], gl.float32, layout)
+    for step in range(first, steps, consumers):
+        stage = step % stages
+        mbarrier.wait(full.index(stage), step // stages & 1)
+        for part in gl.static_range(parts):
+            tile = stage * parts + part
+            total = hopper.warpgroup_mma(
+                w_shared.index(tile), x_shared.index(tile).permute((1, 0)), total, is_async=True
+            )
+        total = hopper.warpgroup_mma_wait(parts, deps=(total,))
+        synchronize()
+        if step > first:
+            mbarrier.arrive(empty.index((step - consumers) % stages), count=1)
+    return hopper.warpgroup_mma_wait(0, deps=(total,))
+
+
+@gluon.jit
 def _multiply(
     place,
     shared,
@@ -179,14 +213,13 @@ def _multiply(
     rows: gl.constexpr = w_shared.shape[1]
     row_bytes: gl.constexpr = w_shared.shape[2]
     dtype: gl.constexpr = x_shared.dtype
-    is_direct: gl.constexpr = asm == ""
     is_grouped: gl.constexpr = spans_per_group > 0
     has_zeros: gl.constexpr = z_shared.shape[0] > 1
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
     nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
     span_bytes: gl.constexpr = row_bytes // spans
-    zero = gl.full([rows, span_bytes], 0, gl.float32 if is_direct else dtype, span_layout)
+    zero = gl.full([rows, span_bytes], 0, dtype, span_layout)
     if is_grouped:
         mbarrier.wait(copied, 0)
         first_group = begin * parts * spans // spans_per_group
@@ -195,14 +228,11 @@ def _multiply(
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
             tile = w_shared.index(stage * parts + part)
-            if not is_direct:
-                words = tile.load(words_layout)
+            words = tile.load(words_layout)
             for span in gl.static_range(spans):
                 place_of_span = ((begin + step) * parts + part) * spans + span
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
-                if is_direct:
-                    total += _product(tile, x_tile, nothing, layout)
-                elif is_grouped:
+                if is_grouped:
                     group = place_of_span // spans_per_group - first_group
                     if has_zeros:
                         row_zero = z_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
@@ -269,10 +299,13 @@ def _consume(
         async_copy.wait_group(0)
         synchronize()
         mbarrier.arrive(copied, count=1)
-    total = _multiply(
-        place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-        words_layout, span_layout, layout,
-    )  # fmt: skip
+    if asm == "":
+        total = _multiply_direct(place, shared, 0, consumers, stages, parts, layout)
+    else:
+        total = _multiply(
+            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
     if consumers > 1:
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
@@ -323,10 +356,13 @@ def _consume_second(
 ):
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
-    total = _multiply(
-        place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-        words_layout, span_layout, layout,
-    )  # fmt: skip
+    if asm == "":
+        total = _multiply_direct(place, shared, 1, consumers, stages, parts, layout)
+    else:
+        total = _multiply(
+            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
     r_shared.store(total)
     synchronize()
     mbarrier.arrive(summed, count=1)
