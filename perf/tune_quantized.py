@@ -31,16 +31,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
+from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
-    MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
     PrefetchBlocks,
-    is_direct,
     most_stages,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
-from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch, registers_of
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
@@ -62,9 +60,15 @@ class Job(NamedTuple):
     product: Product
     tokens: int
 
+    @property
+    def rounds(self) -> bool:
+        """Whether activations have 8 bits."""
+        return self.kind == "fp8 by fp8"
+
 
 def weight_of(kind: str, product: Product) -> QuantizedWeight:
     """As `weight_dtype` makes it, with results of about 1."""
+    kind = kind.partition(" ")[0]
     weight = random_weight(Place(DEVICE, DTYPE), kind, product.out_features, product.in_features)
     spread = {"int4": 4.6, "int8": 73.0, "fp8": 1.0}[kind]
     scales = weight.scales / (spread * product.in_features**0.5)
@@ -72,7 +76,7 @@ def weight_of(kind: str, product: Product) -> QuantizedWeight:
 
 
 def _without_data(kind: str, out_features: int, in_features: int) -> QuantizedWeight:
-    place = Place(torch.device("meta"), DTYPE)
+    place, kind = Place(torch.device("meta"), DTYPE), kind.partition(" ")[0]
     return replace(random_weight(place, kind, out_features, in_features), zeros=None, quantizes_input=kind == "fp8")
 
 
@@ -89,7 +93,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         programs = math.ceil(product.out_features / rows) * splits
         steps = product.in_features // inner
         blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside)
-        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape))
+        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape, job.rounds))
         if (
             blocks.stages < max(2, consumers)
             or product.in_features % inner != 0
@@ -102,7 +106,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         ):
             continue
         # Registers for the result, for a tile of weights, and for the rest.
-        of_weights = 0 if kind == "fp8" and tokens > MAX_16_BIT_TOKENS else rows * 128 * 3 // (4 * 32 * warps)
+        of_weights = 0 if job.rounds else rows * 128 * 3 // (4 * 32 * warps)
         if rows * tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
             yield blocks
 
@@ -119,10 +123,11 @@ def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None
 
 
 def inputs(job: Job, weight: QuantizedWeight, raw: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    x = launchers.rms_norm(raw, scale, 1e-5)
-    if job.tokens > MAX_16_BIT_TOKENS and is_direct(weight):
-        return quantize_tokens(x, weight)
-    return x, None
+    """The product's, by the norm before it."""
+    if job.rounds:
+        rounded = rounded_rms_norm(raw, scale, 1e-5, None, None, weight)
+        return rounded.values, rounded.scales
+    return launchers.rms_norm(raw, scale, 1e-5), None
 
 
 def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
