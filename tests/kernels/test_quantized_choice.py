@@ -22,6 +22,7 @@ from lightllm_backend.kernels.quantized.choice import (
     blocks_by_rule,
     most_stages,
 )
+from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.quantized_weights import DTYPES
 
@@ -106,6 +107,15 @@ def test_products_launch_it(kind, tokens, launched):
     assert (scales is not None) == is_rounded
     assert bias is None
     assert not is_gated
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_products_take_what_a_norm_has_rounded(is_gated, launched):
+    weight = weight_of("fp8", 22016, 4096)
+    x = RoundedTokens(torch.empty(2, 4096, dtype=weight.values.dtype), torch.empty(2, 1), torch.bfloat16)
+    out = gated_linear(x, weight) if is_gated else linear_splits(x, weight)
+    assert (out.shape[-1], out.dtype) == (11008 if is_gated else 22016, torch.bfloat16)
+    assert launched[0][:2] == (x.values, x.scales)
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])
