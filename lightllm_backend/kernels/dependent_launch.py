@@ -53,9 +53,15 @@ def dependent_launch(device: torch.device, is_wanted: bool = True) -> dict[str, 
     Pass `is_wanted=False` for a kernel of few, long programs that would fit on a few multiprocessors: started early,
     they crowd onto those that the previous kernel leaves first, and the others stay idle.
     """
-    if not is_wanted or compute_capability(device) < (9, 0) or not _is_known():
+    if not is_wanted or not can_start_next(device):
         return {"is_dependent": False}
     return {"is_dependent": True, "launch_pdl": True}
+
+
+@lru_cache
+def can_start_next(device: torch.device) -> bool:
+    """Whether kernels may call `start_next`, however they are launched themselves."""
+    return compute_capability(device) >= (9, 0) and _is_known()
 
 
 def _is_known() -> bool:
