@@ -51,7 +51,7 @@ from perf.tune_linear import Product, capability, products, store
 TOKENS = (8, 16, 32, 64, 128, 256)
 BATCHES = {8: (1, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,)}
 # How many blocks of a product the whole step chooses from.
-FINALISTS = 4
+FINALISTS = 3
 TOLERANCE = {True: 0.06, False: 0.01}  # of results, with activations of 8 bits and without
 
 
@@ -106,7 +106,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         ):
             continue
         # Registers for the result, for a tile of weights, and for the rest.
-        of_weights = 0 if job.rounds else rows * 128 * 3 // (4 * 32 * warps)
+        of_weights = 0 if job.rounds else rows * 128 * (3 if job.tokens <= 8 else 5) // (4 * 32 * warps)
         if rows * tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
             yield blocks
 
@@ -152,8 +152,9 @@ def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
 def runnable(pairs: list[tuple[Job, PrefetchBlocks]]) -> set[tuple[Job, PrefetchBlocks]]:
     """Those whose kernels compile and run. A failure ends its process's use of the GPU."""
     failed = set()
-    chunks = [pairs[i : i + 40] for i in range(0, len(pairs), 40)]
     context, workers = multiprocessing.get_context("spawn"), max(1, len(os.sched_getaffinity(0)) - 1)
+    size = min(40, math.ceil(len(pairs) / workers))
+    chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     with context.Pool(workers, maxtasksperchild=1) as pool:
         while chunks:
             ran = pool.map(try_some, chunks, chunksize=1)
@@ -199,7 +200,7 @@ def key(job: Job) -> str:
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
-@click.option("--kinds", default="fp8,int4", show_default=True)
+@click.option("--kinds", default="fp8,fp8 by fp8,int4", show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="blocks of tokens")
 @click.option("--compare", is_flag=True, help="also time the steps in 16 bits")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
@@ -236,7 +237,7 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
             print(f"bf16, {milliseconds}", flush=True)
             del step
         for kind in kinds.split(","):
-            step = DecodeStep(name, most, kind, tp)
+            step = DecodeStep(name, most, kind.partition(" ")[0], tp)
             for count in counts:
                 best = sum(step.seconds(BATCHES[count]))
                 for job in (job for job in jobs if job.kind == kind and job.tokens == count):

@@ -23,8 +23,6 @@ import triton.language as tl
 
 from lightllm_backend.kernels.hardware import compute_capability
 
-EARLY = {"rms_norm", "merge_splits", "quantize_tokens", "silu_and_mul"}
-
 
 @triton.jit
 def start_next(is_dependent: tl.constexpr):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
-from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
@@ -27,10 +27,8 @@ def silu_and_mul_kernel(
     features,
     is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
-    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
-    start_next(is_dependent and is_early)
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -55,11 +53,10 @@ def rounded_silu_and_mul_kernel(
     is_static: tl.constexpr,
     in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
-    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
     """Rounds one token's features."""
-    start_next(is_dependent and is_early)
+    start_next(is_dependent)
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
@@ -89,7 +86,6 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
         is_gelu=is_gelu,
         block=_BLOCK,
         num_warps=4,
-        is_early="silu_and_mul" in EARLY,
         **dependent_launch(out.device),
     )
     return out
@@ -114,7 +110,6 @@ def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight
             is_gelu=is_gelu,
             is_static=reader.input_scale is not None,
             in_fragments=reader.in_fragments,
-            is_early="silu_and_mul" in EARLY,
             block=block,
             num_warps=min(16, max(4, block // 1024)),
             **dependent_launch(out.device),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 
 # Softmax is computed in powers of two.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -88,13 +88,12 @@ def merge_splits_kernel(
     splits,
     head_dim: tl.constexpr,
     is_dependent: tl.constexpr,
-    is_early: tl.constexpr,
     block_tokens: tl.constexpr,
     block_splits: tl.constexpr,
     block_dim: tl.constexpr,
 ):
     """Merges one head of one sequence."""
-    start_next(is_dependent and is_early)
+    start_next(is_dependent)
     sequence = tl.program_id(1)
     row = sequence.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     column = tl.arange(0, block_dim)
@@ -143,7 +142,6 @@ def merge_splits(
         block_splits=min(_MERGED_AT_ONCE, triton.next_power_of_2(splits)),
         block_dim=triton.next_power_of_2(head_dim),
         num_warps=1,
-        is_early="merge_splits" in EARLY,
         **dependent_launch(out.device),
     )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.quantized.choice import takes_rounded
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
@@ -95,7 +95,7 @@ def rms_norm(
     if takes_rounded(reader, x.dtype if residual is None else residual.dtype):
         return rounded_rms_norm(x, weight, eps, residual, post_weight, reader)
     out = _output(x, residual, None)
-    launch_rms_norm(x, weight, eps, residual, post_weight, out)
+    launch_rms_norm(x, weight, eps, residual, post_weight, out, None, reader)
     return out
 
 
@@ -125,10 +125,10 @@ def launch_rms_norm(
     residual: Tensor | None,
     post_weight: Tensor | None,
     out: Tensor,
-    scales: Tensor | None = None,
-    reader: QuantizedWeight | None = None,
+    scales: Tensor | None,
+    reader: Weight | None,
 ) -> None:
-    """Write the norm to `out` [tokens, dim], if there is a `reader` rounded for it, and then its `scales` [tokens]."""
+    """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     assert x.stride(-1) == 1
@@ -139,7 +139,8 @@ def launch_rms_norm(
     assert added.stride(-1) == 1
     if tokens == 0:
         return
-    input_scale = None if reader is None else reader.input_scale
+    is_quantized = isinstance(reader, QuantizedWeight)
+    input_scale = reader.input_scale if is_quantized and scales is not None else None
     block = triton.next_power_of_2(dim)
     rms_norm_kernel[(tokens,)](
         x,
@@ -155,16 +156,17 @@ def launch_rms_norm(
         tokens,
         dim,
         eps,
-        0.0 if reader is None else LIMITS[out.dtype],
+        0.0 if scales is None else LIMITS[out.dtype],
         MIN_INPUT_SCALE,
         parts=parts,
         has_residual=residual is not None,
         has_post_norm=post_weight is not None,
-        is_rounded=reader is not None,
+        is_rounded=scales is not None,
         is_static=input_scale is not None,
-        in_fragments=reader is not None and reader.in_fragments,
+        in_fragments=is_quantized and reader.in_fragments,
         block=block,
         num_warps=min(16, max(1, block // 256)),
-        is_early="rms_norm" in EARLY,
+        # linear_prefetch would only take the place of what runs: 3.55 instead of 3.50 ms for a step of 7B in 16 bits.
+        is_early=is_quantized and reader.in_fragments,
         **dependent_launch(x.device),
     )

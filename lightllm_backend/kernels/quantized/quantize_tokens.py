@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import EARLY, dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
 
 
@@ -52,11 +52,10 @@ def quantize_tokens_kernel(
     is_static: tl.constexpr,
     in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
-    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
     """Rounds one group of a token's columns."""
-    start_next(is_dependent and is_early)
+    start_next(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * group_size
     last = tl.minimum(first + group_size, in_features)
@@ -92,7 +91,6 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
             in_fragments=weight.in_fragments,
             block=block,
             num_warps=min(16, max(4, block // 1024)),
-            is_early="quantize_tokens" in EARLY,
             **dependent_launch(x.device),
         )
     return values, scales
