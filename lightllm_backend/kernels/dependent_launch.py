@@ -6,12 +6,15 @@ This hides the few microseconds that lie between two kernels. The rule, for each
 
 - Every program calls `wait_for_previous` before it reads or writes anything that the previous kernel touches. The call
   returns once the previous kernel has ended and its writes are visible.
-- Only that call lets the next kernel start. So when a kernel starts, all but the one right before it have ended.
+- That call lets the next kernel start. So when a kernel starts, all but the one right before it have ended.
 - Before the call, a program may read weights, results of kernels two or more launches ago, and the step's inputs, which
   were copied to the device before an ordinary launch.
+- A kernel may call `start_next` earlier, if what follows it reads nothing but weights and the step's inputs before its
+  own wait: a product, whose weights are then on their way before two kernels have ended.
 - Ordinary launches (torch's) wait for all kernels before them.
 
-Letting the next kernel start at once instead is slower: 3.75 against 3.61 ms for a decode step of 7B on an H200.
+Letting every next kernel start at once is slower: 3.75 against 3.61 ms for a decode step of 7B on an H200. With weights
+of 8 and 4 bits, norms and merges of attention that do so gain 5 % (2.29 to 2.18 ms, 1.70 to 1.60 ms).
 """
 
 from functools import lru_cache
@@ -26,7 +29,7 @@ from lightllm_backend.kernels.hardware import compute_capability
 
 @triton.jit
 def start_next(is_dependent: tl.constexpr):
-    """Lets the next kernel start at once: for kernels that products follow, which copy weights before they wait."""
+    """Lets the next kernel start at once."""
     if is_dependent:
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
