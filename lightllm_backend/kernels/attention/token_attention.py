@@ -29,7 +29,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
 from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, rotated
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import can_start_next, dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
 
 
@@ -96,6 +96,7 @@ def token_attention_kernel(
     has_norm: tl.constexpr,
     soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
+    starts_next: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -118,6 +119,7 @@ def token_attention_kernel(
         q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
         k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
     start, end = split_range(context, window, split, splits, block_tokens)
+    start_next(starts_next)
     wait_for_previous(is_dependent)
     if is_split and start >= end:
         return  # an empty part, which nobody reads
@@ -304,6 +306,7 @@ def token_attention(
         block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
+        starts_next=not blocks.starts_early and can_start_next(q.device),
         **dependent_launch(q.device, blocks.starts_early),
     )
     if splits == 1:
