@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
+from lightllm_backend.kernels.quantized.weight import Weight
 
 
 class _Exchange:
@@ -49,6 +50,7 @@ def all_reduce_rms_norm(
     residual: Tensor,
     buffers: LamportBuffers,
     post_weight: Tensor | None = None,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
 ) -> Tensor:
     tokens, rank = x.shape[-2], buffers.rank
     ranks = len(buffers.by_rank)
