@@ -133,7 +133,7 @@ def tune(
                 ratios = [one / other for one, other in zip(seconds, best, strict=True)]
                 if sum(ratios) < limit * len(ratios) and max(ratios) < 1 + MARGIN / 2:
                     best, kept, limit = seconds, blocks, 1.0
-            del row[str(tokens)]
+            row.pop(str(tokens), None)
             if kept:
                 row[str(tokens)] = list(kept)
             if parallel.rank == 0:
