@@ -3,8 +3,8 @@
 
 There is one process per GPU. `connect` makes torch.distributed's default process group, whose ranks are these ranks:
 NCCL on GPUs, gloo on a CPU. GPUs of one host that can read each other's memory sum the messages of a decode step
-through symmetric memory instead, at half of NCCL's latency (perf.all_reduce). If a norm follows, the norm sums them,
-through Lamport buffers.
+through symmetric memory instead, at half of NCCL's latency (perf.all_reduce). What fits the Lamport buffers there is
+exchanged through them by kernels of our own: the sums in norms and of embeddings, and logits.
 """
 
 from __future__ import annotations
@@ -93,10 +93,19 @@ class TensorParallel:
         """A buffer for a product [rows, columns] that goes to `all_reduce` next, to save a copy, or None for any."""
         return self.symmetric.view((rows, columns), dtype) if self.symmetric else None
 
+    @property
+    def _lamport_buffers(self) -> LamportBuffers | None:
+        return self.symmetric.lamport_buffers if self.symmetric else None
+
     def lamport_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
-        """Buffers for a fused all-reduce and norm of [rows, columns], or None to use `all_reduce`."""
-        buffers = self.symmetric.lamport_buffers if self.symmetric else None
+        """Buffers in which kernels sum messages of [rows, columns], or None to use `all_reduce`."""
+        buffers = self._lamport_buffers
         return buffers if buffers is not None and buffers.fit(rows, columns) else None
+
+    def gathering_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
+        """Buffers in which a kernel gathers messages of [rows, columns], or None to use `all_gather`."""
+        buffers = self._lamport_buffers
+        return buffers if buffers is not None and buffers.fit_in_pieces(rows, columns) else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`. It may overwrite `x`."""

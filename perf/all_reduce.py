@@ -8,7 +8,8 @@ its result is checked. A column is microseconds for one sum: the median over rep
 `one_shot` and `two_shot` make new tensors; `two_shot_in_place` leaves the sum where the next message overwrites it;
 `engine` is TensorParallel.all_reduce as the engine calls it, on a product that is in the buffer already. `norm_after`
 is that and the norm that follows; `norm_one_shot` and `norm_two_shots` are norms that sum through Lamport buffers;
-`norm_engine` is the one of both that the engine takes.
+`norm_engine` is the one of both that the engine takes. `gather_nccl` and `gather_engine` put the ranks' messages side
+by side instead.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def ways_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[],
 
 
 def norms_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The same with the addition to a residual and its norm; only where there are Lamport buffers."""
+    """The same with the addition to a residual and its norm, and gathering; only where there are Lamport buffers."""
     weight, residual = torch.ones_like(message[0]), torch.zeros_like(message)
     view = parallel.product_buffer(*message.shape, message.dtype)
     buffers = parallel.lamport_buffers(*message.shape)
@@ -81,8 +82,14 @@ def norms_of(parallel: TensorParallel, message: Tensor) -> dict[str, Callable[[]
 
         return sum_and_norm
 
-    ways = {"norm_after": after, "norm_one_shot": fused(False), "norm_two_shots": fused(True)}
-    return ways | {"norm_engine": fused(buffers.use_two_shots(len(message)))}
+    return {
+        "norm_after": after,
+        "norm_one_shot": fused(False),
+        "norm_two_shots": fused(True),
+        "norm_engine": fused(buffers.use_two_shots(len(message))),
+        "gather_nccl": lambda: parallel.all_gather(message),
+        "gather_engine": lambda: launchers.all_gather(message, buffers),
+    }
 
 
 def is_right(way: Callable[[], Tensor], parallel: TensorParallel, targets: list[Tensor]) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,26 +19,39 @@ from lightllm_backend.models.layers import GroupInput, KVLayer, StepInput
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
-from perf.kernels.measure import seconds_of
+from perf.kernels.measure import elapsed, seconds_of
 from perf.shapes import SHAPES, rank_shape
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda")  # the current one: each rank has its own
 DTYPE = torch.bfloat16
 CONTEXT = 192  # what the static inference test has on average
+# Of a graph of one step that all ranks replay together: in a row for one time, and how many times.
+STEPS_IN_A_ROW, REPLAYS = 4, 7
 
 
 class DecodeStep:
     """Steps of a shape by name and at most `most` sequences, each with CONTEXT tokens anywhere in a pool.
 
-    With several ranks, the steps are those of one, without waiting for the others.
+    With `tp`, they are the steps of one rank that need not wait for others. With the ranks of `parallel`, each in its
+    own process, they are whole steps, which all ranks must time at once.
     """
 
-    def __init__(self, name: str, most: int, weight_dtype: str = "auto", tp: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        most: int,
+        weight_dtype: str = "auto",
+        tp: int = 1,
+        parallel: TensorParallel | None = None,
+    ) -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "config.json").write_text(json.dumps(rank_shape(SHAPES[name], tp)))
-            config = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, "auto", tp=1)
-        parallel = TensorParallel.connect(0, 1, DEVICE, "")
-        self._model = model_class(config.architecture)(config, kernels.select(DEVICE), parallel, DTYPE, DEVICE, CONTEXT)
+            config = ModelConfig.from_directory(directory)
+        self._parallel = parallel or TensorParallel()
+        config = config.with_weight_dtype(weight_dtype, "auto", tp=self._parallel.size)
+        self._model = model_class(config.architecture)(
+            config, kernels.select(DEVICE), self._parallel, DTYPE, DEVICE, CONTEXT
+        )
         dummy_weights(self._model, seed=0)
         slots = most * CONTEXT
         shape = (config.num_layers, slots, self._model.num_kv_heads, self._model.head_dim)
@@ -73,5 +87,21 @@ class DecodeStep:
 
     @torch.inference_mode()
     def seconds(self, batches: Sequence[int]) -> list[float]:
-        """By the GPU's clock, in a CUDA graph, without what holds it back after a second."""
-        return [seconds_of([self.of(batch)]) for batch in batches]
+        """By the GPU's clock, in a CUDA graph, without what holds it back after a second; of the slowest rank."""
+        if self._parallel.size == 1:
+            return [seconds_of([self.of(batch)]) for batch in batches]
+        return [self._seconds_together(self.of(batch)) for batch in batches]
+
+    def _seconds_together(self, step: Callable[[], Tensor]) -> float:
+        """Every rank replays as often as the others, for they wait for each other."""
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        times = [
+            elapsed(lambda: [graph.replay() for _ in range(STEPS_IN_A_ROW)], before=graph.replay)
+            for _ in range(REPLAYS)
+        ]
+        nanoseconds = round(1e9 * statistics.median(times) / STEPS_IN_A_ROW)
+        return -self._parallel.minimum(-nanoseconds, DEVICE) / 1e9

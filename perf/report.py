@@ -514,7 +514,7 @@ def perplexity_table(result: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     for row in result["rows"]:
         change = round(100 * (row["ratio"] - 1), 1) + 0.0  # the sum is never -0.0
-        types = [f"`{row['weight_dtype']}`", f"`{row['head_dtype']}`"]
+        types = [row["weights"] if " " in row["weights"] else f"`{row['weights']}`", f"`{row['head_dtype']}`"]
         rows.append([*types, f"{row['perplexity']:.2f}", f"{change:+.1f} %" if rows else "–"])
     return table(["weights", "head", "perplexity", "change"], rows)
 

@@ -4,6 +4,8 @@
 # What the file of a model may import.
 BELOW_A_MODEL = (
     "kernels.interface",
+    "kernels.quantized.rounded_tokens",
+    "kernels.quantized.weight",
     "parallel",
     "models.decoder",
     "models.layers",
@@ -107,6 +109,7 @@ ALLOWED = {
     "models.placement": ("kernels.interface", "parallel", "models.errors", "models.quantization.scheme"),
     "models.linear": (
         "kernels.quantized.grid_weight",
+        "kernels.quantized.rounded_tokens",
         "kernels.quantized.weight",
         "models.errors",
         "models.placement",
@@ -133,6 +136,8 @@ ALLOWED = {
         "models.weights",
     ),
     "models.decoder": (
+        "kernels.quantized.rounded_tokens",
+        "kernels.quantized.weight",
         "models.layers",
         "models.norm_weight",
         "models.placement",

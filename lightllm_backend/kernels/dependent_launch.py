@@ -6,12 +6,15 @@ This hides the few microseconds that lie between two kernels. The rule, for each
 
 - Every program calls `wait_for_previous` before it reads or writes anything that the previous kernel touches. The call
   returns once the previous kernel has ended and its writes are visible.
-- Only that call lets the next kernel start. So when a kernel starts, all but the one right before it have ended.
+- That call lets the next kernel start. So when a kernel starts, all but the one right before it have ended.
 - Before the call, a program may read weights, results of kernels two or more launches ago, and the step's inputs, which
   were copied to the device before an ordinary launch.
+- A kernel may call `start_next` earlier, if what follows it reads nothing but weights and the step's inputs before its
+  own wait: a product, whose weights are then on their way before two kernels have ended.
 - Ordinary launches (torch's) wait for all kernels before them.
 
-Letting the next kernel start at once instead is slower: 3.75 against 3.61 ms for a decode step of 7B on an H200.
+Letting every next kernel start at once is slower: 3.75 against 3.61 ms for a decode step of 7B on an H200. With weights
+of 8 and 4 bits, norms and merges of attention that do so gain 5 % (2.29 to 2.18 ms, 1.70 to 1.60 ms).
 """
 
 from functools import lru_cache
@@ -25,6 +28,15 @@ from lightllm_backend.kernels.hardware import compute_capability
 
 
 @triton.jit
+def start_next(is_dependent: tl.constexpr):
+    """Lets the next kernel start at once."""
+    if is_dependent:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def wait_for_previous(is_dependent: tl.constexpr):
     """Waits for the previous kernel to end, then lets the next one start. Does nothing in an ordinary launch."""
     if is_dependent:
@@ -35,6 +47,14 @@ def wait_for_previous(is_dependent: tl.constexpr):
         )
 
 
+@triton.jit
+def prefetch(address):
+    """Bring the line of 128 bytes at each address into the L2 cache, for a load after the wait."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @lru_cache
 def dependent_launch(device: torch.device, is_wanted: bool = True) -> dict[str, Any]:
     """The keyword arguments of a dependent launch, or of an ordinary one if the GPU or Triton-lang lacks support.
@@ -42,9 +62,15 @@ def dependent_launch(device: torch.device, is_wanted: bool = True) -> dict[str, 
     Pass `is_wanted=False` for a kernel of few, long programs that would fit on a few multiprocessors: started early,
     they crowd onto those that the previous kernel leaves first, and the others stay idle.
     """
-    if not is_wanted or compute_capability(device) < (9, 0) or not _is_known():
+    if not is_wanted or not can_start_next(device):
         return {"is_dependent": False}
     return {"is_dependent": True, "launch_pdl": True}
+
+
+@lru_cache
+def can_start_next(device: torch.device) -> bool:
+    """Whether kernels may call `start_next`, however they are launched themselves."""
+    return compute_capability(device) >= (9, 0) and _is_known()
 
 
 def _is_known() -> bool:

@@ -19,6 +19,7 @@ from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
@@ -36,12 +37,14 @@ class Kernels(Protocol):
         eps: float,
         residual: Tensor | None = None,
         post_weight: Tensor | None = None,
-    ) -> Tensor:
+        reader: Weight | None = None,
+    ) -> Activations:
         """Root-mean-square norm of `x` [tokens, dim], rounded to the dtype of `weight` [dim], times `weight`.
 
         With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. With `post_weight` [dim] as
         well, of the same dtype as `weight`, what is added is the norm of `x` times it: the norm that some layers have
-        behind attention and MLP. The result has the dtype of what is normed.
+        behind attention and MLP. The result has the dtype of what is normed. If only the product with `reader` reads
+        it, it may be what quantize_tokens makes of it, RoundedTokens.
         """
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -58,21 +61,38 @@ class Kernels(Protocol):
         residual: Tensor,
         buffers: LamportBuffers,
         post_weight: Tensor | None = None,
-    ) -> Tensor:
+        reader: Weight | None = None,
+    ) -> Activations:
         """rms_norm, with a residual, of the sum of all ranks' `x`; each is rounded to the residual's dtype first.
 
         All ranks of the group must call it with the same shapes, and get the same bits. The message must fit `buffers`.
         """
 
-    # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits.
+    def all_reduce_embeddings(
+        self, input_ids: Tensor, weight: Tensor, first_id: int, held: int, buffers: LamportBuffers
+    ) -> Tensor:
+        """The embeddings [tokens, dim] of `input_ids` [tokens] int32.
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        The first rows of this rank's `weight` [rows, dim] are those of the `held` ids from `first_id` on. All ranks
+        must call it with the same ids, each of which one rank holds. The message must fit `buffers`.
+        """
+
+    def all_gather(self, x: Tensor, buffers: LamportBuffers) -> Tensor:
+        """All ranks' `x` [tokens, columns] side by side, in order of rank: [tokens, ranks * columns].
+
+        All ranks must call it with the same shape, and get the same bits. The message must fit `buffers` in pieces.
+        """
+
+    # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits. `x` may also be the
+    # RoundedTokens that a norm or gated_linear made for the weight.
+
+    def linear(self, x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """`x` [tokens, in_features] times the transposed `weight`, plus `bias` [out_features].
 
         With `out` [tokens, out_features], contiguous, the result is written there.
         """
 
-    def linear_splits(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear_splits(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The product of `linear` as parts [splits, tokens, out_features] that add up to it.
 
         The parts are float32; a single part may have the dtype of `x`. A norm adds them up.
@@ -84,9 +104,16 @@ class Kernels(Protocol):
         Both are contiguous; `out` has any floating-point dtype.
         """
 
-    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
+    def gated_linear(
+        self,
+        x: Activations,
+        weight: Weight,
+        bias: Tensor | None = None,
+        is_gelu: bool = False,
+        reader: Weight | None = None,
+    ) -> Activations:
         """silu_and_mul of `linear`, [tokens, features]: `weight` [2 * features, in_features] is the gate's, then the
-        up projection's; `bias` is [2 * features]."""
+        up projection's; `bias` is [2 * features]. With `reader`, as rms_norm's result."""
 
     # Weights of 4 and 8 bits. The products above call these, loading calls arrange_weight.
 

@@ -8,6 +8,8 @@ from lightllm_backend.kernels.attention.prefill_attention import prefill_attenti
 from lightllm_backend.kernels.attention.rotary_kv_write import rotary_kv_write
 from lightllm_backend.kernels.attention.token_attention import token_attention
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
+from lightllm_backend.kernels.collective.all_gather import all_gather
+from lightllm_backend.kernels.collective.all_reduce_embeddings import all_reduce_embeddings
 from lightllm_backend.kernels.collective.all_reduce_rms_norm import all_reduce_rms_norm
 from lightllm_backend.kernels.linear.gated_linear import gated_linear
 from lightllm_backend.kernels.linear.linear import linear
@@ -29,6 +31,8 @@ from lightllm_backend.kernels.sampling.sample import sample
 
 __all__ = [
     "add_logit_bias",
+    "all_gather",
+    "all_reduce_embeddings",
     "all_reduce_rms_norm",
     "apply_penalties",
     "apply_token_masks",

@@ -9,7 +9,7 @@ from lightllm_backend.kernels.attention.reference import (
     token_attention,
     token_attention_int8,
 )
-from lightllm_backend.kernels.collective.reference import all_reduce_rms_norm
+from lightllm_backend.kernels.collective.reference import all_gather, all_reduce_embeddings, all_reduce_rms_norm
 from lightllm_backend.kernels.linear.reference import gated_linear, linear, linear_splits, sum_splits
 from lightllm_backend.kernels.norm.reference import layer_norm, rms_norm
 from lightllm_backend.kernels.quantized.reference import (
@@ -30,6 +30,8 @@ from lightllm_backend.kernels.sampling.reference import (
 
 __all__ = [
     "add_logit_bias",
+    "all_gather",
+    "all_reduce_embeddings",
     "all_reduce_rms_norm",
     "apply_penalties",
     "apply_token_masks",

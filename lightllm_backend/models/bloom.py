@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.decoder import Decoder, DecoderLayer
 from lightllm_backend.models.layers import KVLayer, PoolAttention, StepInput, alibi_slopes
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear
@@ -33,7 +35,12 @@ class LayerNorm:
         self.weight = place.empty(config.hidden_size)
         self.bias = place.empty(config.hidden_size)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        reader: Weight | None = None,  # noqa: ARG002 - products round what they read
+    ) -> Tensor:
         return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
     def weight_map(self) -> dict[str, WeightSlot]:
@@ -55,7 +62,11 @@ class BloomAttention:
         self.qkv = ColumnLinear([part], config.hidden_size, True, place)
         self.output = RowLinear("self_attention.dense", config.hidden_size, config.hidden_size, True, place)
 
-    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
+    @property
+    def reader(self) -> Weight:
+        return self.qkv.weight
+
+    def __call__(self, x: Activations, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], self.num_heads, 3, self.head_dim).unbind(2)
         return self.output(self.attend(q, k, v, rotation, kv, step))
 
@@ -74,7 +85,11 @@ class BloomMLP:
         self.up = ColumnLinear([part], config.hidden_size, True, place)
         self.down = RowLinear("mlp.dense_4h_to_h", features, config.hidden_size, True, place)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def reader(self) -> Weight:
+        return self.up.weight
+
+    def __call__(self, x: Activations) -> Tensor:
         return self.down(self.kernels.gelu_tanh(self.up(x)))
 
     def weight_map(self) -> dict[str, WeightSlot]:

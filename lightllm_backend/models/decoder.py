@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.layers import HiddenStates, KVLayer, StepInput
 from lightllm_backend.models.norm_weight import NormWeight
 from lightllm_backend.models.placement import Placement
@@ -22,9 +24,9 @@ from lightllm_backend.models.weights import HEAD, WeightSlot
 
 
 class Norm(Protocol):
-    """A norm of `x`, or of `residual += x`, which it updates in place."""
+    """A norm of `x`, or of `residual += x`, which it updates in place. Only the product with `reader` reads it."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None, reader: Weight | None = None) -> Activations: ...
 
     def weight_map(self) -> dict[str, WeightSlot]: ...
 
@@ -32,7 +34,10 @@ class Norm(Protocol):
 class SelfAttention(Protocol):
     """Attention of a step's tokens, with its projections. A norm takes its output."""
 
-    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor: ...
+    @property
+    def reader(self) -> Weight: ...  # the weight that multiplies the input
+
+    def __call__(self, x: Activations, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor: ...
 
     def weight_map(self) -> dict[str, WeightSlot]: ...
 
@@ -40,7 +45,10 @@ class SelfAttention(Protocol):
 class MLP(Protocol):
     """The feed-forward part of a layer. A norm takes its output."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    @property
+    def reader(self) -> Weight: ...  # the weight that multiplies the input
+
+    def __call__(self, x: Activations) -> Tensor: ...
 
     def weight_map(self) -> dict[str, WeightSlot]: ...
 
@@ -104,14 +112,18 @@ class Decoder(ABC):
         x, added = residual, None
         # Written out here: a call of a layer would keep its input alive, as the caller's variable, to its end.
         for layer, rotation, kv in zip(self.layers, self.rotations(step), step.kv_layers, strict=True):
-            x = layer.attention_norm(x, added)
-            x = layer.attention(x, rotation, kv, step)
-            x = layer.mlp(layer.mlp_norm(x, residual))
+            normed = layer.attention_norm(x, added, layer.attention.reader)
+            del x  # attention needs the memory
+            x = layer.attention(normed, rotation, kv, step)
+            del normed
+            x = layer.mlp(layer.mlp_norm(x, residual, layer.mlp.reader))
             added = residual
         return x, residual
 
     def logits(self, hidden_states: HiddenStates, tokens: Tensor | None) -> Tensor:
-        return self.head(self.norm(*select_tokens(*hidden_states, tokens)))
+        normed = self.norm(*select_tokens(*hidden_states, tokens))
+        assert isinstance(normed, Tensor), "a norm without a reader does not round"
+        return self.head(normed)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots = self.embedding_weight_map()

@@ -17,6 +17,8 @@ from torch import Tensor
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.interface import Kernels
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.norm_weight import NormWeight
@@ -174,7 +176,11 @@ class Attention:
         inner = config.num_heads * config.head_dim
         self.output = RowLinear("self_attn.o_proj", inner, config.hidden_size, options.output_bias, place)
 
-    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
+    @property
+    def reader(self) -> Weight:
+        return self.qkv.weight
+
+    def __call__(self, x: Activations, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))

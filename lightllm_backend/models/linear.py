@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight, with_grid
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.placement import Placement
@@ -100,12 +101,15 @@ class ColumnLinear:
     def weight(self) -> Weight:
         return self._weight.value
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
 
-    def gated(self, x: Tensor, is_gelu: bool = False) -> Tensor:
-        """silu(first(x)) * second(x), or gelu(first(x)) * second(x), for two matrices of the same shape."""
-        return self.kernels.gated_linear(x, self.weight, self.bias, is_gelu)
+    def gated(self, x: Activations, is_gelu: bool, reader: Weight) -> Activations:
+        """silu(first(x)) * second(x), or gelu(first(x)) * second(x), for two matrices of the same shape.
+
+        The product with `reader` alone reads it.
+        """
+        return self.kernels.gated_linear(x, self.weight, self.bias, is_gelu, reader)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         weights = self._weight.weight_map()
@@ -139,18 +143,18 @@ class RowLinear:
     def weight(self) -> Weight:
         return self._weight.value
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self._parts(x) if self.parallel.size == 1 else self.parallel.all_reduce(self._whole(x))
 
-    def unsummed(self, x: Tensor) -> Tensor:
+    def unsummed(self, x: Activations) -> Tensor:
         """This rank's product, for a norm that sums it over the ranks; in parts if it goes through Lamport buffers."""
         buffers = self.parallel.lamport_buffers(x.shape[0], self.weight.shape[0])
         return self._parts(x) if self.parallel.size == 1 or buffers else self._whole(x)
 
-    def _parts(self, x: Tensor) -> Tensor:
+    def _parts(self, x: Activations) -> Tensor:
         return self.kernels.linear_splits(x, self.weight, self._added_bias)
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _whole(self, x: Activations) -> Tensor:
         buffer = self.parallel.product_buffer(x.shape[0], self.weight.shape[0], x.dtype)
         return self.kernels.linear(x, self.weight, self._added_bias, buffer)
 

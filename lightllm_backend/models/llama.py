@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.interface import Kernels
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.decoder import Decoder, DecoderLayer, Norm
 from lightllm_backend.models.layers import Attention, AttentionOptions, StepInput
 from lightllm_backend.models.linear import ColumnLinear, Part, RowLinear, fused_parts
@@ -47,13 +49,15 @@ class RMSNorm:
         self.parallel = place.parallel
         self.eps = config.norm_eps
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, reader: Weight | None = None) -> Activations:
         if residual is not None:
             if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
-                return self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers, self.post_weight)
+                return self.kernels.all_reduce_rms_norm(
+                    x, self.weight, self.eps, residual, buffers, self.post_weight, reader
+                )
             x = self.parallel.all_reduce(x)
-            return self.kernels.rms_norm(x, self.weight, self.eps, residual, self.post_weight)
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+            return self.kernels.rms_norm(x, self.weight, self.eps, residual, self.post_weight, reader)
+        return self.kernels.rms_norm(x, self.weight, self.eps, reader=reader)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.own.weight_map()
@@ -71,7 +75,12 @@ class PostNorm:
         self.eps = config.norm_eps
         self.weight = None if weight is None else weight.value
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        reader: Weight | None = None,  # noqa: ARG002 - the residual stays as it is
+    ) -> Tensor:
         if residual is None:
             return x
         assert self.weight is not None, "a layer that follows another has its post-norm"
@@ -109,8 +118,12 @@ class GatedMLP:
         self.gate_up = ColumnLinear(parts, config.hidden_size, config.mlp_bias, place)
         self.down = RowLinear("mlp.down_proj", features, config.hidden_size, config.mlp_bias, place)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down.unsummed(self.gate_up.gated(x, self.is_gelu))
+    @property
+    def reader(self) -> Weight:
+        return self.gate_up.weight
+
+    def __call__(self, x: Activations) -> Tensor:
+        return self.down.unsummed(self.gate_up.gated(x, self.is_gelu, self.down.weight))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.gate_up.weight_map() | self.down.weight_map()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.models.layers import Attention, AttentionOptions, KVLayer, StepInput
 from lightllm_backend.models.llama import LlamaForCausalLM, NormNames
 from lightllm_backend.models.model_config import ModelConfig
@@ -22,7 +23,7 @@ class Olmo2Attention(Attention):
         self.kernels, self.parallel, self.eps = place.kernels, place.parallel, config.norm_eps
         self.weights = [place.empty(part.rows) for part in self.qkv.parts[:2]]
 
-    def __call__(self, x: Tensor, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
+    def __call__(self, x: Activations, rotation: Rotation, kv: KVLayer, step: StepInput) -> Tensor:
         q, k, v = torch.split(self.qkv(x), [part.rows for part in self.qkv.parts], dim=1)
         q, k, v = (heads.view(len(x), -1, self.head_dim) for heads in (*self._normed(q, k), v))
         return self.output.unsummed(self.attend(q, k, v, rotation, kv, step))

@@ -18,7 +18,7 @@ class Embedding:
     """Token embeddings, with rows split over the ranks and padded to equal shares."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Placement) -> None:
-        self.parallel = place.parallel
+        self.parallel, self.kernels = place.parallel, place.kernels
         self.vocab_size = vocab_size
         rows, self.start, self.num_held = place.vocabulary_share(vocab_size)
         self.weight = place.empty(rows, hidden_size)
@@ -30,6 +30,8 @@ class Embedding:
     def __call__(self, input_ids: Tensor) -> Tensor:
         if self.parallel.size == 1:
             return functional.embedding(input_ids, self.weight)
+        if buffers := self.parallel.lamport_buffers(len(input_ids), self.weight.shape[1]):
+            return self.kernels.all_reduce_embeddings(input_ids, self.weight, self.start, self.num_held, buffers)
         local = input_ids - self.start
         elsewhere = (local < 0) | (local >= self.num_held)
         vectors = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
@@ -88,7 +90,10 @@ class Head:
         return LinearWeight([part], Span(columns, 0, columns), self.place, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.place.parallel.all_gather(self.place.kernels.linear(x, self.weight))
+        kernels, parallel = self.place.kernels, self.place.parallel
+        logits = kernels.linear(x, self.weight)
+        buffers = parallel.gathering_buffers(*logits.shape)
+        logits = kernels.all_gather(logits, buffers) if buffers else parallel.all_gather(logits)
         logits = logits[:, : self.vocab_size]
         return logits if self.soft_cap is None else logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 

@@ -94,7 +94,7 @@ def seconds_of(calls: Sequence[Callable[[], Any]]) -> float:
     """The median time of one of the calls, by the GPU's clock, in a CUDA graph that makes them in turns."""
     for call in calls:
         call()  # compiles, and chooses algorithms
-    once = _elapsed(lambda: [call() for call in calls]) / len(calls)
+    once = elapsed(lambda: [call() for call in calls]) / len(calls)
     rounds = math.ceil(min(MOST_CALLS, GRAPH_SECONDS / once) / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -102,10 +102,10 @@ def seconds_of(calls: Sequence[Callable[[], Any]]) -> float:
             for call in calls:
                 call()
     graph.replay()
-    return statistics.median(_elapsed(graph.replay, before=graph.replay) for _ in range(REPLAYS)) / rounds / len(calls)
+    return statistics.median(elapsed(graph.replay, before=graph.replay) for _ in range(REPLAYS)) / rounds / len(calls)
 
 
-def _elapsed(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+def elapsed(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
     """Seconds; `before` keeps the GPU busy while the host prepares what is timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     before()

@@ -143,9 +143,12 @@ torch.manual_seed(0)
 weight = torch.randn(4096, device=device).to(dtype)
 
 class Layers:
-    # Some sums in a row, as a model's step makes them, of values that a seed decides.
+    # Some sums in a row, as a model's step makes them, between embeddings and logits, of values that a seed decides.
     def __init__(self, rows, parts):
         self.rows, self.parts = rows, parts
+        self.ids = torch.empty(rows, device=device, dtype=torch.int32)
+        self.table = torch.randn(64 * size, 4096, device=device).to(dtype)  # the same on all ranks
+        self.logits = torch.empty(rows, 1 if rows > 300 else 9000, device=device, dtype=dtype)
         self.x = [torch.empty(parts, rows, 4096, device=device, dtype=dtype if parts == 1 else torch.float32)
                   for _ in range(3)]
         self.residual = torch.empty(rows, 4096, device=device, dtype=dtype)
@@ -158,7 +161,12 @@ class Layers:
     def launch(self):
         buffers = parallel.lamport_buffers(self.rows, 4096)
         assert buffers is not None
-        return [launchers.all_reduce_rms_norm(x, weight, 1e-5, self.residual, buffers) for x in self.x]
+        held = self.table[64 * rank : 64 * rank + 64]
+        embedded = launchers.all_reduce_embeddings(self.ids, held, 64 * rank, 64, buffers)
+        outs = [launchers.all_reduce_rms_norm(x, weight, 1e-5, self.residual, buffers) for x in self.x]
+        buffers = parallel.gathering_buffers(*self.logits.shape)
+        assert buffers is not None
+        return [*outs, launchers.all_gather(self.logits, buffers), embedded]
 
     def run(self, seed, captured):
         generator = torch.Generator(device).manual_seed(seed)
@@ -168,6 +176,9 @@ class Layers:
         for x, values in zip(self.x, of_all):
             x.copy_(values[rank])
         self.residual.copy_(randn(self.rows, 4096))
+        self.ids.random_(64 * size, generator=generator)
+        logits = randn(size, *self.logits.shape).to(dtype)
+        self.logits.copy_(logits[rank])
         residual, expected = self.residual.clone(), []
         for values in of_all:
             summed = values.float().sum(1).to(dtype)
@@ -179,7 +190,9 @@ class Layers:
             time.sleep(0.003 * random.random())
         if captured:
             self.graph.replay()
-        outs = self.captured if captured else self.launch()
+        *outs, gathered, embedded = self.captured if captured else self.launch()
+        assert torch.equal(gathered, torch.cat(list(logits), 1)), (self.rows, seed)
+        assert torch.equal(embedded, self.table[self.ids.long()]), (self.rows, seed)
         for out, right in zip([*outs, self.residual], [*expected, residual]):
             assert (out.float() - right.float()).norm() < tolerance * right.float().norm(), (self.rows, seed)
         whole = torch.cat([*outs, self.residual]).view(torch.uint8)

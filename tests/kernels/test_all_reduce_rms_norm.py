@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait."""
+"""all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait, in this
+and the other exchanges through Lamport buffers."""
 
+import dataclasses
 import multiprocessing
 import random
 import time
@@ -13,8 +15,11 @@ from torch import Tensor
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.collective import lamport_buffers
+from lightllm_backend.kernels.collective.all_reduce_rms_norm import rounded_all_reduce_rms_norm
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers, bits_type_of
+from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
+from tests.kernels.quantized_weights import random_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -86,6 +91,22 @@ def test_both_stand_ins_are_nan():
     for dtype in DTYPES:
         bits = torch.tensor([EMPTY, SENT_FOR_EMPTY], dtype=bits_type_of(dtype))
         assert bits.view(dtype).isnan().all()
+
+
+def test_rounded_for_its_reader(device):
+    dtype = torch.float16  # the interpreter truncates to bfloat16 where a GPU rounds
+    buffers = empty_buffers(2, 2, 128, dtype, device)
+    own = LamportBuffers.of(buffers, 1)
+    reader = dataclasses.replace(random_weight("fp8", 64, 128, 128, device), quantizes_input=True, in_fragments=True)
+    x, residual, sent = torch.randn(3, 2, 128, device=device).to(dtype)
+    weight = torch.randn(128, device=device).to(dtype)
+    buffers[1][0, 0] = sent.view(torch.int16)
+    rounded = rounded_all_reduce_rms_norm(x, weight, EPS, residual.clone(), own, None, reader)
+    normed = launchers.rms_norm(x + sent, weight, EPS, residual)
+    values, scales = quantize_tokens(normed, reader)
+    assert rounded.dtype == dtype
+    assert relative_error(rounded.values.float() * rounded.scales, values.float() * scales) < 0.01
+    assert relative_error(rounded.scales, scales) < 1e-3
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
@@ -161,7 +182,7 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
     buffers = [torch.from_file(file, shared=True, size=size, dtype=torch.int32) for file in files]
     own = LamportBuffers.of([buffer.view(2, ranks, ROWS, DIM) for buffer in buffers], rank)
     weight = torch.ones(DIM)
-    for number in range(8):
+    for number in range(6):
         tokens = random.Random(number).randint(0, ROWS)
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(ranks, tokens, DIM, generator=generator)
@@ -172,6 +193,13 @@ def run_rank(rank: int, ranks: int, directory: Path, implementation: ModuleType)
         out = implementation.all_reduce_rms_norm(x[rank], weight, EPS, residual, own)
         assert relative_error(residual, expected_residual) < 1e-6
         assert relative_error(out, reference.rms_norm(expected_residual, weight, EPS)) < 1e-5
+        # The other exchanges use the same places in turns.
+        gathered = implementation.all_gather(x[rank], own)
+        assert torch.equal(gathered, torch.cat(list(x), 1))
+        ids = torch.randint(2 * ranks, (tokens,), generator=generator, dtype=torch.int32)
+        table = torch.randn(2 * ranks, DIM, generator=generator)
+        held = table[2 * rank : 2 * rank + 2]
+        assert torch.equal(implementation.all_reduce_embeddings(ids, held, 2 * rank, 2, own), table[ids.long()])
 
 
 GROUPS = [(3, reference), (3, launchers)]

@@ -24,6 +24,7 @@ NOT_KERNELS |= {
     "prefill_loops",
     "choice",
     "lamport_buffers",
+    "messages",
     "whole_prompt_tiles",
 }
 NOT_KERNELS |= {"gate"}

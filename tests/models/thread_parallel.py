@@ -23,9 +23,9 @@ class ThreadParallel(TensorParallel):
     shared: list[Tensor | None] = field(default_factory=list)
     lamport_buffers_of_all: LamportBuffers | None = field(default=None, compare=False)
 
-    def lamport_buffers(self, rows: int, columns: int) -> LamportBuffers | None:
-        buffers = self.lamport_buffers_of_all
-        return buffers if buffers is not None and buffers.fit(rows, columns) else None
+    @property
+    def _lamport_buffers(self) -> LamportBuffers | None:
+        return self.lamport_buffers_of_all
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)

@@ -3,8 +3,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from lightllm_backend.parallel import TensorParallel
 from perf import decode_step, power_limit, report
 from perf.shapes import SHAPES
+from tests.models.thread_parallel import run_ranks
 
 
 def test_a_step_has_as_many_sequences_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +19,21 @@ def test_a_step_has_as_many_sequences_as_asked_for(monkeypatch: pytest.MonkeyPat
     assert torch.isfinite(three).all()
     assert not torch.equal(three[0], three[1])
     assert torch.allclose(three[:2], two, atol=1e-5)  # others in the batch make no difference
+
+
+def test_ranks_compute_a_step_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(decode_step, "DTYPE", torch.float32)
+    logits = {}
+
+    @torch.inference_mode()
+    def run(parallel: TensorParallel) -> None:
+        logits[parallel.rank] = decode_step.DecodeStep("tiny", 3, parallel=parallel).of(3)()
+
+    run_ranks(2, run)
+    assert logits[0].shape == (3, SHAPES["tiny"]["vocab_size"])
+    assert torch.isfinite(logits[0]).all()
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_power_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

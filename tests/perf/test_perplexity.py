@@ -32,12 +32,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_that_of_transformers(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "CASES", (("auto", "auto"), ("int4", "int8")))
+    packed = "compressed-tensors, W8A16"
+    monkeypatch.setattr(perplexity, "FORMATS", {packed: perplexity.FORMATS[packed]})
     out = tmp_path / "out.json"
     arguments = f"--model_dir {directory} --window {WINDOW} --windows 2 --device cpu --out {out}"
     run = CliRunner().invoke(perplexity.main, arguments.split(), catch_exceptions=False)
     assert run.exit_code == 0, run.output
     result = json.loads(out.read_text())
-    plain, quantised = result["rows"]
+    plain, quantised, checkpoint = result["rows"]
     assert result["tokens"] == 2 * (WINDOW - 1)
 
     model = LlamaForCausalLM.from_pretrained(directory)
@@ -48,6 +50,8 @@ def test_it_is_that_of_transformers(directory: Path, tmp_path: Path, monkeypatch
     assert plain["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-3)
     assert quantised["perplexity"] != plain["perplexity"]
     assert quantised["ratio"] == pytest.approx(1.0, abs=0.3)
+    assert checkpoint["perplexity"] != plain["perplexity"]
+    assert checkpoint["ratio"] == pytest.approx(1.0, abs=0.01)
     assert perplexity_table(result)[-1] in run.output
 
 

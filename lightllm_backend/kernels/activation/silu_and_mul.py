@@ -8,9 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
+from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
 
 _BLOCK = 1024
+# The most features of a token that one program rounds.
+MAX_ROUNDED = 32768
 
 
 @triton.jit
@@ -34,6 +39,37 @@ def silu_and_mul_kernel(
     tl.store(out + token * out_stride + column, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def rounded_silu_and_mul_kernel(
+    gate_up,
+    out,
+    scales,
+    input_scale,
+    gate_up_stride,
+    features,
+    limit,
+    min_scale,
+    is_gelu: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Rounds one token's features."""
+    start_next(is_dependent)
+    wait_for_previous(is_dependent)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    live = column < features
+    address = gate_up + token * gate_up_stride + column
+    gate = tl.load(address, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(address + features, mask=live, other=0.0).to(tl.float32)
+    value = (activated(gate, is_gelu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    row, scale = rounded_row(value, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block)
+    tl.store(scales + token, scale)
+    tl.store(out + token * features + column, row, mask=live)
+
+
 def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.stride(1) == 1
@@ -53,3 +89,29 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
         **dependent_launch(out.device),
     )
     return out
+
+
+def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight) -> RoundedTokens:
+    """quantize_tokens, for `reader`, of silu_and_mul. The reader has one group."""
+    tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, features), dtype=reader.values.dtype, device=gate_up.device)
+    scales = torch.empty((tokens, 1), dtype=torch.float32, device=gate_up.device)
+    block = triton.next_power_of_2(features)
+    if tokens > 0:
+        rounded_silu_and_mul_kernel[(tokens,)](
+            gate_up,
+            out,
+            scales,
+            scales if reader.input_scale is None else reader.input_scale,
+            gate_up.stride(0),
+            features,
+            LIMITS[out.dtype],
+            MIN_INPUT_SCALE,
+            is_gelu=is_gelu,
+            is_static=reader.input_scale is not None,
+            in_fragments=reader.in_fragments,
+            block=block,
+            num_warps=min(16, max(4, block // 1024)),
+            **dependent_launch(out.device),
+        )
+    return RoundedTokens(out, scales, gate_up.dtype)

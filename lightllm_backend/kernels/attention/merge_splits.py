@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 
 # Softmax is computed in powers of two.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -93,6 +93,7 @@ def merge_splits_kernel(
     block_dim: tl.constexpr,
 ):
     """Merges one head of one sequence."""
+    start_next(is_dependent)
     sequence = tl.program_id(1)
     row = sequence.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     column = tl.arange(0, block_dim)

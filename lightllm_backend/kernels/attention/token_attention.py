@@ -29,7 +29,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
 from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, rotated
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import can_start_next, dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
 
 
@@ -96,6 +96,7 @@ def token_attention_kernel(
     has_norm: tl.constexpr,
     soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
+    starts_next: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -117,7 +118,11 @@ def token_attention_kernel(
         q_heads: tl.constexpr = block_group if group > 1 else 1
         q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
         k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
+    start, end = split_range(context, window, split, splits, block_tokens)
+    start_next(starts_next)
     wait_for_previous(is_dependent)
+    if is_split and start >= end:
+        return  # an empty part, which nobody reads
     # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
     column_live = column < head_dim
@@ -145,7 +150,6 @@ def token_attention_kernel(
     if has_alibi:
         slope_log2 = tl.load(alibi_slopes + head, mask=member < group, other=0.0) * LOG2_E
 
-    start, end = split_range(context, window, split, splits, block_tokens)
     k_head = k_pool + kv_head * k_pool_head_stride + column
     v_head = v_pool + kv_head * v_pool_head_stride + column
     has_new = (start < end) & (end == context)
@@ -302,6 +306,7 @@ def token_attention(
         block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
+        starts_next=not blocks.starts_early and can_start_next(q.device),
         **dependent_launch(q.device, blocks.starts_early),
     )
     if splits == 1:

@@ -27,7 +27,7 @@ from lightllm_backend.kernels.attention.merge_splits import (
 )
 from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, quantize, rotated, scale_of
 from lightllm_backend.kernels.attention.step_memo import StepMemo
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import can_start_next, dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, has_ptx, multiprocessor_count
 
 
@@ -165,6 +165,7 @@ def token_attention_int8_kernel(
     has_norm: tl.constexpr,
     soft_cap: tl.constexpr,
     is_dependent: tl.constexpr,
+    starts_next: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
@@ -189,6 +190,7 @@ def token_attention_int8_kernel(
         q_heads: tl.constexpr = block_group if group > 1 else 1
         q_weight, q_partner_weight = load_norm(q_norm, head_dim, half, q_heads, block_dim)
         k_weight, k_partner_weight = load_norm(k_norm, head_dim, half, 1, block_dim)
+    start_next(starts_next)
     wait_for_previous(is_dependent)
     # Issue all loads that a part begins with before using any of them.
     column = tl.arange(0, block_dim)
@@ -416,6 +418,7 @@ def token_attention_int8(
         block_dim=block_dim,
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
+        starts_next=not blocks.starts_early and can_start_next(q.device),
         **dependent_launch(q.device, blocks.starts_early),
     )
     if splits == 1:

@@ -2,9 +2,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """All-reduce of a product, addition to the residual, and root-mean-square norm, in one kernel.
 
-Each program handles one row: it sends the row to the other ranks and waits for theirs (see lamport_buffers.py), never
-for other programs of its own rank. GPUs start programs in order, so the first unfinished row is running, or will run,
-on all ranks: there is always progress, however few programs fit at once.
+Each program handles one row (see messages.py).
 
 One shot: every rank sends its row to all others, and all of them add. Two shots: each row has an owner, which alone
 receives the others' rows, adds them and the residual, and sends the sum back: two trips instead of one, for 2 / ranks
@@ -17,73 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, receive_sum, send, send_to_others
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.norm.rms_norm import rms_normed
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, takes_rounded
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
-
-@triton.jit
-def _bits(row, empty: tl.constexpr, sent_for_empty: tl.constexpr, bits_type: tl.constexpr):
-    bits = row.to(bits_type, bitcast=True)
-    return tl.where(bits == empty, sent_for_empty, bits).to(bits_type)
-
-
-@triton.jit
-def _send(buffers, receiver, own_buffer, offset, bits, live):
-    buffer = tl.multiple_of(tl.load(buffers + receiver).to(own_buffer.dtype), 16)
-    # Write through to the other GPU's memory at once.
-    tl.store(buffer + offset, bits, mask=live, cache_modifier=".wt")
-
-
-@triton.jit
-def _send_to_others(
-    buffers, own_buffer, first, bits, live, sender_stride, column, rank: tl.constexpr, ranks: tl.constexpr
-):
-    # Start with different receivers.
-    for distance in tl.static_range(1, ranks):
-        _send(buffers, (rank + distance) % ranks, own_buffer, first + rank * sender_stride + column, bits, live)
-
-
-@triton.jit
-def _receive(place, live, row_type: tl.constexpr, empty: tl.constexpr):
-    """Poll for one rank's row until all of it has arrived, then clear its place."""
-    bits = tl.load(place, mask=live, other=0, volatile=True)
-    while tl.max((bits == empty).to(tl.int32), 0) > 0:
-        bits = tl.load(place, mask=live, other=0, volatile=True)
-    # The reduction is over, so every thread has read.
-    tl.store(place, tl.full(bits.shape, empty, dtype=bits.dtype), mask=live)
-    return bits.to(row_type, bitcast=True)
-
-
-@triton.jit
-def _receive_sum(
-    place,
-    own_bits,
-    live,
-    sender_stride,
-    row_type: tl.constexpr,
-    rank: tl.constexpr,
-    ranks: tl.constexpr,
-    empty: tl.constexpr,
-):
-    """Sum all ranks' rows in float32, in order of rank, so that every rank gets the same bits."""
-    total = tl.zeros(own_bits.shape, dtype=tl.float32)
-    missing = 1
-    while missing > 0:
-        total = tl.zeros(own_bits.shape, dtype=tl.float32)
-        is_missing = tl.zeros(own_bits.shape, dtype=tl.int32)
-        for sender in tl.static_range(ranks):
-            arrived = own_bits
-            if sender != rank:
-                arrived = tl.load(place + sender * sender_stride, mask=live, other=0, volatile=True)
-            is_missing |= (arrived == empty).to(tl.int32)
-            total += arrived.to(row_type, bitcast=True).to(tl.float32)
-        missing = tl.max(is_missing, 0)
-    # The reduction is over, so every thread has read.
-    nothing = tl.full(own_bits.shape, empty, dtype=own_bits.dtype)
-    for sender in tl.static_range(ranks):
-        if sender != rank:
-            tl.store(place + sender * sender_stride, nothing, mask=live)
-    return total
+STARTS_NEXT_EARLY = True
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -93,6 +33,8 @@ def all_reduce_rms_norm_kernel(
     post_weight,
     residual,
     out,
+    out_scales,
+    input_scale,
     own_buffer,
     buffers,
     turns,
@@ -102,16 +44,23 @@ def all_reduce_rms_norm_kernel(
     dim,
     buffer_rows,
     eps,
+    limit,
+    min_scale,
     rank: tl.constexpr,
     parts: tl.constexpr,
     ranks: tl.constexpr,
     in_two_shots: tl.constexpr,
     has_post_norm: tl.constexpr,
+    is_rounded: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
+    is_early: tl.constexpr,
     empty: tl.constexpr,
     sent_for_empty: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
+    start_next(is_dependent and is_early)
     row_type: tl.constexpr = residual.dtype.element_ty
     bits_type: tl.constexpr = own_buffer.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -121,6 +70,7 @@ def all_reduce_rms_norm_kernel(
     scale = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
     if has_post_norm:
         post_scale = tl.load(post_weight + column, mask=live, other=0.0).to(tl.float32)
+    next_address = address_of(buffers, (rank + 1) % ranks)
     wait_for_previous(is_dependent)
     residual_row = residual + token * residual_stride + column
     before = tl.load(residual_row, mask=live, other=0.0).to(tl.float32)
@@ -131,22 +81,22 @@ def all_reduce_rms_norm_kernel(
     own = tl.zeros([block], dtype=tl.float32)
     for part in tl.static_range(parts):
         own += tl.load(x + (part * tokens + token) * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    own_bits = _bits(own.to(row_type), empty, sent_for_empty, bits_type)
+    own_bits = as_bits(own.to(row_type), empty, sent_for_empty, bits_type)
     if in_two_shots:
         owner = token % ranks
         if owner == rank:
-            total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+            total = receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
             if has_post_norm:
                 total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
             total = (before + total).to(row_type)
-            bits = _bits(total, empty, sent_for_empty, bits_type)
-            _send_to_others(buffers, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
+            bits = as_bits(total, empty, sent_for_empty, bits_type)
+            send_to_others(buffers, next_address, own_buffer, first, bits, live, sender_stride, column, rank, ranks)
         else:
-            _send(buffers, owner, own_buffer, first + rank * sender_stride + column, own_bits, live)
-            total = _receive(place + owner * sender_stride, live, row_type, empty)
+            send(address_of(buffers, owner), own_buffer, first + rank * sender_stride + column, own_bits, live)
+            total = receive(place + owner * sender_stride, live, row_type, empty)
     else:
-        _send_to_others(buffers, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
-        total = _receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
+        send_to_others(buffers, next_address, own_buffer, first, own_bits, live, sender_stride, column, rank, ranks)
+        total = receive_sum(place, own_bits, live, sender_stride, row_type, rank, ranks, empty)
         if has_post_norm:
             total = rms_normed(total, post_scale, eps, dim, weight_type).to(row_type).to(tl.float32)
         total = (before + total).to(row_type)
@@ -154,7 +104,15 @@ def all_reduce_rms_norm_kernel(
     tl.store(residual_row, total, mask=live)
     value = total.to(tl.float32)
     normed = rms_normed(value, scale, eps, dim, weight_type)
-    tl.store(out + token * dim + column, normed.to(out.dtype.element_ty), mask=live)
+    if is_rounded:
+        normed = normed.to(row_type).to(tl.float32)
+        row, row_scale = rounded_row(
+            normed, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block
+        )
+        tl.store(out_scales + token, row_scale)
+    else:
+        row = normed.to(out.dtype.element_ty)
+    tl.store(out + token * dim + column, row, mask=live)
 
 
 def all_reduce_rms_norm(
@@ -164,7 +122,44 @@ def all_reduce_rms_norm(
     residual: Tensor,
     buffers: LamportBuffers,
     post_weight: Tensor | None = None,
-) -> Tensor:
+    reader: Weight | None = None,
+) -> Activations:
+    # Of fewer tokens, 16 bits take no longer.
+    if len(residual) > MAX_16_BIT_TOKENS and takes_rounded(reader, residual.dtype):
+        return rounded_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, reader)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    launch_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, out, None, reader)
+    return out
+
+
+def rounded_all_reduce_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None,
+    reader: QuantizedWeight,
+) -> RoundedTokens:
+    """quantize_tokens, for `reader`, of the norm. The reader has one group."""
+    out = torch.empty(residual.shape, dtype=reader.values.dtype, device=x.device)
+    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
+    launch_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, out, scales, reader)
+    return RoundedTokens(out, scales, residual.dtype)
+
+
+def launch_all_reduce_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    reader: Weight | None,
+) -> None:
+    """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     own = buffers.by_rank[buffers.rank]
@@ -174,9 +169,10 @@ def all_reduce_rms_norm(
     assert parts == 1 or x.stride(0) == tokens * x.stride(1)
     assert weight.is_contiguous()
     assert post_weight is None or post_weight.is_contiguous()
-    out = torch.empty((tokens, dim), dtype=residual.dtype, device=x.device)
     if tokens == 0:
-        return out
+        return
+    is_quantized = isinstance(reader, QuantizedWeight)
+    input_scale = reader.input_scale if is_quantized and scales is not None else None
     block = triton.next_power_of_2(dim)
     all_reduce_rms_norm_kernel[(tokens,)](
         x,
@@ -184,6 +180,8 @@ def all_reduce_rms_norm(
         weight if post_weight is None else post_weight,
         residual,
         out,
+        out if scales is None else scales,
+        weight if input_scale is None else input_scale,
         own,
         buffers.addresses,
         buffers.turns,
@@ -193,15 +191,20 @@ def all_reduce_rms_norm(
         dim,
         own.shape[2],
         eps,
+        0.0 if scales is None else LIMITS[out.dtype],
+        MIN_INPUT_SCALE,
         rank=buffers.rank,
         parts=parts,
         ranks=own.shape[1],
         in_two_shots=buffers.use_two_shots(tokens),
         has_post_norm=post_weight is not None,
+        is_rounded=scales is not None,
+        is_static=input_scale is not None,
+        in_fragments=is_quantized and reader.in_fragments,
+        is_early=is_quantized and reader.in_fragments and STARTS_NEXT_EARLY,
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 256)),
         **dependent_launch(x.device),
     )
-    return out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-latency (Lamport) buffers, through which tensor-parallel ranks send each other rows of their products.
+"""Low-latency (Lamport) buffers, through which tensor-parallel ranks send each other rows of numbers.
 
 Each rank owns a buffer [2, ranks, rows, columns] that all ranks of the group map. To send row i, a rank writes it to
 [turn, its own rank, i] of the receiver's buffer. The receiver polls that place until no number in it is EMPTY, then
@@ -46,6 +46,14 @@ class LamportBuffers(NamedTuple):
     def fit(self, rows: int, columns: int) -> bool:
         """Whether a message of this shape fits."""
         return rows <= self.turns.shape[0] and columns == self.by_rank[0].shape[3]
+
+    def fit_in_pieces(self, rows: int, columns: int) -> bool:
+        """Whether a message fits whose rows travel in pieces."""
+        return rows * self.pieces(columns) <= self.turns.shape[0]
+
+    def pieces(self, columns: int) -> int:
+        """The rows of a buffer that hold a row of so many columns."""
+        return -(-columns // self.by_rank[0].shape[3])
 
     def use_two_shots(self, rows: int) -> bool:
         """Whether the rows' owners sum a message of this many rows; if not, every rank sums all of it."""

@@ -11,6 +11,8 @@ from lightllm_backend.kernels.compiled.products import gated_linear, linear, lin
 from lightllm_backend.kernels.compiled.rows import rms_norm, silu_and_mul
 from lightllm_backend.kernels.reference import (
     add_logit_bias,
+    all_gather,
+    all_reduce_embeddings,
     all_reduce_rms_norm,
     apply_penalties,
     apply_token_masks,
@@ -33,6 +35,8 @@ from lightllm_backend.kernels.reference import (
 
 __all__ = [
     "add_logit_bias",
+    "all_gather",
+    "all_reduce_embeddings",
     "all_reduce_rms_norm",
     "apply_penalties",
     "apply_token_masks",

@@ -26,6 +26,7 @@ from lightllm_backend.kernels.compiled.numbers import (
 from lightllm_backend.kernels.compiled.rows import gelu_argument, silu_and_mul
 from lightllm_backend.kernels.compiled.threads import in_parts
 from lightllm_backend.kernels.quantized.grid_weight import BLOCK, GROUP, GridWeight
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import Weight
 
 # Tokens that share what is read and unpacked of a weight.
@@ -127,20 +128,26 @@ def _product(
     return out
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    if not _is_compiled(x, weight):
+def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    if not isinstance(x, Tensor) or not _is_compiled(x, weight):
         return reference.linear(x, weight, bias, out)
     assert isinstance(weight, GridWeight)
     out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
     return _product(x, weight, bias, out)
 
 
-def linear_splits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear_splits(x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias).unsqueeze(0)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
-    if not _is_compiled(x, weight):
+def gated_linear(
+    x: Activations,
+    weight: Weight,
+    bias: Tensor | None = None,
+    is_gelu: bool = False,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
+) -> Tensor:
+    if not isinstance(x, Tensor) or not _is_compiled(x, weight):
         return silu_and_mul(reference.linear(x, weight, bias), is_gelu)
     assert isinstance(weight, GridWeight)
     return _product(x, weight, bias, x.new_empty((x.shape[0], weight.shape[0] // 2)), True, is_gelu)

@@ -22,6 +22,7 @@ from lightllm_backend.kernels.compiled.numbers import (
     normed,
     rounded,
 )
+from lightllm_backend.kernels.quantized.weight import Weight
 
 # With more numbers PyTorch's threads win.
 _FEW = 1 << 15
@@ -72,7 +73,12 @@ def _is_plain(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    post_weight: Tensor | None = None,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
 ) -> Tensor:
     if residual is None or not _is_plain(x, weight, residual):
         return reference.rms_norm(x, weight, eps, residual, post_weight)

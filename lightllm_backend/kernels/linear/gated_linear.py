@@ -12,14 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
-from lightllm_backend.kernels.activation.silu_and_mul import silu_and_mul
+from lightllm_backend.kernels.activation.silu_and_mul import MAX_ROUNDED, rounded_silu_and_mul, silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.linear import gated_tiles
 from lightllm_backend.kernels.linear.choice import MAX_UNFUSED_TOKENS, Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, takes_rounded
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.product import multiplies_8_bits, quantized_gated
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
@@ -61,15 +63,23 @@ def gated_linear_kernel(
     tl.store(address, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
+def gated_linear(
+    x: Activations,
+    weight: Weight,
+    bias: Tensor | None = None,
+    is_gelu: bool = False,
+    reader: Weight | None = None,
+) -> Activations:
     if isinstance(weight, QuantizedWeight):
         gated = quantized_gated(x, weight, bias, is_gelu)
         if gated is not None:
             return gated
-        if x.shape[0] <= MAX_UNFUSED_TOKENS or multiplies_8_bits(weight, x.device):
-            return silu_and_mul(linear(x, weight, bias), is_gelu)
+        if x.shape[0] <= MAX_UNFUSED_TOKENS or multiplies_8_bits(weight, weight.values.device):
+            return _activated(linear(x, weight, bias), is_gelu, reader)
+        assert isinstance(x, Tensor)
         x, weight = weight.order_input(x), dequantize(weight, x.dtype)
     tokens, features = x.shape[0], weight.shape[0] // 2
+    assert isinstance(x, Tensor)
     assert isinstance(weight, Tensor)
     choice = choice_for(x, weight, bias, is_gated=True)
     if choice.kernel is ProductKernel.GATED_TILES:
@@ -79,6 +89,13 @@ def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu:
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
     launch_gated(x, weight, bias, out, choice, is_gelu)
     return out
+
+
+def _activated(gate_up: Tensor, is_gelu: bool, reader: Weight | None) -> Activations:
+    tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
+    if tokens > MAX_16_BIT_TOKENS and features <= MAX_ROUNDED and takes_rounded(reader, gate_up.dtype):
+        return rounded_silu_and_mul(gate_up, is_gelu, reader)
+    return silu_and_mul(gate_up, is_gelu)
 
 
 def launch_gated(

@@ -8,16 +8,18 @@ from lightllm_backend.kernels.linear.choice import choice_for
 from lightllm_backend.kernels.linear.linear_splits import launch_product
 from lightllm_backend.kernels.linear.sum_splits import sum_splits
 from lightllm_backend.kernels.quantized.product import quantized_parts
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     tokens, out_features = x.shape[0], weight.shape[0]
     if isinstance(weight, QuantizedWeight):
         parts = quantized_parts(x, weight, bias)
         if out is None and len(parts) == 1:
             return parts[0]
         return sum_splits(parts, parts.new_empty(parts.shape[1:], dtype=x.dtype) if out is None else out)
+    assert isinstance(x, Tensor)
     if out is None:
         out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     assert isinstance(weight, Tensor)

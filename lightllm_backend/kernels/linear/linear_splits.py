@@ -16,6 +16,7 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.linear.choice import Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 from lightllm_backend.kernels.quantized.product import quantized_parts
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
@@ -59,10 +60,11 @@ def linear_splits_kernel(
     tl.store(address, total.to(out.dtype.element_ty), mask=live)
 
 
-def linear_splits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear_splits(x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
         return quantized_parts(x, weight, bias)
     assert isinstance(weight, Tensor)
+    assert isinstance(x, Tensor)
     choice = choice_for(x, weight, bias)
     if choice.blocks is None:
         return functional.linear(x, weight, bias).unsqueeze(0)

@@ -6,12 +6,16 @@ from torch.nn import functional
 
 from lightllm_backend.kernels.activation.reference import silu_and_mul
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight
-from lightllm_backend.kernels.quantized.reference import quantized_linear
+from lightllm_backend.kernels.quantized.reference import quantized_linear, scaled_linear
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    if isinstance(weight, QuantizedWeight):
+def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    if isinstance(x, RoundedTokens):
+        assert isinstance(weight, QuantizedWeight)
+        product = scaled_linear(x.values, x.scales, weight, bias, x.dtype)
+    elif isinstance(weight, QuantizedWeight):
         product = quantized_linear(x, weight, bias)
     elif isinstance(weight, GridWeight):
         product = weight.linear(x, bias)
@@ -20,7 +24,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | 
     return product if out is None else out.copy_(product)
 
 
-def linear_splits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear_splits(x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias).unsqueeze(0)
 
 
@@ -28,5 +32,11 @@ def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
     return out.copy_(parts.sum(0))
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, is_gelu: bool = False) -> Tensor:
+def gated_linear(
+    x: Activations,
+    weight: Weight,
+    bias: Tensor | None = None,
+    is_gelu: bool = False,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
+) -> Tensor:
     return silu_and_mul(linear(x, weight, bias), is_gelu)

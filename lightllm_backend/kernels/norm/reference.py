@@ -5,9 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.quantized.weight import Weight
+
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    post_weight: Tensor | None = None,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
 ) -> Tensor:
     x = sum_of_parts(x)
     if residual is not None:

@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.quantized.choice import takes_rounded
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
 
 @triton.jit
@@ -25,18 +29,27 @@ def rms_norm_kernel(
     post_weight,
     residual,
     out,
+    out_scales,
+    input_scale,
     x_stride,
     residual_stride,
     out_stride,
     tokens,
     dim,
     eps,
+    limit,
+    min_scale,
     parts: tl.constexpr,
     has_residual: tl.constexpr,
     has_post_norm: tl.constexpr,
+    is_rounded: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
+    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
+    start_next(is_dependent and is_early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
@@ -60,12 +73,62 @@ def rms_norm_kernel(
         tl.store(residual_row, total, mask=live)
         value = total.to(tl.float32)
     normed = rms_normed(value, scale, eps, dim, weight_type)
-    tl.store(out + token * out_stride + column, normed.to(out.dtype.element_ty), mask=live)
+    if is_rounded:
+        normed = normed.to(residual.dtype.element_ty).to(tl.float32)
+        row, row_scale = rounded_row(
+            normed, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block
+        )
+        tl.store(out_scales + token, row_scale)
+    else:
+        row = normed.to(out.dtype.element_ty)
+    tl.store(out + token * out_stride + column, row, mask=live)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, post_weight: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    post_weight: Tensor | None = None,
+    reader: Weight | None = None,
+) -> Activations:
+    if takes_rounded(reader, x.dtype if residual is None else residual.dtype):
+        return rounded_rms_norm(x, weight, eps, residual, post_weight, reader)
+    out = _output(x, residual, None)
+    launch_rms_norm(x, weight, eps, residual, post_weight, out, None, reader)
+    return out
+
+
+def rounded_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    reader: QuantizedWeight,
+) -> RoundedTokens:
+    """quantize_tokens, for `reader`, of the norm. The reader has one group."""
+    out = _output(x, residual, reader.values.dtype)
+    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
+    launch_rms_norm(x, weight, eps, residual, post_weight, out, scales, reader)
+    return RoundedTokens(out, scales, x.dtype if residual is None else residual.dtype)
+
+
+def _output(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty(x.shape[-2:], dtype=dtype or (x if residual is None else residual).dtype, device=x.device)
+
+
+def launch_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    reader: Weight | None,
+) -> None:
+    """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     assert x.stride(-1) == 1
@@ -74,9 +137,10 @@ def rms_norm(
     assert post_weight is None or (residual is not None and post_weight.is_contiguous())
     added = x if residual is None else residual
     assert added.stride(-1) == 1
-    out = torch.empty((tokens, dim), dtype=added.dtype, device=x.device)
     if tokens == 0:
-        return out
+        return
+    is_quantized = isinstance(reader, QuantizedWeight)
+    input_scale = reader.input_scale if is_quantized and scales is not None else None
     block = triton.next_power_of_2(dim)
     rms_norm_kernel[(tokens,)](
         x,
@@ -84,17 +148,25 @@ def rms_norm(
         weight if post_weight is None else post_weight,
         added,
         out,
+        out if scales is None else scales,
+        weight if input_scale is None else input_scale,
         x.stride(-2),
         added.stride(-2),
         out.stride(0),
         tokens,
         dim,
         eps,
+        0.0 if scales is None else LIMITS[out.dtype],
+        MIN_INPUT_SCALE,
         parts=parts,
         has_residual=residual is not None,
         has_post_norm=post_weight is not None,
+        is_rounded=scales is not None,
+        is_static=input_scale is not None,
+        in_fragments=is_quantized and reader.in_fragments,
         block=block,
         num_warps=min(16, max(1, block // 256)),
+        # linear_prefetch would only take the place of what runs: 3.55 instead of 3.50 ms for a step of 7B in 16 bits.
+        is_early=is_quantized and reader.in_fragments,
         **dependent_launch(x.device),
     )
-    return out

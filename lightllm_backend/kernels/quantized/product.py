@@ -9,44 +9,47 @@ from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, Prefetc
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS, quantized_splits
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.scaled_linear import scaled_linear
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 
-def quantized_parts(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The product with `x` [tokens, in_features] as parts [splits, tokens, out_features], by the first that applies:
 
     1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper) and choice.py has blocks for it; above
                      64 tokens, a checkpoint that wants activations of 8 bits gets them: by quantize_tokens if it
                      is fp8 by channel, by the kernels below if it is not
     1 to 64 tokens   quantized_splits: reading the weight bounds the time, whatever the activations' bits
-    more tokens      quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
+    more tokens, and activations that were rounded already
+                    quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
                      activations of 8 bits and the GPU has tensor cores for them: int8 from Ampere on, fp8 from Ada on
                      dequantize and cuBLAS
     """
     blocks = prefetch_blocks(x, weight, is_gated=False)
     if blocks is not None:
         dtype = x.dtype if blocks.splits == 1 else torch.float32
-        out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+        out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=weight.values.device)
         return _prefetch(x, weight, bias, out, blocks, is_gated=False)
-    if x.shape[0] <= MAX_TILE_TOKENS:
-        return quantized_splits(x, weight, bias)
-    x = weight.order_input(x)
-    if multiplies_8_bits(weight, x.device):
-        values, scales = quantize_tokens(x, weight)
-        if _suits_cublas(x, weight):
-            return _scaled_by_cublas(values, scales, weight, bias, x.dtype).unsqueeze(0)
-        return scaled_linear(values, scales, weight, bias, x.dtype).unsqueeze(0)
+    if isinstance(x, Tensor):
+        if x.shape[0] <= MAX_TILE_TOKENS:
+            return quantized_splits(x, weight, bias)
+        x = weight.order_input(x)
+        if multiplies_8_bits(weight, x.device):
+            x = RoundedTokens(*quantize_tokens(x, weight), x.dtype)
+    if isinstance(x, RoundedTokens):
+        multiply = _scaled_by_cublas if _suits_cublas(x, weight) else scaled_linear
+        return multiply(x.values, x.scales, weight, bias, x.dtype).unsqueeze(0)
     whole = dequantize(weight, x.dtype).t()
     return (torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)).unsqueeze(0)
 
 
-def quantized_gated(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, is_gelu: bool) -> Tensor | None:
+def quantized_gated(x: Activations, weight: QuantizedWeight, bias: Tensor | None, is_gelu: bool) -> Tensor | None:
     """gated_linear by quantized_prefetch, for a weight [2 * features, in_features]; None: it does not apply."""
     blocks = prefetch_blocks(x, weight, is_gated=True)
     if blocks is None:
         return None
-    out = torch.empty((1, x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=weight.values.device)
     return _prefetch(x, weight, bias, out, blocks, is_gated=True, is_gelu=is_gelu).squeeze(0)
 
 
@@ -57,7 +60,7 @@ def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
 
 
 def _prefetch(
-    x: Tensor,
+    x: Activations,
     weight: QuantizedWeight,
     bias: Tensor | None,
     out: Tensor,
@@ -68,16 +71,16 @@ def _prefetch(
     # Not every Triton-lang has Gluon.
     from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 
-    x, scales = weight.order_input(x), None
-    if x.shape[0] > MAX_16_BIT_TOKENS and is_direct(weight):
-        x, scales = quantize_tokens(x, weight)
-    launch_quantized_prefetch(x, scales, weight, bias, out, blocks, is_gated, is_gelu)
+    values, scales = (x.values, x.scales) if isinstance(x, RoundedTokens) else (weight.order_input(x), None)
+    if scales is None and len(values) > MAX_16_BIT_TOKENS and is_direct(weight):
+        values, scales = quantize_tokens(values, weight)
+    launch_quantized_prefetch(values, scales, weight, bias, out, blocks, is_gated, is_gelu)
     return out
 
 
-def _suits_cublas(x: Tensor, weight: QuantizedWeight) -> bool:
+def _suits_cublas(x: RoundedTokens, weight: QuantizedWeight) -> bool:
     is_aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    is_hopper = compute_capability(x.device) == (9, 0)
+    is_hopper = compute_capability(weight.values.device) == (9, 0)
     return is_hopper and is_aligned and x.dtype == torch.bfloat16 and is_direct(weight)
 
 

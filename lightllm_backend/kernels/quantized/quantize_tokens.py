@@ -7,8 +7,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
+
+
+@triton.jit
+def rounded_row(
+    value,
+    input_scale,
+    limit,
+    min_scale,
+    dtype: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One group of a token's columns, float32 [block], in 8 bits, and its scale."""
+    if is_static:  # noqa: SIM108 - only one is defined
+        scale = tl.load(input_scale)
+    else:
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)
+    value = tl.div_rn(value, tl.zeros([block], dtype=tl.float32) + scale)
+    value = tl.minimum(tl.maximum(value, -limit), limit)
+    if dtype == tl.int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
+        value = (value + 12582912.0) - 12582912.0
+    rounded = value.to(dtype)
+    if in_fragments:  # by the digits of a column, in fragments.py's words: block, half, thread, second
+        digits = tl.reshape(rounded, (block // 64, 4, 2, 4, 2))
+        rounded = tl.reshape(tl.permute(digits, (0, 3, 1, 4, 2)), (block,))
+    return rounded, scale
 
 
 @triton.jit
@@ -23,31 +50,22 @@ def quantize_tokens_kernel(
     limit,
     min_scale,
     is_static: tl.constexpr,
-    is_int8: tl.constexpr,
     in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
     """Rounds one group of a token's columns."""
+    start_next(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * group_size
     last = tl.minimum(first + group_size, in_features)
     column = first + tl.arange(0, block)
     wait_for_previous(is_dependent)
     value = tl.load(x + token * x_stride + column, mask=column < last, other=0.0).to(tl.float32)
-    if is_static:  # noqa: SIM108 - only one is defined
-        scale = tl.load(input_scale)
-    else:
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)
+    rounded, scale = rounded_row(
+        value, input_scale, limit, min_scale, values.dtype.element_ty, is_static, in_fragments, block
+    )
     tl.store(scales + token * tl.num_programs(1) + tl.program_id(1), scale)
-    value = tl.div_rn(value, tl.zeros([block], dtype=tl.float32) + scale)
-    value = tl.minimum(tl.maximum(value, -limit), limit)
-    if is_int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
-        value = (value + 12582912.0) - 12582912.0
-    rounded = value.to(values.dtype.element_ty)
-    if in_fragments:  # by the digits of a column, in fragments.py's words: block, half, thread, second
-        digits = tl.reshape(rounded, (block // 64, 4, 2, 4, 2))
-        rounded = tl.reshape(tl.permute(digits, (0, 3, 1, 4, 2)), (block,))
     tl.store(values + token * in_features + column, rounded, mask=column < last)
 
 
@@ -70,7 +88,6 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
             LIMITS[dtype],
             MIN_INPUT_SCALE,
             is_static=weight.input_scale is not None,
-            is_int8=dtype == torch.int8,
             in_fragments=weight.in_fragments,
             block=block,
             num_warps=min(16, max(4, block // 1024)),
