@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 from lightllm_backend.models.decoder import MLP, SelfAttention
 from lightllm_backend.models.layers import HiddenStates
 from lightllm_backend.models.llama import LlamaForCausalLM
@@ -22,7 +24,11 @@ class Scaled:
     part: SelfAttention | MLP
     factor: float
 
-    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    @property
+    def reader(self) -> Weight:
+        return self.part.reader
+
+    def __call__(self, x: Activations, *others: Any, **named: Any) -> Tensor:
         return self.part(x, *others, **named).mul_(self.factor)
 
     def weight_map(self) -> dict[str, WeightSlot]:

@@ -30,7 +30,8 @@ class Olmo2Attention(Attention):
 
     def _normed(self, *parts: Tensor) -> list[Tensor]:
         if self.parallel.size == 1:
-            return [self.kernels.rms_norm(x, w, self.eps) for x, w in zip(parts, self.weights, strict=True)]
+            normed = [self.kernels.rms_norm(x, w, self.eps) for x, w in zip(parts, self.weights, strict=True)]
+            return [x for x in normed if isinstance(x, Tensor)]  # none is rounded without a reader
         squares = self.parallel.all_reduce(torch.stack([x.float().square().sum(-1) for x in parts]))
         # Ranks that share a KV head count it more than once, in both numbers.
         counts = [part.rows * self.parallel.size for part in self.qkv.parts[:2]]
