@@ -586,13 +586,15 @@ def launch_quantized_prefetch(
     # of columns if it holds two groups, or if one is unpacked while the other is multiplied.
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
     layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
-    overlaps = not is_direct and layout_of_sums.version[0] == 3 and tile_columns >= 2 * CHUNK
+    is_grouped = groups > 1 or has_zeros
+    overlaps = not is_direct and tile_columns >= 2 * CHUNK
+    overlaps = overlaps and unpacks_ahead(layout_of_sums, 2, is_grouped, weight.is_int4)
     spans = 2 if overlaps or (groups > 1 and tile_columns > weight.group_size) else 1
     span_columns = tile_columns // spans
     row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
     assert blocks.inner % tile_columns == 0
     assert weight.group_size % span_columns == 0
-    spans_per_group = weight.group_size // span_columns if groups > 1 or has_zeros else 0
+    spans_per_group = weight.group_size // span_columns if is_grouped else 0
     steps = in_features // blocks.inner
     steps_of_split = triton.cdiv(steps, blocks.splits)
     assert (blocks.splits - 1) * steps_of_split < steps
@@ -602,8 +604,7 @@ def launch_quantized_prefetch(
     layout = gl.NVMMASharedLayout.get_default_for([rows, row_bytes], ELEMENTS[values.dtype])
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
     most, of_consumers = registers_of(blocks)
-    spans_of_step = blocks.inner // span_columns
-    is_scaled = spans_per_group > 0 and unpacks_ahead(layout_of_sums, spans_of_step, True, weight.is_int4)
+    is_scaled = is_grouped and unpacks_ahead(layout_of_sums, blocks.inner // span_columns, True, weight.is_int4)
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
         tile_descriptor(x, x.shape, (block_tokens, span_columns)),
         TensorDescriptor(values, list(values.shape), [values.stride(0), 1], [rows, row_bytes], layout),
