@@ -323,17 +323,27 @@ class Kernels(Protocol):
         [sequences, k] int32, padded with -1, become -inf.
         """
 
-    def apply_token_masks(self, logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
-        """Rules out tokens: what a mask does not allow becomes -inf in `logits` [sequences, vocab], in place.
+    def apply_token_masks(self, logits: Tensor, masks: Tensor, mask_rows: Tensor, out: Tensor) -> None:
+        """Copies `logits` [sequences, vocab] to `out`, float32, with -inf for what a mask does not allow.
+
+        `out` may be `logits`.
 
         `masks` [masks, ceil(vocab / 32)] int32, contiguous, have one bit a token, the least significant first: 1 allows
         it. `mask_rows` [sequences] int32 names each sequence's mask, -1 for none.
         """
 
-    def choose_greedily(self, logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
+    def choose_greedily(
+        self,
+        logits: Tensor,
+        places: Tensor,
+        table: Tensor,
+        masks: Tensor | None = None,
+        mask_rows: Tensor | None = None,
+    ) -> Tensor:
         """The first greatest logit of each row of `logits` [sequences, vocab]: [sequences] int32.
 
-        Also written to `table`, a flat int32 tensor, at `places` [sequences] int64.
+        Also written to `table`, a flat int32 tensor, at `places` [sequences] int64. With `masks` and `mask_rows`, as
+        apply_token_masks takes them, the greatest of those that the masks allow.
         """
 
     def sample(

@@ -58,8 +58,7 @@ class PlannedStep(NamedTuple):
     def of(cls, batch: Batch, table: RequestTable) -> PlannedStep:
         rows = batch.rows[batch.samples].astype(np.int64)
         positions = table.cached[rows]
-        structured = table.structured[rows]
-        is_plain = ~(table.with_log_probs[rows] | structured)
+        is_plain = ~table.with_log_probs[rows]
         is_plain[batch.num_decodes :] = False  # a first token carries its request's time in the queue
         return cls(
             batch=batch,
@@ -68,7 +67,7 @@ class PlannedStep(NamedTuple):
             positions=positions,
             holds_row=np.ones(len(rows), dtype=np.bool_),
             is_plain=is_plain,
-            structured=structured,
+            structured=table.structured[rows],
             may_end=positions >= table.may_end_from[rows],
             ending_ids=table.ending_ids[rows, : table.num_ending_ids[rows].max(initial=0)],
             is_final=table.remaining[rows] == 0,

@@ -218,9 +218,10 @@ class Router:
         known = step.holds_row
         self._take_scores(step, result)
         self._table.record(step.rows[known], step.positions[known], token_ids[known])
-        goes_on = known & step.is_plain & ~ends
-        top = result.top_log_probs.by_sample() if result.top_log_probs else {}
         accepted = self._accept(step, token_ids)
+        goes_on = known & step.is_plain & ~ends
+        goes_on[[index for index, complete in accepted.items() if complete]] = False  # or has an error
+        top = result.top_log_probs.by_sample() if result.top_log_probs else {}
         for index in (~goes_on).nonzero()[0].tolist():
             sequence = self._by_arrival_index.get(int(step.arrival_indices[index]))
             if sequence is None:

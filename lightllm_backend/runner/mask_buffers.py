@@ -15,67 +15,79 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_FIRST_MASKS = 16
+_FIRST_WORDS = 1 << 16
 _STEPS_IN_FLIGHT = 2
+_ALIGNMENT = 4  # words, see staging.py
 
 
 class _Buffer:
-    """Masks in pinned memory and on the device."""
+    """Words in pinned memory and on the device."""
 
-    def __init__(self, count: int, words: int, device: torch.device) -> None:
-        self.host = torch.empty(count, words, dtype=torch.int32, pin_memory=True)
-        self.device = torch.empty(count, words, dtype=torch.int32, device=device)
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        self.host = torch.empty(num_words, dtype=torch.int32, pin_memory=True)
+        self.device = torch.empty(num_words, dtype=torch.int32, device=device)
         self.copied, self.read = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class MaskBuffers:
-    """A ring of buffers for the masks of a step, one bit a token. It takes no memory before the first mask.
+    """A ring of buffers for the masks of a step, one bit a token, and for which sequence has which, in one copy.
 
-    On a CPU there is nothing to copy: the masks are where they were made.
+    It takes no memory before the first mask. On a CPU there is nothing to copy: the masks are where they were made.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.words = -(-vocab_size // 32)
+        self.words = -(-vocab_size // 32)  # of a mask
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: list[_Buffer] = []
         self._turn = 0
-        self._masks = torch.empty(0, self.words, dtype=torch.int32)
+        self._memory = torch.empty(0, dtype=torch.int32)  # of the masks taken last
+        self._count = self._sequences = 0
 
-    def take(self, count: int) -> NDArray[np.int32]:
-        """Return the next buffer, [count, words], to write masks into. It holds those of an earlier step."""
+    def take(self, count: int, sequences: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return masks [count, words] and mask_rows [sequences] to write. They hold those of an earlier step."""
+        self._count, self._sequences = count, sequences
+        num_words = self._first_mask + count * self.words
         if self._stream is None:
-            self._masks = torch.empty(count, self.words, dtype=torch.int32)
+            self._memory = torch.empty(num_words, dtype=torch.int32)
         else:
-            self._make_room(count)
+            self._make_room(num_words)
             self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
             buffer = self._buffers[self._turn]
             buffer.copied.synchronize()
-            self._masks = buffer.host[:count]
-        masks: NDArray[np.int32] = self._masks.numpy()
-        return masks
+            self._memory = buffer.host[:num_words]
+        masks, mask_rows = self._parts(self._memory)
+        return masks.numpy(), mask_rows.numpy()
 
     @contextmanager
-    def on_device(self) -> Iterator[Tensor]:
-        """Copy the masks taken last to the device, for the kernels that the block launches on the current stream."""
+    def on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Copy what was taken last to the device, for the kernels that the block launches on the current stream."""
         if self._stream is None:
-            yield self._masks
+            yield self._parts(self._memory)
             return
         buffer = self._buffers[self._turn]
-        masks = buffer.device[: len(self._masks)]
+        words = buffer.device[: len(self._memory)]
         self._stream.wait_event(buffer.read)
         with torch.cuda.stream(self._stream):
-            masks.copy_(self._masks, non_blocking=True)
+            words.copy_(self._memory, non_blocking=True)
             buffer.copied.record()
         torch.cuda.current_stream().wait_event(buffer.copied)
-        yield masks
+        yield self._parts(words)
         buffer.read.record()
 
-    def _make_room(self, count: int) -> None:
-        if self._buffers and len(self._buffers[0].host) >= count:
+    @property
+    def _first_mask(self) -> int:
+        """Where the masks begin behind the mask_rows."""
+        return -(-self._sequences // _ALIGNMENT) * _ALIGNMENT
+
+    def _parts(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        return words[self._first_mask :].view(self._count, self.words), words[: self._sequences]
+
+    def _make_room(self, num_words: int) -> None:
+        if self._buffers and len(self._buffers[0].host) >= num_words:
             return
         torch.cuda.synchronize(self._device)  # before the buffers in use are freed; this happens a few times at most
-        size = max(_FIRST_MASKS, 1 << (count - 1).bit_length())
-        self._buffers = [_Buffer(size, self.words, self._device) for _ in range(_STEPS_IN_FLIGHT)]
+        size = max(_FIRST_WORDS, 1 << (num_words - 1).bit_length())
+        self._buffers = [_Buffer(size, self._device) for _ in range(_STEPS_IN_FLIGHT)]

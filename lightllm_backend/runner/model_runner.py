@@ -218,10 +218,9 @@ class ModelRunner:
         assert self._unsampled is not None, "the step waits"
         (logits, indices, rows, lengths, scores), self._unsampled = self._unsampled, None
         all_token_ids = self._tables.token_ids.view(-1)
-        with self._masks.on_device(self._staging) as masks:
+        with self._masks.on_device() as masks:
             if masks is not None and self._sampler.is_greedy(rows):
-                self._kernels.apply_token_masks(logits, *masks)
-                token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids)
+                token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids, *masks)
                 return step.fetch(Sampled(token_ids), scores)
             sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, masks)
         all_token_ids.index_copy_(0, indices, sampled.token_ids)

@@ -121,8 +121,11 @@ class Sampler:
             *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
             tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], asking, ending_ids.ravel(),
         )  # fmt: skip
-        original = logits = logits.float().contiguous()
-        if with_log_probs and (is_biased or is_penalised or masks is not None):
+        is_changed = is_biased or is_penalised
+        if is_changed or with_log_probs or masks is None:  # else the masks' kernel makes it float32
+            logits = logits.float().contiguous()
+        original = logits
+        if is_changed and with_log_probs:
             logits = logits.clone()
         if is_biased:  # before penalties, as in vLLM
             self._kernels.add_logit_bias(logits, device_rows, bias_counts, self._biases.token_ids, self._biases.biases)
@@ -133,7 +136,9 @@ class Sampler:
                 device_ending_ids.view(ending_ids.shape),
             )  # fmt: skip
         if masks is not None:
-            self._kernels.apply_token_masks(logits, *masks)
+            unmasked = logits
+            logits = unmasked if is_changed else torch.empty_like(unmasked, dtype=torch.float32)
+            self._kernels.apply_token_masks(unmasked, *masks, logits)
         if self._drawn[rows].any():
             token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths)
         else:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.runner.mask_buffers import MaskBuffers
-from lightllm_backend.runner.staging import Staging
 
 _NO_MASK = -1
-_NO_ROWS = np.empty(0, dtype=np.int32)
 
 
 class TokenMasks:
@@ -27,7 +25,7 @@ class TokenMasks:
         self._structured = np.zeros(num_rows, dtype=bool)  # the row's mask changes with every token
         self._constant: dict[int, NDArray[np.int32]] = {}  # by row
         self._masked = np.zeros(num_rows, dtype=bool)
-        self._mask_rows = _NO_ROWS  # [sequences] of the step, the index of each one's mask; empty if none has one
+        self._are_taken = False  # whether any sequence of the step has a mask
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams]) -> None:
         """Take note of what the new owners of `rows` allow."""
@@ -40,29 +38,28 @@ class TokenMasks:
 
     def take(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
         """Begin the masks of a step that samples for `rows`; return the buffer [structured rows, words] to fill."""
-        self._mask_rows = _NO_ROWS
-        if not self._masked[rows].any():
+        self._are_taken = bool(self._masked[rows].any())
+        if not self._are_taken:
             return np.empty((0, self._buffers.words), dtype=np.int32)
         structured = self._structured[rows]
         num_structured = int(structured.sum())
         constant = [index for index, row in enumerate(rows.tolist()) if row in self._constant]
-        self._mask_rows = np.full(len(rows), _NO_MASK, dtype=np.int32)
-        self._mask_rows[structured] = np.arange(num_structured)
-        self._mask_rows[constant] = np.arange(num_structured, num_structured + len(constant))
-        masks = self._buffers.take(num_structured + len(constant))
+        masks, mask_rows = self._buffers.take(num_structured + len(constant), len(rows))
+        mask_rows[:] = _NO_MASK
+        mask_rows[structured] = np.arange(num_structured)
+        mask_rows[constant] = np.arange(num_structured, num_structured + len(constant))
         for place, index in enumerate(constant, num_structured):
             masks[place] = self._constant[int(rows[index])]
         return masks[:num_structured]
 
     @contextmanager
-    def on_device(self, staging: Staging) -> Iterator[tuple[Tensor, Tensor] | None]:
+    def on_device(self) -> Iterator[tuple[Tensor, Tensor] | None]:
         """Provide the step's masks and mask_rows, as `Kernels.apply_token_masks` takes them; None if it has none."""
-        if not len(self._mask_rows):
+        if not self._are_taken:
             yield None
             return
-        [mask_rows] = staging.upload(self._mask_rows)
         with self._buffers.on_device() as masks:
-            yield masks, mask_rows
+            yield masks
 
 
 def mask_of(token_ids: Sequence[int], words: int) -> NDArray[np.int32]:

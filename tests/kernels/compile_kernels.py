@@ -160,8 +160,9 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
     launchers.apply_penalties(logits, table, *[lengths] * 3, *[floats] * 3, lengths, lengths[:, None])
     masks = torch.zeros(4, -(-logits.shape[1] // 32), dtype=torch.int32)
     for masked in (logits, logits.to(dtype)):
-        launchers.apply_token_masks(masked, masks, lengths)
+        launchers.apply_token_masks(masked, masks, lengths, logits)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
+    launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths, masks, lengths)
     launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
 
 

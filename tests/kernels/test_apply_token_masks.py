@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""apply_token_masks: tokens without their bit become -inf, the others stay as they are."""
+"""apply_token_masks: tokens without their bit become -inf, the others stay as they are, in float32."""
 
 import numpy as np
 import pytest
@@ -26,23 +26,23 @@ def test_rules_out_what_the_mask_does_not_allow(implementation, vocab_size, dtyp
     logits = torch.randn(5, vocab_size, device=device).to(dtype)
     before = logits.clone()
     mask_rows = [2, -1, 0, 2, 1]
+    out = logits if dtype is torch.float32 else torch.full((5, vocab_size), torch.nan, device=device)
     implementation.apply_token_masks(
-        logits, words.to(device), torch.tensor(mask_rows, dtype=torch.int32, device=device)
+        logits, words.to(device), torch.tensor(mask_rows, dtype=torch.int32, device=device), out
     )
     for row, mask_row in enumerate(mask_rows):
         kept = (
             allowed[mask_row].to(device) if mask_row >= 0 else torch.ones(vocab_size, dtype=torch.bool, device=device)
         )
-        assert torch.equal(logits[row], torch.where(kept, before[row], -torch.inf))
+        assert torch.equal(out[row], torch.where(kept, before[row].float(), -torch.inf))
 
 
 @BOTH
 def test_rows_of_a_wider_tensor(implementation, device):
     words, allowed = random_masks(2, 65)
     wide = torch.zeros(2, 72, device=device)
-    implementation.apply_token_masks(
-        wide[:, :65], words.to(device), torch.tensor([1, 0], dtype=torch.int32, device=device)
-    )
+    mask_rows = torch.tensor([1, 0], dtype=torch.int32, device=device)
+    implementation.apply_token_masks(wide[:, :65], words.to(device), mask_rows, wide[:, :65])
     assert torch.equal(wide[:, :65].isfinite().cpu(), allowed[[1, 0]])
     assert not wide[:, 65:].any()
 
@@ -50,4 +50,5 @@ def test_rows_of_a_wider_tensor(implementation, device):
 @BOTH
 def test_no_sequences(implementation, device):
     no_rows = torch.empty(0, dtype=torch.int32, device=device)
-    implementation.apply_token_masks(torch.empty(0, 40, device=device), no_rows.view(0, 2), no_rows)
+    logits = torch.empty(0, 40, device=device)
+    implementation.apply_token_masks(logits, no_rows.view(0, 2), no_rows, logits)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
+from tests.kernels.test_apply_token_masks import random_masks
 
 BOTH = pytest.mark.parametrize("implementation", [reference, launchers])
 
@@ -24,6 +25,20 @@ def test_takes_the_greatest_and_writes_it(implementation, vocab_size, dtype, dev
     assert tokens.dtype == torch.int32
     assert table.view(-1)[places].tolist() == expected
     assert int((table == -1).sum()) == 15
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", [1, 40, 40001])
+def test_takes_the_greatest_that_the_mask_allows(implementation, vocab_size, device):
+    words, allowed = random_masks(2, vocab_size)
+    logits = torch.randn(4, vocab_size, device=device).to(torch.bfloat16)
+    places, table = torch.arange(4, device=device), torch.full((4,), -1, dtype=torch.int32, device=device)
+    mask_rows = torch.tensor([1, -1, 0, 1], dtype=torch.int32, device=device)
+    tokens = implementation.choose_greedily(logits, places, table, words.to(device), mask_rows)
+    kept = torch.where(allowed[[1, 0, 0, 1]].to(device), logits, -torch.inf)
+    kept[1] = logits[1]
+    assert tokens.tolist() == [int((row == row.max()).nonzero()[0]) for row in kept]
+    assert table.tolist() == tokens.tolist()
 
 
 @BOTH

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Rules out the tokens that a sequence may not generate next. Logits are only written, never read."""
+"""Copies logits in float32, without the tokens that a sequence may not generate next."""
 
 import torch
 import triton
@@ -11,29 +11,49 @@ _BLOCK = 4096
 
 
 @triton.jit
-def apply_token_masks_kernel(logits, masks, mask_rows, logits_stride, words, vocab_size, block: tl.constexpr):
+def apply_token_masks_kernel(
+    logits, masks, mask_rows, out, logits_stride, out_stride, words, vocab_size, block: tl.constexpr
+):
     """Handles one block of a sequence's logits."""
     sequence = tl.program_id(0).to(tl.int64)
     mask_row = tl.load(mask_rows + sequence)
-    if mask_row >= 0:
-        column = tl.program_id(1) * block + tl.arange(0, block)
-        live = column < vocab_size
-        word = tl.load(masks + mask_row.to(tl.int64) * words + column // 32, mask=live, other=-1)
-        ruled_out = ((word >> (column % 32)) & 1) == 0
-        value = tl.full([block], float("-inf"), dtype=logits.dtype.element_ty)
-        tl.store(logits + sequence * logits_stride + column, value, mask=live & ruled_out)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    word = tl.program_id(1) * (block // 32) + tl.arange(0, block // 32)
+    num_words = tl.where(mask_row >= 0, words, 0)
+    bits = tl.load(masks + mask_row.to(tl.int64) * words + word, mask=word < num_words, other=-1)
+    live = column < vocab_size
+    is_allowed = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, [block]) != 0
+    value = tl.load(logits + sequence * logits_stride + column, mask=live, other=0.0).to(tl.float32)
+    tl.store(out + sequence * out_stride + column, tl.where(is_allowed, value, float("-inf")), mask=live)
 
 
-def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
+def check_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
+    """Assert that these are masks of these logits."""
     sequences, vocab_size = logits.shape
-    assert logits.stride(1) == 1
     assert masks.dtype == mask_rows.dtype == torch.int32
     assert masks.is_contiguous()
     assert masks.shape[1] == triton.cdiv(vocab_size, 32)
     assert mask_rows.shape == (sequences,)
+
+
+def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor, out: Tensor) -> None:
+    sequences, vocab_size = logits.shape
+    check_masks(logits, masks, mask_rows)
+    assert out.shape == logits.shape
+    assert out.dtype == torch.float32
+    assert logits.stride(1) == out.stride(1) == 1
     if sequences == 0:
         return
     grid = (sequences, triton.cdiv(vocab_size, _BLOCK))
     apply_token_masks_kernel[grid](
-        logits, masks, mask_rows, logits.stride(0), masks.shape[1], vocab_size, block=_BLOCK, num_warps=4
+        logits,
+        masks,
+        mask_rows,
+        out,
+        logits.stride(0),
+        out.stride(0),
+        masks.shape[1],
+        vocab_size,
+        block=_BLOCK,
+        num_warps=4,
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.sampling.apply_token_masks import check_masks
 
 _BLOCK = 16384
 
@@ -18,8 +19,11 @@ def choose_greedily_kernel(
     places,
     table,
     tokens,
+    masks,
+    mask_rows,
     logits_stride,
     vocab_size: tl.constexpr,
+    has_masks: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -28,11 +32,20 @@ def choose_greedily_kernel(
     row = logits + sequence * logits_stride
     place = tl.load(places + sequence)
     wait_for_previous(is_dependent)
+    if has_masks:
+        mask_row = tl.load(mask_rows + sequence)
+        mask = masks + mask_row.to(tl.int64) * tl.cdiv(vocab_size, 32)
+        num_words = tl.where(mask_row >= 0, tl.cdiv(vocab_size, 32), 0)
     greatest = tl.full([block], float("-inf"), dtype=tl.float32)
     token = tl.zeros([block], dtype=tl.int32)
     for start in tl.static_range(0, vocab_size, block):
         column = start + tl.arange(0, block)
         logit = tl.load(row + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
+        if has_masks:
+            word = start // 32 + tl.arange(0, block // 32)
+            bits = tl.load(mask + word, mask=word < num_words, other=-1)
+            bits = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, [block])
+            logit = tl.where(bits != 0, logit, float("-inf"))
         token = tl.where(logit > greatest, column, token)
         greatest = tl.maximum(greatest, logit)
     chosen = tl.min(tl.where(greatest == tl.max(greatest, 0), token, vocab_size), 0)
@@ -42,22 +55,30 @@ def choose_greedily_kernel(
     tl.store(table + place, chosen)
 
 
-def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
+def choose_greedily(
+    logits: Tensor, places: Tensor, table: Tensor, masks: Tensor | None = None, mask_rows: Tensor | None = None
+) -> Tensor:
     sequences, vocab_size = logits.shape
     assert logits.stride(1) == 1
     assert places.is_contiguous()
     assert table.is_contiguous()
+    assert (masks is None) == (mask_rows is None)
+    if masks is not None and mask_rows is not None:
+        check_masks(logits, masks, mask_rows)
     tokens = torch.empty(sequences, dtype=torch.int32, device=logits.device)
     if sequences == 0:
         return tokens
-    block = min(_BLOCK, triton.next_power_of_2(vocab_size))
+    block = max(32, min(_BLOCK, triton.next_power_of_2(vocab_size)))
     choose_greedily_kernel[(sequences,)](
         logits,
         places,
         table,
         tokens,
+        masks,
+        mask_rows,
         logits.stride(0),
         vocab_size=vocab_size,
+        has_masks=masks is not None,
         block=block,
         num_warps=16 if block == _BLOCK else 4,
         **dependent_launch(logits.device),

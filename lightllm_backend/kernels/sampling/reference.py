@@ -58,15 +58,22 @@ def apply_penalties(
     logits[sequences, ending_ids[sequences, index].long()] = -torch.inf
 
 
-def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
+def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor, out: Tensor) -> None:
+    out.copy_(logits)
     masked = (mask_rows >= 0).nonzero().squeeze(1)
     words = masks[mask_rows[masked].long()]
     bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
     ruled_out = bits.flatten(1)[:, : logits.shape[1]] == 0
-    logits[masked] = logits[masked].masked_fill(ruled_out, -torch.inf)
+    out[masked] = out[masked].masked_fill(ruled_out, -torch.inf)
 
 
-def choose_greedily(logits: Tensor, places: Tensor, table: Tensor) -> Tensor:
+def choose_greedily(
+    logits: Tensor, places: Tensor, table: Tensor, masks: Tensor | None = None, mask_rows: Tensor | None = None
+) -> Tensor:
+    if masks is not None and mask_rows is not None:
+        allowed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        apply_token_masks(logits, masks, mask_rows, allowed)
+        logits = allowed
     tokens = logits.argmax(-1).int()
     table.index_copy_(0, places, tokens)
     return tokens
