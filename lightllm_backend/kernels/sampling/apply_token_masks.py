@@ -18,6 +18,7 @@ def apply_token_masks_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     mask_row = tl.load(mask_rows + sequence)
     column = tl.program_id(1) * block + tl.arange(0, block)
+    # With fewer words than threads, each thread loads the words of its own logits.
     word = tl.program_id(1) * (block // 32) + tl.arange(0, block // 32)
     num_words = tl.where(mask_row >= 0, words, 0)
     bits = tl.load(masks + mask_row.to(tl.int64) * words + word, mask=word < num_words, other=-1)
@@ -55,5 +56,5 @@ def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor, out: Ten
         masks.shape[1],
         vocab_size,
         block=_BLOCK,
-        num_warps=4,
+        num_warps=8,
     )

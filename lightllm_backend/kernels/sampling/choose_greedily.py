@@ -11,6 +11,14 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.sampling.apply_token_masks import check_masks
 
 _BLOCK = 16384
+_MASKED_BLOCK, _TOGETHER = 8192, 4
+
+
+@triton.jit
+def _load(row, start, vocab_size: tl.constexpr, block: tl.constexpr):
+    """A block of logits, and their columns."""
+    column = start + tl.arange(0, block)
+    return tl.load(row + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32), column
 
 
 @triton.jit
@@ -26,28 +34,37 @@ def choose_greedily_kernel(
     has_masks: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
+    together: tl.constexpr,
 ):
     """Handles one sequence. `vocab_size` is a constant so that all loads of the row are issued before any is used."""
     sequence = tl.program_id(0).to(tl.int64)
     row = logits + sequence * logits_stride
     place = tl.load(places + sequence)
     wait_for_previous(is_dependent)
-    if has_masks:
-        mask_row = tl.load(mask_rows + sequence)
-        mask = masks + mask_row.to(tl.int64) * tl.cdiv(vocab_size, 32)
-        num_words = tl.where(mask_row >= 0, tl.cdiv(vocab_size, 32), 0)
     greatest = tl.full([block], float("-inf"), dtype=tl.float32)
     token = tl.zeros([block], dtype=tl.int32)
-    for start in tl.static_range(0, vocab_size, block):
-        column = start + tl.arange(0, block)
-        logit = tl.load(row + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
-        if has_masks:
-            word = start // 32 + tl.arange(0, block // 32)
-            bits = tl.load(mask + word, mask=word < num_words, other=-1)
-            bits = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, [block])
-            logit = tl.where(bits != 0, logit, float("-inf"))
-        token = tl.where(logit > greatest, column, token)
-        greatest = tl.maximum(greatest, logit)
+    if has_masks:
+        mask_row = tl.load(mask_rows + sequence)
+        num_words = tl.cdiv(vocab_size, 32)
+        mask = masks + mask_row.to(tl.int64) * num_words
+        num_words = tl.where(mask_row >= 0, num_words, 0)
+        # All loads of the row and its mask at once would take more registers than there are.
+        for begin in range(0, vocab_size, together * block):
+            for part in tl.static_range(0, together * block, block):
+                start = begin + part
+                logit, column = _load(row, start, vocab_size, block)
+                # With fewer words than threads, each thread loads the words of its own logits.
+                word = start // 32 + tl.arange(0, block // 32)
+                bits = tl.load(mask + word, mask=word < num_words, other=-1)
+                bits = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, [block])
+                logit = tl.where(bits != 0, logit, float("-inf"))
+                token = tl.where(logit > greatest, column, token)
+                greatest = tl.maximum(greatest, logit)
+    else:
+        for start in tl.static_range(0, vocab_size, block):
+            logit, column = _load(row, start, vocab_size, block)
+            token = tl.where(logit > greatest, column, token)
+            greatest = tl.maximum(greatest, logit)
     chosen = tl.min(tl.where(greatest == tl.max(greatest, 0), token, vocab_size), 0)
     # A row of NaN has no maximum.
     chosen = tl.where(chosen < vocab_size, chosen, 0)
@@ -68,7 +85,8 @@ def choose_greedily(
     tokens = torch.empty(sequences, dtype=torch.int32, device=logits.device)
     if sequences == 0:
         return tokens
-    block = max(32, min(_BLOCK, triton.next_power_of_2(vocab_size)))
+    largest = _BLOCK if masks is None else _MASKED_BLOCK
+    block = max(32, min(largest, triton.next_power_of_2(vocab_size)))
     choose_greedily_kernel[(sequences,)](
         logits,
         places,
@@ -80,7 +98,8 @@ def choose_greedily(
         vocab_size=vocab_size,
         has_masks=masks is not None,
         block=block,
-        num_warps=16 if block == _BLOCK else 4,
+        together=_TOGETHER,
+        num_warps=16 if block == largest else 4,
         **dependent_launch(logits.device),
     )
     return tokens
