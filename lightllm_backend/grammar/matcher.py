@@ -93,8 +93,10 @@ class Matcher:
         if not self._changes_ends:
             return
         may_end = any(mask[word] & bit for word, bit in self._eos_bits)
-        grammars_own = mask.copy()
         is_too_short = self._num_tokens < self._min_tokens
+        if not may_end and not (is_too_short and self._stop_bits):
+            return  # as in most places of a text
+        grammars_own = mask.copy()
         if self._ignores_eos or is_too_short:
             _clear(mask, self._eos_bits)
         if is_too_short:
