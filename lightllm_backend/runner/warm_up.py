@@ -24,6 +24,7 @@ _GREEDY = SamplingParams()
 _DRAWN = SamplingParams(do_sample=True, temperature=0.7)
 _PENALISED = SamplingParams(repetition_penalty=1.1, min_tokens=1)
 _MASKED = SamplingParams(allowed_token_ids=(0,))
+_DRAWN_MASKED = SamplingParams(do_sample=True, temperature=0.7, allowed_token_ids=(0,))
 _BIASED = SamplingParams(logit_bias=((0, 1.0),))
 _WITH_LOG_PROBS = SamplingParams(return_log_probs=True, top_logprobs=1)
 # Uses every part of the sampler.
@@ -70,7 +71,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     def launch() -> None:
         for bucket in chosen.values():
             runner.launch_padding(bucket)
-        for sampling in (sampled, _MASKED):
+        for sampling in (sampled, _MASKED, _DRAWN_MASKED):
             runner.launch(example_batch(1, [], sampling)).result()
         for batch in _attention_batches(min(max_input, batch_max_tokens)):
             runner.launch(batch).result()
@@ -92,7 +93,9 @@ def warm_up(runner: ModelRunner, num_rows: int, max_input: int, batch_max_tokens
     """
     batch_sizes = _sizes(num_rows, 2.0)
     for size in batch_sizes:
-        for sampling in (_GREEDY, _MASKED, _DRAWN, _PENALISED, _BIASED, _WITH_LOG_PROBS, _EVERYTHING):
+        for sampling in (
+            _GREEDY, _MASKED, _DRAWN, _DRAWN_MASKED, _PENALISED, _BIASED, _WITH_LOG_PROBS, _EVERYTHING,
+        ):  # fmt: skip
             runner.launch(example_batch(size, [], sampling)).result()
     longest = min(max_input, batch_max_tokens)
     prompt = min(longest, _PROMPT_TOKENS)

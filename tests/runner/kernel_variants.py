@@ -64,6 +64,8 @@ def _specialization(parameter: Any, value: Any) -> str:
         return f"{name}:{value.dtype}" + ("" if fixed else f",aligned={value.data_ptr() % 16 == 0}")
     if isinstance(value, float):
         return f"{name}:float"
+    if value is None:
+        return f"{name}=None"
     kind = f"{name}:{'int32' if value < 2**31 else 'int64'}"
     return kind if parameter.do_not_specialize else f"{kind},one={value == 1},by16={value % 16 == 0}"
 
@@ -104,7 +106,7 @@ def serve(runner: ModelRunner, num_requests: int) -> None:
     kinds = [
         {}, {}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "top_p": 0.5}, {"min_tokens": 2},
         {"min_tokens": 2, "stop_token_ids": (4, 5, 6)}, {"presence_penalty": 0.5}, {"logit_bias": ((3, 1.0),)},
-        {"return_log_probs": True},
+        {"return_log_probs": True}, {"allowed_token_ids": (3, 4)}, {"allowed_token_ids": (3, 4), "do_sample": True},
     ]  # fmt: skip
     submitted = 0
     while submitted < num_requests or router.has_work:
