@@ -148,7 +148,8 @@ def test_a_step_does_not_wait_for_a_text_that_takes_long() -> None:
     assert isinstance(pending, Pending)
     router.waiting = [pending]
     masks = np.zeros((1, 4), dtype=np.int32)
-    structured.fill(router, None, masks)  # type: ignore[arg-type]
+    structured.begin(router, None, masks).result()  # type: ignore[arg-type]
+    assert woken.acquire(timeout=60)
     assert router.calls == [("withdraw", "slow")]
     assert masks.all(), "any token will do, since nobody gets it"
     compiler.may_go_on.set()
