@@ -262,6 +262,10 @@ class AsyncLightLLMClient:
         """The id of the request that is made now, and the headers that go with it."""
         return "", ()
 
+    def _call(self, request: Any, timeout: float | None, metadata: Sequence[tuple[str, str]]) -> Any:
+        """Send a request; return what reads like a gRPC call."""
+        return self._connected().ModelStreamInfer(iter([request]), timeout=timeout, metadata=metadata)
+
     def _start(
         self,
         prompt: str | Sequence[int],
@@ -273,10 +277,10 @@ class AsyncLightLLMClient:
         asyncio.get_running_loop()  # raises where there is none
         request = self._endpoint.infer_request(prompt, stream, options)
         request.id, headers = self._identity()
-        metadata, stub = (*headers, *self._endpoint.metadata(prefix_key)), self._connected()
+        metadata = (*headers, *self._endpoint.metadata(prefix_key))
 
         def call(seconds: float | None) -> Any:
-            return stub.ModelStreamInfer(iter([request]), timeout=seconds, metadata=metadata)
+            return self._call(request, seconds, metadata)
 
         seconds, retries = self._endpoint.seconds(timeout), self._endpoint.retries(timeout)
         chunks = AsyncChunkStream(call(seconds), call, self._endpoint, seconds, options, retries)

@@ -58,8 +58,7 @@ class Front:
         return cls(
             config=config,
             model_name=config.served_model_name or directory.resolve().name,
-            # Whether to repeat what is refused is for the front's clients to decide.
-            client=CallingClient(config.local_address(config.grpc_port), max_retries=0),
+            client=CallingClient(config.local_address(config.grpc_port)),
             tokenizer=load_tokenizer(directory, config),
             lengths=known_lengths(directory, config),
             chat_template=template,

@@ -3,7 +3,7 @@
 
 What the prompt begins with decides: "endless" streams until the request is cancelled, "error X" answers with the error
 message X, "late error X" does so after two words, "busy N" answers the first N requests with UNAVAILABLE, "status X"
-ends the call with that gRPC status, "silent" ends the stream without an answer; anything else gets as many words as
+ends the call with that gRPC status, "silent" ends the request without an answer; anything else gets as many words as
 max_tokens says.
 """
 
@@ -53,6 +53,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self) -> None:
         self.requests: list[Recorded] = []
+        self.num_streams = 0  # that were opened
         self.unready = ""  # what the health model reports
         self._server = grpc.server(ThreadPoolExecutor(max_workers=16))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -71,6 +72,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelInferResponse(model_name=request.model_name)
 
     def ModelStreamInfer(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
+        self.num_streams += 1
         for request in request_iterator:
             metadata = dict(context.invocation_metadata())
             recorded = Recorded(
@@ -102,13 +104,13 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
                     yield response(recorded, index, index + 1, "")
                 index += 1
         elif prompt.startswith("silent"):
-            return
+            yield final(service_pb2.ModelStreamInferResponse())
         elif stream:
             for index, number in product(range(count), range(recorded.value("n", 1))):
                 yield response(recorded, index, index + 1, "length" if index + 1 == count else "", number)
-            yield service_pb2.ModelStreamInferResponse()  # a FINAL flag by itself, as the server may send it
+            yield final(service_pb2.ModelStreamInferResponse())  # by itself, as the server may send it
         else:
-            yield response(recorded, 0, count, "length")
+            yield final(response(recorded, 0, count, "length"))
 
 
 def decode_inputs(request: Any) -> dict[str, tuple[str, list[int], list[Any]]]:
@@ -153,6 +155,12 @@ def response(recorded: Recorded, start: int, end: int, finish_reason: str, numbe
     add("cumulative_logprob", "FP32", 1, struct.pack("<f", -0.5 * end if log_probs else 0))
     add("sequence_index", "INT32", 1, struct.pack("<i", number))
     return service_pb2.ModelStreamInferResponse(infer_response=infer_response)
+
+
+def final(message: Any) -> Any:
+    """Mark a request's last response, as Triton server does."""
+    message.infer_response.parameters["triton_final_response"].bool_param = True
+    return message
 
 
 @pytest.fixture
