@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lightllm_backend.front import errors, metrics
 from lightllm_backend.front.description import described
+from lightllm_backend.front.json_route import json_routes
 from lightllm_backend.front.lightllm import router as lightllm
 from lightllm_backend.front.openai import chat, completions, models
 from lightllm_backend.front.page.router import page_router
@@ -40,6 +41,8 @@ def make_application(front: Front, api_keys: Iterable[str] = ()) -> FastAPI:
     application.openapi = lambda: described(application)  # type: ignore[method-assign]
     for router in (models.router, completions.router, chat.router, lightllm.router, metrics.router, page_router(front)):
         application.include_router(router)
+    # Before FastAPI's own routes of the same paths.
+    application.router.routes[:0] = [*json_routes(completions.router), *json_routes(chat.router)]
     errors.install(application)
     # The last one added comes first.
     application.add_middleware(Guard, api_keys=tuple(api_keys), max_body_bytes=front.config.max_body_bytes)
