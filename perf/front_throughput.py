@@ -75,6 +75,7 @@ def response(text: str, finish_reason: str, prompt_tokens: int = 1) -> bytes:
         given[name] = ("INT32", struct.pack("<i", name != "sequence_index"))
     given["num_input_tokens"] = ("INT32", struct.pack("<i", prompt_tokens))
     inner = service_pb2.ModelInferResponse(model_name="lightllm", model_version="1")
+    inner.parameters["triton_final_response"].bool_param = finish_reason != ""
     for name, (kind, _) in PUBLIC_OUTPUTS.items():
         datatype, content = given.get(name, (kind, b""))
         inner.outputs.add(name=name, datatype=datatype, shape=[1 if content else 0])

@@ -2,7 +2,8 @@
 """gRPC streams to the ensemble that outlive a request: to open one for each takes Triton server and us a millisecond.
 
 A stream carries one request at a time. The next one may have it when the server has sent the final response; a stream
-whose request was cancelled or refused ends.
+whose request was cancelled or refused ends. Triton server does not end as long as a stream is open: whoever stops it
+stops the front first, as the launch command does.
 """
 
 from __future__ import annotations

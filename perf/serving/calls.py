@@ -15,13 +15,12 @@ from tritonclient.grpc import service_pb2_grpc
 
 from lightllm_client.errors import error_from_message
 from lightllm_client.tensors import Chunk, chunk_from_response, infer_request
+from perf.serving.http_connection import HttpConnection
 from perf.serving.measure import RequestFailed
 from perf.serving.workload import WorkItem
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-CONNECT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,21 @@ class HttpCaller:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._url = f"http://{target.address}{self.path()}"
+        self._path = self.path()
 
     def path(self) -> str:
         endpoint = "generate_stream" if self._target.streaming else "generate"
         return f"/v2/models/{self._target.model}/{endpoint}"
 
     async def __aenter__(self) -> Self:
-        import aiohttp  # where only gRPC is used, it need not be there
-
-        self._errors = (aiohttp.ClientError, asyncio.TimeoutError)
-        limits = aiohttp.ClientTimeout(total=self._target.timeout, connect=CONNECT_SECONDS)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+        self._idle: list[HttpConnection] = []  # connections without a request
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._session.close()
+        for connection in self._idle:
+            connection.close()
 
     def payload(self, item: WorkItem) -> bytes:
         text = isinstance(item.prompt, str)
@@ -153,18 +149,34 @@ class HttpCaller:
         return json.dumps(body).encode()
 
     async def ask(self, payload: bytes) -> AsyncIterator[Part]:
-        headers = {"content-type": "application/json"}
+        connection = await self._connection()
         try:
-            async with self._session.post(self._url, data=payload, headers=headers) as response:
-                if response.status != 200:
-                    raise RequestFailed(f"status {response.status}: {await response.text()}")
-                if not self._target.streaming:
-                    yield self.whole(await response.read())
-                    return
-                async for part in self.parts(events_of(response.content.iter_any())):
+            status = await connection.post(self._path, payload, self._target.timeout)
+            if status == 200 and self._target.streaming:
+                async for part in self.parts(events_of(connection.pieces())):
                     yield part
-        except self._errors as error:
-            raise RequestFailed(f"{type(error).__name__}: {error}") from None
+                return
+            body = b"".join([piece async for piece in connection.pieces()])
+            if status != 200:
+                raise RequestFailed(f"status {status}: {body.decode(errors='replace')}")
+            yield self.whole(body)
+        except OSError as error:
+            raise RequestFailed(str(error)) from None
+        finally:
+            if connection.may_be_used:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    async def _connection(self) -> HttpConnection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.may_be_used:  # the server has not closed it
+                return connection
+        try:
+            return await HttpConnection.open(self._target.address)
+        except OSError as error:
+            raise RequestFailed(str(error)) from None
 
     def whole(self, body: bytes) -> Part:
         return part_of(chunk_from_json(body))

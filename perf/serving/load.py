@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from lightllm_client.errors import LightLLMError
-from perf.serving.calls import CONNECT_SECONDS, Caller, Target, caller_for
+from perf.serving.calls import Caller, Target, caller_for
+from perf.serving.http_connection import CONNECT_SECONDS
 from perf.serving.measure import FIRST_CALL, ClientShare, RequestFailed, Trace, check, name_of
 from perf.serving.workload import Length, WorkItem
 

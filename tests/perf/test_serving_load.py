@@ -182,6 +182,32 @@ def test_the_front_is_asked_by_openais_api() -> None:
             run_load(target, [long], 1, None, lambda count: None)
 
 
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b"", "no answer within 1 s"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", "has closed the connection"),
+        (b"SMTP\r\n\r\n", "is no HTTP"),
+    ],
+)
+def test_an_http_answer_that_is_not_whole_is_refused(answer: bytes, fault: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(answer)
+        if not answer:
+            await reader.read()  # the client's end
+        writer.close()
+
+    async def ask() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with OpenAICaller(Target("openai", f"127.0.0.1:{port}", timeout=1.0)) as caller:
+                with pytest.raises(RequestFailed, match=fault):
+                    [part async for part in caller.ask(b"{}")]
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
 EVENT = b'data: {"choices": [%s], "usage": {"prompt_tokens": 4, "completion_tokens": %d}}\n\n'
 MIDDLE, LAST = b'{"finish_reason": null}', b'{"finish_reason": "length"}'
 
