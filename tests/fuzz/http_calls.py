@@ -288,7 +288,7 @@ def _check_refusal(call: HttpCall, answer: Answer) -> None:
     if answer.status == 400:
         param = error["param"]
         if param is None:
-            assert message.startswith(("the body ", "the request asks for ")), message
+            assert message.startswith(("the body ", "the header ", "the request asks for ")), message
         else:
             names = (*json.loads(call.body), *CompletionRequest.model_fields, *ChatCompletionRequest.model_fields)
             assert any(param.startswith(name[:100]) for name in names), error
