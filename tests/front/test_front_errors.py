@@ -61,6 +61,12 @@ def test_a_body_that_is_not_called_json(call: Caller) -> None:
     assert (response.status_code, response.json()["error"]["message"]) == (400, message)
 
 
+@pytest.mark.parametrize("name", ["Application/JSON", "application/vnd.api+json; charset=utf-8"])
+def test_other_names_of_json(call: Caller, name: str) -> None:
+    response = call("POST", "/v1/completions", content=b'{"prompt": "Hi"}', headers={"content-type": name})
+    assert response.status_code == 200, response.text
+
+
 def test_paths_and_methods(call: Caller) -> None:
     assert call("GET", "/v1/nothing").status_code == 404
     response = call("PUT", "/v1/models")
