@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feeds the parsers with random input: `python -m tests.fuzz [CASES] [--target NAME]`.
 
-With `--server` it sends random requests to a real server with the embedded model, and to a front beside it, instead. It
-prints cases, seconds and the smallest input of a finding for each target; the exit code is 1 if there is one. With
+With `--server` it sends random requests to a real server with a small random model, and to a front beside it, instead.
+It prints cases, seconds and the smallest input of a finding for each target; the exit code is 1 if there is one. With
 `--coverage-guided SECONDS` atheris (`pip install atheris`) chooses the input by the code that it reaches, until a
 finding. Where schemathesis is installed (`pip install schemathesis==4.32.5`, for Python 3.11 and newer), the target
 "front's document" has requests that it draws from the front's OpenAPI document.
@@ -22,45 +22,52 @@ from typing import TYPE_CHECKING
 import click
 import hypothesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 if TYPE_CHECKING:
-    from tests.fuzz.targets import Target
+    from tests.fuzz.target import Target
 
-MAX_LENGTH = 64  # of the server's requests, in tokens
 START_SECONDS = 900.0  # nobody waits for it, and the machine may be busy
-EXAMPLES_AT_ONCE = 2000  # hypothesis remembers all examples of a run
+EXAMPLES_AT_ONCE = 500  # hypothesis remembers all examples of a run
 
 
 @contextlib.contextmanager
-def server_targets() -> Iterator[dict[str, Target]]:
-    """A real server and a front beside it, and the strategies of requests to them."""
-    from tests.e2e.front import FrontProcess
+def server_targets(has_front: bool) -> Iterator[dict[str, Target]]:
+    """A real server, a front beside it if asked for, and the strategies of requests to them."""
     from tests.e2e.server import TritonServer
-    from tests.fuzz import http_calls, requests
-    from tests.fuzz.front import MAX_BODY_BYTES
-    from tests.fuzz.front_server import ListeningFront
-    from tests.fuzz.targets import Target
+    from tests.fuzz import requests
+    from tests.fuzz.served import CALLS_AT_ONCE, ServerUnderFuzz, write_model
+    from tests.fuzz.target import Target
 
-    # Without a limit a chat is answered with as many tokens as fit.
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        server = TritonServer(Path(folder, "log"), max_req_total_len=MAX_LENGTH)
+        settings = write_model(Path(folder, "model"))
+        server = TritonServer(Path(folder, "log"), **settings)
         stack.callback(server.stop)
-        settings = {"max_req_total_len": MAX_LENGTH, "max_body_bytes": MAX_BODY_BYTES}
-        front = FrontProcess(server.wait_ready(START_SECONDS), Path(folder, "front log"), **settings)
-        stack.callback(front.stop)
-        yield {
-            "server": Target(requests.calls, lambda call: requests.check(server, call)),
-            "front": Target(http_calls.calls(), ListeningFront(front.wait_ready().port).check),
-        }
+        under_fuzz = ServerUnderFuzz(server.wait_ready(START_SECONDS))
+        several = st.lists(requests.calls, min_size=CALLS_AT_ONCE, max_size=CALLS_AT_ONCE)
+        targets = {"server": Target(several, under_fuzz.check, CALLS_AT_ONCE)}
+        if has_front:
+            from tests.e2e.front import FrontProcess
+            from tests.fuzz import http_calls
+            from tests.fuzz.front import MAX_BODY_BYTES
+            from tests.fuzz.front_server import ListeningFront
+
+            front = FrontProcess(server, Path(folder, "front log"), **settings, max_body_bytes=MAX_BODY_BYTES)
+            stack.callback(front.stop)
+            targets["front"] = Target(http_calls.calls(), ListeningFront(front.wait_ready().port).check)
+        yield targets
+        print(under_fuzz.close())
 
 
-def draw(target: Target, cases: int, seed: int | None) -> Exception | None:
-    """Check so many inputs; return the error of the smallest that fails."""
+def draw(target: Target, cases: int, seed: int | None, until: float) -> tuple[int, Exception | None]:
+    """Check so many inputs, or fewer if the time is over; return how many, and the error of the smallest that fails."""
     at_once = EXAMPLES_AT_ONCE * target.cases_each
-    for done in range(0, cases, at_once):
+    done = 0
+    while done < cases and time.monotonic() < until:
         hypothesis.core.global_force_seed = None if seed is None else seed + done
+        number = min(at_once, cases - done)
         options = settings(
-            max_examples=min(at_once, cases - done) // target.cases_each,
+            max_examples=max(1, number // target.cases_each),
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -69,9 +76,10 @@ def draw(target: Target, cases: int, seed: int | None) -> Exception | None:
         try:
             options(given(target.inputs)(target.check))()
         except Exception as error:  # noqa: BLE001 (findings)
-            return error
-        print(f"{min(done + at_once, cases)} of {cases}", file=sys.stderr, flush=True)
-    return None
+            return done, error
+        done += number
+        print(f"{done} of {cases}", file=sys.stderr, flush=True)
+    return done, None
 
 
 def load_targets(with_coverage: bool) -> dict[str, Target]:
@@ -102,13 +110,16 @@ def guide_by_coverage(target: Target, seconds: int) -> None:
 @click.option("--target", metavar="NAME", help="one of them instead of all, which share the cases")
 @click.option("--server", is_flag=True, help="a real server instead of the parsers")
 @click.option("--coverage-guided", type=int, metavar="SECONDS", help="with atheris, for so long")
+@click.option("--seconds", type=float, default=float("inf"), help="the most for each target")
 @click.option("--seed", type=int, default=None, help="the same inputs again")
-def main(cases: int, target: str | None, server: bool, coverage_guided: int | None, seed: int | None) -> None:
+def main(
+    cases: int, target: str | None, server: bool, coverage_guided: int | None, seconds: float, seed: int | None
+) -> None:
     """Feed the parsers with random input."""
     findings = 0
     with contextlib.ExitStack() as stack:
         if server:
-            targets = stack.enter_context(server_targets())
+            targets = stack.enter_context(server_targets(has_front=target != "server"))
         else:
             targets = load_targets(with_coverage=coverage_guided is not None)
         if target and target not in targets:
@@ -118,11 +129,11 @@ def main(cases: int, target: str | None, server: bool, coverage_guided: int | No
             started = time.monotonic()
             if coverage_guided:
                 guide_by_coverage(chosen, coverage_guided)
-            error = draw(chosen, cases // len(targets), seed)
+            done, error = draw(chosen, cases // len(targets), seed, started + seconds)
             findings += error is not None
             result = "".join(traceback.format_exception(error)) if error else "nothing found"
             result = result.encode(errors="backslashreplace").decode()
-            print(f"{name}: {cases // len(targets)} cases, {time.monotonic() - started:.1f} s: {result}", flush=True)
+            print(f"{name}: {done} cases, {time.monotonic() - started:.1f} s: {result}", flush=True)
     sys.exit(int(findings > 0))
 
 

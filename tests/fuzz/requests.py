@@ -7,6 +7,7 @@ of tensors are right, and JSON is cut at most, never nested deeply.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from lightllm_backend.option_table import CANONICAL
 from lightllm_backend.triton_server.tensors import PUBLIC_INPUTS
 from tests.e2e.calls import GenerateStream, generate, infer_grpc, infer_http, stream_grpc
 from tests.e2e.server import TritonServer
-from tests.fuzz.values import EDGES, json_texts, mutated, texts
+from tests.fuzz.values import EDGES, json_texts, json_values, mutated, scalars, texts
 
 # What Triton server 2.51 answers with 500 before any model of ours sees the request.
 TRITONS_500 = re.compile(
@@ -26,6 +27,8 @@ TRITONS_500 = re.compile(
     r"expected .* to be of type|must be specified|Request parameter|was not found in the JSON"
 )
 _OUR_ERROR = re.compile(r"(in ensemble 'lightllm', )?(INVALID_ARG|UNAVAILABLE|CANCELLED): ")
+
+ANSWERED, REFUSED, TRITONS_REFUSAL = "answered", "refused", "refused by Triton server"
 
 # No number that asks for more than a few tokens and is allowed: there are to be many cases.
 _integers = st.sampled_from([edge for edge in EDGES if edge != 64]) | st.integers(-9, 9)
@@ -60,7 +63,25 @@ def _tensors(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
-_bodies = json_texts(mutated({"text_input": "Hi", "max_tokens": 2}, (*CANONICAL, "parameters")), deep=False).map(
+@st.composite
+def _objects(draw: st.DrawFn) -> dict[str, Any]:
+    """The JSON object of a generate request: mostly of the types that Triton server converts, so that we see it."""
+    body: dict[str, Any] = {"text_input": "Hi", "max_tokens": 2}
+    for name in draw(st.lists(st.sampled_from((*CANONICAL, "parameters", "colour")), max_size=4)):
+        datatype, size = PUBLIC_INPUTS.get(name, ("", 1))
+        if name == "parameters":
+            body[name] = draw(_parameters)
+        elif not datatype or draw(st.integers(0, 9)) == 0:
+            body[name] = draw(scalars | json_values)
+        elif datatype == "STRING" and size == 1:
+            body[name] = draw(texts | json_texts(mutated({"max_tokens": 2}, tuple(CANONICAL)), deep=False))
+        else:
+            elements = texts if datatype == "STRING" else _ELEMENTS[datatype]
+            body[name] = draw(elements if size == 1 else st.lists(elements, max_size=4))
+    return body
+
+
+_bodies = st.one_of(*[_objects().map(json.dumps)] * 4, json_texts(_objects(), deep=False)).map(
     lambda text: text.encode(errors="surrogatepass")
 )
 
@@ -82,8 +103,8 @@ calls = st.one_of(
 )
 
 
-def check(server: TritonServer, call: Call) -> None:
-    """Send the request; its answer is right, or a clear error that is no fault of the server."""
+def check(server: TritonServer, call: Call) -> str:
+    """Send the request; return what became of it: a right answer, or a clear error that is no fault of the server."""
     if call.way == "generate":
         return _check_status(*generate(server, call.request))
     if call.way == "generate_stream":
@@ -98,32 +119,35 @@ def check(server: TritonServer, call: Call) -> None:
     try:
         ways[call.way]()
     except InferenceServerException as error:
-        _check_error(error.message(), error.status() == "500")
-    return None
+        return _check_error(error.message(), error.status() == "500")
+    return ANSWERED
 
 
-def _check_stream(stream: GenerateStream) -> None:
+def _check_stream(stream: GenerateStream) -> str:
     if stream.status != 200:
         return _check_status(stream.status, next(stream))
+    outcome = ANSWERED
     for event in stream:
         if "error" in event:
-            _check_error(event["error"], is_500=False)
+            outcome = _check_error(event["error"], is_500=False)
         else:
             assert isinstance(event["text_output"], str)
-    return None
+    return outcome
 
 
-def _check_status(status: int, answer: dict[str, Any]) -> None:
+def _check_status(status: int, answer: dict[str, Any]) -> str:
     if status == 200 and "error" not in answer:
         assert isinstance(answer["text_output"], str)
-        return
+        return ANSWERED
     assert status in (200, 400, 500, 503)
-    _check_error(answer["error"], status == 500)
+    return _check_error(answer["error"], status == 500)
 
 
-def _check_error(message: str, is_500: bool) -> None:
+def _check_error(message: str, is_500: bool) -> str:
     assert message
     assert "INTERNAL" not in message
     assert not is_500 or TRITONS_500.search(message), message
-    if not is_500 and ("INVALID_ARG" in message or "UNAVAILABLE" in message):
+    is_ours = "INVALID_ARG" in message or "UNAVAILABLE" in message
+    if not is_500 and is_ours:
         assert _OUR_ERROR.match(message), message
+    return REFUSED if is_ours else TRITONS_REFUSAL

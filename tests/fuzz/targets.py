@@ -14,7 +14,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -43,19 +43,12 @@ from lightllm_backend.triton_server.setup import repository_parameters
 from lightllm_client.chat import ChatTemplate, ChatTemplateError
 from lightllm_client.tensors import infer_request
 from tests.fuzz import front, http_calls
+from tests.fuzz.target import Target
 from tests.fuzz.values import damaged, integers, json_texts, json_values, mutated, scalars, texts
 
 DATA = Path(__file__).parents[1] / "data"
 # A message must be readable, and must not repeat what somebody sent by the megabyte.
 MAX_MESSAGE = 20_000
-
-
-class Target(NamedTuple):
-    """One parser: how its inputs are made, and what must hold for each."""
-
-    inputs: st.SearchStrategy[Any]
-    check: Callable[[Any], None]
-    cases_each: int = 1  # how many cases a drawn input is
 
 
 def readable(error: Exception, beginning: str = "") -> None:
