@@ -60,6 +60,7 @@ def test_nothing_is_asked_for(options) -> None:
     ("options", "message"),
     [
         ({"structured_output": {"regex": "a", "choice": ["b"]}}, "which has the keys regex, choice; allowed: a JSON"),
+        ({"structured_output": {"\ud800": "a"}}, "which has the keys ?; allowed: a JSON"),
         ({"structured_output": 5}, "structured_output is 5, which is no object"),
         ({"structured_output": {"json_object": False}}, "whose json_object is not true"),
         ({"structured_output": {"regex": "\ud800"}}, "structured_output is "),

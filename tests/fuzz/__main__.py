@@ -2,10 +2,10 @@
 """Feeds the parsers with random input: `python -m tests.fuzz [CASES] [--target NAME]`.
 
 With `--server` it sends random requests to a real server with a small random model, and to a front beside it, instead.
-It prints cases, seconds and the smallest input of a finding for each target; the exit code is 1 if there is one. With
-`--coverage-guided SECONDS` atheris (`pip install atheris`) chooses the input by the code that it reaches, until a
-finding. Where schemathesis is installed (`pip install schemathesis==4.32.5`, for Python 3.11 and newer), the target
-"front's document" has requests that it draws from the front's OpenAPI document.
+It prints seconds, cases and the (smallest) input of a finding for each target; the exit code is 1 if there is one. With
+`--coverage-guided SECONDS` atheris chooses the inputs by the code that they reach (see coverage_guided.py). Where
+schemathesis is installed (`pip install schemathesis==4.32.5`, for Python 3.11 and newer), the target "front's document"
+has requests that it draws from the front's OpenAPI document.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import hypothesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from tests.fuzz.coverage_guided import guide
 
 if TYPE_CHECKING:
     from tests.fuzz.target import Target
@@ -59,7 +61,9 @@ def server_targets(has_front: bool) -> Iterator[dict[str, Target]]:
         print(under_fuzz.close())
 
 
-def draw(target: Target, cases: int, seed: int | None, until: float) -> tuple[int, Exception | None]:
+def draw(
+    target: Target, cases: int, seed: int | None, until: float, phases: Sequence[Phase]
+) -> tuple[int, Exception | None]:
     """Check so many inputs, or fewer if the time is over; return how many, and the error of the smallest that fails."""
     at_once = EXAMPLES_AT_ONCE * target.cases_each
     done = 0
@@ -70,6 +74,7 @@ def draw(target: Target, cases: int, seed: int | None, until: float) -> tuple[in
             max_examples=max(1, number // target.cases_each),
             database=None,
             deadline=None,
+            phases=phases,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         )
@@ -82,38 +87,31 @@ def draw(target: Target, cases: int, seed: int | None, until: float) -> tuple[in
     return done, None
 
 
-def load_targets(with_coverage: bool) -> dict[str, Target]:
-    """Import the parsers. with_coverage: so that atheris sees which of their lines an input reaches."""
-    with contextlib.ExitStack() as stack:
-        if with_coverage:
-            import atheris
-
-            stack.enter_context(atheris.instrument_imports(include=["lightllm_backend", "lightllm_client"]))
-        from tests.fuzz.targets import TARGETS
-    return TARGETS
-
-
-def guide_by_coverage(target: Target, seconds: int) -> None:
-    """Let atheris choose inputs. It ends the process."""
-    import atheris
-
-    def test(case: object) -> None:
-        target.check(case)
-
-    fuzz_one_input = given(target.inputs)(test).hypothesis.fuzz_one_input  # type: ignore[attr-defined]
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-timeout=60"], fuzz_one_input)
-    atheris.Fuzz()
+def fed(target: Target, cases: int, seconds: float, seed: int | None, shrinks: bool) -> tuple[str, bool]:
+    """Feed a target with random cases; return the figures, and whether something was found."""
+    phases = (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
+    done, error = draw(target, cases, seed, time.monotonic() + seconds, phases)
+    if error is None:
+        return f"{done:,} cases, nothing found", False
+    return "".join(traceback.format_exception(error)), True
 
 
 @click.command()
 @click.argument("cases", type=int, default=1000)
 @click.option("--target", metavar="NAME", help="one of them instead of all, which share the cases")
 @click.option("--server", is_flag=True, help="a real server instead of the parsers")
-@click.option("--coverage-guided", type=int, metavar="SECONDS", help="with atheris, for so long")
+@click.option("--coverage-guided", type=int, metavar="SECONDS", help="with atheris, for so long for each target")
+@click.option("--keep", is_flag=True, help="keep what atheris has found to reach more, for the tests")
 @click.option("--seconds", type=float, default=float("inf"), help="the most for each target")
 @click.option("--seed", type=int, default=None, help="the same inputs again")
 def main(
-    cases: int, target: str | None, server: bool, coverage_guided: int | None, seconds: float, seed: int | None
+    cases: int,
+    target: str | None,
+    server: bool,
+    coverage_guided: int | None,
+    keep: bool,
+    seconds: float,
+    seed: int | None,
 ) -> None:
     """Feed the parsers with random input."""
     findings = 0
@@ -121,19 +119,21 @@ def main(
         if server:
             targets = stack.enter_context(server_targets(has_front=target != "server"))
         else:
-            targets = load_targets(with_coverage=coverage_guided is not None)
+            from tests.fuzz.targets import TARGETS
+
+            targets = TARGETS
         if target and target not in targets:
             raise click.BadParameter(f"--target is {target}; allowed: {', '.join(targets)}")
         targets = {target: targets[target]} if target else targets
         for name, chosen in targets.items():
             started = time.monotonic()
             if coverage_guided:
-                guide_by_coverage(chosen, coverage_guided)
-            done, error = draw(chosen, cases // len(targets), seed, started + seconds)
-            findings += error is not None
-            result = "".join(traceback.format_exception(error)) if error else "nothing found"
+                result, is_finding = guide(name, coverage_guided, keep)
+            else:
+                result, is_finding = fed(chosen, cases // len(targets), seconds, seed, shrinks=not server)
+            findings += is_finding
             result = result.encode(errors="backslashreplace").decode()
-            print(f"{name}: {done} cases, {time.monotonic() - started:.1f} s: {result}", flush=True)
+            print(f"{name}: {time.monotonic() - started:.1f} s: {result}", flush=True)
     sys.exit(int(findings > 0))
 
 

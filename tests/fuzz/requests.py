@@ -137,7 +137,8 @@ def _check_stream(stream: GenerateStream) -> str:
 
 def _check_status(status: int, answer: dict[str, Any]) -> str:
     if status == 200 and "error" not in answer:
-        assert isinstance(answer["text_output"], str)
+        said = answer["text_output"]  # a list if n is above 1
+        assert all(isinstance(text, str) for text in (said if isinstance(said, list) else [said]))
         return ANSWERED
     assert status in (200, 400, 500, 503)
     return _check_error(answer["error"], status == 500)

@@ -22,7 +22,11 @@ import torch
 from hypothesis import strategies as st
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.front.chat.deltas import Message as ChatMessage
+from lightllm_backend.front.chat.parsers import make_parser
+from lightllm_backend.front.chat.tool_choice import ToolChoice
 from lightllm_backend.front.lightllm.parameters import LIGHTLLM_PARAMETERS, MAX_ANSWERS, read_generate_request
+from lightllm_backend.grammar.schema_place import place_of_error
 from lightllm_backend.messages.channel import Channel, Message, frame_of
 from lightllm_backend.messages.engine_messages import Cancel, Submit, Tokens
 from lightllm_backend.messages.ensemble_messages import ChunkMessage, EnsembleContext
@@ -36,6 +40,14 @@ from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.option_table import CANONICAL, MAX_INT32, MAX_STOP_WORDS
 from lightllm_backend.options import parse_request
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, TokenChunk
+from lightllm_backend.structured_output import (
+    KINDS,
+    of_guide,
+    of_kind,
+    response_format,
+    structured_output,
+    vllm_structured_outputs,
+)
 from lightllm_backend.text.response import DecodeState
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
@@ -49,6 +61,16 @@ from tests.fuzz.values import damaged, integers, json_texts, json_values, mutate
 DATA = Path(__file__).parents[1] / "data"
 # A message must be readable, and must not repeat what somebody sent by the megabyte.
 MAX_MESSAGE = 20_000
+
+
+_UNKNOWN = "x-unknown"  # a keyword that stands for one that cannot be followed
+_CONVERTERS: dict[str, Callable[[Any, str], str]] = {
+    "structured_output": lambda value, _: structured_output(value),
+    "response_format": lambda value, _: response_format(value),
+    "structured_outputs": lambda value, _: vllm_structured_outputs(value),
+    **{kind: lambda value, _, kind=kind: of_kind(kind)(value) for kind in KINDS},  # type: ignore[misc]
+    "guide": lambda value, guide: of_guide(value if isinstance(value, str) else "json_schema", guide),
+}
 
 
 def readable(error: Exception, beginning: str = "") -> None:
@@ -290,24 +312,36 @@ def check_tokenizer(directory: Path, case: tuple[str, str, str, str]) -> None:
     return None
 
 
-_TENSORS = {
-    "a.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-    "b.bias": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},
+_BYTES_OF_DTYPES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "BOOL": 1,
 }
-_dtypes = st.sampled_from(("F16", "BF16", "F32", "F64", "I8", "U8", "I64", "BOOL", "F8_E4M3", "X")) | texts
+_tensor_names = st.sampled_from(("a.weight", "b.bias", "x.qweight", "")) | st.text(max_size=9)
 
 
 @st.composite
 def _safetensors(draw: st.DrawFn) -> bytes:
-    header: dict[str, Any] = json.loads(json.dumps(_TENSORS))
-    for tensor in header.values():
-        if draw(st.integers(0, 3)) == 0:
-            tensor[draw(st.sampled_from(("dtype", "shape", "data_offsets")))] = draw(
-                _dtypes | st.lists(integers, max_size=3)
-            )
-    text = draw(json_texts(st.just(header) | mutated(header, ("__metadata__", "x.qweight")))).encode(errors="replace")
-    size = draw(st.just(len(text)) | st.integers(0, 2**20))
-    return size.to_bytes(8, "little") + text + bytes(draw(st.sampled_from((24, 24, 24, 0, 23, 25))))
+    """A whole file of tensors with any names, dtypes and shapes, or one that was cut short.
+
+    The library reads the header, and gets nothing worse than an interrupted download leaves.
+    """
+    header: dict[str, Any] = {}
+    size = 0
+    for name in draw(st.lists(_tensor_names, max_size=4, unique=True)):
+        dtype, shape = draw(st.sampled_from(sorted(_BYTES_OF_DTYPES))), draw(st.lists(st.integers(0, 4), max_size=4))
+        begin, size = size, size + math.prod(shape) * _BYTES_OF_DTYPES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, size]}
+    text = json.dumps(header).encode()
+    file = len(text).to_bytes(8, "little") + text + bytes(size)
+    return file[: draw(st.integers(0, len(file)))] if draw(st.integers(0, 3)) == 0 else file
 
 
 _INDEX = {"metadata": {}, "weight_map": {"a.weight": "model-1.safetensors", "b.bias": "model-1.safetensors"}}
@@ -336,6 +370,85 @@ def check_weights(directory: Path, case: tuple[str | None, bytes]) -> None:
                     WeightSlot(torch.empty(0), source.shape).check(source, FLOATS)
     except ModelError as error:
         readable(error)
+
+
+# Structured output, up to what llguidance compiles
+
+_schemas = st.recursive(
+    scalars | st.builds(dict),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                ("properties", "items", "anyOf", "$ref", "$defs", "enum", "const", "type", "format", "a/b~c", _UNKNOWN)
+            )
+            | texts,
+            inner | st.sampled_from(("#/$defs/a", "object", "date-time")),
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+_asked = st.one_of(
+    _schemas,
+    st.dictionaries(st.sampled_from((*KINDS, "json", "type")), _schemas | st.lists(texts, max_size=3), max_size=2),
+    st.builds(
+        lambda kind, schema: {"type": kind, "json_schema": {"name": "a", "schema": schema}},
+        st.sampled_from(("text", "json_object", "json_schema")), _schemas,
+    ),
+)  # fmt: skip
+_structured = st.tuples(st.sampled_from(sorted(_CONVERTERS)), _asked | json_texts(_asked), texts)
+
+
+def check_structured_output(case: tuple[str, Any, str]) -> None:
+    """What is accepted is one text, which asks for itself; an error in a schema has a place in it."""
+    name, value, guide = case
+    try:
+        text = _CONVERTERS[name](value, guide)
+    except ValueError as error:
+        return readable(error)
+    if not text:
+        return None
+    [(kind, followed)] = json.loads(text).items()
+    assert kind in KINDS
+    assert structured_output(text) == text
+    if kind == "json_schema":
+        place = place_of_error(followed, lambda schema: _UNKNOWN if f'"{_UNKNOWN}":' in json.dumps(schema) else "")
+        part = followed
+        for step in place.split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            part = part[int(key)] if isinstance(part, list) else part[key]
+    return None
+
+
+# What a chat model says
+
+_marks = st.sampled_from((
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>",
+    "[", "]", "{", "}", ",", ";", ":", '"', "\\",
+    '{"name": "f", "arguments": {"a": [1, "b"]}}', '{"name": "g", "parameters": "{}"}', '{"name": "f"', '"arguments": ',
+    '"parameters": ', "null", "-1.5e3", "\n", " ", "\\u00e9", "é",
+))  # fmt: skip
+_answers = st.tuples(
+    st.sampled_from(("hermes", "llama3", "none")), st.sampled_from(("think", "none")), st.booleans(), st.booleans(),
+    st.lists(_marks | texts, max_size=12),
+)  # fmt: skip
+_TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def check_answer(case: tuple[str, str, bool, bool, list[str]]) -> None:
+    """A message is the same whether it comes at once, in pieces or character by character."""
+    calls, reasoning, is_inside, several, pieces = case
+    text = "".join(pieces)
+    messages = []
+    for division in ([text], pieces, list(text)):
+        parser = make_parser("", "<think>" if is_inside else "", ToolChoice(_TOOLS, None, several), calls, reasoning)
+        deltas = [delta for piece in division for delta in parser.feed(piece)] + parser.finish()
+        plain = ChatMessage.join(deltas).to_plain()
+        for call in plain.get("tool_calls", ()):
+            assert call.pop("id").startswith("call_")
+        messages.append(plain)
+    assert messages[0] == messages[1] == messages[2]
 
 
 # Chat templates
@@ -451,6 +564,8 @@ TARGETS = {
     "options": Target(_requests, check_options),
     "channel": Target(_frames, check_frame),
     "ensemble": Target(_ensemble, check_ensemble),
+    "structured output": Target(_structured, check_structured_output),
+    "answers": Target(_answers, check_answer),
     "config.json": Target(
         st.tuples(_configs(), json_texts(mutated({"eos_token_id": [2, 3]}))), in_directory(check_config)
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from tests.fuzz.coverage_guided import checker, kept_inputs
 from tests.fuzz.targets import TARGETS
 
 CASES = 60
@@ -21,3 +22,10 @@ def test_bad_input_is_a_clear_error(name: str) -> None:
         suppress_health_check=list(HealthCheck),
     )
     bounded(given(target.inputs)(target.check))()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_inputs_that_atheris_has_chosen(name: str) -> None:
+    check = checker(TARGETS[name])
+    for data in kept_inputs(name):
+        check(data)
