@@ -43,6 +43,7 @@ from lightllm_backend.router.past_future import PastFutureAdmission
 from lightllm_backend.router.sequence import Sequence, SequenceState
 from lightllm_backend.text.text_stream import TextStream
 from lightllm_backend.text.tokenizer import Tokenizer
+from lightllm_backend.worker.structured_output import StructuredOutput
 from tests.polling import poll
 from tests.worker.engine_harness import EOS_ID, Answer, CountingEngine
 
@@ -52,6 +53,7 @@ POOL_TOKENS = 400
 BATCH_MAX_TOKENS = 16  # a prompt takes up to four steps
 MAX_TOKENS = 40
 CANCELLED_SHARE = 0.4
+CONSTRAINED_SHARE = 0.2  # have structured output
 # How a request of Streams ends before its time.
 WAYS = ("gone in the ensemble", "gone as a direct caller", "cancel", "deadline", "stop string")
 DOOMED_REQUESTS = 10  # of a client that closes its channel, or whose process is killed
@@ -85,6 +87,42 @@ class Silent:
     def first_token(self, seconds: float, queue_seconds: float) -> None: ...
     def next_token(self, seconds: float) -> None: ...
     def finished(self, ended: EndedRequest) -> None: ...
+
+
+class LenientMatcher:
+    """A matcher that allows every token."""
+
+    @staticmethod
+    def accept_all(_: Any, token_ids: list[int]) -> list[bool]:
+        return [False] * len(token_ids)
+
+    def copy(self) -> LenientMatcher:
+        return self
+
+
+class SlowCompiler:
+    """Takes a few steps for each text, which it compiles into a LenientMatcher."""
+
+    def cached(self, _: SamplingParams) -> None:
+        return None
+
+    def compile(self, _: SamplingParams) -> LenientMatcher:
+        time.sleep(random.uniform(0, 20 * STEP_SECONDS))
+        return LenientMatcher()
+
+
+class NoMasks:
+    def fill(self, *_: Any) -> None:
+        """Masks make no difference to an engine that counts."""
+
+
+class StormEngine(CountingEngine):
+    """Can serve structured output."""
+
+    def structured_output(self) -> StructuredOutput:
+        self.structured = StructuredOutput(SlowCompiler(), self.server.wake)  # type: ignore[arg-type]
+        self.structured._mask_maker = NoMasks()  # type: ignore[assignment]
+        return self.structured
 
 
 class Client:
@@ -125,9 +163,10 @@ class Storm:
     def __init__(self, directory: Path, seed: int) -> None:
         stream_module.CHECK_SECONDS = streams_module.CHECK_SECONDS = CHECK_SECONDS
         self.random = random.Random(seed)
+        self._constraints = random.Random(seed)
         self.address = str(directory / "engine")
         settings = {"admission": "past_future", "running_max_req_size": 25, "max_queue_size": 1000}
-        self.engine = CountingEngine(self.address, 1, POOL_TOKENS, BATCH_MAX_TOKENS, **settings)
+        self.engine = StormEngine(self.address, 1, POOL_TOKENS, BATCH_MAX_TOKENS, **settings)
         self.engine.router._policy = RecklessAdmission()
         self.engine.runner.step_seconds = STEP_SECONDS
         self.client = EngineClient(self.address)
@@ -167,6 +206,8 @@ class Storm:
         def noting_finish(sequence: Sequence, reason: FinishReason, *arguments: Any, **fields: Any) -> None:
             if reason is FinishReason.CANCELLED:
                 self.states[sequence.state.value] += 1
+                if isinstance(sequence.matcher, LenientMatcher):
+                    self.states["constrained"] += 1
             finish(sequence, reason, *arguments, **fields)
             told_at = self._told_at.pop(sequence.request.uid, None)
             if told_at is not None:
@@ -227,7 +268,8 @@ class Storm:
         stops = (
             (self.tokenizer.decode([last + chosen.randint(1, 30)]),) if way == "stop string" and not is_short else ()
         )
-        sampling = SamplingParams(max_tokens=MAX_TOKENS, stop_words=stops)
+        structured = '{"regex":"a+"}' if self._constraints.random() < CONSTRAINED_SHARE else ""
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, stop_words=stops, structured_output=structured)
         # Many have a deadline that does not pass before they end.
         seconds = chosen.uniform(0, 0.2) if way == "deadline" else chosen.choice((None, 600.0))
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -294,6 +336,7 @@ class Storm:
         """What is left in each table that holds requests, and the token slots that nobody gave back."""
         router, server, stream_queue = self.engine.router, self.engine.server, self.streams._send_queue
         router.check_integrity()
+        structured = self.engine.structured
         tables = {
             "Router._live": router._live, "Router._by_arrival_index": router._by_arrival_index,
             "Router._queue": router._queue, "Router._in_flight": router._in_flight, "Router._chunks": router._chunks,
@@ -302,6 +345,8 @@ class Storm:
             "EngineClient._outstanding": self.client._outstanding, "Streams._streams": self.streams._streams,
             "SendQueue._urgent": stream_queue._urgent, "SendQueue._ready": stream_queue._ready,
             "SendQueue._in_flight": stream_queue._in_flight,
+            "StructuredOutput._waiting": structured._waiting, "StructuredOutput._routed": structured._routed,
+            "StructuredOutput._ready": structured._ready, "StructuredOutput._done": structured._done,
             "rows": [owner for owner in router._table.owners if owner is not None],
         }  # fmt: skip
         left = {name: len(table) for name, table in tables.items()}

@@ -114,8 +114,7 @@ class CountingEngine:
 
     def _run(self) -> None:
         try:
-            statistics, followers = StatisticsLog(0), BatchSender("", 0)
-            structured = StructuredOutput(GrammarCompiler(self._no_vocabulary), self.server.wake)
+            statistics, followers, structured = StatisticsLog(0), BatchSender("", 0), self.structured_output()
             run(
                 self.server, self.router, followers, self.runner, statistics, self.vitals, self.load, structured  # type: ignore[arg-type]
             )  # fmt: skip
@@ -124,6 +123,9 @@ class CountingEngine:
         finally:
             self.server.close()
             self.vitals.close()
+
+    def structured_output(self) -> StructuredOutput:
+        return StructuredOutput(GrammarCompiler(self._no_vocabulary), self.server.wake)
 
     def _no_vocabulary(self) -> ModelVocabulary:
         assert self.may_load_tokenizer.wait(10)

@@ -11,7 +11,7 @@ from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
 from tests.worker.cancellation_storm import WAYS, Storm
 
-STATES = {"queued", "prefilling", "running", "preempted", "stream in flight"}
+STATES = {"queued", "prefilling", "running", "preempted", "constrained", "stream in flight"}
 
 
 def test_nothing_is_left_of_requests_that_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
