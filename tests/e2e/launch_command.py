@@ -76,7 +76,7 @@ class LaunchCommand:
         return f"127.0.0.1:{self.grpc_port}"
 
     def wait_ready(self, times: int = 1) -> LaunchCommand:
-        assert poll(lambda: self.log().count("ready after") >= times or self.process.poll() is not None, 120), (
+        assert poll(lambda: self.log().count("ready after") >= times or self.process.poll() is not None, 300), (
             self.log()
         )
         assert self.process.poll() is None, self.log()

@@ -194,7 +194,7 @@ def test_fifty_starts_and_stops_leave_nothing(tiny_model: Path, tmp_path: Path) 
         state = "loading" if index % 2 else "ready"
         try:
             if state == "loading":
-                assert poll(lambda command=command: list(command.find_all("generation")), 60)  # type: ignore[misc]
+                assert poll(lambda command=command: list(command.find_all("generation")), 300)  # type: ignore[misc]
             else:
                 command.wait_ready()
             traces = command.traces()
