@@ -131,17 +131,21 @@ def _check_stream(stream: GenerateStream) -> str:
         if "error" in event:
             outcome = _check_error(event["error"], is_500=False)
         else:
-            assert isinstance(event["text_output"], str)
+            assert _is_text(event["text_output"])
     return outcome
 
 
 def _check_status(status: int, answer: dict[str, Any]) -> str:
     if status == 200 and "error" not in answer:
-        said = answer["text_output"]  # a list if n is above 1
-        assert all(isinstance(text, str) for text in (said if isinstance(said, list) else [said]))
+        assert _is_text(answer["text_output"])
         return ANSWERED
     assert status in (200, 400, 500, 503)
     return _check_error(answer["error"], status == 500)
+
+
+def _is_text(said: Any) -> bool:
+    """Whether that is a text, or one for each of several answers."""
+    return all(isinstance(text, str) for text in (said if isinstance(said, list) else [said]))
 
 
 def _check_error(message: str, is_500: bool) -> str:
