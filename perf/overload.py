@@ -5,7 +5,8 @@
 
 The engine only tells the time (perf/sleeping_engine.py) in steps that are all alike, so the figures are the server's.
 Streams run for some seconds before the flood and through it. The flood comes from a process of its own; a request's
-time counts from its sending. CPU seconds say what the flood costs each process, whatever else the machine does. Then
+time counts from its sending. CPU seconds say what the flood costs each process, whatever else the machine does, and
+megabytes by how much each has grown. Then
 the same flood goes to a Triton server with one model that only refuses, and another that streams at the same pace and
 does nothing else: no refusal by a Python model comes sooner, and no stream is held up less.
 """
@@ -20,7 +21,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -145,9 +146,9 @@ async def measure(
     streaming = replace(target, streaming=True, model=streaming_model)
     running = [asyncio.create_task(stream_until(streaming, done)) for _ in range(streams)]
     await asyncio.sleep(CALM_SECONDS)
-    cpu_before = cpu_seconds()
+    cpu_before, memory_before = cpu_seconds(), megabytes()
     answered = await loop.run_in_executor(pool, flood, target, count, output)
-    cpu_after = cpu_seconds()
+    cpu_after, memory_after = cpu_seconds(), megabytes()
     done.set()
     times = await asyncio.gather(*running)
     begun, ended = min(sent for _, sent, _ in answered), max(sent + seconds for _, sent, seconds in answered)
@@ -159,6 +160,7 @@ async def measure(
         "refused_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "refused"]),
         "done_seconds": percentiles([seconds for outcome, _, seconds in answered if outcome == "done"]),
         "cpu_seconds": {name: round(cpu_after[name] - cpu_before[name], 2) for name in sorted(cpu_before)},
+        "grown_mb": {role: round(size - memory_before.get(role, size), 1) for role, size in memory_after.items()},
         "gap_before": percentiles(gaps(times, begun - CALM_SECONDS / 2, begun)),
         "gap_while_refusing": percentiles(gaps(times, begun, max(refused_until, begun + 0.5))),
         "gap_while_waiting": percentiles(gaps(times, max(refused_until, begun + INTAKE_SECONDS), ended)),
@@ -205,6 +207,19 @@ def cpu_seconds() -> Counter[str]:
             name = next((name for name, pattern in PROCESSES.items() if re.search(pattern, command)), "others")
             used[name] += sum(process.cpu_times()[:2])
     return used
+
+
+def megabytes() -> dict[str, float]:
+    """The resident memory of the server's processes, by role."""
+    roles = {name: pattern for name, pattern in PROCESSES.items() if "client" not in name}
+    used: defaultdict[str, float] = defaultdict(float)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            arguments = " ".join(process.cmdline())
+            for name, pattern in roles.items():
+                if re.search(pattern, arguments):
+                    used[name] += process.memory_info().rss / 2**20
+    return dict(used)
 
 
 def gaps(times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:

@@ -458,6 +458,9 @@ def overload(result: dict[str, Any]) -> list[str]:
     headings = ["done", "refused", "refused after, s, p50", "p99", "longest", "between responses before, ms, p99"]
     headings += ["while refusing, ms, p99", "while others wait, ms, p99", "longest pause, s"]
     lines = [f"{title} ({origin(result)}):", "", *table(headings, [figures])]
+    if grown := result.get("grown_mb"):
+        sizes = ", ".join(f"{role} {size:+.1f}" for role, size in sorted(grown.items()))
+        lines += ["", f"What the flood adds to each process, MB: {sizes}."]
     bare = result.get("model_that_only_refuses", {})
     if least := bare.get("refused_seconds"):
         lines += ["", f"A model that only refuses: {least['p50']:.2f} s (p50), {least['max']:.2f} s (longest)."]

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import re
 import signal
 import tempfile
 import time
@@ -29,11 +28,10 @@ from statistics import median
 from typing import Any
 
 import click
-import psutil
 
 from lightllm_client.errors import LightLLMError
 from perf.model_directory import write_model_directory
-from perf.overload import MODEL, PROCESSES, gaps, percentiles
+from perf.overload import MODEL, gaps, megabytes, percentiles
 from perf.record import RESULTS, circumstances, write_result
 from perf.serving.calls import Target, caller_for
 from perf.serving.measure import RequestFailed
@@ -107,19 +105,6 @@ def clients(targets: Sequence[Target], output: int, reading: bool) -> Iterator[N
     finally:
         process.kill()
         process.join()
-
-
-def megabytes() -> dict[str, float]:
-    """The resident memory of the server's processes, by role."""
-    roles = {name: pattern for name, pattern in PROCESSES.items() if "client" not in name}
-    used: defaultdict[str, float] = defaultdict(float)
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            arguments = " ".join(process.cmdline())
-            for name, pattern in roles.items():
-                if re.search(pattern, arguments):
-                    used[name] += process.memory_info().rss / 2**20
-    return dict(used)
 
 
 async def measure(
