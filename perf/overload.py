@@ -7,8 +7,9 @@ The engine only tells the time (perf/sleeping_engine.py) in steps that are all a
 Streams run for some seconds before the flood and through it. The flood comes from a process of its own; a request's
 time counts from its sending. CPU seconds say what the flood costs each process, whatever else the machine does, and
 megabytes by how much each has grown. Then
-the same flood goes to a Triton server with one model that only refuses, and another that streams at the same pace and
-does nothing else: no refusal by a Python model comes sooner, and no stream is held up less.
+the same flood goes to a Triton server with an ensemble of one model that only refuses, and another model that streams
+at the same pace and does nothing else: no refusal by a Python model in an ensemble comes sooner, and no stream is held
+up less.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ PROCESSES = {
 CALM_SECONDS = 4.0  # the streams alone
 INTAKE_SECONDS = 2.0  # in which a flood that is not refused has come in
 ROOT = Path(__file__).resolve().parents[1]
-STREAMING = "streaming"
+REFUSING, STREAMING = "refusing", "streaming"
 STREAM_LENGTH = 15_000  # tokens, more than a stream gets
 REFUSING_MODEL = """
 import triton_python_backend_utils as pb_utils
@@ -170,17 +171,25 @@ async def measure(
 
 @contextlib.contextmanager
 def refusing_server(target: Target, repository: Path) -> Iterator[Target]:
-    """Triton server with two models of the ensemble's inputs and outputs: one of its name, which refuses all requests,
-    and STREAMING, which answers them in steps."""
+    """Triton server with the ensemble's inputs and outputs: an ensemble of its name, of whose one step refuses all
+    requests, and STREAMING, which answers them in steps."""
     ensemble = (ROOT / "model_repository" / "lightllm" / "config.pbtxt").read_text(encoding="utf-8")
-    interface, _, _ = ensemble.replace('platform: "ensemble"', 'backend: "python"').partition("ensemble_scheduling")
-    interface += "\nmodel_transaction_policy { decoupled: true }\ninstance_group [{ kind: KIND_CPU }]\n"
-    for name, source in (("lightllm", REFUSING_MODEL), (STREAMING, STREAMING_MODEL)):
+    interface, _, _ = ensemble.partition("ensemble_scheduling")
+    decoupled = "\nmodel_transaction_policy { decoupled: true }\ninstance_group [{ kind: KIND_CPU }]\n"
+    for name, source in ((REFUSING, REFUSING_MODEL), (STREAMING, STREAMING_MODEL)):
         program = repository / name / "1" / "model.py"
         program.parent.mkdir(parents=True)
         program.write_text(source, encoding="utf-8")
-        config = interface.replace('name: "lightllm"', f'name: "{name}"')
+        config = interface.replace('platform: "ensemble"', 'backend: "python"') + decoupled
         (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
+    inputs, outputs = (re.findall(r'name: "(\w+)"', part) for part in interface.split("\noutput ["))
+    maps = [f'input_map {{ key: "{name}", value: "{name}" }}' for name in inputs]
+    maps += [f'output_map {{ key: "{name}", value: "{name}" }}' for name in outputs]
+    step = "\n".join([f'model_name: "{REFUSING}"', "model_version: -1", *maps])
+    (repository / "lightllm" / "1").mkdir(parents=True)
+    (repository / "lightllm" / "config.pbtxt").write_text(
+        f"{interface}\nensemble_scheduling {{ step [{{\n{step}\n}}] }}\n", encoding="utf-8"
+    )
     http_port, grpc_port, metrics_port = free_ports(3)
     services = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
     ports = [f"--{name}-port={port}" for name, port in services.items()]
