@@ -50,6 +50,8 @@ class TokenizerSettings(NamedTuple):
 
 
 def _token_id(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():  # infinity and NaN, too
+        raise ValueError(f"the id {value}; allowed: integers")
     token_id = int(value)
     if not 0 <= token_id <= MAX_TOKEN_ID:
         raise ValueError(f"the id {token_id}; allowed: 0 ≤ id ≤ {MAX_TOKEN_ID}")

@@ -69,9 +69,9 @@ def draw(
     done = 0
     while done < cases and time.monotonic() < until:
         hypothesis.core.global_force_seed = None if seed is None else seed + done
-        number = min(at_once, cases - done)
+        examples = -(-min(at_once, cases - done) // target.cases_each)
         options = settings(
-            max_examples=max(1, number // target.cases_each),
+            max_examples=examples,
             database=None,
             deadline=None,
             phases=phases,
@@ -82,7 +82,7 @@ def draw(
             options(given(target.inputs)(target.check))()
         except Exception as error:  # noqa: BLE001 (findings)
             return done, error
-        done += number
+        done += examples * target.cases_each
         print(f"{done} of {cases}", file=sys.stderr, flush=True)
     return done, None
 

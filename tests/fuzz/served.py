@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import psutil
+
 from lightllm_client import LightLLMClient
 from tests.e2e.calls import in_parallel
 from tests.e2e.server import TritonServer
@@ -22,7 +24,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "byte_level" / "tokenizer.json"
 CALLS_AT_ONCE = 16
 MAX_LENGTH = 64  # of the server's requests, in tokens
 NEIGHBOURS_PROMPT, NEIGHBOURS_TOKENS = "Once upon a time", 40
-GROWTH_FROM = 5000  # requests, after which memory is measured for the first time
+MEASURED_EVERY = 5000  # requests: the memory of the server
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -50,14 +52,14 @@ class ServerUnderFuzz:
         self._done = Event()
         self._pool = ThreadPoolExecutor(1)
         self._neighbour = self._pool.submit(self._be_neighbour)
-        self._memory: dict[int, int] = {}
+        self._memory: list[dict[tuple[int, str], int]] = []
 
     def check(self, calls: Sequence[Call]) -> None:
         """Send the requests at once and judge each answer."""
         outcomes = in_parallel([lambda call=call: check(self._server, call) for call in calls])
         self.outcomes.update((call.way, outcome) for call, outcome in zip(calls, outcomes, strict=True))
-        if not self._memory and self.outcomes.total() >= GROWTH_FROM:
-            self._memory = self._resident()
+        if self.outcomes.total() // MEASURED_EVERY > len(self._memory):
+            self._memory.append(self._resident())
         assert not self._neighbour.done(), self._neighbour.result()
 
     def close(self) -> str:
@@ -70,11 +72,10 @@ class ServerUnderFuzz:
         assert "Traceback" not in self._server.log(), self._server.log()
         lines = [f"  {way}, {outcome}: {count}" for (way, outcome), count in sorted(self.outcomes.items())]
         lines.append(f"  neighbour's answers, all alike: {neighbours}")
-        if self._memory:
-            now = self._resident()
-            assert now.keys() == self._memory.keys(), "a process of the server was replaced"
-            growth = max(now[pid] - before for pid, before in self._memory.items())
-            lines.append(f"  no process grew by more than {growth / 2**20:.1f} MiB after the first {GROWTH_FROM}")
+        assert len(set(map(frozenset, self._memory))) <= 1, "a process of the server was replaced"
+        for process in self._memory[0] if self._memory else ():
+            sizes = [f"{sizes[process] / 2**20:.1f}" for sizes in self._memory]
+            lines.append(f"  {process[1]}, MiB after each {MEASURED_EVERY} requests: {', '.join(sizes)}")
         return "\n".join(lines)
 
     def _neighbours_answer(self) -> str:
@@ -88,6 +89,13 @@ class ServerUnderFuzz:
             count += 1
         return count
 
-    def _resident(self) -> dict[int, int]:
-        """The bytes in memory of each process of the server."""
-        return {process.pid: process.memory_info().rss for process in self._server.processes()}
+    def _resident(self) -> dict[tuple[int, str], int]:
+        """The bytes in memory of each process of the server, by its number and role."""
+        return {(process.pid, _role(process)): process.memory_info().rss for process in self._server.processes()}
+
+
+def _role(process: psutil.Process) -> str:
+    arguments = process.cmdline()
+    models = [Path(argument).parent.parent.name for argument in arguments if argument.endswith("/model.py")]
+    modules = [argument for argument in arguments if argument.startswith("lightllm_backend.")]
+    return [*models, *modules, Path(arguments[0]).name][0]

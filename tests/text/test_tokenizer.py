@@ -283,6 +283,9 @@ def test_unloadable_directories_say_what_is_wrong(model_dir, tmp_path: Path):
         file.write_bytes(whole)
     (directory / "added_tokens.json").write_text('{"<tool>": "first"}')
     assert "added tokens" in error(directory)
+    for number in ("Infinity", "NaN", "1.5"):
+        (directory / "added_tokens.json").write_text(f'{{"<tool>": {number}}}')
+        assert "are malformed: ValueError('the id" in error(directory)
     (directory / "added_tokens.json").write_text("[]")
     assert "added_tokens.json holds a JSON list; an object is needed" in error(directory)
 
