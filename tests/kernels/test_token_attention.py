@@ -58,11 +58,11 @@ def _check_kernel(new, pool, rest, options, tolerance, norm=None):
     assert torch.equal(pool.k[others].nan_to_num(), wide.k[others].to(pool.k.dtype).nan_to_num())
 
 
-def test_combinations_have_all_of_any_axes_but_one():
-    chosen = combinations("abc", "de", "fgh", "ij")
-    assert len(chosen) in (18, 36)
-    for axis, count in enumerate([12, 18, 12, 18]):
-        assert len({values[:axis] + values[axis + 1 :] for values in chosen}) == count
+def test_combinations_have_all_of_the_axes_but_the_first():
+    chosen = combinations("abcdefg", "de", "fgh", "ij", every=7)
+    assert len(chosen) in (12, 84)
+    assert len({values[1:] for values in chosen}) == 12
+    assert {values[0] for values in chosen} == set("abcdefg")
 
 
 @pytest.mark.parametrize("contexts", CONTEXTS)
@@ -87,11 +87,11 @@ def test_reference_rotates_and_writes():
 @pytest.mark.parametrize(
     ("sequences", "splits", "rotary", "dtype"),
     combinations(
-        [(CONTEXTS[2], shape) for shape in SHAPES] + [(CONTEXTS[1], SHAPES[1]), (CONTEXTS[3], SHAPES[0])],
+        [(CONTEXTS[2][:3], shape) for shape in SHAPES] + [(CONTEXTS[1], SHAPES[1]), (CONTEXTS[3], SHAPES[0])],
         [1, 3],
         [0, 0.5, 1],
         [torch.float32, torch.float16],
-        every=3,
+        every=5,
     ),
 )
 def test_kernel_matches_the_reference(sequences, splits, rotary, dtype, device, monkeypatch):
@@ -113,12 +113,13 @@ def test_reference_norms_heads_as_rotary_kv_write_does():
     assert relative_error(out, _naive(normed, pool, rest[-1])) < 1e-6
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "int8"),
+    combinations([SHAPES[1], SHAPES[2], SHAPES[6]], [torch.float32, torch.float16], [False, True], every=3),
+)
 def test_kernel_norms_heads(shape, dtype, int8, device):
     norm = head_norm(shape[2], dtype, device)
-    step = _step([70, 0, 35, 2], shape, dtype, device, int8, rotary_dim=shape[2] // 4 * 2)
+    step = _step([70, 0, 2], shape, dtype, device, int8, rotary_dim=shape[2] // 4 * 2)
     _check_kernel(*step, {}, 2 * TOLERANCE[dtype], norm)  # a normed query is rounded once more
 
 
@@ -133,12 +134,12 @@ def test_reference_variants_are_naive_attention(variant, shape):
 
 @pytest.mark.parametrize(
     ("variant", "shape", "splits", "dtype"),
-    combinations(VARIANTS, [SHAPES[1], SHAPES[4], SHAPES[6]], [1, 3], [torch.float32, torch.float16], every=4),
+    combinations(VARIANTS, [SHAPES[1], SHAPES[4], SHAPES[6]], [1, 3], [torch.float32, torch.float16], every=7),
 )
 def test_kernel_variants_match_the_reference(variant, shape, splits, dtype, device, monkeypatch):
     for module in (token_attention, token_attention_int8):
         monkeypatch.setattr(module, "split_count", lambda *_: splits)
-    step = _step([70, 0, 35, 2], shape, dtype, device, variant.int8, rotary_dim=8)
+    step = _step([70, 0, 2], shape, dtype, device, variant.int8, rotary_dim=8)
     _check_kernel(*step, variant.options(step[1], shape[0]), TOLERANCE[dtype])
 
 
@@ -157,7 +158,7 @@ def test_nothing_before_the_window_is_read(implementation, device):
 @pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("shape", [(2, 2, 16), (4, 1, 16)])
 def test_small_int8_values_keep_their_precision_in_float16(implementation, shape, device):
-    new, pool, rest = _step([300], shape, torch.float16, device, int8=True)
+    new, pool, rest = _step([130], shape, torch.float16, device, int8=True)
     pool.scales[:, :, 1] = 2.0**-14
     new.v.mul_(2.0**-8)
     out = implementation.token_attention(*new, pool.k, pool.v, *rest, scales=pool.scales)
@@ -182,7 +183,7 @@ def test_large_scores_do_not_overflow(implementation, device):
 
 @pytest.mark.parametrize("implementation", [reference, launchers])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("contexts", [[5, 6], [0, 3, 900]])
+@pytest.mark.parametrize("contexts", [[5, 6], [0, 3, 200]])  # not split, and split
 def test_the_result_goes_where_it_is_wanted(implementation, contexts, int8, device):
     new, pool, rest = _step(contexts, (2, 1, 16), torch.float32, device, int8=int8)
     options = {"scales": pool.scales}
