@@ -2,8 +2,8 @@
 """Compiles what the launchers would launch on another GPU, without one.
 
 `python -m tests.kernels.compile_kernels JOBS` takes a JSON list of jobs, each a compute capability and its models:
-every kernel is compiled for these, to machine code for the first model of a dtype, and for the others as far as their
-shared memory is known; without models, the products are compiled at the blocks that are stored for the GPU.
+every kernel is compiled for these, to machine code if the model says so, and else as far as its shared memory is known;
+without models, the products are compiled at the blocks that are stored for the GPU.
 Prints a JSON list of the shared memory that each kernel takes in each job. Must run without TRITON_INTERPRET.
 """
 
@@ -266,7 +266,7 @@ def launch_variants(
     launchers.token_attention(*new, k, k, table, lengths, lengths, 4096, 0.1, **options, norm=norm)
 
 
-def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:
+def run_job(job: tuple[str, list[tuple[str, int, int, int, bool]]]) -> dict[str, int]:
     """The shared memory that each kernel takes. The process is of no use for another job: it pretends to have a GPU."""
     capability, models = job
     major, minor = (int(digit) for digit in capability.split("."))
@@ -285,12 +285,10 @@ def run_job(job: tuple[str, list[tuple[str, int, int, int]]]) -> dict[str, int]:
     if not models:
         launch_stored(capability)
         launch_stored_quantized(capability)
-    seen: set[str] = set()
-    for dtype, *shape in models:
-        with sizes_alone() if dtype in seen else contextlib.nullcontext():
+    for index, (dtype, *shape, to_machine_code) in enumerate(models):
+        with contextlib.nullcontext() if to_machine_code else sizes_alone():
             # Variants take no more shared memory than plain kernels, and longer to compile.
-            launch_all(getattr(torch, dtype), *shape, with_variants=not seen)
-        seen.add(dtype)
+            launch_all(getattr(torch, dtype), *shape, with_variants=index == 0)
     return shared
 
 

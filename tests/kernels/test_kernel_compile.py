@@ -13,15 +13,25 @@ from lightllm_backend.kernels import launchers
 
 ROOT = Path(__file__).parents[2]
 
-# Compute capability, shared memory of a block in KiB, and models: dtype, head_dim, heads, KV heads; without models, the
-# products are compiled at the stored blocks. The launchers give GPUs before Ampere the same blocks, and so those from
-# Ampere to Ada: of each group the least shared memory counts, and a size is compiled for one of the group's GPUs.
+# Compute capability, shared memory of a block in KiB, and models: dtype, head_dim, heads, KV heads, and whether they
+# are compiled to machine code, which each GPU has of one dtype and each dtype of some GPU; without models, the products
+# are compiled at the stored blocks. The launchers give GPUs before Ampere the same blocks, and so those from Ampere to
+# Ada: of each group the least shared memory counts, and a size is compiled for one of the group's GPUs.
 GPUS = [
-    ("7.0", 64, [("float16", 16, 4, 1)]),
-    ("7.5", 64, [("float16", 16, 4, 1), ("float16", 128, 16, 4)]),
-    ("8.0", 99, [("bfloat16", 64, 9, 3), ("float32", 128, 4, 4)]),
-    ("8.9", 99, [("bfloat16", 32, 4, 1), ("float16", 32, 4, 1), ("bfloat16", 128, 64, 8), ("float16", 256, 8, 8)]),
-    ("9.0", 227, [("bfloat16", 128, 32, 8), ("bfloat16", 80, 8, 8), ("float32", 64, 9, 3)]),
+    ("7.0", 64, [("float16", 16, 4, 1, True)]),
+    ("7.5", 64, [("float16", 16, 4, 1, True), ("float16", 128, 16, 4, False)]),
+    ("8.0", 99, [("bfloat16", 64, 9, 3, True), ("float32", 128, 4, 4, True)]),
+    (
+        "8.9",
+        99,
+        [
+            ("float16", 32, 4, 1, True),
+            ("bfloat16", 32, 4, 1, False),
+            ("bfloat16", 128, 64, 8, False),
+            ("float16", 256, 8, 8, False),
+        ],
+    ),
+    ("9.0", 227, [("bfloat16", 128, 32, 8, True), ("bfloat16", 80, 8, 8, False), ("float32", 64, 9, 3, False)]),
     ("9.0", 227, []),
 ]
 OF_HOPPER = {"linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
@@ -30,7 +40,7 @@ LEFT_TO_CUBLAS = {"linear_splits", "gated_linear"}  # before Ampere
 OF_8_BIT_ACTIVATIONS = {"quantize_tokens", "scaled_linear"}  # which GPUs before Ampere do not multiply
 
 
-def expected_kernels(capability: str, models: list[tuple[str, int, int, int]]) -> set[str]:
+def expected_kernels(capability: str, models: list[tuple[str, int, int, int, bool]]) -> set[str]:
     if not models:
         return STORED
     every = set(launchers.__all__) - {"linear", "arrange_weight"}  # which call kernels, and none
