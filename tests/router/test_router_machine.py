@@ -99,7 +99,7 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 RouterMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("ROUTER_MACHINE_EXAMPLES", "200")),
+    max_examples=int(os.environ.get("ROUTER_MACHINE_EXAMPLES", "100")),
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -52,7 +52,7 @@ arrivals = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(
     life=st.lists(arrivals, min_size=1, max_size=12),
     capacity=st.integers(36, 120),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightllm_backend.text.incremental_decoding import IncrementalDecoder, WindowDecoder
@@ -63,7 +63,6 @@ ids_of = {
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte_level", "llama"])
 @given(data=st.data(), stop_words=stops, min_tokens=st.integers(0, 6), sizes=st.lists(st.integers(0, 5), max_size=14))
-@settings(max_examples=300)
 def test_text_is_cut_at_the_first_stop_string_whatever_the_split(tokenizer, data, stop_words, min_tokens, sizes):
     ids = data.draw(ids_of[tokenizer])
     texts = texts_by_token(tokenizer, ids)
@@ -282,7 +281,6 @@ def marked_text(tokenizer: Tokenizer, ids: Sequence[int], named: str) -> list[st
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, LLAMA], ids=["bytes", "llama"])
 @given(data=st.data(), min_tokens=st.integers(0, 4))
-@settings(max_examples=300)
 def test_stop_strings_with_special_tokens_are_found_as_in_the_text_with_them(tokenizer, data, min_tokens):
     letters = [ids_inside(tokenizer, letter)[0] for letter in "ab"]
     ids = data.draw(st.lists(st.sampled_from([*letters, 2, 1]), max_size=10))
