@@ -19,7 +19,6 @@ from perf.capacity import SUSTAINED, best, cost, stored_capacities, stored_valid
 from perf.record import RESULTS, ROOT
 from perf.replica_choice import POLICIES
 from perf.report import capacity_cells, capacity_headings, table, validation_table
-from perf.step_plot import STYLE
 
 PAGE = ROOT / "docs" / "capacity.md"
 FOLDER = ROOT / "docs" / "capacity"
@@ -41,6 +40,8 @@ def draw(result: dict[str, Any], rows: Sequence[dict[str, Any]], over: str, labe
     mpl.use("agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogFormatter
+
+    from perf.step_plot import STYLE
 
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")

@@ -3,29 +3,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 
 import torch
 
 from lightllm_backend.parallel import SymmetricMemory, TensorParallel
 
-RANK = """
-import sys, torch
-from lightllm_backend.parallel import TensorParallel
-rank, cpu = int(sys.argv[1]), torch.device("cpu")
-parallel = TensorParallel.connect(rank, 2, cpu, sys.argv[2])
-assert (parallel.rank, parallel.size) == (rank, 2)
-x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)
-assert parallel.all_gather(x).tolist() == [[1, 2, 2, 4], [3, 4, 6, 8]]
-assert parallel.all_gather(x.bfloat16().t()).tolist() == [[1, 3, 2, 6], [2, 4, 4, 8]]
-assert parallel.minimum(7 - rank, cpu) == 6
-assert parallel.with_symmetric_memory(2, 4, torch.float32, cpu) is parallel, "there is none on a CPU"
-assert parallel.broadcast(x.clone(), 1).tolist() == [[2, 4], [6, 8]]
-assert parallel.all_reduce(x.bfloat16()).tolist() == [[3, 6], [9, 12]]
-assert parallel.all_reduce(x).tolist() == [[3, 6], [9, 12]]
-torch.distributed.destroy_process_group()
-"""
+
+def run_rank(rank: int, meeting: str) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    cpu = torch.device("cpu")
+    parallel = TensorParallel.connect(rank, 2, cpu, meeting)
+    assert (parallel.rank, parallel.size) == (rank, 2)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)
+    assert parallel.all_gather(x).tolist() == [[1, 2, 2, 4], [3, 4, 6, 8]]
+    assert parallel.all_gather(x.bfloat16().t()).tolist() == [[1, 3, 2, 6], [2, 4, 4, 8]]
+    assert parallel.minimum(7 - rank, cpu) == 6
+    assert parallel.with_symmetric_memory(2, 4, torch.float32, cpu) is parallel, "there is none on a CPU"
+    assert parallel.broadcast(x.clone(), 1).tolist() == [[2, 4], [6, 8]]
+    assert parallel.all_reduce(x.bfloat16()).tolist() == [[3, 6], [9, 12]]
+    assert parallel.all_reduce(x).tolist() == [[3, 6], [9, 12]]
+    torch.distributed.destroy_process_group()
 
 
 def test_one_rank_returns_its_argument():
@@ -40,10 +38,14 @@ def test_one_rank_returns_its_argument():
 
 
 def test_two_ranks_exchange_tensors(tmp_path):
-    command = [sys.executable, "-c", RANK]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")]) for rank in (0, 1)]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, str(tmp_path / "meeting"))) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
     try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

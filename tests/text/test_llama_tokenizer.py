@@ -14,10 +14,14 @@ def test_vectors() -> list[tuple[str, list[int]]]:
     return vectors(fetched_files())
 
 
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return sentencepiece_model(fetched_files())
+
+
 @pytest.fixture(scope="module", params=["tokenizer.model", "tokenizer.json"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: bytes) -> Tokenizer:
     directory = tmp_path_factory.mktemp("llama")
-    model = sentencepiece_model(fetched_files())
     if request.param == "tokenizer.model":
         (directory / "tokenizer.model").write_bytes(model)
     else:
