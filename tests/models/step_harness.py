@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 from types import ModuleType
 
 import torch
@@ -120,14 +122,28 @@ def expected_logits(transformer: transformers.PreTrainedModel, sequence: HandSeq
         return torch.cat([transformer(piece, past_key_values=cache).logits[0] for piece in pieces])
 
 
+TOTALS = [12, 16, 6]  # tokens of each of `sequences` that check_steps computes
+_one_at_a_time = Lock()
+
+
+@lru_cache(maxsize=32)
+def _expected_steps(transformer: transformers.PreTrainedModel) -> list[Tensor]:
+    pairs = zip(sequences(transformer.config.vocab_size), TOTALS, strict=True)
+    return [expected_logits(transformer, one, total) for one, total in pairs]
+
+
 def check_steps(
     model: CausalLM, transformer: transformers.PreTrainedModel, kv_dtype=torch.float32, tolerance: float = 1e-4
 ) -> None:
-    """Prefill, chunked prefill and decode steps of mixed sequences give the logits of transformers."""
+    """Prefill, chunked prefill and decode steps of mixed sequences give the logits of transformers.
+
+    Those are computed once for a transformer, which must not change afterwards. Ranks that are threads may share it.
+    """
     vocab_size, num_layers = transformer.config.vocab_size, transformer.config.num_hidden_layers
     short, long, single = sequences(vocab_size)
-    totals = {short.row: 12, long.row: 16, single.row: 6}
-    expected = {one.row: expected_logits(transformer, one, totals[one.row]) for one in (short, long, single)}
+    with _one_at_a_time:
+        logits_of = _expected_steps(transformer)
+    expected = {one.row: logits for one, logits in zip((short, long, single), logits_of, strict=True)}
     harness = StepHarness(model, num_layers, rows=3, max_length=24, kv_dtype=kv_dtype)
     steps = [
         [(short, 5), (long, 4)],

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,23 +30,39 @@ MAX_TOKENS = 8
 PROMPTS = [random.Random(seed).choices(range(3, VOCAB), k=length) for seed, length in enumerate([1, 2, 5, 8, 34])]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(tmp_path, family):
-    check_steps(load_model(save_random_model(family, tmp_path)), random_model(family))
+@cache
+def model_of_family(family: str) -> transformers.PreTrainedModel:
+    return random_model(family)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's model, which no test may change."""
+
+    @cache
+    def save(family: str) -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        model_of_family(family).save_pretrained(directory)
+        return directory
+
+    return save
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_never_asks_the_device_for_a_value(tmp_path, family):
-    check_reads_nothing_back(save_random_model(family, tmp_path))
+def test_logits_are_those_of_transformers(saved, family):
+    check_steps(load_model(saved(family)), model_of_family(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
-    save_random_model(family, tmp_path)
-    engine = load(tmp_path)
-    arrivals = [random.Random(7).randrange(10) for _ in PROMPTS]
-    answers = run(engine, PROMPTS, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens=9)
-    assert [answer.token_ids for answer in answers] == transformers_greedy(tmp_path, PROMPTS, MAX_TOKENS)
+def test_a_step_never_asks_the_device_for_a_value(saved, family):
+    check_reads_nothing_back(saved(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(saved, family):
+    prompts, arrivals = PROMPTS[::2], [7, 0, 2]
+    answers = run(load(saved(family)), prompts, SamplingParams(max_tokens=MAX_TOKENS), arrivals, batch_max_tokens=9)
+    assert [answer.token_ids for answer in answers] == transformers_greedy(saved(family), prompts, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
@@ -76,35 +95,33 @@ def test_answers_that_cross_the_limit_of_longrope_are_those_of_transformers_gene
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_together_compute_the_same_logits(tmp_path, family):
-    save_random_model(family, tmp_path)
-    run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
+def test_ranks_together_compute_the_same_logits(saved, family):
+    directory, transformer = saved(family), model_of_family(family)
+    run_ranks(2, lambda parallel: check_steps(load_model(directory, parallel=parallel), transformer))
 
 
 @pytest.mark.parametrize(
     ("family", "size"), [("mistral", 2), ("gemma3", 2), ("qwen2_window", 4), ("bloom_12_heads", 2), ("olmo2", 2)]
 )
-def test_ranks_together_through_lamport_buffers(tmp_path, family, size):
+def test_ranks_together_through_lamport_buffers(saved, family, size):
     """With room for 3 rows: what the last norm takes of each step, and some whole steps."""
-    save_random_model(family, tmp_path)
-    transformer = random_model(family)
+    directory, transformer = saved(family), model_of_family(family)
     columns = transformer.config.hidden_size
-    run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer), 3, columns)
+    run_ranks(size, lambda parallel: check_steps(load_model(directory, parallel=parallel), transformer), 3, columns)
 
 
 @pytest.mark.parametrize(
     ("family", "size"), [("bloom_6_heads", 3), ("bloom_12_heads", 4), ("qwen2_window", 4), ("olmo2", 4)]
 )
-def test_more_ranks(tmp_path, family, size):
-    save_random_model(family, tmp_path)
-    run_ranks(size, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), random_model(family)))
+def test_more_ranks(saved, family, size):
+    directory, transformer = saved(family), model_of_family(family)
+    run_ranks(size, lambda parallel: check_steps(load_model(directory, parallel=parallel), transformer))
 
 
 @pytest.mark.parametrize("family", ["bloom_6_heads", "mistral"])
-def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(tmp_path, family):
-    save_random_model(family, tmp_path)
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(saved, family):
     with pytest.raises(ModelError, match=r"num_attention_heads is \d, which tp = 5 does not divide"):
-        load_model(tmp_path, parallel=TensorParallel(0, 5))
+        load_model(saved(family), parallel=TensorParallel(0, 5))
 
 
 # One family of each kind of attention, which is where int8 K and V are written and read.
@@ -112,34 +129,34 @@ ATTENTIONS = ["llama2_gqa", "bloom_6_heads", "phi3", "qwen2_window", "qwen3", "g
 
 
 @pytest.mark.parametrize("family", ATTENTIONS)
-def test_int8_keys_and_values_change_little(tmp_path, family):
-    model = load_model(save_random_model(family, tmp_path))
-    transformer = random_model(family)
+def test_int8_keys_and_values_change_little(saved, family):
+    model, transformer = load_model(saved(family)), model_of_family(family)
     check_steps(model, transformer, torch.int8, tolerance=0.4)
     with pytest.raises(AssertionError, match="not close"):
         check_steps(model, transformer, torch.int8)
 
 
 @pytest.mark.parametrize("family", ATTENTIONS)
-def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(tmp_path, family):
-    save_random_model(family, tmp_path)
-    plain, engine = load(tmp_path), load(tmp_path, kv_dtype="int8")
+def test_int8_keys_and_values_choose_the_same_tokens_where_the_choice_is_clear(saved, family):
+    directory = saved(family)
+    plain, engine = load(directory), load(directory, kv_dtype="int8")
     assert engine.info.pool_tokens == plain.info.pool_tokens
     assert engine.info.memory["KV pool"] < 0.4 * plain.info.memory["KV pool"]
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
-        logits = transformers_logits(tmp_path, prompt, answer.token_ids)
+        logits = transformers_logits(directory, prompt, answer.token_ids)
         chosen = logits.gather(1, torch.tensor(answer.token_ids).unsqueeze(1)).squeeze(1)
         assert float((logits.max(-1).values - chosen).max()) < 0.25 * float(logits.std())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "granite", "olmo2"])
-def test_bfloat16_chooses_the_same_tokens_where_the_choice_is_clear(tmp_path, family):
+def test_bfloat16_chooses_the_same_tokens_where_the_choice_is_clear(saved, family):
     """These families round norms, soft caps or products in ways of their own."""
-    engine = load(save_random_model(family, tmp_path), dtype="bfloat16")
+    directory = saved(family)
+    engine = load(directory, dtype="bfloat16")
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, return_log_probs=True)
     for prompt, answer in zip(PROMPTS, run(engine, PROMPTS, sampling), strict=True):
-        logits = transformers_logits(tmp_path, prompt, answer.token_ids)
+        logits = transformers_logits(directory, prompt, answer.token_ids)
         chosen = torch.tensor(answer.token_ids).unsqueeze(1)
         assert float((logits.max(-1).values - logits.gather(1, chosen).squeeze(1)).max()) < 0.1 * float(logits.std())
         log_probs = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
@@ -165,7 +182,7 @@ def test_names_may_lack_the_prefix(tmp_path, family, suffix):
         torch.save(bare, tmp_path / "pytorch_model.bin")
     else:
         save_file(bare, tmp_path / "model.safetensors")
-    check_steps(load_model(tmp_path), random_model(family))
+    check_steps(load_model(tmp_path), model_of_family(family))
 
 
 @pytest.mark.parametrize("names", ["of files", "of classes"])

@@ -35,9 +35,9 @@ class ThreadParallel(TensorParallel):
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
         self.shared[self.rank] = x.clone()
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=60)
         everyone = list(self.shared)
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=60)
         return everyone
 
 

@@ -13,7 +13,7 @@ from lightllm_backend.router.router import Router
 from tests.runner.engine_harness import run, save_random_llama
 from tests.runner.isolation import POOL_TOKENS, compare, load_small, mixed_requests, solo_answers
 
-NUM_REQUESTS = 30
+NUM_REQUESTS = 20
 
 
 @pytest.fixture(scope="module")

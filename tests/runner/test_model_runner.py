@@ -56,8 +56,7 @@ def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens(directory, expec
     assert [answer.token_ids for answer in answers] == expected
 
 
-@pytest.mark.parametrize(("batch_max_tokens", "overlap"), [(64, 0), (7, 1)])
-def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None:
+def test_a_preemption_changes_nothing(engine) -> None:
     everything = SamplingParams(
         max_tokens=30, do_sample=True, temperature=1.5, top_p=0.95, top_k=50, min_p=0.01, presence_penalty=0.5,
         frequency_penalty=0.3, repetition_penalty=1.2, min_tokens=9, return_log_probs=True,
@@ -66,13 +65,14 @@ def test_a_preemption_changes_nothing(engine, batch_max_tokens, overlap) -> None
     sampling = [replace(everything, seed=index, min_tokens=index) for index in range(len(PROMPTS))]
     sampling[::3] = [SamplingParams(max_tokens=30)] * 4
     undisturbed = run(engine, PROMPTS, sampling)
-    router = Router(120, 16, batch_max_tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission())
-    answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
-    assert router.stats().preemptions_total > 5
-    for answer, expected in zip(answers, undisturbed, strict=True):
-        assert (answer.token_ids, answer.reason) == (expected.token_ids, expected.reason)
-        assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
-        assert len(answer.top_log_probs) == len(expected.top_log_probs)
+    for tokens, overlap in ((64, 0), (7, 1)):
+        router = Router(120, 16, tokens, max_queue_size=99, eos_ids=frozenset({2}), policy=RecklessAdmission())
+        answers = run(engine, PROMPTS, sampling, overlap=overlap, router=router)
+        assert router.stats().preemptions_total > 5
+        for answer, expected in zip(answers, undisturbed, strict=True):
+            assert (answer.token_ids, answer.reason) == (expected.token_ids, expected.reason)
+            assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+            assert len(answer.top_log_probs) == len(expected.top_log_probs)
 
 
 def test_log_probs_are_the_models_own(engine, directory) -> None:

@@ -71,7 +71,7 @@ def check_same_steps(plain: ModelRunner, padded: ModelRunner, engine: LoadedEngi
     source = random.Random(seed)
     config = EngineConfig(running_max_req_size=NUM_ROWS, prefix_cache=engine.groups.count == 1)
     router = build_router(config, engine.info, source.choice([5, 16, 64]), groups=engine.groups)
-    num_requests, submitted, steps = 14, 0, 0
+    num_requests, submitted, steps = 9, 0, 0
     while submitted < num_requests or router.has_work:
         for _ in range(source.choice([0, 0, 1, 2, 5]) if submitted < num_requests else 0):
             prompt = tuple(source.randrange(3, VOCAB) for _ in range(source.randint(1, LONGEST_PROMPT)))
