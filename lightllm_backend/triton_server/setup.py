@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lightllm_backend import logs
 from lightllm_backend.config import ConfigError, EngineConfig
@@ -67,16 +69,29 @@ def engine_config(arguments: dict[str, str]) -> EngineConfig:
 def repository_parameters(repository: Path) -> dict[str, str]:
     """The settings in the generation model's config.pbtxt. Raises ConfigError if it cannot be read."""
     from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     path = repository / "generation" / "config.pbtxt"
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; --model_repository must name the folder that has LightLLM's")
     try:
-        parsed = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+        parsed = text_format.Parse(path.read_text(encoding="utf-8"), _empty_model_config())
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise ConfigError(f"{path}: {error}") from None
     return {key: value.string_value for key, value in parsed.parameters.items()}
+
+
+def _empty_model_config() -> Any:
+    """The message of a config.pbtxt, from its own file: every model would import gRPC with tritonclient's package."""
+    package = importlib.util.find_spec("tritonclient")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0], "grpc", "model_config_pb2.py")
+    specification = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.ModelConfig()
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from lightllm_backend.launch.http_sockets import enlarge_message_buffers
-from lightllm_backend.triton_server.executable import command
+from lightllm_backend.triton_server.executable import command, completion_options
 from tests.polling import poll
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -57,6 +57,7 @@ class TritonServer:
             "--grpc-address=127.0.0.1",
             "--metrics-address=127.0.0.1",
             "--exit-timeout-secs=5",
+            *completion_options(repository),
         ]
         argv, environment = command(
             [f"--model-repository={repository}", *ports, *arguments], engine_environment(settings)

@@ -89,6 +89,16 @@ def test_the_server_gets_repository_addresses_and_ports_and_the_user_s_own_last(
     assert launch.environment["LIGHTLLM_MODEL_DIR"] == settings["model_dir"]
 
 
+def test_config_files_are_completed_only_beside_the_models_of_others(
+    settings: dict[str, str], repository: Path
+) -> None:
+    option = "--disable-auto-complete-config"
+    assert option in serve.prepare(settings, ENVIRONMENT, ROOT / "model_repository").argv
+    assert option not in serve.prepare(settings, ENVIRONMENT, repository, ["--model-repository=/others"]).argv
+    (repository / "resnet").mkdir()
+    assert option not in serve.prepare(settings, ENVIRONMENT, repository).argv
+
+
 def closed_apis(argv: list[str]) -> list[str]:
     """What is closed over HTTP and what over gRPC, as tritonserver reads it from its options."""
     values = dict(argument.split("=", 1) for argument in argv if argument.startswith("--") and "=" in argument)
