@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 
 def poll(condition: Callable[[], object], limit: float = 60.0, every: float = 0.01) -> bool:
-    """Whether the condition becomes true within `limit` seconds, asked at intervals of `every` seconds.
+    """Whether the condition becomes true within `limit` seconds, asked at intervals of `every` seconds at first.
 
+    The intervals grow to a twentieth of what has been waited, since to ask takes processor time from what is awaited.
     The limit is for a machine that is busy with other things: only a failure waits for it.
     """
-    end = time.monotonic() + limit
+    begun = time.monotonic()
     while not condition():
-        if time.monotonic() > end:
+        waited = time.monotonic() - begun
+        if waited > limit:
             return False
-        time.sleep(every)
+        time.sleep(max(every, waited / 20))
     return True
