@@ -17,23 +17,34 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.kv_pool.layer_groups import ONE_GROUP
+from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.lengths import LengthLimits
 from lightllm_backend.messages.engine_messages import EngineInfo
+from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.request import TOP_LOG_PROB
 from lightllm_backend.router.batch import Batch, ScoredChunk, Scores, StepResult, TopLogProbs
 from lightllm_backend.worker import main as worker
 from perf.simulated_engine import step_seconds
 
-VOCABULARY = 32000
+VOCABULARY = 32000  # of which tokens are drawn; the model's own is no smaller
 POOL_TOKENS = 229000
 POSITIONS = 16384
 SLOWDOWN = float(os.environ.get("SLEEPING_ENGINE_SLOWDOWN", "1"))  # for machines that carry less
 STEP_MS = "STEP_MS"  # the environment's variable
+
+
+def write_python(path: Path, **variables: object) -> Path:
+    """Write what stands in for a worker's interpreter: this engine, in this environment with these variables."""
+    settings = " ".join(f"{name}={value}" for name, value in variables.items())
+    path.write_text(f'#!/bin/sh\n{settings} exec {sys.executable} {Path(__file__).resolve()} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 class SleepingStep:
@@ -93,7 +104,6 @@ def _scores(chunk: ScoredChunk) -> Scores:
 class SleepingEngine:
     """What load.load_engine gives."""
 
-    batch_max_tokens = 8192
     prefixes_are_alike = True
     recompute_at = None
     groups = ONE_GROUP
@@ -101,9 +111,11 @@ class SleepingEngine:
     def __init__(self, config: EngineConfig) -> None:
         milliseconds = float(os.environ.get(STEP_MS, "0"))
         self.runner = SleepingRunner(lambda *_: milliseconds / 1e3) if milliseconds else SleepingRunner()
+        self.batch_max_tokens = config.batch_max_tokens or 8192
         pool_tokens = config.max_total_token_num or POOL_TOKENS
+        shape = ModelConfig.from_directory(config.model_dir or embedded_model_directory())
         self.info = EngineInfo(
-            model="sleeping", dtype="none", device="cpu", vocab_size=VOCABULARY, eos_ids=(2,),
+            model="sleeping", dtype="none", device="cpu", vocab_size=shape.vocab_size, eos_ids=(2,),
             lengths=LengthLimits.of(config, POSITIONS, pool_tokens), pool_tokens=pool_tokens, memory={"KV pool": 0},
         )  # fmt: skip
 

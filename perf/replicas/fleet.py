@@ -24,11 +24,11 @@ from perf.model_directory import write_model_directory
 from perf.record import ROOT
 from perf.serving.systems import free_ports
 from perf.shapes import LENGTHS
+from perf.sleeping_engine import write_python
 
 CONFIGURATION = ROOT / "deploy" / "proxy" / "haproxy.cfg"
 MOST_REPLICAS = 4  # that the configuration lists
 PROBED = {"grpc_port": "grpc", "openai_port": "openai"}  # the backends with a probe, by port; the others follow them
-SLEEPING_ENGINE = ROOT / "perf" / "sleeping_engine.py"
 START_SECONDS = 300.0
 STOP_SECONDS = 120.0
 LOOK_SECONDS = 0.05
@@ -257,8 +257,5 @@ def running_fleet(settings: Mapping[str, object], folder: Path, front: bool = Tr
 def sleeping_settings(folder: Path, slowdown: float = 1.0) -> dict[str, object]:
     """The settings of a replica whose engine only tells the time (perf/sleeping_engine.py), as LLaMA-7B on an H200."""
     write_model_directory("llama-7b", folder / "llama-7b")
-    python = folder / "python"  # of this environment, whichever is on PATH
-    command = f"{sys.executable} {SLEEPING_ENGINE}"
-    python.write_text(f'#!/bin/sh\nSLEEPING_ENGINE_SLOWDOWN={slowdown} exec {command} "$@"\n')
-    python.chmod(0o755)
+    python = write_python(folder / "python", SLEEPING_ENGINE_SLOWDOWN=slowdown)
     return {"worker_python": python, "model_dir": folder / "llama-7b", "load_format": "dummy", **LENGTHS}

@@ -22,6 +22,7 @@ from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from lightllm_backend.launch.trace_options import trace_options
 from lightllm_client import LightLLMClient
+from perf.sleeping_engine import STEP_MS, write_python
 from tests.e2e.collector import Collector
 from tests.e2e.front import FrontProcess
 from tests.e2e.server import TritonServer
@@ -30,6 +31,7 @@ DATA = Path(__file__).parents[1] / "data"
 # Four of the embedded model's 30 layers, which are four times as quick and still never repeat themselves.
 SHORT_MODEL_LAYERS = (0, 1, 11, 27)
 SHORT_MODEL_SAYS = " comprom"  # after "The capital of Japan is"
+SLEEPING_STEP_MS = 50  # a stream of thousands of tokens outlasts everything that a test waits for
 
 
 @pytest.hookimpl(wrapper=True)
@@ -42,7 +44,30 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     return report
 
 
+class EndOfSharedServers:
+    """Stops the servers that tests share with the first test elsewhere: idle ones take processor time from the others.
+
+    tests/conftest.py sorts the tests, so none of those here comes later.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[TritonServer | FrontProcess] = []
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if not item.nodeid.startswith("tests/e2e/"):
+            while self.running:
+                self.running.pop().stop()
+
+
+SHARED = EndOfSharedServers()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SHARED)
+
+
 def _running(server: TritonServer) -> Iterator[TritonServer]:
+    SHARED.running.append(server)
     try:
         yield server.wait_ready()
     finally:
@@ -95,11 +120,20 @@ def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServ
 
 
 @pytest.fixture(scope="session")
-def small_server(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Has the short model, runs 4 requests at once and lets 8 more wait; its models are loaded by hand."""
+def sleeping_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The setting worker_python of servers whose engine only tells the time, which leaves the processor to others."""
+    return write_python(tmp_path_factory.mktemp("sleeping_engine") / "python", **{STEP_MS: SLEEPING_STEP_MS})
+
+
+@pytest.fixture(scope="session")
+def small_server(sleeping_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Runs 4 requests at once and lets 8 more wait; its engine only tells the time, its models are loaded by hand."""
     arguments = ["--model-control-mode=explicit", "--load-model=lightllm", "--load-model=lightllm_unary"]
     log = tmp_path_factory.mktemp("small_server") / "log"
-    settings = {"model_dir": short_model, "running_max_req_size": 4, "max_queue_size": 8}
+    settings = {
+        "worker_python": sleeping_python, "running_max_req_size": 4, "max_queue_size": 8, "batch_max_tokens": 32,
+        "max_req_total_len": 8192,
+    }  # fmt: skip
     yield from _running(TritonServer(log, arguments, **settings))
 
 
@@ -113,6 +147,7 @@ def client(server: TritonServer) -> Iterator[LightLLMClient]:
 def http(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a front beside `server`."""
     front = FrontProcess(server, tmp_path_factory.mktemp("front") / "log")
+    SHARED.running.append(front)
     try:
         with httpx.Client(base_url=front.wait_ready().url, timeout=120, trust_env=False) as client:
             yield client

@@ -25,12 +25,11 @@ from tests.polling import poll
 pytestmark = pytest.mark.e2e
 
 PROMPT = "Once upon a time, there was a"
-LONG = {"max_tokens": 2000, "ignore_eos": True}
+LONG = {"max_tokens": 4000, "ignore_eos": True}  # for minutes
 RUNNING, WAITING = 4, 8  # as small_server is set up
 CLIENT = Path(__file__).parents[2] / "client"
 HALF_A_SECOND = 500_000  # microseconds
-FEW_STEPS = LONG["max_tokens"] / 10
-EVENTUALLY = 30.0
+EVENTUALLY = 60.0
 Start = Callable[[int, int], list[ChunkStream]]
 
 
@@ -63,16 +62,6 @@ def is_running(server: TritonServer, running: int, queued: int) -> Callable[[], 
     return holds
 
 
-def soon(server: TritonServer, condition: Callable[[], bool]) -> bool:
-    """Whether the condition becomes true within few steps of the engine, far fewer than the requests would take.
-
-    Steps, not seconds: a busy machine delays the news and the engine alike.
-    """
-    before = server.metrics()["lightllm_generated_tokens_total"]
-    holds = poll(condition, EVENTUALLY)
-    return holds and server.metrics()["lightllm_generated_tokens_total"] - before <= RUNNING * FEW_STEPS
-
-
 def grpc_client(server: TritonServer) -> Any:
     return tritonclient.grpc.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY)
 
@@ -87,7 +76,7 @@ def test_streams_of_which_half_wait(small_server: TritonServer, start: Start) ->
     next(streams[0])
     for stream in streams:
         stream.close()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
     assert poll(lambda: cancelled_count(small_server) == before + 2 * RUNNING, EVENTUALLY)
 
 
@@ -97,11 +86,11 @@ def test_only_those_that_wait(small_server: TritonServer, small_client: LightLLM
         small_client.generate(PROMPT, max_tokens=1)
     for stream in waiting:
         stream.close()
-    assert soon(small_server, is_running(small_server, RUNNING, 0)), small_server.metrics()
-    assert next(streams[0]).text, "those that ran go on"
+    assert poll(is_running(small_server, RUNNING, 0), EVENTUALLY), small_server.metrics()
+    assert next(streams[0]).num_output_tokens, "those that ran go on"
     for stream in streams:
         stream.close()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
@@ -122,7 +111,7 @@ def test_asynchronous_streams_and_answers(small_server: TritonServer) -> None:
                 answer.cancel()
             await asyncio.wait(answers)
             assert all(answer.cancelled() for answer in answers)
-            idle = await asyncio.to_thread(soon, small_server, small_server.is_idle)
+            idle = await asyncio.to_thread(poll, small_server.is_idle, EVENTUALLY)
             assert idle, small_server.metrics()
 
     asyncio.run(leave_all())
@@ -139,7 +128,7 @@ def test_requests_that_do_not_stream(small_server: TritonServer) -> None:
             client.start_stream(callback=lambda result, error: None)
             client.async_stream_infer("lightllm", values)
         assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_unary_calls(small_server: TritonServer) -> None:
@@ -153,34 +142,33 @@ def test_unary_calls(small_server: TritonServer) -> None:
         assert poll(is_running(small_server, RUNNING, 1), EVENTUALLY), small_server.metrics()
         for call in calls:
             call.cancel()
-        assert soon(small_server, small_server.is_idle), small_server.metrics()
+        assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
         assert all("CANCELLED" in str(ended.get(timeout=EVENTUALLY)) for _ in calls)
 
 
 def test_during_a_long_prefill(small_server: TritonServer, small_client: LightLLMClient) -> None:
     computed = small_server.metrics()["lightllm_prompt_tokens_total"]
-    stream = small_client.stream("word " * 2000, max_tokens=16)
+    stream = small_client.stream("word " * 8000, max_tokens=16)  # 250 steps
     assert poll(is_running(small_server, 1, 0), EVENTUALLY), small_server.metrics()
     stream.close()
-    # A step of 512 tokens may be under way, and takes a busy machine long.
-    assert poll(small_server.is_idle, 4 * EVENTUALLY), small_server.metrics()
-    assert small_server.metrics()["lightllm_prompt_tokens_total"] - computed < 2000, "not all of the prompt"
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
+    assert small_server.metrics()["lightllm_prompt_tokens_total"] - computed < 8000, "not all of the prompt"
 
 
 def test_a_channel_that_is_closed_under_its_streams(small_server: TritonServer) -> None:
     client = LightLLMClient(small_server.grpc_url, timeout=120, max_retries=0)
     streams = [client.stream(PROMPT, **LONG) for _ in range(RUNNING + 2)]
-    assert next(streams[0]).text
+    assert next(streams[0]).num_output_tokens
     assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
     client.close()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 DOOMED_PROCESS = f"""
 import sys, time
 from lightllm_client import LightLLMClient
 client = LightLLMClient(sys.argv[1], max_retries=0)
-streams = [client.stream({PROMPT!r}, max_tokens=2000, ignore_eos=True) for _ in range({RUNNING + 2})]
+streams = [client.stream({PROMPT!r}, max_tokens=4000, ignore_eos=True) for _ in range({RUNNING + 2})]
 time.sleep(600)
 """
 
@@ -193,16 +181,16 @@ def test_a_client_process_that_is_killed(small_server: TritonServer) -> None:
             assert poll(is_running(small_server, RUNNING, 2), EVENTUALLY), small_server.metrics()
         finally:
             process.kill()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_dropped_http_stream(small_server: TritonServer) -> None:
     streams = [GenerateStream(small_server, {"text_input": PROMPT, "stream": True, **LONG}) for _ in range(2)]
     for stream in streams:
-        assert next(stream)["text_output"]
+        assert next(stream)["num_output_tokens"]
     for stream in streams:
         stream.drop()
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_a_client_that_reads_nothing_holds_nobody_up(small_server: TritonServer, small_client: LightLLMClient) -> None:
@@ -219,20 +207,20 @@ def test_a_client_that_reads_nothing_holds_nobody_up(small_server: TritonServer,
 def test_timeout_of_our_client(small_server: TritonServer, small_client: LightLLMClient) -> None:
     with pytest.raises(DeadlineExceeded, match="did not finish within 0.5 s"):
         small_client.generate(PROMPT, timeout=0.5, **LONG)
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 @pytest.mark.parametrize("infer", [infer_http, infer_grpc])
 def test_deadline_of_a_unary_call(small_server: TritonServer, infer: Callable[..., Any]) -> None:
     with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
         infer(small_server, {"text_input": PROMPT, **LONG}, timeout=HALF_A_SECOND)
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_deadline_of_a_grpc_stream(small_server: TritonServer) -> None:
     with pytest.raises(InferenceServerException, match="CANCELLED: the request's deadline has passed"):
         stream_grpc(small_server, {"text_input": PROMPT, "stream": True, **LONG}, timeout=HALF_A_SECOND)
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 @pytest.mark.parametrize("model", ["lightllm", "lightllm_unary"])
@@ -241,7 +229,7 @@ def test_deadline_of_http_generate(small_server: TritonServer, model: str) -> No
     status, answer = generate(small_server, body, model)
     assert status == 400
     assert "CANCELLED: the request's deadline has passed" in answer["error"]
-    assert soon(small_server, small_server.is_idle), small_server.metrics()
+    assert poll(small_server.is_idle, EVENTUALLY), small_server.metrics()
 
 
 def test_deadline_of_http_generate_stream_keeps_the_text(small_server: TritonServer) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightllm_client import LightLLMClient, Unavailable
+from perf.sleeping_engine import STEP_MS, write_python
 from tests.e2e.faults import HEADER, Streams, inject, serves
 from tests.e2e.launch_command import LaunchCommand
 from tests.polling import poll
@@ -31,9 +32,15 @@ ALL = [(role, number) for role in ("worker-0", *STEPS, "tritonserver") for numbe
 
 
 @pytest.fixture(scope="module")
-def command(short_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The setting worker_python: an engine that only tells the time, in steps of a fifth of a second."""
+    return write_python(tmp_path_factory.mktemp("sleeping_engine") / "python", **{STEP_MS: 200})
+
+
+@pytest.fixture(scope="module")
+def command(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
     started = LaunchCommand(
-        tmp_path_factory.mktemp("command"), model_dir=short_model, running_max_req_size=10, restart=20
+        tmp_path_factory.mktemp("command"), worker_python=python, running_max_req_size=10, restart=20
     )
     try:
         yield started.wait_ready()
@@ -105,7 +112,7 @@ def test_a_stopped_launch_command_is_not_missed(command: LaunchCommand) -> None:
     """As by Ctrl-Z."""
     command.process.send_signal(STOP)
     try:
-        streams = Streams(command.grpc_url, command.http_port, max_tokens=20)
+        streams = Streams(command.grpc_url, command.http_port, max_tokens=8)
         assert streams.wait_ended(60)
         assert {end for _, end in streams.ends} == {"whole"}
     finally:
@@ -122,9 +129,9 @@ def test_a_killed_guard_is_replaced(command: LaunchCommand) -> None:
 def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: LaunchCommand) -> None:
     """The last of the tests with this server: ten requests run, four are queued."""
     traces = command.traces()
-    streams = Streams(command.grpc_url, command.http_port, max_tokens=25, count=5)
+    streams = Streams(command.grpc_url, command.http_port, max_tokens=60, count=5)
     streams.wait_begun()
-    queued = Streams(command.grpc_url, command.http_port, max_tokens=25, count=2)
+    queued = Streams(command.grpc_url, command.http_port, max_tokens=1, count=2)
     with LightLLMClient(command.grpc_url, max_retries=0) as client:
         time.sleep(0.2)
         command.process.terminate()
@@ -145,8 +152,8 @@ def test_sigterm_lets_running_requests_end_and_refuses_the_others(command: Launc
 
 
 @pytest.mark.parametrize("loads", [True, pytest.param(False, marks=pytest.mark.soak)])
-def test_a_killed_launch_command_leaves_nothing(tiny_model: Path, tmp_path: Path, loads: bool) -> None:
-    command = LaunchCommand(tmp_path, model_dir=tiny_model)
+def test_a_killed_launch_command_leaves_nothing(python: Path, tmp_path: Path, loads: bool) -> None:
+    command = LaunchCommand(tmp_path, worker_python=python)
     try:
         if loads:
             assert poll(lambda: list(command.find_all("worker-0")), 60, every=0.05)
@@ -163,10 +170,10 @@ def test_a_killed_launch_command_leaves_nothing(tiny_model: Path, tmp_path: Path
 
 @pytest.mark.soak
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_stop_keeps_its_time(short_model: Path, tmp_path: Path, killed: bool) -> None:
+def test_a_stop_keeps_its_time(python: Path, tmp_path: Path, killed: bool) -> None:
     """With streams that run at the limit, and right after a worker was killed, whose contexts Triton server leaks."""
     limit = 1.0
-    command = LaunchCommand(tmp_path, model_dir=short_model, shutdown_timeout_s=limit).wait_ready()
+    command = LaunchCommand(tmp_path, worker_python=python, shutdown_timeout_s=limit).wait_ready()
     streams = Streams(command.grpc_url, command.http_port, max_tokens=2000)
     streams.wait_begun()
     traces = command.traces()

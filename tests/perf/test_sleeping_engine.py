@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that only tells the time: its steps end in order, and it serves as a worker."""
 
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +10,7 @@ from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch, ScoredChunk
 from perf.engine_under_test import engine_under_test
 from perf.simulated_engine import step_seconds
-from perf.sleeping_engine import SleepingRunner
-
-PROGRAM = Path(__file__).parents[2] / "perf" / "sleeping_engine.py"
+from perf.sleeping_engine import SleepingRunner, write_python
 
 
 def decodes(count: int) -> Batch:
@@ -43,9 +39,7 @@ def test_it_knows_log_probabilities_of_prompts_and_of_the_likeliest_tokens():
 
 
 def test_it_serves_as_a_worker_whose_tokens_take_their_time(tmp_path):
-    python = tmp_path / "python"  # of this environment, whichever is on PATH
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
-    python.chmod(0o755)
+    python = write_python(tmp_path / "python")
     with engine_under_test(EngineConfig(worker_python=str(python), max_total_token_num=1000)) as engine:
         assert engine.info.pool_tokens == 1000
         run = engine.run([5, 7], 4)
