@@ -97,14 +97,19 @@ class TritonServer:
         server = psutil.Process(self.process.pid)
         return [server, *server.children(recursive=True)]
 
+    def workers(self) -> list[psutil.Process]:
+        """The engine's workers, which the generation step's stub has started."""
+        return [one for one in self.processes() if "lightllm_backend.worker.main" in one.cmdline()]
+
     def worker(self) -> psutil.Process:
-        """The engine's worker: the one that the generation step's stub has started."""
-        [worker] = [one for one in self.processes() if "lightllm_backend.worker.main" in one.cmdline()]
+        """The worker of an engine of one rank."""
+        [worker] = self.workers()
         return worker
 
     def run_directory(self) -> Path:
-        """Where the models of this server meet; the worker was told its socket's address there."""
-        return Path(self.worker().cmdline()[-2]).parent
+        """Where the models of this server meet; each worker was told a socket's address there."""
+        [directory] = {Path(worker.cmdline()[-2]).parent for worker in self.workers()}
+        return directory
 
     def metrics(self) -> dict[str, float]:
         """All samples of our metrics, by name and labels as written there: `lightllm_requests_total{status="stop"}`."""

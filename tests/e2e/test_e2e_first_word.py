@@ -14,8 +14,10 @@ import pytest
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_client import Generation, LightLLMClient
 from tests.e2e.calls import generate, in_parallel, infer_grpc, infer_http
+from tests.e2e.launch_command import Traces
 from tests.e2e.server import REPOSITORY, TritonServer
 from tests.models.random_models import save_random_model
+from tests.polling import poll
 
 pytestmark = pytest.mark.e2e
 
@@ -107,3 +109,12 @@ def test_a_token_past_the_model_is_told_at_start_and_refused_in_a_prompt(llama: 
     assert "INVALID_ARG: input_ids holds 512; allowed: 0 ≤ id < 512" in answer["error"]
     assert generate(llama, {"text_input": "a dog<pad>", "parse_special": False})[0] == 200
     assert generate(llama, {"text_input": "a dog", "stop_words": ["<pad>"]})[0] == 200
+
+
+def test_a_killed_server_leaves_nothing(llama: TritonServer) -> None:
+    """The last of the tests with this server."""
+    run_directory = llama.run_directory()
+    traces = Traces(llama.processes()[0], run_directory.parent / "none")
+    llama.process.kill()
+    llama.process.wait()
+    assert poll(lambda: not traces.left() and not run_directory.exists()), traces.left()

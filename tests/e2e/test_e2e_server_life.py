@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,22 @@ from tritonclient.utils import InferenceServerException
 from lightllm_backend.triton_server import metric_table
 from lightllm_backend.version import VERSION
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
-from tests.e2e.calls import NO_PROXY, infer_grpc
+from tests.e2e.calls import NO_PROXY, in_parallel, infer_grpc
 from tests.e2e.conftest import SHORT_MODEL_SAYS
 from tests.e2e.faults import Streams
 from tests.e2e.launch_command import Traces
 from tests.e2e.server import REPOSITORY, START_SECONDS, TritonServer, engine_environment, get
+from tests.models.random_models import save_random_model
 from tests.polling import poll
+from tests.runner.engine_harness import transformers_greedy
 
 pytestmark = pytest.mark.e2e
 
 PROMPT = "The capital of Japan is"
 DEAD_SECONDS = 20.0  # until a server with a dead step has ended, as in test_e2e_standstill
 DEFAULT_PORTS = (8000, 8001, 8002)
+LLAMA_TOKENIZER = Path(__file__).parents[1] / "data" / "llama"
+LLAMA_VOCAB = 512  # of that tokenizer
 
 
 # Metrics
@@ -133,7 +139,7 @@ def test_the_ensemble_unloaded_and_loaded(
     with pytest.raises(InferenceServerException, match="UNAVAILABLE: the engine is not up"):
         infer_grpc(small_server, {"text_input": PROMPT})
     repository_client.load_model("lightllm")
-    assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
+    assert small_client.generate(PROMPT, max_tokens=1).num_output_tokens == 1
     assert len(list(small_client.stream(PROMPT, max_tokens=8))) > 1
     # The unary entry was not loaded anew: it finds the new engine by itself.
     assert poll(lambda: unary_serves(small_server))
@@ -141,7 +147,7 @@ def test_the_ensemble_unloaded_and_loaded(
 
 def unary_serves(server: TritonServer) -> bool:
     try:
-        return bool(infer_grpc(server, {"text_input": PROMPT, "max_tokens": 1})["text_output"] == SHORT_MODEL_SAYS)
+        return bool(infer_grpc(server, {"text_input": PROMPT, "max_tokens": 1})["num_output_tokens"] == 1)
     except InferenceServerException:
         return False
 
@@ -151,7 +157,7 @@ def test_the_unary_entry_unloaded_and_loaded(
 ) -> None:
     repository_client.unload_model("lightllm_unary")
     assert poll(lambda: not repository_client.is_model_ready("lightllm_unary"))
-    assert small_client.generate(PROMPT, max_tokens=1).text == SHORT_MODEL_SAYS
+    assert small_client.generate(PROMPT, max_tokens=1).num_output_tokens == 1
     repository_client.load_model("lightllm_unary")
     assert poll(lambda: unary_serves(small_server))
 
@@ -160,17 +166,24 @@ def test_the_unary_entry_unloaded_and_loaded(
 
 
 def test_two_servers_do_not_meet_and_one_with_a_dead_step_ends_and_leaves_nothing(
-    server: TritonServer, client: LightLLMClient, tiny_model: Path, tmp_path: Path
+    server: TritonServer, client: LightLLMClient, tmp_path: Path
 ) -> None:
-    other = TritonServer(tmp_path / "log", model_dir=tiny_model, max_total_token_num=1000)
+    """The other one has two ranks and a model that is no LLaMA, whose tokens are those of transformers."""
+    bloom = save_random_model("bloom_6_heads", tmp_path / "model", LLAMA_VOCAB)
+    for file in LLAMA_TOKENIZER.iterdir():
+        shutil.copy(file, bloom)
+    prompts = [random.Random(seed).choices(range(3, LLAMA_VOCAB), k=1 + 6 * seed) for seed in range(6)]
+    expected = transformers_greedy(bloom, prompts, 10)
+    other = TritonServer(tmp_path / "log", model_dir=bloom, tp=2, max_total_token_num=1000)
     try:
         other.wait_ready()
         run_directory, processes = other.run_directory(), other.processes()
         traces = Traces(processes[0], run_directory.parent / "none")
-        assert len(processes) == 9, "the server, a stub for each instance of five models, the worker, the guard"
+        assert len(processes) == 10, "the server, a stub for each instance of five models, two workers, the guard"
         assert run_directory != server.run_directory()
         with LightLLMClient(other.grpc_url, timeout=60, max_retries=0) as other_client:
-            assert other_client.generate([5, 6, 7], max_tokens=4, ignore_eos=True).num_output_tokens == 4
+            answers = in_parallel([partial(other_client.generate, prompt, max_tokens=10) for prompt in prompts])
+            assert [list(answer.token_ids) for answer in answers] == expected
             with pytest.raises(InvalidArgument, match="input_ids holds 600; allowed: 0 ≤ id < 512"):
                 other_client.generate([600], max_tokens=1)
             with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 999; allowed: .* 1000 tokens"):
