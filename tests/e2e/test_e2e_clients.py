@@ -59,15 +59,22 @@ def test_curl(addresses: dict[str, str], client: LightLLMClient) -> None:
     assert answer["choices"][0]["text"] == client.generate(PROMPT, max_tokens=16).text
 
 
-def test_openai(programs: Path, http: httpx.Client, addresses: dict[str, str], client: LightLLMClient) -> None:
-    script, _ = blocks("openai", "python", addresses)
+@pytest.fixture(scope="module")
+def printed_by_openai(programs: Path, http: httpx.Client, addresses: dict[str, str]) -> list[str]:
+    """The lines of the page's two scripts, each with what is run behind it."""
     [model] = [one["id"] for one in http.get("/v1/models").json()["data"]]
-    script += (SCRIPTS / "openai_client.py").read_text(encoding="utf-8")
-    printed = run([programs / "python", "-c", script, f"{http.base_url}/v1", model])
-    assert printed.startswith(chat(client, 16) + "\n")
-    found = json.loads(printed.splitlines()[-1])
+    behind = [SCRIPTS / name for name in ("openai_client.py", "openai_structured.py")]
+    scripts = zip(blocks("openai", "python", addresses), behind, strict=True)
+    script = "".join(block + file.read_text(encoding="utf-8") for block, file in scripts)
+    return run([programs / "python", "-c", script, f"{http.base_url}/v1", model]).removesuffix("\n").split("\n")
+
+
+def test_openai(printed_by_openai: list[str], client: LightLLMClient) -> None:
+    first, rest = chat(client, 16).split("\n"), printed_by_openai
+    assert rest[: len(first)] == first
+    found = json.loads(rest[len(first)])
     text = chat(client, 8)
-    assert found["models"] == [model]
+    assert found["models"] == [embedded_model_directory().name]
     assert (found["stream"], found["stream_usage"]) == (text, 8)
     until_stop = text.partition(text[-3:])[0]
     assert found["events"] == [until_stop, until_stop, "stop"]
@@ -83,16 +90,10 @@ def test_openai(programs: Path, http: httpx.Client, addresses: dict[str, str], c
     ]
 
 
-CITY = re.compile(r"name='(Kyoto|Tokyo)' is_capital=(True|False)\n(.*)\n")
-
-
-def test_structured_output_of_openai(programs: Path, http: httpx.Client, addresses: dict[str, str]) -> None:
-    _, script = blocks("openai", "python", addresses)
-    [model] = [one["id"] for one in http.get("/v1/models").json()["data"]]
-    script += (SCRIPTS / "openai_structured.py").read_text(encoding="utf-8")
-    printed = CITY.fullmatch(run([programs / "python", "-c", script, f"{http.base_url}/v1", model]))
-    assert printed
-    found = json.loads(printed[3])
+def test_structured_output_of_openai(printed_by_openai: list[str]) -> None:
+    *_, city, last = printed_by_openai
+    assert re.fullmatch("name='(Kyoto|Tokyo)' is_capital=(True|False)", city)
+    found = json.loads(last)
     cities = [found["parsed"], found["call"].pop(), found["streamed"][1], json.loads(found["streamed"][0])]
     for city in cities:
         assert city["name"] in ("Kyoto", "Tokyo")

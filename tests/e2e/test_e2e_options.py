@@ -97,17 +97,26 @@ def test_three_ways(answers: dict[str, list[dict[str, Any]]], name: str) -> None
     assert tensor != without, f"{name} has no effect"
 
 
-@pytest.mark.parametrize(("alias", "name", "value", "prompt"), ALIASES, ids=[alias[0] for alias in ALIASES])
-def test_aliases(full_server: TritonServer, alias: str, name: str, value: Any, prompt: str) -> None:
-    base = {"text_input": prompt, "max_tokens": 4}
-    base.pop(name, None)
-    canonical, aliased = in_parallel(
-        [
-            lambda: answer(stream_grpc(full_server, base, parameters={name: _parameter(value)})),
-            lambda: answer(stream_grpc(full_server, base, parameters={alias: _parameter(value)})),
-        ]
-    )
-    assert canonical == aliased
+@pytest.fixture(scope="module")
+def aliased(full_server: TritonServer) -> dict[str, list[dict[str, Any]]]:
+    """To each alias, all at once: with the option's own name, then with the alias."""
+
+    def ask(alias: str, name: str, value: Any, prompt: str) -> list[dict[str, Any]]:
+        base = {"text_input": prompt, "max_tokens": 4}
+        base.pop(name, None)
+        parameters = [{spelling: _parameter(value)} for spelling in (name, alias)]
+        return in_parallel(
+            [lambda given=given: answer(stream_grpc(full_server, base, parameters=given)) for given in parameters]
+        )
+
+    answers = in_parallel([lambda case=case: ask(*case) for case in ALIASES])
+    return {alias: answered for (alias, *_), answered in zip(ALIASES, answers, strict=True)}
+
+
+@pytest.mark.parametrize("alias", [alias[0] for alias in ALIASES])
+def test_aliases(aliased: dict[str, list[dict[str, Any]]], alias: str) -> None:
+    by_name, by_alias = aliased[alias]
+    assert by_name == by_alias
 
 
 def _parameter(value: Any) -> Any:
@@ -120,10 +129,19 @@ def _parameter(value: Any) -> Any:
 def test_a_tensor_wins_over_the_json_and_that_over_parameters(full_server: TritonServer) -> None:
     base = {"text_input": STORY}
     in_json = {**base, "sampling_parameters": '{"max_tokens": 3}'}
-    assert len(answer(stream_grpc(full_server, {**in_json, "max_tokens": 2}, parameters={"max_tokens": 4}))["ids"]) == 2
-    assert len(answer(stream_grpc(full_server, in_json, parameters={"max_tokens": 4}))["ids"]) == 3
-    assert len(answer(stream_grpc(full_server, in_json, parameters={"max_new_tokens": 4}))["ids"]) == 3
-    assert len(answer(stream_grpc(full_server, base, parameters={"max_tokens": 4}))["ids"]) == 4
+    calls: list[tuple[dict[str, Any], dict[str, int], int]] = [
+        ({**in_json, "max_tokens": 2}, {"max_tokens": 4}, 2),
+        (in_json, {"max_tokens": 4}, 3),
+        (in_json, {"max_new_tokens": 4}, 3),
+        (base, {"max_tokens": 4}, 4),
+    ]
+    answers = in_parallel(
+        [
+            lambda asked=asked, given=given: stream_grpc(full_server, asked, parameters=given)
+            for asked, given, _ in calls
+        ]
+    )
+    assert [len(answer(responses)["ids"]) for responses in answers] == [count for *_, count in calls]
 
 
 def test_defaults(full_server: TritonServer) -> None:

@@ -15,7 +15,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from lightllm_client import InvalidArgument, LightLLMClient
+from lightllm_client import Generation, InvalidArgument, LightLLMClient
 from tests.e2e.calls import NO_PROXY, GenerateStream, generate, in_parallel, stream_grpc
 from tests.e2e.conftest import Reference
 from tests.e2e.server import TritonServer
@@ -170,20 +170,28 @@ def test_stop_token_ids(full_server: TritonServer, full_client: LightLLMClient, 
     free = full_client.generate(PROMPT, max_tokens=8)
     stop = free.token_ids[2]
     assert stop not in free.token_ids[:2]
-    for options in ({}, {"ignore_eos": True}, {"ignore_eos": True, "stop_words": "Alps"}):
-        answer = full_client.generate(PROMPT, max_tokens=8, stop_token_ids=[5, stop], **options)
+    variants: tuple[dict[str, Any], ...] = ({}, {"ignore_eos": True}, {"ignore_eos": True, "stop_words": "Alps"})
+    direct = {"input_ids": reference.encode(PROMPT), "sampling_parameters": json.dumps({"stop_token_ids": [int(stop)]})}
+    unary_body = {"text_input": PROMPT, "stop_ids": [int(stop)]}
+    streamed, waiting, (status, unary), direct_responses, *answers = in_parallel(
+        [
+            lambda: Generation.join(full_client.stream(PROMPT, max_tokens=8, stop_token_ids=stop)),
+            lambda: full_client.generate(PROMPT, max_tokens=8, min_tokens=4, stop_token_ids=stop),
+            lambda: generate(full_server, unary_body, model="lightllm_unary"),
+            lambda: stream_grpc(full_server, direct, model="generation"),
+            *(
+                lambda more=more: full_client.generate(PROMPT, max_tokens=8, stop_token_ids=[5, stop], **more)
+                for more in variants
+            ),
+        ]
+    )
+    for answer in answers:
         assert (answer.token_ids, answer.finish_reason) == (free.token_ids[:3], "stop")
         assert answer.text == reference.decode(list(free.token_ids[:2])), "the id is not text"
-    streamed = list(full_client.stream(PROMPT, max_tokens=8, stop_token_ids=stop))
-    assert "".join(chunk.text for chunk in streamed) == reference.decode(list(free.token_ids[:2]))
-    waiting = full_client.generate(PROMPT, max_tokens=8, min_tokens=4, stop_token_ids=stop)
+    assert streamed.text == reference.decode(list(free.token_ids[:2]))
     assert stop not in waiting.token_ids[:4]
     assert len(waiting.token_ids) > 4
-    status, unary = generate(full_server, {"text_input": PROMPT, "stop_ids": [int(stop)]}, model="lightllm_unary")
     assert (status, unary["text_output"], unary["finish_reason"]) == (200, " Tokyo.", "stop")
-    direct = {"input_ids": reference.encode(PROMPT), "sampling_parameters": json.dumps({"stop_token_ids": [int(stop)]})}
-    assert [i for one in stream_grpc(full_server, direct, model="generation") for i in one["output_ids"]] == list(
-        free.token_ids[:3]
-    )
+    assert [i for one in direct_responses for i in one["output_ids"]] == list(free.token_ids[:3])
     with pytest.raises(InvalidArgument, match=r"stop_token_ids \(or end_id\) holds 49152; allowed: 0 ≤ id < 49152"):
         full_client.generate(PROMPT, stop_token_ids=[49152])

@@ -110,47 +110,76 @@ def test_echo_of_token_ids(full_client: LightLLMClient, reference: Reference) ->
 
 # End of sequence
 
+STOPS = {"<|im_end|>": " Tokyo.", "yo.<|im_end|>": " Tok"}  # a stop string, and the text before it
 
-def test_eos_ends_and_is_not_text(full_client: LightLLMClient, reference: Reference) -> None:
-    for answer in (full_client.generate(CHAT, max_tokens=16), Generation.join(full_client.stream(CHAT, max_tokens=16))):
-        assert answer.text == " Tokyo."
-        assert answer.finish_reason == "stop"
-        assert answer.token_ids[-1] == reference.eos_id
-        assert answer.num_output_tokens == len(answer.token_ids) == 3
-    shown = full_client.generate(CHAT, max_tokens=16, skip_special_tokens=False)
+
+@pytest.fixture(scope="module")
+def chats(full_client: LightLLMClient) -> Callable[..., Generation]:
+    """The answer to CHAT with these options, streamed or not. The model has given all of them at once."""
+    asked: list[dict[str, Any]] = [
+        {"max_tokens": 16},
+        {"max_tokens": 16, "skip_special_tokens": False},
+        {"max_tokens": 8, "ignore_eos": True},
+        {"max_tokens": 8, "ignore_eos": True, "skip_special_tokens": False},
+        {"max_tokens": 12, "min_tokens": 6},
+        {"max_tokens": 1, "parse_special": False},
+        *({"max_tokens": 16, "stop_words": [stop]} for stop in STOPS),
+        *({"max_tokens": 16, "stop_words": [stop], "ignore_eos": True} for stop in STOPS),
+    ]
+    wholes = [lambda options=options: full_client.generate(CHAT, **options) for options in asked]
+    streams = [lambda options=options: Generation.join(full_client.stream(CHAT, **options)) for options in asked]
+    answers = in_parallel([*wholes, *streams])
+
+    def chat(streamed: bool = False, **options: Any) -> Generation:
+        generation: Generation = answers[asked.index(options) + len(asked) * streamed]
+        return generation
+
+    return chat
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_eos_ends_and_is_not_text(chats: Callable[..., Generation], reference: Reference, streamed: bool) -> None:
+    answer = chats(streamed, max_tokens=16)
+    assert answer.text == " Tokyo."
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids[-1] == reference.eos_id
+    assert answer.num_output_tokens == len(answer.token_ids) == 3
+    shown = chats(streamed, max_tokens=16, skip_special_tokens=False)
     assert shown.text == " Tokyo.", "an EOS that ends the sequence is never text"
 
 
-def test_ignore_eos_makes_it_an_ordinary_token(full_client: LightLLMClient, reference: Reference) -> None:
-    answer = full_client.generate(CHAT, max_tokens=8, ignore_eos=True, skip_special_tokens=False)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ignore_eos_makes_it_an_ordinary_token(
+    chats: Callable[..., Generation], reference: Reference, streamed: bool
+) -> None:
+    answer = chats(streamed, max_tokens=8, ignore_eos=True, skip_special_tokens=False)
     assert answer.finish_reason == "length"
     assert answer.num_output_tokens == 8
     assert answer.text.startswith(" Tokyo.<|im_end|>")
-    hidden = full_client.generate(CHAT, max_tokens=8, ignore_eos=True)
+    hidden = chats(streamed, max_tokens=8, ignore_eos=True)
     assert hidden.token_ids == answer.token_ids
     assert hidden.text == reference.decode(list(answer.token_ids))
 
 
-def test_min_tokens_forbids_eos(full_client: LightLLMClient, reference: Reference) -> None:
-    answer = full_client.generate(CHAT, max_tokens=12, min_tokens=6)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_min_tokens_forbids_eos(chats: Callable[..., Generation], reference: Reference, streamed: bool) -> None:
+    answer = chats(streamed, max_tokens=12, min_tokens=6)
     assert answer.num_output_tokens >= 6
     assert reference.eos_id not in answer.token_ids[:6]
 
 
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_special_token_is_a_stop_string_though_it_is_not_shown(
-    full_client: LightLLMClient, reference: Reference
+    chats: Callable[..., Generation], reference: Reference, stop: str
 ) -> None:
-    options = {"max_tokens": 16, "ignore_eos": True}
-    for stop, text in (("<|im_end|>", " Tokyo."), ("yo.<|im_end|>", " Tok")):
-        whole = full_client.generate(CHAT, stop_words=[stop], **options)
-        assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == (text, "stop", reference.eos_id)
-        assert Generation.join(full_client.stream(CHAT, stop_words=[stop], **options)) == whole
-        ended = full_client.generate(CHAT, stop_words=[stop], max_tokens=16)
-        assert (ended.text, ended.token_ids) == (whole.text, whole.token_ids), "though EOS ends it anyway"
+    whole = chats(max_tokens=16, stop_words=[stop], ignore_eos=True)
+    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == (STOPS[stop], "stop", reference.eos_id)
+    assert chats(streamed=True, max_tokens=16, stop_words=[stop], ignore_eos=True) == whole
+    ended = chats(max_tokens=16, stop_words=[stop])
+    assert (ended.text, ended.token_ids) == (whole.text, whole.token_ids), "though EOS ends it anyway"
 
 
-def test_special_tokens_in_the_prompt(full_client: LightLLMClient, reference: Reference) -> None:
-    parsed = full_client.generate(CHAT, max_tokens=1)
-    plain = full_client.generate(CHAT, max_tokens=1, parse_special=False)
+def test_special_tokens_in_the_prompt(chats: Callable[..., Generation], reference: Reference) -> None:
+    parsed, plain = chats(max_tokens=16), chats(max_tokens=1, parse_special=False)
     assert parsed.num_input_tokens == len(reference.encode(CHAT))
     assert plain.num_input_tokens > parsed.num_input_tokens
