@@ -74,6 +74,7 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
     on_gpu = device.type == "cuda"
     directory = str(config.model_dir or embedded_model_directory())
     shape = ModelConfig.from_directory(directory)
+    shape.check_ranks(config.tp)
     shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
     # float32 is what a CPU is asked for where its answers are compared with those of others.
     is_exact = config.dtype == "float32"

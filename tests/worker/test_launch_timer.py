@@ -127,7 +127,7 @@ def simulate(
 
 
 def test_new_requests_wait_for_a_step_less_and_the_device_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once, late = simulate(monkeypatch, poisson(4, 200))
+    at_once, late = simulate(monkeypatch, poisson(4, 100))
     assert np.median(at_once.waits) > 1.4 * STEP
     assert np.median(late.waits) < 0.75 * STEP
     assert np.percentile(late.waits, 99) < np.percentile(at_once.waits, 99)
