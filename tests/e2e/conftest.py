@@ -54,9 +54,12 @@ class EndOfSharedServers:
         self.running: list[TritonServer | FrontProcess] = []
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if not item.nodeid.startswith("tests/e2e/"):
-            while self.running:
-                self.running.pop().stop()
+        if item.nodeid.startswith("tests/e2e/"):
+            return
+        for server in self.running:
+            server.process.terminate()
+        while self.running:
+            self.running.pop().stop()
 
 
 SHARED = EndOfSharedServers()
