@@ -149,11 +149,11 @@ class GrammarCompiler:
 
 def _library_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> LLTokenizer:
     """Raise ValueError or TypeError if llguidance cannot use the tokenizer."""
-    spellings = tokenizer.spellings()
-    if spellings is None:
-        raise ValueError("its tokens have no fixed bytes")
-    definition = tokenizer.definition()
+    definition = tokenizer.definition() if tokenizer.has_fixed_bytes else None
     if definition is None:
+        spellings = tokenizer.spellings()
+        if spellings is None:
+            raise ValueError("its tokens have no fixed bytes")
         padding = [b""] * (vocab_size - len(spellings))  # ids that the model has and the tokenizer has not
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer, [*spellings, *padding][:vocab_size], eos_ids))
         return LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=eos_ids or None, slices=_SLICES)

@@ -119,6 +119,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decoder(self, skip_special_tokens: bool) -> IncrementalDecoder: ...
 
+    @property
+    def has_fixed_bytes(self) -> bool:
+        """Whether each token stands for the same bytes everywhere."""
+        return self._spelling is not None
+
     def spellings(self) -> list[bytes] | None:
         """Return the bytes of each token, of special ones too, by id; None if tokens have no fixed bytes."""
         spelling = self._spelling
