@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """HttpConnection: HTTP/1.1 for a load generator, with httptools.
 
-A client library takes as long for a request as the server's front does, and would be a part of what is measured.
+The time that a client library takes for itself would count as the server's.
 """
 
 from __future__ import annotations
