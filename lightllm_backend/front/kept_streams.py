@@ -28,7 +28,7 @@ class KeptStreams:
 
     def call(self, request: Any) -> KeptStreamCall:
         """Return the call that sends a request when it is first read."""
-        # Otherwise Triton server may end the last response before it says that there is none to come.
+        # Triton server keeps a final flag that comes without a response to itself unless it is asked for.
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         return KeptStreamCall(self, request)
 
