@@ -33,7 +33,7 @@ class KeptStreams:
         return KeptStreamCall(self, request)
 
     def take(self) -> Any:
-        """Return a stream that has no request: the one that was used last, so that the others may be given up."""
+        """Return a stream that has no request, a new one if none waits."""
         while self._idle:
             stream = self._idle.pop()
             if not stream.done():  # by the server, which has stopped
