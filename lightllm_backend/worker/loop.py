@@ -58,13 +58,14 @@ def run(
         followers.send_masks(step.masks)
         runner.sample(step)
 
-    def take_result() -> None:
+    def take_result() -> RouterOutput:
+        """Wait for the oldest step and apply it; return what is to be sent."""
         sample()
         done, step = in_flight.popleft()
         result = step.result()
         vitals.took()
         timer.finished()
-        server.send(router.apply(done, result))
+        return router.apply(done, result)
 
     try:
         while server.open:
@@ -86,12 +87,13 @@ def run(
                 if step.masks is not None:
                     # They depend on the tokens of all steps before, while this one's forward already runs. The next
                     # step is planned meanwhile.
-                    while in_flight:
-                        take_result()
+                    taken = [take_result() for _ in range(len(in_flight))]
                     unsampled = step, structured.begin(router, batch, step.masks)
+                    for output in taken:
+                        server.send(output)
                 in_flight.append((batch, step))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
-                take_result()
+                server.send(take_result())
             server.send(RouterOutput.of_chunks(refused + router.drain_finished()))
             stats = router.stats()
             server.publish(stats)
