@@ -31,14 +31,16 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
-from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
+    MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
     PrefetchBlocks,
+    is_direct,
     most_stages,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
+from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch, registers_of
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
@@ -51,7 +53,7 @@ from perf.tune_linear import Product, capability, products, store
 TOKENS = (8, 16, 32, 64, 128, 256)
 BATCHES = {8: (1, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,)}
 # How many blocks of a product the whole step chooses from.
-FINALISTS = 3
+FINALISTS = 4
 TOLERANCE = {True: 0.06, False: 0.01}  # of results, with activations of 8 bits and without
 
 
@@ -60,15 +62,9 @@ class Job(NamedTuple):
     product: Product
     tokens: int
 
-    @property
-    def rounds(self) -> bool:
-        """Whether activations have 8 bits."""
-        return self.kind == "fp8 by fp8"
-
 
 def weight_of(kind: str, product: Product) -> QuantizedWeight:
     """As `weight_dtype` makes it, with results of about 1."""
-    kind = kind.partition(" ")[0]
     weight = random_weight(Place(DEVICE, DTYPE), kind, product.out_features, product.in_features)
     spread = {"int4": 4.6, "int8": 73.0, "fp8": 1.0}[kind]
     scales = weight.scales / (spread * product.in_features**0.5)
@@ -76,7 +72,7 @@ def weight_of(kind: str, product: Product) -> QuantizedWeight:
 
 
 def _without_data(kind: str, out_features: int, in_features: int) -> QuantizedWeight:
-    place, kind = Place(torch.device("meta"), DTYPE), kind.partition(" ")[0]
+    place = Place(torch.device("meta"), DTYPE)
     return replace(random_weight(place, kind, out_features, in_features), zeros=None, quantizes_input=kind == "fp8")
 
 
@@ -93,7 +89,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         programs = math.ceil(product.out_features / rows) * splits
         steps = product.in_features // inner
         blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside)
-        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape, job.rounds))
+        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape))
         if (
             blocks.stages < max(2, consumers)
             or product.in_features % inner != 0
@@ -106,7 +102,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         ):
             continue
         # Registers for the result, for a tile of weights, and for the rest.
-        of_weights = 0 if job.rounds else rows * 128 * (3 if job.tokens <= 8 else 5) // (4 * 32 * warps)
+        of_weights = 0 if kind == "fp8" and tokens > MAX_16_BIT_TOKENS else rows * 128 * 3 // (4 * 32 * warps)
         if rows * tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
             yield blocks
 
@@ -123,11 +119,10 @@ def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None
 
 
 def inputs(job: Job, weight: QuantizedWeight, raw: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The product's, by the norm before it."""
-    if job.rounds:
-        rounded = rounded_rms_norm(raw, scale, 1e-5, None, None, weight)
-        return rounded.values, rounded.scales
-    return launchers.rms_norm(raw, scale, 1e-5), None
+    x = launchers.rms_norm(raw, scale, 1e-5)
+    if job.tokens > MAX_16_BIT_TOKENS and is_direct(weight):
+        return quantize_tokens(x, weight)
+    return x, None
 
 
 def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
@@ -153,7 +148,7 @@ def runnable(pairs: list[tuple[Job, PrefetchBlocks]]) -> set[tuple[Job, Prefetch
     """Those whose kernels compile and run. A failure ends its process's use of the GPU."""
     failed = set()
     context, workers = multiprocessing.get_context("spawn"), max(1, len(os.sched_getaffinity(0)) - 1)
-    size = min(40, math.ceil(len(pairs) / workers))
+    size = max(1, min(40, math.ceil(len(pairs) / workers)))
     chunks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     with context.Pool(workers, maxtasksperchild=1) as pool:
         while chunks:
@@ -200,7 +195,7 @@ def key(job: Job) -> str:
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
-@click.option("--kinds", default="fp8,fp8 by fp8,int4", show_default=True)
+@click.option("--kinds", default="fp8,int4", show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="blocks of tokens")
 @click.option("--compare", is_flag=True, help="also time the steps in 16 bits")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
@@ -237,7 +232,7 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
             print(f"bf16, {milliseconds}", flush=True)
             del step
         for kind in kinds.split(","):
-            step = DecodeStep(name, most, kind.partition(" ")[0], tp)
+            step = DecodeStep(name, most, kind, tp)
             for count in counts:
                 best = sum(step.seconds(BATCHES[count]))
                 for job in (job for job in jobs if job.kind == kind and job.tokens == count):

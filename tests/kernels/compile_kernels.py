@@ -43,7 +43,7 @@ from lightllm_backend.kernels.linear.choice import (
     stored_blocks,
 )
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -227,20 +227,17 @@ def launch_stored_quantized(capability: str) -> None:
         kind, shape = name.removesuffix(", gated").split(", ")
         out_features, in_features = map(int, shape.split(" x "))
         is_gated, is_int4 = name.endswith("gated"), kind == "int4"
-        rounds = kind == "fp8 by fp8"
         group_size = 128 if is_int4 else in_features
         for tokens in (8, 128):
-            if by_tokens.get(str(tokens)) is None or (kind, is_gated, tokens) in compiled:
+            if by_tokens[str(tokens)] is None or (kind, is_gated, tokens) in compiled:
                 continue
             compiled.add((kind, is_gated, tokens))
-            values = torch.empty(
-                out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind.partition(" ")[0]]
-            )
+            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind])
             scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if is_int4 else None)
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])
             x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
-            if rounds:
+            if tokens > MAX_16_BIT_TOKENS and kind == "fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
             dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32

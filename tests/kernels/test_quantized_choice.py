@@ -39,15 +39,14 @@ def weight_of(kind: str, out_features: int, in_features: int, group_size: int | 
 
 def test_stored_blocks_fit_and_divide_their_products():
     for name, by_tokens in stored_blocks(BLOCKS)["9.0"].items():
-        kind, out_features, in_features, gated = re.fullmatch(r"([\w ]+), (\d+) x (\d+)(, gated)?", name).groups()
-        rounds = kind == "fp8 by fp8"
-        weight = weight_of(kind.partition(" ")[0], int(out_features), int(in_features))
+        kind, out_features, in_features, gated = re.fullmatch(r"(\w+), (\d+) x (\d+)(, gated)?", name).groups()
+        weight = weight_of(kind, int(out_features), int(in_features))
         assert set(map(int, by_tokens)) <= set(PREFETCH_TOKENS)
         for tokens, stored in by_tokens.items():
             if stored is not None:
                 blocks = PrefetchBlocks(*stored)
                 steps = int(in_features) // blocks.inner
-                assert blocks.stages <= most_stages(blocks, int(tokens), weight, rounds)
+                assert blocks.stages <= most_stages(blocks, int(tokens), weight)
                 assert blocks.stages % blocks.consumers == 0
                 assert int(in_features) % blocks.inner == 0
                 assert (blocks.splits - 1) * -(-steps // blocks.splits) < steps
@@ -62,18 +61,17 @@ def test_stored_blocks_fit_and_divide_their_products():
 )
 def test_the_rule_s_blocks_fit(kind, out_features, in_features, group_size, is_gated, tokens):
     weight = weight_of(kind, out_features, in_features, group_size)
-    rounds = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
-    blocks = blocks_by_rule(tokens, weight, is_gated, MULTIPROCESSORS, rounds)
-    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight, rounds)
+    blocks = blocks_by_rule(tokens, weight, is_gated, MULTIPROCESSORS)
+    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight)
     assert in_features % blocks.inner == 0
     assert blocks.splits == 1 or not is_gated
     assert (blocks.splits - 1) * -(-(in_features // blocks.inner) // blocks.splits) < in_features // blocks.inner
 
 
 def test_many_tokens_and_rows_in_fp8_are_left_to_cublas():
-    assert blocks_by_rule(128, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS, rounds=True) is None
-    assert blocks_by_rule(128, weight_of("int8", 16384, 4096), False, MULTIPROCESSORS, rounds=False) is not None
-    assert blocks_by_rule(64, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS, rounds=True) is not None
+    assert blocks_by_rule(128, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is None
+    assert blocks_by_rule(128, weight_of("int8", 16384, 4096), False, MULTIPROCESSORS) is not None
+    assert blocks_by_rule(64, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is not None
 
 
 @pytest.fixture
@@ -95,27 +93,35 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("kind", ["int4", "fp8"])
 def test_products_launch_it(kind, tokens, launched):
     x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
-    is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
-    stored = stored_blocks(BLOCKS)["9.0"][f"{'fp8 by fp8' if is_rounded else kind}, 4096 x 4096"]
+    stored = stored_blocks(BLOCKS)["9.0"][f"{kind}, 4096 x 4096"]
     parts = linear_splits(x, weight_of(kind, 4096, 4096))
     [(values, scales, _, bias, out, blocks, is_gated, _)] = launched
     assert blocks == PrefetchBlocks(*stored["8" if tokens == 1 else "128"])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
     assert parts.dtype == (torch.bfloat16 if blocks.splits == 1 else torch.float32)
+    is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
     assert bias is None
     assert not is_gated
 
 
-@pytest.mark.parametrize("is_gated", [False, True])
-def test_products_take_what_a_norm_has_rounded(is_gated, launched):
-    weight = weight_of("fp8", 22016, 4096)
-    x = RoundedTokens(torch.empty(2, 4096, dtype=weight.values.dtype), torch.empty(2, 1), torch.bfloat16)
-    out = gated_linear(x, weight) if is_gated else linear_splits(x, weight)
-    assert (out.shape[-1], out.dtype) == (11008 if is_gated else 22016, torch.bfloat16)
+def test_products_take_what_a_norm_has_rounded(launched):
+    weight = weight_of("fp8", 4096, 4096)
+    x = RoundedTokens(torch.empty(65, 4096, dtype=weight.values.dtype), torch.empty(65, 1), torch.bfloat16)
+    parts = linear_splits(x, weight)
+    assert parts.shape[1:] == (65, 4096)
     assert launched[0][:2] == (x.values, x.scales)
+
+
+def test_what_a_norm_should_round():
+    weight, dtype = weight_of("fp8", 64, 128), torch.bfloat16
+    assert choice.takes_rounded(weight, MAX_16_BIT_TOKENS + 1, dtype)
+    assert not choice.takes_rounded(weight, MAX_16_BIT_TOKENS, dtype)
+    assert not choice.takes_rounded(weight, MAX_16_BIT_TOKENS + 1, torch.float32)
+    for other in (None, weight.values, weight_of("int8", 64, 128), replace(weight, in_fragments=False)):
+        assert not choice.takes_rounded(other, MAX_16_BIT_TOKENS + 1, dtype)
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])
@@ -148,5 +154,5 @@ def test_stored_blocks_leave_room_for_the_scales_of_small_groups(tokens, launche
     weight = weight_of("int4", 22016, 4096, group_size=64)
     weight = replace(weight, zeros=torch.empty(weight.scales.shape, dtype=torch.int8))
     blocks = choice.prefetch_blocks(torch.empty(tokens, 4096, dtype=torch.bfloat16), weight, is_gated=True)
-    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight, rounds=False)
+    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight)
     assert not launched

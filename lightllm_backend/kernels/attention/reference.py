@@ -14,7 +14,7 @@ from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.attention.step_memo import StepMemo, once
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
-from lightllm_backend.kernels.norm.reference import rms_norm
+from lightllm_backend.kernels.norm.reference import rms_normed
 
 # The elements of an attention bias that are built at a time.
 _BIAS_ELEMENTS = 1 << 24
@@ -84,7 +84,7 @@ def _normed(q: Tensor, k: Tensor, norm: HeadNorm | None) -> tuple[Tensor, Tensor
     """Queries and keys [tokens, heads, head_dim], each head normed."""
     if norm is None:
         return q, k
-    queries, keys = (rms_norm(x.flatten(0, 1), w, norm.eps).view(x.shape) for x, w in ((q, norm.q), (k, norm.k)))
+    queries, keys = (rms_normed(x.flatten(0, 1), w, norm.eps).view(x.shape) for x, w in ((q, norm.q), (k, norm.k)))
     return queries, keys
 
 

@@ -18,7 +18,7 @@ from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_
 from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, receive_sum, send, send_to_others
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.norm.rms_norm import rms_normed
-from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, takes_rounded
+from lightllm_backend.kernels.quantized.choice import takes_rounded
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
@@ -124,8 +124,7 @@ def all_reduce_rms_norm(
     post_weight: Tensor | None = None,
     reader: Weight | None = None,
 ) -> Activations:
-    # Of fewer tokens, 16 bits take no longer.
-    if len(residual) > MAX_16_BIT_TOKENS and takes_rounded(reader, residual.dtype):
+    if takes_rounded(reader, len(residual), residual.dtype):
         return rounded_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, reader)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     launch_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, out, None, reader)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
-from lightllm_backend.kernels.norm.reference import rms_norm, sum_of_parts
+from lightllm_backend.kernels.norm.reference import rms_normed, sum_of_parts
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import Weight
 
 
@@ -51,7 +52,7 @@ def all_reduce_rms_norm(
     buffers: LamportBuffers,
     post_weight: Tensor | None = None,
     reader: Weight | None = None,  # noqa: ARG001 - products round what they read
-) -> Tensor:
+) -> Activations:
     tokens, rank = x.shape[-2], buffers.rank
     ranks = len(buffers.by_rank)
     exchange = _Exchange(buffers, tokens)
@@ -66,7 +67,7 @@ def all_reduce_rms_norm(
     arrived = [exchange.receive(torch.full_like(token[mine], sender), mine, product.dtype) for sender in range(ranks)]
     total = torch.stack(arrived).float().sum(0)
     if post_weight is not None:
-        total = rms_norm(total, post_weight, eps).to(residual.dtype).float()
+        total = rms_normed(total, post_weight, eps).to(residual.dtype).float()
     residual[mine] = (residual[mine].float() + total).to(residual.dtype)
     if in_two_shots:
         for other in range(ranks):
@@ -74,7 +75,7 @@ def all_reduce_rms_norm(
                 exchange.send(other, mine, residual[mine])
         residual[theirs] = exchange.receive(token[theirs] % ranks, theirs, residual.dtype)
     exchange.end()
-    return rms_norm(residual, weight, eps)
+    return rms_normed(residual, weight, eps)
 
 
 def all_reduce_embeddings(

@@ -146,7 +146,7 @@ def gated_linear(
     bias: Tensor | None = None,
     is_gelu: bool = False,
     reader: Weight | None = None,  # noqa: ARG001 - products round what they read
-) -> Tensor:
+) -> Activations:
     if not isinstance(x, Tensor) or not _is_compiled(x, weight):
         return silu_and_mul(reference.linear(x, weight, bias), is_gelu)
     assert isinstance(weight, GridWeight)

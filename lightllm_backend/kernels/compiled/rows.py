@@ -22,6 +22,7 @@ from lightllm_backend.kernels.compiled.numbers import (
     normed,
     rounded,
 )
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import Weight
 
 # With more numbers PyTorch's threads win.
@@ -79,7 +80,7 @@ def rms_norm(
     residual: Tensor | None = None,
     post_weight: Tensor | None = None,
     reader: Weight | None = None,  # noqa: ARG001 - products round what they read
-) -> Tensor:
+) -> Activations:
     if residual is None or not _is_plain(x, weight, residual):
         return reference.rms_norm(x, weight, eps, residual, post_weight)
     out = torch.empty_like(residual)

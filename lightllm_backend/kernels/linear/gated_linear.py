@@ -18,7 +18,7 @@ from lightllm_backend.kernels.linear import gated_tiles
 from lightllm_backend.kernels.linear.choice import MAX_UNFUSED_TOKENS, Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
 from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
-from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, takes_rounded
+from lightllm_backend.kernels.quantized.choice import takes_rounded
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.product import multiplies_8_bits, quantized_gated
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations
@@ -92,8 +92,7 @@ def gated_linear(
 
 
 def _activated(gate_up: Tensor, is_gelu: bool, reader: Weight | None) -> Activations:
-    tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
-    if tokens > MAX_16_BIT_TOKENS and features <= MAX_ROUNDED and takes_rounded(reader, gate_up.dtype):
+    if gate_up.shape[1] <= 2 * MAX_ROUNDED and takes_rounded(reader, gate_up.shape[0], gate_up.dtype):
         return rounded_silu_and_mul(gate_up, is_gelu, reader)
     return silu_and_mul(gate_up, is_gelu)
 

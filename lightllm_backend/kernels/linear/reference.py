@@ -38,5 +38,5 @@ def gated_linear(
     bias: Tensor | None = None,
     is_gelu: bool = False,
     reader: Weight | None = None,  # noqa: ARG001 - products round what they read
-) -> Tensor:
+) -> Activations:
     return silu_and_mul(linear(x, weight, bias), is_gelu)

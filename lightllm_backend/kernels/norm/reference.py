@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import Weight
 
 
@@ -15,12 +16,16 @@ def rms_norm(
     residual: Tensor | None = None,
     post_weight: Tensor | None = None,
     reader: Weight | None = None,  # noqa: ARG001 - products round what they read
-) -> Tensor:
+) -> Activations:
     x = sum_of_parts(x)
     if residual is not None:
         if post_weight is not None:
-            x = rms_norm(x, post_weight, eps).to(residual.dtype)
+            x = rms_normed(x, post_weight, eps).to(residual.dtype)
         x = residual.add_(x)
+    return rms_normed(x, weight, eps)
+
+
+def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     sums = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums)
     normalized = x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()

@@ -92,7 +92,7 @@ def rms_norm(
     post_weight: Tensor | None = None,
     reader: Weight | None = None,
 ) -> Activations:
-    if takes_rounded(reader, x.dtype if residual is None else residual.dtype):
+    if takes_rounded(reader, x.shape[-2], x.dtype if residual is None else residual.dtype):
         return rounded_rms_norm(x, weight, eps, residual, post_weight, reader)
     out = _output(x, residual, None)
     launch_rms_norm(x, weight, eps, residual, post_weight, out, None, reader)

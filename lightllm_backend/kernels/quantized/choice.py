@@ -16,8 +16,7 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
 # The most tokens of a program; more are further programs.
 MAX_BLOCK_TOKENS = 128
-# Above these tokens, and where a norm has rounded them, activations enter the tensor cores in 8 bits if the checkpoint
-# wants it so.
+# Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so.
 MAX_16_BIT_TOKENS = 64
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
@@ -47,59 +46,51 @@ def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> 
         return None
     if tokens > MAX_16_BIT_TOKENS and weight.quantizes_input and not is_direct(weight):
         return None
-    rounds = isinstance(x, RoundedTokens) or (tokens > MAX_16_BIT_TOKENS and is_direct(weight))
     padded = next(count for count in PREFETCH_TOKENS if tokens <= count)
     table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(read.device)), {})
-    row = table.get(f"{kind_of(weight, rounds)}, {product_name(out_features, in_features, is_gated)}", {})
+    row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
     if str(padded) in row:
         if (stored := row[str(padded)]) is None:
             return None
         blocks = PrefetchBlocks(*stored)
         # They are tuned with groups of 128; the scales of smaller ones take shared memory from the stages.
-        stages = min(blocks.stages, most_stages(blocks, padded, weight, rounds))
+        stages = min(blocks.stages, most_stages(blocks, padded, weight))
         if stages >= max(2, blocks.consumers):
             return blocks._replace(stages=stages)
-    return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(read.device), rounds)
+    return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(read.device))
 
 
-def kind_of(weight: QuantizedWeight, rounds: bool = False) -> str:
-    """The weight's kind, with activations in 8 bits or not, as quantized_prefetch.json calls it."""
+def kind_of(weight: QuantizedWeight) -> str:
     if weight.is_int4:
         return "int4"
-    return "int8" if weight.values.dtype == torch.int8 else "fp8 by fp8" if rounds else "fp8"
+    return "int8" if weight.values.dtype == torch.int8 else "fp8"
 
 
-def takes_rounded(weight: Weight | None, dtype: torch.dtype) -> TypeGuard[QuantizedWeight]:
-    """Whether a kernel that writes activations of `dtype` for the product with `weight` alone should round them."""
+def is_direct(weight: QuantizedWeight) -> bool:
+    """Whether tensor cores multiply the weight by activations of 8 bits as they are, with scales applied at the end."""
+    return kind_of(weight) == "fp8" and weight.quantizes_input and len(weight.scales) == 1 and weight.zeros is None
+
+
+def takes_rounded(weight: Weight | None, tokens: int, dtype: torch.dtype) -> TypeGuard[QuantizedWeight]:
+    """Whether a kernel that writes activations for the product with `weight` alone should round them itself."""
     return (
         isinstance(weight, QuantizedWeight)
         and weight.in_fragments
         and weight.order is None
         and is_direct(weight)
+        and tokens > MAX_16_BIT_TOKENS
         and dtype.itemsize == 2
     )
 
 
-def is_direct(weight: QuantizedWeight) -> bool:
-    """Whether tensor cores multiply the weight by activations of 8 bits as they are, with scales applied at the end."""
-    return (
-        weight.values.dtype == torch.float8_e4m3fn
-        and weight.quantizes_input
-        and len(weight.scales) == 1
-        and weight.zeros is None
-    )
-
-
-def blocks_by_rule(
-    tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int, rounds: bool
-) -> PrefetchBlocks | None:
+def blocks_by_rule(tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int) -> PrefetchBlocks | None:
     """Blocks for a weight without stored ones. None: nothing fits, or cuBLAS is quicker.
 
     They are what quantized_prefetch.json mostly has: small tiles, with two groups of warps on each of two programs that
     share a multiprocessor, as long as its registers and shared memory allow it.
     """
     out_features, in_features = weight.shape
-    if tokens > MAX_16_BIT_TOKENS and rounds and out_features >= 64 * multiprocessors:
+    if tokens > MAX_16_BIT_TOKENS and is_direct(weight) and out_features >= 64 * multiprocessors:
         return None
     inner = 128 if in_features % 128 == 0 else CHUNK
     rows = 64
@@ -109,11 +100,11 @@ def blocks_by_rule(
         possible = [n for n in (1, 2, 4) if n == 1 or (steps >= 2 * n and (n - 1) * -(-steps // n) < steps)]
         enough = [n for n in possible if programs * n >= MIN_PROGRAM_SHARE * multiprocessors * beside]
         splits = min(enough, default=possible[-1])
-    stages = most_stages(PrefetchBlocks(rows, inner, 1, 4, 2, splits, beside), tokens, weight, rounds)
+    stages = most_stages(PrefetchBlocks(rows, inner, 1, 4, 2, splits, beside), tokens, weight)
     return PrefetchBlocks(rows, inner, stages, 4, 2, splits, beside) if stages >= 2 else None
 
 
-def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight, rounds: bool) -> int:
+def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight) -> int:
     """How many stages fit, a multiple of the consumers, if as many programs share a multiprocessor as planned."""
     tokens, rows = min(tokens, MAX_BLOCK_TOKENS), blocks.out
     groups = 0
@@ -122,6 +113,6 @@ def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight, ro
     of_groups = groups * rows * (weight.scales.element_size() + (weight.zeros is not None))
     of_sums = 4 * rows * tokens * blocks.consumers  # the result is rearranged in shared memory as well
     free = SHARED_BYTES // blocks.programs_per_sm - 1_500 - of_sums - of_groups
-    x_bytes = 1 if rounds else 2
+    x_bytes = 1 if tokens > MAX_16_BIT_TOKENS and is_direct(weight) else 2
     fitting = free // (blocks.inner * (rows // (2 if weight.is_int4 else 1) + x_bytes * tokens))
     return min(fitting, MAX_STAGES) // blocks.consumers * blocks.consumers

@@ -45,16 +45,6 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 MAX_MMA_TOKENS = 8
 
 
-@gluon.constexpr_function
-def unpacks_ahead(layout, spans_of_step, is_grouped, is_int4):
-    """Whether a consumer unpacks a span while the tensor cores multiply those before it in the step.
-
-    Nothing may touch their sums meanwhile, so scales multiply the weights. Those of 4 bits are so coarse that rounding
-    them to 16 bits does not matter.
-    """
-    return layout.version[0] == 3 and spans_of_step > 1 and (is_int4 or not is_grouped)
-
-
 @gluon.jit
 def _copy_weights(
     weight_tiles, w_shared, full, stage, parts: gl.constexpr, row, step, features, is_gated: gl.constexpr
@@ -131,29 +121,17 @@ def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.conste
 
 
 @gluon.jit
-def _unpack(
-    words,
-    zero,
-    scale,
-    asm: gl.constexpr,
-    is_int4: gl.constexpr,
-    has_zeros: gl.constexpr,
-    is_scaled: gl.constexpr,
-    layout: gl.constexpr,
-):
+def _unpack(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
     """The weights of a tile [rows, bytes] in 16 bits, as the tensor cores' left operand [rows, columns]."""
     rows: gl.constexpr = words.shape[0]
     columns: gl.constexpr = words.shape[1] * (2 if is_int4 else 1)
     if is_int4:
-        types: gl.constexpr = (zero.dtype, zero.dtype)
-        if has_zeros and is_scaled:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r,r,r", [words, zero, scale], types, True, 4)
-        elif is_scaled:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, scale], types, True, 4)
-        elif has_zeros:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, zero], types, True, 4)
+        if has_zeros:
+            low, high = gl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
+            )
         else:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], types, True, 4)
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
         # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
         digits = gl.join(low, high).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
     else:
@@ -167,47 +145,13 @@ def _unpack(
 
 
 @gluon.jit
-def _product(weights, x_tile, total, layout: gl.constexpr, is_async: gl.constexpr):
+def _product(weights, x_tile, total, layout: gl.constexpr):
     """`total` + `weights` [rows, columns] @ `x_tile` [columns, tokens]."""
     if layout.version[0] == 2:
         total = mma_v2(weights, x_tile.load(gl.DotOperandLayout(1, layout, 2)), total)
     else:
-        total = hopper.warpgroup_mma(weights, x_tile, total, is_async=is_async)
+        total = hopper.warpgroup_mma(weights, x_tile, total)
     return total
-
-
-@gluon.jit
-def _multiply_direct(
-    place,
-    shared,
-    first: gl.constexpr,
-    consumers: gl.constexpr,
-    stages: gl.constexpr,
-    parts: gl.constexpr,
-    layout: gl.constexpr,
-):
-    """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end.
-
-    They add up in the tensor cores, which keep 14 bits of a sum of fp8: less than rounding the activations loses.
-    """
-    _, steps = place
-    w_shared, x_shared, full, empty = shared
-    rows: gl.constexpr = w_shared.shape[1]
-    block_tokens: gl.constexpr = x_shared.shape[1]
-    total = gl.zeros([rows, block_tokens], gl.float32, layout)
-    for step in range(first, steps, consumers):
-        stage = step % stages
-        mbarrier.wait(full.index(stage), step // stages & 1)
-        for part in gl.static_range(parts):
-            tile = stage * parts + part
-            total = hopper.warpgroup_mma(
-                w_shared.index(tile), x_shared.index(tile).permute((1, 0)), total, is_async=True
-            )
-        total = hopper.warpgroup_mma_wait(parts, deps=(total,))
-        synchronize()
-        if step > first:
-            mbarrier.arrive(empty.index((step - consumers) % stages), count=1)
-    return hopper.warpgroup_mma_wait(0, deps=(total,))
 
 
 @gluon.jit
@@ -235,15 +179,14 @@ def _multiply(
     rows: gl.constexpr = w_shared.shape[1]
     row_bytes: gl.constexpr = w_shared.shape[2]
     dtype: gl.constexpr = x_shared.dtype
+    is_direct: gl.constexpr = asm == ""
     is_grouped: gl.constexpr = spans_per_group > 0
     has_zeros: gl.constexpr = z_shared.shape[0] > 1
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
     nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
-    is_async: gl.constexpr = unpacks_ahead(layout, parts * spans, is_grouped, is_int4)
-    is_scaled: gl.constexpr = is_async and is_grouped
     span_bytes: gl.constexpr = row_bytes // spans
-    zero = gl.full([rows, span_bytes], 0, dtype, span_layout)
+    zero = gl.full([rows, span_bytes], 0, gl.float32 if is_direct else dtype, span_layout)
     if is_grouped:
         mbarrier.wait(copied, 0)
         first_group = begin * parts * spans // spans_per_group
@@ -252,34 +195,29 @@ def _multiply(
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
             tile = w_shared.index(stage * parts + part)
-            words = tile.load(words_layout)
+            if not is_direct:
+                words = tile.load(words_layout)
             for span in gl.static_range(spans):
                 place_of_span = ((begin + step) * parts + part) * spans + span
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
-                if spans == 1:
-                    numbers = words
-                else:  # the span's bytes, which are registers of the same threads
-                    left, right = gl.split(words.reshape([rows, 2, span_bytes]).permute((0, 2, 1)))
-                    numbers = gl.convert_layout(left if span == 0 else right, span_layout)
-                if is_grouped:
+                if is_direct:
+                    total += _product(tile, x_tile, nothing, layout)
+                elif is_grouped:
                     group = place_of_span // spans_per_group - first_group
                     if has_zeros:
                         row_zero = z_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
                         zero = (row_zero + zero_offset).to(dtype)[:, None].broadcast_to([rows, span_bytes])
-                    if is_scaled:
-                        row_scale = s_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
-                        by_byte = row_scale.to(dtype)[:, None].broadcast_to([rows, span_bytes])
-                        weights = _unpack(numbers, zero, by_byte, asm, is_int4, has_zeros, True, layout)
-                        total = _product(weights, x_tile, total, layout, True)
-                    else:
-                        weights = _unpack(numbers, zero, zero, asm, is_int4, has_zeros, False, layout)
-                        scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
-                        total += _product(weights, x_tile, nothing, layout, False) * scale[:, None]
+                    if spans == 1:
+                        numbers = words
+                    else:  # the span's bytes, which are registers of the same threads
+                        left, right = gl.split(words.reshape([rows, 2, span_bytes]).permute((0, 2, 1)))
+                        numbers = gl.convert_layout(left if span == 0 else right, span_layout)
+                    weights = _unpack(numbers, zero, asm, is_int4, has_zeros, layout)
+                    scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
+                    total += _product(weights, x_tile, nothing, layout) * scale[:, None]
                 else:
-                    weights = _unpack(numbers, zero, zero, asm, is_int4, has_zeros, False, layout)
-                    total = _product(weights, x_tile, total, layout, is_async)
-        if is_async:
-            total = hopper.warpgroup_mma_wait(0, deps=(total,))
+                    weights = _unpack(words, zero, asm, is_int4, has_zeros, layout)
+                    total = _product(weights, x_tile, total, layout)
         synchronize()
         mbarrier.arrive(empty.index(stage), count=1)
     return total
@@ -331,13 +269,10 @@ def _consume(
         async_copy.wait_group(0)
         synchronize()
         mbarrier.arrive(copied, count=1)
-    if asm == "":
-        total = _multiply_direct(place, shared, 0, consumers, stages, parts, layout)
-    else:
-        total = _multiply(
-            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-            words_layout, span_layout, layout,
-        )  # fmt: skip
+    total = _multiply(
+        place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+        words_layout, span_layout, layout,
+    )  # fmt: skip
     if consumers > 1:
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
@@ -388,13 +323,10 @@ def _consume_second(
 ):
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
-    if asm == "":
-        total = _multiply_direct(place, shared, 1, consumers, stages, parts, layout)
-    else:
-        total = _multiply(
-            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-            words_layout, span_layout, layout,
-        )  # fmt: skip
+    total = _multiply(
+        place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+        words_layout, span_layout, layout,
+    )  # fmt: skip
     r_shared.store(total)
     synchronize()
     mbarrier.arrive(summed, count=1)
@@ -583,18 +515,14 @@ def launch_quantized_prefetch(
     assert blocks.stages % blocks.consumers == 0
     assert blocks.splits == 1 or not is_gated
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
-    # of columns if it holds two groups, or if one is unpacked while the other is multiplied.
+    # of columns if it holds two groups.
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
-    layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
-    is_grouped = groups > 1 or has_zeros
-    overlaps = not is_direct and tile_columns >= 2 * CHUNK
-    overlaps = overlaps and unpacks_ahead(layout_of_sums, 2, is_grouped, weight.is_int4)
-    spans = 2 if overlaps or (groups > 1 and tile_columns > weight.group_size) else 1
+    spans = 2 if groups > 1 and tile_columns > weight.group_size else 1
     span_columns = tile_columns // spans
     row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
     assert blocks.inner % tile_columns == 0
     assert weight.group_size % span_columns == 0
-    spans_per_group = weight.group_size // span_columns if is_grouped else 0
+    spans_per_group = weight.group_size // span_columns if groups > 1 or has_zeros else 0
     steps = in_features // blocks.inner
     steps_of_split = triton.cdiv(steps, blocks.splits)
     assert (blocks.splits - 1) * steps_of_split < steps
@@ -604,7 +532,6 @@ def launch_quantized_prefetch(
     layout = gl.NVMMASharedLayout.get_default_for([rows, row_bytes], ELEMENTS[values.dtype])
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
     most, of_consumers = registers_of(blocks)
-    is_scaled = is_grouped and unpacks_ahead(layout_of_sums, blocks.inner // span_columns, True, weight.is_int4)
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
         tile_descriptor(x, x.shape, (block_tokens, span_columns)),
         TensorDescriptor(values, list(values.shape), [values.stride(0), 1], [rows, row_bytes], layout),
@@ -622,11 +549,11 @@ def launch_quantized_prefetch(
         is_int4=weight.is_int4,
         is_gated=is_gated,
         is_gelu=is_gelu,
-        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_scaled),
+        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros),
         zero_offset=one if weight.is_int4 else 0.0,
         words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
         span_layout=words_layout(blocks.out, row_bytes // spans, blocks.warps, weight.is_int4),
-        layout=layout_of_sums,
+        layout=product_layout(block_tokens, blocks.warps, is_direct),
         spans_per_group=spans_per_group,
         max_groups=max_groups,
         block_tokens=block_tokens,
