@@ -13,14 +13,17 @@ tokens a second of 1, 2 and 4 replicas whose engine only tells the time.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -146,7 +149,7 @@ def throughput(
 ) -> None:  # fmt: skip
     """Measure tokens a second by number of replicas, whose engine sleeps as long as LLaMA-7B's steps on an H200."""
     numbers = [int(part) for part in counts.split(",")]
-    rates: dict[int, list[float]] = {number: [] for number in numbers}
+    runs: dict[int, list[dict[str, float]]] = {number: [] for number in numbers}
     with tempfile.TemporaryDirectory(prefix="lightllm-replicas-") as name:
         folder = Path(name)
         with running_fleet(sleeping_settings(folder, slowdown), folder, front=False) as fleet:
@@ -154,14 +157,14 @@ def throughput(
             for number in numbers * rounds:
                 for place, replica in enumerate(fleet.replicas[: max(numbers)]):
                     (fleet.proxy.undrain if place < number else fleet.proxy.drain)(replica.name)
-                rate = _tokens_a_second(fleet, number * requests, number * concurrency, max_tokens, processes)
-                rates[number].append(rate)
-                click.echo(f"{number} replicas: {rate:,.0f} tokens/s")
-    medians = {number: statistics.median(seen) for number, seen in rates.items()}
+                run = _run(fleet, number * requests, number * concurrency, max_tokens, processes)
+                runs[number].append(run)
+                click.echo(f"{number} replicas: " + ", ".join(f"{name} {value:.4g}" for name, value in run.items()))
+    medians = {number: statistics.median(run["tokens_per_second"] for run in runs[number]) for number in numbers}
     base = medians[numbers[0]] / numbers[0]
     rows = [
-        {"replicas": number, "tokens_per_second": medians[number], "runs": rates[number],
-         "linear": medians[number] / (number * base)}
+        {"replicas": number, "tokens_per_second": medians[number], "linear": medians[number] / (number * base),
+         "runs": runs[number]}
         for number in numbers
     ]  # fmt: skip
     for row in rows:
@@ -173,14 +176,27 @@ def throughput(
     write_result(out or RESULTS / f"replicas_throughput_{result['machine']['cores']}_cores.json", result)
 
 
-def _tokens_a_second(fleet: Fleet, requests: int, concurrency: int, max_tokens: int, processes: int) -> float:
+def _run(fleet: Fleet, requests: int, concurrency: int, max_tokens: int, processes: int) -> dict[str, float]:
+    """Tokens a second, which share of the cores was busy, and which share of a core the busiest client was."""
     target = Target("grpc", fleet.proxy.grpc_url)
     plan = [
         Planned(index, 0.0, WorkItem((3 + index % VOCABULARY, 4, 5, 6), Length(4, max_tokens)))
         for index in range(requests)
     ]
-    started, traces, _ = run_load(target, plan, processes, concurrency, lambda _: None)
-    return requests * max_tokens / (max(trace.arrivals[-1] for trace in traces) - started)
+    idle, began = _idle_seconds(), time.monotonic()
+    started, traces, shares = run_load(target, plan, processes, concurrency, lambda _: None)
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "tokens_per_second": requests * max_tokens / (max(trace.arrivals[-1] for trace in traces) - started),
+        "cores_busy": 1 - (_idle_seconds() - idle) / (time.monotonic() - began) / cores,
+        "client_busy": max(share.cpu_share for share in shares),
+    }
+
+
+def _idle_seconds() -> float:
+    """For how long the cores of this process have been idle, in all, since the machine started."""
+    times = psutil.cpu_times(percpu=True)
+    return sum(times[core].idle + times[core].iowait for core in os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":
