@@ -38,13 +38,13 @@ from perf.step_times import StepTimes
 
 BATCH_MAX_TOKENS = 8192  # the default on a GPU
 QUEUE_SIZE = 10_000  # the default
-WARM_UP_SECONDS = 8.0  # until as many requests run as later
+WARM_UP = 64, 64_000  # sequences and their tokens in a typical step
 GRACE_SECONDS = 2.0  # after the requests that count: one without its first token by then counts as never answered
 SUSTAINED = 0.95  # of the requests that come, at least so many must end in the same seconds
 
 
 class Model(NamedTuple):
-    """The model that is simulated: a result of static_inference, and the one that tells how long K and V take."""
+    """The model that is simulated: a result of static_inference, and the one with the time per byte of K and V."""
 
     result: str
     kv_from: str | None = None
@@ -58,6 +58,9 @@ MODELS = {
     "llama-7b": Model("llama-7b_nvidia_h200"),
     "llama-7b fp8": Model("llama-7b_weights_fp8_nvidia_h200", kv_from="llama-7b_nvidia_h200"),
     "llama-3-8b": Model("llama-3-8b_nvidia_h200"),
+    "qwen3-8b": Model("qwen3-8b_nvidia_h200", kv_from="llama-3-8b_nvidia_h200"),
+    "llama-2-70b tp2": Model("llama-2-70b_tp2_nvidia_h200", kv_from="llama-3-8b_nvidia_h200"),
+    "llama-2-70b tp2 fp8": Model("llama-2-70b_tp2_weights_fp8_nvidia_h200", kv_from="llama-3-8b_nvidia_h200"),
 }
 # Runs of the service benchmark with LLaMA-7B in 16 bits and their workloads.
 MEASURED = {
@@ -81,16 +84,21 @@ class Case(NamedTuple):
     seed: int = 0
 
     @property
+    def warm_up(self) -> float:
+        """Seconds until as many requests run as later: about those that the longest answers take."""
+        return MAX_TOKENS * MODELS[self.model].steps.decode_seconds(*WARM_UP)
+
+    @property
     def seconds(self) -> float:
         """How many count: fewer where more replicas make as many requests."""
-        return max(4.0, 120 / self.replicas)
+        return max(8.0, 120 / self.replicas)
 
 
 def simulate(case: Case) -> dict[str, Any]:
     steps = MODELS[case.model].steps
     num_rows = steps.most_running
     choose = ReplicaChoice(case.policy, case.replicas, case.seed)
-    end = WARM_UP_SECONDS + case.seconds
+    end = case.warm_up + case.seconds
     chats = chat_traffic(case.rate * case.replicas, end + GRACE_SECONDS, case.seed)
     gc.freeze()
     gc.disable()  # millions of objects, hardly a circle
@@ -103,7 +111,7 @@ def simulate(case: Case) -> dict[str, Any]:
 
 def row_of(case: Case, served: Sequence[Served]) -> dict[str, Any]:
     """What the proxy's clients see of the seconds that count."""
-    begin, end = WARM_UP_SECONDS, WARM_UP_SECONDS + case.seconds
+    begin, end = case.warm_up, case.warm_up + case.seconds
     arrived = [one for one in served if begin <= one.arrival < end]
     ended = [one for one in served if begin <= one.end < end]
     waits = np.array([one.first_token - one.arrival for one in arrived]) + server_seconds()
@@ -271,6 +279,7 @@ def show_costs(price: float, first_token_seconds: float) -> None:
 @click.option(
     "--rates", default="16", show_default=True, type=Numbers(float), help="requests a second and replica, by commas"
 )
+@click.option("--policies", default=",".join(POLICIES), show_default=True, help="of the proxy, separated by commas")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="that simulate")
 @click.option("--validate", "is_validation", is_flag=True, help="compare with measured runs instead")
 def main(
@@ -279,6 +288,7 @@ def main(
     model: str | None,
     replicas: list[int],
     rates: list[float],
+    policies: str,
     processes: int,
     is_validation: bool,
 ) -> None:
@@ -286,7 +296,10 @@ def main(
         result = {"benchmark": "capacity_validation", **circumstances(None), "rows": validate()}
         write_result(RESULTS / "capacity_validation.json", result)
     elif model:
-        cases = [Case(model, *one) for one in product(replicas, rates, POLICIES)]
+        chosen = policies.split(",")
+        if unknown := set(chosen) - set(POLICIES):
+            raise click.UsageError(f"--policies has {', '.join(sorted(unknown))}; allowed: {', '.join(POLICIES)}")
+        cases = [Case(model, *one) for one in product(replicas, rates, chosen)]
         capacities = Capacities(model)
         with ProcessPoolExecutor(processes) as pool:
             for row in tqdm(pool.map(simulate, cases), total=len(cases), unit="case"):

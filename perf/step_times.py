@@ -8,7 +8,7 @@ A step of n decodes, with L tokens of context in all and P new prompt tokens, ta
 base(n) is a measured decode step less its reading of K and V, prefill(P) a measured prefill; both are linear between
 the measured points. A step reads the weights once for its decodes and its prompts, hence the last term. Reading K and V
 takes what two measured steps of equally many sequences and different contexts differ by; a result without such a pair
-takes the time per byte from a result of the same shape and type of K and V.
+takes the time per byte from a result that has one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class StepTimes(NamedTuple):
 
     @classmethod
     def stored(cls, name: str, kv_from: str | None = None) -> StepTimes:
-        """Read perf/results/static_inference_{name}.json, and how long K and V take from another one, if need be."""
+        """Read perf/results/static_inference_{name}.json. kv_from: another one with the time per byte of K and V."""
         result = _read(name)
-        kv_token_seconds = _kv_token_seconds(_read(kv_from) if kv_from else result)
+        other = _read(kv_from) if kv_from else result
+        kv_token_seconds = _kv_token_seconds(other) * _kv_token_bytes(result) / _kv_token_bytes(other)
         decodes = sorted(
             (row["batch"], row["step_ms"] / 1e3 - row["batch"] * row["mean_context"] * kv_token_seconds)
             for row in result["rows"]
@@ -60,9 +61,12 @@ class StepTimes(NamedTuple):
         """The largest batch that was measured: beyond it the model knows nothing."""
         return int(self.batches[-1])
 
+    def decode_seconds(self, num_decodes: int, kv_tokens: int) -> float:
+        return float(np.interp(num_decodes, self.batches, self.base)) + kv_tokens * self.kv_token_seconds
+
     def __call__(self, batch: Batch, kv_tokens: int) -> float:
         prompt_tokens = int(batch.lengths[batch.num_decodes :].sum())
-        seconds = float(np.interp(batch.num_decodes, self.batches, self.base)) + kv_tokens * self.kv_token_seconds
+        seconds = self.decode_seconds(batch.num_decodes, kv_tokens)
         if prompt_tokens:
             seconds += max(0.0, float(np.interp(prompt_tokens, self.prompts, self.prefill) - self.base[0]))
         return seconds
@@ -78,6 +82,13 @@ def _kv_token_seconds(result: dict[str, Any]) -> float:
     ]
     longer, one, other = max(pairs, key=lambda pair: pair[0])
     return float((other["step_ms"] - one["step_ms"]) / 1e3 / (longer * one["batch"]))
+
+
+def _kv_token_bytes(result: dict[str, Any]) -> float:
+    """K and V of a token, on one GPU."""
+    engine = result["engine"]
+    pool_bytes = engine["memory"]["KV pool"] if "memory" in engine else engine["pool_bytes"]
+    return float(pool_bytes / engine["pool_tokens"])
 
 
 def _read(name: str) -> dict[str, Any]:
