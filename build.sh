@@ -133,8 +133,10 @@ test() {
     install_once development install_development
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     unset PYTHONDONTWRITEBYTECODE # each of some hundred processes would compile the modules anew
-    # With arguments, the tests that need them fetch the packages of clients; else that goes on while mypy works.
-    local clients=
+    # What is fetched meanwhile takes no time of its own. With arguments, the tests that need them fetch the packages of
+    # clients.
+    python -m tests.debian &
+    local programs=$! clients=
     if [ $# -eq 0 ]; then
         python -m tests.clients.environments clients &
         clients=$!
@@ -145,6 +147,7 @@ test() {
     mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
+    wait "$programs" || echo "build.sh: tests of the proxy or the alerts will be skipped" >&2
     [ -z "$clients" ] || wait "$clients" || echo "build.sh: no packages for tests of clients" >&2
     # Three processes keep two cores busy, since servers are waited for; on a GPU one test after the other. Which test
     # runs on which of them: tests/conftest.py.
