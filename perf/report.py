@@ -551,9 +551,11 @@ def chaos_table(result: dict[str, Any]) -> list[str]:
     for phase in result["phases"]:
         tally = phase["tally"]
         ejected = "–" if phase["ejected_seconds"] is None else f"{phase['ejected_seconds']:.1f}"
-        ends = (tally["done"], tally["retries"], sum(tally["told"].values()), len(tally["lost"]))
+        again = phase.get("repeated", 0), tally["retries"], sum(tally["told"].values())
+        ends = (tally["done"], *again, len(tally["lost"]))
         rows.append([phase["name"], f"{phase['seconds']:.0f}", ejected, *(f"{count:,}" for count in ends)])
-    return table(["meanwhile", "seconds", "ejected after, s", "answered", "retries", "broken off", "lost"], rows)
+    headings = ["meanwhile", "seconds", "ejected after, s", "answered", "repeated", "retries", "broken off", "lost"]
+    return table(headings, rows)
 
 
 def replicas_chaos(result: dict[str, Any]) -> list[str]:

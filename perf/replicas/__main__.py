@@ -122,10 +122,13 @@ def answers(fleet: Fleet, max_tokens: int) -> dict[str, str]:
 
 
 def show(phases: list[Phase]) -> None:
-    table = Table("meanwhile", "seconds", "answered", "retries of the library", "asked again by the caller", "lost")
+    table = Table(
+        "meanwhile", "seconds", "answered", "repeated by the proxy", "by the library", "by the caller", "lost"
+    )
     for phase in phases:
         tally = phase.tally
-        cells = [f"{phase.seconds:.1f}", tally.done, tally.retries, sum(tally.told.values()), len(tally.lost)]
+        repeated = phase.repeated, tally.retries, sum(tally.told.values())
+        cells = [f"{phase.seconds:.1f}", tally.done, *repeated, len(tally.lost)]
         table.add_row(phase.name, *map(str, cells))
     console = Console(width=140)
     console.print(table)

@@ -21,6 +21,7 @@ class Phase:
     name: str
     seconds: float
     tally: Tally
+    repeated: int = 0  # requests, by the proxy
     ejected_seconds: float | None = None  # from the fault until the proxy sent nothing more
 
     def as_json(self) -> dict[str, Any]:
@@ -38,11 +39,12 @@ class Chaos:
     async def phase(self, name: str) -> AsyncIterator[Phase]:
         """Count anew while the block runs. What ends later counts in the next phase."""
         self._clients.tally = Tally()
-        began = time.monotonic()
+        began, repeated = time.monotonic(), self._fleet.proxy.repeated()
         one = Phase(name, 0.0, self._clients.tally)
         self.phases.append(one)
         yield one
         one.seconds = time.monotonic() - began
+        one.repeated = self._fleet.proxy.repeated() - repeated
         print(f"{name}: {one.seconds:.1f} s, {one.tally.done} answered, {len(one.tally.lost)} lost", flush=True)
 
     async def rest(self, name: str, seconds: float) -> None:

@@ -165,11 +165,12 @@ class Clients:
             answer = json.loads(data)
             return self._check(prompt, answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
         events = [line.removeprefix(b"data: ") for line in data.split(b"\n\n") if line]
-        if events[-1:] != [b"[DONE]"]:
-            if b'"error"' in data and b"unavailable" not in data:
-                raise Wrong(data[-300:].decode(errors="replace"))
+        answers = [json.loads(event) for event in events[:-1]]  # the last one may be a piece
+        failures = [answer["error"] for answer in answers if "error" in answer]
+        if any(failure["code"] != "unavailable" for failure in failures):
+            raise Wrong(f"{failures}")
+        if failures or events[-1:] != [b"[DONE]"]:
             raise Cut("cut")
-        answers = [json.loads(event) for event in events[:-1]]
         text = "".join(choice["text"] for answer in answers for choice in answer["choices"])
         return self._check(prompt, text, answers[-1]["usage"]["completion_tokens"])
 

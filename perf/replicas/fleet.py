@@ -186,11 +186,9 @@ class Proxy:
         """The requests that a replica has now."""
         return sum(int(row["scur"]) for row in self.statistics() if row["svname"] == name)
 
-    def failures(self, name: str) -> int:
-        """How often a request failed at a replica, also if the proxy itself cured it."""
-        columns = ("econ", "eresp", "srv_abrt", "wretr", "wredis")
-        rows = [row for row in self.statistics() if row["svname"] == name]
-        return sum(int(row[column] or 0) for row in rows for column in columns)
+    def repeated(self) -> int:
+        """How many requests the proxy has sent anew, since the replica had not answered."""
+        return sum(int(row["wretr"] or 0) for row in self.statistics() if row["svname"] == "BACKEND")
 
     def requests(self, backend: str) -> dict[str, int]:
         """How many requests of a backend each replica has had."""
