@@ -551,7 +551,7 @@ def chaos_table(result: dict[str, Any]) -> list[str]:
     for phase in result["phases"]:
         tally = phase["tally"]
         ejected = "–" if phase["ejected_seconds"] is None else f"{phase['ejected_seconds']:.1f}"
-        again = phase.get("repeated", 0), tally["retries"], sum(tally["told"].values())
+        again = phase["repeated"], tally["retries"], sum(tally["told"].values())
         ends = (tally["done"], *again, len(tally["lost"]))
         rows.append([phase["name"], f"{phase['seconds']:.0f}", ejected, *(f"{count:,}" for count in ends)])
     headings = ["meanwhile", "seconds", "ejected after, s", "answered", "repeated", "retries", "broken off", "lost"]

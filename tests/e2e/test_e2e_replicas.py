@@ -63,7 +63,7 @@ def check_placement(fleet: Fleet) -> None:
 
 
 def test_no_request_is_lost_when_replicas_come_are_drained_and_killed(tmp_path: Path) -> None:
-    with running_fleet(sleeping_settings(tmp_path, slowdown=8.0), tmp_path, front=False) as fleet:
+    with running_fleet(sleeping_settings(tmp_path, slowdown=20.0), tmp_path, front=False) as fleet:
         first, second = fleet.replicas[:2]
         fleet.start([first])
         asyncio.run(under_load(fleet, add_a_replica))
