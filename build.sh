@@ -147,7 +147,7 @@ test() {
     mypy examples
     shellcheck build.sh .ci/run perf/*.sh
     hadolint Dockerfile
-    wait "$programs" || echo "build.sh: tests of the proxy or the alerts will be skipped" >&2
+    wait "$programs" || echo "build.sh: some tests of proxies and alerts will be skipped" >&2
     [ -z "$clients" ] || wait "$clients" || echo "build.sh: no packages for tests of clients" >&2
     # Three processes keep two cores busy, since servers are waited for; on a GPU one test after the other. Which test
     # runs on which of them: tests/conftest.py.

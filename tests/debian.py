@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-PROGRAMS = {"haproxy": "haproxy", "promtool": "prometheus"}  # the package of each
+PROGRAMS = {"haproxy": "haproxy", "nginx": "nginx", "promtool": "prometheus"}  # the package of each
 SECONDS = 120  # for each command
 FOLDER = Path(sys.prefix) / "debian"
 BIN = Path(sys.prefix) / "bin"

@@ -2,8 +2,8 @@
 """JSON schemas of the custom resources that the manifests use, as far as they use them.
 
 These schemas are written by hand after the API references of prometheus-operator's monitoring.coreos.com/v1,
-LeaderWorkerSet's v1, the Gateway API's v1 and its inference extension's v1: no package that we found has their CRDs. A
-field that is not listed here is refused, so that a new one is looked up before it is used.
+LeaderWorkerSet's v1, the Gateway API's v1 and its inference extension's v1: no package that we found has the CRDs of
+the second and the last. A field that is not listed here is refused, so that a new one is looked up before it is used.
 """
 
 from __future__ import annotations

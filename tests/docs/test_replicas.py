@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,20 @@ def test_every_backend_lists_the_same_replicas() -> None:
     assert {tuple(re.findall(r'server (replica-\d) "\$\{REPLICA_(\d)\}', one)) for one in backends} == {
         tuple((f"replica-{number}", str(number)) for number in range(1, 5))
     }
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_nginx_takes_its_configuration(tmp_path: Path) -> None:
+    text = (ROOT / "deploy" / "proxy" / "nginx.conf").read_text(encoding="utf-8")
+    folders = "".join(
+        f"{name}_temp_path {tmp_path}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    changed = tmp_path / "nginx.conf"
+    changed.write_text(f"pid {tmp_path}/pid;\n" + text.replace("http {", f"http {{ {folders}", 1), encoding="utf-8")
+    run = subprocess.run(["nginx", "-t", "-e", "stderr", "-c", changed], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ports = dict(re.findall(r"presetenv LISTEN_(\w+) (\d+)", CONFIGURATION))
+    assert re.findall(r"listen (\d+)", text) == [ports[name] for name in ("GRPC", "HTTP", "OPENAI")]
 
 
 def test_the_retries_are_those_of_the_client() -> None:
