@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,12 @@ def slow_readers(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def body_memory(result: dict[str, Any]) -> list[str]:
+    title = f"**What Triton server takes while it reads the body of an HTTP request** ({origin(result)}):"
+    rows = [[str(row["mebibytes"]), f"{row['peak_mebibytes']:.0f}"] for row in result["rows"]]
+    return [title, "", *table(["body, MiB", "more memory at the peak, MiB"], rows)]
+
+
 def soak(result: dict[str, Any]) -> list[str]:
     minutes = result["seconds"] / 60
     title = f"**{result['model']}: {minutes:g} minutes of mixed load, {result['clients']} requests at once**"
@@ -551,8 +558,7 @@ def chaos_table(result: dict[str, Any]) -> list[str]:
     for phase in result["phases"]:
         tally = phase["tally"]
         ejected = "–" if phase["ejected_seconds"] is None else f"{phase['ejected_seconds']:.1f}"
-        again = phase["repeated"], tally["retries"], sum(tally["told"].values())
-        ends = (tally["done"], *again, len(tally["lost"]))
+        ends = (tally["done"], phase["repeated"], tally["retries"], sum(tally["told"].values()), len(tally["lost"]))
         rows.append([phase["name"], f"{phase['seconds']:.0f}", ejected, *(f"{count:,}" for count in ends)])
     headings = ["meanwhile", "seconds", "ejected after, s", "answered", "repeated", "retries", "broken off", "lost"]
     return table(headings, rows)
@@ -568,10 +574,12 @@ def replicas_chaos(result: dict[str, Any]) -> list[str]:
 
 def throughput_table(result: dict[str, Any]) -> list[str]:
     """Tokens a second by number of replicas, as in docs/replicas.md."""
-    rows = [
-        [str(row["replicas"]), f"{row['tokens_per_second']:,.0f}", f"{row['linear']:.3f}"] for row in result["rows"]
-    ]
-    return table(["replicas", "tokens/s", "of linear"], rows)
+    rows = []
+    for row in result["rows"]:
+        busy = statistics.median(run["cores_busy"] for run in row["runs"])
+        cells = [row["replicas"], f"{row['tokens_per_second']:,.0f}", f"{row['linear']:.3f}", f"{busy:.0%}"]
+        rows.append(list(map(str, cells)))
+    return table(["replicas", "tokens/s", "of linear", "cores busy"], rows)
 
 
 def replicas_throughput(result: dict[str, Any]) -> list[str]:
@@ -629,6 +637,7 @@ SECTIONS = {
     "cpu_peer": cpu_peer,
     "router_time": router_time, "admission": admission, "window_slots": window_slots, "fairness": fairness,
     "prefix_cache": prefix_cache, "long_context": long_context, "overload": overload, "slow_readers": slow_readers,
+    "body_memory": body_memory,
     "soak": soak,
     "front_throughput": front_throughput, "perplexity": perplexities,
     "replicas_chaos": replicas_chaos, "replicas_throughput": replicas_throughput,

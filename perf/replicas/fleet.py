@@ -63,7 +63,7 @@ class Replica:
         self.address = f"127.0.0.{10 + number}"  # Linux takes all of 127.0.0.0/8 as its own
         self.log = log
         self._options = [f"--{name}={value}" for name, value in {"host": self.address, **settings, **ports}.items()]
-        self._http_port = ports["http_port"]
+        self.http_address = f"{self.address}:{ports['http_port']}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -82,8 +82,7 @@ class Replica:
             lines = self.log.read_text(errors="replace").splitlines()[-15:]
             raise RuntimeError("\n".join([f"{self.name} ended with exit code {self._process.returncode}:", *lines]))
         with contextlib.suppress(OSError):
-            address = f"{self.address}:{self._http_port}"
-            return http_call(address, "POST", "/v2/models/health/infer", '{"inputs": []}', 10)[0] == 200
+            return http_call(self.http_address, "POST", "/v2/models/health/infer", '{"inputs": []}', 10)[0] == 200
         return False
 
     def processes(self) -> list[psutil.Process]:
