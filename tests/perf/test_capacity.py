@@ -141,8 +141,11 @@ def test_measured_steps_take_what_was_measured() -> None:
     assert seconds(32, 6144, 1024) == pytest.approx(0.0044 + 0.0237 - steps.base[0], rel=0.02)
     assert steps.most_running == 580
     shared = StepTimes.stored("llama-7b_weights_fp8_nvidia_h200", kv_from="llama-7b_nvidia_h200")
-    assert shared.kv_token_seconds == steps.kv_token_seconds
+    assert shared.kv_token_seconds == pytest.approx(steps.kv_token_seconds)
     assert shared.base[0] < steps.base[0]
+    grouped = StepTimes.stored("llama-2-70b_tp2_nvidia_h200", kv_from="llama-7b_nvidia_h200")
+    # 80 layers with 4 heads of K and V on each GPU, 32 layers with 32 heads; all of the same size.
+    assert grouped.kv_token_seconds == pytest.approx(steps.kv_token_seconds * (80 * 4) / (32 * 32), rel=1e-3)
 
 
 def test_a_million_tokens_costs_what_can_be_counted_by_hand() -> None:
@@ -171,5 +174,6 @@ def test_the_page_shows_the_stored_simulations() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert updated(text, results) == text, "run python -m perf.capacity_page"
     assert (FOLDER / "data.js").read_text(encoding="utf-8") == data(results), "run python -m perf.capacity_page"
-    for result in results:
-        assert f"<!-- table: rates of {result['model']} -->" in text
+    assert "<!-- table: rates of llama-7b -->" in text
+    small, large = (capacity.Case(model, 8, 1.0, "both").warm_up for model in ("llama-7b", "llama-2-70b tp2"))
+    assert f"take, {small:.0f} s for LLaMA-7B and {large:.0f} s for LLaMA-2-70B on two GPUs" in text
