@@ -558,8 +558,10 @@ def chaos_table(result: dict[str, Any]) -> list[str]:
     for phase in result["phases"]:
         tally = phase["tally"]
         ejected = "–" if phase["ejected_seconds"] is None else f"{phase['ejected_seconds']:.1f}"
-        ends = (tally["done"], phase["repeated"], tally["retries"], sum(tally["told"].values()), len(tally["lost"]))
-        rows.append([phase["name"], f"{phase['seconds']:.0f}", ejected, *(f"{count:,}" for count in ends)])
+        repeated = f"{phase['repeated']:,}" if "repeated" in phase else "–"  # older results have not counted it
+        ends = (tally["retries"], sum(tally["told"].values()), len(tally["lost"]))
+        cells = [ejected, f"{tally['done']:,}", repeated, *(f"{count:,}" for count in ends)]
+        rows.append([phase["name"], f"{phase['seconds']:.0f}", *cells])
     headings = ["meanwhile", "seconds", "ejected after, s", "answered", "repeated", "retries", "broken off", "lost"]
     return table(headings, rows)
 

@@ -84,7 +84,7 @@ def chaos(
         "slowdown": slowdown,
     }
     result = record("replicas_chaos", **options, phases=[phase.as_json() for phase in phases], exit_codes=codes)
-    write_result(out or RESULTS / f"replicas_chaos_{engine}.json", result)
+    write_result(out or RESULTS / f"replicas_chaos_{engine}_{replicas}.json", result)
     if any(phase.tally.lost for phase in phases) or any(codes):
         sys.exit(1)
 
@@ -100,7 +100,8 @@ async def _chaos(
     await clients.start()
     try:
         await one.rest("one replica", seconds)
-        await one.start(f"{len(others)} more are started", others)
+        more = "another one is started" if len(others) == 1 else f"{len(others)} more are started"
+        await one.start(more, others)
         await one.rest(f"{count} replicas", seconds)
         await one.kill(others[0])
         await one.rest("without the killed one", seconds)
