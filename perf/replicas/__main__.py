@@ -4,10 +4,12 @@
     python -m perf.replicas chaos
     python -m perf.replicas chaos --engine sleeping --replicas 2
     python -m perf.replicas throughput
+    python -m perf.replicas page
 
-Both start replicas of the launch command on this machine, and the proxy with deploy/proxy/haproxy.cfg. chaos: clients
-ask without a pause while replicas are added, killed, stopped and rolled; exit code 1 if a request was lost. throughput:
-tokens a second of 1, 2 and 4 replicas whose engine only tells the time.
+The first two start replicas of the launch command on this machine, and the proxy with deploy/proxy/haproxy.cfg.
+chaos: clients ask without a pause while replicas are added, killed, stopped and rolled; exit code 1 if a request was
+lost. throughput: tokens a second of 1, 2 and 4 replicas whose engine only tells the time. page: write the stored
+results into docs/replicas.md.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from perf.record import RESULTS, circumstances, write_result
 from perf.replicas.chaos import Chaos, Phase
 from perf.replicas.clients import PROMPTS, Clients
 from perf.replicas.fleet import MOST_REPLICAS, Fleet, haproxy, haproxy_version, running_fleet, sleeping_settings
+from perf.replicas.page import PAGE, updated
 from perf.serving.calls import Target
 from perf.serving.load import Planned, run_load
 from perf.serving.workload import Length, WorkItem
@@ -41,10 +44,11 @@ VOCABULARY = 30000  # of the made-up prompts
 
 
 @click.group(help=str(__doc__).partition("\n\n")[0])
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     raise_file_limit()
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))  # the replicas are stopped nevertheless
-    if haproxy() is None:
+    if context.invoked_subcommand != "page" and haproxy() is None:
         raise click.ClickException(
             "there is no haproxy; on Debian and Ubuntu: apt-get install haproxy (or set HAPROXY)"
         )
@@ -201,6 +205,12 @@ def _idle_seconds() -> float:
     """For how long the cores of this process have been idle, in all, since the machine started."""
     times = psutil.cpu_times(percpu=True)
     return sum(times[core].idle + times[core].iowait for core in os.sched_getaffinity(0))
+
+
+@main.command("page")
+def write_page() -> None:
+    """Write the stored results into docs/replicas.md."""
+    PAGE.write_text(updated(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,20 +11,15 @@ from pathlib import Path
 import pytest
 
 from lightllm_client import retries
-from perf import report
+from perf.replicas.page import updated
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "replicas.md").read_text(encoding="utf-8")
 CONFIGURATION = (ROOT / "deploy" / "proxy" / "haproxy.cfg").read_text(encoding="utf-8")
-TABLES = {"replicas_chaos": report.chaos_table, "replicas_throughput": report.throughput_table}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "perf" / "results").glob("replicas_*.json")), ids=lambda path: path.stem
-)
-def test_the_tables_are_those_of_the_stored_results(path: Path) -> None:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    assert "\n".join(TABLES[result["benchmark"]](result)) in PAGE
+def test_the_results_are_the_stored_ones() -> None:
+    assert updated(PAGE) == PAGE, "run python -m perf.replicas page"
 
 
 def setting(name: str) -> str:
