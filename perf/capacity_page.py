@@ -23,6 +23,7 @@ from perf.report import capacity_cells, capacity_headings, table, validation_tab
 PAGE = ROOT / "docs" / "capacity.md"
 FOLDER = ROOT / "docs" / "capacity"
 SWEEP = "serving_llama-7b_workload_2000_sweep_nvidia_h200"
+DRAWN = "llama-7b"  # whose plots the page shows
 PRICE = 2.5  # dollars a GPU and hour, as an example
 FIRST_TOKEN_SECONDS = 0.5
 MARKERS = ("o", "s", "^", "D")
@@ -68,16 +69,15 @@ def draw(result: dict[str, Any], rows: Sequence[dict[str, Any]], over: str, labe
 
 
 def draw_all(results: Iterable[dict[str, Any]]) -> None:
-    for result in results:
-        name = result["model"].replace(" ", "_")
-        for count, rows in groups(result, "replicas").items():
-            if len({row["rate"] for row in rows}) > 2:
-                label = f"requests a second and replica, {count} replicas"
-                draw(result, rows, "rate", label, FOLDER / f"rates_{name}.svg")
-        for rate, rows in groups(result, "rate").items():
-            if len({row["replicas"] for row in rows}) > 2:
-                label = f"replicas, {rate:g} requests a second each"
-                draw(result, rows, "replicas", label, FOLDER / f"replicas_{name}.svg")
+    [result] = [one for one in results if one["model"] == DRAWN]
+    for count, rows in groups(result, "replicas").items():
+        if len({row["rate"] for row in rows}) > 2:
+            label = f"requests a second and replica, {count} replicas"
+            draw(result, rows, "rate", label, FOLDER / f"rates_{DRAWN}.svg")
+    for rate, rows in groups(result, "rate").items():
+        if len({row["replicas"] for row in rows}) > 2:
+            label = f"replicas, {rate:g} requests a second each"
+            draw(result, rows, "replicas", label, FOLDER / f"replicas_{DRAWN}.svg")
 
 
 def groups(result: dict[str, Any], key: str) -> dict[Any, list[dict[str, Any]]]:
@@ -111,10 +111,12 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     for result in results:
         for row in best(result["rows"], FIRST_TOKEN_SECONDS):
             dollars = cost(row, result["gpus"], PRICE)
-            load = [str(row["replicas"]), row["policy"], f"{row['rate']:g}", f"{1e3 * row['first_token_p99']:,.0f}"]
-            rows.append([result["model"], *load, *(f"{one:.2f}" for one in dollars.values())])
-    headings = ["model", "replicas", "policy", "requests/s and replica", "first token p99, ms"]
-    found["cost"] = table([*headings, "$ for a million output tokens", "of all tokens"], rows)
+            policy = row["policy"] if row["replicas"] > 1 else "any"
+            load = [str(row["replicas"]), policy, f"{row['rate']:g}", f"{1e3 * row['first_token_p99']:,.0f}"]
+            rows.append([result["model"], str(result["gpus"]), *load, *(f"{one:.2f}" for one in dollars.values())])
+    headings = ["model", "GPUs a replica", "replicas", "policy", "requests/s and replica", "first token p99, ms"]
+    headings += ["$ for a million output tokens", "of all tokens"]
+    found["cost"] = table(headings, [row for row, before in zip(rows, [None, *rows], strict=False) if row != before])
     return found
 
 

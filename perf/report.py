@@ -610,7 +610,8 @@ def capacity_cells(row: dict[str, Any]) -> list[str]:
 
 
 def capacity(result: dict[str, Any]) -> list[str]:
-    title = f"**Simulated: chats on replicas of {result['model']}, steps of one {result['gpu']}**"
+    gpus = "one" if result["gpus"] == 1 else result["gpus"]
+    title = f"**Simulated: chats on replicas of {result['model']}, steps of {gpus} {result['gpu']}**"
     return [f"{title} ({origin(result)}):", "", *table(capacity_headings(), map(capacity_cells, result["rows"]))]
 
 

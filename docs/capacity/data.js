@@ -3,6 +3,265 @@
 const SUSTAINED = 0.95;
 const CAPACITY = [
  {
+  "model": "llama-2-70b tp2 fp8",
+  "gpu": "NVIDIA H200",
+  "gpus": 2,
+  "rows": [
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 8.0,
+    "first_token_p99": 0.1554,
+    "cached_share": 0.8381,
+    "arrivals_per_second": 7.233,
+    "requests_per_second": 7.058,
+    "prompt_tokens_per_second": 4982.0,
+    "output_tokens_per_second": 2184.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 10.0,
+    "first_token_p99": 0.164,
+    "cached_share": 0.8491,
+    "arrivals_per_second": 10.02,
+    "requests_per_second": 9.867,
+    "prompt_tokens_per_second": 7254.0,
+    "output_tokens_per_second": 3050.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 12.0,
+    "first_token_p99": 0.1683,
+    "cached_share": 0.8297,
+    "arrivals_per_second": 11.75,
+    "requests_per_second": 11.81,
+    "prompt_tokens_per_second": 8903.0,
+    "output_tokens_per_second": 3731.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 14.0,
+    "first_token_p99": 0.1655,
+    "cached_share": 0.8025,
+    "arrivals_per_second": 13.11,
+    "requests_per_second": 13.14,
+    "prompt_tokens_per_second": 9032.0,
+    "output_tokens_per_second": 4026.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.2291,
+    "cached_share": 0.7542,
+    "arrivals_per_second": 15.4,
+    "requests_per_second": 15.22,
+    "prompt_tokens_per_second": 10330.0,
+    "output_tokens_per_second": 4815.0
+   }
+  ]
+ },
+ {
+  "model": "llama-2-70b tp2",
+  "gpu": "NVIDIA H200",
+  "gpus": 2,
+  "rows": [
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 6.0,
+    "first_token_p99": 0.2256,
+    "cached_share": 0.8582,
+    "arrivals_per_second": 6.15,
+    "requests_per_second": 6.208,
+    "prompt_tokens_per_second": 4675.0,
+    "output_tokens_per_second": 1923.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 8.0,
+    "first_token_p99": 0.2535,
+    "cached_share": 0.8298,
+    "arrivals_per_second": 7.358,
+    "requests_per_second": 7.208,
+    "prompt_tokens_per_second": 5088.0,
+    "output_tokens_per_second": 2204.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 10.0,
+    "first_token_p99": 0.3795,
+    "cached_share": 0.7784,
+    "arrivals_per_second": 10.02,
+    "requests_per_second": 9.767,
+    "prompt_tokens_per_second": 7099.0,
+    "output_tokens_per_second": 3001.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 12.0,
+    "first_token_p99": 0.4182,
+    "cached_share": 0.7316,
+    "arrivals_per_second": 11.5,
+    "requests_per_second": 11.91,
+    "prompt_tokens_per_second": 8841.0,
+    "output_tokens_per_second": 3669.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 14.0,
+    "first_token_p99": 0.527,
+    "cached_share": 0.6942,
+    "arrivals_per_second": 12.85,
+    "requests_per_second": 11.97,
+    "prompt_tokens_per_second": 8036.0,
+    "output_tokens_per_second": 3493.0
+   },
+   {
+    "replicas": 8,
+    "policy": "both",
+    "rate": 6.0,
+    "first_token_p99": 0.216,
+    "cached_share": 0.8228,
+    "arrivals_per_second": 47.0,
+    "requests_per_second": 46.0,
+    "prompt_tokens_per_second": 31410.0,
+    "output_tokens_per_second": 14000.0
+   },
+   {
+    "replicas": 8,
+    "policy": "both",
+    "rate": 8.0,
+    "first_token_p99": 0.2593,
+    "cached_share": 0.8122,
+    "arrivals_per_second": 62.07,
+    "requests_per_second": 59.73,
+    "prompt_tokens_per_second": 39550.0,
+    "output_tokens_per_second": 16860.0
+   },
+   {
+    "replicas": 8,
+    "policy": "both",
+    "rate": 10.0,
+    "first_token_p99": 0.3083,
+    "cached_share": 0.7423,
+    "arrivals_per_second": 73.87,
+    "requests_per_second": 72.67,
+    "prompt_tokens_per_second": 49300.0,
+    "output_tokens_per_second": 20850.0
+   }
+  ]
+ },
+ {
+  "model": "llama-3-8b",
+  "gpu": "NVIDIA H200",
+  "gpus": 1,
+  "rows": [
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 24.0,
+    "first_token_p99": 0.0621,
+    "cached_share": 0.7305,
+    "arrivals_per_second": 24.45,
+    "requests_per_second": 24.21,
+    "prompt_tokens_per_second": 17540.0,
+    "output_tokens_per_second": 7303.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 32.0,
+    "first_token_p99": 0.08731,
+    "cached_share": 0.6329,
+    "arrivals_per_second": 31.51,
+    "requests_per_second": 31.01,
+    "prompt_tokens_per_second": 22210.0,
+    "output_tokens_per_second": 9297.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 36.0,
+    "first_token_p99": 0.1164,
+    "cached_share": 0.5618,
+    "arrivals_per_second": 35.46,
+    "requests_per_second": 34.36,
+    "prompt_tokens_per_second": 24260.0,
+    "output_tokens_per_second": 10370.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 40.0,
+    "first_token_p99": 2.004,
+    "cached_share": 0.5364,
+    "arrivals_per_second": 39.28,
+    "requests_per_second": 37.71,
+    "prompt_tokens_per_second": 27000.0,
+    "output_tokens_per_second": 11110.0
+   }
+  ]
+ },
+ {
+  "model": "llama-7b fp8",
+  "gpu": "NVIDIA H200",
+  "gpus": 1,
+  "rows": [
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 14.0,
+    "first_token_p99": 0.05262,
+    "cached_share": 0.4792,
+    "arrivals_per_second": 13.25,
+    "requests_per_second": 13.36,
+    "prompt_tokens_per_second": 9145.0,
+    "output_tokens_per_second": 4098.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 16.0,
+    "first_token_p99": 0.06074,
+    "cached_share": 0.4437,
+    "arrivals_per_second": 15.33,
+    "requests_per_second": 15.38,
+    "prompt_tokens_per_second": 10530.0,
+    "output_tokens_per_second": 4868.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 18.0,
+    "first_token_p99": 0.09582,
+    "cached_share": 0.343,
+    "arrivals_per_second": 17.87,
+    "requests_per_second": 17.76,
+    "prompt_tokens_per_second": 13040.0,
+    "output_tokens_per_second": 5327.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 22.0,
+    "first_token_p99": null,
+    "cached_share": 0.1335,
+    "arrivals_per_second": 21.52,
+    "requests_per_second": 18.2,
+    "prompt_tokens_per_second": 13210.0,
+    "output_tokens_per_second": 5270.0
+   }
+  ]
+ },
+ {
   "model": "llama-7b",
   "gpu": "NVIDIA H200",
   "gpus": 1,
@@ -490,6 +749,68 @@ const CAPACITY = [
     "requests_per_second": 871.5,
     "prompt_tokens_per_second": 633100.0,
     "output_tokens_per_second": 239300.0
+   }
+  ]
+ },
+ {
+  "model": "qwen3-8b",
+  "gpu": "NVIDIA H200",
+  "gpus": 1,
+  "rows": [
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 24.0,
+    "first_token_p99": 0.06539,
+    "cached_share": 0.7127,
+    "arrivals_per_second": 24.46,
+    "requests_per_second": 24.21,
+    "prompt_tokens_per_second": 17510.0,
+    "output_tokens_per_second": 7300.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 28.0,
+    "first_token_p99": 0.08838,
+    "cached_share": 0.6605,
+    "arrivals_per_second": 27.5,
+    "requests_per_second": 27.25,
+    "prompt_tokens_per_second": 19400.0,
+    "output_tokens_per_second": 8183.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 32.0,
+    "first_token_p99": 0.681,
+    "cached_share": 0.6107,
+    "arrivals_per_second": 31.48,
+    "requests_per_second": 30.93,
+    "prompt_tokens_per_second": 22140.0,
+    "output_tokens_per_second": 9283.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 36.0,
+    "first_token_p99": null,
+    "cached_share": 0.4912,
+    "arrivals_per_second": 34.79,
+    "requests_per_second": 31.47,
+    "prompt_tokens_per_second": 22160.0,
+    "output_tokens_per_second": 9580.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 40.0,
+    "first_token_p99": null,
+    "cached_share": 0.4208,
+    "arrivals_per_second": 37.41,
+    "requests_per_second": 31.49,
+    "prompt_tokens_per_second": 22220.0,
+    "output_tokens_per_second": 9467.0
    }
   ]
  }
