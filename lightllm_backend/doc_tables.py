@@ -94,7 +94,8 @@ def _default(value: Any) -> str:
 
 def _with_code(text: str) -> str:
     """The text with the names of options and settings, which have an underscore, marked as code; no names of files."""
-    return re.sub(r"\b[a-z]+(_[a-z]+)+\b(?!\.json)", lambda word: f"`{word[0]}`" if word[0] in _NAMES else word[0], text)
+    names = r"\b[a-z]+(_[a-z]+)+\b(?!\.json)"
+    return re.sub(names, lambda word: f"`{word[0]}`" if word[0] in _NAMES else word[0], text)
 
 
 def _with_powers(text: str) -> str:
