@@ -57,8 +57,15 @@ def _extract(package: Path, names: list[str]) -> None:
     with tarfile.open(archive) as files:
         for member in files:
             path = Path(member.name)
-            if ".so" in path.suffixes or (path.name in names and path.parent.name in ("bin", "sbin")):
-                files.extract(member, FOLDER, filter="data")
+            if ".so" not in path.suffixes and (path.name not in names or path.parent.name not in ("bin", "sbin")):
+                continue
+            (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
+            (FOLDER / path).unlink(missing_ok=True)
+            if member.issym():
+                (FOLDER / path).symlink_to(member.linkname)
+            elif (file := files.extractfile(member)) is not None:
+                (FOLDER / path).write_bytes(file.read())
+                (FOLDER / path).chmod(0o755)
 
 
 def _run(command: list[str]) -> None:
