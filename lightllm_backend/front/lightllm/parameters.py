@@ -67,7 +67,8 @@ def read_generate_request(
     parameters = _object("parameters", body.get("parameters"))
     for name, value in _object("multimodal_params", body.get("multimodal_params")).items():
         if value:
-            raise refusal(f"multimodal_params.{name} is {show(value)}; allowed: empty (the models take text alone)")
+            place = "multimodal_params." + show(name).strip('"')
+            raise refusal(f"{place} is {show(value)}; allowed: empty (the models take text alone)")
     known = (*LIGHTLLM_PARAMETERS, *OWN_PARAMETERS)
     for name in parameters:
         if name not in known:

@@ -79,6 +79,7 @@ def test_the_tenant_of_the_key_wins() -> None:
         ({"inputs": "a", "stream": True}, '"stream" is not a field; allowed: inputs, parameters, multimodal_params'),
         ({"inputs": "a", "parameters": [1]}, "parameters is [1]; allowed: an object"),
         ({"inputs": "a", "multimodal_params": {"images": [{}]}}, "multimodal_params.images is [{}]; allowed: empty"),
+        ({"inputs": "a", "multimodal_params": {"i" * 2000: 1}}, f"multimodal_params.{'i' * 76}… is 1; allowed: empty"),
         ({"max_tokens": 3}, '"max_tokens" is not a parameter; allowed: best_of, n, do_sample'),
         ({"n": 2}, "n is 2 and best_of is 1; allowed: the same number"),
         ({"best_of": 9}, "best_of is 9; allowed: an integer from 1 to 8"),
