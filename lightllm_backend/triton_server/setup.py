@@ -44,8 +44,6 @@ _START_ERRORS = (
 )
 
 SHARED_MEMORY = "/dev/shm"
-# Python's own 5 ms, which each thread may keep the interpreter while others want it, are a step or more of the engine.
-SWITCH_SECONDS = 0.0005
 
 log = logging.getLogger("lightllm")
 
@@ -145,7 +143,6 @@ def starting() -> Iterator[None]:
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8", errors="surrogateescape")  # ASCII inside a stub
     logs.set_up("model")
-    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         raise_file_limit()
         # A stub has the packages of the first python3 on PATH.
