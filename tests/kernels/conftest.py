@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the kernels' tensors are: on the CPU if Triton-lang's interpreter runs them (see tests/conftest.py)."""
+"""Where the kernels' tensors are: on the CPU if Triton-lang's interpreter runs them (see tests/conftest.py), which is
+made twice as fast."""
 
 import os
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ PATCHED: set[str] = set()
 
 
 def patch_language_once(function: Any) -> SimpleNamespace:
-    """In place of what the interpreter does at every call of a device function, for half of its time: patch all of
-    triton.language that the function's module sees. The patches of one call do for all others."""
+    """Patches what the function's module sees of triton.language, at the first call alone.
+
+    The interpreter of Triton-lang 3.9 does it at every call of a device function, which takes half of its time.
+    """
     if function.__module__ not in PATCHED:
         PATCHED.add(function.__module__)
         patch_language(function)
