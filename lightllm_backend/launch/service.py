@@ -29,6 +29,7 @@ from lightllm_backend.request import RequestError
 
 # Exit codes; 2 is a usage error.
 STOPPED, FAILED, CUT = 0, 1, 3
+CRASHED = 128  # a server's exit code is above it if a signal has ended it
 
 LOOK_SECONDS = 0.1  # from one look at the server, and at signals, to the next
 PROGRESS_SECONDS = 10.0
@@ -75,11 +76,11 @@ class Service:
         """Run one server after the other; return the exit code."""
         failures, restart, has_served = 0, self._launch.config.restart, False
         while True:
-            seconds = self._run_server()
+            seconds, code = self._run_server()
             if self._signals:
                 return self._code
             has_served = has_served or seconds > 0.0
-            if not has_served:
+            if not has_served and code <= CRASHED:  # it gave up by itself, and would do so again
                 self._say("error: tritonserver ended before it was ready; the lines above say why")
                 return FAILED
             failures = 1 if seconds >= STEADY_SECONDS else failures + 1
@@ -96,8 +97,8 @@ class Service:
             if self._signals:
                 return STOPPED
 
-    def _run_server(self) -> float:
-        """Run one server until nothing of it is left; return how long it was ready."""
+    def _run_server(self) -> tuple[float, int]:
+        """Run one server until nothing of it is left; return how long it was ready, and its exit code."""
         self._say(f"starting tritonserver with {self._launch.model_dir}")
         server = Server(self._launch)
         start_seconds = self._wait_ready(server)
@@ -117,7 +118,7 @@ class Service:
             self._say(f"error: tritonserver has ended, with exit code {code}")
         elif code and not self._was_killed:
             self._say(f"tritonserver has ended, with exit code {code}" + "; no request ran" * (self._code == STOPPED))
-        return seconds
+        return seconds, code
 
     def _wait_ready(self, server: Server) -> float | None:
         """Return the seconds until the server is ready, or None if it ended, or a signal came, first."""

@@ -45,6 +45,9 @@ with (folder / "starts").open("a") as starts:
 if (folder / "fails").exists():
     print("the server's own reason", file=sys.stderr)
     sys.exit(9)
+if (folder / "crashes").exists():
+    (folder / "crashes").unlink()
+    os.abort()
 signal.signal(signal.SIGTERM, lambda *_: (folder / "stubborn").exists() or os._exit(7))
 if (folder / "loads").exists():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -210,6 +213,14 @@ def test_a_server_that_cannot_start_is_not_started_again(start: Start, tmp_path:
     assert "the server's own reason" in command.log()
     assert "error: tritonserver ended before it was ready; the lines above say why" in command.log()
     assert len(command.servers()) == 1
+
+
+def test_a_server_that_crashes_while_it_loads_is_started_again(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "crashes").touch()
+    command = start(restart=1)
+    assert command.says("error: tritonserver has ended, with exit code 134")
+    assert command.says("the server is started again in 0.5 s (1 of 1)")
+    assert command.says("curl"), command.log()
 
 
 def test_a_server_that_fails_is_replaced_until_it_fails_too_often(start: Start, tmp_path: Path) -> None:
