@@ -41,11 +41,10 @@ class SendQueue:
     """Owns the two lines of streams that wait to send, the threads that send, and the table of streams in flight."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
-        self._changed = threading.Condition()  # guards the five below
+        self._changed = threading.Condition()  # guards the four below
         self._urgent: deque[Sender] = deque()
         self._ready: deque[Sender] = deque()
         self._in_flight: dict[Sender, float] = {}  # with the times of sending; not the overdue ones
-        self._was_urgent = False  # the stream that was the last to send
         self._closed = False
         self._threads = [
             threading.Thread(target=self._send_for_ever, name=f"send-queue-{number}", daemon=True)
@@ -126,17 +125,12 @@ class SendQueue:
             self._changed.notify()
 
     def _next(self, rest: float = 0.0) -> Sender | None:
-        """The stream that sends next; during a `rest` only an urgent one.
-
-        The two lines take turns, so that streams go on while many others begin or end at once.
-        """
-        others_may = self._ready and len(self._in_flight) < MAX_IN_FLIGHT and (not rest or self._closed)
-        if self._urgent and not (others_may and self._was_urgent):
-            stream, self._was_urgent = self._urgent.popleft(), True
-        elif others_may:
-            stream, self._was_urgent = self._ready.popleft(), False
+        """The stream that sends next; during a `rest` only an urgent one."""
+        if self._urgent:
+            stream = self._urgent.popleft()
+        elif self._ready and len(self._in_flight) < MAX_IN_FLIGHT and (not rest or self._closed):
+            stream = self._ready.popleft()
         else:
-            self._was_urgent = False
             return None
         self._in_flight[stream] = time.monotonic()
         return stream

@@ -74,16 +74,6 @@ def test_what_is_urgent_waits_for_nobody() -> None:
     assert sent[4:] == ["c"], "the first one is on its way as well"
 
 
-def test_streams_go_on_while_many_others_end_at_once() -> None:
-    send_queue, sent = SendQueue(num_threads=0), list[str]()
-    for name in ("last 1", "last 2", "last 3"):
-        send_queue.put(FakeStream(name, sent, awaits_acknowledgement=False), urgent=True)
-    for name in "ab":
-        send_queue.put(FakeStream(name, sent), urgent=False)
-    send_all(send_queue)
-    assert sent == ["last 1", "a", "last 2", "b", "last 3"]
-
-
 def test_a_probe_is_on_its_way_too() -> None:
     send_queue, sent = SendQueue(num_threads=0), list[str]()
     probed = [FakeStream(name, sent) for name in "pq"]
