@@ -34,10 +34,6 @@ _WHITE_SPACE_OPTION = {"whitespace_pattern": WHITE_SPACE}
 _NO_SECOND_60 = {"pattern": "^[^:]*:[^:]*:[0-5]"}
 _NO_SCHEMAS = ("enum", "const", "default", "examples")  # keywords whose values only look like schemas
 _LIMITS = LLParserLimits(verbose_errors=False)
-# Parts of the vocabulary, each of which a mask allows as a whole where any text of its kind may follow. llguidance's
-# own have lengths 10 and 30: then a mask near the end of a text of bounded length looks at nearly all tokens.
-_TEXT = r'[^"\\\x00-\x1F\x7F]'
-_SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_TEXT}{{1,{length}}}" for length in (4, 8, 12, 16, 30)), f"{_TEXT}+"]
 
 
 class ModelVocabulary(NamedTuple):
@@ -156,12 +152,12 @@ def _library_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]
             raise ValueError("its tokens have no fixed bytes")
         padding = [b""] * (vocab_size - len(spellings))  # ids that the model has and the tokenizer has not
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer, [*spellings, *padding][:vocab_size], eos_ids))
-        return LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=eos_ids or None, slices=_SLICES)
+        return LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=eos_ids or None)
     # From the definition llguidance makes a tokenizer of its own, which needs no interpreter's lock.
     plain = json.loads(definition)
     plain["added_tokens"] = [token for token in plain["added_tokens"] if token["id"] < vocab_size]
     _respell_special_tokens(plain)
-    return LLTokenizer(json.dumps(plain), n_vocab=vocab_size, eos_token=eos_ids or None, slices=_SLICES)
+    return LLTokenizer(json.dumps(plain), n_vocab=vocab_size, eos_token=eos_ids or None)
 
 
 def _respell_special_tokens(definition: dict[str, Any]) -> None:

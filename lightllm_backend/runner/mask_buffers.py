@@ -7,15 +7,16 @@ forward's stream it would wait for the forward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 _FIRST_WORDS = 1 << 16
-# A buffer's turn comes again when the results of all but the last two steps have been read on rank 0. So the kernels
-# that read it have ended, on the other ranks too: they come before the sums of a step that rank 0 has finished.
-_BUFFERS = 3
+_STEPS_IN_FLIGHT = 2
 _ALIGNMENT = 4  # words, see staging.py
 
 
@@ -23,10 +24,9 @@ class _Buffer:
     """Words in pinned memory and on the device."""
 
     def __init__(self, num_words: int, device: torch.device) -> None:
-        self.host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.array: NDArray[np.int32] = self.host.numpy()
-        self.device = torch.empty_like(self.host, device=device) if device.type == "cuda" else self.host
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.host = torch.empty(num_words, dtype=torch.int32, pin_memory=True)
+        self.device = torch.empty(num_words, dtype=torch.int32, device=device)
+        self.copied, self.read = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class MaskBuffers:
@@ -43,40 +43,51 @@ class MaskBuffers:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: list[_Buffer] = []
         self._turn = 0
-        self._count = self._sequences = 0  # what was taken last
+        self._memory = torch.empty(0, dtype=torch.int32)  # of the masks taken last
+        self._count = self._sequences = 0
 
     def take(self, count: int, sequences: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return masks [count, words] and mask_rows [sequences] to write. They hold those of an earlier step."""
         self._count, self._sequences = count, sequences
-        self._make_room(self._end)
-        self._turn = (self._turn + 1) % _BUFFERS
-        array = self._buffers[self._turn].array
-        return array[self._first_mask : self._end].reshape(count, self.words), array[:sequences]
+        num_words = self._first_mask + count * self.words
+        if self._stream is None:
+            self._memory = torch.empty(num_words, dtype=torch.int32)
+        else:
+            self._make_room(num_words)
+            self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
+            buffer = self._buffers[self._turn]
+            buffer.copied.synchronize()
+            self._memory = buffer.host[:num_words]
+        masks, mask_rows = self._parts(self._memory)
+        return masks.numpy(), mask_rows.numpy()
 
-    def send(self) -> tuple[Tensor, Tensor]:
-        """Copy what was taken last to the device, for the kernels launched next on the current stream."""
+    @contextmanager
+    def on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Copy what was taken last to the device, for the kernels that the block launches on the current stream."""
+        if self._stream is None:
+            yield self._parts(self._memory)
+            return
         buffer = self._buffers[self._turn]
-        if self._stream is not None and buffer.copied is not None:
-            with torch.cuda.stream(self._stream):
-                buffer.device[: self._end].copy_(buffer.host[: self._end], non_blocking=True)
-                buffer.copied.record()
-            torch.cuda.current_stream().wait_event(buffer.copied)
-        masks = buffer.device[self._first_mask : self._end].view(self._count, self.words)
-        return masks, buffer.device[: self._sequences]
+        words = buffer.device[: len(self._memory)]
+        self._stream.wait_event(buffer.read)
+        with torch.cuda.stream(self._stream):
+            words.copy_(self._memory, non_blocking=True)
+            buffer.copied.record()
+        torch.cuda.current_stream().wait_event(buffer.copied)
+        yield self._parts(words)
+        buffer.read.record()
 
     @property
     def _first_mask(self) -> int:
         """Where the masks begin behind the mask_rows."""
         return -(-self._sequences // _ALIGNMENT) * _ALIGNMENT
 
-    @property
-    def _end(self) -> int:
-        return self._first_mask + self._count * self.words
+    def _parts(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        return words[self._first_mask :].view(self._count, self.words), words[: self._sequences]
 
     def _make_room(self, num_words: int) -> None:
-        if self._buffers and len(self._buffers[0].array) >= num_words:
+        if self._buffers and len(self._buffers[0].host) >= num_words:
             return
-        if self._stream is not None:
-            torch.cuda.synchronize(self._device)  # before the buffers in use are freed; this happens a few times
+        torch.cuda.synchronize(self._device)  # before the buffers in use are freed; this happens a few times at most
         size = max(_FIRST_WORDS, 1 << (num_words - 1).bit_length())
-        self._buffers = [_Buffer(size, self._device) for _ in range(_BUFFERS)]
+        self._buffers = [_Buffer(size, self._device) for _ in range(_STEPS_IN_FLIGHT)]

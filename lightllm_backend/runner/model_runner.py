@@ -87,8 +87,6 @@ class PendingStep:
 
     def is_done(self) -> bool:
         """Whether `result` would return at once."""
-        if self._sampled is None:
-            return False
         return self._buffer is None or self._buffer.done.query()  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
@@ -220,10 +218,10 @@ class ModelRunner:
         assert self._unsampled is not None, "the step waits"
         (logits, indices, rows, lengths, scores), self._unsampled = self._unsampled, None
         all_token_ids = self._tables.token_ids.view(-1)
-        masks = self._masks.send()
-        if masks is not None and self._sampler.is_greedy(rows):
-            token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids, *masks)
-            return step.fetch(Sampled(token_ids), scores)
-        sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, masks)
+        with self._masks.on_device() as masks:
+            if masks is not None and self._sampler.is_greedy(rows):
+                token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids, *masks)
+                return step.fetch(Sampled(token_ids), scores)
+            sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, masks)
         all_token_ids.index_copy_(0, indices, sampled.token_ids)
         return step.fetch(sampled, scores)

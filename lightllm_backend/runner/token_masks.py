@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -51,12 +52,14 @@ class TokenMasks:
             masks[place] = self._constant[int(rows[index])]
         return masks[:num_structured]
 
-    def send(self) -> tuple[Tensor, Tensor] | None:
-        """Return the step's masks and mask_rows on the device, as `Kernels.apply_token_masks` takes them.
-
-        None if it has none.
-        """
-        return self._buffers.send() if self._are_taken else None
+    @contextmanager
+    def on_device(self) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Provide the step's masks and mask_rows, as `Kernels.apply_token_masks` takes them; None if it has none."""
+        if not self._are_taken:
+            yield None
+            return
+        with self._buffers.on_device() as masks:
+            yield masks
 
 
 def mask_of(token_ids: Sequence[int], words: int) -> NDArray[np.int32]:

@@ -40,10 +40,6 @@ class LaunchTimer:
         """The loop begins to plan a step."""
         self._planning_since = self._clock()
 
-    def paused(self, seconds: float) -> None:
-        """Planning has waited so long for something that is usually there before."""
-        self._planning_since += seconds
-
     def launched(self, batch: Batch, all_admitted: bool) -> None:
         """The step was launched.
 

@@ -22,8 +22,6 @@ from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
 from lightllm_backend.worker.statistics_log import StatisticsLog
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
     from lightllm_backend.worker.structured_output import StructuredOutput
 
@@ -42,30 +40,14 @@ def run(
     starts another.
     """
     in_flight: deque[tuple[Batch, PendingStep]] = deque()
-    unsampled: tuple[PendingStep, Future[None]] | None = None  # the newest step, while its masks are made
     timer = LaunchTimer(clock)
 
-    def sample() -> None:
-        """Launch the sampling of the newest step if it waits for its masks."""
-        nonlocal unsampled
-        if unsampled is None:
-            return
-        (step, made), unsampled = unsampled, None
-        begun = clock()
-        made.result()
-        timer.paused(clock() - begun)
-        assert step.masks is not None, "it waits for them"
-        followers.send_masks(step.masks)
-        runner.sample(step)
-
-    def take_result() -> RouterOutput:
-        """Wait for the oldest step and apply it; return what is to be sent."""
-        sample()
+    def take_result() -> None:
         done, step = in_flight.popleft()
         result = step.result()
         vitals.took()
         timer.finished()
-        return router.apply(done, result)
+        server.send(router.apply(done, result))
 
     try:
         while server.open:
@@ -73,11 +55,8 @@ def run(
             refused = receive(server, router, load, vitals, structured, timeout=STATS_SECONDS if idle else 0.0)
             while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
                 refused += receive(server, router, load, vitals, structured, timeout=min(spare, POLL_SECONDS))
-                if unsampled is not None and unsampled[1].done():
-                    sample()
             timer.planning()
             batch = router.next_batch()
-            sample()
             load.publish(*router.queue_and_limit)
             vitals.turn(busy=batch is not None or bool(in_flight))
             if batch is not None:
@@ -85,15 +64,15 @@ def run(
                 step = runner.launch(batch)
                 timer.launched(batch, all_admitted=not router.has_queue)
                 if step.masks is not None:
-                    # They depend on the tokens of all steps before, while this one's forward already runs. The next
-                    # step is planned meanwhile.
-                    taken = [take_result() for _ in range(len(in_flight))]
-                    unsampled = step, structured.begin(router, batch, step.masks)
-                    for output in taken:
-                        server.send(output)
+                    # They depend on the tokens of all steps before, while this one's forward already runs.
+                    while in_flight:
+                        take_result()
+                    structured.fill(router, batch, step.masks)
+                    followers.send_masks(step.masks)
+                    runner.sample(step)
                 in_flight.append((batch, step))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
-                server.send(take_result())
+                take_result()
             server.send(RouterOutput.of_chunks(refused + router.drain_finished()))
             stats = router.stats()
             server.publish(stats)

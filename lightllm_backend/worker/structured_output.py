@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -60,7 +59,6 @@ class StructuredOutput:
         self._compiler = compiler
         self._wake = wake
         self._mask_maker = MaskMaker()
-        self._mask_thread = ThreadPoolExecutor(1, "masks")
         self._waiting: dict[str, Submit] = {}  # those whose outcome the Router has not, by uid
         self._routed: set[str] = set()  # of these, the ones that the Router has
         self._ready: dict[str, Matcher | Pending | RequestError] = {}  # what the Router may have, by uid
@@ -133,11 +131,8 @@ class StructuredOutput:
         uids = () if dropped is None or is_routed else dropped.request.uids
         return [TokenChunk(one, [], [], FinishReason.CANCELLED) for one in uids]
 
-    def begin(self, router: Router, batch: Batch, masks: NDArray[np.int32]) -> Future[None]:
-        """Begin to write the masks [structured rows, words] of the newest batch, on another thread; see MaskMaker.
-
-        No token may be applied until they are made. Then the loop is woken.
-        """
+    def fill(self, router: Router, batch: Batch, masks: NDArray[np.int32]) -> None:
+        """Write the masks [structured rows, words] of the newest batch; see MaskMaker."""
         pending = [matcher for matcher in router.matchers(batch) if isinstance(matcher, Pending)]
         if pending:
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -146,10 +141,7 @@ class StructuredOutput:
                     router.withdraw(matcher.uid)
                     self._routed.discard(matcher.uid)
             self._hand_over(router)
-        matchers = cast("Sequence[Matcher | None]", router.matchers(batch))
-        made = self._mask_thread.submit(self._mask_maker.fill, matchers, masks)
-        made.add_done_callback(lambda _: self._wake())
-        return made
+        self._mask_maker.fill(cast("Sequence[Matcher | None]", router.matchers(batch)), masks)
 
     def close(self) -> None:
         """Compile nothing any more."""
@@ -158,7 +150,6 @@ class StructuredOutput:
         for queue, count in ((self._small, _SMALL_THREADS), (self._large, _LARGE_THREADS)):
             for _ in range(count):
                 queue.put(None)
-        self._mask_thread.shutdown(wait=False)
 
     def _compile_all(self, queue: SimpleQueue[tuple[Submit, Pending] | None]) -> None:
         while (taken := queue.get()) is not None:

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests with structured output before the Router has them, where others go on, and in the loop."""
+"""Requests with structured output before the Router has them: others go on, and each ends once."""
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import pytest
 
 from lightllm_backend.messages.engine_messages import Submit
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
@@ -64,57 +60,6 @@ def test_as_many_are_compiled_as_may_be_queued(tmp_path: Path) -> None:
         assert Answer(client, [1], max_tokens=2).wait().tokens == [2, 3]
         engine.may_load_tokenizer.set()
         assert [answer.wait().last.finish_reason for answer in waiting] == [FinishReason.REJECTED] * 2
-
-
-class AnyToken:
-    """A matcher that allows every token, once it may."""
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.may_go_on = threading.Event()
-        self.inner = self
-        self._failure = failure
-
-    @staticmethod
-    def accept_all(matchers: Sequence[Any], _: Sequence[int]) -> list[bool]:
-        return [False] * len(matchers)
-
-    def unsafe_compute_mask_ptr(self, *_: int) -> None:
-        assert self.may_go_on.wait(60)
-        if self._failure:
-            raise self._failure
-
-    def change_ends(self, mask: object) -> None: ...
-
-
-@pytest.fixture
-def matcher(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> AnyToken:
-    """The one of all requests."""
-    matcher = AnyToken(getattr(request, "param", None))
-    compiler = SimpleNamespace(cached=lambda sampling: matcher)
-    monkeypatch.setattr("tests.worker.engine_harness.GrammarCompiler", lambda load: compiler)
-    return matcher
-
-
-def test_the_next_step_is_planned_while_masks_are_made_and_launched_after_them(matcher, tmp_path: Path) -> None:
-    with counting_engine(tmp_path, overlap=1) as (engine, client):
-        calls = []
-        launch, sample = engine.runner.launch, engine.runner.sample
-        engine.runner.launch = lambda batch: calls.append("launch") or launch(batch)
-        engine.runner.sample = lambda step: calls.append("sample") or sample(step)
-        answer = Answer(client, [1], max_tokens=4, structured_output=ASKED)
-        assert poll(lambda: sum(engine.router.stats().steps_total.values()) == 2)
-        assert calls == ["launch"]
-        matcher.may_go_on.set()
-        assert answer.wait().tokens == [2, 3, 4, 5]
-        assert calls == ["launch", "sample"] * 4
-
-
-@pytest.mark.parametrize("matcher", [ValueError("no mask")], indirect=True)
-def test_an_engine_whose_masks_cannot_be_made_has_failed(matcher, tmp_path: Path) -> None:
-    matcher.may_go_on.set()
-    with counting_engine(tmp_path, overlap=1) as (_, client):
-        last = Answer(client, [1], max_tokens=4, structured_output=ASKED).wait().last
-        assert str(last.error) == "INTERNAL: the engine failed: ValueError: no mask"
 
 
 class HeldCompiler:
@@ -203,8 +148,7 @@ def test_a_step_does_not_wait_for_a_text_that_takes_long() -> None:
     assert isinstance(pending, Pending)
     router.waiting = [pending]
     masks = np.zeros((1, 4), dtype=np.int32)
-    structured.begin(router, None, masks).result()  # type: ignore[arg-type]
-    assert woken.acquire(timeout=60)
+    structured.fill(router, None, masks)  # type: ignore[arg-type]
     assert router.calls == [("withdraw", "slow")]
     assert masks.all(), "any token will do, since nobody gets it"
     compiler.may_go_on.set()
