@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightllm_backend.kernels import launchers
+from lightllm_backend.kernels.activation.silu_and_mul import rounded_silu_and_mul
 from lightllm_backend.kernels.attention import prefill_attention_hopper
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
@@ -42,6 +43,7 @@ from lightllm_backend.kernels.linear.choice import (
     ProductKernel,
     stored_blocks,
 )
+from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
 from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
@@ -245,6 +247,15 @@ def launch_stored_quantized(capability: str) -> None:
             launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu=is_gated and tokens > 8)
 
 
+def launch_rounding() -> None:
+    """A norm and a gate's activation that round what a product of fp8 by fp8 reads."""
+    reader = random_weight("fp8", 16, 4096, 4096, torch.device("cpu"))
+    reader = dataclasses.replace(reader, quantizes_input=True, in_fragments=True)
+    x = torch.empty(65, 4096, dtype=torch.bfloat16)
+    rounded_rms_norm(x, x[0], 1e-5, x, None, reader)
+    rounded_silu_and_mul(torch.empty(65, 8192, dtype=torch.bfloat16), False, reader)
+
+
 def launch_variants(
     q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor
 ) -> None:
@@ -282,6 +293,7 @@ def run_job(job: tuple[str, list[tuple[str, int, int, int, bool]]]) -> dict[str,
     if not models:
         launch_stored(capability)
         launch_stored_quantized(capability)
+        launch_rounding()
     for index, (dtype, *shape, to_machine_code) in enumerate(models):
         with contextlib.nullcontext() if to_machine_code else sizes_alone():
             # Variants take no more shared memory than plain kernels, and longer to compile.
