@@ -23,8 +23,6 @@ from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
-STARTS_NEXT_EARLY = True
-
 
 @triton.jit(do_not_specialize=["tokens"])
 def all_reduce_rms_norm_kernel(
@@ -170,8 +168,9 @@ def launch_all_reduce_rms_norm(
     assert post_weight is None or post_weight.is_contiguous()
     if tokens == 0:
         return
-    is_quantized = isinstance(reader, QuantizedWeight)
-    input_scale = reader.input_scale if is_quantized and scales is not None else None
+    quantized = reader if isinstance(reader, QuantizedWeight) else None
+    input_scale = None if quantized is None or scales is None else quantized.input_scale
+    in_fragments = quantized is not None and quantized.in_fragments
     block = triton.next_power_of_2(dim)
     all_reduce_rms_norm_kernel[(tokens,)](
         x,
@@ -199,8 +198,8 @@ def launch_all_reduce_rms_norm(
         has_post_norm=post_weight is not None,
         is_rounded=scales is not None,
         is_static=input_scale is not None,
-        in_fragments=is_quantized and reader.in_fragments,
-        is_early=is_quantized and reader.in_fragments and STARTS_NEXT_EARLY,
+        in_fragments=in_fragments,
+        is_early=in_fragments,
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,
