@@ -47,14 +47,6 @@ def wait_for_previous(is_dependent: tl.constexpr):
         )
 
 
-@triton.jit
-def prefetch(address):
-    """Bring the line of 128 bytes at each address into the L2 cache, for a load after the wait."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @lru_cache
 def dependent_launch(device: torch.device, is_wanted: bool = True) -> dict[str, Any]:
     """The keyword arguments of a dependent launch, or of an ordinary one if the GPU or Triton-lang lacks support.

@@ -2,7 +2,6 @@
 """all_reduce_rms_norm: one rank whose buffer the others have filled, against the formula; and ranks that wait, in this
 and the other exchanges through Lamport buffers."""
 
-import dataclasses
 import multiprocessing
 import random
 import time
@@ -15,11 +14,8 @@ from torch import Tensor
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.collective import lamport_buffers
-from lightllm_backend.kernels.collective.all_reduce_rms_norm import rounded_all_reduce_rms_norm
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers, bits_type_of
-from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
-from tests.kernels.quantized_weights import random_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -91,22 +87,6 @@ def test_both_stand_ins_are_nan():
     for dtype in DTYPES:
         bits = torch.tensor([EMPTY, SENT_FOR_EMPTY], dtype=bits_type_of(dtype))
         assert bits.view(dtype).isnan().all()
-
-
-def test_rounded_for_its_reader(device):
-    dtype = torch.float16  # the interpreter truncates to bfloat16 where a GPU rounds
-    buffers = empty_buffers(2, 2, 128, dtype, device)
-    own = LamportBuffers.of(buffers, 1)
-    reader = dataclasses.replace(random_weight("fp8", 64, 128, 128, device), quantizes_input=True, in_fragments=True)
-    x, residual, sent = torch.randn(3, 2, 128, device=device).to(dtype)
-    weight = torch.randn(128, device=device).to(dtype)
-    buffers[1][0, 0] = sent.view(torch.int16)
-    rounded = rounded_all_reduce_rms_norm(x, weight, EPS, residual.clone(), own, None, reader)
-    normed = launchers.rms_norm(x + sent, weight, EPS, residual)
-    values, scales = quantize_tokens(normed, reader)
-    assert rounded.dtype == dtype
-    assert relative_error(rounded.values.float() * rounded.scales, values.float() * scales) < 0.01
-    assert relative_error(rounded.scales, scales) < 1e-3
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

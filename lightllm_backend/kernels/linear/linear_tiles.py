@@ -11,31 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
-from lightllm_backend.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor
 from lightllm_backend.kernels.linear.choice import LinearBlocks
 
 BLOCK_TOKENS = 128
-# What a program that starts early brings into the L2 cache of each of its rows: lines of 128 bytes.
-LINES_AHEAD = 8
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def linear_tiles_kernel(
     x_tiles,
     weight_tiles,
-    weight,
     bias,
     out,
     tokens,
     features,
-    in_features,
     steps,
     has_bias: tl.constexpr,
     is_gated: tl.constexpr,
     is_gelu: tl.constexpr,
     is_dependent: tl.constexpr,
-    lines_ahead: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
     block_inner: tl.constexpr,
@@ -51,12 +46,6 @@ def linear_tiles_kernel(
     # The loop runs at least once. If it could be skipped, `total` would have a second source, and ptxas would wait for
     # each product.
     tl.assume(first < last)
-    if is_dependent and lines_ahead > 0:
-        row = tl.arange(0, block_out)
-        row = tl.minimum(feature + row % half, features - 1) + row // half * features
-        column = first * block_inner + tl.arange(0, lines_ahead) * (128 // 2)
-        column = tl.minimum(column, in_features - 1)
-        prefetch(weight + row.to(tl.int64)[:, None] * in_features + column[None, :])
     wait_for_previous(is_dependent)
     total = tl.zeros([block_tokens, block_out], dtype=tl.float32)
     for step in range(first, last):
@@ -108,17 +97,14 @@ def launch_tiles(
             [features * in_features, in_features, 1],
             [matrices, blocks.out // matrices, blocks.inner],
         ),
-        weight,
         x if bias is None else bias,
         out,
         tokens,
         features,
-        in_features,
         triton.cdiv(in_features, blocks.inner),
         has_bias=bias is not None,
         is_gated=is_gated,
         is_gelu=is_gelu,
-        lines_ahead=LINES_AHEAD,
         block_tokens=BLOCK_TOKENS,
         block_out=blocks.out,
         block_inner=blocks.inner,
