@@ -19,11 +19,12 @@ def case(place: Place, sequences: int, vocab_size: int) -> Case:
             "logits": place.randn(sequences, vocab_size),
             "masks": place.full(1, sequences, words, dtype=torch.int32),  # one token in 32, as within a JSON document
             "mask_rows": torch.arange(sequences, dtype=torch.int32, device=place.device),
+            "out": place.full(0, sequences, vocab_size, dtype=torch.float32),
         }
 
     return Case(
         label=f"{sequences} x {vocab_size}",
         make=make,
-        bytes=sequences * (vocab_size * place.dtype.itemsize + words * 4),
-        changes=("logits",),
+        bytes=sequences * (vocab_size * (place.dtype.itemsize + 4) + words * 4),
+        changes=("out",),
     )

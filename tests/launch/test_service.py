@@ -38,7 +38,7 @@ from lightllm_backend.worker.server import EngineServer
 from lightllm_backend.lengths import LengthLimits
 
 folder = Path(sys.argv[1])
-options = dict(argument.split("=", 1) for argument in sys.argv[2:])
+options = dict(argument.split("=", 1) for argument in sys.argv[2:] if "=" in argument)
 (folder / "model_dir").write_text(os.environ.get("LIGHTLLM_MODEL_DIR", ""))
 with (folder / "starts").open("a") as starts:
     starts.write(f"{os.getpid()}\\n")
