@@ -14,11 +14,13 @@ triton_server_from_pip() {
     "$venv/bin/python" -m pip install --quiet nvidia-pytriton==0.7.0 "$@"
 }
 
-# start_triton_server VENV REPOSITORY: start the server on free ports of 127.0.0.1 and wait until it is ready.
-# Sets TRITON_PID, HTTP_PORT and GRPC_PORT. The log is REPOSITORY.log, the backend directory REPOSITORY.backends.
+# start_triton_server VENV REPOSITORY [OPTION...]: start the server with these options on free ports of 127.0.0.1 and
+# wait until it is ready. Sets TRITON_PID, HTTP_PORT and GRPC_PORT. The log is REPOSITORY.log, the backend directory
+# REPOSITORY.backends.
 start_triton_server() {
     local venv repository=$2 packages server version libraries
     venv=$(realpath "$1")
+    shift 2
     local backends=$repository.backends log=$repository.log
     packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -37,7 +39,7 @@ print(*(s.getsockname()[1] for s in sockets))')
     PATH=$venv/bin:$PATH LD_LIBRARY_PATH=$packages/nvidia_pytriton.libs:$libraries \
         "$server/bin/tritonserver" --model-repository="$repository" --backend-directory="$backends" \
         --http-address=127.0.0.1 --http-port="$HTTP_PORT" --grpc-address=127.0.0.1 --grpc-port="$GRPC_PORT" \
-        --allow-metrics=false >"$log" 2>&1 &
+        --allow-metrics=false "$@" >"$log" 2>&1 &
     TRITON_PID=$!
     local deadline=$((SECONDS + 60))
     until "$venv/bin/python" -c '
