@@ -66,7 +66,8 @@ _BY_CODE: dict[str, type[LightLLMError]] = {
 }
 _BY_STATUS: dict[str, type[LightLLMError]] = {**_BY_CODE, "INVALID_ARGUMENT": InvalidArgument}
 # What gRPC says of a call whose connection ended before its status came: a server has died behind a proxy. The last one
-# is grpc.aio's if not even the initial metadata had come.
+# is grpc.aio's if not even the initial metadata had come. A proxy that resets the stream with HTTP/2's CANCEL makes the
+# status CANCELLED, though nobody has cancelled; gRPC's words for a caller's own cancellation are others.
 _CUT = re.compile("Stream removed|RST_STREAM|END_STREAM|Internal error from Core")
 _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
@@ -94,7 +95,7 @@ def error_from_message(message: str) -> LightLLMError:
 
 def error_from_status(status: str, details: str) -> LightLLMError:
     """The error for a gRPC status (by name) with its details."""
-    if status in ("UNKNOWN", "INTERNAL") and _CUT.search(details):
+    if status in ("UNKNOWN", "INTERNAL", "CANCELLED") and _CUT.search(details):
         return Unavailable(f"the connection was lost: {details}")
     error = _BY_STATUS.get(status)
     if error is None:

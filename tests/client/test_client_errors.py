@@ -61,6 +61,14 @@ def test_an_error_from_a_message(message, kind, text):
             Unavailable,
             "UNAVAILABLE: the connection was lost: Stream removed (Data frame with END_STREAM flag received)",
         ),
+        # of the same, if no part of the answer has come
+        (
+            "CANCELLED",
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))",
+            Unavailable,
+            "UNAVAILABLE: the connection was lost: Stream removed (RST_STREAM (Received RST_STREAM with error code 8))",
+        ),
+        ("CANCELLED", "Locally cancelled by application!", Cancelled, "CANCELLED: Locally cancelled by application!"),
         (
             "INTERNAL",
             "Internal error from Core",
