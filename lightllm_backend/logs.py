@@ -29,10 +29,17 @@ def set_up(process: str, log_format: str | None = None, level: int = logging.INF
     log_format: None as long as the settings are not known: then as the environment says.
     """
     if log_format is not None:
-        os.environ[FORMAT_VARIABLE] = log_format
+        choose(log_format)
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter(process) if _writes_json() else _TextFormatter(process))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def choose(log_format: str) -> None:
+    """Set the format of this process and of those that it starts; JSON leaves out their progress bars."""
+    os.environ[FORMAT_VARIABLE] = log_format
+    if log_format == "json":
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 def facts(**values: Any) -> dict[str, Any]:

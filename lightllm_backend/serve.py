@@ -184,7 +184,7 @@ def run(model_repository: str, verbose: bool, tritonserver_arguments: tuple[str,
     except _START_ERRORS as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
-    os.environ[logs.FORMAT_VARIABLE] = launch.config.log_format
+    logs.choose(launch.config.log_format)
     sys.exit(Service(launch, _say_json if launch.config.log_format == "json" else _say_text).run())
 
 

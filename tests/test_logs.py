@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -16,16 +19,13 @@ from lightllm_backend import logs
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """Put back what `set_up` changes in this process."""
-    root, variable = logging.getLogger(), os.environ.get(logs.FORMAT_VARIABLE)
+    root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.setattr(root, "handlers", [])
         yield
     root.handlers = handlers
     root.setLevel(level)
-    os.environ.pop(logs.FORMAT_VARIABLE, None)
-    if variable is not None:
-        os.environ[logs.FORMAT_VARIABLE] = variable
 
 
 def test_json_has_facts_and_exceptions_as_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +60,11 @@ def test_text_has_facts_behind_the_message(capsys: pytest.CaptureFixture[str]) -
     assert first.endswith(' W front lightllm.x: request ended request_id="r\\n1 seconds=9" seconds=0.5')
     assert second.endswith(" error: the engine is replaced")
     assert os.environ[logs.FORMAT_VARIABLE] == "text", "for the processes that it starts"
+
+
+def test_json_leaves_out_progress_bars() -> None:
+    """The processes that are started next write lines alone."""
+    logs.set_up("generation", "json")
+    program = "from tqdm import tqdm; print(*tqdm([3]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
