@@ -66,9 +66,10 @@ _BY_CODE: dict[str, type[LightLLMError]] = {
 }
 _BY_STATUS: dict[str, type[LightLLMError]] = {**_BY_CODE, "INVALID_ARGUMENT": InvalidArgument}
 # What gRPC says of a call whose connection ended before its status came: a server has died behind a proxy. The last one
-# is grpc.aio's if not even the initial metadata had come. A proxy that resets the stream with HTTP/2's CANCEL makes the
-# status CANCELLED, though nobody has cancelled; gRPC's words for a caller's own cancellation are others.
+# is grpc.aio's if not even the initial metadata had come.
 _CUT = re.compile("Stream removed|RST_STREAM|END_STREAM|Internal error from Core")
+# The status is CANCELLED if the proxy resets the stream with HTTP/2's CANCEL, and of what the caller has cancelled.
+_RESET = "Received RST_STREAM"
 _CODED = re.compile(rf"\b({'|'.join(_BY_CODE)}): ")
 
 # Triton server refuses some requests before any of our models sees them; its message then has no code in front.
@@ -95,7 +96,7 @@ def error_from_message(message: str) -> LightLLMError:
 
 def error_from_status(status: str, details: str) -> LightLLMError:
     """The error for a gRPC status (by name) with its details."""
-    if status in ("UNKNOWN", "INTERNAL", "CANCELLED") and _CUT.search(details):
+    if (status in ("UNKNOWN", "INTERNAL") and _CUT.search(details)) or (status == "CANCELLED" and _RESET in details):
         return Unavailable(f"the connection was lost: {details}")
     error = _BY_STATUS.get(status)
     if error is None:

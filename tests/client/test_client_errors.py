@@ -68,7 +68,9 @@ def test_an_error_from_a_message(message, kind, text):
             Unavailable,
             "UNAVAILABLE: the connection was lost: Stream removed (RST_STREAM (Received RST_STREAM with error code 8))",
         ),
+        # the caller's own
         ("CANCELLED", "Locally cancelled by application!", Cancelled, "CANCELLED: Locally cancelled by application!"),
+        ("CANCELLED", "Stream removed (Channel closed!)", Cancelled, "CANCELLED: Stream removed (Channel closed!)"),
         (
             "INTERNAL",
             "Internal error from Core",
