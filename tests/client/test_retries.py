@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -99,28 +100,30 @@ def test_a_wrong_number_is_refused(wrong):
         LightLLMClient(max_retries=wrong)
 
 
-def test_closing_ends_the_pause(fake_server, monkeypatch):
+def test_closing_ends_the_pause(fake_server, monkeypatch, caplog):
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 10 * SOON)
+    caplog.set_level(logging.INFO, "lightllm_client")
     with LightLLMClient(fake_server.url) as client:
         stream = client.stream("busy 9")
         seen = []
         reader = threading.Thread(target=lambda: seen.extend(stream))
         reader.start()
-        assert poll(lambda: fake_server.requests)
+        assert poll(lambda: "a request is sent again" in caplog.text)
         stream.close()
         reader.join(SOON)
         assert not reader.is_alive()
         assert seen == []
 
 
-def test_closing_or_cancelling_ends_the_pause_of_the_asynchronous_client(fake_server, monkeypatch):
+def test_closing_or_cancelling_ends_the_pause_of_the_asynchronous_client(fake_server, monkeypatch, caplog):
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 10 * SOON)
+    caplog.set_level(logging.INFO, "lightllm_client")
 
     async def run():
         async with AsyncLightLLMClient(fake_server.url) as client:
             closed, cancelled, abandoned = (client.stream("busy 9") for _ in range(3))
             tasks = [asyncio.ensure_future(anext(stream)) for stream in (closed, cancelled, abandoned)]
-            assert await asyncio.to_thread(poll, lambda: len(fake_server.requests) == 3)
+            assert await asyncio.to_thread(poll, lambda: caplog.text.count("a request is sent again") == 3)
             await closed.aclose()
             tasks[1].cancel()
             await client.aclose()
