@@ -79,9 +79,8 @@ def of_guide(guide_type: str, guide: str) -> str:
 def _only_one(given: dict[str, Any], kinds: dict[str, str]) -> str:
     unknown = [key for key in given if key not in kinds]
     if unknown or len(given) != 1:
-        keys = (
-            ", ".join(map(str, given))[:180].encode(errors="replace").decode()
-        )  # JSON can spell half a surrogate pair
+        keys = ", ".join(map(str, given))[:180]
+        keys = keys.encode(errors="replace").decode()  # JSON can spell half a surrogate pair
         raise NotExact(f"which has the keys {keys}" if given else "which is empty")
     [(key, value)] = given.items()
     return _text_of(kinds[key], value)

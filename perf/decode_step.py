@@ -25,7 +25,7 @@ from perf.shapes import SHAPES, rank_shape
 DEVICE = torch.device("cuda")  # the current one: each rank has its own
 DTYPE = torch.bfloat16
 CONTEXT = 192  # what the static inference test has on average
-# Of a graph of one step that all ranks replay together: in a row for one time, and how many times.
+# All ranks replay the graph of one step together: so many steps make one measurement, of which the median counts.
 STEPS_IN_A_ROW, REPLAYS = 4, 7
 
 

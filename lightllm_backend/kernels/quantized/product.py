@@ -22,7 +22,7 @@ def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None
                      is fp8 by channel, by the kernels below if it is not
     1 to 64 tokens   quantized_splits: reading the weight bounds the time, whatever the activations' bits
     more tokens, and activations that were rounded already
-                    quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
+                     quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants
                      activations of 8 bits and the GPU has tensor cores for them: int8 from Ampere on, fp8 from Ada on
                      dequantize and cuBLAS
     """
