@@ -560,9 +560,10 @@ def test_sample(sequences: int, vocab_size: int) -> None:
     temperature = torch.tensor([0.0, 0.3, 1.0, 0.7], device=DEVICE)[choice % 4]
     top_k = torch.tensor([-1, 50, 1, 0, 1000], device=DEVICE, dtype=torch.int32)[choice % 5]
     top_p = torch.tensor([1.0, 0.9, 0.3], device=DEVICE)[choice % 3]
+    min_p = torch.tensor([0.0, 0.05], device=DEVICE)[choice % 2]
     seed = torch.randint(-(2**63), 2**63 - 1, (sequences,), device=DEVICE)
     position = torch.randint(0, 4096, (sequences,), device=DEVICE, dtype=torch.int32)
-    arguments = (logits, temperature, top_k, top_p, seed, position)
+    arguments = (logits, temperature, top_k, top_p, min_p, seed, position)
     tokens, expected = launchers.sample(*arguments), reference.sample(*arguments)
     same = tokens == expected
     assert same[temperature == 0].all()
@@ -585,6 +586,7 @@ def test_sample_has_the_exact_distribution(top_k: int, top_p: float) -> None:
         torch.ones(draws, device=DEVICE),
         torch.full((draws,), top_k, device=DEVICE, dtype=torch.int32),
         torch.full((draws,), top_p, device=DEVICE),
+        torch.zeros(draws, device=DEVICE),
         torch.full((draws,), 7, device=DEVICE, dtype=torch.int64),
         torch.arange(draws, device=DEVICE, dtype=torch.int32),
     )
@@ -611,7 +613,7 @@ def test_a_decode_step_can_be_captured_in_a_graph() -> None:
         launchers.apply_penalties(
             logits, pool.req_to_token, pool.rows, integers, integers, *[floats] * 3, integers, integers[:, None]
         )
-        return out, launchers.sample(logits, floats, integers, floats, integers.long(), integers)
+        return out, launchers.sample(logits, floats, integers, floats, floats, integers.long(), integers)
 
     # The captured addresses are filled with NaN by an extra kernel otherwise.
     torch.use_deterministic_algorithms(False)
