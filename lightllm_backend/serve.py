@@ -40,6 +40,7 @@ from lightllm_backend.front.generation_defaults import read_generation_defaults
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.fronts import check_front, front_environment
+from lightllm_backend.launch.gpu import check_gpu
 from lightllm_backend.launch.server import Launch
 from lightllm_backend.launch.service import Service
 from lightllm_backend.launch.trace_options import TraceError, trace_options
@@ -100,6 +101,8 @@ def prepare(
         if owner := _OWNED_OPTIONS.get(argument.partition("=")[0]):
             raise ServeError(f"{argument} after --: this is decided by the setting {owner}; give --{owner}")
     check_run_directory()
+    if config.device == "cuda":
+        check_gpu()
     python = config.worker_python or sys.executable
     model_dir = Path(config.model_dir) if config.model_dir else embedded_model_directory(python)
     try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch command: settings and checks, and the supervision of a stand-in for tritonserver."""
 
+import ctypes
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from lightllm_backend import serve
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch import embedded_model
+from lightllm_backend.launch.gpu import NO_DEVICE
 from lightllm_backend.launch.server import Launch, Server
 from tests.launch.command_line import MODEL, options
 
@@ -148,6 +150,14 @@ def error_of(arguments: list[str], environment: dict[str, str] | None = None) ->
 )
 def test_what_is_wrong_is_one_line_and_code_2(settings: dict[str, str], changed: dict[str, str], error: str) -> None:
     assert error in error_of(options({**settings, **changed}))
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_starts(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: NO_DEVICE))
+    expected = "error: device is 'cuda', but NVIDIA's driver finds no GPU; allowed here: auto | cpu\n"
+    assert error_of(options({**settings, "device": "cuda"})) == expected
 
 
 def test_a_model_that_cannot_be_served_is_told_before_anything_starts(
