@@ -215,6 +215,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),
         ({"functions": []}, "functions", "null (use tools)"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"stream": False, "stream_options": {}}, "stream_options", "is {}; allowed: null, unless stream is true"),
     ],
 )
 def test_refusals(call: Caller, changed: dict[str, Any], param: str, words: str) -> None:

@@ -168,6 +168,7 @@ def test_the_log_probabilities_of_an_echoed_prompt(
         ("suffix", "end", "null (text cannot be inserted)"),
         ("best_of", 3, "1 or null (n answers are made, and all are returned)"),
         ("response_format", {"type": "xml"}, "'text', 'json_object' or 'json_schema'"),
+        ("stream_options", {"include_usage": False}, "null, unless stream is true"),
     ],
 )
 def test_a_refusal_names_field_value_and_what_is_allowed(call: Caller, field: str, value: Any, allowed: str) -> None:

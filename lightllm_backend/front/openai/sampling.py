@@ -33,6 +33,9 @@ def engine_options(body: SamplingFields, max_tokens: int, tenant: str, defaults:
 
     defaults: the model's own. Like vLLM, we take no notice of its do_sample: OpenAI's default is to sample.
     """
+    if body.stream_options is not None and not body.stream:
+        given = body.stream_options.model_dump(exclude_unset=True)
+        raise refusal("stream_options", given, "null, unless stream is true")
     # The engine's own default is to take the likeliest token.
     options: dict[str, Any] = {"temperature": 1.0, **defaults, "max_tokens": max_tokens}
     options.pop("do_sample", None)
