@@ -42,12 +42,26 @@ _TYPES = {
     504: "timeout_error",
 }
 # The engine's names of options, where those of OpenAI's API are others.
-_FIELD_NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop", "the prompt": "prompt"}
+_FIELD_NAMES = {
+    "text_input": "prompt",
+    "input_ids": "prompt",
+    "stop_words": "stop",
+    "stop_token_ids (or end_id)": "stop_token_ids",
+    "the prompt": "prompt",
+}
 _SHOWN_PLACE = 200  # characters of a field's place in the body
 # What gRPC says, with an address that no client of the front can reach.
 _NO_CONNECTION = "failed to connect to all addresses"
-_BEGINNING = re.compile(r"(the prompt|\w+) (?:is|has|holds|cannot) ")
-
+_BEGINNING = re.compile(r"(the prompt|\w+(?: \(or \w+\))?) (?:is|has|holds|cannot) ")
+# What pydantic says is allowed, in the words of JSON.
+_WORDS = {
+    r"^Input should be (an? instance of )?": "",
+    r"^(List|String) should have (at \w+ \d+ \w+).*": r"\2",
+    r"^a valid boolean": "true or false",
+    r"^a valid dictionary": "a JSON object",
+    r"^a valid integer": "a whole number",
+    r"^a valid ": "a ",
+}
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -168,15 +182,19 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     kind, message = first["type"], str(first["msg"])
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}; allowed: a JSON object")
+    if kind == "missing" and param is None:
+        return ApiError(400, "the body is missing; allowed: a JSON object")
     if kind == "missing":
-        return ApiError(400, f"{field} is missing; allowed: every required field", param)
+        return ApiError(400, f"{field} is missing; allowed: a value that /openapi.json describes", param)
     if kind == "extra_forbidden":
         return ApiError(400, f"{field} is not a field of this request; allowed: those that /openapi.json lists", param)
     if kind == "model_attributes_type" and isinstance(body, bytes):
         return ApiError(400, "the header Content-Type names no JSON; allowed: application/json")
     if kind == "model_attributes_type":
         return ApiError(400, f"{field} is {_shown(first.get('input'))}; allowed: a JSON object", param)
-    allowed = re.sub(r"^Input should be (an? instance of )?", "", message)
+    allowed = message
+    for pattern, words in _WORDS.items():
+        allowed = re.sub(pattern, words, allowed)
     return ApiError(400, f"{field} is {_shown(first.get('input'))}; allowed: {allowed}", param)
 
 
@@ -195,7 +213,10 @@ def install(application: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         message = str(error.detail)
         if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            message = f"{request.method} {show(request.url.path)}: {message}"
+            methods = (error.headers or {}).get("Allow")
+            message = f"{request.method} {show(request.url.path)}: {message}" + (
+                f"; allowed: {methods}" if methods else ""
+            )
         elif error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI says no more of what json.loads fails at
             message = "the body is not UTF-8, nests too deeply or has too long a number; allowed: a JSON object"
         return ApiError(error.status_code, message, headers=error.headers).response()

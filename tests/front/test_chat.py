@@ -197,7 +197,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
 @pytest.mark.parametrize(
     ("changed", "param", "words"),
     [
-        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": []}, "messages", "is []; allowed: at least 1 item"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "a string, or a list of parts"),
         ({"messages": [{"content": "a"}]}, "messages.0.role", "is missing"),
         ({"messages": [IMAGE]}, "messages.0.content", "parts of type text only, not image_url"),
@@ -214,7 +214,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),
         ({"functions": []}, "functions", "null (use tools)"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "a whole number from 1 to 2147483647"),
         ({"stream": False, "stream_options": {}}, "stream_options", "is {}; allowed: null, unless stream is true"),
     ],
 )

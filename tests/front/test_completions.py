@@ -16,6 +16,7 @@ PATH = "/v1/completions"
 USAGE = {
     "prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 3},
 }  # fmt: skip
+BIASES = "an object of at most 300 token ids, each with a number from -100 to 100"
 PROMPTS = "text, a list of token ids, or a list of at most 2048 of either, none of them empty"
 
 
@@ -156,11 +157,23 @@ def test_the_log_probabilities_of_an_echoed_prompt(
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("temperature", -1, "greater than or equal to 0"),
-        ("temperature", "1", "a valid number"),
+        ("temperature", -1, "a number from 0 to 100"),
+        ("temperature", "1", "a number from 0 to 100"),
+        ("top_p", 0, "a number above 0 and up to 1"),
+        ("seed", 0.5, "a whole number from -9223372036854775808 to 18446744073709551615"),
+        ("stream", "yes", "true or false"),
+        ("model", 7, "a string"),
+        ("logit_bias", {"a": 1}, BIASES),
+        ("logit_bias", {"5": 200}, BIASES),
+        ("logit_bias", {str(token): 1 for token in range(301)}, BIASES),
+        ("allowed_token_ids", [], "a list of 1 to 1048576 token ids"),
+        ("stop_token_ids", [0] * 33, "a list of at most 32 token ids"),
+        ("guided_regex", "", "a regular expression, not empty"),
+        ("guided_choice", [""], "a list of 1 to 1024 texts, none of them empty"),
+        ("guided_json", "[]", "a JSON schema, as an object or as text"),
         ("guided_json", 7, "a JSON schema, as an object or as text"),
-        ("max_tokens", -1, "greater than or equal to 0"),
-        ("n", 0, "greater than or equal to 1"),
+        ("max_tokens", -1, "a whole number from 0 to 2147483647"),
+        ("n", True, "a whole number from 1 to 128"),
         ("prompt", "", PROMPTS),
         ("prompt", [1, "a"], PROMPTS),
         ("prompt", [-1], PROMPTS),
@@ -199,7 +212,7 @@ def test_what_cannot_be_followed_is_refused_by_its_field(
 
 def test_unknown_fields_and_models(call: Caller) -> None:
     assert call.refusal(PATH, {"prompt": "Hi", "temprature": 1})["param"] == "temprature"
-    assert call.refusal(PATH, {})["message"] == "prompt is missing; allowed: every required field"
+    assert call.refusal(PATH, {})["message"] == "prompt is missing; allowed: a value that /openapi.json describes"
     error = call.refusal(PATH, {"prompt": "Hi", "model": "gpt-4"}, status=404)
     assert (error["code"], error["message"]) == ("model_not_found", 'model is "gpt-4"; allowed: "tiny"')
 

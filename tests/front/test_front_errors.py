@@ -32,6 +32,7 @@ TOO_LONG = "the prompt has 9 tokens and max_tokens is 1; allowed: at most 8 prom
     ("error", "status", "param", "code"),
     [
         (InvalidArgument("stop_words is 7; allowed: text"), 400, "stop", None),
+        (InvalidArgument("stop_token_ids (or end_id) holds 7; allowed: 0 ≤ id < 5"), 400, "stop_token_ids", None),
         (InvalidArgument(TOO_LONG), 400, "prompt", "context_length_exceeded"),
         (NotFound("no such model"), 404, None, "model_not_found"),
         (Unavailable("the queue is full (3 requests)"), 429, None, "rate_limit_exceeded"),
@@ -71,7 +72,7 @@ def test_paths_and_methods(call: Caller) -> None:
     assert call("GET", "/v1/nothing").status_code == 404
     response = call("PUT", "/v1/models")
     assert (response.status_code, response.headers["allow"]) == (405, "GET")
-    assert response.json()["error"]["message"] == 'PUT "/v1/models": Method Not Allowed'
+    assert response.json()["error"]["message"] == 'PUT "/v1/models": Method Not Allowed; allowed: GET'
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b'{"prompt": ' + b"[" * 10**5, b"[]", b"7", b""])
@@ -83,13 +84,19 @@ def test_a_body_that_is_no_json_object(call: Caller, content: bytes) -> None:
     assert "allowed: " in error["message"]
 
 
-@pytest.mark.parametrize("body", ['{"prompt": "a", "temperature": NaN}', '{"prompt": "a", "metadata": {"a": 1e999}}'])
-def test_numbers_that_json_does_not_know(call: Caller, body: str) -> None:
+@pytest.mark.parametrize(
+    ("body", "param", "allowed"),
+    [
+        ('{"prompt": "a", "temperature": NaN}', "temperature", "a number from 0 to 100"),
+        ('{"prompt": "a", "metadata": {"a": 1e999}}', "metadata.a", "a finite number"),
+    ],
+)
+def test_numbers_that_json_does_not_know(call: Caller, body: str, param: str, allowed: str) -> None:
     response = call("POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["param"] in ("temperature", "metadata.a")
-    assert error["message"].endswith("; allowed: a finite number")
+    assert error["param"] == param
+    assert error["message"].endswith(f"; allowed: {allowed}")
 
 
 def test_a_field_without_a_printable_name(call: Caller) -> None:

@@ -26,6 +26,8 @@ LIGHTLLM_PARAMETERS = (
     *("regular_constraint", "guided_grammar", "guided_json", "allowed_token_ids", "return_details"),
     *("group_request_id", "suggested_dp_index", "move_kv_to_decode_node", "image_max_patch_num"),
 )
+# Those that become the engine's structured_output.
+CONSTRAINTS = ("regular_constraint", "guided_grammar", "guided_json")
 # What LightLLM's server has not.
 OWN_PARAMETERS = ("seed", "tenant", "priority")
 # They are read here; the option table reads the rest.
@@ -37,12 +39,17 @@ LOWEST_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A request to /generate or /generate_stream. return_details: whether the entries of the tokens are wanted."""
+    """A request to /generate or /generate_stream.
+
+    return_details: whether the entries of the tokens are wanted. constrained_by: the parameter that constrains the
+    answer, if one does.
+    """
 
     prompt: str | tuple[int, ...]
     options: Options
     add_special_tokens: bool
     return_details: bool
+    constrained_by: str = ""
 
     @property
     def n(self) -> int:
@@ -86,7 +93,8 @@ def read_generate_request(
         options["n"] = n
     if return_details:
         options["return_log_probs"] = True
-    return GenerateRequest(prompt, options, add_special_tokens, return_details)
+    constrained_by = next((name for name in CONSTRAINTS if parameters.get(name)), "")
+    return GenerateRequest(prompt, options, add_special_tokens, return_details, constrained_by)
 
 
 def _possible(defaults: Mapping[str, Any]) -> dict[str, Any]:

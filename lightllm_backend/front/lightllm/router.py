@@ -44,7 +44,7 @@ class _Route(APIRoute):
             try:
                 return await handler(request)
             except (ApiError, LightLLMError, RequestError, TokenizerError) as error:
-                failed = _api_error(error)
+                failed = _api_error(error, getattr(request.state, "constrained_by", ""))
                 # ASCII, since the message may repeat a lone surrogate.
                 body = json.dumps({"message": failed.message})
                 return Response(body, failed.status, failed.headers, "application/json")
@@ -54,9 +54,11 @@ class _Route(APIRoute):
         return handle
 
 
-def _api_error(error: Exception) -> ApiError:
+def _api_error(error: Exception, constrained_by: str) -> ApiError:
+    """constrained_by: see GenerateRequest."""
     if isinstance(error, LightLLMError):
-        error = from_engine(error)
+        error = from_engine(error, constrained_by)
+        error.message = error.message.replace(" and max_tokens is ", " and max_new_tokens is ", 1)
     if not isinstance(error, ApiError):  # the prompt or a parameter is wrong
         return ApiError(HTTPStatus.EXPECTATION_FAILED, error.message if isinstance(error, RequestError) else str(error))
     if error.status == HTTPStatus.BAD_REQUEST:
@@ -100,7 +102,7 @@ _GENERATE_ERRORS = _errors(
 async def generate(request: Request) -> Response:
     """Answer a prompt."""
     front = front_of(request)
-    asked = read_generate_request(await _json_body(request), tenant_of(request), front.defaults)
+    asked = await _asked(request, front)
     return await until_hang_up(request, _generate(front, asked))
 
 
@@ -108,7 +110,7 @@ async def generate(request: Request) -> Response:
 async def generate_stream(request: Request) -> Response:
     """Answer a prompt with an event for each token."""
     front = front_of(request)
-    asked = read_generate_request(await _json_body(request), tenant_of(request), front.defaults)
+    asked = await _asked(request, front)
     if asked.n != 1:
         raise refusal(f"n is {asked.n}; allowed: 1 (a stream has one answer)")
     options = cast(Options, {**asked.options, "return_log_probs": True})
@@ -159,6 +161,12 @@ async def tokens(request: Request) -> Response:
         raise refusal(f"parameters is {show(parameters)}; allowed: an object with add_special_tokens, or empty")
     add_special_tokens = read_boolean(parameters, "add_special_tokens", True)
     return JSONResponse({"ntokens": len(await _encode(front_of(request), "text", text, add_special_tokens))})
+
+
+async def _asked(request: Request, front: Front) -> GenerateRequest:
+    asked = read_generate_request(await _json_body(request), tenant_of(request), front.defaults)
+    request.state.constrained_by = asked.constrained_by
+    return asked
 
 
 async def _json_body(request: Request) -> dict[str, Any]:

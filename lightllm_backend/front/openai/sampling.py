@@ -100,7 +100,10 @@ def _of_kind(name: str, value: Any, field: str) -> dict[str, Any]:
         return {name: value}
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            schema = json.loads(value)
         except (ValueError, RecursionError):
-            raise refusal(field, value, "a JSON schema, as an object or as text") from None
+            schema = None
+        if not isinstance(schema, dict) and schema is not True:
+            raise refusal(field, value, "a JSON schema, as an object or as text")
+        value = schema
     return {"json_schema": value}

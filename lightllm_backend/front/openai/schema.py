@@ -4,10 +4,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    JsonValue,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from lightllm_backend.option_table import (
     MAX_INT32,
@@ -16,7 +26,8 @@ from lightllm_backend.option_table import (
     MAX_STOP_WORDS,
     MAX_TOKEN_IDS,
 )
-from lightllm_backend.request import MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
+from lightllm_backend.request import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, MAX_TOP_LOG_PROBS
+from lightllm_backend.structured_output import MAX_CHOICES
 
 MAX_COPIES = 128
 MAX_PROMPTS = 2048
@@ -32,6 +43,22 @@ def allows(allowed: str) -> WrapValidator:
             raise PydanticCustomError("not_allowed", "{allowed}", {"allowed": allowed}) from None
 
     return WrapValidator(check)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have, which a refusal names whole. exclusive: without the least."""
+
+    least: float
+    most: float
+    exclusive: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        kind = "a whole number" if source == (int | None) else "a number"
+        bounds = Field(gt=self.least, le=self.most) if self.exclusive else Field(ge=self.least, le=self.most)
+        words = f"above {self.least} and up to" if self.exclusive else f"from {self.least} to"
+        told = allows(f"{kind} {words} {self.most}")
+        return handler(Annotated[source, bounds, told])
 
 
 def _only(why: str, *values: Any) -> Any:
@@ -54,8 +81,23 @@ Stop = Annotated[
     allows(f"a string, or a list of at most {MAX_STOP_WORDS} strings of at most {MAX_STOP_WORD_BYTES} bytes"),
 ]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[
+    Annotated[dict[Annotated[str, Field(pattern="^[0-9]+$")], _Bias], Field(max_length=MAX_LOGIT_BIASES)] | None,
+    allows(f"an object of at most {MAX_LOGIT_BIASES} token ids, each with a number from -100 to 100"),
+]
 _Object = dict[str, JsonValue]
 _Schema = Annotated[_Object | str | None, allows("a JSON schema, as an object or as text")]
+_Pattern = Annotated[_Text | None, allows("a regular expression, not empty")]
+_Grammar = Annotated[_Text | None, allows("a grammar, not empty")]
+_Choices = Annotated[
+    Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES)] | None,
+    allows(f"a list of 1 to {MAX_CHOICES} texts, none of them empty"),
+]
+_AllowedIds = Annotated[_Ids | None, allows(f"a list of 1 to {MAX_TOKEN_IDS} token ids")]
+_StopIds = Annotated[
+    Annotated[list[_Id], Field(max_length=MAX_STOP_TOKEN_IDS)] | None,
+    allows(f"a list of at most {MAX_STOP_TOKEN_IDS} token ids"),
+]
 _WithoutEffect = Annotated[JsonValue, Field(description="Accepted, without effect.")]
 
 
@@ -78,7 +120,7 @@ class JsonSchema(_Strict):
     name: str
     description: str | None = None
     schema_: Annotated[
-        _Object | bool | None, allows("a JSON schema: an object, true or false"), Field(alias="schema")
+        _Object | Literal[True] | None, allows("a JSON schema: an object or true"), Field(alias="schema")
     ] = None
     strict: bool | None = None
 
@@ -94,9 +136,9 @@ class StructuredOutputs(_Strict):
     """vLLM's name for a constraint of the answer: exactly one of these."""
 
     json_: Annotated[_Schema, Field(alias="json")] = None
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
-    grammar: str | None = None
+    regex: _Pattern = None
+    choice: _Choices = None
+    grammar: _Grammar = None
     json_object: bool | None = None
     structural_tag: _only("it is not supported") = None  # type: ignore[valid-type]
 
@@ -107,30 +149,30 @@ class SamplingFields(_Strict):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_COPIES)] | None = 1
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: dict[str, _Bias] | None = None
-    allowed_token_ids: _Ids | None = None
+    n: Annotated[int | None, Range(1, MAX_COPIES)] = 1
+    seed: Annotated[int | None, Range(-(2**63), 2**64 - 1)] = None
+    temperature: Annotated[float | None, Range(0, 100)] = None
+    top_p: Annotated[float | None, Range(0, 1, exclusive=True)] = None
+    top_k: Annotated[int | None, Range(-1, MAX_INT32)] = None
+    min_p: Annotated[float | None, Range(0, 1)] = None
+    presence_penalty: Annotated[float | None, Range(-2, 2)] = None
+    frequency_penalty: Annotated[float | None, Range(-2, 2)] = None
+    repetition_penalty: Annotated[float | None, Range(0, 100, exclusive=True)] = None
+    logit_bias: _Biases = None
+    allowed_token_ids: _AllowedIds = None
     stop: Stop = None
-    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: _StopIds = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    min_tokens: Annotated[int | None, Range(0, MAX_INT32)] = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Annotated[int | None, Range(-MAX_PRIORITY, MAX_PRIORITY)] = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: _Schema = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
-    guided_grammar: str | None = None
+    guided_regex: _Pattern = None
+    guided_choice: _Choices = None
+    guided_grammar: _Grammar = None
 
     user: _WithoutEffect = None
     metadata: _WithoutEffect = None
@@ -162,9 +204,9 @@ class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = 16
+    max_tokens: Annotated[int | None, Range(0, MAX_INT32)] = 16
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS)] | None = None
+    logprobs: Annotated[int | None, Range(0, MAX_TOP_LOG_PROBS)] = None
     suffix: _only("text cannot be inserted") = None  # type: ignore[valid-type]
     add_special_tokens: _only("the model's tokenizer decides", True) = None  # type: ignore[valid-type]
 
@@ -257,10 +299,10 @@ class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    max_tokens: Annotated[int | None, Range(1, MAX_INT32)] = None
+    max_completion_tokens: Annotated[int | None, Range(1, MAX_INT32)] = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOG_PROBS)] | None = None
+    top_logprobs: Annotated[int | None, Range(0, MAX_TOP_LOG_PROBS)] = None
     tools: list[Tool] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedTool | None,

@@ -130,6 +130,16 @@ def test_an_error_before_the_first_token_is_the_answer(path: str, error: LightLL
     assert (response.status_code, response.json()) == (status, {"message": error.message})
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_the_engines_names_are_those_of_the_request(path: str) -> None:
+    engine = Engine(InvalidArgument("structured_output cannot be followed: regex: no"))
+    response = post(engine, path, {"inputs": "x", "parameters": {"regular_constraint": "("}})
+    assert response.json() == {"message": "regular_constraint cannot be followed: regex: no"}
+    engine = Engine(InvalidArgument("the prompt has 1 tokens and max_tokens is 9; allowed: at most 8 in all"))
+    response = post(engine, path, {"inputs": "x"})
+    assert response.json() == {"message": "the prompt has 1 tokens and max_new_tokens is 9; allowed: at most 8 in all"}
+
+
 def test_a_later_error_is_the_last_event() -> None:
     response = post(Engine(chunk([300], "a"), Unavailable("no engine")), "/generate_stream", {"inputs": "x"})
     assert events(response.text)[1] == {"message": "no engine"}
