@@ -6,28 +6,37 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
+from tests.e2e.calls import in_parallel
 from tests.fuzz.http_calls import Answer, HttpCall, check_answer
 
 HANGING_SECONDS = 120.0
 
 
 class ListeningFront:
-    """A front at a port of this machine."""
+    """A front at a port of this machine. It counts the statuses of the answers; one that does not come is an error."""
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self.statuses: Counter[int] = Counter()
         answer = self._call(HttpCall("GET", "/openapi.json", (), ()))
         assert answer is not None
-        self._document: dict[str, Any] = json.loads(answer.body)
+        self.document: dict[str, Any] = json.loads(answer.body)
 
     def check(self, call: HttpCall) -> None:
         """Make the call and judge its answer."""
         answer = self._call(call)
         if answer is not None:
-            check_answer(call, answer, self._document)
+            self.statuses[answer.status] += 1
+            check_answer(call, answer, self.document)
+
+    def check_all(self, calls: Sequence[HttpCall]) -> None:
+        """Make the calls at once and judge each answer."""
+        in_parallel([lambda call=call: self.check(call) for call in calls])  # type: ignore[misc]
 
     def _call(self, call: HttpCall) -> Answer | None:
         with socket.create_connection(("127.0.0.1", self._port), HANGING_SECONDS) as connection:
