@@ -4,13 +4,12 @@
 With `--server` it sends random requests to a real server with a small random model, and to a front beside it, instead.
 It prints seconds, cases and the (smallest) input of a finding for each target; the exit code is 1 if there is one. With
 `--coverage-guided SECONDS` atheris chooses the inputs by the code that they reach (see coverage_guided.py). The targets
-"front's document" have requests that schemathesis draws from the front's OpenAPI document (Python 3.11 and newer).
+"front's document" have requests that schemathesis draws from the front's OpenAPI document.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 import tempfile
 import time
@@ -57,10 +56,8 @@ def server_targets(has_front: bool) -> Iterator[dict[str, Target]]:
             front = FrontProcess(server, Path(folder, "front log"), **settings, max_body_bytes=MAX_BODY_BYTES)
             stack.callback(front.stop)
             listening = ListeningFront(front.wait_ready().port)
-            drawn = {"front": http_calls.calls()}
-            if importlib.util.find_spec("schemathesis"):
-                drawn["front's document"] = http_calls.schema_calls(listening.document)
-            for name, calls in drawn.items():
+            by_document = http_calls.schema_calls(listening.document)
+            for name, calls in {"front": http_calls.calls(), "front's document": by_document}.items():
                 several = st.lists(calls, min_size=CALLS_AT_ONCE, max_size=CALLS_AT_ONCE)
                 targets[name] = Target(several, listening.check_all, CALLS_AT_ONCE)
             stack.callback(lambda: print(f"  statuses of the front: {dict(sorted(listening.statuses.items()))}"))

@@ -2,7 +2,7 @@
 """Random requests to the front, and what every answer to one must be.
 
 The bodies are almost right: some fields of a whole one, of which up to three values are others, spelled as JSON that
-may be cut, nested deeply or in another encoding. With schemathesis, others are drawn from the OpenAPI document.
+may be cut, nested deeply or in another encoding. schemathesis draws others from the OpenAPI document.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A check returns if the parser gave a right answer, or the one error that it may 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -577,6 +576,5 @@ TARGETS = {
     "LightLLM's API": Target(_lightllm_bodies, check_lightllm_body),
     "config.pbtxt": Target(damaged(_PBTXT), in_directory(check_pbtxt)),
     "front": Target(http_calls.calls(), front.check, front.CALLS_EACH),
+    "front's document": Target(http_calls.schema_calls(front.document()), front.check, front.CALLS_EACH),
 }
-if importlib.util.find_spec("schemathesis"):
-    TARGETS["front's document"] = Target(http_calls.schema_calls(front.document()), front.check, front.CALLS_EACH)
