@@ -84,6 +84,9 @@ class SleepingRunner:
         scores = tuple(_scores(chunk) for chunk in batch.scored)
         return SleepingStep(StepResult(tokens, log_probs, seconds, scores, self._likeliest(batch)), self._free_at)
 
+    def release_all(self) -> None:
+        """No step waits for masks."""
+
     def _likeliest(self, batch: Batch) -> TopLogProbs | None:
         self._num_top |= {one.row: one.sampling.top_logprobs for one in batch.admitted}
         wanted = np.array([self._num_top[row] for row in batch.rows[batch.samples].tolist()], dtype=np.int64)

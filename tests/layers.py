@@ -197,8 +197,9 @@ ALLOWED = {
         "runner.logit_biases",
         "runner.staging",
     ),
-    "runner.mask_buffers": (),
-    "runner.token_masks": ("request", "runner.mask_buffers", "runner.staging"),
+    "runner.stream_gate": (),
+    "runner.mask_buffers": ("runner.stream_gate",),
+    "runner.token_masks": ("request", "runner.mask_buffers", "runner.staging", "runner.stream_gate"),
     "runner.step": (
         "kernels",
         "models.causal_lm",
@@ -541,7 +542,7 @@ ALLOWED = {
     "front.openai.generate": ("front.errors", "front.state", "request"),
     "front.openai.logprobs": ("front.token_texts",),
     "front.openai.sampling": ("front.errors", "front.openai.schema"),
-    "front.openai.schema": ("option_table", "request"),
+    "front.openai.schema": ("option_table", "request", "structured_output"),
     "front.openai.models": ("front.errors", "front.state", "options"),
     "serve": (
         "command_line",

@@ -2,7 +2,8 @@
 """MaskBuffers: token masks on their way to the device.
 
 The host makes a step's masks while the device runs the step's forward, so the copy has a stream of its own: on the
-forward's stream it would wait for the forward.
+forward's stream it would wait for the forward. Where the driver has gates (stream_gate.py), the copy and all that reads
+the masks are launched before they are made.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lightllm_backend.runner.stream_gate import StreamGate
 
 _FIRST_WORDS = 1 << 16
 _STEPS_IN_FLIGHT = 2
@@ -41,10 +44,12 @@ class MaskBuffers:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.gate = StreamGate.where_possible(device)
         self._buffers: list[_Buffer] = []
         self._turn = 0
         self._memory = torch.empty(0, dtype=torch.int32)  # of the masks taken last
         self._count = self._sequences = 0
+        self.gate_number = 0  # of the masks taken last
 
     def take(self, count: int, sequences: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return masks [count, words] and mask_rows [sequences] to write. They hold those of an earlier step."""
@@ -62,14 +67,20 @@ class MaskBuffers:
         return masks.numpy(), mask_rows.numpy()
 
     @contextmanager
-    def on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Copy what was taken last to the device, for the kernels that the block launches on the current stream."""
+    def on_device(self, is_gated: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Copy what was taken last to the device, for the kernels that the block launches on the current stream.
+
+        is_gated: the copy waits until the gate is opened.
+        """
         if self._stream is None:
             yield self._parts(self._memory)
             return
         buffer = self._buffers[self._turn]
         words = buffer.device[: len(self._memory)]
         self._stream.wait_event(buffer.read)
+        if is_gated:
+            assert self.gate is not None
+            self.gate_number = self.gate.close(self._stream)
         with torch.cuda.stream(self._stream):
             words.copy_(self._memory, non_blocking=True)
             buffer.copied.record()

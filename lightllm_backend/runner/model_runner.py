@@ -63,11 +63,12 @@ def _copy(source: Tensor, memory: Tensor) -> Tensor:
 class PendingStep:
     """A launched step, whose result the device may still be computing. On a CPU, it is done and took `seconds`.
 
-    masks: [structured rows, words] int32, to be written before `ModelRunner.sample`; None: the step samples already.
+    masks: [structured rows, words] int32, to be written before `ModelRunner.release`; None: the step has all it needs.
     """
 
     def __init__(self, buffer: _ResultBuffer | None, begun: float, masks: NDArray[np.int32] | None = None) -> None:
         self.masks = masks
+        self.gate_number = 0  # what opens the gate that the step waits at
         self._buffer, self._begun, self._seconds = buffer, begun, 0.0
         self._sampled: Sampled | None = None
         self._scores: DeviceScores | None = None
@@ -193,7 +194,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
-        """Upload and launch a step: its admissions, the model and, unless it has `masks` to wait for, the sampler."""
+        """Upload and launch a step: its admissions, the model and the sampler.
+
+        A step with `masks` samples only after `release`.
+        """
         self._results.begin()
         if batch.admitted:
             new_rows = [admission.row for admission in batch.admitted]
@@ -210,15 +214,33 @@ class ModelRunner:
         self._unsampled = _Unsampled(logits[: len(rows)], indices[: len(rows)], rows, lengths, scores)
         masks = self._masks.take(rows)
         step = self._results.step(masks if len(masks) else None)
-        return step if step.masks is not None else self.sample(step)
+        return self._sample(step) if step.masks is None or self.is_gated else step
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether whole steps are launched before their masks are made; then any thread may `release` them."""
+        return self._masks.gate is not None
+
+    def release(self, step: PendingStep) -> None:
+        """Let a step sample whose masks are written. Steps are released in order."""
+        if self._masks.gate is not None:
+            self._masks.gate.open(step.gate_number)
+        else:
+            self._sample(step)
+
+    def release_all(self) -> None:
+        """Let the device run what is launched to its end, with whatever masks; nobody takes the results."""
+        if self._masks.gate is not None:
+            self._masks.gate.open_all()
 
     @torch.inference_mode()
-    def sample(self, step: PendingStep) -> PendingStep:
-        """Launch the sampler of the step last launched. Its masks, if it has any, are written."""
+    def _sample(self, step: PendingStep) -> PendingStep:
+        """Launch the sampler of the step last launched."""
         assert self._unsampled is not None, "the step waits"
         (logits, indices, rows, lengths, scores), self._unsampled = self._unsampled, None
         all_token_ids = self._tables.token_ids.view(-1)
-        with self._masks.on_device() as masks:
+        with self._masks.on_device(self.is_gated and step.masks is not None) as masks:
+            step.gate_number = self._masks.gate_number
             if masks is not None and self._sampler.is_greedy(rows):
                 token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids, *masks)
                 return step.fetch(Sampled(token_ids), scores)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightllm_backend.request import SamplingParams
 from lightllm_backend.runner.mask_buffers import MaskBuffers
+from lightllm_backend.runner.stream_gate import StreamGate
 
 _NO_MASK = -1
 
@@ -52,13 +53,26 @@ class TokenMasks:
             masks[place] = self._constant[int(rows[index])]
         return masks[:num_structured]
 
+    @property
+    def gate(self) -> StreamGate | None:
+        """What steps on the device wait at for structured output's masks; None: they are launched after these."""
+        return self._buffers.gate
+
+    @property
+    def gate_number(self) -> int:
+        """What the gate is opened with for the step whose masks were last on the device."""
+        return self._buffers.gate_number
+
     @contextmanager
-    def on_device(self) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """Provide the step's masks and mask_rows, as `Kernels.apply_token_masks` takes them; None if it has none."""
+    def on_device(self, is_gated: bool) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Provide the step's masks and mask_rows, as `Kernels.apply_token_masks` takes them; None if it has none.
+
+        is_gated: they are there once the gate is opened.
+        """
         if not self._are_taken:
             yield None
             return
-        with self._buffers.on_device() as masks:
+        with self._buffers.on_device(is_gated) as masks:
             yield masks
 
 

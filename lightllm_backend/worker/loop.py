@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightllm_backend.messages.channel import ChannelClosed
 from lightllm_backend.messages.engine_load import EngineLoad
@@ -16,17 +16,27 @@ from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput
 from lightllm_backend.router.router import Router
 from lightllm_backend.router.sequence import TextMatcher
-from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
+from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender, Masks
 from lightllm_backend.worker.launch_timer import LaunchTimer
 from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
 from lightllm_backend.worker.statistics_log import StatisticsLog
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from lightllm_backend.runner.model_runner import ModelRunner, PendingStep
     from lightllm_backend.worker.structured_output import StructuredOutput
 
 # How often the loop checks whether the GPU is done while it waits for new requests. A check costs some microseconds.
 POLL_SECONDS = 0.5e-3
+
+
+class _Launched(NamedTuple):
+    """A step in flight. masks_made: what makes its masks on another thread, if that is so."""
+
+    batch: Batch
+    step: PendingStep
+    masks_made: Future[None] | None
 
 
 def run(
@@ -39,21 +49,38 @@ def run(
     a step fails, every request ends with an error and the failure is raised: this process is broken, and its supervisor
     starts another.
     """
-    in_flight: deque[tuple[Batch, PendingStep]] = deque()
+    in_flight: deque[_Launched] = deque()
     timer = LaunchTimer(clock)
 
     def take_result() -> None:
-        done, step = in_flight.popleft()
+        done, step, masks_made = in_flight.popleft()
+        if masks_made is not None:
+            masks_made.result()  # raises what has gone wrong there
         result = step.result()
         vitals.took()
         timer.finished()
         server.send(router.apply(done, result))
 
+    def make_masks(batch: Batch, step: PendingStep) -> Future[None] | None:
+        """Make the masks that the step waits for, on another thread if the step itself is launched already."""
+        assert step.masks is not None
+        masks = step.masks
+
+        def release() -> None:
+            followers.send_masks(masks)
+            runner.release(step)
+
+        if runner.is_gated:
+            return structured.begin_to_fill(router, batch, masks, release)
+        structured.fill(router, batch, masks)
+        release()
+        return None
+
     try:
         while server.open:
             idle = not router.has_work and not in_flight
             refused = receive(server, router, load, vitals, structured, timeout=STATS_SECONDS if idle else 0.0)
-            while (spare := timer.spare_seconds()) > 0 and not in_flight[0][1].is_done():
+            while (spare := timer.spare_seconds()) > 0 and not in_flight[0].step.is_done():
                 refused += receive(server, router, load, vitals, structured, timeout=min(spare, POLL_SECONDS))
             timer.planning()
             batch = router.next_batch()
@@ -63,14 +90,13 @@ def run(
                 followers.send(batch)
                 step = runner.launch(batch)
                 timer.launched(batch, all_admitted=not router.has_queue)
+                masks_made = None
                 if step.masks is not None:
                     # They depend on the tokens of all steps before, while this one's forward already runs.
                     while in_flight:
                         take_result()
-                    structured.fill(router, batch, step.masks)
-                    followers.send_masks(step.masks)
-                    runner.sample(step)
-                in_flight.append((batch, step))
+                    masks_made = make_masks(batch, step)
+                in_flight.append(_Launched(batch, step, masks_made))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 take_result()
             server.send(RouterOutput.of_chunks(refused + router.drain_finished()))
@@ -80,6 +106,7 @@ def run(
     except Exception as error:
         failure = RequestError("INTERNAL", f"the engine failed: {type(error).__name__}: {error}")
         router.fail_all(ENGINE_STOPPED if followers.has_lost_one() else failure)
+        runner.release_all()
         server.send(RouterOutput.of_chunks(router.drain_finished()))
         raise
 
@@ -89,14 +116,23 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
 
     It does not wait for the GPU: rank 0 waits before it plans further steps.
     """
+    waiting: deque[PendingStep] = deque()  # for their masks
     try:
         while True:
-            step = runner.launch(batches.receive())
-            if step.masks is not None:
-                batches.receive_masks(step.masks)
-                runner.sample(step)
+            message = batches.receive()
+            if isinstance(message, Masks):
+                step = waiting.popleft()
+                assert step.masks is not None
+                message.write(step.masks)
+                runner.release(step)
+            else:
+                step = runner.launch(message)
+                if step.masks is not None:
+                    waiting.append(step)
     except ChannelClosed:
         pass
+    finally:
+        runner.release_all()
 
 
 def receive(

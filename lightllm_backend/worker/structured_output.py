@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -59,6 +60,7 @@ class StructuredOutput:
         self._compiler = compiler
         self._wake = wake
         self._mask_maker = MaskMaker()
+        self._mask_thread = ThreadPoolExecutor(1, "masks")
         self._waiting: dict[str, Submit] = {}  # those whose outcome the Router has not, by uid
         self._routed: set[str] = set()  # of these, the ones that the Router has
         self._ready: dict[str, Matcher | Pending | RequestError] = {}  # what the Router may have, by uid
@@ -133,6 +135,26 @@ class StructuredOutput:
 
     def fill(self, router: Router, batch: Batch, masks: NDArray[np.int32]) -> None:
         """Write the masks [structured rows, words] of the newest batch; see MaskMaker."""
+        self._mask_maker.fill(self._matchers(router, batch), masks)
+
+    def begin_to_fill(
+        self, router: Router, batch: Batch, masks: NDArray[np.int32], then: Callable[[], None]
+    ) -> Future[None]:
+        """Write the masks on another thread, and call `then` there, whether that has failed or not.
+
+        Nobody may touch the batch's matchers until then.
+        """
+
+        def fill(matchers: Sequence[Matcher | None]) -> None:
+            try:
+                self._mask_maker.fill(matchers, masks)
+            finally:
+                then()
+
+        return self._mask_thread.submit(fill, self._matchers(router, batch))
+
+    def _matchers(self, router: Router, batch: Batch) -> Sequence[Matcher | None]:
+        """The matchers of the newest batch. Those that are still compiled get a little time, and else None."""
         pending = [matcher for matcher in router.matchers(batch) if isinstance(matcher, Pending)]
         if pending:
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -141,7 +163,7 @@ class StructuredOutput:
                     router.withdraw(matcher.uid)
                     self._routed.discard(matcher.uid)
             self._hand_over(router)
-        self._mask_maker.fill(cast("Sequence[Matcher | None]", router.matchers(batch)), masks)
+        return cast("Sequence[Matcher | None]", router.matchers(batch))
 
     def close(self) -> None:
         """Compile nothing any more."""
@@ -150,6 +172,7 @@ class StructuredOutput:
         for queue, count in ((self._small, _SMALL_THREADS), (self._large, _LARGE_THREADS)):
             for _ in range(count):
                 queue.put(None)
+        self._mask_thread.shutdown()
 
     def _compile_all(self, queue: SimpleQueue[tuple[Submit, Pending] | None]) -> None:
         while (taken := queue.get()) is not None:

@@ -119,7 +119,7 @@ def run(
                 while in_flight:
                     take_result()
                 mask_maker.fill(router.matchers(batch), launched.masks)  # type: ignore[arg-type]
-                engine.runner.sample(launched)
+                engine.runner.release(launched)
             in_flight.append((batch, launched))
         take(router.drain_finished())
         while in_flight and (len(in_flight) > depth or batch is None):

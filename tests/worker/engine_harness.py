@@ -45,8 +45,10 @@ INFO = EngineInfo(
 class CountingRunner:
     """The next token is the last one + 1. `gate`, when clear, holds every step; `failure` is raised by the next one."""
 
-    def __init__(self, overlap: int) -> None:
+    def __init__(self, overlap: int, is_gated: bool = False) -> None:
         self.overlap = overlap
+        self.is_gated = is_gated
+        self._unreleased: list[threading.Event] = []
         self.gate = threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
@@ -73,15 +75,26 @@ class CountingRunner:
         result = StepResult(np.array(tokens, np.int32), -np.array(tokens, np.float32))
         num_structured = len(self._structured.intersection(batch.rows[batch.samples].tolist()))
         masks = np.zeros((num_structured, -(-VOCAB_SIZE // 32)), dtype=np.int32) if num_structured else None
-        return SimpleNamespace(result=lambda: self._finish(result), is_done=self.gate.is_set, masks=masks)
+        released = threading.Event()
+        if masks is None:
+            released.set()
+        else:
+            self._unreleased.append(released)
+        return SimpleNamespace(result=lambda: self._finish(result, released), is_done=self.gate.is_set, masks=masks)
 
-    def sample(self, step: Any) -> None:
-        """Nothing is left to do: masks make no difference to a number."""
+    def release(self, _: Any) -> None:
+        """Masks make no difference to a number."""
+        self._unreleased.pop(0).set()
 
-    def _finish(self, result: StepResult) -> StepResult:
+    def release_all(self) -> None:
+        for released in self._unreleased:
+            released.set()
+
+    def _finish(self, result: StepResult, released: threading.Event) -> StepResult:
         self._in_flight -= 1
         time.sleep(self.step_seconds)
         assert self.gate.wait(60)
+        assert released.wait(60)
         if self.failure:
             raise self.failure
         return result
@@ -96,9 +109,12 @@ class CountingEngine:
         overlap: int = 0,
         pool_tokens: int = POOL_TOKENS,
         batch_max_tokens: int = 64,
+        structured: StructuredOutput | None = None,
+        is_gated: bool = False,
         **settings: Any,
     ) -> None:
-        self.runner = CountingRunner(overlap)
+        self.runner = CountingRunner(overlap, is_gated)
+        self._structured = structured
         info = replace(INFO, pool_tokens=pool_tokens)
         self.router = build_router(EngineConfig(max_req_input_len=50, **settings), info, batch_max_tokens)
         self.error: Exception | None = None
@@ -125,6 +141,8 @@ class CountingEngine:
             self.vitals.close()
 
     def structured_output(self) -> StructuredOutput:
+        if self._structured is not None:
+            return self._structured
         return StructuredOutput(GrammarCompiler(self._no_vocabulary), self.server.wake)
 
     def _no_vocabulary(self) -> ModelVocabulary:

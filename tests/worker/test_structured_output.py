@@ -2,9 +2,14 @@
 """Requests with structured output before the Router has them: others go on, and each ends once."""
 
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 from lightllm_backend.messages.engine_messages import Submit
 from lightllm_backend.request import FinishReason, Request, RequestError, SamplingParams
@@ -156,3 +161,65 @@ def test_a_step_does_not_wait_for_a_text_that_takes_long() -> None:
     [(message, matcher)] = structured.take_ready(router)  # type: ignore[arg-type]
     assert (message.request.uid, matcher) == ("slow", "a")
     structured.close()
+
+
+class Numbers:
+    """A matcher of numbers: any may follow."""
+
+    @staticmethod
+    def accept_all(_: Sequence["Numbers"], token_ids: Sequence[int]) -> list[bool]:
+        return [False] * len(token_ids)
+
+    def copy(self) -> "Numbers":
+        return self
+
+
+class NumbersCompiler:
+    """Has compiled everything already."""
+
+    def cached(self, _: SamplingParams) -> Numbers:
+        return Numbers()
+
+
+class HeldMaskMaker:
+    """Makes masks once it may, and fails if told so."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.may_go_on = threading.Event()
+        self._fails = fails
+
+    def fill(self, matchers: Sequence[Any], masks: NDArray[np.int32]) -> None:
+        assert self.may_go_on.wait(60)
+        if self._fails:
+            raise ValueError("no masks")
+        assert len(matchers) == len(masks)
+        masks[:] = -1
+
+
+def with_masks_of(maker: HeldMaskMaker) -> StructuredOutput:
+    structured = StructuredOutput(NumbersCompiler(), lambda: None)  # type: ignore[arg-type]
+    structured._mask_maker = maker  # type: ignore[assignment]
+    return structured
+
+
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_what_is_launched_while_masks_are_made(tmp_path: Path, is_gated: bool) -> None:
+    maker = HeldMaskMaker()
+    with counting_engine(tmp_path, overlap=1, structured=with_masks_of(maker), is_gated=is_gated) as (engine, client):
+        answers = [Answer(client, [first], max_tokens=5, structured_output=ASKED) for first in (1, 100)]
+        assert poll(lambda: engine.runner.num_launched == 1 + is_gated)
+        time.sleep(0.05)
+        assert engine.runner.num_launched == 1 + is_gated, "the next step waits for the tokens of the step before"
+        assert not any(answer.chunks for answer in answers)
+        maker.may_go_on.set()
+        assert [answer.wait().tokens for answer in answers] == [[2, 3, 4, 5, 6], [101, 102, 103, 104, 105]]
+
+
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_masks_that_fail_end_the_engine(tmp_path: Path, is_gated: bool) -> None:
+    maker = HeldMaskMaker(fails=True)
+    with counting_engine(tmp_path, overlap=1, structured=with_masks_of(maker), is_gated=is_gated) as (engine, client):
+        answer = Answer(client, [1], max_tokens=5, structured_output=ASKED)
+        maker.may_go_on.set()
+        assert "the engine failed: ValueError: no masks" in str(answer.wait().last.error)
+        assert poll(lambda: isinstance(engine.error, ValueError))
