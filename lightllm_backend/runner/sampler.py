@@ -61,6 +61,7 @@ class Sampler:
         self._biases = LogitBiases(num_rows, device)
         self._greedy = np.ones(num_rows, dtype=bool)  # the likeliest token that is allowed is all that is asked for
         self._plain_greedy = np.ones(num_rows, dtype=bool)  # moreover all tokens are allowed
+        self._uploaded: tuple[NDArray[np.int32], list[Tensor]] | None = None  # rows, and their parameters
 
     def admit(self, rows: Sequence[int], params: Sequence[SamplingParams], staging: Staging) -> None:
         """Set the sampling parameters of the new owners of `rows`."""
@@ -86,6 +87,7 @@ class Sampler:
             )
             self._plain_greedy[row] = self._greedy[row] and not sampling.masked
         self._biases.admit(rows, params, staging)
+        self._uploaded = None
 
     def is_plain_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether these rows ask for nothing but the model's likeliest token, which the step has chosen already."""
@@ -94,6 +96,26 @@ class Sampler:
     def is_greedy(self, rows: NDArray[np.int32]) -> bool:
         """Whether these rows ask for nothing but the likeliest token of those that their masks allow."""
         return bool(self._greedy[rows].all())
+
+    def _asking(self, rows: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Which of the rows ask for the likeliest tokens."""
+        asking: NDArray[np.int64] = self._top_logprobs[rows].nonzero()[0]
+        return asking
+
+    def _most_ending_ids(self, rows: NDArray[np.int32]) -> int:
+        return int(self._num_ending_ids[rows].max(initial=0))
+
+    def _parameters(self, rows: NDArray[np.int32], tables: DeviceTables, staging: Staging) -> list[Tensor]:
+        """Return what these rows ask for, on the device. From one decode step to the next it stays the same."""
+        if self._uploaded is not None and np.array_equal(self._uploaded[0], rows):
+            return self._uploaded[1]
+        ending_ids = self._ending_ids[rows, : self._most_ending_ids(rows)]
+        tensors = staging.upload(
+            *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
+            tables.prompt_lengths[rows], rows, self._biases.counts[rows], self._asking(rows), ending_ids.ravel(),
+        )  # fmt: skip
+        self._uploaded = rows, tensors
+        return tensors
 
     def sample(
         self,
@@ -112,15 +134,11 @@ class Sampler:
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         is_biased = self._biases.counts[rows].any()
-        asking = self._top_logprobs[rows].nonzero()[0]  # for the likeliest tokens
-        ending_ids = self._ending_ids[rows, : self._num_ending_ids[rows].max(initial=0)]
         (
             temperature, top_p, min_p, presence, frequency, repetition, top_k, min_tokens, seeds,
-            prompt_lengths, device_rows, device_lengths, bias_counts, device_asking, device_ending_ids,
-        ) = staging.upload(
-            *self._floats[:, rows], *self._integers[:, rows], self._seeds[rows].view(np.int64),
-            tables.prompt_lengths[rows], rows, lengths, self._biases.counts[rows], asking, ending_ids.ravel(),
-        )  # fmt: skip
+            prompt_lengths, device_rows, bias_counts, device_asking, device_ending_ids,
+        ) = self._parameters(rows, tables, staging)  # fmt: skip
+        [device_lengths] = staging.upload(lengths)
         is_changed = is_biased or is_penalised
         if is_changed or with_log_probs or masks is None:  # else the masks' kernel makes it float32
             logits = logits.float().contiguous()
@@ -133,7 +151,7 @@ class Sampler:
             self._kernels.apply_penalties(
                 logits, tables.token_ids[:, : lengths.max()], device_rows, prompt_lengths, device_lengths,
                 presence, frequency, repetition, min_tokens,
-                device_ending_ids.view(ending_ids.shape),
+                device_ending_ids.view(len(rows), self._most_ending_ids(rows)),
             )  # fmt: skip
         if masks is not None:
             unmasked = logits
@@ -147,6 +165,7 @@ class Sampler:
             return Sampled(token_ids)
         log_sums = original.logsumexp(-1)
         chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
+        asking = self._asking(rows)
         if len(asking) == 0:
             return Sampled(token_ids, chosen - log_sums)
         count = min(int(self._top_logprobs[rows].max()), original.shape[1])
