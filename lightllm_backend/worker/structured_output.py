@@ -144,14 +144,19 @@ class StructuredOutput:
 
         Nobody may touch the batch's matchers until then.
         """
+        matchers = self._matchers(router, batch)
+        has_begun = threading.Event()
 
-        def fill(matchers: Sequence[Matcher | None]) -> None:
+        def fill() -> None:
+            has_begun.set()
             try:
                 self._mask_maker.fill(matchers, masks)
             finally:
                 then()
 
-        return self._mask_thread.submit(fill, self._matchers(router, batch))
+        made = self._mask_thread.submit(fill)
+        has_begun.wait()  # else that thread may get the interpreter's lock only when the loop next rests
+        return made
 
     def _matchers(self, router: Router, batch: Batch) -> Sequence[Matcher | None]:
         """The matchers of the newest batch. Those that are still compiled get a little time, and else None."""

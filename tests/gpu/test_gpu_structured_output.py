@@ -3,6 +3,7 @@
 
 import json
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from lightllm_backend.grammar.compiler import GrammarCompiler, ModelVocabulary
 from lightllm_backend.request import FinishReason, SamplingParams
+from lightllm_backend.runner.stream_gate import StreamGate
 from lightllm_backend.text.tokenizer import Tokenizer
 from tests.runner.engine_harness import load, run, save_random_llama
 
@@ -24,6 +26,34 @@ TOKENIZER = Tokenizer.load(ROOT / "tests/data/llama")
 SCHEMAS = json.loads((ROOT / "perf/data/json_schemas.json").read_text())
 SHORT = ("person", "nested_arrays", "recursive_tree", "discriminated_union", "patterns")  # whose documents may end soon
 PROMPTS = [random.Random(index).choices(range(3, 512), k=index % 9 + 1) for index in range(40)]
+
+
+def test_a_stream_waits_at_a_gate_until_the_host_opens_it() -> None:
+    device = torch.device("cuda")
+    gate = StreamGate.where_possible(device)
+    assert gate is not None, "every driver that torch runs on has them"
+    stream, done = torch.cuda.Stream(device), torch.cuda.Event()
+    source = torch.zeros(1000, dtype=torch.int32, pin_memory=True)
+    target = torch.zeros(1000, dtype=torch.int32, device=device)
+    for number in range(1, 20):
+        closed = gate.close(stream)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            done.record()
+        time.sleep(0.002)
+        assert not done.query()
+        source.fill_(number)
+        gate.open(closed)
+        done.synchronize()
+        assert (target == number).all()
+    numbers = [gate.close(stream) for _ in range(2)]
+    with torch.cuda.stream(stream):
+        done.record()
+    gate.open(numbers[0])
+    time.sleep(0.002)
+    assert not done.query(), "the second is closed"
+    gate.open_all()
+    done.synchronize()
 
 
 @pytest.mark.parametrize("with_graphs", [True, False])
