@@ -124,3 +124,43 @@ def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> No
     sampled = sampler.sample(logits, rows, lengths, tables, Staging(CPU))
     assert sampled.token_ids.tolist() == [3, 3]
     assert widths == [((4, 9), (131072, 1))]
+
+
+def test_parameters_are_uploaded_when_rows_or_their_owners_have_changed() -> None:
+    """The temperatures that each draw gets, and how many arrays are uploaded for it."""
+
+    class Counting(Staging):
+        num_arrays = 0
+
+        def upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+            self.num_arrays += len(arrays)
+            return super().upload(*arrays)
+
+    drawn: list[list[float]] = []
+
+    def sample(logits: torch.Tensor, temperature: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        drawn.append(temperature.tolist())
+        return logits.argmax(-1).int()
+
+    sampler, staging = Sampler(SimpleNamespace(sample=sample), 3, [2], CPU), Counting(CPU)
+    tables = DeviceTables(num_rows=3, max_length=32, device=CPU)
+
+    def uploads_of_draw(*rows: int) -> int:
+        before = staging.num_arrays
+        sampler.sample(
+            torch.zeros(len(rows), 8), np.array(rows, np.int32), np.ones(len(rows), np.int32), tables, staging
+        )
+        return staging.num_arrays - before
+
+    def admit(row: int, temperature: float) -> None:
+        sampler.admit([row], [SamplingParams(do_sample=True, temperature=temperature)], Staging(CPU))
+
+    for row in range(3):
+        admit(row, 0.5 + row)
+    everything = uploads_of_draw(0, 1)
+    assert everything > 10
+    assert uploads_of_draw(0, 1) == 1, "the lengths"
+    assert uploads_of_draw(1, 2) == uploads_of_draw(1) == everything
+    admit(1, 9.0)
+    assert uploads_of_draw(1) == everything
+    assert drawn == [[0.5, 1.5], [0.5, 1.5], [1.5, 2.5], [1.5], [9.0]]
