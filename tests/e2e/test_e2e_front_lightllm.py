@@ -66,7 +66,7 @@ def test_details_several_answers_and_the_end(http: httpx.Client, client: LightLL
 def test_refusals_and_the_rest(http: httpx.Client) -> None:
     refused = http.post("/generate", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 10**6}})
     assert refused.status_code == 417
-    assert "max_tokens is 1000000; allowed" in refused.json()["message"]
+    assert "max_new_tokens is 1000000; allowed" in refused.json()["message"]
     assert http.post("/tokens", json={"text": PROMPT}).json() == {"ntokens": len(encode(PROMPT))}
     load = http.get("/token_load").json()
     assert load.keys() == {"current_load", "logical_max_load", "dynamic_max_load"}
