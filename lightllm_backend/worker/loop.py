@@ -32,11 +32,11 @@ POLL_SECONDS = 0.5e-3
 
 
 class _Launched(NamedTuple):
-    """A step in flight. masks_made: what makes its masks on another thread, if that is so."""
+    """A step in flight. masks_made: done once another thread has made its masks; None: no other thread does."""
 
     batch: Batch
     step: PendingStep
-    masks_made: Future[None] | None
+    masks_made: Future[None] | None = None
 
 
 def run(
@@ -61,21 +61,6 @@ def run(
         timer.finished()
         server.send(router.apply(done, result))
 
-    def make_masks(batch: Batch, step: PendingStep) -> Future[None] | None:
-        """Make the masks that the step waits for, on another thread if the step itself is launched already."""
-        assert step.masks is not None
-        masks = step.masks
-
-        def release() -> None:
-            followers.send_masks(masks)
-            runner.release(step)
-
-        if runner.is_gated:
-            return structured.begin_to_fill(router, batch, masks, release)
-        structured.fill(router, batch, masks)
-        release()
-        return None
-
     try:
         while server.open:
             idle = not router.has_work and not in_flight
@@ -95,7 +80,7 @@ def run(
                     # They depend on the tokens of all steps before, while this one's forward already runs.
                     while in_flight:
                         take_result()
-                    masks_made = make_masks(batch, step)
+                    masks_made = _make_masks(structured, router, followers, runner, _Launched(batch, step))
                 in_flight.append(_Launched(batch, step, masks_made))
             while in_flight and (len(in_flight) > runner.overlap or batch is None):
                 take_result()
@@ -109,6 +94,27 @@ def run(
         runner.release_all()
         server.send(RouterOutput.of_chunks(router.drain_finished()))
         raise
+
+
+def _make_masks(
+    structured: StructuredOutput, router: Router, followers: BatchSender, runner: ModelRunner, newest: _Launched
+) -> Future[None] | None:
+    """Make the masks that the newest step waits for; on another thread if the step is launched already, behind a gate.
+
+    Raises what goes wrong, or the other thread's Future does.
+    """
+    step, masks = newest.step, newest.step.masks
+    assert masks is not None
+
+    def release() -> None:
+        followers.send_masks(masks)
+        runner.release(step)
+
+    if runner.is_gated:
+        return structured.begin_to_fill(router, newest.batch, masks, release)
+    structured.fill(router, newest.batch, masks)
+    release()
+    return None
 
 
 def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
