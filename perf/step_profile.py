@@ -8,7 +8,8 @@
 The engine runs in this process: the worker's loop without its sockets. Of several GPUs it is the first's rank, and the
 others are followers in processes of their own. First some steps are timed by the
 clock alone, then others are recorded by PyTorch's profiler, which slows small kernels down a little: the recorded span
-beside the wall time tells how much. On a CPU there are only the host's times.
+beside the wall time tells how much. The gaps between two steps are an upper bound: most of them is the profiler's.
+On a CPU there are only the host's times.
 """
 
 from __future__ import annotations
