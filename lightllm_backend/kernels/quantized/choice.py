@@ -20,8 +20,8 @@ MAX_BLOCK_TOKENS = 128
 MAX_16_BIT_TOKENS = 64
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
-# Shared memory of a multiprocessor, less what the system takes.
-SHARED_BYTES = 225_000
+# Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.
+SHARED_BYTES, BYTES_OF_PROGRAM = 233_472, 1_700
 MAX_STAGES = 16
 
 
@@ -35,6 +35,7 @@ class PrefetchBlocks(NamedTuple):
     consumers: int  # one or two groups of warps, which take the steps in turns
     splits: int  # of the inner dimension
     programs_per_sm: int  # how many programs are to share a multiprocessor
+    tokens: int = MAX_BLOCK_TOKENS  # at most, of a program
 
 
 def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> PrefetchBlocks | None:
@@ -104,15 +105,26 @@ def blocks_by_rule(tokens: int, weight: QuantizedWeight, is_gated: bool, multipr
     return PrefetchBlocks(rows, inner, stages, 4, 2, splits, beside) if stages >= 2 else None
 
 
-def most_stages(blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight) -> int:
+def most_groups(weight: QuantizedWeight, columns: int) -> int:
+    """How many groups of columns a split of so many may touch, as a power of 2 that shared memory is allocated for."""
+    groups = -(-columns // weight.group_size) + (columns % weight.group_size != 0)
+    return 1 << (max(2, groups) - 1).bit_length()
+
+
+def most_stages(
+    blocks: PrefetchBlocks, tokens: int, weight: QuantizedWeight, is_gated: bool = False, rounds: bool = False
+) -> int:
     """How many stages fit, a multiple of the consumers, if as many programs share a multiprocessor as planned."""
-    tokens, rows = min(tokens, MAX_BLOCK_TOKENS), blocks.out
-    groups = 0
+    tokens, rows = min(tokens, blocks.tokens), blocks.out
+    of_groups = 0
     if len(weight.scales) > 1:
-        groups = 1 << (-(-weight.shape[1] // blocks.splits // weight.group_size) + 1).bit_length()
-    of_groups = groups * rows * (weight.scales.element_size() + (weight.zeros is not None))
-    of_sums = 4 * rows * tokens * blocks.consumers  # the result is rearranged in shared memory as well
-    free = SHARED_BYTES // blocks.programs_per_sm - 1_500 - of_sums - of_groups
-    x_bytes = 1 if tokens > MAX_16_BIT_TOKENS and is_direct(weight) else 2
-    fitting = free // (blocks.inner * (rows // (2 if weight.is_int4 else 1) + x_bytes * tokens))
+        columns = -(-weight.shape[1] // blocks.inner // blocks.splits) * blocks.inner
+        row_bytes = weight.scales.element_size() + (weight.zeros is not None)
+        of_groups = most_groups(weight, columns) * rows * row_bytes
+    # The result is rearranged in shared memory, 64 KB at a time, beside the second consumer's sum.
+    of_sums = min(65_536, rows * tokens * (4 if is_gated or blocks.splits > 1 else 2))
+    if blocks.consumers > 1:
+        of_sums += 4 * rows * tokens
+    free = SHARED_BYTES // blocks.programs_per_sm - BYTES_OF_PROGRAM - of_sums - of_groups
+    fitting = free // (blocks.inner * (rows // (2 if weight.is_int4 else 1) + (1 if rounds else 2) * tokens))
     return min(fitting, MAX_STAGES) // blocks.consumers * blocks.consumers

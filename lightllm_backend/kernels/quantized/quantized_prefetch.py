@@ -36,13 +36,24 @@ from lightllm_backend.kernels.linear.linear_prefetch import (
     MULTIPROCESSOR_REGISTERS,
     PRODUCER_REGISTERS,
 )
-from lightllm_backend.kernels.quantized.choice import MAX_BLOCK_TOKENS, PrefetchBlocks, kind_of
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, kind_of, most_groups
 from lightllm_backend.kernels.quantized.fragments import CHUNK
 from lightllm_backend.kernels.quantized.unpacking import unpacking
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 # See product_layout.
 MAX_MMA_TOKENS = 8
+
+
+@gluon.constexpr_function
+def unpacks_ahead(layout, spans_of_step, is_grouped, is_int4, consumers):
+    """Whether a consumer unpacks weights while the tensor cores multiply those before.
+
+    Nothing may touch their sums meanwhile, so the scales of groups multiply the weights. Those of 4 bits are so coarse
+    that rounding them to 16 bits does not matter. With two consumers, ptxas finds too few registers and waits for each
+    product.
+    """
+    return layout.version[0] == 3 and spans_of_step > 1 and (is_int4 or not is_grouped) and consumers == 1
 
 
 @gluon.jit
@@ -121,17 +132,43 @@ def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.conste
 
 
 @gluon.jit
-def _unpack(words, zero, asm: gl.constexpr, is_int4: gl.constexpr, has_zeros: gl.constexpr, layout: gl.constexpr):
+def _span_of(words, span: gl.constexpr, spans: gl.constexpr, layout: gl.constexpr):
+    """One of the 1, 2 or 4 spans of columns of `words` [rows, bytes], which are registers of the same threads."""
+    rows: gl.constexpr = words.shape[0]
+    numbers = words
+    if spans > 1:
+        left, right = gl.split(words.reshape([rows, 2, words.shape[1] // 2]).permute((0, 2, 1)))
+        numbers = left if span < spans // 2 else right
+    if spans == 4:
+        left, right = gl.split(numbers.reshape([rows, 2, words.shape[1] // 4]).permute((0, 2, 1)))
+        numbers = left if span % 2 == 0 else right
+    return gl.convert_layout(numbers, layout) if spans > 1 else numbers
+
+
+@gluon.jit
+def _unpack(
+    words,
+    zero,
+    scale,
+    asm: gl.constexpr,
+    is_int4: gl.constexpr,
+    has_zeros: gl.constexpr,
+    is_scaled: gl.constexpr,
+    layout: gl.constexpr,
+):
     """The weights of a tile [rows, bytes] in 16 bits, as the tensor cores' left operand [rows, columns]."""
     rows: gl.constexpr = words.shape[0]
     columns: gl.constexpr = words.shape[1] * (2 if is_int4 else 1)
     if is_int4:
-        if has_zeros:
-            low, high = gl.inline_asm_elementwise(
-                asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
-            )
+        types: gl.constexpr = (zero.dtype, zero.dtype)
+        if has_zeros and is_scaled:
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r,r,r", [words, zero, scale], types, True, 4)
+        elif is_scaled:
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, scale], types, True, 4)
+        elif has_zeros:
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, zero], types, True, 4)
         else:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], types, True, 4)
         # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
         digits = gl.join(low, high).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
     else:
@@ -152,6 +189,38 @@ def _product(weights, x_tile, total, layout: gl.constexpr):
     else:
         total = hopper.warpgroup_mma(weights, x_tile, total)
     return total
+
+
+@gluon.jit
+def _multiply_direct(
+    place,
+    shared,
+    first: gl.constexpr,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end."""
+    _, steps = place
+    w_shared, x_shared, full, empty = shared
+    rows: gl.constexpr = w_shared.shape[1]
+    block_tokens: gl.constexpr = x_shared.shape[1]
+    total = gl.zeros([rows, block_tokens], gl.float32, layout)
+    gl.assume(steps > first)  # see _multiply
+    for step in range(first, steps, consumers):
+        stage = step % stages
+        mbarrier.wait(full.index(stage), step // stages & 1)
+        for part in gl.static_range(parts):
+            tile = stage * parts + part
+            total = hopper.warpgroup_mma(
+                w_shared.index(tile), x_shared.index(tile).permute((1, 0)), total, is_async=True
+            )
+        total = hopper.warpgroup_mma_wait(parts, deps=(total,))
+        if step > first:
+            synchronize()
+            mbarrier.arrive(empty.index((step - consumers) % stages), count=1)
+    return hopper.warpgroup_mma_wait(0, deps=(total,))
 
 
 @gluon.jit
@@ -179,47 +248,56 @@ def _multiply(
     rows: gl.constexpr = w_shared.shape[1]
     row_bytes: gl.constexpr = w_shared.shape[2]
     dtype: gl.constexpr = x_shared.dtype
-    is_direct: gl.constexpr = asm == ""
     is_grouped: gl.constexpr = spans_per_group > 0
     has_zeros: gl.constexpr = z_shared.shape[0] > 1
+    is_ahead: gl.constexpr = unpacks_ahead(layout, parts * spans, is_grouped, is_int4, consumers)
+    is_scaled: gl.constexpr = is_ahead and is_grouped
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
     nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
     span_bytes: gl.constexpr = row_bytes // spans
-    zero = gl.full([rows, span_bytes], 0, gl.float32 if is_direct else dtype, span_layout)
+    zero = gl.full([rows, span_bytes], 0, dtype, span_layout)
     if is_grouped:
         mbarrier.wait(copied, 0)
         first_group = begin * parts * spans // spans_per_group
+    # Else ptxas would find a path to the last wait on which something else sets the sums, and wait for each product.
+    gl.assume(steps > first)
     for step in range(first, steps, consumers):
         stage = step % stages
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
-            tile = w_shared.index(stage * parts + part)
-            if not is_direct:
-                words = tile.load(words_layout)
+            words = w_shared.index(stage * parts + part).load(words_layout)
             for span in gl.static_range(spans):
                 place_of_span = ((begin + step) * parts + part) * spans + span
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
-                if is_direct:
-                    total += _product(tile, x_tile, nothing, layout)
-                elif is_grouped:
+                numbers = _span_of(words, span, spans, span_layout)
+                by_byte = zero
+                if is_grouped:
                     group = place_of_span // spans_per_group - first_group
                     if has_zeros:
                         row_zero = z_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
                         zero = (row_zero + zero_offset).to(dtype)[:, None].broadcast_to([rows, span_bytes])
-                    if spans == 1:
-                        numbers = words
-                    else:  # the span's bytes, which are registers of the same threads
-                        left, right = gl.split(words.reshape([rows, 2, span_bytes]).permute((0, 2, 1)))
-                        numbers = gl.convert_layout(left if span == 0 else right, span_layout)
-                    weights = _unpack(numbers, zero, asm, is_int4, has_zeros, layout)
+                    if is_scaled:
+                        row_scale = s_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
+                        by_byte = row_scale.to(dtype)[:, None].broadcast_to([rows, span_bytes])
+                weights = _unpack(numbers, zero, by_byte, asm, is_int4, has_zeros, is_scaled, layout)
+                if is_ahead:
+                    total = hopper.warpgroup_mma(weights, x_tile, total, is_async=True)
+                    total = hopper.warpgroup_mma_wait(1, deps=(total,))
+                    if part == 0 and span == 0:
+                        # The last step's products have ended.
+                        synchronize()
+                        mbarrier.arrive(empty.index((step + stages - consumers) % stages), count=1, pred=step > first)
+                elif is_grouped:
                     scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
                     total += _product(weights, x_tile, nothing, layout) * scale[:, None]
                 else:
-                    weights = _unpack(words, zero, asm, is_int4, has_zeros, layout)
                     total = _product(weights, x_tile, total, layout)
-        synchronize()
-        mbarrier.arrive(empty.index(stage), count=1)
+        if not is_ahead:
+            synchronize()
+            mbarrier.arrive(empty.index(stage), count=1)
+    if is_ahead:
+        total = hopper.warpgroup_mma_wait(0, deps=(total,))
     return total
 
 
@@ -269,10 +347,13 @@ def _consume(
         async_copy.wait_group(0)
         synchronize()
         mbarrier.arrive(copied, count=1)
-    total = _multiply(
-        place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-        words_layout, span_layout, layout,
-    )  # fmt: skip
+    if asm == "":
+        total = _multiply_direct(place, shared, 0, consumers, stages, parts, layout)
+    else:
+        total = _multiply(
+            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
     if consumers > 1:
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
@@ -323,10 +404,13 @@ def _consume_second(
 ):
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
-    total = _multiply(
-        place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-        words_layout, span_layout, layout,
-    )  # fmt: skip
+    if asm == "":
+        total = _multiply_direct(place, shared, 1, consumers, stages, parts, layout)
+    else:
+        total = _multiply(
+            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
     r_shared.store(total)
     synchronize()
     mbarrier.arrive(summed, count=1)
@@ -501,7 +585,7 @@ def launch_quantized_prefetch(
     """
     tokens, in_features = x.shape
     features = out.shape[-1]
-    block_tokens = min(MAX_BLOCK_TOKENS, max(8, triton.next_power_of_2(tokens)))
+    block_tokens = min(blocks.tokens, max(8, triton.next_power_of_2(tokens)))
     rows = blocks.out // 2 if is_gated else blocks.out
     groups = len(weight.scales)
     has_zeros = weight.zeros is not None
@@ -513,21 +597,32 @@ def launch_quantized_prefetch(
     # Each stage is one consumer's. A barrier knows the parity of its phase only: a consumer that had not waited for the
     # stage's last phase could take the one before it for the next.
     assert blocks.stages % blocks.consumers == 0
+    # A consumer releases a stage once it has started on its next one.
+    assert blocks.stages >= 2 * blocks.consumers
     assert blocks.splits == 1 or not is_gated
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
-    # of columns if it holds two groups.
+    # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
-    spans = 2 if groups > 1 and tile_columns > weight.group_size else 1
+    layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
+    is_grouped = groups > 1 or has_zeros
+    is_ahead = not is_direct and unpacks_ahead(
+        layout_of_sums, blocks.inner // CHUNK, is_grouped, weight.is_int4, blocks.consumers
+    )
+    if is_ahead:
+        spans = tile_columns // CHUNK
+    else:
+        spans = 2 if groups > 1 and tile_columns > weight.group_size else 1
     span_columns = tile_columns // spans
     row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
     assert blocks.inner % tile_columns == 0
     assert weight.group_size % span_columns == 0
-    spans_per_group = weight.group_size // span_columns if groups > 1 or has_zeros else 0
+    spans_per_group = weight.group_size // span_columns if is_grouped else 0
     steps = in_features // blocks.inner
     steps_of_split = triton.cdiv(steps, blocks.splits)
-    assert (blocks.splits - 1) * steps_of_split < steps
+    # Each consumer has a step in the last split too.
+    assert (blocks.splits - 1) * steps_of_split + blocks.consumers <= steps
     columns = steps_of_split * blocks.inner
-    max_groups = triton.next_power_of_2(max(2, triton.cdiv(columns, weight.group_size) + 1)) if spans_per_group else 1
+    max_groups = most_groups(weight, columns) if spans_per_group else 1
     values = weight.values if is_direct else weight.values.view(torch.int8)
     layout = gl.NVMMASharedLayout.get_default_for([rows, row_bytes], ELEMENTS[values.dtype])
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
@@ -549,11 +644,11 @@ def launch_quantized_prefetch(
         is_int4=weight.is_int4,
         is_gated=is_gated,
         is_gelu=is_gelu,
-        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros),
+        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_ahead and is_grouped),
         zero_offset=one if weight.is_int4 else 0.0,
         words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
         span_layout=words_layout(blocks.out, row_bytes // spans, blocks.warps, weight.is_int4),
-        layout=product_layout(block_tokens, blocks.warps, is_direct),
+        layout=layout_of_sums,
         spans_per_group=spans_per_group,
         max_groups=max_groups,
         block_tokens=block_tokens,

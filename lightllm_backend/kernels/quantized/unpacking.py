@@ -12,8 +12,8 @@ _AND_OR, _AND_XOR = "0xEA", "0x6A"
 
 
 @lru_cache
-def unpacking(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
-    """PTX that turns a word into 16-bit numbers; `kind` is int4, int8 or fp8.
+def unpacking(kind: str, dtype: torch.dtype, has_zeros: bool, has_scale: bool = False) -> str:
+    """PTX that turns a word into 16-bit numbers; `kind` is int4, int8 or fp8. With a scale, int4 is multiplied by it.
 
     A word holds pairs, of 4-bit numbers or bytes, 16 bits apart; both of a pair become numbers by the same operations.
     Small whole numbers enter the fraction of 128.0 in bfloat16, or of 1024.0 in float16, whose last place counts 1, and
@@ -34,6 +34,8 @@ def unpacking(kind: str, dtype: torch.dtype, has_zeros: bool) -> str:
             if not has_zeros:
                 lines.append(f"mov.b32 s, {_twice(one + INT4_ZERO)};")
             lines.append(f"{subtract} ${pair}, t, {'$5' if has_zeros else 's'};")
+            if has_scale:
+                lines.append(f"{multiply} ${pair}, ${pair}, {'$7' if has_zeros else '$5'};")
         return _block(lines)
     for pair in range(2):  # bytes 0 and 2, or 1 and 3
         source = "$2"
