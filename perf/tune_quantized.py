@@ -5,7 +5,7 @@
     python -m perf.tune_quantized --kinds int4 --tokens 8,16 llama-7b
     python -m perf.tune_quantized --kinds fp8 --tp 4 llama-7b llama-2-70b
 
-All blocks that fit are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input,
+"fp8 by fp8" is fp8 with activations that are rounded to 8 bits, as they are from some number of tokens on. All blocks that fit are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input,
 since a part of the gain lies between the two. Then whole decode steps decide between the best of each product. The
 result goes to lightllm_backend/kernels/quantized/quantized_prefetch.json, where other products and token counts keep
 what earlier runs found.
@@ -31,16 +31,15 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
+from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
-    MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
+    MOST_BLOCK_TOKENS,
     PrefetchBlocks,
-    is_direct,
     most_stages,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
-from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch, registers_of
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
@@ -62,9 +61,15 @@ class Job(NamedTuple):
     product: Product
     tokens: int
 
+    @property
+    def rounds(self) -> bool:
+        """Whether activations have 8 bits."""
+        return self.kind == "fp8 by fp8"
+
 
 def weight_of(kind: str, product: Product) -> QuantizedWeight:
     """As `weight_dtype` makes it, with results of about 1."""
+    kind = kind.partition(" ")[0]
     weight = random_weight(Place(DEVICE, DTYPE), kind, product.out_features, product.in_features)
     spread = {"int4": 4.6, "int8": 73.0, "fp8": 1.0}[kind]
     scales = weight.scales / (spread * product.in_features**0.5)
@@ -72,38 +77,40 @@ def weight_of(kind: str, product: Product) -> QuantizedWeight:
 
 
 def _without_data(kind: str, out_features: int, in_features: int) -> QuantizedWeight:
-    place = Place(torch.device("meta"), DTYPE)
+    place, kind = Place(torch.device("meta"), DTYPE), kind.partition(" ")[0]
     return replace(random_weight(place, kind, out_features, in_features), zeros=None, quantizes_input=kind == "fp8")
 
 
 def candidates(job: Job) -> Iterator[PrefetchBlocks]:
     kind, product, tokens = job
     shape = _without_data(kind, product.out_features, product.in_features)
-    tokens = min(tokens, MAX_BLOCK_TOKENS)
-    for (rows, warps, consumers), inner, beside, splits in itertools.product(
-        ((64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1)),
+    for (rows, warps, consumers), inner, beside, splits, most_tokens in itertools.product(
+        ((64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1), (256, 16, 1)),
         (128, 256) if product.in_features % 128 == 0 else (64,),
         (1, 2, 3),
         (1, 2, 3, 4, 6),
+        (MAX_BLOCK_TOKENS, MOST_BLOCK_TOKENS) if tokens > MAX_BLOCK_TOKENS else (MAX_BLOCK_TOKENS,),
     ):
-        programs = math.ceil(product.out_features / rows) * splits
+        block_tokens = min(tokens, most_tokens)
+        programs = math.ceil(product.out_features / rows) * splits * math.ceil(tokens / most_tokens)
         steps = product.in_features // inner
-        blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside)
-        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape))
+        blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside, most_tokens)
+        blocks = blocks._replace(stages=most_stages(blocks, tokens, shape, product.is_gated, job.rounds))
         if (
-            blocks.stages < max(2, consumers)
+            blocks.stages < 2 * consumers
             or product.in_features % inner != 0
-            or (splits - 1) * math.ceil(steps / splits) >= steps
+            or (splits - 1) * math.ceil(steps / splits) + consumers > steps
             or programs < 60
             or (splits > 1 and (programs > 132 * beside * 1.05 or product.is_gated))
             or (beside > 1 and programs <= 132 * (beside - 1))
             or (rows == 256 and tokens < 32)
+            or (rows == 64 and block_tokens > 128)
             or consumers * warps * beside > 24
         ):
             continue
-        # Registers for the result, for a tile of weights, and for the rest.
-        of_weights = 0 if kind == "fp8" and tokens > MAX_16_BIT_TOKENS else rows * 128 * 3 // (4 * 32 * warps)
-        if rows * tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
+        # Registers for the result, for two spans of weights and the words of a tile, and for the rest.
+        of_weights = 0 if job.rounds else rows * 96 // (32 * warps)
+        if rows * block_tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
             yield blocks
 
 
@@ -119,10 +126,11 @@ def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None
 
 
 def inputs(job: Job, weight: QuantizedWeight, raw: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    x = launchers.rms_norm(raw, scale, 1e-5)
-    if job.tokens > MAX_16_BIT_TOKENS and is_direct(weight):
-        return quantize_tokens(x, weight)
-    return x, None
+    """The product's, by the norm before it."""
+    if job.rounds:
+        rounded = rounded_rms_norm(raw, scale, 1e-5, None, None, weight)
+        return rounded.values, rounded.scales
+    return launchers.rms_norm(raw, scale, 1e-5), None
 
 
 def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
@@ -195,7 +203,7 @@ def key(job: Job) -> str:
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
-@click.option("--kinds", default="fp8,int4", show_default=True)
+@click.option("--kinds", default="fp8,fp8 by fp8,int4", show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="blocks of tokens")
 @click.option("--compare", is_flag=True, help="also time the steps in 16 bits")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
@@ -232,7 +240,7 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
             print(f"bf16, {milliseconds}", flush=True)
             del step
         for kind in kinds.split(","):
-            step = DecodeStep(name, most, kind, tp)
+            step = DecodeStep(name, most, kind.partition(" ")[0], tp)
             for count in counts:
                 best = sum(step.seconds(BATCHES[count]))
                 for job in (job for job in jobs if job.kind == kind and job.tokens == count):

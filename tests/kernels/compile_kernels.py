@@ -45,7 +45,7 @@ from lightllm_backend.kernels.linear.choice import (
 )
 from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
-from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -230,16 +230,16 @@ def launch_stored_quantized(capability: str) -> None:
         out_features, in_features = map(int, shape.split(" x "))
         is_gated, is_int4 = name.endswith("gated"), kind == "int4"
         group_size = 128 if is_int4 else in_features
-        for tokens in (8, 128):
-            if by_tokens[str(tokens)] is None or (kind, is_gated, tokens) in compiled:
+        for tokens in (8, 64, 256):
+            if by_tokens.get(str(tokens)) is None or (kind, is_gated, tokens) in compiled:
                 continue
             compiled.add((kind, is_gated, tokens))
-            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind])
+            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind.partition(" ")[0]])
             scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if is_int4 else None)
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])
             x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
-            if tokens > MAX_16_BIT_TOKENS and kind == "fp8":
+            if kind == "fp8 by fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
             dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32

@@ -39,17 +39,18 @@ def weight_of(kind: str, out_features: int, in_features: int, group_size: int | 
 
 def test_stored_blocks_fit_and_divide_their_products():
     for name, by_tokens in stored_blocks(BLOCKS)["9.0"].items():
-        kind, out_features, in_features, gated = re.fullmatch(r"(\w+), (\d+) x (\d+)(, gated)?", name).groups()
-        weight = weight_of(kind, int(out_features), int(in_features))
+        kind, out_features, in_features, gated = re.fullmatch(r"([\w ]+), (\d+) x (\d+)(, gated)?", name).groups()
+        weight, rounds = weight_of(kind.partition(" ")[0], int(out_features), int(in_features)), kind == "fp8 by fp8"
         assert set(map(int, by_tokens)) <= set(PREFETCH_TOKENS)
         for tokens, stored in by_tokens.items():
             if stored is not None:
                 blocks = PrefetchBlocks(*stored)
                 steps = int(in_features) // blocks.inner
-                assert blocks.stages <= most_stages(blocks, int(tokens), weight)
+                assert 2 * blocks.consumers <= blocks.stages
+                assert blocks.stages <= most_stages(blocks, int(tokens), weight, bool(gated), rounds)
                 assert blocks.stages % blocks.consumers == 0
                 assert int(in_features) % blocks.inner == 0
-                assert (blocks.splits - 1) * -(-steps // blocks.splits) < steps
+                assert (blocks.splits - 1) * -(-steps // blocks.splits) + blocks.consumers <= steps
                 assert blocks.splits == 1 or not gated
 
 

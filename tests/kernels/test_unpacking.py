@@ -50,7 +50,8 @@ def bytes_of(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zero", [None, 5])
-def test_four_bits(dtype, zero):
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_four_bits(dtype, zero, scale):
     """Nibbles k and k + 4 are a pair; a zero point comes with the offset that numbers have in the fraction."""
     nibbles = torch.arange(16).repeat(2, 1).flatten().unfold(0, 8, 1)  # each number at each place
     words = sum(nibbles[:, index] << 4 * index for index in range(8))
@@ -58,10 +59,13 @@ def test_four_bits(dtype, zero):
     if zero is not None:
         offset = torch.tensor([zero + (128.0 if dtype == torch.bfloat16 else 1024.0)]).to(dtype).view(torch.int16)
         given += [(offset.long() * 0x00010001).expand(len(words))] * 2
-    results = run(unpacking("int4", dtype, zero is not None), given, 4, dtype)
+    if scale is not None:
+        bits = torch.tensor([scale]).to(dtype).view(torch.int16).long()
+        given += [(bits * 0x00010001).expand(len(words))] * 2
+    results = run(unpacking("int4", dtype, zero is not None, scale is not None), given, 4, dtype)
     for pair, result in enumerate(results):
         expected = nibbles[:, [pair, pair + 4]] - (8 if zero is None else zero)
-        assert torch.equal(result.float(), expected.float())
+        assert torch.equal(result.float(), expected.float() * (scale or 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

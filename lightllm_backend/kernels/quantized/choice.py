@@ -14,10 +14,11 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 # The token counts that blocks are tuned for; a product takes those of the next larger one.
 PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
-# The most tokens of a program; more are further programs.
-MAX_BLOCK_TOKENS = 128
-# Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so.
-MAX_16_BIT_TOKENS = 64
+# The most tokens of a program; more are further programs. Blocks may ask for the larger one.
+MAX_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 256
+# Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so; above the fewer, those
+# that the kernel before the product rounds.
+MAX_16_BIT_TOKENS, MAX_16_BIT_NORMED = 64, 8
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.
@@ -47,24 +48,26 @@ def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> 
         return None
     if tokens > MAX_16_BIT_TOKENS and weight.quantizes_input and not is_direct(weight):
         return None
+    rounds = isinstance(x, RoundedTokens) or (tokens > MAX_16_BIT_TOKENS and is_direct(weight))
     padded = next(count for count in PREFETCH_TOKENS if tokens <= count)
     table = stored_blocks(BLOCKS).get("{}.{}".format(*compute_capability(read.device)), {})
-    row = table.get(f"{kind_of(weight)}, {product_name(out_features, in_features, is_gated)}", {})
+    row = table.get(f"{kind_of(weight, rounds)}, {product_name(out_features, in_features, is_gated)}", {})
     if str(padded) in row:
         if (stored := row[str(padded)]) is None:
             return None
         blocks = PrefetchBlocks(*stored)
         # They are tuned with groups of 128; the scales of smaller ones take shared memory from the stages.
-        stages = min(blocks.stages, most_stages(blocks, padded, weight))
-        if stages >= max(2, blocks.consumers):
+        stages = min(blocks.stages, most_stages(blocks, padded, weight, is_gated, rounds))
+        if stages >= 2 * blocks.consumers:
             return blocks._replace(stages=stages)
-    return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(read.device))
+    return blocks_by_rule(padded, weight, is_gated, multiprocessor_count(read.device), rounds)
 
 
-def kind_of(weight: QuantizedWeight) -> str:
+def kind_of(weight: QuantizedWeight, rounds: bool = False) -> str:
+    """The weight's kind, with activations in 8 bits or not, as quantized_prefetch.json calls it."""
     if weight.is_int4:
         return "int4"
-    return "int8" if weight.values.dtype == torch.int8 else "fp8"
+    return "int8" if weight.values.dtype == torch.int8 else "fp8 by fp8" if rounds else "fp8"
 
 
 def is_direct(weight: QuantizedWeight) -> bool:
@@ -79,19 +82,21 @@ def takes_rounded(weight: Weight | None, tokens: int, dtype: torch.dtype) -> Typ
         and weight.in_fragments
         and weight.order is None
         and is_direct(weight)
-        and tokens > MAX_16_BIT_TOKENS
+        and tokens > MAX_16_BIT_NORMED
         and dtype.itemsize == 2
     )
 
 
-def blocks_by_rule(tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int) -> PrefetchBlocks | None:
+def blocks_by_rule(
+    tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int, rounds: bool = False
+) -> PrefetchBlocks | None:
     """Blocks for a weight without stored ones. None: nothing fits, or cuBLAS is quicker.
 
     They are what quantized_prefetch.json mostly has: small tiles, with two groups of warps on each of two programs that
     share a multiprocessor, as long as its registers and shared memory allow it.
     """
     out_features, in_features = weight.shape
-    if tokens > MAX_16_BIT_TOKENS and is_direct(weight) and out_features >= 64 * multiprocessors:
+    if tokens > MAX_16_BIT_TOKENS and rounds and out_features >= 64 * multiprocessors:
         return None
     inner = 128 if in_features % 128 == 0 else CHUNK
     rows = 64

@@ -257,6 +257,9 @@ def _multiply(
     nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
     span_bytes: gl.constexpr = row_bytes // spans
     zero = gl.full([rows, span_bytes], 0, dtype, span_layout)
+    by_byte = zero
+    # Spans of a tile that are surely of one group.
+    spans_alike: gl.constexpr = spans if spans_per_group % spans == 0 else 1
     if is_grouped:
         mbarrier.wait(copied, 0)
         first_group = begin * parts * spans // spans_per_group
@@ -271,8 +274,7 @@ def _multiply(
                 place_of_span = ((begin + step) * parts + part) * spans + span
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
                 numbers = _span_of(words, span, spans, span_layout)
-                by_byte = zero
-                if is_grouped:
+                if is_grouped and span % spans_alike == 0:
                     group = place_of_span // spans_per_group - first_group
                     if has_zeros:
                         row_zero = z_shared.index(group).load(gl.SliceLayout(1, span_layout)).to(gl.float32)
