@@ -5,10 +5,11 @@
     python -m perf.tune_quantized --kinds int4 --tokens 8,16 llama-7b
     python -m perf.tune_quantized --kinds fp8 --tp 4 llama-7b llama-2-70b
 
-"fp8 by fp8" is fp8 with activations that are rounded to 8 bits, as they are from some number of tokens on. All blocks that fit are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input,
-since a part of the gain lies between the two. Then whole decode steps decide between the best of each product. The
-result goes to lightllm_backend/kernels/quantized/quantized_prefetch.json, where other products and token counts keep
-what earlier runs found.
+"fp8 by fp8" is fp8 with activations rounded to 8 bits, as they are from some number of tokens on. All blocks that fit
+are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input, since a part of the
+gain lies between the two. Then whole decode steps decide between the best of each product. The result goes to
+lightllm_backend/kernels/quantized/quantized_prefetch.json, where other products and token counts keep what earlier runs
+found.
 """
 
 from __future__ import annotations

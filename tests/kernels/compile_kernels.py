@@ -234,7 +234,8 @@ def launch_stored_quantized(capability: str) -> None:
             if by_tokens.get(str(tokens)) is None or (kind, is_gated, tokens) in compiled:
                 continue
             compiled.add((kind, is_gated, tokens))
-            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=KINDS[kind.partition(" ")[0]])
+            dtype = KINDS[kind.partition(" ")[0]]
+            values = torch.empty(out_features, in_features // (8 if is_int4 else 1), dtype=dtype)
             scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if is_int4 else None)
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,16 +52,35 @@ def expected_kernels(capability: str, models: list[tuple[str, int, int, int, boo
     return (every | OF_HOPPER) - {"gated_linear"} if capability == "9.0" else every
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, int]]:
-    """The most shared memory of a block in bytes, by kernel, for each of GPUS; compiled without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    jobs = json.dumps([(capability, models) for capability, _, models in GPUS])
+def compile_jobs(gpus: Sequence[tuple[str, int, list[Any]]], **environment: str) -> tuple[list[dict[str, int]], str]:
+    """The most shared memory of a block in bytes, by kernel, for each of `gpus`, compiled without the interpreter; and
+    what the compiler printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    jobs = json.dumps([(capability, models) for capability, _, models in gpus])
     command = [sys.executable, "-m", "tests.kernels.compile_kernels", jobs]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    shared: list[dict[str, int]] = json.loads(result.stdout.splitlines()[-1])
-    return shared
+    log, _, shared = result.stdout.rstrip().rpartition("\n")
+    return json.loads(shared), log
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, int]], str]:
+    """Of the products at the stored blocks: in a cache of their own, since ptxas is not asked again otherwise."""
+    cache = str(tmp_path_factory.mktemp("compiled"))
+    return compile_jobs(GPUS[-1:], TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
+
+
+@pytest.fixture(scope="module")
+def compiled(stored: tuple[list[dict[str, int]], str]) -> list[dict[str, int]]:
+    return compile_jobs(GPUS[:-1])[0] + stored[0]
+
+
+def test_tensor_cores_are_not_waited_for_at_each_product(stored: tuple[list[dict[str, int]], str]) -> None:
+    """ptxas does so, and only tells in its log, if it cannot follow the registers of a product that is under way."""
+    log = stored[1]
+    assert "Compiling entry function 'quantized_prefetch_kernel'" in log
+    assert [line for line in log.splitlines() if "wgmma" in line] == []
 
 
 @pytest.mark.parametrize("index", range(len(GPUS)))

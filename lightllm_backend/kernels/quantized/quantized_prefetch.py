@@ -10,6 +10,7 @@ word becomes pairs of 16 bits by a shift and two or three operations on both of 
 A direct product, of fp8 with activations in fp8, needs none of that (`asm` is empty): the tensor cores read both.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -160,15 +161,20 @@ def _unpack(
     rows: gl.constexpr = words.shape[0]
     columns: gl.constexpr = words.shape[1] * (2 if is_int4 else 1)
     if is_int4:
-        types: gl.constexpr = (zero.dtype, zero.dtype)
         if has_zeros and is_scaled:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r,r,r", [words, zero, scale], types, True, 4)
+            low, high = gl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r,r,r,r,r", [words, zero, scale], (zero.dtype, zero.dtype), True, 4
+            )
         elif is_scaled:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, scale], types, True, 4)
+            low, high = gl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r,r,r", [words, scale], (zero.dtype, zero.dtype), True, 4
+            )
         elif has_zeros:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r", [words, zero], types, True, 4)
+            low, high = gl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r,r,r", [words, zero], (zero.dtype, zero.dtype), True, 4
+            )
         else:
-            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], types, True, 4)
+            low, high = gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [words], (zero.dtype, zero.dtype), True, 4)
         # chunk, thread, block's high bit, half, second, block's low bit: see fragments.py
         digits = gl.join(low, high).reshape([rows, columns // 64, 4, 2, 2, 2, 2]).permute((0, 1, 3, 6, 4, 2, 5))
     else:
@@ -610,11 +616,8 @@ def launch_quantized_prefetch(
     is_ahead = not is_direct and unpacks_ahead(
         layout_of_sums, blocks.inner // CHUNK, is_grouped, weight.is_int4, blocks.consumers
     )
-    if is_ahead:
-        spans = tile_columns // CHUNK
-    else:
-        spans = 2 if groups > 1 and tile_columns > weight.group_size else 1
-    span_columns = tile_columns // spans
+    span_columns = CHUNK if is_ahead else math.gcd(tile_columns, weight.group_size) if groups > 1 else tile_columns
+    spans = tile_columns // span_columns
     row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
     assert blocks.inner % tile_columns == 0
     assert weight.group_size % span_columns == 0
