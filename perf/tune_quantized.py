@@ -109,9 +109,12 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
             or consumers * warps * beside > 24
         ):
             continue
-        # Registers for the result, for two spans of weights and the words of a tile, and for the rest.
+        # Registers for the result, for two spans of weights and the words of a tile, and for the rest. ptxas wants room
+        # for an instruction's part of the result in the registers that threads start with.
+        most, of_consumers = registers_of(blocks)
         of_weights = 0 if job.rounds else rows * 96 // (32 * warps)
-        if rows * block_tokens // (32 * warps) + of_weights + 36 <= registers_of(blocks)[1]:
+        needed = rows * block_tokens // (32 * warps) + of_weights + 36
+        if needed <= of_consumers and block_tokens // 2 + 32 <= most:
             yield blocks
 
 

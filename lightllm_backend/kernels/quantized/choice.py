@@ -126,8 +126,8 @@ def most_stages(
         columns = -(-weight.shape[1] // blocks.inner // blocks.splits) * blocks.inner
         row_bytes = weight.scales.element_size() + (weight.zeros is not None)
         of_groups = most_groups(weight, columns) * rows * row_bytes
-    # The result is rearranged in shared memory, 64 KB at a time, beside the second consumer's sum.
-    of_sums = min(65_536, rows * tokens * (4 if is_gated or blocks.splits > 1 else 2))
+    # A result in 16 bits is rearranged in shared memory, beside the second consumer's sum.
+    of_sums = 0 if blocks.splits > 1 else rows * tokens * (1 if is_gated else 2)
     if blocks.consumers > 1:
         of_sums += 4 * rows * tokens
     free = SHARED_BYTES // blocks.programs_per_sm - BYTES_OF_PROGRAM - of_sums - of_groups

@@ -46,30 +46,40 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 MAX_MMA_TOKENS = 8
 
 
-@gluon.constexpr_function
-def unpacks_ahead(layout, spans_of_step, is_grouped, is_int4, consumers):
-    """Whether a consumer unpacks weights while the tensor cores multiply those before.
+@gluon.jit
+def _feature_of(index, row, features, is_gated: gl.constexpr):
+    """The output feature that rows of a tile which begins at feature `row` are for, and their rows of the weight.
 
-    Nothing may touch their sums meanwhile, so the scales of groups multiply the weights. Those of 4 bits are so coarse
-    that rounding them to 16 bits does not matter. With two consumers, ptxas finds too few registers and waits for each
-    product.
+    In a gated tile, 8 rows of the gate precede those of `up` for the same features: a thread of the tensor cores, which
+    has rows 8 apart, then has both.
     """
-    return layout.version[0] == 3 and spans_of_step > 1 and (is_int4 or not is_grouped) and consumers == 1
+    feature = row + index
+    weight_row = feature
+    if is_gated:
+        feature = row + index // 16 * 8 + index % 8
+        weight_row = feature + index // 8 % 2 * features
+    return feature, weight_row
 
 
 @gluon.jit
-def _copy_weights(
-    weight_tiles, w_shared, full, stage, parts: gl.constexpr, row, step, features, is_gated: gl.constexpr
-):
-    half: gl.constexpr = w_shared.shape[1] // 2
+def _copy_weights(weight_tiles, w_shared, full, stage, parts: gl.constexpr, row, step, is_gated: gl.constexpr):
     for part in gl.static_range(parts):
-        column = (step * parts + part) * w_shared.shape[2]
-        tile = w_shared.index(stage * parts + part)
-        if is_gated:
-            copy_tile(weight_tiles, [row, column], full.index(stage), tile.slice(0, half, dim=0))
-            copy_tile(weight_tiles, [features + row, column], full.index(stage), tile.slice(half, half, dim=0))
+        tile = stage * parts + part
+        if is_gated:  # [features / 8, 2, 8, columns]: see _feature_of
+            column = (step * parts + part) * w_shared.shape[4]
+            copy_tile(weight_tiles, [row // 8, 0, 0, column], full.index(stage), w_shared.index(tile))
         else:
-            copy_tile(weight_tiles, [row, column], full.index(stage), tile)
+            column = (step * parts + part) * w_shared.shape[2]
+            copy_tile(weight_tiles, [row, column], full.index(stage), w_shared.index(tile))
+
+
+@gluon.jit
+def _tile_of(w_shared, tile, rows: gl.constexpr, row_bytes: gl.constexpr):
+    """A tile of the weight: [rows, bytes]."""
+    weights = w_shared.index(tile)
+    if len(w_shared.shape) > 3:
+        weights = weights.reshape([rows, row_bytes])
+    return weights
 
 
 @gluon.jit
@@ -86,22 +96,23 @@ def _produce(
     row,
     token,
     place,
-    features,
     shared,
     stages: gl.constexpr,
     parts: gl.constexpr,
     spans: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
     is_gated: gl.constexpr,
     is_dependent: gl.constexpr,
 ):
     w_shared, x_shared, full, empty = shared
     x_bytes: gl.constexpr = x_shared.shape[1] * x_shared.shape[2] * x_shared.dtype.primitive_bitwidth // 8
-    bytes_of_stage: gl.constexpr = parts * (w_shared.shape[1] * w_shared.shape[2] + spans * x_bytes)
+    bytes_of_stage: gl.constexpr = parts * (rows * row_bytes + spans * x_bytes)
     begin, steps = place
     ahead = gl.minimum(steps, stages)
     for step in range(ahead):
         mbarrier.expect(full.index(step), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, step, parts, row, begin + step, features, is_gated)
+        _copy_weights(weight_tiles, w_shared, full, step, parts, row, begin + step, is_gated)
     if is_dependent:  # see dependent_launch
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
@@ -113,7 +124,7 @@ def _produce(
         stage = step % stages
         mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
         mbarrier.expect(full.index(stage), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, stage, parts, row, begin + step, features, is_gated)
+        _copy_weights(weight_tiles, w_shared, full, stage, parts, row, begin + step, is_gated)
         _copy_x(x_tiles, x_shared, full, stage, parts * spans, token, begin + step)
 
 
@@ -121,13 +132,12 @@ def _produce(
 def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.constexpr, num_warps: gl.constexpr):
     """Starts to copy the scales, or the zero points, of the program's rows, `groups` times."""
     rows: gl.constexpr = g_shared.shape[1]
-    width: gl.constexpr = rows // 2 if is_gated else rows
     per_thread: gl.constexpr = 32 // g_shared.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([per_thread], [32], [num_warps], [0])
     index = gl.arange(0, rows, layout=layout)
-    feature = row + index % width
+    feature, weight_row = _feature_of(index, row, features, is_gated)
     of_weight = features * 2 if is_gated else features
-    address = of_groups + feature + index // width * features
+    address = of_groups + weight_row
     for group in range(groups):
         copy_by_threads(g_shared.index(group), address + group * of_weight, mask=feature < features)
 
@@ -205,12 +215,13 @@ def _multiply_direct(
     consumers: gl.constexpr,
     stages: gl.constexpr,
     parts: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
     layout: gl.constexpr,
 ):
     """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end."""
     _, steps = place
     w_shared, x_shared, full, empty = shared
-    rows: gl.constexpr = w_shared.shape[1]
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
     gl.assume(steps > first)  # see _multiply
@@ -219,9 +230,8 @@ def _multiply_direct(
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
             tile = stage * parts + part
-            total = hopper.warpgroup_mma(
-                w_shared.index(tile), x_shared.index(tile).permute((1, 0)), total, is_async=True
-            )
+            weights = _tile_of(w_shared, tile, rows, row_bytes)
+            total = hopper.warpgroup_mma(weights, x_shared.index(tile).permute((1, 0)), total, is_async=True)
         total = hopper.warpgroup_mma_wait(parts, deps=(total,))
         if step > first:
             synchronize()
@@ -240,9 +250,12 @@ def _multiply(
     parts: gl.constexpr,
     spans: gl.constexpr,
     spans_per_group: gl.constexpr,
+    is_ahead: gl.constexpr,
     is_int4: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
     words_layout: gl.constexpr,
     span_layout: gl.constexpr,
     layout: gl.constexpr,
@@ -251,12 +264,9 @@ def _multiply(
     begin, steps = place
     w_shared, x_shared, full, empty = shared
     s_shared, z_shared, copied = of_groups
-    rows: gl.constexpr = w_shared.shape[1]
-    row_bytes: gl.constexpr = w_shared.shape[2]
     dtype: gl.constexpr = x_shared.dtype
     is_grouped: gl.constexpr = spans_per_group > 0
     has_zeros: gl.constexpr = z_shared.shape[0] > 1
-    is_ahead: gl.constexpr = unpacks_ahead(layout, parts * spans, is_grouped, is_int4, consumers)
     is_scaled: gl.constexpr = is_ahead and is_grouped
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
@@ -275,7 +285,7 @@ def _multiply(
         stage = step % stages
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
-            words = w_shared.index(stage * parts + part).load(words_layout)
+            words = _tile_of(w_shared, stage * parts + part, rows, row_bytes).load(words_layout)
             for span in gl.static_range(spans):
                 place_of_span = ((begin + step) * parts + part) * spans + span
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
@@ -326,8 +336,11 @@ def _consume(
     is_gelu: gl.constexpr,
     has_bias: gl.constexpr,
     is_int4: gl.constexpr,
+    is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
     words_layout: gl.constexpr,
     span_layout: gl.constexpr,
     layout: gl.constexpr,
@@ -339,7 +352,6 @@ def _consume(
     scales, zeros = tables
     s_shared, z_shared, copied = of_groups
     r_shared, summed = sums
-    rows: gl.constexpr = shared[0].shape[1]
     block_tokens: gl.constexpr = shared[1].shape[1]
     width: gl.constexpr = rows // 2 if is_gated else rows
     is_direct: gl.constexpr = asm == ""
@@ -356,32 +368,34 @@ def _consume(
         synchronize()
         mbarrier.arrive(copied, count=1)
     if asm == "":
-        total = _multiply_direct(place, shared, 0, consumers, stages, parts, layout)
+        total = _multiply_direct(
+            place, shared, 0, consumers, stages, parts, rows, row_bytes, layout
+        )
     else:
         total = _multiply(
-            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-            words_layout, span_layout, layout,
+            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
+            zero_offset, rows, row_bytes, words_layout, span_layout, layout,
         )  # fmt: skip
     if consumers > 1:
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
     index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
-    feature = row + index % width
-    address = feature + index // width * features
+    feature, weight_row = _feature_of(index, row, features, is_gated)
     if spans_per_group == 0:
-        scale = gl.load(scales + address, mask=feature < features, other=0.0).to(gl.float32)
+        scale = gl.load(scales + weight_row, mask=feature < features, other=0.0).to(gl.float32)
         total *= scale[:, None]
     if is_direct:
         token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout))
         total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
     if has_bias:
-        added = gl.load(bias + address, mask=feature < features, other=0.0)
+        added = gl.load(bias + weight_row, mask=feature < features, other=0.0)
         total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
     if is_gated:
-        pairs: gl.constexpr = gl.BlockedLayout([4, 1, 2], [8, 4, 1], [1, num_warps, 1], [2, 0, 1])
-        gate, up = gl.split(gl.convert_layout(total.reshape([2, width, block_tokens]).permute((1, 2, 0)), pairs))
-        total = activated(gate, is_gelu) * up
-    store_layout: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
+        gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
+        total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
+    # Of float32, the 8 rows that are together in threads fill a sector of memory as they are.
+    is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
+    store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
     token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
@@ -404,8 +418,11 @@ def _consume_second(
     spans: gl.constexpr,
     spans_per_group: gl.constexpr,
     is_int4: gl.constexpr,
+    is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
     words_layout: gl.constexpr,
     span_layout: gl.constexpr,
     layout: gl.constexpr,
@@ -413,11 +430,13 @@ def _consume_second(
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
     if asm == "":
-        total = _multiply_direct(place, shared, 1, consumers, stages, parts, layout)
+        total = _multiply_direct(
+            place, shared, 1, consumers, stages, parts, rows, row_bytes, layout
+        )
     else:
         total = _multiply(
-            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_int4, asm, zero_offset,
-            words_layout, span_layout, layout,
+            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
+            zero_offset, rows, row_bytes, words_layout, span_layout, layout,
         )  # fmt: skip
     r_shared.store(total)
     synchronize()
@@ -443,6 +462,7 @@ def quantized_prefetch_kernel(
     is_gated: gl.constexpr,
     is_gelu: gl.constexpr,
     is_dependent: gl.constexpr,
+    is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
     words_layout: gl.constexpr,
@@ -468,7 +488,7 @@ def quantized_prefetch_kernel(
     sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
     tiles: gl.constexpr = stages * parts
     span_columns: gl.constexpr = tile_columns // spans
-    w_shared = gl.allocate_shared_memory(weight_tiles.dtype, [tiles, block_out, row_bytes], weight_tiles.layout)
+    w_shared = gl.allocate_shared_memory(weight_tiles.dtype, [tiles] + weight_tiles.block_shape, weight_tiles.layout)
     x_shared = gl.allocate_shared_memory(x_tiles.dtype, [tiles * spans, block_tokens, span_columns], x_tiles.layout)
     s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, block_out], rows_layout)
     z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, block_out], rows_layout)
@@ -501,15 +521,15 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, asm, zero_offset, words_layout,
-                        span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, block_out,
+                        row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x_tiles, weight_tiles, row, token, place, features, shared, stages, parts, spans, is_gated,
-                        is_dependent,
+                        x_tiles, weight_tiles, row, token, place, shared, stages, parts, spans, block_out, row_bytes,
+                        is_gated, is_dependent,
                     ),
                 ),
             ],
@@ -523,22 +543,22 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, asm, zero_offset, words_layout,
-                        span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, block_out,
+                        row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _consume_second,
                     (
                         place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
-                        asm, zero_offset, words_layout, span_layout, layout,
+                        is_ahead, asm, zero_offset, block_out, row_bytes, words_layout, span_layout, layout,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x_tiles, weight_tiles, row, token, place, features, shared, stages, parts, spans, is_gated,
-                        is_dependent,
+                        x_tiles, weight_tiles, row, token, place, shared, stages, parts, spans, block_out, row_bytes,
+                        is_gated, is_dependent,
                     ),
                 ),
             ],
@@ -613,8 +633,15 @@ def launch_quantized_prefetch(
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
     layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
     is_grouped = groups > 1 or has_zeros
-    is_ahead = not is_direct and unpacks_ahead(
-        layout_of_sums, blocks.inner // CHUNK, is_grouped, weight.is_int4, blocks.consumers
+    # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do that for
+    # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
+    # coarse that rounding them to 16 bits does not matter.
+    is_ahead = (
+        blocks.programs_per_sm * blocks.consumers == 1
+        and blocks.inner >= 2 * CHUNK
+        and layout_of_sums.version[0] == 3
+        and not is_direct
+        and (weight.is_int4 or not is_grouped)
     )
     span_columns = CHUNK if is_ahead else math.gcd(tile_columns, weight.group_size) if groups > 1 else tile_columns
     spans = tile_columns // span_columns
@@ -629,12 +656,16 @@ def launch_quantized_prefetch(
     columns = steps_of_split * blocks.inner
     max_groups = most_groups(weight, columns) if spans_per_group else 1
     values = weight.values if is_direct else weight.values.view(torch.int8)
-    layout = gl.NVMMASharedLayout.get_default_for([rows, row_bytes], ELEMENTS[values.dtype])
+    shape, strides, block = list(values.shape), [values.stride(0), 1], [blocks.out, row_bytes]
+    if is_gated:  # see _feature_of
+        shape, block = [features // 8, 2, 8, shape[1]], [blocks.out // 16, 2, 8, row_bytes]
+        strides = [8 * strides[0], features * strides[0], *strides]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
     most, of_consumers = registers_of(blocks)
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
         tile_descriptor(x, x.shape, (block_tokens, span_columns)),
-        TensorDescriptor(values, list(values.shape), [values.stride(0), 1], [rows, row_bytes], layout),
+        TensorDescriptor(values, shape, strides, block, layout),
         weight.scales,
         weight.scales if weight.zeros is None else weight.zeros,
         weight.scales if bias is None else bias,
@@ -649,6 +680,7 @@ def launch_quantized_prefetch(
         is_int4=weight.is_int4,
         is_gated=is_gated,
         is_gelu=is_gelu,
+        is_ahead=is_ahead,
         asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_ahead and is_grouped),
         zero_offset=one if weight.is_int4 else 0.0,
         words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
