@@ -16,6 +16,7 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
+    MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     PREFETCH_TOKENS,
     PrefetchBlocks,
@@ -57,22 +58,31 @@ def test_stored_blocks_fit_and_divide_their_products():
 @pytest.mark.parametrize("tokens", PREFETCH_TOKENS)
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "out_features", "in_features", "group_size"),
-    [("int4", 4096, 14336, 128), ("int4", 1152, 576, 64), ("int8", 5120, 5120, None), ("fp8", 4096, 4096, 128)],
+    ("kind", "out_features", "in_features", "group_size", "rounds"),
+    [
+        ("int4", 4096, 14336, 128, False),
+        ("int4", 1152, 576, 64, False),
+        ("int8", 5120, 5120, None, False),
+        ("fp8", 4096, 4096, 128, False),
+        ("fp8", 4096, 4096, None, True),
+        ("fp8", 1152, 576, None, True),
+    ],
 )
-def test_the_rule_s_blocks_fit(kind, out_features, in_features, group_size, is_gated, tokens):
+def test_the_rule_s_blocks_fit(kind, out_features, in_features, group_size, rounds, is_gated, tokens):
     weight = weight_of(kind, out_features, in_features, group_size)
-    blocks = blocks_by_rule(tokens, weight, is_gated, MULTIPROCESSORS)
-    assert 2 <= blocks.stages <= most_stages(blocks, tokens, weight)
+    blocks = blocks_by_rule(tokens, weight, is_gated, MULTIPROCESSORS, rounds)
+    assert 2 * blocks.consumers <= blocks.stages <= most_stages(blocks, tokens, weight, is_gated, rounds)
     assert in_features % blocks.inner == 0
     assert blocks.splits == 1 or not is_gated
-    assert (blocks.splits - 1) * -(-(in_features // blocks.inner) // blocks.splits) < in_features // blocks.inner
+    steps = in_features // blocks.inner
+    assert (blocks.splits - 1) * -(-steps // blocks.splits) + blocks.consumers <= steps
 
 
 def test_many_tokens_and_rows_in_fp8_are_left_to_cublas():
-    assert blocks_by_rule(128, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is None
-    assert blocks_by_rule(128, weight_of("int8", 16384, 4096), False, MULTIPROCESSORS) is not None
-    assert blocks_by_rule(64, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS) is not None
+    assert blocks_by_rule(256, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS, rounds=True) is None
+    assert blocks_by_rule(256, weight_of("fp8", 16384, 4096), True, MULTIPROCESSORS, rounds=True) is not None
+    assert blocks_by_rule(256, weight_of("int8", 16384, 4096), False, MULTIPROCESSORS) is not None
+    assert blocks_by_rule(128, weight_of("fp8", 16384, 4096), False, MULTIPROCESSORS, rounds=True) is not None
 
 
 @pytest.fixture
@@ -90,18 +100,18 @@ def launched(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_16_BIT_TOKENS + 1])
+@pytest.mark.parametrize(("tokens", "padded"), [(1, "8"), (MAX_16_BIT_TOKENS, "64"), (MAX_16_BIT_TOKENS + 1, "128")])
 @pytest.mark.parametrize("kind", ["int4", "fp8"])
-def test_products_launch_it(kind, tokens, launched):
+def test_products_launch_it(kind, tokens, padded, launched):
     x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
-    stored = stored_blocks(BLOCKS)["9.0"][f"{kind}, 4096 x 4096"]
+    is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
+    stored = stored_blocks(BLOCKS)["9.0"][f"{kind}{' by fp8' if is_rounded else ''}, 4096 x 4096"]
     parts = linear_splits(x, weight_of(kind, 4096, 4096))
     [(values, scales, _, bias, out, blocks, is_gated, _)] = launched
-    assert blocks == PrefetchBlocks(*stored["8" if tokens == 1 else "128"])
+    assert blocks == PrefetchBlocks(*stored[padded])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
     assert parts.dtype == (torch.bfloat16 if blocks.splits == 1 else torch.float32)
-    is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
     assert bias is None
@@ -118,11 +128,11 @@ def test_products_take_what_a_norm_has_rounded(launched):
 
 def test_what_a_norm_should_round():
     weight, dtype = weight_of("fp8", 64, 128), torch.bfloat16
-    assert choice.takes_rounded(weight, MAX_16_BIT_TOKENS + 1, dtype)
-    assert not choice.takes_rounded(weight, MAX_16_BIT_TOKENS, dtype)
-    assert not choice.takes_rounded(weight, MAX_16_BIT_TOKENS + 1, torch.float32)
+    assert choice.takes_rounded(weight, MAX_16_BIT_ROUNDED + 1, dtype)
+    assert not choice.takes_rounded(weight, MAX_16_BIT_ROUNDED, dtype)
+    assert not choice.takes_rounded(weight, MAX_16_BIT_ROUNDED + 1, torch.float32)
     for other in (None, weight.values, weight_of("int8", 64, 128), replace(weight, in_fragments=False)):
-        assert not choice.takes_rounded(other, MAX_16_BIT_TOKENS + 1, dtype)
+        assert not choice.takes_rounded(other, MAX_16_BIT_ROUNDED + 1, dtype)
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])

@@ -16,9 +16,9 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
 # The most tokens of a program; more are further programs. Blocks may ask for the larger one.
 MAX_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 256
-# Above these tokens, activations enter the tensor cores in 8 bits if the checkpoint wants it so; above the fewer, those
-# that the kernel before the product rounds.
-MAX_16_BIT_TOKENS, MAX_16_BIT_NORMED = 64, 8
+# Up to so many tokens, activations stay in 16 bits although the checkpoint wants 8: those of fp8 by channel that the
+# kernel before the product rounds at no cost, and all others.
+MAX_16_BIT_ROUNDED, MAX_16_BIT_TOKENS = 8, 64
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.
@@ -36,7 +36,7 @@ class PrefetchBlocks(NamedTuple):
     consumers: int  # one or two groups of warps, which take the steps in turns
     splits: int  # of the inner dimension
     programs_per_sm: int  # how many programs are to share a multiprocessor
-    tokens: int = MAX_BLOCK_TOKENS  # at most, of a program
+    tokens: int = MAX_BLOCK_TOKENS  # at most, of a tile of the result
 
 
 def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> PrefetchBlocks | None:
@@ -82,7 +82,7 @@ def takes_rounded(weight: Weight | None, tokens: int, dtype: torch.dtype) -> Typ
         and weight.in_fragments
         and weight.order is None
         and is_direct(weight)
-        and tokens > MAX_16_BIT_NORMED
+        and tokens > MAX_16_BIT_ROUNDED
         and dtype.itemsize == 2
     )
 
@@ -92,22 +92,29 @@ def blocks_by_rule(
 ) -> PrefetchBlocks | None:
     """Blocks for a weight without stored ones. None: nothing fits, or cuBLAS is quicker.
 
-    They are what quantized_prefetch.json mostly has: small tiles, with two groups of warps on each of two programs that
-    share a multiprocessor, as long as its registers and shared memory allow it.
+    They are what quantized_prefetch.json mostly has: for few tokens, small tiles, and several programs on each
+    multiprocessor, as long as its registers and shared memory allow it; where the tensor cores take longer than the
+    memory, larger tiles for two groups of warps, which read the tokens half as often.
     """
     out_features, in_features = weight.shape
-    if tokens > MAX_16_BIT_TOKENS and rounds and out_features >= 64 * multiprocessors:
+    if rounds and tokens > MAX_BLOCK_TOKENS and not is_gated and out_features >= 64 * multiprocessors:
         return None
     inner = 128 if in_features % 128 == 0 else CHUNK
-    rows = 64
-    beside = 2 if tokens <= 32 else 1
-    programs, steps, splits = -(-out_features // rows), in_features // inner, 1
+    if rounds or (tokens > MAX_16_BIT_TOKENS and inner > CHUNK and (weight.is_int4 or len(weight.scales) == 1)):
+        rows, warps, consumers, beside = 128, 8, 1, 1
+    else:
+        rows, warps, beside = 64, 4, 2 if tokens <= MAX_16_BIT_TOKENS else 1
+        consumers = 1 if 16 < tokens <= MAX_16_BIT_TOKENS else 2
+    programs, steps, splits = -(-out_features // rows) * -(-tokens // MAX_BLOCK_TOKENS), in_features // inner, 1
     if not is_gated:
-        possible = [n for n in (1, 2, 4) if n == 1 or (steps >= 2 * n and (n - 1) * -(-steps // n) < steps)]
+        possible = [
+            n for n in (1, 2, 4) if n == 1 or (steps >= 2 * n and (n - 1) * -(-steps // n) + consumers <= steps)
+        ]
         enough = [n for n in possible if programs * n >= MIN_PROGRAM_SHARE * multiprocessors * beside]
         splits = min(enough, default=possible[-1])
-    stages = most_stages(PrefetchBlocks(rows, inner, 1, 4, 2, splits, beside), tokens, weight)
-    return PrefetchBlocks(rows, inner, stages, 4, 2, splits, beside) if stages >= 2 else None
+    blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside)
+    stages = most_stages(blocks, tokens, weight, is_gated, rounds)
+    return blocks._replace(stages=stages) if stages >= 2 * consumers else None
 
 
 def most_groups(weight: QuantizedWeight, columns: int) -> int:

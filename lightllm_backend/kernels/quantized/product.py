@@ -17,9 +17,9 @@ from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """The product with `x` [tokens, in_features] as parts [splits, tokens, out_features], by the first that applies:
 
-    1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper) and choice.py has blocks for it; above
-                     64 tokens, a checkpoint that wants activations of 8 bits gets them: by quantize_tokens if it
-                     is fp8 by channel, by the kernels below if it is not
+    1 to 256 tokens  quantized_prefetch, if the weight is in fragments (Hopper) and choice.py has blocks for it; what a
+                     norm has rounded is multiplied as it is; above 64 tokens, other activations are rounded if the
+                     checkpoint wants it: by quantize_tokens if it is fp8 by channel, by the kernels below if not
     1 to 64 tokens   quantized_splits: reading the weight bounds the time, whatever the activations' bits
     more tokens, and activations that were rounded already
                      quantize_tokens and scaled_linear, or cuBLAS for fp8 by channel on Hopper, if the checkpoint wants

@@ -320,6 +320,48 @@ def _multiply(
 
 
 @gluon.jit
+def _write_result(
+    total,
+    result,
+    scales,
+    rows: gl.constexpr,
+    is_scaled: gl.constexpr,
+    is_direct: gl.constexpr,
+    is_gated: gl.constexpr,
+    is_gelu: gl.constexpr,
+    has_bias: gl.constexpr,
+    layout: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Finishes the sums [rows, tokens] of a tile, and stores them."""
+    bias, x_scales, out, row, first_token, split, tokens, features = result
+    width: gl.constexpr = rows // 2 if is_gated else rows
+    block_tokens: gl.constexpr = total.shape[1]
+    index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+    feature, weight_row = _feature_of(index, row, features, is_gated)
+    if not is_scaled:
+        scale = gl.load(scales + weight_row, mask=feature < features, other=0.0).to(gl.float32)
+        total *= scale[:, None]
+    if is_direct:
+        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout))
+        total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
+    if has_bias:
+        added = gl.load(bias + weight_row, mask=feature < features, other=0.0)
+        total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
+    if is_gated:
+        gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
+        total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
+    # Of float32, the 8 rows that are together in threads fill a sector of memory as they are.
+    is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
+    store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
+    total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
+    feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
+    token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    address = out + (split * tokens + token)[None, :] * features + feature[:, None]
+    gl.store(address, total, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+
+
+@gluon.jit
 def _consume(
     result,
     place,
@@ -347,14 +389,11 @@ def _consume(
     num_warps: gl.constexpr,
 ):
     """The first consumer: it copies scales and zero points, adds the other's sum to its own, and writes the result."""
-    bias, x_scales, out, row, first_token, split, tokens, features = result
+    row, features = result[3], result[7]
     begin, steps = place
     scales, zeros = tables
     s_shared, z_shared, copied = of_groups
     r_shared, summed = sums
-    block_tokens: gl.constexpr = shared[1].shape[1]
-    width: gl.constexpr = rows // 2 if is_gated else rows
-    is_direct: gl.constexpr = asm == ""
     of_weight = features * 2 if is_gated else features
     if spans_per_group > 0:
         first_group = begin * parts * spans // spans_per_group
@@ -368,9 +407,7 @@ def _consume(
         synchronize()
         mbarrier.arrive(copied, count=1)
     if asm == "":
-        total = _multiply_direct(
-            place, shared, 0, consumers, stages, parts, rows, row_bytes, layout
-        )
+        total = _multiply_direct(place, shared, 0, consumers, stages, parts, rows, row_bytes, layout)
     else:
         total = _multiply(
             place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
@@ -379,28 +416,9 @@ def _consume(
     if consumers > 1:
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
-    index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
-    feature, weight_row = _feature_of(index, row, features, is_gated)
-    if spans_per_group == 0:
-        scale = gl.load(scales + weight_row, mask=feature < features, other=0.0).to(gl.float32)
-        total *= scale[:, None]
-    if is_direct:
-        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout))
-        total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
-    if has_bias:
-        added = gl.load(bias + weight_row, mask=feature < features, other=0.0)
-        total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
-    if is_gated:
-        gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
-        total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
-    # Of float32, the 8 rows that are together in threads fill a sector of memory as they are.
-    is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
-    store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
-    total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
-    feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
-    token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
-    address = out + (split * tokens + token)[None, :] * features + feature[:, None]
-    gl.store(address, total, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+    _write_result(
+        total, result, scales, rows, spans_per_group > 0, asm == "", is_gated, is_gelu, has_bias, layout, num_warps
+    )
     # Only now: else the memory of barriers that nothing waits for would be used to rearrange the result.
     mbarrier.invalidate(copied)
     mbarrier.invalidate(summed)
@@ -430,9 +448,7 @@ def _consume_second(
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
     if asm == "":
-        total = _multiply_direct(
-            place, shared, 1, consumers, stages, parts, rows, row_bytes, layout
-        )
+        total = _multiply_direct(place, shared, 1, consumers, stages, parts, rows, row_bytes, layout)
     else:
         total = _multiply(
             place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
@@ -488,7 +504,8 @@ def quantized_prefetch_kernel(
     sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
     tiles: gl.constexpr = stages * parts
     span_columns: gl.constexpr = tile_columns // spans
-    w_shared = gl.allocate_shared_memory(weight_tiles.dtype, [tiles] + weight_tiles.block_shape, weight_tiles.layout)
+    tiles_shape: gl.constexpr = [tiles] + weight_tiles.block_shape  # noqa: RUF005 - Triton-lang knows no [tiles, *...]
+    w_shared = gl.allocate_shared_memory(weight_tiles.dtype, tiles_shape, weight_tiles.layout)
     x_shared = gl.allocate_shared_memory(x_tiles.dtype, [tiles * spans, block_tokens, span_columns], x_tiles.layout)
     s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, block_out], rows_layout)
     z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, block_out], rows_layout)
@@ -633,7 +650,7 @@ def launch_quantized_prefetch(
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
     layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
     is_grouped = groups > 1 or has_zeros
-    # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do that for
+    # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do so for
     # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
     # coarse that rounding them to 16 bits does not matter.
     is_ahead = (
