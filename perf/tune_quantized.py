@@ -35,6 +35,7 @@ from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
 from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
+    MAX_16_BIT_ROUNDED,
     MAX_BLOCK_TOKENS,
     MOST_BLOCK_TOKENS,
     PrefetchBlocks,
@@ -220,6 +221,7 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
     for name in models or ("llama-7b",):
         new = products(SHAPES[name], tp)[:4]  # the head is another option's
         jobs = [Job(kind, product, count) for kind in kinds.split(",") for product in new for count in counts]
+        jobs = [job for job in jobs if job.tokens > MAX_16_BIT_ROUNDED or not job.rounds]
         pairs = [(job, blocks) for job in jobs for blocks in candidates(job)]
         print(f"{len(pairs)} kernels", flush=True)
         sound = runnable(pairs)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from lightllm_backend.config import EngineConfig
+from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_ROUNDED, MAX_16_BIT_TOKENS
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
 from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
@@ -48,7 +49,9 @@ def test_the_perplexities_are_those_that_were_measured() -> None:
 
 
 def test_where_kernels_change() -> None:
-    assert first_cells("tokens of a step")[0] == f"1 to {MAX_TILE_TOKENS}"
+    few, more = MAX_16_BIT_ROUNDED, MAX_TILE_TOKENS
+    assert more == MAX_16_BIT_TOKENS
+    assert first_cells("tokens of a step")[:2] == [f"1 to {few}", f"{few + 1} to {more}"]
 
 
 def test_the_search() -> None:

@@ -18,7 +18,8 @@ PREFETCH_TOKENS = (8, 16, 32, 64, 128, 256)
 MAX_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 256
 # Up to so many tokens, activations stay in 16 bits although the checkpoint wants 8: those of fp8 by channel that the
 # kernel before the product rounds at no cost, and all others.
-MAX_16_BIT_ROUNDED, MAX_16_BIT_TOKENS = 8, 64
+MAX_16_BIT_ROUNDED = 8
+MAX_16_BIT_TOKENS = 64
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.

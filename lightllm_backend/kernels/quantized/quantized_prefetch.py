@@ -219,7 +219,11 @@ def _multiply_direct(
     row_bytes: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end."""
+    """As _multiply, where the tensor cores read both operands. Each step's products start before the last one's end.
+
+    They add up in the tensor cores, which keep about 14 bits of a sum of fp8. So sums of 4096 products were off by
+    0.13 % on an H200 (in the Euclidean norm), of 11008 by 0.24 %; rounding the activations costs 2.6 %.
+    """
     _, steps = place
     w_shared, x_shared, full, empty = shared
     block_tokens: gl.constexpr = x_shared.shape[1]
