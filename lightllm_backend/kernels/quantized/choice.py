@@ -37,7 +37,7 @@ class PrefetchBlocks(NamedTuple):
     consumers: int  # one or two groups of warps, which take the steps in turns
     splits: int  # of the inner dimension
     programs_per_sm: int  # how many programs are to share a multiprocessor
-    tokens: int = MAX_BLOCK_TOKENS  # at most, of a tile of the result
+    tokens: int = MAX_BLOCK_TOKENS  # of a program, at most
 
 
 def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> PrefetchBlocks | None:

@@ -8,6 +8,9 @@ For this, the columns of the weight are in the order of fragments.py: then a thr
 word becomes pairs of 16 bits by a shift and two or three operations on both of a pair at once.
 
 A direct product, of fp8 with activations in fp8, needs none of that (`asm` is empty): the tensor cores read both.
+
+Where the tensor cores take longer than the memory, they are never waited for: see `is_ahead`. ptxas waits for each of
+their products all the same if it cannot follow the registers, and only tells in its log; a test reads that.
 """
 
 import math
