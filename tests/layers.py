@@ -147,6 +147,7 @@ ALLOWED = {
     ),
     "models.bloom": BELOW_A_MODEL,
     "models.llama": BELOW_A_MODEL,
+    "models.exaone4": (*BELOW_A_MODEL, "models.llama"),
     "models.gemma2": (*BELOW_A_MODEL, "models.llama"),
     "models.gemma3": ("models.gemma3_text",),
     "models.gemma3_text": (*BELOW_A_MODEL, "models.gemma2"),

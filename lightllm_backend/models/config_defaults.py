@@ -165,6 +165,19 @@ SEED_OSS: Defaults = {
     "bos_token_id": 0,
 }
 
+EXAONE4: Defaults = {
+    **_LLAMA_AND_MISTRAL,
+    "vocab_size": 102400,
+    "intermediate_size": 16384,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "layer_types": None,
+    "bos_token_id": 0,
+}
+
 INTERNLM3: Defaults = {
     **LLAMA,
     "vocab_size": 128512,

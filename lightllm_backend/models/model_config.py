@@ -212,6 +212,15 @@ def _gemma3(config: ConfigFields) -> dict[str, Any]:
     return _llama(config)
 
 
+def _exaone4(config: ConfigFields) -> dict[str, Any]:
+    """Read EXAONE 4's config.json. Of a model with a window, the layers without it have no rotary embeddings."""
+    shape = _llama(config)
+    if windows := shape.get("sliding_layers"):
+        layers = zip(shape["ropes"], windows, strict=True)
+        shape["ropes"] = tuple(rope if has_window else Rope(0) for rope, has_window in layers)
+    return shape
+
+
 def _internlm3(config: ConfigFields) -> dict[str, Any]:
     """Read InternLM3's config.json, which has names of its own for biases. Its class has all of them or none."""
     values = dict(config.values)
@@ -252,6 +261,7 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "llama": _llama,
     "phi3": _phi3,
     "gemma3": _gemma3,
+    "exaone4": _exaone4,
     "internlm3": _internlm3,
     "bloom": _bloom,
 }

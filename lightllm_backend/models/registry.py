@@ -22,6 +22,7 @@ class Architecture(NamedTuple):
 # By the name in config.json's `architectures`, which is also the name of our class.
 ARCHITECTURES = {
     "BloomForCausalLM": Architecture("bloom", config_defaults.BLOOM, dialect="bloom"),
+    "Exaone4ForCausalLM": Architecture("exaone4", config_defaults.EXAONE4, dialect="exaone4"),
     "Gemma2ForCausalLM": Architecture("gemma2", config_defaults.GEMMA2),
     "Gemma3ForCausalLM": Architecture("gemma3_text", config_defaults.GEMMA3, dialect="gemma3"),
     "Gemma3ForConditionalGeneration": Architecture("gemma3", config_defaults.GEMMA3, "gemma3", has_text_config=True),

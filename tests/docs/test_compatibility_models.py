@@ -17,6 +17,7 @@ from lightllm_backend.models.weight_files import FLOATS, NOT_THE_MODEL, USUAL
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
 NAMES = {
     "LLaMA": "LlamaForCausalLM",
+    "EXAONE 4": "Exaone4ForCausalLM",
     "Granite": "GraniteForCausalLM",
     "InternLM3": "InternLM3ForCausalLM",
     "Ministral": "MinistralForCausalLM",

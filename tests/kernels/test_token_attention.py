@@ -123,6 +123,12 @@ def test_kernel_norms_heads(shape, dtype, int8, device):
     _check_kernel(*step, {}, 2 * TOLERANCE[dtype], norm)  # a normed query is rounded once more
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_kernel_norms_heads_that_it_does_not_rotate(int8, device):
+    norm = head_norm(64, torch.float32, device)
+    _check_kernel(*_step([70, 0, 2], (4, 2, 64), torch.float32, device, int8), {}, TOLERANCE[torch.float32], norm)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]])
 def test_reference_variants_are_naive_attention(variant, shape):

@@ -86,6 +86,11 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
 
 
 FAMILIES |= {
+    # The second layer has no window and no rotary embeddings.
+    "exaone4": transformers.Exaone4Config(**_LLAMA, head_dim=24, sliding_window=WINDOW, sliding_window_pattern=2),
+    "exaone4_no_window": transformers.Exaone4Config(
+        **_LLAMA, sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 3
+    ),
     "granite": transformers.GraniteConfig(
         **_LLAMA, embedding_multiplier=2.5, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=0.5
     ),

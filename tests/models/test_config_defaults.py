@@ -63,8 +63,13 @@ KEYS = [(architecture, key) for architecture in CLASSES for key in small(archite
 NULLS_OF_OUR_OWN = {
     **{
         (architecture, key): meaning
-        for architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+        for architecture in ("Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
         for key, meaning in (("num_key_value_heads", {"num_kv_heads": 32}), ("head_dim", {"head_dim": 16}))
+    },
+    ("Exaone4ForCausalLM", "sliding_window"): {
+        "sliding_window": None,
+        "sliding_layers": (),
+        "ropes": (Rope(32, 100.0),) * 30,
     },
     ("GraniteForCausalLM", "head_dim"): {"head_dim": 16},
     ("MinistralForCausalLM", "num_key_value_heads"): {"num_kv_heads": 32},
@@ -78,6 +83,9 @@ NULLS_OF_OUR_OWN = {
 
 # The layers that have rotary embeddings, for classes of which some have none.
 ROTATING = {
+    "Exaone4ForCausalLM": lambda config: [
+        config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types
+    ],
     "SmolLM3ForCausalLM": lambda config: config.no_rope_layers,
 }
 
