@@ -7,7 +7,7 @@ in a row. SIGTERM and SIGINT let running requests end, and stop the server. Exit
 
 0  stopped by a signal, and every request that ran has ended by itself
 1  the server could not be started, or failed too often
-2  a wrong setting, told in one line before anything is started
+2  a wrong setting or a broken model directory, told in one line before anything is started
 3  stopped by a signal, and requests were ended with an error, at the limit `shutdown_timeout_s` or by a second signal
 
 A signal that comes before anything is started ends the command by that signal, which a shell reports as 130 or 143.
@@ -46,6 +46,7 @@ from lightllm_backend.launch.service import Service
 from lightllm_backend.launch.trace_options import TraceError, trace_options
 from lightllm_backend.messages.run_directory import RunDirectoryError, check_run_directory
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.find_weights import check_weight_files
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.text.model_tokenizer import load_tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
@@ -87,7 +88,9 @@ def prepare(
     arguments: Sequence[str] = (),
     verbose: bool = False,
 ) -> Launch:
-    """Check the settings, the model directory and the ports, without the weights; raise an error of one line.
+    """Check the settings, the model directory and the ports; raise an error of one line.
+
+    Of the weights, it reads the files' headers alone.
 
     settings: the command line's settings as text. arguments: the user's own arguments for tritonserver.
     """
@@ -110,6 +113,8 @@ def prepare(
         shape.check_ranks(config.tp)
         shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
         load_tokenizer(model_dir, config)
+        if config.load_format != "dummy":
+            check_weight_files(model_dir)
     except PermissionError as error:
         raise ServeError(
             f"model_dir is {model_dir} ({error.filename}: {error.strerror}); allowed: a directory that user"

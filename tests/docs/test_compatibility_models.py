@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 
 from lightllm_backend.models import bloom, llama
+from lightllm_backend.models.find_weights import NOT_THE_MODEL, USUAL
 from lightllm_backend.models.model_config import DTYPES
 from lightllm_backend.models.registry import ARCHITECTURES, FORMER_NAMES
 from lightllm_backend.models.rope import ROPE_KEYS
 from lightllm_backend.models.unsupported import FIXED_KEYS, QUANTIZED_TENSORS
-from lightllm_backend.models.weight_files import FLOATS, NOT_THE_MODEL, USUAL
+from lightllm_backend.models.weight_files import FLOATS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
 NAMES = {

@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from tests.launch.command_line import MODEL
 
@@ -29,6 +30,7 @@ def model_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     shutil.copytree(ROOT / "tests" / "data" / "byte_level", directory)
     (directory / "config.json").write_text(json.dumps(MODEL))
+    save_file({}, directory / "model.safetensors")  # the launch command looks whether it is whole, no further
     return directory
 
 

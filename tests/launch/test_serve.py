@@ -169,6 +169,28 @@ def test_a_model_that_cannot_be_served_is_told_before_anything_starts(
     assert "'NoSuchModel' is not known" in error_of(options(settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("model.safetensors", None, "there are no weights; .safetensors or .bin files are needed"),
+        ("model.safetensors", "", "model.safetensors: cannot be read: Error while deserializing header"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "b.safetensors"}}',
+            "not there: b.safetensors; download",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_read_are_told_before_anything_starts(
+    settings: dict[str, str], repository: Path, model_dir: Path, name: str, text: str | None, error: str
+) -> None:
+    (model_dir / "model.safetensors").unlink()
+    if text is not None:
+        (model_dir / name).write_text(text)
+    assert error in error_of(options(settings))
+    serve.prepare({**settings, "load_format": "dummy"}, ENVIRONMENT, repository)
+
+
 def test_a_model_that_may_not_be_read_is_told_before_anything_starts(
     settings: dict[str, str], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

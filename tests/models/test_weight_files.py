@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.find_weights import NOT_THE_MODEL, check_weight_files
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.unsupported import QUANTIZED_TENSORS
-from lightllm_backend.models.weight_files import NOT_THE_MODEL, weight_files
+from lightllm_backend.models.weight_files import weight_files
 from tests.models.step_harness import load_model
 
 NORM = "model.norm.weight"
@@ -224,3 +225,68 @@ def test_floats_are_converted(directory, dtype, suffix):
     slots = load_model(directory).weight_map()
     for name, tensor in tensors.items():
         torch.testing.assert_close(slots[name].target, tensor.float(), rtol=0, atol=0)
+
+
+def header(size):
+    """A header of safetensors for one tensor of `size` bytes, with its length before it."""
+    described = json.dumps({NORM: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(described).to_bytes(8, "little") + described
+
+
+INDEX = "model.safetensors.index.json"
+BROKEN = {
+    "no weights": ({}, "there are no weights"),
+    "other formats": ({"model.gguf": b"GGUF"}, r"there are no weights; .* \(model.gguf is in another format"),
+    "an index that is no JSON": ({INDEX: b"{"}, "index.json: is not an index of weights: .*not valid JSON"),
+    "an index without a map": ({INDEX: b"{}"}, "index.json: is not an index of weights"),
+    "an empty index": ({INDEX: b'{"weight_map": {}}'}, "index.json: weight_map is empty"),
+    "an absent shard": ({INDEX: b'{"weight_map": {"a": "b.bin"}}'}, "names files that are not there: b.bin; download"),
+    "an empty file": ({"model.safetensors": b""}, "model.safetensors: cannot be read: .*; download it again"),
+    "half a length": ({"model.safetensors": header(9)[:5]}, "model.safetensors: cannot be read: .*; download it again"),
+    "half a header": ({"model.safetensors": header(9)[:30]}, "model.safetensors: cannot be read: .*invalid header"),
+    "no data": ({"model.safetensors": header(9)}, "model.safetensors: cannot be read: .*not fully covered"),
+    "data cut short": ({"model.safetensors": header(9) + b"8 bytes."}, "cannot be read: .*not fully covered"),
+    "a page of HTML": ({"model.safetensors": b"<html>" * 99}, "model.safetensors: cannot be read: .*header too large"),
+    "a pointer": ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1"}, "pointer of Git LFS"),
+    "a pointer to a .bin": ({"pytorch_model.bin": b"version https://git-lfs.github.com/spec/v1"}, "pointer of Git LFS"),
+    "a .bin cut short": ({"pytorch_model.bin": b"PK\3\4"}, "pytorch_model.bin: cannot be read: the file is cut short"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_the_launch_command_says_of_broken_files_is_what_the_worker_says(directory, broken):
+    files, message = BROKEN[broken]
+    (directory / "model.safetensors").unlink()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    with pytest.raises(ModelError, match=message) as at_launch:
+        check_weight_files(directory)
+    with pytest.raises(ModelError) as in_the_worker:
+        load_model(directory)
+    assert str(at_launch.value) == str(in_the_worker.value)
+
+
+def test_one_broken_shard_of_many_is_named(directory):
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    (directory / "b.safetensors").write_bytes(header(9) + b"8 bytes.")
+    write_index(directory, "model.safetensors", ["a.safetensors", "b.safetensors"])
+    with pytest.raises(ModelError, match=r"b\.safetensors: cannot be read"):
+        check_weight_files(directory)
+
+
+def test_a_link_to_a_file_that_has_gone_is_told(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("blobs/of-a-cache")
+    for check in (check_weight_files, load_model):
+        with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: No such file or directory; downl"):
+            check(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_large_file_is_checked_without_its_data(directory, name):
+    """A TiB of zeros, which the file system does not store: reading it would take minutes."""
+    (directory / "model.safetensors").unlink()
+    with (directory / name).open("wb") as file:
+        file.write(header(1 << 40))
+        file.truncate(file.tell() + (1 << 40))
+    check_weight_files(directory)
