@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightllm_backend.config import EngineConfig
 
@@ -31,14 +31,22 @@ class LengthLimits:
         limits = [(model_limit, THE_MODEL)]
         if config.max_req_total_len is not None:
             limits.insert(0, (config.max_req_total_len, "max_req_total_len"))
-        if pool_tokens is not None:
-            # The model never reads the last token, so it needs no slot.
-            limits.append(((longest or pool_tokens) + 1, f"the KV pool of {pool_tokens} tokens"))
         max_total, total_source = min(limits, key=lambda limit: limit[0])  # the first among equal limits
         max_input, input_source = max_total - 1, total_source
         if config.max_req_input_len is not None and config.max_req_input_len <= max_input:
             max_input, input_source = config.max_req_input_len, "max_req_input_len"
-        return cls(max_input, input_source, max_total, total_source)
+        without_pool = cls(max_input, input_source, max_total, total_source)
+        return without_pool.within_pool(pool_tokens, longest or pool_tokens) if pool_tokens else without_pool
+
+    def within_pool(self, pool_tokens: int, longest: int) -> LengthLimits:
+        """These limits, lowered to what a KV pool holds: `longest` tokens of one sequence."""
+        # The model never reads the last token, so it needs no slot.
+        max_total, source = longest + 1, f"the KV pool of {pool_tokens} tokens"
+        if max_total >= self.max_total:
+            return self
+        if self.max_input < max_total:
+            return replace(self, max_total=max_total, max_total_source=source)
+        return LengthLimits(max_total - 1, source, max_total, source)
 
     def warnings(self, config: EngineConfig) -> Iterator[str]:
         """Yield a sentence for each setting above the limit."""

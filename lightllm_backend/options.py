@@ -223,16 +223,19 @@ def check_token_ids(name: str, token_ids: tuple[int, ...], vocab_size: int) -> N
 
 
 def fitted(request: Request, limits: LengthLimits) -> Request:
-    """Replace a max_tokens of AS_MANY_AS_FIT by what fits behind the prompt, at least 1."""
+    """Replace a max_tokens of AS_MANY_AS_FIT by what fits behind the prompt, which `check_lengths` has passed."""
     sampling = request.sampling
     if sampling.max_tokens != AS_MANY_AS_FIT:
         return request
-    max_tokens = max(1, limits.max_total - len(request.prompt_ids))
+    max_tokens = limits.max_total - len(request.prompt_ids)
     return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
 
 def check_lengths(num_input: int, max_tokens: int, limits: LengthLimits) -> None:
-    """Refuse a request that can never run; the message has both lengths, the limit and its source."""
+    """Refuse a request that can never run; the message has both lengths, the limit and its source.
+
+    max_tokens: as the client sent it, AS_MANY_AS_FIT included, with which every prompt that fits can run.
+    """
     if num_input == 0:
         raise _invalid("the prompt has no tokens; allowed: at least 1")
     asked = f"the prompt has {num_input} tokens and max_tokens is {max_tokens}"

@@ -25,7 +25,7 @@ from lightllm_backend.options import (
     options_to_plain,
     parse_request,
 )
-from lightllm_backend.request import Request, RequestError, RequestOptions, SamplingParams
+from lightllm_backend.request import AS_MANY_AS_FIT, Request, RequestError, RequestOptions, SamplingParams
 
 
 def sampling(**values: Any) -> SamplingParams:
@@ -592,6 +592,10 @@ def test_as_many_tokens_as_fit() -> None:
     asked = parse_request({"input_ids": [1, 2, 3], "max_tokens": -1, "min_tokens": 5}).options.sampling
     request = Request("u", (1, 2, 3), asked)
     assert fitted(request, limits) == replace(request, sampling=replace(asked, max_tokens=17))
-    assert fitted(replace(request, prompt_ids=(1,) * 20), limits).sampling.max_tokens == 1, "and the prompt is too long"
+    longest = replace(request, prompt_ids=(1,) * 19)
+    check_lengths(19, AS_MANY_AS_FIT, limits)
+    assert fitted(longest, limits).sampling.max_tokens == 1
+    with pytest.raises(RequestError, match="the prompt has 20 tokens and max_tokens is -1; allowed: at most 19 prompt"):
+        check_lengths(20, AS_MANY_AS_FIT, limits)
     small = replace(request, sampling=replace(asked, max_tokens=5))
     assert fitted(small, limits) is small

@@ -97,8 +97,8 @@ class EngineClient:
         that can never run. It never waits for the worker.
         """
         info = self.wait_ready(timeout=0)
-        request = fitted(request, info.lengths)
         check_lengths(len(request.prompt_ids), request.sampling.max_tokens, info.lengths)
+        request = fitted(request, info.lengths)
         check_token_ids("input_ids", request.prompt_ids, info.vocab_size)
         check_token_ids("stop_token_ids (or end_id)", request.sampling.stop_token_ids, info.vocab_size)
         check_token_ids("allowed_token_ids", request.sampling.allowed_token_ids, info.vocab_size)

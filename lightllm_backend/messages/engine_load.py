@@ -4,7 +4,8 @@
 rank 0's worker writes the Router's queue, its limit and the tenant with the longest queue after each plan, and the
 newest ticket of the tokenizer step that is in these numbers; generation, the newest ticket that it has refused. Door
 reads them: it turns requests away at the first step while the queue is full. Reading takes no system call. The Router
-stays the judge: a request that passes the door may still be refused there.
+stays the judge: a request that passes the door may still be refused there. The worker also writes the size of its KV
+pool, which limits the length of a request.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pathlib import Path
 from lightllm_backend.messages.run_directory import load_file
 from lightllm_backend.request import RequestError
 
-# Fields, each int64: four that the worker writes, and one of generation.
-_QUEUED, _LIMIT, _LONGEST, _TAKEN, _REFUSED = range(0, 40, 8)
-_FILE_SIZE = 40
+# Fields, each int64: four that the worker writes, one of generation, and two that the worker writes once.
+_QUEUED, _LIMIT, _LONGEST, _TAKEN, _REFUSED, _POOL, _SEQUENCE = range(0, 56, 8)
+_FILE_SIZE = 56
 # One request passes a closed door this often, for the Router to judge: numbers of a process that has died, or of
 # requests that were lost on the way to generation, cannot keep a door closed.
 PASS_SECONDS = 0.1
@@ -53,6 +54,15 @@ class EngineLoad:
     def refused(self, ticket: int) -> None:
         """Generation has refused a request with this ticket."""
         struct.pack_into("q", self._fields, _REFUSED, ticket)
+
+    def publish_pool(self, tokens: int, longest: int) -> None:
+        """Write how many tokens the KV pool holds, and how many of one sequence."""
+        struct.pack_into("qq", self._fields, _POOL, tokens, longest)
+
+    def pool(self) -> tuple[int, int]:
+        """The tokens of the KV pool, and of the longest sequence that it holds; zeros before the worker has loaded."""
+        tokens, longest = struct.unpack_from("qq", self._fields, _POOL)
+        return tokens, longest
 
     def read(self) -> tuple[int, int]:
         """The Router's queue and its limit."""

@@ -39,6 +39,7 @@ class Entered:
 class Entrance:
     """Reads requests, refuses what cannot be served, and encodes prompts: short ones at once, long ones in a lane.
 
+    lengths: by the settings and config.json; the KV pool may allow less.
     go_on: gets what has come in, on the calling thread or the lane's. It returns the response, or None if it will come
     from a response sender; an error that it raises is the answer.
     """
@@ -52,10 +53,11 @@ class Entrance:
         run_directory: Path,
         go_on: Callable[[Entered], Any],
     ) -> None:
-        self.door = Door(EngineLoad(run_directory))
+        self._load = EngineLoad(run_directory)
+        self.door = Door(self._load)
         self._max_prompt_bytes = config.max_prompt_bytes
         self._tokenizer = tokenizer
-        self._lengths = lengths
+        self._lengths_without_pool = lengths
         self._telemetry = telemetry
         self._go_on = go_on
         self._lane = PromptLane(config.max_queue_size, LONGEST_PROMPTS * config.max_prompt_bytes)
@@ -69,7 +71,7 @@ class Entrance:
             deadline = read_deadline(request)
             parsed = read_request(request)
             self.door.check(parsed.options.tenant, lambda: is_probe(request))
-            size = check_prompt(parsed, self._tokenizer, self._max_prompt_bytes, self._lengths)
+            size = check_prompt(parsed, self._tokenizer, self._max_prompt_bytes, self._lengths())
             if size <= SHORT_PROMPT_BYTES:
                 return self._enter(request, parsed, deadline)
             self._lane.put(self._long_prompt(request, parsed, size, deadline))
@@ -98,7 +100,14 @@ class Entrance:
         return LongPrompt(size, deadline, sender.is_cancelled, encode, refuse)
 
     def _enter(self, request: Any, parsed: ParsedRequest, deadline: float | None) -> Any:
-        return self._go_on(Entered(request, parsed, encode_prompt(parsed, self._tokenizer, self._lengths), deadline))
+        prompt = encode_prompt(parsed, self._tokenizer, self._lengths())
+        return self._go_on(Entered(request, parsed, prompt, deadline))
+
+    def _lengths(self) -> LengthLimits:
+        """The limits of a request: the engine's, once its worker has sized the KV pool."""
+        pool_tokens, longest = self._load.pool()
+        without_pool = self._lengths_without_pool
+        return without_pool.within_pool(pool_tokens, longest) if pool_tokens else without_pool
 
     def _refusal(self, request: Any, error: Exception) -> Any:
         self._telemetry.refused(request, error)

@@ -64,6 +64,11 @@ class LoadedEngine:
     storage: KVStorage
     groups: LayerGroups
 
+    @property
+    def longest(self) -> int:
+        """The tokens that the KV pool can hold of one sequence."""
+        return self.groups.longest(self.info.pool_tokens * self.groups.count, self.batch_max_tokens)
+
 
 def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -> LoadedEngine:
     """Load this rank's part of the engine; several ranks meet by `meet`.

@@ -101,6 +101,7 @@ class Leader:
         self._hosts: list[BatchConnection] = []
         self._engine = _load(config, 0, self._meet if config.nnodes > 1 else _meet_on_this_host(address))
         preparing.join()
+        self._load.publish_pool(self._engine.info.pool_tokens, self._engine.longest)
         self._server = EngineServer(address, self._engine.info, parent_pipe)
         self._structured = StructuredOutput(compiler, self._server.wake)
         self._followers.accept()

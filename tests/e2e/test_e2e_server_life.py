@@ -188,6 +188,10 @@ def test_two_servers_do_not_meet_and_one_with_a_dead_step_ends_and_leaves_nothin
                 other_client.generate([600], max_tokens=1)
             with pytest.raises(InvalidArgument, match="3 tokens and max_tokens is 999; allowed: .* 1000 tokens"):
                 other_client.generate([5, 6, 7], max_tokens=999)
+            for length in (1001, 140_000):  # beyond the pool, and beyond the model's limit as well
+                said = f"{length} tokens and max_tokens is -1; allowed: at most 1000 prompt .*KV pool of 1000 tokens"
+                with pytest.raises(InvalidArgument, match=said):
+                    other_client.generate([5] * length, max_tokens=-1)
         assert client.generate([600], max_tokens=1).num_output_tokens == 1
         assert poll(lambda: other.metrics()["lightllm_kv_tokens_total"] == 1000)
         [victim] = [one for one in processes if "/generation/" in " ".join(one.cmdline())]

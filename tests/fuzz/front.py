@@ -121,9 +121,9 @@ class StrictEngine:
         parsed = parse_request(values)
         check_prompt(parsed, self._tokenizer, self._config.max_prompt_bytes, self._lengths)
         prompt = encode_prompt(parsed, self._tokenizer, self._lengths)
+        check_lengths(len(prompt.token_ids), parsed.options.sampling.max_tokens, self._lengths)
         request = fitted(Request("", tuple(prompt.token_ids), parsed.options.sampling), self._lengths)
         sampling, vocab_size = request.sampling, self._tokenizer.vocab_size
-        check_lengths(len(request.prompt_ids), sampling.max_tokens, self._lengths)
         check_token_ids("input_ids", request.prompt_ids, vocab_size)
         check_token_ids("stop_token_ids (or end_id)", sampling.stop_token_ids, vocab_size)
         check_token_ids("logit_bias", tuple(token_id for token_id, _ in sampling.logit_bias), vocab_size)

@@ -123,6 +123,23 @@ def test_a_text_of_too_many_tokens_goes_no_further(place: Place) -> None:
     assert place.refused == [request.answer]
 
 
+def test_the_least_limit_is_named_at_once(place: Place) -> None:
+    """A client that shortened its prompt to the model's limit would be refused a second time, by the pool's."""
+    request = Request(ids=[5] * (MAX_INPUT + 1))
+    for pool, limit in (
+        ((0, 0), "2000 prompt tokens (max_req_input_len)"),
+        ((100, 100), "100 prompt tokens (the KV pool of 100 tokens)"),
+        ((100, 300), "300 prompt tokens (the KV pool of 100 tokens)"),  # with windows
+        ((2000, 2000), "2000 prompt tokens (max_req_input_len)"),
+    ):
+        place.load.publish_pool(*pool)
+        assert place.entrance.take(request).endswith(f"max_tokens is 16; allowed: at most {limit}")
+    place.load.publish_pool(100, 100)
+    text = place.entrance.take(Request("x" * 1000))
+    assert text.endswith("at least 112 tokens (one stands for at most 9 bytes); "
+                         "allowed: at most 100 prompt tokens (the KV pool of 100 tokens)")  # fmt: skip
+
+
 def test_a_full_lane_refuses_at_once(place: Place) -> None:
     requests = [Request(LONG) for _ in range(5)]
     answers = [place.entrance.take(request) for request in requests]

@@ -111,6 +111,7 @@ def test_what_can_never_run_is_refused_at_once(tmp_path: Path) -> None:
     with counting_engine(tmp_path) as (_, client):
         for prompt, max_tokens, said in [
             ([1] * 51, 1, "at most 50 prompt tokens"),
+            ([1] * 51, -1, "max_tokens is -1; allowed: at most 50 prompt tokens"),
             ([1], 400, "at most 400 in all"),
             ([1000], 1, "input_ids holds 1000"),
             ([], 1, "no tokens"),
