@@ -478,7 +478,7 @@ ALLOWED = {
     "front.errors": ("options",),
     "front.lightllm": (),
     "front.lightllm.answers": ("text.tokenizer",),
-    "front.lightllm.parameters": ("options", "request"),
+    "front.lightllm.parameters": ("option_table", "options", "request"),
     "front.lightllm.router": (
         "client_json",
         "front.answers",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from lightllm_backend.option_table import MAX_INT32, OPTIONS
 from lightllm_backend.options import parse_request, show
 from lightllm_backend.request import DEFAULTS, RequestError, RequestOptions
 from lightllm_client.options import DATATYPES, Options
@@ -35,6 +36,8 @@ _READ_HERE = ("best_of", "n", "add_special_tokens", "return_details", "group_req
 MAX_ANSWERS = 8
 # LightLLM takes a lower temperature for 0, which means greedy.
 LOWEST_TEMPERATURE = 1e-5
+# Values of max_new_tokens; the engine's max_tokens may also be -1 or, with prompt_logprobs, 0.
+_ALLOWED_LENGTHS = f"an integer from 1 to {MAX_INT32}"
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,11 @@ def _parse(inputs: Any, parameters: Mapping[str, Any]) -> tuple[str | tuple[int,
         tensors = {**given, "stop_sequences": stop_texts, "stop_token_ids": stop_ids}
         parsed = parse_request(tensors, json.dumps(values))
     except RequestError as error:
-        raise refusal(error.message.replace("input_ids", "inputs", 1)) from None
+        message = error.message.replace("input_ids", "inputs", 1)
+        raise refusal(message.replace(OPTIONS["max_tokens"].allowed, _ALLOWED_LENGTHS)) from None
     sampling = parsed.options.sampling
     if sampling.max_tokens < 1:
-        raise refusal(f"max_new_tokens is {sampling.max_tokens}; allowed: an integer ≥ 1")
+        raise refusal(f"max_new_tokens is {sampling.max_tokens}; allowed: {_ALLOWED_LENGTHS}")
     if "min_new_tokens" in values:
         if sampling.min_tokens < 1:
             raise refusal(f"min_new_tokens is {sampling.min_tokens}; allowed: an integer from 1 to max_new_tokens")
