@@ -14,7 +14,7 @@ from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.layer_types import read_layers
+from lightllm_backend.models.layer_types import FULL, read_layers
 from lightllm_backend.models.quantization.config import on_the_fly, read_quantization, with_head
 from lightllm_backend.models.quantization.scheme import UNQUANTISED, Quantization
 from lightllm_backend.models.registry import (
@@ -268,12 +268,16 @@ DIALECTS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
 
 
 def _left_out(config: ConfigFields) -> Iterator[str]:
-    """Warnings of a window that the class does not have, and of sizes that config.json leaves out.
+    """Warnings of windows that the class does not have, and of sizes that config.json leaves out.
 
     The default of a size is seldom that of the weights.
     """
-    if not config.knows("sliding_window") and config.has("sliding_window"):
-        yield f"{config.path}: sliding_window is not read: the class has none, so all tokens are seen"
+    if not config.knows("sliding_window"):
+        types = config.get("layer_types")
+        has_types = types is not None and not (isinstance(types, list) and all(kind == FULL for kind in types))
+        for key, is_set in (("sliding_window", config.has("sliding_window")), ("layer_types", has_types)):
+            if is_set:
+                yield f"{config.path}: {key} is not read: the class has none, so all tokens are seen"
     for key in SIZES:
         if config.knows(key) and key not in config.values and config.has(key):
             yield f"{config.path}: {key} is missing, which makes it {config.get(key)}"

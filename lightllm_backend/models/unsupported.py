@@ -44,7 +44,8 @@ OTHER_KINDS: dict[str, tuple[str, ...]] = {
     ),
     "models with images, sound or video": (
         "vision_config", "audio_config", "speech_config", "visual", "vision_tower", "mm_vision_tower", "image_token_id",
-        "image_token_index", "thinker_config",
+        "image_token_index", "thinker_config", "embd_layer", "img_processor", "audio_processor",
+        "vision_soft_tokens_per_image", "audio_soft_tokens_per_image",
     ),
     "encoders with a decoder": ("encoder_layers", "num_decoder_layers", "encoder_attention_heads"),
 }  # fmt: skip

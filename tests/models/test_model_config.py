@@ -226,6 +226,50 @@ def test_the_window_of_each_layer(tmp_path, architecture, written, windows):
 
 
 @pytest.mark.parametrize(
+    ("window", "types", "needed"),
+    [
+        (8, None, None),
+        (8, ["sliding_attention"] * 3, None),
+        (8, SOME_LAYERS, "sliding_attention"),
+        (8, ["full_attention"] * 3, "sliding_attention"),
+        (8, ["sliding_attention"] * 2, "sliding_attention"),
+        (None, None, None),
+        (None, ["full_attention"] * 3, None),
+        (None, SOME_LAYERS, "full_attention"),
+        (None, "full_attention", "full_attention"),
+    ],
+)
+def test_phi3_has_its_window_in_all_layers_or_in_none(tmp_path, window, types, needed):
+    shape = {"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 4096, "num_hidden_layers": 3}
+    write(tmp_path, **shape, sliding_window=window, layer_types=types)
+    if needed is None:
+        assert ModelConfig.from_directory(tmp_path).window(0) == (window or 0)
+        return
+    with pytest.raises(ModelError, match=f"layer_types is .*; {needed} is needed for each of 3 layers, as sliding_win"):
+        ModelConfig.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Olmo2ForCausalLM", "SeedOssForCausalLM"])
+@pytest.mark.parametrize(
+    ("written", "warned_of"),
+    [
+        ({}, []),
+        ({"layer_types": None}, []),
+        ({"layer_types": ["full_attention"] * 3}, []),
+        ({"layer_types": SOME_LAYERS}, ["layer_types"]),
+        ({"layer_types": "sliding_attention"}, ["layer_types"]),
+        ({"sliding_window": 8}, ["sliding_window"]),
+        ({"sliding_window": 8, "layer_types": SOME_LAYERS}, ["sliding_window", "layer_types"]),
+    ],
+)
+def test_windows_of_a_class_without_them_are_warned_of(tmp_path, architecture, written, warned_of):
+    write(tmp_path, architectures=[architecture], num_hidden_layers=3, **written)
+    warnings = [line for line in ModelConfig.from_directory(tmp_path).warnings if " is not read" in line]
+    said = "is not read: the class has none, so all tokens are seen"
+    assert warnings == [f"{tmp_path / 'config.json'}: {key} {said}" for key in warned_of]
+
+
+@pytest.mark.parametrize(
     ("named", "architecture"),
     [
         ({"architectures": ["LLaMAForCausalLM"], "model_type": "llama"}, "LlamaForCausalLM"),
@@ -335,7 +379,7 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
         ({"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}, "bias is missing; true is needed, as qkv_bias"),
         (
             {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
-            r"no_rope_layers is \[1\]; 1 or, without .* 32",
+            r"no_rope_layers is \[1\]; 1, or 0 for a layer without rotary embeddings, is needed for each of 32 layers",
         ),
         ({"is_causal": False}, "is_causal is False; true is needed"),
         ({"is_causal": None}, "is_causal is null; true is needed"),
@@ -356,12 +400,24 @@ def test_an_impossible_value_of_bloom_is_named(tmp_path, changes, message):
             "models with images, sound or video are not served: the architecture 'LlavaForConditionalGeneration'",
         ),
         (
+            {"architectures": ["Phi3VForCausalLM"], "img_processor": {"name": "clip_vision_model"}},
+            "models with images, sound or video are not served: the architecture 'Phi3VForCausalLM' is not known",
+        ),
+        (
+            {"architectures": ["Phi4MMForCausalLM"], "embd_layer": {"a": 1}, "img_processor": None},
+            "models with images, sound or video are not served: the architecture 'Phi4MMForCausalLM' is not known",
+        ),
+        (
+            {"architectures": ["Gemma3nForConditionalGeneration"], "audio_soft_tokens_per_image": 188},
+            "models with images, sound or video are not served: the architecture 'Gemma3nForConditionalGeneration'",
+        ),
+        (
             {"architectures": None, "model_type": "mixtral", "num_local_experts": 8},
             "model_type is 'mixtral'; mixtures of experts are not served; known without architectures",
         ),
         (
             {**QWEN2, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 32},
-            "use_sliding_window is False; a window is needed for the sliding_attention in layer_types",
+            "use_sliding_window is False; true is needed for the sliding_attention in layer_types",
         ),
         (
             {**QWEN2, "sliding_window": None, "layer_types": ["sliding_attention"] * 32},
