@@ -269,6 +269,7 @@ ALLOWED = {
         "logs",
         "messages.run_directory",
         "models.errors",
+        "models.find_weights",
         "models.model_config",
         "triton_server.setup",
     ),

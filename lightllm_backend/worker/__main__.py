@@ -3,7 +3,8 @@
 
 It runs this host's ranks of an engine whose server runs on host 0, and takes the same settings as the launch command.
 It waits for host 0, and whenever the engine ends, for whatever reason, it starts its ranks again, which wait for the
-next one. SIGTERM and SIGINT end it. Exit codes: 0 for a signal, 2 for a wrong setting, told in one line.
+next one. SIGTERM and SIGINT end it. Exit codes: 0 for a signal, 2 for a wrong setting or a broken
+model directory, told in one line.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lightllm_backend.messages.run_directory import (
     run_directory_of,
 )
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.find_weights import check_weight_files
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.triton_server.setup import repository_parameters
 
@@ -45,10 +47,13 @@ def run(model_repository: str, **settings: str | None) -> NoReturn:
     try:
         config = EngineConfig.build(repository_parameters(Path(model_repository)), {**os.environ, **given})
         config.check_host(serves=False)
-        ModelConfig.from_directory(config.model_dir or embedded_model_directory()).check_ranks(config.tp)
+        model_dir = Path(config.model_dir or embedded_model_directory())
+        ModelConfig.from_directory(model_dir).check_ranks(config.tp)
+        if config.load_format != "dummy":
+            check_weight_files(model_dir)
         remove_stale_run_directories()
         directory = run_directory_of(os.getpid())
-    except (ConfigError, EmbeddedModelError, ModelError, RunDirectoryError) as error:
+    except (ConfigError, EmbeddedModelError, ModelError, PermissionError, RunDirectoryError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(USAGE_ERROR)
     logs.set_up("worker", config.log_format)

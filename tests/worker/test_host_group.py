@@ -24,6 +24,7 @@ from lightllm_backend.worker import host_group, load
 from lightllm_backend.worker.host_group import SHARED_SETTINGS, Card, join, lead, use_interface_of
 from tests.e2e.server import free_ports
 from tests.polling import poll
+from tests.runner.engine_harness import save_random_llama
 
 CPU = torch.device("cpu")
 LIMIT = 60.0
@@ -185,4 +186,14 @@ def test_a_wrong_setting_is_one_line_and_code_2(arguments: list[str], message: s
     result = CliRunner().invoke(worker_command.command, arguments, env={"LIGHTLLM_MODEL_DIR": None})
     assert result.exit_code == 2
     assert result.output.startswith(message)
+    assert result.output.count("\n") == 1
+
+
+def test_weights_that_cannot_be_read_are_told_at_once(tmp_path: Path) -> None:
+    save_random_llama(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    arguments = ["--nnodes=2", "--tp=2", "--node_rank=1", "--master_addr=h", f"--model_dir={tmp_path}"]
+    result = CliRunner().invoke(worker_command.command, arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {tmp_path / 'model.safetensors'}: cannot be read: ")
     assert result.output.count("\n") == 1
