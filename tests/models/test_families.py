@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -212,6 +212,35 @@ def test_the_masks_of_the_first_blooms_are_ignored(tmp_path):
     tensors["transformer.h.0.self_attention.scale_mask_softmax.causal_mask"] = torch.ones(4, 4, dtype=torch.bool)
     save_file(tensors, tmp_path / "model.safetensors")
     check_steps(load_model(tmp_path), random_model("bloom_8_heads"))
+
+
+def test_what_transformers_makes_of_layer_types_that_are_refused_here():
+    """The rows of docs/compatibility.md on Phi-3 and SmolLM3."""
+    ids = torch.arange(3, 23)[None]
+    some, full = (["full_attention", kind, "full_attention"] for kind in ("sliding_attention", "full_attention"))
+
+    def model(config_class, **changes):
+        torch.manual_seed(0)
+        shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+        config = config_class(**shape, **heads, bos_token_id=1, eos_token_id=2, **changes)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    @torch.no_grad()
+    def logits(config_class, **changes):
+        return model(config_class, **changes)(ids).logits
+
+    phi3 = partial(logits, transformers.Phi3Config, sliding_window=4)
+    assert torch.equal(phi3(layer_types=some), phi3())
+    assert torch.equal(phi3(layer_types=full), phi3())
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model(transformers.Phi3Config, sliding_window=4, layer_types=some).generate(ids, max_new_tokens=4)
+    smollm3 = partial(logits, transformers.SmolLM3Config, layer_types=some)
+    on, off = (smollm3(sliding_window=4, use_sliding_window=is_on) for is_on in (True, False))
+    torch.testing.assert_close(off, on)
+    assert not torch.allclose(off, logits(transformers.SmolLM3Config, layer_types=full))
+    with pytest.raises(TypeError, match="'NoneType' object"):  # of the cache
+        smollm3(use_sliding_window=False)
 
 
 def test_mistral_with_layer_types_has_its_window_in_those_alone(tmp_path):
