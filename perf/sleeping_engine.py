@@ -115,7 +115,7 @@ class SleepingEngine:
         milliseconds = float(os.environ.get(STEP_MS, "0"))
         self.runner = SleepingRunner(lambda *_: milliseconds / 1e3) if milliseconds else SleepingRunner()
         self.batch_max_tokens = config.batch_max_tokens or 8192
-        pool_tokens = config.max_total_token_num or POOL_TOKENS
+        pool_tokens = self.longest = config.max_total_token_num or POOL_TOKENS
         shape = ModelConfig.from_directory(config.model_dir or embedded_model_directory())
         self.info = EngineInfo(
             model="sleeping", dtype="none", device="cpu", vocab_size=shape.vocab_size, eos_ids=(2,),
