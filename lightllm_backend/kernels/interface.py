@@ -342,7 +342,8 @@ class Kernels(Protocol):
         """The first greatest logit of each row of `logits` [sequences, vocab]: [sequences] int32.
 
         Also written to `table`, a flat int32 tensor, at `places` [sequences] int64. With `masks` and `mask_rows`, as
-        apply_token_masks takes them, the greatest of those that the masks allow.
+        apply_token_masks takes them, the greatest of those that the masks allow. The result is -1 if one of the logits is
+        NaN or the greatest is infinite; the table gets 0 then, since the next step embeds what the table holds.
         """
 
     def sample(
@@ -354,6 +355,8 @@ class Kernels(Protocol):
         min_p: Tensor,
         seed: Tensor,
         position: Tensor,
+        places: Tensor,
+        table: Tensor,
     ) -> Tensor:
         """Draws a token from each row of `logits` [sequences, vocab] float32: [sequences] int32.
 
@@ -362,4 +365,6 @@ class Kernels(Protocol):
         alone, picks from the distribution in vocabulary order. Min-p (0: off) keeps the tokens that are at least
         min_p times as likely as the likeliest, then top-k (0: off) the k greatest logits, then top-p the fewest whose
         share of the rest is p; equals of the last one kept are kept. The order is vLLM's.
+
+        Writes to `table` at `places`, and returns -1 for logits that are not numbers, as choose_greedily does.
         """

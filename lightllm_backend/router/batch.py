@@ -80,7 +80,7 @@ class TopLogProbs(NamedTuple):
 class StepResult:
     """The tokens that a step sampled, in the order of the batch's sampling rows."""
 
-    token_ids: NDArray[np.int32]  # [n_sampled]
+    token_ids: NDArray[np.int32]  # [n_sampled]; -1: the model's logits are not numbers
     log_probs: NDArray[np.float32] | None = None  # [n_sampled]
     seconds: float = 0.0  # on the device
     scores: tuple[Scores, ...] = ()  # of the batch's scored chunks, in order

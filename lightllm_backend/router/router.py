@@ -41,6 +41,12 @@ from lightllm_backend.router.sequence import Sequence, SequenceState, TextMatche
 from lightllm_backend.router.slot_pool import Prefix, SlotPool
 from lightllm_backend.router.statistics import EngineStats, no_steps
 
+NOT_NUMBERS = RequestError(
+    "INTERNAL",
+    "the model's logits are not numbers: its weights hold NaN or infinities, or float16 overflows; try --dtype bfloat16"
+    " or float32",
+)
+
 
 class Router:
     """Owns the state of every sequence, the rows of the request table and the token slots of the KV pool."""
@@ -213,6 +219,8 @@ class Router:
         assert step.batch is batch, "batches are applied in the order in which they were made"
         assert len(token_ids) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
+        if (token_ids < 0).any():
+            self._fail_without_logits(step, step.arrival_indices[token_ids < 0].tolist())
         stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row
@@ -254,6 +262,14 @@ class Router:
         self._generated_tokens_total += len(handles)
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
 
+    def _fail_without_logits(self, step: PlannedStep, arrival_indices: list[int]) -> None:
+        """End the sequences whose logits are not numbers. The rest of `apply` then leaves them out."""
+        for arrival_index in arrival_indices:
+            sequence = self._by_arrival_index.get(arrival_index)
+            if sequence is not None:
+                self.finish(sequence, FinishReason.FAILED, NOT_NUMBERS)
+        step.holds_row[np.isin(step.arrival_indices, arrival_indices)] = False
+
     def _accept(self, step: PlannedStep, token_ids: NDArray[np.int32]) -> dict[int, bool | RequestError]:
         """Give the matchers the tokens of their sequences; return what TextMatcher.accept_all says, by index."""
         matchers = {}
@@ -270,7 +286,11 @@ class Router:
     def _take_scores(self, step: PlannedStep, result: StepResult) -> None:
         for chunk, arrival_index, scores in zip(step.batch.scored, step.scored_arrivals, result.scores, strict=True):
             sequence = self._by_arrival_index.get(arrival_index)
-            if sequence is not None:
+            if sequence is None:
+                continue
+            if np.isnan(scores.log_probs).any():
+                self._fail_without_logits(step, [arrival_index])
+            else:
                 sequence.take_scores(int(step.batch.starts[chunk.batch_index]), scores)
 
     def drain_finished(self) -> list[TokenChunk]:

@@ -244,6 +244,5 @@ class ModelRunner:
             if masks is not None and self._sampler.is_greedy(rows):
                 token_ids = self._kernels.choose_greedily(logits, indices, all_token_ids, *masks)
                 return step.fetch(Sampled(token_ids), scores)
-            sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, masks)
-        all_token_ids.index_copy_(0, indices, sampled.token_ids)
+            sampled = self._sampler.sample(logits, rows, lengths, self._tables, self._staging, indices, masks)
         return step.fetch(sampled, scores)

@@ -33,7 +33,7 @@ class Top(NamedTuple):
 class Sampled(NamedTuple):
     """The tokens of m sequences."""
 
-    token_ids: Tensor  # [m] int32
+    token_ids: Tensor  # [m] int32; -1: the logits are not numbers
     log_probs: Tensor | None = None  # [m] float32
     top: Top | None = None
 
@@ -124,12 +124,13 @@ class Sampler:
         lengths: NDArray[np.int32],
         tables: DeviceTables,
         staging: Staging,
+        places: Tensor,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Sampled:
         """Sample a token for each sequence, with log probabilities if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
-        one. masks: what apply_token_masks takes. The log probabilities are those of the model's distribution, before
+        one. places [m] int64: where in the flattened table of token ids the tokens are written too. masks: what apply_token_masks takes. The log probabilities are those of the model's distribution, before
         biases, penalties, masks and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
@@ -157,14 +158,15 @@ class Sampler:
             unmasked = logits
             logits = unmasked if is_changed else torch.empty_like(unmasked, dtype=torch.float32)
             self._kernels.apply_token_masks(unmasked, *masks, logits)
+        target = places, tables.token_ids.view(-1)
         if self._drawn[rows].any():
-            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths)
+            token_ids = self._kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, device_lengths, *target)
         else:
-            token_ids = logits.argmax(-1).int()
+            token_ids = self._kernels.choose_greedily(logits, *target)
         if not with_log_probs:
             return Sampled(token_ids)
         log_sums = original.logsumexp(-1)
-        chosen = original.gather(1, token_ids.long().unsqueeze(1)).squeeze(1)
+        chosen = original.gather(1, token_ids.clamp_min(0).long().unsqueeze(1)).squeeze(1)
         asking = self._asking(rows)
         if len(asking) == 0:
             return Sampled(token_ids, chosen - log_sums)

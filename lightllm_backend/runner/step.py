@@ -24,7 +24,7 @@ class ForwardOutput(NamedTuple):
     """The output for n sequences, sampling ones first. The logits may be modified in place."""
 
     logits: Tensor  # [n, vocab]
-    token_ids: Tensor  # [n] int32, the greedy choices, already written to the table
+    token_ids: Tensor  # [n] int32, the greedy choices, already written to the table; -1: logits that are not numbers
     indices: Tensor  # [n] int64, indices of the choices in the flattened table
     scores: DeviceScores | None = None  # of the batch's scored chunks
 

@@ -71,7 +71,7 @@ def compile_kernels(runner: ModelRunner, max_input: int, batch_max_tokens: int, 
     def launch() -> None:
         for bucket in chosen.values():
             runner.launch_padding(bucket)
-        for sampling in (sampled, _MASKED, _DRAWN_MASKED):
+        for sampling in (sampled, _PENALISED, _MASKED, _DRAWN_MASKED):
             runner.launch(example_batch(1, [], sampling)).result()
         for batch in _attention_batches(min(max_input, batch_max_tokens)):
             runner.launch(batch).result()

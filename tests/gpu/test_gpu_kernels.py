@@ -570,13 +570,15 @@ def test_sample(sequences: int, vocab_size: int) -> None:
     min_p = torch.tensor([0.0, 0.05], device=DEVICE)[choice % 2]
     seed = torch.randint(-(2**63), 2**63 - 1, (sequences,), device=DEVICE)
     position = torch.randint(0, 4096, (sequences,), device=DEVICE, dtype=torch.int32)
-    arguments = (logits, temperature, top_k, top_p, min_p, seed, position)
-    tokens, expected = launchers.sample(*arguments), reference.sample(*arguments)
+    tables = [torch.full((sequences,), -1, device=DEVICE, dtype=torch.int32) for _ in range(2)]
+    arguments = (logits, temperature, top_k, top_p, min_p, seed, position, choice)
+    tokens, expected = launchers.sample(*arguments, tables[0]), reference.sample(*arguments, tables[1])
+    assert torch.equal(tokens, tables[0])
     same = tokens == expected
     assert same[temperature == 0].all()
     # Sums in another order shift the bounds between tokens by some 1e-6, and now and then a draw falls in between.
     assert same.float().mean() >= 0.98
-    again = launchers.sample(*arguments)
+    again = launchers.sample(*arguments, tables[0])
     assert torch.equal(tokens, again)
 
 
@@ -596,6 +598,8 @@ def test_sample_has_the_exact_distribution(top_k: int, top_p: float) -> None:
         torch.zeros(draws, device=DEVICE),
         torch.full((draws,), 7, device=DEVICE, dtype=torch.int64),
         torch.arange(draws, device=DEVICE, dtype=torch.int32),
+        torch.arange(draws, device=DEVICE),
+        torch.empty(draws, device=DEVICE, dtype=torch.int32),
     )
     observed = torch.bincount(tokens.cpu().long(), minlength=12)
     assert observed.sum() == observed[kept].sum()
@@ -612,6 +616,7 @@ def test_a_decode_step_can_be_captured_in_a_graph() -> None:
     slots = torch.full((4,), -1, device=DEVICE, dtype=torch.int32)
     logits, floats = _random(4, 32000), torch.full((4,), 0.8, device=DEVICE)
     integers = torch.full((4,), 7, device=DEVICE, dtype=torch.int32)
+    places = torch.arange(4, device=DEVICE)
 
     def step() -> tuple[Tensor, Tensor]:
         out = launchers.token_attention(
@@ -620,7 +625,8 @@ def test_a_decode_step_can_be_captured_in_a_graph() -> None:
         launchers.apply_penalties(
             logits, pool.req_to_token, pool.rows, integers, integers, *[floats] * 3, integers, integers[:, None]
         )
-        return out, launchers.sample(logits, floats, integers, floats, floats, integers.long(), integers)
+        target = places, torch.empty_like(integers)
+        return out, launchers.sample(logits, floats, integers, floats, floats, integers.long(), integers, *target)
 
     # The captured addresses are filled with NaN by an extra kernel otherwise.
     torch.use_deterministic_algorithms(False)

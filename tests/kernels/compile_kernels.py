@@ -165,7 +165,7 @@ def launch_all(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, wit
         launchers.apply_token_masks(masked, masks, lengths, logits)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths)
     launchers.choose_greedily(logits.to(dtype), lengths.long(), lengths, masks, lengths)
-    launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths)
+    launchers.sample(logits, floats, lengths, floats, floats, lengths.long(), lengths, lengths.long(), lengths)
 
 
 def launch_quantized(dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
+from tests.kernels.spoiled_logits import spoiled_logits
 from tests.kernels.test_apply_token_masks import random_masks
 
 BOTH = pytest.mark.parametrize("implementation", [reference, launchers])
@@ -37,18 +38,48 @@ def test_takes_the_greatest_that_the_mask_allows(implementation, vocab_size, dev
     tokens = implementation.choose_greedily(logits, places, table, words.to(device), mask_rows)
     kept = torch.where(allowed[[1, 0, 0, 1]].to(device), logits, -torch.inf)
     kept[1] = logits[1]
-    assert tokens.tolist() == [int((row == row.max()).nonzero()[0]) for row in kept]
-    assert table.tolist() == tokens.tolist()
+    expected = [int((row == row.max()).nonzero()[0]) if row.max() > -torch.inf else -1 for row in kept]
+    assert tokens.tolist() == expected
+    assert table.tolist() == [max(0, token) for token in expected]
 
 
 @BOTH
 def test_first_of_equals(implementation, device):
-    logits = torch.full((3, 40000), -1.0, device=device)
+    logits = torch.full((2, 40000), -1.0, device=device)
     logits[0, [39000, 17, 16401]] = 50.0
-    logits[1] = -torch.inf
-    logits[2, [0, 39999]] = -0.5
-    places, table = torch.arange(3, device=device), torch.zeros(3, dtype=torch.int32, device=device)
-    assert implementation.choose_greedily(logits, places, table).tolist() == [17, 0, 0]
+    logits[1, [0, 39999]] = -0.5
+    places, table = torch.arange(2, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    assert implementation.choose_greedily(logits, places, table).tolist() == [17, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("vocab_size", [1, 40, 40001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_token_where_logits_are_not_numbers(implementation, is_masked, vocab_size, dtype, device):
+    """The table then gets token 0, and the rows beside are chosen as ever."""
+    logits = spoiled_logits(vocab_size).to(device, dtype)
+    rows = len(logits)
+    places = torch.arange(rows, device=device).flip(0)
+    table = torch.full((rows,), 7, dtype=torch.int32, device=device)
+    masks = ()
+    if is_masked:
+        words = torch.full((1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        masks = words, torch.arange(rows, dtype=torch.int32, device=device) % 2 - 1
+    tokens = implementation.choose_greedily(logits, places, table, *masks)
+    assert tokens.tolist() == [-1 if row % 2 else int(logits[row].argmax()) for row in range(rows)]
+    assert table[places].tolist() == tokens.clamp_min(0).tolist()
+
+
+@BOTH
+def test_what_the_mask_rules_out_need_not_be_a_number(implementation, device):
+    logits = torch.tensor([[torch.nan, 1.0, 2.0, torch.inf], [3.0, torch.nan, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    masks = torch.tensor([[0b0110], [0]], dtype=torch.int32, device=device)
+    mask_rows = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
+    places, table = torch.arange(3, device=device), torch.full((3,), 7, dtype=torch.int32, device=device)
+    tokens = implementation.choose_greedily(logits.to(device), places, table, masks, mask_rows)
+    assert tokens.tolist() == [2, -1, -1]
+    assert table.tolist() == [2, 0, 0]
 
 
 @BOTH

@@ -7,6 +7,7 @@ import torch
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.sampling import reference as sampling
+from tests.kernels.spoiled_logits import spoiled_logits
 
 BOTH = pytest.mark.parametrize("implementation", [reference, launchers])
 
@@ -21,11 +22,13 @@ VECTORS = [
 def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0, position=0, min_p=0.0):
     """Scalars hold for all rows."""
     rows, device = logits.shape[0], logits.device
+    table = torch.full((rows,), 7, dtype=torch.int32, device=device)
+    places = torch.arange(rows, device=device).flip(0)
 
     def column(value, dtype):
         return torch.as_tensor(value, dtype=dtype, device=device).expand(rows).contiguous()
 
-    return implementation.sample(
+    tokens = implementation.sample(
         logits,
         column(temperature, torch.float32),
         column(top_k, torch.int32),
@@ -33,7 +36,11 @@ def _sample(implementation, logits, temperature=1.0, top_k=-1, top_p=1.0, seed=0
         column(min_p, torch.float32),
         column(seed, torch.int64),
         column(position, torch.int32),
+        places,
+        table,
     )
+    assert table[places].tolist() == tokens.clamp_min(0).tolist(), "the next step reads them there"
+    return tokens
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), VECTORS)
@@ -69,13 +76,12 @@ def test_kernels_uniform_is_the_references(implementation, device):
 
 @BOTH
 def test_temperature_zero_is_the_first_maximum(implementation, device):
-    logits = torch.randn(4, 9001, device=device)
+    logits = torch.randn(3, 9001, device=device)
     logits[0, [8500, 17, 8193]] = 50.0
     logits[1, 9000] = 50.0
-    logits[2] = -torch.inf
-    logits[3] = -3.0
+    logits[2] = -3.0
     out = _sample(implementation, logits, temperature=0.0, top_k=5, top_p=0.3, seed=3)
-    assert out.tolist() == [17, 9000, 0, 0]
+    assert out.tolist() == [17, 9000, 0]
     assert out.dtype == torch.int32
 
 
@@ -227,6 +233,19 @@ def test_a_row_does_not_depend_on_its_neighbours(implementation, device):
         int(_sample(implementation, logits[i : i + 1], temperature[i], top_k[i], top_p[i], i, i)) for i in range(6)
     ]
     assert together == alone
+
+
+@BOTH
+@pytest.mark.parametrize("vocab_size", [1, 300, 20001])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
+def test_no_token_where_logits_are_not_numbers(implementation, vocab_size, options, device):
+    logits = spoiled_logits(vocab_size).to(device)
+    tokens = _sample(implementation, logits, position=list(range(len(logits))), **options)
+    assert (tokens[1::2] == -1).all()
+    assert ((tokens[::2] >= 0) & (tokens[::2] < vocab_size)).all()
+    assert tokens[2] == 0
+    good = logits[::2].contiguous()
+    assert tokens[::2].tolist() == _sample(implementation, good, position=list(range(0, 12, 2)), **options).tolist()
 
 
 @BOTH

@@ -115,14 +115,18 @@ def test_penalties_read_as_much_of_the_table_as_the_longest_sequence_has() -> No
         widths.append((tokens.shape, tokens.stride()))
         reference.apply_penalties(logits, tokens, *arguments)
 
-    sampler = Sampler(SimpleNamespace(apply_penalties=apply_penalties), 3, [2], CPU)
+    sampler = Sampler(
+        SimpleNamespace(apply_penalties=apply_penalties, choose_greedily=reference.choose_greedily), 3, [2], CPU
+    )
     sampler.admit([0, 1], [SamplingParams(repetition_penalty=2.0)] * 2, Staging(CPU))
     tables = DeviceTables(num_rows=3, max_length=131072, device=CPU)
     tables.token_ids[:2, :9] = 4
     logits = torch.tensor([[1.0, 1, 1, 1.5, 2, 1]] * 2)
     rows, lengths = np.array([0, 1], np.int32), np.array([5, 9], np.int32)
-    sampled = sampler.sample(logits, rows, lengths, tables, Staging(CPU))
+    places = torch.tensor([5, 131072 + 9])
+    sampled = sampler.sample(logits, rows, lengths, tables, Staging(CPU), places)
     assert sampled.token_ids.tolist() == [3, 3]
+    assert tables.token_ids.view(-1)[places].tolist() == [3, 3]
     assert widths == [((4, 9), (131072, 1))]
 
 
@@ -147,9 +151,8 @@ def test_parameters_are_uploaded_when_rows_or_their_owners_have_changed() -> Non
 
     def uploads_of_draw(*rows: int) -> int:
         before = staging.num_arrays
-        sampler.sample(
-            torch.zeros(len(rows), 8), np.array(rows, np.int32), np.ones(len(rows), np.int32), tables, staging
-        )
+        logits, lengths, places = torch.zeros(len(rows), 8), np.ones(len(rows), np.int32), torch.arange(len(rows))
+        sampler.sample(logits, np.array(rows, np.int32), lengths, tables, staging, places)
         return staging.num_arrays - before
 
     def admit(row: int, temperature: float) -> None:

@@ -10,7 +10,7 @@ from lightllm_backend.front.token_texts import TokenTexts
 
 TopTokens = Sequence[Mapping[int, float]]  # for each token the likeliest ones, the likeliest first
 
-# The least that JSON can say: it knows no minus infinity.
+# Stands for minus infinity and NaN, which JSON does not know.
 _MIN_LOGPROB = -9999.0
 
 
@@ -71,4 +71,4 @@ def _entry(text: str, log_prob: float) -> dict[str, Any]:
 
 
 def _finite(log_prob: float) -> float:
-    return max(log_prob, _MIN_LOGPROB)
+    return log_prob if log_prob > _MIN_LOGPROB else _MIN_LOGPROB

@@ -59,17 +59,18 @@ def choose_greedily_kernel(
                 bits = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, [block])
                 logit = tl.where(bits != 0, logit, float("-inf"))
                 token = tl.where(logit > greatest, column, token)
-                greatest = tl.maximum(greatest, logit)
+                greatest = tl.maximum(greatest, logit, propagate_nan=tl.PropagateNan.ALL)
     else:
         for start in tl.static_range(0, vocab_size, block):
             logit, column = _load(row, start, vocab_size, block)
             token = tl.where(logit > greatest, column, token)
-            greatest = tl.maximum(greatest, logit)
-    chosen = tl.min(tl.where(greatest == tl.max(greatest, 0), token, vocab_size), 0)
-    # A row of NaN has no maximum.
-    chosen = tl.where(chosen < vocab_size, chosen, 0)
+            greatest = tl.maximum(greatest, logit, propagate_nan=tl.PropagateNan.ALL)
+    maximum = tl.max(greatest, 0)
+    token = tl.where(greatest == maximum, token, vocab_size)
+    chosen = tl.min(tl.where(greatest != greatest, -1, token), 0)
+    chosen = tl.where(tl.abs(maximum) < float("inf"), chosen, -1)
     tl.store(tokens + sequence, chosen)
-    tl.store(table + place, chosen)
+    tl.store(table + place, tl.maximum(chosen, 0))
 
 
 def choose_greedily(

@@ -74,9 +74,15 @@ def choose_greedily(
         allowed = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         apply_token_masks(logits, masks, mask_rows, allowed)
         logits = allowed
-    tokens = logits.argmax(-1).int()
-    table.index_copy_(0, places, tokens)
+    tokens = _first_greatest(logits).int()
+    table.index_copy_(0, places, tokens.clamp_min(0))
     return tokens
+
+
+def _first_greatest(logits: Tensor) -> Tensor:
+    # To `max`, NaN is the greatest.
+    maximum, tokens = logits.max(-1)
+    return torch.where(maximum.isfinite(), tokens, -1)
 
 
 def sample(
@@ -87,16 +93,20 @@ def sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    places: Tensor,
+    table: Tensor,
 ) -> Tensor:
-    tokens = logits.argmax(-1)
+    tokens = _first_greatest(logits)
     is_drawn = temperature > 0
     if is_drawn.any():
-        # A row without a finite maximum has no distribution to draw from.
-        drawn = (is_drawn & logits.amax(-1).isfinite()).nonzero().squeeze(1)
+        # Without a finite maximum there is no distribution to draw from.
+        drawn = (is_drawn & (tokens >= 0)).nonzero().squeeze(1)
         uniform = _uniform(seed[drawn], position[drawn])
         shares = top_p[drawn, None], min_p[drawn, None]
         tokens[drawn] = _draw(logits[drawn], temperature[drawn, None], top_k[drawn], *shares, uniform)
-    return tokens.to(torch.int32)
+    tokens = tokens.to(torch.int32)
+    table.index_copy_(0, places, tokens.clamp_min(0))
+    return tokens
 
 
 def _draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:

@@ -19,18 +19,18 @@ def _order(value):
 
 @triton.jit
 def _greatest(row, vocab_size, block: tl.constexpr):
-    """The greatest logit and the first column that holds it."""
+    """The greatest logit and the first column that holds it: -1 if a logit is NaN or the greatest is infinite."""
     value = tl.full([block], float("-inf"), dtype=tl.float32)
     place = tl.zeros([block], dtype=tl.int32)
     for start in range(0, vocab_size, block):
         column = start + tl.arange(0, block)
         new = tl.load(row + column, mask=column < vocab_size, other=float("-inf"))
         place = tl.where(new > value, column, place)
-        value = tl.maximum(value, new)
+        value = tl.maximum(value, new, propagate_nan=tl.PropagateNan.ALL)
     maximum = tl.max(value, 0)
-    first = tl.min(tl.where(value == maximum, place, vocab_size), 0)
-    # A row of NaN has no maximum.
-    return maximum, tl.where(first < vocab_size, first, 0)
+    place = tl.where(value == maximum, place, vocab_size)
+    first = tl.min(tl.where(value != value, -1, place), 0)
+    return maximum, tl.where(tl.abs(maximum) < float("inf"), first, -1)
 
 
 @triton.jit
@@ -107,6 +107,8 @@ def sample_kernel(
     min_ps,
     seeds,
     positions,
+    places,
+    table,
     tokens,
     logits_stride,
     vocab_size,
@@ -117,8 +119,8 @@ def sample_kernel(
     row = logits + sequence * logits_stride
     maximum, token = _greatest(row, vocab_size, block)
     temperature = tl.load(temperatures + sequence)
-    # A row without a finite maximum has no distribution to draw from.
-    if (temperature > 0) & (tl.abs(maximum) < float("inf")):
+    # Without a finite maximum there is no distribution to draw from.
+    if (temperature > 0) & (token >= 0):
         # Below this bound every other token's weight is 0 anyway, and a quotient of 0 could overflow to NaN.
         temperature = tl.maximum(temperature, 1e-20)
         threshold = _order(tl.full([1], float("-inf"), dtype=tl.float32))
@@ -143,6 +145,7 @@ def sample_kernel(
         target = (word >> 8).to(tl.float32) * (2.0**-24) * total
         token = _draw(row, vocab_size, threshold.to(tl.int32), maximum, temperature, target, block)
     tl.store(tokens + sequence, token)
+    tl.store(table + tl.load(places + sequence), tl.maximum(token, 0))
 
 
 def sample(
@@ -153,10 +156,14 @@ def sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    places: Tensor,
+    table: Tensor,
 ) -> Tensor:
     sequences, vocab_size = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
+    assert places.is_contiguous()
+    assert table.is_contiguous()
     tokens = torch.empty(sequences, dtype=torch.int32, device=logits.device)
     if sequences == 0:
         return tokens
@@ -169,6 +176,8 @@ def sample(
         min_p,
         seed,
         position,
+        places,
+        table,
         tokens,
         logits.stride(0),
         vocab_size,
