@@ -263,12 +263,17 @@ class Router:
         return RouterOutput(handles, token_ids[goes_on], self.drain_finished())
 
     def _fail_without_logits(self, step: PlannedStep, arrival_indices: list[int]) -> None:
-        """End the sequences whose logits are not numbers. The rest of `apply` then leaves them out."""
+        """End the sequences whose logits are not numbers. The rest of `apply` then leaves them out.
+
+        Attention multiplies what a query must not see by 0, which leaves NaN as it is. So K and V of tokens before the
+        first NaN may be spoiled too, and others may have found them in the prefix cache, which is given up.
+        """
         for arrival_index in arrival_indices:
             sequence = self._by_arrival_index.get(arrival_index)
             if sequence is not None:
                 self.finish(sequence, FinishReason.FAILED, NOT_NUMBERS)
         step.holds_row[np.isin(step.arrival_indices, arrival_indices)] = False
+        self._pool.abandon_cache()
 
     def _accept(self, step: PlannedStep, token_ids: NDArray[np.int32]) -> dict[int, bool | RequestError]:
         """Give the matchers the tokens of their sequences; return what TextMatcher.accept_all says, by index."""

@@ -48,6 +48,7 @@ class SlotPool:
         self._ends = [self._cache.root] * num_rows  # [rows] the last node that the row holds
         self._num_cached = np.zeros(num_rows, dtype=np.int64)  # [rows] slots of the row that the cache owns
         self._is_kept = np.zeros(num_rows, dtype=np.bool_)  # [rows] whether the row's tokens join a tree
+        self._generation = 0  # of the trees; nothing is found in those of an earlier one
 
     @property
     def available(self) -> int:
@@ -104,7 +105,8 @@ class SlotPool:
             return Prefix(self._cache.root, 0)
         if self._with_cache:
             tenant = tenant if self._by_tenant else ""
-            root = self._cache.root_of((tenant, is_long)) if tenant or is_long else self._cache.root
+            key = tenant, is_long, self._generation
+            root = self._cache.root_of(key) if any(key) else self._cache.root
         elif tree:
             root = self._cache.root_of((tree, is_long))
         else:
@@ -163,6 +165,11 @@ class SlotPool:
     def clear_cache(self) -> None:
         """Evict all that no running sequence holds."""
         self._allocator.free(self._cache.evict(self._cache.num_evictable))
+
+    def abandon_cache(self) -> None:
+        """Let no further sequence find what the cache has; what running sequences hold is evicted after their end."""
+        self.clear_cache()
+        self._generation += 1
 
     def peak(self, batch_max_tokens: int) -> int:
         """The peak of the pool if each sequence with a row takes all that it asks for. For tests.

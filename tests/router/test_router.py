@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lightllm_backend.request import FinishReason, RequestError, TokenChunk
-from lightllm_backend.router.batch import StepResult
-from lightllm_backend.router.router import Router
+from lightllm_backend.router.batch import Batch, Scores, StepResult
+from lightllm_backend.router.router import NOT_NUMBERS, Router
 from tests.router.fake_engine import EngineLoop, FakeRunner, as_chunks, expected_answer, make_request, submit
 
 EOS = 10
@@ -360,6 +360,57 @@ def test_the_queue_timeout_ends_only_those_that_still_wait() -> None:
     assert (chunk.uid, chunk.finish_reason) == ("waits", FinishReason.FAILED)
     assert str(chunk.error) == "UNAVAILABLE: the request waited in the queue for 2.5 seconds"
     assert (router.stats().queued_requests, router.stats().running_requests) == (1, 1)
+
+
+class SpoiledRunner(FakeRunner):
+    """The logits that follow this token are not numbers."""
+
+    def __init__(self, spoiled_token: int) -> None:
+        super().__init__(CAPACITY, 8)
+        self._spoiled_token = spoiled_token
+
+    def step(self, batch: Batch) -> StepResult:
+        result = super().step(batch)
+        lengths = (batch.starts + batch.lengths)[batch.samples]
+        before = self.token_of[batch.rows[batch.samples], lengths - 1]
+        result.token_ids[before == self._spoiled_token] = -1
+        return result
+
+
+@both_depths
+def test_a_sequence_without_logits_fails_and_the_others_go_on(depth) -> None:
+    """-1 also pads the ending ids, and must end nothing as an EOS would."""
+    requests = [make_request(uid, 3 + index, max_tokens=12) for index, uid in enumerate("abc")]
+    requests.append(make_request("d", 9, max_tokens=3, n=2))
+    expected = {request.uid: expected_answer(request, frozenset({EOS}))[0] for request in requests}
+    others = {token for uid in "acd" for token in expected[uid]}
+    kept, spoiled_token = next(pair for pair in enumerate(expected["b"], 1) if pair[1] not in others)
+    router = make_router(eos_ids=frozenset({EOS}))
+    loop = EngineLoop(router, SpoiledRunner(spoiled_token), depth)
+    for request in requests:
+        loop.submit(request)
+    loop.run()
+    assert loop.answer("b") == (expected["b"][:kept], FinishReason.FAILED)
+    assert loop.chunks["b"][-1].error is NOT_NUMBERS
+    for uid in ("a", "c", "d"):
+        assert loop.answer(uid)[0] == expected[uid]
+    assert loop.answer("d/1")[1] in (FinishReason.LENGTH, FinishReason.STOP)
+    assert router.ended_requests["failed"] == 1
+    assert router.stats().kv_tokens_used == 0
+
+
+def test_a_prompt_whose_log_probabilities_are_not_numbers_fails() -> None:
+    """In the middle of its prefill, too."""
+    router = make_router(batch_max_tokens=4)
+    submit(router, make_request("a", 7, prompt_logprobs=0))
+    submit(router, make_request("b", 2))
+    batch = router.next_batch()
+    scores = Scores(np.array([-1.0, np.nan, -2.0, -1.0], np.float32), np.empty((4, 0), np.int32), np.empty((4, 0)))
+    chunk = only_chunk(as_chunks(router.apply(batch, replace(sampled(batch, 1), scores=(scores,)))))
+    assert (chunk.uid, chunk.finish_reason, chunk.error) == ("a", FinishReason.FAILED, NOT_NUMBERS)
+    router.check_integrity()
+    batch = router.next_batch()
+    assert only_chunk(as_chunks(router.apply(batch, sampled(batch, 1)))).uid == "b"
 
 
 def test_a_failed_step_ends_everybody_and_the_router_goes_on() -> None:
