@@ -342,7 +342,7 @@ class Kernels(Protocol):
         """The first greatest logit of each row of `logits` [sequences, vocab]: [sequences] int32.
 
         Also written to `table`, a flat int32 tensor, at `places` [sequences] int64. With `masks` and `mask_rows`, as
-        apply_token_masks takes them, the greatest of those that the masks allow. The result is -1 if one of the logits is
+        apply_token_masks takes them, the greatest of those that the masks allow. The result is -1 if one of these is
         NaN or the greatest is infinite; the table gets 0 then, since the next step embeds what the table holds.
         """
 

@@ -22,6 +22,7 @@ class CausalLM(HasWeights, Protocol):
 
     num_kv_heads: int  # on this rank
     head_dim: int
+    exceeds_float16: bool  # its activations do: they become infinite, and then NaN
 
     def __init__(
         self,

@@ -91,6 +91,7 @@ class Decoder(ABC):
     head: Head
     num_kv_heads: int
     head_dim: int
+    exceeds_float16 = False
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The hidden states [tokens, hidden_size] that enter the first layer."""

@@ -21,6 +21,7 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 
     has_gelu = True
     norms_from_one = True
+    exceeds_float16 = True
     norm_names = NormNames(
         attention="input_layernorm",
         mlp="pre_feedforward_layernorm",

@@ -130,8 +130,9 @@ class Sampler:
         """Sample a token for each sequence, with log probabilities if any sequence asks for them.
 
         logits [m, vocab]: of the sequences in `rows`; may be modified in place. lengths [m]: tokens before the sampled
-        one. places [m] int64: where in the flattened table of token ids the tokens are written too. masks: what apply_token_masks takes. The log probabilities are those of the model's distribution, before
-        biases, penalties, masks and temperature.
+        one. places [m] int64: where in the flattened table of token ids the tokens are written too. masks: what
+        apply_token_masks takes. The log probabilities are those of the model's distribution, before biases, penalties,
+        masks and temperature.
         """
         is_penalised, with_log_probs = self._penalised[rows].any(), self._log_probs[rows].any()
         is_biased = self._biases.counts[rows].any()

@@ -103,6 +103,8 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
 
     started = time.monotonic()
     model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, limits.max_total)
+    if model.exceeds_float16 and dtype == torch.float16:
+        log.warning("activations of this model overflow in float16, which fails requests: --dtype bfloat16 or float32")
     if config.load_format == "dummy":
         dummy_weights(model, seed=0)
     else:

@@ -25,6 +25,8 @@ def case(place: Place, kind: str, sequences: int, vocab_size: int) -> Case:
             "min_p": place.full(0.0, sequences),
             "seed": place.integers(0, 2**62, sequences, dtype=torch.int64),
             "position": place.integers(0, 4096, sequences),
+            "places": torch.arange(sequences, device=place.device),
+            "table": place.full(0, sequences, dtype=torch.int32),
         }
 
     return Case(
@@ -32,4 +34,5 @@ def case(place: Place, kind: str, sequences: int, vocab_size: int) -> Case:
         make=make,
         bytes=4 * sequences * vocab_size,
         torch={"argmax": lambda a: lambda: a["logits"].argmax(-1)} if kind == "greedy" else {},
+        changes=("table",),
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightllm_client import InvalidArgument, Unavailable
+from lightllm_backend.router.router import NOT_NUMBERS
+from lightllm_client import Internal, InvalidArgument, Unavailable
 from lightllm_client.tensors import PromptLogProbs
 from tests.front.pretended import Caller, PretendedClient, chunk
 
@@ -123,6 +124,21 @@ def test_log_probabilities(call: Caller, client: PretendedClient) -> None:
     events = call.events(PATH, {"prompt": "Hi", "logprobs": 0})
     offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in events]
     assert [offset for part in offsets for offset in part] == found["text_offset"]
+
+
+def test_a_model_without_logits_is_an_error_with_its_reason(call: Caller, client: PretendedClient) -> None:
+    client.items = [Internal(NOT_NUMBERS.message)]
+    for body in ({}, {"logprobs": 1}, {"stream": True}):
+        error = call.refusal(PATH, {"prompt": "Hi", **body}, 500)
+        assert error["message"] == NOT_NUMBERS.message
+
+
+def test_a_log_probability_that_is_not_a_number_is_the_least(call: Caller, client: PretendedClient) -> None:
+    part = chunk("a", 65, finish_reason="stop", log_probs=(float("nan"),))
+    client.items = [replace(part, top_log_probs=({66: float("nan"), 67: -1.5},))]
+    found = call.post(PATH, {"prompt": "Hi", "logprobs": 2}).json()["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [-9999.0]
+    assert sorted(found["top_logprobs"][0].values()) == [-9999.0, -9999.0, -1.5]
 
 
 def test_the_likeliest_tokens(call: Caller, client: PretendedClient) -> None:

@@ -77,6 +77,14 @@ def test_a_rope_that_does_not_count_is_warned_of(tmp_path, caplog, both) -> None
     assert ("rope_scaling counts, and not rope_parameters beside it" in caplog.text) == both
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("model_type", "exceeds"), [("gemma2", True), ("gemma3_text", True), ("llama", False)])
+def test_a_model_that_overflows_in_float16_is_warned_of(tmp_path, caplog, model_type, exceeds, dtype) -> None:
+    changes = {"model_type": model_type, "head_dim": 8, "num_key_value_heads": 1}
+    load_engine(replace(dummy_model(tmp_path, **changes), dtype=dtype))
+    assert ("overflow in float16" in caplog.text) == (exceeds and dtype == "float16")
+
+
 def test_a_pool_beyond_the_memory_of_a_cpu_is_refused(tmp_path) -> None:
     config = replace(dummy_model(tmp_path), max_total_token_num=10**15)
     with pytest.raises(

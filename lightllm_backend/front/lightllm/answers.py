@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from lightllm_backend.front.log_prob import finite
 from lightllm_backend.text.tokenizer import Tokenizer
 from lightllm_client import Chunk, Generation
 
@@ -27,7 +28,7 @@ class TokenEntries:
     def take(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Return the entries of the chunk's tokens. Text without a token, at the very end, gets one with null as id."""
         texts = self._split(chunk.text, chunk.token_ids)
-        log_probs = chunk.log_probs or [None] * len(chunk.token_ids)
+        log_probs: Sequence[float | None] = list(map(finite, chunk.log_probs)) or [None] * len(chunk.token_ids)
         entries = []
         for token_id, text, log_prob in zip(chunk.token_ids, texts, log_probs, strict=True):
             self._count += 1

@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightllm_backend.front.log_prob import finite
 from lightllm_backend.front.token_texts import TokenTexts
 
 TopTokens = Sequence[Mapping[int, float]]  # for each token the likeliest ones, the likeliest first
-
-# Stands for minus infinity and NaN, which JSON does not know.
-_MIN_LOGPROB = -9999.0
 
 
 class CompletionLogprobs:
@@ -41,11 +39,11 @@ class CompletionLogprobs:
             top = []
             for position, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True)):
                 likeliest = top_tokens[position] if position < len(top_tokens) else {}
-                named = {self._texts[one]: _finite(value) for one, value in likeliest.items()}
-                top.append(None if log_prob is None else {**named, token: _finite(log_prob)})
+                named = {self._texts[one]: finite(value) for one, value in likeliest.items()}
+                top.append(None if log_prob is None else {**named, token: finite(log_prob)})
         return {
             "tokens": tokens,
-            "token_logprobs": [None if one is None else _finite(one) for one in log_probs],
+            "token_logprobs": [None if one is None else finite(one) for one in log_probs],
             "top_logprobs": top,
             "text_offset": offsets,
         }
@@ -67,8 +65,4 @@ def chat_logprobs(
 
 
 def _entry(text: str, log_prob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(log_prob), "bytes": list(text.encode())}
-
-
-def _finite(log_prob: float) -> float:
-    return log_prob if log_prob > _MIN_LOGPROB else _MIN_LOGPROB
+    return {"token": text, "logprob": finite(log_prob), "bytes": list(text.encode())}

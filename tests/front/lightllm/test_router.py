@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import pytest
@@ -44,6 +45,12 @@ def test_generate_answers_as_in_lightllms_readme() -> None:
         "do_sample": False,
         "frequency_penalty": 1.0,
     }
+
+
+def test_a_log_probability_that_json_does_not_know_is_the_least() -> None:
+    engine = Engine(chunk([300, 301], "a", "stop", [float("nan"), -math.inf]))
+    body = post(engine, "/generate", {"inputs": [1, 2], "parameters": {"return_details": True}}).json()
+    assert [(token["logprob"], token["cumlogprob"]) for token in body["tokens"]] == [(-9999.0, -9999.0)] * 2
 
 
 def test_details_are_an_entry_for_each_token() -> None:
