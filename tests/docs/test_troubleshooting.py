@@ -15,7 +15,7 @@ TRITON_SERVERS = {
 NAMES = {
     "infer", "lightllm", "logging", "trace", "model-repository", "shared-memory", "quantization_config", "<think>",
 }  # fmt: skip
-CODES = r"^(INVALID_ARG|UNAVAILABLE)\b:?"
+CODES = r"^(INTERNAL|INVALID_ARG|UNAVAILABLE)\b:?"
 
 
 def quoted() -> list[str]:
