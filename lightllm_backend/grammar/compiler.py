@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
 from lightllm_backend.grammar.matcher import Matcher
-from lightllm_backend.grammar.schema_place import place_of_error
+from lightllm_backend.grammar.schema_place import MAX_EXACT_INTEGER, place_of_error, place_of_inexact_integer
 from lightllm_backend.request import RequestError, SamplingParams
 from lightllm_backend.text.tokenizer import Tokenizer
 
@@ -113,12 +113,19 @@ class GrammarCompiler:
                 return None, _reason(str(error))
             return compiled, _reason(compiled.get_error())
 
+        def refusal(place: str, reason: str, allowed: str) -> RequestError:
+            where = f"{kind} at {place}" if place else kind
+            told = f"structured_output cannot be followed: {where}: {reason}; allowed: {allowed}"
+            return RequestError("INVALID_ARG", told)
+
+        if kind == "json_schema" and (inexact := place_of_inexact_integer(value)):
+            place, number = inexact
+            allowed = f"integers from -{MAX_EXACT_INTEGER} to {MAX_EXACT_INTEGER}"
+            raise refusal(place, f"{number} would be rounded", allowed)
         compiled, reason = attempt(value)
         if reason or compiled is None:
             place = place_of_error(value, lambda schema: attempt(schema)[1]) if kind == "json_schema" else ""
-            where = f"{kind} at {place}" if place else kind
-            allowed = f"allowed: a {kind} that llguidance can follow (docs/structured_output.md)"
-            raise RequestError("INVALID_ARG", f"structured_output cannot be followed: {where}: {reason}; {allowed}")
+            raise refusal(place, reason, f"a {kind} that llguidance can follow (docs/structured_output.md)")
         compiled.compute_bitmask()  # copies begin with what this has found out
         return compiled
 

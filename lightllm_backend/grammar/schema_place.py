@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the part of a JSON Schema that cannot be compiled: llguidance says why, but not where."""
+"""Finds the part of a JSON Schema that cannot be compiled, since llguidance says why, but not where; or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 _MAX_ATTEMPTS = 200
 _MAX_BYTES_READ = 2**20
 _ROOT = "x-root"
+# llguidance reads the numbers of a schema as floats of 64 bits, which hold no larger integers exactly.
+MAX_EXACT_INTEGER = 2**53
+_WITHOUT_EFFECT = ("default", "examples")
 
 
 def place_of_error(schema: Any, error_of: Callable[[Any], str]) -> str:
@@ -33,6 +36,20 @@ def place_of_error(schema: Any, error_of: Callable[[Any], str]) -> str:
                 break
         else:
             return place
+
+
+def place_of_inexact_integer(schema: Any, place: str = "") -> tuple[str, int] | None:
+    """Return the JSON pointer and the value of an integer that a float of 64 bits may not hold."""
+    if isinstance(schema, int) and abs(schema) > MAX_EXACT_INTEGER:
+        return place, schema
+    items: Any = enumerate(schema) if isinstance(schema, list) else schema.items() if isinstance(schema, dict) else ()
+    is_map = place.rpartition("/")[2] in _MAPS  # of names, which are no keywords
+    for key, value in items:
+        if (is_map or key not in _WITHOUT_EFFECT) and (
+            found := place_of_inexact_integer(value, f"{place}/{_escaped(str(key))}")
+        ):
+            return found
+    return None
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -99,6 +99,11 @@ def test_no_special_token_and_no_id_without_text_is_allowed(mode) -> None:
             {"json_schema": {"$defs": {"x": {"pattern": "(", "type": "string"}}, "items": {"$ref": "#/$defs/x"}}},
             "json_schema at /$defs/x: regex parse error",
         ),
+        (
+            {"json_schema": {"properties": {"default": {"const": 2**53 + 1, "default": 2**60}}}},
+            f"json_schema at /properties/default/const: {2**53 + 1} would be rounded",
+        ),
+        ({"json_schema": {"enum": ["a", -(10**30)]}}, f"json_schema at /enum/1: -{10**30} would be rounded"),
         ({"regex": "(a"}, "regex: "),
         ({"grammar": "start: nowhere"}, 'grammar: at 1(8): unknown name: "nowhere"'),
         ({"grammar": "root ::= ("}, "grammar: "),
@@ -112,7 +117,13 @@ def test_refusals_say_where_and_why(asked, why) -> None:
     with pytest.raises(RequestError) as refusal:
         compiler_of().compile(params(**asked))
     assert str(refusal.value).startswith(f"INVALID_ARG: structured_output cannot be followed: {why}")
-    assert "; allowed: a " in str(refusal.value)
+    assert "; allowed: " in str(refusal.value)
+
+
+def test_integers_that_are_exact_and_those_without_effect_are_taken() -> None:
+    schema = {"const": 2**53, "default": 2**60, "examples": [10**30]}
+    mode = next(iter(TOKENIZERS))
+    assert follows(compiler_of(mode).compile(params(json_schema=schema)), mode, str(2**53))
 
 
 def test_a_text_is_compiled_once_and_the_oldest_forgotten(monkeypatch) -> None:
