@@ -503,7 +503,7 @@ ALLOWED = {
         "text.tokenizer_settings",
     ),
     "front.caller": ("front.kept_streams",),
-    "front.json_route": ("front.errors",),
+    "front.json_route": ("front.answers", "front.errors"),
     "front.kept_streams": (),
     "front.metrics": ("front.errors", "front.state"),
     "front.security": ("config", "front.caller", "front.errors"),

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -38,6 +38,14 @@ class ClientGone(ApiError):
 
     def __init__(self) -> None:
         super().__init__(CLIENT_GONE, "the client has hung up")
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the request's body; raise ClientGone if the client hangs up before its end."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
 
 
 async def until_hang_up(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

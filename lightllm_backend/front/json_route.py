@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from lightllm_backend.front.answers import read_body
 from lightllm_backend.front.errors import from_validation
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
@@ -45,7 +46,7 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
-        response = await self._handler(request, self._checked(request, await request.body()))
+        response = await self._handler(request, self._checked(request, await read_body(request)))
         await response(scope, receive, send)
 
     def _checked(self, request: Request, data: bytes) -> BaseModel:

@@ -14,11 +14,13 @@ from lightllm_backend.front.state import Front
 from tests.front.pretended import PretendedClient, chunk
 
 
-async def hang_up_after(front: Front, body: dict[str, Any], num_messages: int) -> None:
-    """Call the application as a client that leaves after so many messages."""
+async def hang_up_after(
+    front: Front, body: dict[str, Any], num_messages: int, path: str = "/v1/completions", is_whole: bool = True
+) -> None:
+    """Call the application as a client that leaves after so many messages, or before its body is whole."""
     left = asyncio.Event()
     num_got = 0
-    sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": not is_whole}]
 
     async def receive() -> dict[str, Any]:
         if sent:
@@ -36,7 +38,7 @@ async def hang_up_after(front: Front, body: dict[str, Any], num_messages: int) -
         asyncio.get_running_loop().call_later(0.05, left.set)
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": "",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
         "scheme": "http", "headers": [(b"content-type", b"application/json")], "client": None, "server": None,
     }  # fmt: skip
     await asyncio.wait_for(make_application(front)(scope, receive, send), 10)  # type: ignore[arg-type]
@@ -58,3 +60,10 @@ def test_a_client_that_hangs_up(
         assert all(one.closed for one in client.streams)
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"])
+def test_a_client_that_hangs_up_during_its_upload_is_no_error(front: Front, client: PretendedClient, path: str) -> None:
+    """An exception would end up in the log, with a traceback for each such client."""
+    asyncio.run(hang_up_after(front, {"prompt": "Hi"}, 0, path, is_whole=False))
+    assert not client.streams
