@@ -43,8 +43,8 @@ from lightllm_backend.router.statistics import EngineStats, no_steps
 
 NOT_NUMBERS = RequestError(
     "INTERNAL",
-    "the model's logits are not numbers: its weights hold NaN or infinities, or float16 overflows; try --dtype bfloat16"
-    " or float32",
+    "the model's logits are not numbers: its weights hold NaN or infinities (download them again), or float16 overflows"
+    " (try --dtype bfloat16 or float32)",
 )
 
 
@@ -219,8 +219,11 @@ class Router:
         assert step.batch is batch, "batches are applied in the order in which they were made"
         assert len(token_ids) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
-        if (token_ids < 0).any():
-            self._fail_without_logits(step, step.arrival_indices[token_ids < 0].tolist())
+        without = token_ids < 0
+        if result.log_probs is not None:  # NaN also if the logits of tokens that a mask rules out are
+            without = without | ~np.isfinite(result.log_probs)
+        if without.any():
+            self._fail_without_logits(step, step.arrival_indices[without].tolist())
         stops = step.may_end & (token_ids[:, None] == step.ending_ids).any(axis=1)
         ends = stops | step.is_final
         known = step.holds_row

@@ -50,10 +50,12 @@ def whole(directory: Path) -> LoadedEngine:
     return load(directory)
 
 
-def spoil_embedding(directory: Path, out: Path, token_id: int, value: float = torch.nan) -> Path:
-    """Copy a model into `out`, with this value in the embedding of the token."""
+def spoil_embedding(
+    directory: Path, out: Path, token_id: int, value: float = torch.nan, name: str = "model.embed_tokens.weight"
+) -> Path:
+    """Copy a model into `out`, with this value in the embedding of the token, or in its row of the head."""
     weights = load_file(directory / "model.safetensors")
-    weights["model.embed_tokens.weight"][token_id, 5] = value
+    weights[name][token_id, 5] = value
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     (out / "config.json").write_text((directory / "config.json").read_text())
     return out
@@ -119,3 +121,20 @@ def test_the_prefix_cache_forgets_what_a_failed_request_has_left(whole, spoiled,
     assert_failed(answers[0])
     expected = run(whole, prompts, GREEDY, arrivals, overlap=overlap)
     assert [answer.token_ids for answer in answers[1:]] == [answer.token_ids for answer in expected[1:]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_log_probabilities_that_are_not_numbers_fail_a_request_whose_tokens_are(
+    whole, directory, tmp_path, value
+) -> None:
+    """The mask rules out the token whose logit spoils the sum over all."""
+    spoiled = load(spoil_embedding(directory, tmp_path, 198, value, "lm_head.weight"))
+    masked = KINDS["masked"]
+    answers, expected = run(spoiled, PROMPTS, masked), run(whole, PROMPTS, masked)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    answers = run(spoiled, PROMPTS, replace(masked, return_log_probs=True))
+    if value != value:
+        for answer in answers:
+            assert_failed(answer)
+    # An infinite weight may make the logit minus infinity, which the sum leaves out.
+    assert FinishReason.FAILED in {answer.reason for answer in answers}
