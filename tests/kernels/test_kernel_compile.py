@@ -66,7 +66,7 @@ def compile_jobs(gpus: Sequence[tuple[str, int, list[Any]]], **environment: str)
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, int]], str]:
-    """Of the products at the stored blocks: in a cache of their own, since ptxas is not asked again otherwise."""
+    """Resources and ptxas's log of each product at its stored blocks. With an empty cache, ptxas runs for all."""
     cache = str(tmp_path_factory.mktemp("compiled"))
     return compile_jobs(GPUS[-1:], TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
 

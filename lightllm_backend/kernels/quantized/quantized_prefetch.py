@@ -358,7 +358,7 @@ def _write_result(
     if is_gated:
         gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
         total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
-    # Of float32, the 8 rows that are together in threads fill a sector of memory as they are.
+    # In float32, the 8 neighbouring rows that threads hold fill a sector of memory: no other layout is needed.
     is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
     store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
