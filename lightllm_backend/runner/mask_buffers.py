@@ -38,13 +38,14 @@ class MaskBuffers:
     It takes no memory before the first mask. On a CPU there is nothing to copy: the masks are where they were made.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, with_gate: bool) -> None:
+        """with_gate: see ModelRunner."""
         self.words = -(-vocab_size // 32)  # of a mask
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.gate = StreamGate.where_possible(device)
+        self.gate = StreamGate.where_possible(device) if with_gate else None
         self._buffers: list[_Buffer] = []
         self._turn = 0
         self._memory = torch.empty(0, dtype=torch.int32)  # of the masks taken last

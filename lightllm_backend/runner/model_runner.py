@@ -162,8 +162,13 @@ class ModelRunner:
         vocab_size: int,
         device: torch.device,
         groups: LayerGroups | None = None,
+        with_gate: bool = True,
     ) -> None:
-        """groups: of the storage's layers and the model's; by default, each layer of the model has its own."""
+        """groups: of the storage's layers and the model's; by default, each layer of the model has its own.
+
+        with_gate: launch steps before their masks are made, where the driver can. Not for one of several ranks: its
+        thread both launches steps and opens the gate, and a launch that waits for the device would wait for itself.
+        """
         groups = groups or LayerGroups.whole(len(storage.layers))
         self.overlap = 1 if device.type == "cuda" else 0
         self._staging = Staging(device)
@@ -174,7 +179,7 @@ class ModelRunner:
         self.graphs: CudaGraphs | None = None  # None: every step launches kernel by kernel
         self._kernels = kernels
         self._sampler = Sampler(kernels, num_rows, eos_ids, device)
-        self._masks = TokenMasks(num_rows, vocab_size, device)
+        self._masks = TokenMasks(num_rows, vocab_size, device, with_gate)
         self._unsampled: _Unsampled | None = None  # of the step last launched, if it waits for its masks
 
     @property

@@ -21,8 +21,9 @@ _NO_MASK = -1
 class TokenMasks:
     """Makes the masks of `allowed_token_ids` itself; those of structured output come from rank 0 in every step."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._buffers = MaskBuffers(vocab_size, device)
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, with_gate: bool) -> None:
+        """with_gate: see ModelRunner."""
+        self._buffers = MaskBuffers(vocab_size, device, with_gate)
         self._structured = np.zeros(num_rows, dtype=bool)  # the row's mask changes with every token
         self._constant: dict[int, NDArray[np.int32]] = {}  # by row
         self._masked = np.zeros(num_rows, dtype=bool)

@@ -204,7 +204,7 @@ class _Parts:
             ) from None
         num_rows = self.config.running_max_req_size
         sizes = num_rows, max_length, self.eos_ids, self.shape.vocab_size
-        runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device, self.groups)
+        runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device, self.groups, self.config.tp == 1)
         return runner, storage
 
 
