@@ -60,13 +60,9 @@ class RunBatch(Message):
 
 @dataclass(eq=False)
 class Masks(Message):
-    """The token masks of the oldest batch that waits for masks, as raw bytes."""
+    """The token masks of the batch sent last, as raw bytes."""
 
     masks: bytes
-
-    def write(self, masks: NDArray[np.int32]) -> None:
-        """Write them into a step's."""
-        masks[:] = np.frombuffer(self.masks, dtype=np.int32).reshape(masks.shape)
 
 
 class BatchSender:
@@ -93,7 +89,7 @@ class BatchSender:
         self._send(lambda: RunBatch(batch))
 
     def send_masks(self, masks: NDArray[np.int32]) -> None:
-        """Send the masks of the oldest batch that waits for masks. Any thread may call this."""
+        """Send the masks that the step of the batch sent last waits for."""
         self._send(lambda: Masks(masks.tobytes()))
 
     def has_lost_one(self) -> bool:
@@ -133,11 +129,17 @@ class BatchReceiver:
             except ChannelClosed:
                 time.sleep(CONNECT_PAUSE_SECONDS)
 
-    def receive(self) -> Batch | Masks:
-        """The next batch, or masks; blocks. Raises ChannelClosed once rank 0 is gone."""
+    def receive(self) -> Batch:
+        """The next batch; blocks. Raises ChannelClosed once rank 0 is gone."""
         message = self._channel.receive()
-        assert isinstance(message, (RunBatch, Masks)), message
-        return message.batch if isinstance(message, RunBatch) else message
+        assert isinstance(message, RunBatch), message
+        return message.batch
+
+    def receive_masks(self, masks: NDArray[np.int32]) -> None:
+        """Read the masks of the batch received last into `masks`; blocks as `receive` does."""
+        message = self._channel.receive()
+        assert isinstance(message, Masks), message
+        masks[:] = np.frombuffer(message.masks, dtype=np.int32).reshape(masks.shape)
 
     def close(self) -> None:
         self._channel.close()

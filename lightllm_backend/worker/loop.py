@@ -16,7 +16,7 @@ from lightllm_backend.request import FinishReason, RequestError, TokenChunk
 from lightllm_backend.router.batch import Batch, RouterOutput
 from lightllm_backend.router.router import Router
 from lightllm_backend.router.sequence import TextMatcher
-from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender, Masks
+from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
 from lightllm_backend.worker.launch_timer import LaunchTimer
 from lightllm_backend.worker.server import STATS_SECONDS, EngineServer
 from lightllm_backend.worker.statistics_log import StatisticsLog
@@ -122,23 +122,14 @@ def follow(batches: BatchReceiver, runner: ModelRunner) -> None:
 
     It does not wait for the GPU: rank 0 waits before it plans further steps.
     """
-    waiting: deque[PendingStep] = deque()  # for their masks
     try:
         while True:
-            message = batches.receive()
-            if isinstance(message, Masks):
-                step = waiting.popleft()
-                assert step.masks is not None
-                message.write(step.masks)
+            step = runner.launch(batches.receive())
+            if step.masks is not None:
+                batches.receive_masks(step.masks)
                 runner.release(step)
-            else:
-                step = runner.launch(message)
-                if step.masks is not None:
-                    waiting.append(step)
     except ChannelClosed:
         pass
-    finally:
-        runner.release_all()
 
 
 def receive(

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from lightllm_backend.request import SamplingParams
 from lightllm_backend.router.batch import Admission, Batch
 from lightllm_backend.worker import batch_channel
 from lightllm_backend.worker.batch_channel import BatchReceiver, BatchSender
-from lightllm_backend.worker.loop import follow
 
 EVERYTHING = SamplingParams(
     max_tokens=7, do_sample=True, temperature=0.7, top_p=0.9, top_k=50, min_p=0.1, presence_penalty=0.1,
@@ -80,36 +77,6 @@ def test_every_follower_gets_every_batch(tmp_path) -> None:
     for batches in received:
         assert len(batches) == len(BATCHES)
         assert all(same(one, other) for one, other in zip(batches, BATCHES, strict=True))
-
-
-def test_masks_are_those_of_the_oldest_step_that_waits_for_any(tmp_path) -> None:
-    """A batch may come before the masks of the batch before it."""
-    done: list[Any] = []
-
-    class Runner:
-        def launch(self, batch: Batch) -> Any:
-            structured = np.full((batch.num_decodes, 2), -9, np.int32) if batch.num_decodes > 1 else None
-            done.append(("launch", batch.num_decodes))
-            return SimpleNamespace(masks=structured)
-
-        def release(self, step: Any) -> None:
-            done.append(step.masks.tolist())
-
-        def release_all(self) -> None:
-            done.append("all")
-
-    address = str(tmp_path / "batches")
-    sender = BatchSender(address, num_followers=1)
-    follower = threading.Thread(target=lambda: follow(BatchReceiver.connect(address), Runner()))  # type: ignore[arg-type]
-    follower.start()
-    sender.accept()
-    for num_decodes in (2, 1, 3):
-        sender.send(batch_of(num_decodes, []))
-    for number, num_decodes in enumerate((2, 3)):
-        sender.send_masks(np.full((num_decodes, 2), number, np.int32))
-    sender.close()
-    follower.join(60)
-    assert done == [("launch", 2), ("launch", 1), ("launch", 3), [[0, 0]] * 2, [[1, 1]] * 3, "all"]
 
 
 def test_a_follower_that_is_gone_is_noticed(tmp_path, monkeypatch) -> None:
