@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from lightllm_backend import logs
 from lightllm_backend.config import ConfigError, EngineConfig
@@ -35,7 +36,11 @@ KEEP_ALIVE_SECONDS = 75  # longer than the 60 s of common proxies, which must no
 def make_server(environment: Mapping[str, str]) -> uvicorn.Server:
     """Make the server that these settings ask for; raise an error of one line for what cannot be served."""
     config = EngineConfig.build({}, environment)
-    application = make_application(Front.load(config), read_api_keys(config, environment))
+    return server_of(make_application(Front.load(config), read_api_keys(config, environment)), config)
+
+
+def server_of(application: FastAPI, config: EngineConfig) -> uvicorn.Server:
+    """Make the server of an application."""
     return uvicorn.Server(
         uvicorn.Config(
             application,

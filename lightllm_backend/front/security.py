@@ -8,14 +8,15 @@ import hmac
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightllm_backend.config import API_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.front.caller import CALLER, Caller
 from lightllm_backend.front.errors import ApiError
+from lightllm_backend.front.request_body import RequestBody
 
 # What anybody may ask: whether the server works, which requests there are, and the page, which asks for a key itself.
 OPEN_PATHS = ("/", "/health", "/healthz", "/openapi.json")
@@ -74,20 +75,27 @@ class Guard:
         trace = tuple((name.decode(), headers[name].decode("latin-1")) for name in _TRACE_HEADERS if name in headers)
         CALLER.set(Caller(request_id.decode(), trace))
 
+        body = RequestBody(receive, self._max_body_bytes)
+        status = 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (_ID_HEADER, request_id)]
+            elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await body.drop_rest()
+                message = {"type": "http.response.body"}  # uvicorn closes the connection now
             await send(message)
 
         try:
             state["tenant"] = self._tenant(scope, headers.get(b"authorization", b""))
-            length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > self._max_body_bytes:
-                raise self._too_large()
+            body.check_length(headers.get(b"content-length", b"0"))
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
             return
-        await self._application(scope, self._limited(receive), send_with_id)
+        await self._application(scope, body.receive, send_with_id)
 
     def _tenant(self, scope: Scope, authorization: bytes) -> str:
         """Return the tenant of the request's API key; raise ApiError 401 for a wrong one."""
@@ -106,28 +114,6 @@ class Guard:
             f"the API key {what}; allowed: the header 'Authorization: Bearer KEY'",
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
-        )
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Wrap `receive`: raise HTTPException 413, which FastAPI passes on, once a body has grown too large."""
-        num_received = 0
-
-        async def limited() -> Message:
-            nonlocal num_received
-            message = await receive()
-            if message["type"] == "http.request":
-                num_received += len(message.get("body", b""))
-                if num_received > self._max_body_bytes:
-                    raise HTTPException(self._too_large().status, self._too_large().message, {"connection": "close"})
-            return message
-
-        return limited
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is too large; allowed: at most {self._max_body_bytes} bytes (max_body_bytes)",
-            headers={"connection": "close"},
         )
 
 
