@@ -29,10 +29,17 @@ def parse_json(text: str) -> Any:
         raise
     except ValueError:  # Python's own limit, and its message is for programmers
         raise NotExact("which holds an integer of thousands of digits") from None
-    level = [parsed]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        containers = [value for value in level if isinstance(value, (dict, list))]
+    if is_deeper(parsed, MAX_JSON_DEPTH):
+        raise too_deep
+    return parsed
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether more objects and lists are nested in each other than so many."""
+    level = [value]
+    for _ in range(levels + 1):
+        containers = [one for one in level if isinstance(one, (dict, list))]
         if not containers:
-            return parsed
+            return False
         level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]
-    raise too_deep
+    return True

@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lightllm_backend.client_json import NotExact, parse_json
+from lightllm_backend.client_json import MAX_JSON_DEPTH, NotExact, is_deeper, parse_json
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 MAX_BYTES = 128 * 1024
 MAX_CHOICES = 1024
+MAX_SCHEMA_DEPTH = MAX_JSON_DEPTH - 1  # the object with the kind is one level
 
 # What other servers call them: in vLLM's `structured_outputs`, and as the type of TensorRT-LLM's guide.
 _VLLM_KINDS = {"json": "json_schema", "json_object": "json_object", "regex": "regex", "choice": "choice"} | {
@@ -63,7 +64,7 @@ def of_kind(kind: str) -> Callable[[Any], str]:
     def convert(value: Any) -> str:
         if value in ("", [], ()):
             return ""
-        return _text_of(kind, value)
+        return text_of(kind, value)
 
     return convert
 
@@ -73,7 +74,7 @@ def of_guide(guide_type: str, guide: str) -> str:
     if guide_type not in _GUIDE_TYPES:
         raise NotExact(f"which is none of {', '.join(_GUIDE_TYPES)}")
     kind = _GUIDE_TYPES[guide_type]
-    return _text_of(kind, True if kind == "json_object" else guide)
+    return text_of(kind, True if kind == "json_object" else guide)
 
 
 def _only_one(given: dict[str, Any], kinds: dict[str, str]) -> str:
@@ -83,10 +84,11 @@ def _only_one(given: dict[str, Any], kinds: dict[str, str]) -> str:
         keys = keys.encode(errors="replace").decode()  # JSON can spell half a surrogate pair
         raise NotExact(f"which has the keys {keys}" if given else "which is empty")
     [(key, value)] = given.items()
-    return _text_of(kinds[key], value)
+    return text_of(kinds[key], value)
 
 
-def _text_of(kind: str, value: Any) -> str:
+def text_of(kind: str, value: Any) -> str:
+    """Make the text that asks for one of KINDS. Raise NotExact with the reason if the value is none of the kind."""
     value = _CHECKS[kind](value)
     text = json.dumps({kind: value}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     size = len(text.encode())  # raises ValueError for a lone surrogate, which JSON can encode
@@ -116,6 +118,8 @@ def _parsed(value: Any) -> Any:
 def _schema(value: Any) -> dict[str, Any]:
     schema = _parsed(value)
     if isinstance(schema, dict):
+        if is_deeper(schema, MAX_SCHEMA_DEPTH):
+            raise NotExact(f"which is nested more than {MAX_SCHEMA_DEPTH} levels deep")
         return schema
     if schema is True:
         return {}

@@ -56,6 +56,16 @@ def test_nothing_is_asked_for(options) -> None:
     assert not sampling_of(**options).masked
 
 
+def deep(levels: int) -> str:
+    """The text of a schema of so many nested objects."""
+    return '{"items": ' * (levels - 1) + "{}" + "}" * (levels - 1)
+
+
+def test_the_deepest_schema_asks_for_itself_again() -> None:
+    text = sampling_of(guided_json=deep(63)).structured_output
+    assert sampling_of(structured_output=text).structured_output == text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,6 +80,7 @@ def test_nothing_is_asked_for(options) -> None:
         ({"guided_json": "{"}, "guided_json is "),
         ({"guided_json": {"enum": ["x" * MAX_BYTES]}}, f"at most {MAX_BYTES} do; allowed: a JSON Schema"),
         ({"guided_json": "[" * 70 + "]" * 70}, "nested more than 64 levels deep"),
+        ({"guided_json": deep(64)}, "which is nested more than 63 levels deep; allowed: a JSON Schema"),
         ({"guided_json": [1]}, "whose JSON Schema is no object"),
         ({"guided_regex": "a", "guided_json": {}}, "guided_regex is given beside guided_json; allowed: one of them"),
         ({"guided_regex": "a", "allowed_token_ids": [3]}, "allowed_token_ids is given beside guided_regex"),

@@ -131,9 +131,9 @@ def _shown(value: Any) -> str:
         return "too deeply nested"
 
 
-def refusal(field: str, value: Any, allowed: str) -> ApiError:
-    """The error 400 for a field of the body with a value that is not allowed."""
-    return ApiError(HTTPStatus.BAD_REQUEST, f"{field} is {_shown(value)}; allowed: {allowed}", field)
+def refusal(field: str, value: Any, allowed: str, reason: str = "") -> ApiError:
+    """The error 400 for a field of the body with a value that is not allowed. reason: goes on after the value."""
+    return ApiError(HTTPStatus.BAD_REQUEST, f"{field} is {_shown(value)}{reason}; allowed: {allowed}", field)
 
 
 def from_engine(error: LightLLMError, constrained_by: str = "") -> ApiError:
@@ -173,12 +173,22 @@ def _place(loc: Sequence[str | int], body: Any, is_missing: bool) -> list[str]:
     return [*place, str(loc[-1])] if is_missing and loc else place
 
 
+def _named(field: str) -> str:
+    return field if field.isprintable() and field else show(field)
+
+
+def nested_too_deeply(field: str, levels: int) -> ApiError:
+    """The error for a field of the body in which more objects and lists are nested than so many."""
+    field = field[:_SHOWN_PLACE]
+    return ApiError(400, f"{_named(field)} is nested more than {levels} levels deep; allowed: at most {levels}", field)
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """The error for a body that pydantic has refused; of several errors it has the first."""
     first = errors[0]
     place = _place(first["loc"][1:], body, is_missing=first["type"] == "missing")
     param = ".".join(place)[:_SHOWN_PLACE] if place else None
-    field = "the body" if param is None else param if param.isprintable() and param else show(param)
+    field = "the body" if param is None else _named(param)
     kind, message = first["type"], str(first["msg"])
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}; allowed: a JSON object")
@@ -217,8 +227,6 @@ def install(application: FastAPI) -> None:
             message = f"{request.method} {show(request.url.path)}: {message}" + (
                 f"; allowed: {methods}" if methods else ""
             )
-        elif error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI says no more of what json.loads fails at
-            message = "the body is not UTF-8, nests too deeply or has too long a number; allowed: a JSON object"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     async def on_validation_error(_request: Request, error: Exception) -> Response:

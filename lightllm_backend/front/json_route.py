@@ -16,14 +16,17 @@ from typing import Any, get_type_hints
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from lightllm_backend.client_json import is_deeper
 from lightllm_backend.front.answers import read_body
-from lightllm_backend.front.errors import from_validation
+from lightllm_backend.front.errors import ApiError, from_validation, nested_too_deeply
+from lightllm_backend.structured_output import MAX_SCHEMA_DEPTH
+
+MAX_FIELD_DEPTH = MAX_SCHEMA_DEPTH + 3  # levels; a schema in `tools` has three around it
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 
@@ -50,7 +53,7 @@ class _Endpoint:
         await response(scope, receive, send)
 
     def _checked(self, request: Request, data: bytes) -> BaseModel:
-        """Return the model of a body; raise ApiError 400, or HTTPException 400 for what is hardly text."""
+        """Return the model of a body; raise ApiError 400."""
         value: Any = data
         if data and _is_json(request.headers.get("content-type", "")):
             try:
@@ -58,8 +61,15 @@ class _Endpoint:
             except json.JSONDecodeError as error:
                 wrong = {"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": error.msg}}
                 raise from_validation([wrong], data) from None
-            except (RecursionError, ValueError):
-                raise HTTPException(HTTPStatus.BAD_REQUEST) from None
+            except RecursionError:
+                told = f"the body is nested too deeply; allowed: at most {MAX_FIELD_DEPTH} levels in a field"
+                raise ApiError(HTTPStatus.BAD_REQUEST, told) from None
+            except UnicodeDecodeError:
+                raise ApiError(HTTPStatus.BAD_REQUEST, "the body is not UTF-8; allowed: a JSON object") from None
+            except ValueError:  # Python's own limit
+                told = "the body holds an integer of thousands of digits; allowed: integers of 64 bits"
+                raise ApiError(HTTPStatus.BAD_REQUEST, told) from None
+            _check_depth(data, value)
         if not data:
             raise from_validation([{"type": "missing", "loc": ("body",), "msg": ""}], value)
         try:
@@ -67,6 +77,15 @@ class _Endpoint:
         except ValidationError as error:
             wrongs = error.errors(include_url=False)
             raise from_validation([{**wrong, "loc": ("body", *wrong["loc"])} for wrong in wrongs], value) from None
+
+
+def _check_depth(data: bytes, value: Any) -> None:
+    """Raise ApiError 400 for a field that is nested deeper than the engine or pydantic can read."""
+    if data.count(b"{") + data.count(b"[") <= MAX_FIELD_DEPTH or not isinstance(value, dict):
+        return
+    for name, field in value.items():
+        if is_deeper(field, MAX_FIELD_DEPTH):
+            raise nested_too_deeply(name, MAX_FIELD_DEPTH)
 
 
 def _is_json(content_type: str) -> bool:

@@ -221,7 +221,9 @@ def _grammar(kind: str, value: Any) -> str:
         return LLMatcher.grammar_from_lark(
             "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
         )
-    if "::=" in value and len(value) > MAX_GBNF_BYTES:
+    if "::=" not in value:  # llguidance would take a grammar in Lark's notation without the rule `start` for GBNF
+        return LLMatcher.grammar_from_lark(value)
+    if len(value) > MAX_GBNF_BYTES:
         raise ValueError(f"it has {len(value)} characters; at most {MAX_GBNF_BYTES} are taken in GBNF")
     return grammar_from("grammar", value)
 

@@ -25,17 +25,27 @@ def place_of_error(schema: Any, error_of: Callable[[Any], str]) -> str:
     root = _moved(schema)
     attempts_left = min(_MAX_ATTEMPTS, _MAX_BYTES_READ // len(json.dumps(schema)))
     reason = error_of(schema)
-    place, part = "", schema
-    while True:
-        for step, child in _parts(part):
+    seen = set()
+
+    def has_error(place: str) -> bool:
+        nonlocal attempts_left
+        attempts_left -= 1
+        error = error_of({"$ref": f"#/{_ROOT}{place}", _ROOT: root})
+        return error.replace(f"/{_ROOT}", "") == reason  # it may name a place that is referred to
+
+    def found(place: str, part: Any) -> str | None:
+        """The place of the error within a part that has it; None if it only refers to one that is searched already."""
+        seen.add(place)
+        referred = list(_referred(schema, part))
+        parts = [(place + step, child) for step, child in _parts(part)]
+        for child_place, child in [*parts, *referred]:
             if attempts_left == 0:
                 return place
-            attempts_left -= 1
-            if error_of({"$ref": f"#/{_ROOT}{place}{step}", _ROOT: root}) == reason:
-                place, part = place + step, child
-                break
-        else:
-            return place
+            if child_place not in seen and has_error(child_place) and (inner := found(child_place, child)) is not None:
+                return inner
+        return None if any(referred_place in seen for referred_place, _ in referred) else place
+
+    return found("", schema) or ""
 
 
 def place_of_inexact_integer(schema: Any, place: str = "") -> tuple[str, int] | None:
@@ -64,6 +74,23 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
             yield f"/{_escaped(key)}", value
         else:
             yield from ((f"/{_escaped(key)}/{_escaped(str(name))}", child) for name, child in items)
+
+
+def _referred(schema: Any, part: Any) -> Iterator[tuple[str, Any]]:
+    """The part of the schema that another part refers to, with its pointer, if there is one."""
+    reference = part.get("$ref") if isinstance(part, dict) else None
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return
+    found = schema
+    for step in reference[1:].split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return  # there is no such place, or it has another name
+    yield reference[1:], found
 
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightllm_backend.config import ConfigError, EngineConfig
 from lightllm_backend.front.errors import from_engine
+from lightllm_backend.front.json_route import MAX_FIELD_DEPTH
 from lightllm_backend.front.security import read_api_keys, tenant_name
 from lightllm_backend.front.state import Front
+from lightllm_backend.options import parse_request
+from lightllm_backend.structured_output import MAX_BYTES, MAX_SCHEMA_DEPTH
 from lightllm_client import (
     Cancelled,
     DeadlineExceeded,
@@ -178,3 +182,86 @@ def test_pages_of_other_origins(front: Front) -> None:
     call = Caller(replace(front, config=EngineConfig(cors_origins=("https://a.example",))), ("secret",))
     assert call("OPTIONS", "/v1/models", headers=asked).headers[header] == "https://a.example"
     assert header not in call("GET", "/v1/models", headers={"origin": "https://b.example"}).headers
+
+
+def deep(levels: int) -> bytes:
+    return b"[" * levels + b"]" * levels
+
+
+MAX = MAX_FIELD_DEPTH
+TOO_LARGE = {"const": "a" * MAX_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "told"),
+    [
+        ("completions", b'{"prompt": "a", "guided_json": {"a": %s}}' % deep(MAX), "guided_json", f"more than {MAX} le"),
+        ("completions", b'{"\\u0000": %s}' % deep(MAX + 1), "\0", f'"\\u0000" is nested more than {MAX}'),
+        ("chat/completions", b'{"messages": %s}' % deep(150), "messages", f"messages is nested more than {MAX} levels"),
+        ("completions", b'{"prompt": %s}' % deep(50_000), None, "the body is nested too deeply; allowed: at most "),
+        ("completions", b'{"prompt": "\xff"}', None, "the body is not UTF-8; allowed: a JSON object"),
+        ("completions", b'{"seed": 1%s}' % (b"0" * 5000), None, "the body holds an integer of thousands of digits"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_body_that_cannot_be_read(
+    call: Caller, path: str, body: bytes, param: str | None, told: str
+) -> None:
+    response = call("POST", f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert told in error["message"]
+
+
+def test_a_schema_may_be_as_deep_in_every_field(call: Caller, client: PretendedClient) -> None:
+    schema = b'{"items":' * (MAX_SCHEMA_DEPTH - 1) + b"{}" + b"}" * (MAX_SCHEMA_DEPTH - 1)
+    headers = {"content-type": "application/json"}
+    for field in (
+        b'"guided_json": %s',
+        b'"structured_outputs": {"json": %s}',
+        b'"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": %s}}',
+    ):
+        body = b'{"prompt": "a", %s}' % (field % schema)
+        assert call("POST", "/v1/completions", content=body, headers=headers).status_code == 200
+        asked = client.calls[-1][1]["structured_output"]
+        assert (
+            parse_request({"text_input": "a", "structured_output": asked}).options.sampling.structured_output == asked
+        ), "the engine takes it"
+    tool = b'{"type": "function", "function": {"name": "f", "parameters": %s}}' % schema
+    body = b'{"messages": [{"role": "user", "content": "a"}], "tools": [%s]}' % tool
+    assert call("POST", "/v1/chat/completions", content=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        ({"guided_json": "5"}, "guided_json", 'guided_json is "5", whose JSON Schema is no object; allowed: '),
+        ({"guided_json": "[" * 500 + "]" * 500}, "guided_json", "is nested more than 64 levels deep; allowed: a JSON"),
+        ({"guided_regex": "a" * MAX_BYTES}, "guided_regex", f"; at most {MAX_BYTES} do; allowed: a regular expression"),
+        ({"guided_json": {}, "allowed_token_ids": [5]}, "allowed_token_ids", "guided_json, allowed_token_ids are"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema.schema",
+            "response_format.json_schema.schema is missing; allowed: a JSON schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": TOO_LARGE}}},
+            "response_format.json_schema.schema",
+            'response_format.json_schema.schema is {"const": "a',
+        ),
+    ],
+)  # fmt: skip
+def test_a_constraint_is_refused_by_its_field_before_the_engine_sees_it(
+    call: Caller, client: PretendedClient, body: dict[str, Any], param: str, told: str
+) -> None:
+    error = call.refusal("/v1/completions", {"prompt": "a", **body})
+    assert error["param"] == param
+    assert told in error["message"]
+    assert client.calls == []
+
+
+def test_tools_whose_schemas_are_too_large_are_refused_by_their_names(call: Caller, client: PretendedClient) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": TOO_LARGE}}
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": "required"}
+    error = call.refusal("/v1/chat/completions", body)
+    assert error["message"].startswith('tools is ["f"], which takes ')
+    assert client.calls == []

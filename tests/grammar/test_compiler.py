@@ -104,8 +104,17 @@ def test_no_special_token_and_no_id_without_text_is_allowed(mode) -> None:
             f"json_schema at /properties/default/const: {2**53 + 1} would be rounded",
         ),
         ({"json_schema": {"enum": ["a", -(10**30)]}}, f"json_schema at /enum/1: -{10**30} would be rounded"),
+        (
+            {"json_schema": {"items": {"$ref": "#/$defs/a~1b"}, "$defs": {"a/b": {"items": {"$ref": "#/nowhere"}}}}},
+            "json_schema at /$defs/a~1b/items: Pointer '/nowhere' does not exist",
+        ),
+        (
+            {"json_schema": {"properties": {"x": {"$ref": "#"}, "y": {"type": "strin"}}}},
+            "json_schema at /properties/y: Invalid type: strin",
+        ),
         ({"regex": "(a"}, "regex: "),
         ({"grammar": "start: nowhere"}, 'grammar: at 1(8): unknown name: "nowhere"'),
+        ({"grammar": 'begin: "a"'}, "grammar: no start rule found"),
         ({"grammar": "root ::= ("}, "grammar: "),
         (
             {"grammar": f'root ::= "{"a" * MAX_GBNF_BYTES}"'},

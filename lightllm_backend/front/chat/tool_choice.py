@@ -7,12 +7,14 @@ model: `{"name": "f", "parameters": {...}}`, or a list of such objects where sev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightllm_backend.front.errors import refusal
 
+_PARAMETERS = re.compile(r"/\$defs/parameters(\d+)")  # where `calls_schema` has those of a function
 # Keywords whose values are data and not schemas, so that "$ref" in them refers to nothing.
 _DATA = ("const", "default", "enum", "examples")
 
@@ -48,11 +50,11 @@ def read_tool_choice(
     if isinstance(tool_choice, str):
         if tool_choice not in ("auto", "required"):
             raise refusal("tool_choice", tool_choice, "none, auto, required, or a function of tools")
-        chosen = list(tools or ())
+        chosen = list(enumerate(tools or ()))
     else:
         function = tool_choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
-        chosen = [tool for tool in tools or () if tool["function"]["name"] == name]
+        chosen = [(number, tool) for number, tool in enumerate(tools or ()) if tool["function"]["name"] == name]
     if not chosen:
         allowed = "none, auto, required" + "".join(f", the function {name}" for name in names)
         raise refusal("tool_choice", tool_choice, allowed if tools else "none or auto, since tools is empty")
@@ -61,11 +63,14 @@ def read_tool_choice(
     return ToolChoice(tools, calls_schema(chosen, several and tool_choice == "required"), several)
 
 
-def calls_schema(tools: Sequence[Mapping[str, Any]], several: bool) -> dict[str, Any]:
-    """Return the schema of a call of one of the functions; several: of a list of at least one call."""
+def calls_schema(tools: Sequence[tuple[int, Mapping[str, Any]]], several: bool) -> dict[str, Any]:
+    """Return the schema of a call of one of the functions; several: of a list of at least one call.
+
+    tools: each with its number in the field `tools`.
+    """
     definitions: dict[str, Any] = {}
     calls = []
-    for number, tool in enumerate(tools):
+    for number, tool in tools:
         function = tool["function"]
         definitions[f"parameters{number}"] = _moved(
             function.get("parameters") or {"type": "object", "properties": {}}, f"#/$defs/parameters{number}"
@@ -84,6 +89,19 @@ def calls_schema(tools: Sequence[Mapping[str, Any]], several: bool) -> dict[str,
     call = calls[0] if len(calls) == 1 else {"anyOf": calls}
     schema = {"type": "array", "items": call, "minItems": 1} if several else call
     return {**schema, "$defs": definitions}
+
+
+def name_parameters(message: str) -> tuple[str, str]:
+    """Name the parameters that a refusal of `calls_schema` is about; return the message and the field.
+
+    message: begins with "tools", and may have the place within the schema.
+    """
+    found = _PARAMETERS.search(message)
+    if not found:
+        return message, "tools"
+    field = f"tools.{found[1]}.function.parameters"
+    message = message.replace(f"json_schema at {found[0]}:", "json_schema:").replace(found[0], "")
+    return field + message.removeprefix("tools"), field
 
 
 def _moved(schema: Any, place: str) -> Any:

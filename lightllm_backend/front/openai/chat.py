@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from lightllm_backend.client_json import NotExact
 from lightllm_backend.front.answers import EventStream, until_hang_up
 from lightllm_backend.front.chat.deltas import Delta, DeltaParser
 from lightllm_backend.front.chat.deltas import Message as Parsed
@@ -25,6 +26,7 @@ from lightllm_backend.front.openai.sampling import constraining_field, engine_op
 from lightllm_backend.front.openai.schema import ChatCompletionRequest, Message, NamedTool
 from lightllm_backend.front.state import Front, front_of, tenant_of
 from lightllm_backend.request import AS_MANY_AS_FIT
+from lightllm_backend.structured_output import text_of
 from lightllm_client import Chunk, Generation, InvalidArgument
 from lightllm_client.chat import ChatTemplateError
 
@@ -165,7 +167,12 @@ def _options(front: Front, body: ChatCompletionRequest, tenant: str, choice: Too
     if choice.schema is not None:
         if "structured_output" in options:
             raise refusal("tool_choice", "required", "none or auto beside a field that constrains the answer")
-        options["structured_output"] = json.dumps({"json_schema": choice.schema})
+        try:
+            options["structured_output"] = text_of("json_schema", choice.schema)
+        except ValueError as error:
+            reason = f", {error}" if isinstance(error, NotExact) else ""
+            allowed = "functions with JSON schemas for parameters"
+            raise refusal("tools", sorted(choice.names), allowed, reason) from None
     return options
 
 

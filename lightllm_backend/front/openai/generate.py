@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightllm_backend.front.chat.tool_choice import name_parameters
 from lightllm_backend.front.errors import ApiError, from_engine
 from lightllm_backend.front.state import Front
 from lightllm_backend.request import MAX_ANSWERS
@@ -83,6 +84,8 @@ class Job:
             refused = from_engine(error, self.constrained_by)
             if refused.param == "prompt":
                 refused.param = self.prompt_field
+            if refused.param == "tools":
+                refused.message, refused.param = name_parameters(refused.message)
             raise refused from None
 
     def _calls(self) -> list[_Call]:

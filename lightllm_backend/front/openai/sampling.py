@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lightllm_backend.client_json import NotExact
 from lightllm_backend.front.errors import ApiError, refusal
-from lightllm_backend.front.openai.schema import SamplingFields
+from lightllm_backend.front.openai.schema import ALLOWED_CONSTRAINTS, SamplingFields
+from lightllm_backend.structured_output import text_of
 
 # Fields that are options of the engine by the same name.
 _SAME = (
@@ -48,7 +50,7 @@ def engine_options(body: SamplingFields, max_tokens: int, tenant: str, defaults:
     if body.logit_bias:
         options["logit_bias"] = json.dumps(body.logit_bias)
     if constraint := _constraint(body):
-        options["structured_output"] = json.dumps(constraint[1])
+        options["structured_output"] = constraint[1]
     if tenant:
         options["tenant"] = tenant
     return options
@@ -67,43 +69,43 @@ def constraining_field(body: SamplingFields) -> str:
     return constraint[0] if constraint else ""
 
 
-def _constraint(body: SamplingFields) -> tuple[str, dict[str, Any]] | None:
-    """Return the field that constrains the answer, and the constraint: an object with the one key of its kind."""
-    found: list[tuple[str, dict[str, Any]]] = []
+def _constraint_text(kind: str, value: Any, field: str) -> str:
+    """Return the engine's structured_output for a kind of vLLM's; raise ApiError 400 if it cannot be asked for.
+
+    field: of the body, which has the value.
+    """
+    try:
+        return text_of("json_schema" if kind == "json" else kind, value)
+    except NotExact as error:
+        reason = f", {error}"
+    except ValueError:  # half a surrogate pair
+        reason = ""
+    raise refusal(field, value, ALLOWED_CONSTRAINTS[kind], reason)
+
+
+def _constraint(body: SamplingFields) -> tuple[str, str] | None:
+    """Return the field that constrains the answer, and the constraint as the engine's structured_output."""
+    found: list[tuple[str, str]] = []
     if (form := body.response_format) is not None and form.type != "text":
+        field = "response_format.json_schema.schema"
         if form.type == "json_object":
-            found.append(("response_format", {"json_object": True}))
+            found.append(("response_format", _constraint_text("json_object", True, "response_format")))
         elif form.json_schema is None or form.json_schema.schema_ is None:
-            raise ApiError(
-                400, "response_format.json_schema.schema is missing; allowed: a JSON schema", "response_format"
-            )
+            raise ApiError(400, f"{field} is missing; allowed: a JSON schema", field)
         else:
-            found.append(("response_format", {"json_schema": form.json_schema.schema_}))
+            found.append(("response_format", _constraint_text("json", form.json_schema.schema_, field)))
     if body.structured_outputs is not None:
         given = body.structured_outputs.model_dump(by_alias=True, exclude_none=True)
         for name, value in given.items():
             if value is False:  # json_object, as in vLLM
                 continue
-            found.append((f"structured_outputs.{name}", _of_kind(name, value, f"structured_outputs.{name}")))
+            field = f"structured_outputs.{name}"
+            found.append((field, _constraint_text(name, value, field)))
     for name in ("json", "regex", "choice", "grammar"):
         value = getattr(body, f"guided_{name}")
         if value is not None:
-            found.append((f"guided_{name}", _of_kind(name, value, f"guided_{name}")))
-    if len(found) > 1:
-        names = ", ".join(name for name, _ in found)
-        raise ApiError(400, f"{names} are given together; allowed: one of them", found[1][0])
+            found.append((f"guided_{name}", _constraint_text(name, value, f"guided_{name}")))
+    names = [name for name, _ in found] + ["allowed_token_ids"] * (body.allowed_token_ids is not None)
+    if found and len(names) > 1:
+        raise ApiError(400, f"{', '.join(names)} are given together; allowed: one of them", names[1])
     return found[0] if found else None
-
-
-def _of_kind(name: str, value: Any, field: str) -> dict[str, Any]:
-    if name != "json":
-        return {name: value}
-    if isinstance(value, str):
-        try:
-            schema = json.loads(value)
-        except (ValueError, RecursionError):
-            schema = None
-        if not isinstance(schema, dict) and schema is not True:
-            raise refusal(field, value, "a JSON schema, as an object or as text")
-        value = schema
-    return {"json_schema": value}

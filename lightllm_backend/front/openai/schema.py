@@ -86,12 +86,19 @@ _Biases = Annotated[
     allows(f"an object of at most {MAX_LOGIT_BIASES} token ids, each with a number from -100 to 100"),
 ]
 _Object = dict[str, JsonValue]
-_Schema = Annotated[_Object | str | None, allows("a JSON schema, as an object or as text")]
-_Pattern = Annotated[_Text | None, allows("a regular expression, not empty")]
-_Grammar = Annotated[_Text | None, allows("a grammar, not empty")]
+# What may constrain an answer, by its kind.
+ALLOWED_CONSTRAINTS = {
+    "json": "a JSON schema, as an object or as text",
+    "json_object": "true or false",
+    "regex": "a regular expression, not empty",
+    "choice": f"a list of 1 to {MAX_CHOICES} texts, none of them empty",
+    "grammar": "a grammar, not empty",
+}
+_Schema = Annotated[_Object | str | None, allows(ALLOWED_CONSTRAINTS["json"])]
+_Pattern = Annotated[_Text | None, allows(ALLOWED_CONSTRAINTS["regex"])]
+_Grammar = Annotated[_Text | None, allows(ALLOWED_CONSTRAINTS["grammar"])]
 _Choices = Annotated[
-    Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES)] | None,
-    allows(f"a list of 1 to {MAX_CHOICES} texts, none of them empty"),
+    Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES)] | None, allows(ALLOWED_CONSTRAINTS["choice"])
 ]
 _AllowedIds = Annotated[_Ids | None, allows(f"a list of 1 to {MAX_TOKEN_IDS} token ids")]
 _StopIds = Annotated[

@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from lightllm_backend.front.chat.tool_choice import ToolChoice, read_tool_choice
+from lightllm_backend.front.chat.tool_choice import ToolChoice, name_parameters, read_tool_choice
 from lightllm_backend.front.errors import ApiError
 
 TREE = {
@@ -62,6 +62,26 @@ def test_a_forced_call_follows_a_schema(choice: Any, several: bool, good: list[A
 def follows(schema: Any, value: Any) -> bool:
     """Whether the value is valid by the schema."""
     return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
+
+
+NAMED = "tools.1.function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("told", "message", "field"),
+    [
+        ("tools cannot be followed: no", "tools cannot be followed: no", "tools"),
+        ("tools: json_schema at {}/items: no", f"{NAMED}: json_schema at /items: no", NAMED),
+        ("tools: json_schema at {}: no", f"{NAMED}: json_schema: no", NAMED),
+        ("tools: json_schema at {}: no '{}/x'", f"{NAMED}: json_schema: no '/x'", NAMED),
+    ],
+)
+def test_a_refusal_names_the_parameters(told: str, message: str, field: str) -> None:
+    """The place in the schema is where that schema has the parameters of this tool."""
+    schema = read_tool_choice(TOOLS, named("now")).schema
+    assert schema is not None
+    [place] = schema["$defs"]
+    assert name_parameters(told.replace("{}", f"/$defs/{place}")) == (message, field)
 
 
 @pytest.mark.parametrize(
