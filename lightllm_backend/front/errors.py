@@ -52,7 +52,7 @@ _FIELD_NAMES = {
 _SHOWN_PLACE = 200  # characters of a field's place in the body
 # What gRPC says, with an address that no client of the front can reach.
 _NO_CONNECTION = "failed to connect to all addresses"
-_BEGINNING = re.compile(r"(the prompt|\w+(?: \(or \w+\))?) (?:is|has|holds|cannot) ")
+_BEGINNING = re.compile(r"(the prompt|\w+(?: \(or \w+\))?) (?:is|has|holds|cannot|allows) ")
 # What pydantic says is allowed, in the words of JSON.
 _WORDS = {
     r"^Input should be (an? instance of )?": "",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
-from lightllm_backend.grammar.matcher import Matcher
+from lightllm_backend.grammar.matcher import Matcher, is_dead_end
 from lightllm_backend.grammar.schema_place import MAX_EXACT_INTEGER, place_of_error, place_of_inexact_integer
 from lightllm_backend.request import RequestError, SamplingParams
 from lightllm_backend.text.tokenizer import Tokenizer
@@ -127,6 +127,9 @@ class GrammarCompiler:
             place = place_of_error(value, lambda schema: attempt(schema)[1]) if kind == "json_schema" else ""
             raise refusal(place, reason, f"a {kind} that llguidance can follow (docs/structured_output.md)")
         compiled.compute_bitmask()  # copies begin with what this has found out
+        if compiled.is_error():
+            reason = "no text follows it" if is_dead_end(compiled) else _reason(compiled.get_error())
+            raise refusal("", reason, f"a {kind} that a text of the model's tokens can follow")
         return compiled
 
     def _ready_tokenizer(self) -> LLTokenizer | RequestError:

@@ -17,6 +17,8 @@ from lightllm_backend.request import RequestError, SamplingParams
 _ALL_ALLOWED = -1
 # What llguidance says of a token that its mask has not allowed. Its other errors are limits that a text has reached.
 _NO_FIT = "doesn't satisfy the grammar"
+# What it says when it has made a mask: the text is not complete, and no token may come next. The mask has EOS alone.
+_DEAD_END = "NoExtensionBias"
 # Fewer masks are made, and tokens taken, quicker by one thread.
 _PARALLEL_FROM = 8
 # The longest of a step's 64 masks takes as long as ten others (schemas of perf.structured_steps), so more threads gain
@@ -28,6 +30,11 @@ _MAX_THREADS = 16
 def _executor() -> LLExecutor:
     """Threads of llguidance's own, which leave a core to the loop and one to the server."""
     return LLExecutor(max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) - 2)))
+
+
+def is_dead_end(inner: LLMatcher) -> bool:
+    """Whether the newest mask has shown that the text can neither go on nor end."""
+    return _DEAD_END in inner.get_error()
 
 
 class Matcher:
@@ -57,8 +64,8 @@ class Matcher:
     def accept_all(matchers: Sequence[Matcher], token_ids: Sequence[int]) -> list[bool | RequestError]:
         """Give each of these matchers its next token; return whether its text is complete, so that nothing may follow.
 
-        A RequestError in the place of that: the grammar has become too complex for llguidance's limits. llguidance
-        releases the interpreter's lock while several take theirs.
+        A RequestError in the place of that: the grammar allows nothing that could complete the text, or has become too
+        complex for llguidance's limits. llguidance releases the interpreter's lock while several take theirs.
         """
         pairs = list(zip(matchers, token_ids, strict=True))
         ended = [matcher.is_ended_by(token_id) for matcher, token_id in pairs]
@@ -81,8 +88,12 @@ class Matcher:
 
     def outcome(self, token_id: int, is_taken: bool) -> bool | RequestError:
         """Return what `accept_all` says of a token that llguidance has taken or not."""
-        if is_taken:
+        if is_taken and not self.inner.is_error():  # after an error, it takes EOS
             return self.inner.is_stopped()
+        if is_dead_end(self.inner):
+            return RequestError(
+                "INVALID_ARG", "structured_output allows nothing after this text, which is not complete"
+            )
         reason = self.inner.get_error().splitlines()[0]
         if _NO_FIT in reason:
             return RequestError("INTERNAL", f"token {token_id} does not follow structured_output: {reason}")

@@ -38,6 +38,7 @@ TOO_LONG = "the prompt has 9 tokens and max_tokens is 1; allowed: at most 8 prom
         (InvalidArgument("stop_words is 7; allowed: text"), 400, "stop", None),
         (InvalidArgument("stop_token_ids (or end_id) holds 7; allowed: 0 ≤ id < 5"), 400, "stop_token_ids", None),
         (InvalidArgument(TOO_LONG), 400, "prompt", "context_length_exceeded"),
+        (InvalidArgument("structured_output allows nothing after this"), 400, "structured_output", None),
         (NotFound("no such model"), 404, None, "model_not_found"),
         (Unavailable("the queue is full (3 requests)"), 429, None, "rate_limit_exceeded"),
         (Unavailable("the engine is not up; try again"), 503, None, "unavailable"),

@@ -115,6 +115,10 @@ def test_no_special_token_and_no_id_without_text_is_allowed(mode) -> None:
         ({"regex": "(a"}, "regex: "),
         ({"grammar": "start: nowhere"}, 'grammar: at 1(8): unknown name: "nowhere"'),
         ({"grammar": 'begin: "a"'}, "grammar: no start rule found"),
+        ({"json_schema": {"$ref": "#"}}, "json_schema: no text follows it"),
+        ({"regex": r"a[^\s\S]"}, "regex: no text follows it"),
+        ({"grammar": 'start: start "a"'}, "grammar: no text follows it"),
+        ({"grammar": "root ::= root"}, "grammar: no text follows it"),
         ({"grammar": "root ::= ("}, "grammar: "),
         (
             {"grammar": f'root ::= "{"a" * MAX_GBNF_BYTES}"'},
@@ -200,6 +204,25 @@ def test_a_text_that_becomes_too_complex_is_refused() -> None:
     matcher = compiler_of().compile(params(grammar=grammar))
     [error] = Matcher.accept_all([matcher], allowed(matcher, 517)[:1])
     assert re.match("INVALID_ARG: structured_output has become too complex: .*max is 2000", str(error))
+
+
+def test_a_text_that_can_neither_go_on_nor_end_is_an_error() -> None:
+    compiler = compiler_of()
+    asked = params(grammar='start: "a" nothing | "b"\nnothing: nothing')
+    matcher, other = compiler.compile(asked), compiler.compile(asked)
+    spellings = TOKENIZERS["auto"].spellings()
+    a, b = spellings.index(b"a"), spellings.index(b"b")
+    assert Matcher.accept_all([matcher, other], [a, b]) == [False, True]
+    assert allowed(matcher, 517) == [EOS], "nothing else is left to sample"
+    [error] = Matcher.accept_all([matcher], [EOS])
+    assert str(error) == "INVALID_ARG: structured_output allows nothing after this text, which is not complete"
+
+
+def test_the_empty_text_is_one() -> None:
+    for asked in ({"regex": "a?"}, {"grammar": 'start: ""'}):
+        matcher = compiler_of().compile(params(**asked))
+        assert EOS in allowed(matcher, 517)
+        assert Matcher.accept_all([matcher], [EOS]) == [True]
 
 
 def test_matchers_of_one_text_do_not_know_each_other() -> None:

@@ -110,6 +110,16 @@ def test_a_complete_text_ends_by_itself(engine, compiler, overlap) -> None:
     assert texts[2] == "5"
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_text_that_cannot_be_completed_ends_with_an_error(engine, compiler, overlap) -> None:
+    asked = [asking(FREE, grammar='start: "ab" nothing\nnothing: nothing'), FREE]
+    failed, neighbour = run(engine, PROMPTS[:2], asked, overlap=overlap, compiler=compiler)
+    assert failed.reason is FinishReason.FAILED
+    assert str(failed.error) == "INVALID_ARG: structured_output allows nothing after this text, which is not complete"
+    assert TOKENIZER.decode(failed.token_ids, skip_special_tokens=False) == "ab"
+    assert neighbour == run(engine, PROMPTS[1:2], FREE)[0]
+
+
 def test_min_tokens_wait_unless_only_the_end_is_left(engine, compiler) -> None:
     every_end = replace(WILD, min_tokens=8, max_tokens=20)
     asked = [asking(replace(every_end, seed=seed), regex="a*") for seed in range(4)]
