@@ -27,6 +27,10 @@ class EngineLoad:
         """Return `up`, whether the engine takes requests, and the values of GAUGES; None is what nobody knows."""
         return load_from_metrics(await self.text(MAX_AGE_S))
 
+    async def longest(self) -> int | None:
+        """Return the most tokens that the engine takes in a request, the answer's included; None: nobody knows."""
+        return longest_from_metrics(await self.text(MAX_AGE_S))
+
     async def text(self, max_age: float) -> str:
         """Return the metrics as Triton server wrote them at most `max_age` seconds ago; "" if it does not answer."""
         async with self._reading:
@@ -34,6 +38,13 @@ class EngineLoad:
                 self._text = await asyncio.to_thread(_metrics, self._address)
                 self._read_at = time.monotonic()
             return self._text
+
+
+def longest_from_metrics(text: str) -> int | None:
+    """Pick the most tokens that the engine takes in a request, the answer's included; None if it does not tell."""
+    engines = re.findall(r"^lightllm_info\{(.*)\} 1$", text, re.MULTILINE)  # 0: one before a restart
+    found = re.search(r'(?:^|,)max_req_total_len="(\d+)"', engines[0]) if engines else None
+    return int(found[1]) if found else None
 
 
 def load_from_metrics(text: str) -> dict[str, int | bool | None]:

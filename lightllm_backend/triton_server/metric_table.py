@@ -44,8 +44,11 @@ METRICS: dict[str, Metric] = {
     "engine_up": Metric("GAUGE", "1 if the engine takes requests"),
     "info": Metric(
         "GAUGE",
-        "1; the labels say what is served, with tensor-parallel ranks and token slots; 0: no more, since a restart",
-        dict.fromkeys(("model", "device", "dtype", "weight_dtype", "kv_dtype", "tp", "slots", "version"), ()),
+        "1; the labels say what is served, with tensor-parallel ranks, token slots and tokens of the longest request; "
+        "0: no more, since a restart",
+        dict.fromkeys(
+            ("model", "device", "dtype", "weight_dtype", "kv_dtype", "tp", "slots", "max_req_total_len", "version"), ()
+        ),
     ),
     "requests_total": Metric("COUNTER", "Requests that have ended, by status", {"status": STATUSES}, of_engine=False),
     "request_tokens_total": Metric(

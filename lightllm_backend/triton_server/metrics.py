@@ -55,6 +55,7 @@ def info_labels(info: EngineInfo, model: str) -> dict[str, str]:
         "kv_dtype": info.kv_dtype,
         "tp": str(info.tp),
         "slots": str(info.pool_tokens),
+        "max_req_total_len": str(info.lengths.max_total),
         "version": VERSION,
     }
 

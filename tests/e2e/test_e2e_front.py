@@ -94,11 +94,14 @@ def test_how_likely_a_prompt_is(http: httpx.Client, client: LightLLMClient, max_
 
 
 def test_errors_of_the_engine_have_their_status(http: httpx.Client) -> None:
+    longest = http.get("/v1/models").json()["data"][0]["max_model_len"]
     for stream in (False, True):
         body = {"prompt": PROMPT, "max_tokens": 100_000, "stream": stream}
         response = http.post("/v1/completions", json=body)
         assert response.status_code == 400
-        assert response.json()["error"]["code"] == "context_length_exceeded"
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert f"; allowed: at most {longest} in all (" in error["message"]
 
 
 def test_a_client_that_hangs_up_ends_its_request(http: httpx.Client, server: TritonServer) -> None:

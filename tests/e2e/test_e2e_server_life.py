@@ -19,6 +19,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from lightllm_backend.front.engine_load import longest_from_metrics
 from lightllm_backend.triton_server import metric_table
 from lightllm_backend.version import VERSION
 from lightllm_client import InvalidArgument, LightLLMClient, LightLLMError
@@ -50,6 +51,7 @@ def test_all_metrics_are_there(server: TritonServer) -> None:
     assert 'device="cpu"' in info
     assert 'dtype="float32"' in info
     assert f'version="{VERSION}"' in info
+    assert longest_from_metrics(f"{info} 1\n"), "the front finds it"
 
 
 def settled_metrics(server: TritonServer) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightllm_backend.config import ConfigError, EngineConfig
+from lightllm_backend.front import engine_load
 from lightllm_backend.front.errors import from_engine
 from lightllm_backend.front.json_route import MAX_FIELD_DEPTH
 from lightllm_backend.front.security import read_api_keys, tenant_name
@@ -126,6 +127,25 @@ def test_models(call: Caller) -> None:
     assert (model["id"], model["max_model_len"]) == ("tiny", 64)
     assert call("GET", "/v1/models/tiny").json() == model
     assert call("GET", "/v1/models/other/name").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("metrics", "longest"),
+    [
+        ('lightllm_info{model="a",max_req_total_len="33",tp="1"} 1\n', 33),
+        ('lightllm_info{max_req_total_len="33"} 0\nlightllm_info{model="b, }",max_req_total_len="44"} 1\n', 44),
+        ('lightllm_info{model=",max_req_total_len=\\"5\\"",tp="1"} 1\n', 64),
+        ("lightllm_engine_up 0\n", 64),
+        ("", 64),
+    ],
+)
+def test_the_model_s_length_is_the_engine_s_once_it_is_up(
+    front: Front, monkeypatch: pytest.MonkeyPatch, metrics: str, longest: int
+) -> None:
+    monkeypatch.setattr(engine_load, "_metrics", lambda address: metrics)
+    call = Caller(replace(front))
+    assert call("GET", "/v1/models").json()["data"][0]["max_model_len"] == longest
+    assert call("GET", "/v1/models/tiny").json()["max_model_len"] == longest
 
 
 def test_api_keys(front: Front, client: PretendedClient) -> None:

@@ -138,6 +138,7 @@ def test_the_info_is_that_of_the_newest_engine(backend: FakeBackend, engine_metr
     assert [(one.labels["slots"], one.value) for one in shown] == [("500", 0), ("700", 1)]
     assert LABELS["version"] == VERSION
     assert set(LABELS) == set(METRICS["info"].labels)
+    assert int(LABELS["max_req_total_len"]) == INFO.lengths.max_total
 
 
 def test_requests_are_counted_by_status(backend: FakeBackend, engine_metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 @router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """List the models: the one that this server has."""
-    return {"object": "list", "data": [_model(front_of(request))]}
+    return {"object": "list", "data": [await _model(front_of(request))]}
 
 
 @router.get("/models/{name:path}")
@@ -26,7 +26,7 @@ async def get_model(request: Request, name: str) -> dict[str, Any]:
     """Describe the model of this name."""
     front = front_of(request)
     check_model(front, name)
-    return _model(front)
+    return await _model(front)
 
 
 def check_model(front: Front, name: str | None) -> None:
@@ -36,7 +36,9 @@ def check_model(front: Front, name: str | None) -> None:
         raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
 
 
-def _model(front: Front) -> dict[str, Any]:
+async def _model(front: Front) -> dict[str, Any]:
+    # The KV pool may hold less than the settings and config.json allow, which the engine knows once it is up.
+    longest = await front.engine_load.longest()
     return {
         "id": front.model_name,
         "object": "model",
@@ -44,5 +46,5 @@ def _model(front: Front) -> dict[str, Any]:
         "owned_by": "lightllm",
         "root": front.model_name,
         "parent": None,
-        "max_model_len": front.lengths.max_total,
+        "max_model_len": longest or front.lengths.max_total,
     }
