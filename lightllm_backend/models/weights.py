@@ -191,30 +191,48 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
     folder = Path(directory)
     files = weight_files(folder)
     slots = _slots(model, files)
-    loaded: dict[str, Path] = {}
-    left_over, kv_scales = [], []
-    with tqdm(total=len(slots), desc="Loading weights", unit="tensor", disable=not progress) as bar:
+    names = _check_names(model, folder, files, slots)
+    with tqdm(total=len(names), desc="Loading weights", unit="tensor", disable=not progress) as bar:
         for path in files:
             with opened(path) as sources:
-                refuse_quantized(path, _unknown(model, slots, sources))
                 for source in sources.values():
-                    name = _name_in(slots, model, source.name)
-                    if name in loaded:
-                        raise ModelError(
-                            f"{path}: {source.name} is in {loaded[name].name} too; one file must have it, so remove "
-                            "what does not belong to the model"
-                        )
-                    if name in slots:
-                        slots[name].fill(source)
-                        loaded[name] = path
+                    if source.name in names:
+                        slots[names[source.name]].fill(source)
                         bar.update()
-                    elif source.name.endswith(KV_SCALES):
-                        kv_scales.append(source.name)
-                    elif not model.ignores(source.name):
-                        left_over.append(source.name)
+    for name in names.values():
+        slots[name].finish()
+    model.arrange_weights()
+
+
+def _check_names(model: HasWeights, folder: Path, files: list[Path], slots: Mapping[str, WeightSlot]) -> dict[str, str]:
+    """Return the weight map's names of the checkpoint's tensors, by theirs; raise ModelError unless the two match.
+
+    Reads no weights, so that a missing tensor is told before minutes of loading.
+    """
+    names: dict[str, str] = {}
+    loaded: dict[str, Path] = {}
+    left_over, kv_scales = [], []
+    for path in files:
+        with opened(path) as sources:
+            refuse_quantized(path, _unknown(model, slots, sources))
+            for their_name in sources:
+                name = _name_in(slots, model, their_name)
+                if name in loaded:
+                    raise ModelError(
+                        f"{path}: {their_name} is in {loaded[name].name} too; one file must have it, so remove "
+                        "what does not belong to the model"
+                    )
+                if name in slots:
+                    names[their_name] = name
+                    loaded[name] = path
+                elif their_name.endswith(KV_SCALES):
+                    kv_scales.append(their_name)
+                elif not model.ignores(their_name):
+                    left_over.append(their_name)
     missing = [name for name, slot in slots.items() if name not in loaded and not slot.is_optional]
     if missing or left_over:
-        raise ModelError(f"{folder}: {_mismatch(missing, left_over)}")
+        where = files[0] if len(files) == 1 else folder
+        raise ModelError(f"{where}: {_mismatch(missing, left_over)}")
     if kv_scales:
         log.warning(
             "%s: %d scales for K and V, like %s, are not used: the KV pool has scales of its own",
@@ -222,9 +240,7 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
             len(kv_scales),
             kv_scales[0],
         )
-    for name in loaded:
-        slots[name].finish()
-    model.arrange_weights()
+    return names
 
 
 def _name_in(slots: Mapping[str, object], model: HasWeights, name: str) -> str:

@@ -173,6 +173,19 @@ def test_missing_and_left_over_tensors_are_named(directory):
     assert "tensors are not the model's, 1 in all: model.layers.0.self_attn.q_norm.weight;" in str(caught.value)
 
 
+def test_a_missing_tensor_is_told_before_any_is_read(directory, monkeypatch):
+    """With its file, if there is one only. Loading takes minutes, and the last shard may be the one that lacks it."""
+    tensors = tensors_of(directory)
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    model = empty_model(directory)
+    for slot in model.weight_map().values():
+        slot.target.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"model\.safetensors: tensors are missing, 1 in all: model\.norm\.weight;"):
+        load_weights(model, directory, progress=False)
+    assert all(slot.target.isnan().all() for slot in model.weight_map().values())
+
+
 def test_many_missing_tensors_are_counted(directory):
     save_file({Q_PROJ: tensors_of(directory)[Q_PROJ]}, directory / "model.safetensors")
     with pytest.raises(ModelError, match=r"tensors are missing, 34 in all: model\.embed_tokens\.weight, .*, …;"):
