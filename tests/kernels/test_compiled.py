@@ -14,7 +14,7 @@ import torch
 from lightllm_backend.kernels import compiled, reference
 from lightllm_backend.kernels.compiled import attention, products
 from lightllm_backend.kernels.quantized.grid_weight import has_kernel, with_grid
-from tests.kernels.kernel_harness import TOLERANCE, VARIANTS, head_norm, make_pool, new_tokens, relative_error
+from tests.kernels.kernel_harness import TOLERANCE, VARIANTS, Variant, head_norm, make_pool, new_tokens, relative_error
 from tests.kernels.test_grid_weight import on_grid
 
 CPU = torch.device("cpu")
@@ -128,6 +128,22 @@ def test_what_is_no_number_stays_none(dtype) -> None:
         one = torch.ones(1, 96).to(dtype)
         one[0, 50] = torch.nan
         assert compiled.linear(one, with_grid(on_grid(4).to(dtype))).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+@pytest.mark.parametrize("variant", [Variant(), *VARIANTS])
+@pytest.mark.parametrize("kernels", [compiled, reference])
+def test_attention_to_what_is_no_number_is_none(dtype, spoiled, variant, kernels) -> None:
+    """torch makes 0 of it where a sequence has fewer keys than its vectors have numbers, unless there is a mask."""
+    contexts = [1, 2, 3, 7, 8, 9, 15, 16, 17, 40]
+    for several in (contexts, *([context] for context in contexts)):
+        new, pool = new_tokens(make_pool(several, 2, 64, dtype, CPU), 4, dtype, 64)
+        pool = pool.to_int8() if variant.int8 else pool
+        getattr(new, spoiled).fill_(torch.nan)
+        rest = (pool.req_to_token, pool.rows, pool.context_lengths, max(several), 0.125)
+        out = kernels.token_attention(*new, pool.k, pool.v, *rest, **variant.options(pool, 4))
+        assert out.isnan().all(), several
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,6 +58,23 @@ def test_reference_is_naive_attention(queries, contexts, shape):
     assert relative_error(out, expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoiled", ["q", "k"])
+@pytest.mark.parametrize("variant", [Variant(), *VARIANTS])
+def test_the_reference_of_what_is_no_number_is_none(dtype, spoiled, variant):
+    """torch makes 0 of it where a sequence has fewer keys than its vectors have numbers, unless there is a mask."""
+    lengths = [1, 2, 3, 7, 8, 9, 15, 16, 17, 40]
+    for several in (lengths, *([length] for length in lengths)):
+        q, pool, rest = _step(several, several, (4, 2, 64), dtype, torch.device("cpu"))
+        pool = pool.to_int8() if variant.int8 else pool
+        if spoiled == "q":
+            q.fill_(torch.nan)
+        else:
+            (pool.k if pool.scales is None else pool.scales).fill_(torch.nan)
+        out = reference.prefill_attention(q, q, q, pool.k, pool.v, *rest, **variant.options(pool, 4))
+        assert out[: sum(several)].isnan().all(), several
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("queries", "contexts", "shape"),

@@ -91,6 +91,16 @@ def test_only_the_requests_without_logits_fail(whole, spoiled, kind, overlap) ->
             assert len(answer.top_log_probs) == len(its.top_log_probs)
 
 
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_projection_that_is_none_fails_prompts_of_any_length(directory, tmp_path, name) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights[f"model.layers.0.self_attn.{name}.weight"].fill_(torch.nan)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    for answer in run(load(tmp_path), PROMPTS, GREEDY):
+        assert_failed(answer)
+
+
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "with log probabilities", "masked"])
 def test_the_tokens_before_the_failure_are_kept(whole, directory, tmp_path, kind, overlap) -> None:

@@ -19,6 +19,10 @@ from lightllm_backend.kernels.norm.reference import rms_normed
 # The elements of an attention bias that are built at a time.
 _BIAS_ELEMENTS = 1 << 24
 
+# With fewer keys than the numbers in a vector (16 with AVX-512), and without a mask, torch's attention on a CPU makes 0
+# of scores that are all NaN, and a broken model looks sound (findings/short_attention_hides_nan.sh).
+_FEWEST_UNMASKED_KEYS = 16
+
 
 def rotary_kv_write(
     q: Tensor,
@@ -188,7 +192,7 @@ class _Prompts(NamedTuple):
     slots: Tensor  # [sequences, keys] int64
     position: Tensor  # [sequences, queries], of each query among the keys
     seen: Tensor  # [sequences, 1, queries, keys] bool
-    is_plain: bool  # causal attention over nothing but these tokens
+    is_plain: bool  # causal attention over nothing but these tokens, of which torch needs no mask
 
 
 def _prompts(
@@ -210,7 +214,7 @@ def _prompts(
         live = query < queries[:, None]
         tokens = torch.where(live, start[:, None] + query, 0)
         is_whole = lengths[sequences[0]] == contexts[sequences[0]]
-        is_plain = is_whole and bias_heads == 0 and not 0 < window < len(query)
+        is_plain = is_whole and bias_heads == 0 and not 0 < window < len(query) and longest >= _FEWEST_UNMASKED_KEYS
         # The position of each query bounds what it sees; padded keys lie behind it.
         position = (context - queries)[:, None] + query
         yield _Prompts(tokens, live, slots, position, _seen(position, longest, window), is_plain)
@@ -308,7 +312,7 @@ class _Decodes(NamedTuple):
     slots: Tensor  # [sequences, keys] int64
     position: Tensor  # [sequences, 1], of the query among the keys
     seen: Tensor  # [sequences, keys] bool
-    mask: Tensor | None  # [sequences, 1, 1, keys], -inf at padding; None: there is none
+    mask: Tensor | None  # [sequences, 1, 1, keys], -inf at padding; None: not needed
 
 
 def _decodes(
@@ -327,7 +331,7 @@ def _decodes(
         position = seen[:, None] - 1
         is_seen = torch.arange(longest, device=rows.device) <= position
         mask = None
-        if min(lengths) < longest:
+        if min(lengths) < longest or longest < _FEWEST_UNMASKED_KEYS:
             mask = torch.zeros(is_seen.shape, dtype=dtype, device=rows.device).masked_fill(~is_seen, -torch.inf)
             mask = mask[:, None, None]
         yield _Decodes(sequences if len(sequences) < len(contexts) else None, slots, position, is_seen, mask)
