@@ -3,11 +3,11 @@
 #
 # torch 2.13.0: on a CPU, attention over a few keys makes 0 of scores that are NaN; over more keys they stay NaN.
 #
-# scaled_dot_product_attention of queries that are all NaN should be NaN, as the formula has it. On a CPU it is 0 as long
-# as there are fewer keys than a vector of the CPU has floats: 16 with AVX-512, 8 with AVX2. The maximum of a row is taken
-# by vectors, and what is left over by comparisons, which NaN loses; the row then counts as one that sees no key and gets
-# zeros. With a mask that hides nothing, or without the fused kernel (SDPBackend.MATH), the same call returns NaN. PyTorch's
-# issue 141128, closed, was about zeros in place of NaN for 16 keys in torch 2.5; what remains are fewer.
+# scaled_dot_product_attention of queries that are all NaN should be NaN, as the formula has it. On a CPU it is 0 as
+# long as there are fewer keys than a vector of the CPU has floats: 16 with AVX-512, 8 with AVX2. A row's maximum is
+# taken by vectors, and what is left over by comparisons, which NaN loses; the row then counts as one that sees no key,
+# and gets zeros. With a mask that hides nothing, or without the fused kernel (SDPBackend.MATH), the same call returns
+# NaN. PyTorch's issue 141128, closed, was about such zeros for 16 keys in torch 2.5; fewer keys still get them.
 #
 # Users meet it with a broken checkpoint, or one that overflows: a test with a short prompt passes, since the residual
 # around attention is a number, and the same model fails for a longer prompt; or on another CPU for the same one.
