@@ -24,7 +24,7 @@ class RequestBody:
         self._receive = receive
         self._max_bytes = max_bytes
         self._num_received = 0
-        self._has_ended = False  # or the client has gone
+        self.has_ended = False  # all of it has been received, or the client has gone
 
     def check_length(self, content_length: bytes) -> None:
         """Raise ApiError 413 if the header says that the body is too large."""
@@ -42,11 +42,11 @@ class RequestBody:
     async def drop_rest(self) -> None:
         """Receive and forget what the client still sends, for a limited time.
 
-        A client may send its whole body before it reads. If the connection is closed meanwhile, TCP resets it, and the
-        client never sees the answer.
+        A client may send its whole body before it reads. If uvicorn closes the connection meanwhile, TCP resets it, and
+        the client never sees the answer (findings/early_answer_is_lost.sh).
         """
         deadline = time.monotonic() + MAX_DROPPING_SECONDS
-        while not self._has_ended and (seconds_left := deadline - time.monotonic()) > 0:
+        while not self.has_ended and (seconds_left := deadline - time.monotonic()) > 0:
             try:
                 await asyncio.wait_for(self._receive_any(), min(seconds_left, MAX_IDLE_SECONDS))
             except asyncio.TimeoutError:
@@ -56,7 +56,7 @@ class RequestBody:
         message = await self._receive()
         if message["type"] == "http.request":
             self._num_received += len(message.get("body", b""))
-        self._has_ended = not message.get("more_body", False)
+        self.has_ended = not message.get("more_body", False)
         return message
 
     def _too_large(self) -> ApiError:

@@ -8,7 +8,6 @@ import hmac
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from http import HTTPStatus
 from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -76,17 +75,14 @@ class Guard:
         CALLER.set(Caller(request_id.decode(), trace))
 
         body = RequestBody(receive, self._max_body_bytes)
-        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (_ID_HEADER, request_id)]
-            elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and not message.get("more_body", False):
+            elif not message.get("more_body", False) and not body.has_ended:
                 await send({**message, "more_body": True})
                 await body.drop_rest()
-                message = {"type": "http.response.body"}  # uvicorn closes the connection now
+                message = {"type": "http.response.body"}  # with which uvicorn may close the connection
             await send(message)
 
         try:
