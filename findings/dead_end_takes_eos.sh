@@ -65,6 +65,6 @@ for shown, grammar, text in (
 matcher = matcher_after(LLMatcher.grammar_from_lark('start: "a" "b"'), "a")
 assert allowed(matcher) == [ord("b")]
 taken = matcher.consume_token(EOS)
-print(f"{'start: ' + repr('a') + ' ' + repr('b'):23} 'a'  b     EOS taken {taken}".replace("start: 'a' 'b'", 'start: "a" "b"'))
+print(f'start: "a" "b"          {"a"!r:4} b     EOS taken {taken}')
 assert not taken, "changed: the end is taken anywhere"
 PYTHON
