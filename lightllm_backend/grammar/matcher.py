@@ -17,7 +17,8 @@ from lightllm_backend.request import RequestError, SamplingParams
 _ALL_ALLOWED = -1
 # What llguidance says of a token that its mask has not allowed. Its other errors are limits that a text has reached.
 _NO_FIT = "doesn't satisfy the grammar"
-# What it says when it has made a mask: the text is not complete, and no token may come next. The mask has EOS alone.
+# What it says when it has made a mask: the text is not complete, and no token may come next. The mask has EOS alone,
+# which the matcher then takes as the end (findings/dead_end_takes_eos.sh).
 _DEAD_END = "NoExtensionBias"
 # Fewer masks are made, and tokens taken, quicker by one thread.
 _PARALLEL_FROM = 8

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse, Response
 
-from lightllm_backend.client_json import parse_json
+from lightllm_backend.client_json import NotExact, parse_json
 from lightllm_backend.front.answers import CLIENT_GONE, ClientGone, EventStream, read_body, until_hang_up
 from lightllm_backend.front.errors import ERROR_RESPONSES, ApiError, from_engine
 from lightllm_backend.front.lightllm.answers import TokenEntries, body_of, event, to_event, to_json
@@ -172,6 +172,10 @@ async def _asked(request: Request, front: Front) -> GenerateRequest:
 async def _json_body(request: Request) -> dict[str, Any]:
     try:
         body = parse_json((await read_body(request)).decode())
+    except NotExact as error:
+        raise refusal(f"the body is JSON {error}; allowed: a JSON object") from None
+    except UnicodeDecodeError:
+        raise refusal("the body is not UTF-8; allowed: a JSON object") from None
     except ValueError as error:
         raise refusal(f"the body is not JSON ({error}); allowed: a JSON object") from None
     if not isinstance(body, dict):

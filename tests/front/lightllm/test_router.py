@@ -156,7 +156,8 @@ def test_a_later_error_is_the_last_event() -> None:
     ("path", "body", "words"),
     [
         ("/generate", b"{", "the body is not JSON"),
-        ("/generate", b"\xff", "the body is not JSON"),
+        ("/generate", b"\xff", "the body is not UTF-8; allowed: "),
+        ("/generate", b"[" * 99 + b"]" * 99, "the body is JSON which is nested more than 64 levels deep; allowed: "),
         ("/generate", [1], "the body is [1]; allowed: a JSON object"),
         ("/generate", {"inputs": "x", "parameters": {"n": 9}}, "n is 9; allowed"),
         (
