@@ -12,6 +12,17 @@ from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, Q
 
 
 @triton.jit
+def divided(value, scale):
+    """value / scale, float32, correctly rounded as by div_rn but without its branches (Markstein).
+
+    Where a remainder would be subnormal, the quotient's last bit may differ: far below what 8 bits tell from 0.
+    """
+    inverse = tl.div_rn(1.0, scale)
+    quotient = value * inverse
+    return tl.fma(tl.fma(-quotient, scale, value), inverse, quotient)
+
+
+@triton.jit
 def rounded_row(
     value,
     input_scale,
@@ -27,7 +38,7 @@ def rounded_row(
         scale = tl.load(input_scale)
     else:
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)
-    value = tl.div_rn(value, tl.zeros([block], dtype=tl.float32) + scale)
+    value = divided(value, scale)
     value = tl.minimum(tl.maximum(value, -limit), limit)
     if dtype == tl.int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
         value = (value + 12582912.0) - 12582912.0
