@@ -39,6 +39,7 @@ from lightllm_backend.kernels.quantized.choice import (
     MAX_BLOCK_TOKENS,
     MOST_BLOCK_TOKENS,
     PrefetchBlocks,
+    has_16_bit_parts,
     most_stages,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
@@ -122,7 +123,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
 def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None, weight: QuantizedWeight) -> Tensor:
     product = job.product
     features = product.out_features // (2 if product.is_gated else 1)
-    dtype = DTYPE if blocks.splits == 1 else torch.float32
+    dtype = DTYPE if blocks.splits == 1 or has_16_bit_parts(weight, job.tokens) else torch.float32
     out = torch.empty(blocks.splits, job.tokens, features, device=DEVICE, dtype=dtype)
     launch_quantized_prefetch(x, scales, weight, None, out, blocks, product.is_gated)
     if blocks.splits > 1 and not product.norm_sums_parts:

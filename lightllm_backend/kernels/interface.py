@@ -94,11 +94,11 @@ class Kernels(Protocol):
     def linear_splits(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The product of `linear` as parts [splits, tokens, out_features] that add up to it.
 
-        The parts are float32; a single part may have the dtype of `x`. A norm adds them up.
+        The parts are float32; a single part, or those of a weight of fp8, may have the dtype of `x`. A norm adds them.
         """
 
     def sum_splits(self, parts: Tensor, out: Tensor) -> Tensor:
-        """Writes the sum of `parts` [splits, tokens, features] float32 to `out` [tokens, features], and returns it.
+        """Writes the sum of `parts` [splits, tokens, features] in float32 to `out` [tokens, features], and returns it.
 
         Both are contiguous; `out` has any floating-point dtype.
         """

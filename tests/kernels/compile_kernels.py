@@ -45,7 +45,7 @@ from lightllm_backend.kernels.linear.choice import (
 )
 from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, has_16_bit_parts
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -243,8 +243,8 @@ def launch_stored_quantized(capability: str) -> None:
             if kind == "fp8 by fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
-            dtype = torch.bfloat16 if blocks.splits == 1 else torch.float32
-            out = torch.empty(blocks.splits, tokens, features, dtype=dtype)
+            is_16_bit = blocks.splits == 1 or has_16_bit_parts(weight, tokens)
+            out = torch.empty(blocks.splits, tokens, features, dtype=torch.bfloat16 if is_16_bit else torch.float32)
             launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu=is_gated and tokens > 8)
 
 

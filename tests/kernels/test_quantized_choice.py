@@ -16,9 +16,11 @@ from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
+    BYTES_OF_PROGRAM,
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     PREFETCH_TOKENS,
+    SHARED_BYTES,
     PrefetchBlocks,
     blocks_by_rule,
     most_stages,
@@ -111,7 +113,8 @@ def test_products_launch_it(kind, tokens, padded, launched):
     assert blocks == PrefetchBlocks(*stored[padded])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
-    assert parts.dtype == (torch.bfloat16 if blocks.splits == 1 else torch.float32)
+    is_wide = blocks.splits > 1 and (kind == "int4" or tokens == 1)
+    assert parts.dtype == (torch.float32 if is_wide else torch.bfloat16)
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
     assert bias is None
@@ -124,6 +127,13 @@ def test_products_take_what_a_norm_has_rounded(launched):
     parts = linear_splits(x, weight)
     assert parts.shape[1:] == (65, 4096)
     assert launched[0][:2] == (x.values, x.scales)
+
+
+def test_parts_of_16_bits_are_rearranged_in_shared_memory():
+    blocks, free = PrefetchBlocks(128, 128, 2, 4, 1, 2, 1), SHARED_BYTES - BYTES_OF_PROGRAM
+    assert not choice.has_16_bit_parts(weight_of("fp8", 4096, 4096), MAX_16_BIT_ROUNDED)
+    assert most_stages(blocks, 64, weight_of("int8", 4096, 4096)) == free // (128 * (128 + 2 * 64)) == 7
+    assert most_stages(blocks, 64, weight_of("fp8", 4096, 4096)) == (free - 2 * 128 * 64) // (128 * (128 + 2 * 64)) == 6
 
 
 def test_what_a_norm_should_round():

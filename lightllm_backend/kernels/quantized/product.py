@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from lightllm_backend.kernels.hardware import compute_capability
-from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_TOKENS, PrefetchBlocks, is_direct, prefetch_blocks
+from lightllm_backend.kernels.quantized.choice import (
+    MAX_16_BIT_TOKENS,
+    PrefetchBlocks,
+    has_16_bit_parts,
+    is_direct,
+    prefetch_blocks,
+)
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS, quantized_splits
@@ -28,7 +34,7 @@ def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None
     """
     blocks = prefetch_blocks(x, weight, is_gated=False)
     if blocks is not None:
-        dtype = x.dtype if blocks.splits == 1 else torch.float32
+        dtype = x.dtype if blocks.splits == 1 or has_16_bit_parts(weight, x.shape[0]) else torch.float32
         out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=weight.values.device)
         return _prefetch(x, weight, bias, out, blocks, is_gated=False)
     if isinstance(x, Tensor):

@@ -631,7 +631,7 @@ def launch_quantized_prefetch(
     is_gated: bool,
     is_gelu: bool = False,
 ) -> None:
-    """Write the product's parts to `out` [splits, tokens, features]: float32, or of x's type if there is one split.
+    """Write the product's parts to `out` [splits, tokens, features], float32 or of the activations' type.
 
     `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
     """
