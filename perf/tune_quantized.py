@@ -41,6 +41,7 @@ from lightllm_backend.kernels.quantized.choice import (
     PrefetchBlocks,
     has_16_bit_parts,
     most_stages,
+    row_tiles_of,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch, registers_of
@@ -56,6 +57,8 @@ TOKENS = (8, 16, 32, 64, 128, 256)
 BATCHES = {8: (1, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,)}
 # How many blocks of a product the whole step chooses from.
 FINALISTS = 4
+# Columns that the whole step may ask for early, with the best of those.
+FETCHED = (256, 512, 1024)
 TOLERANCE = {True: 0.06, False: 0.01}  # of results, with activations of 8 bits and without
 
 
@@ -88,7 +91,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
     kind, product, tokens = job
     shape = _without_data(kind, product.out_features, product.in_features)
     for (rows, warps, consumers), inner, beside, splits, most_tokens in itertools.product(
-        ((64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1), (256, 16, 1)),
+        ((64, 4, 1), (64, 4, 2), (128, 4, 1), (128, 4, 2), (128, 8, 1), (192, 4, 1), (256, 8, 1), (256, 16, 1)),
         (128, 256) if product.in_features % 128 == 0 else (64,),
         (1, 2, 3),
         (1, 2, 3, 4, 6),
@@ -108,6 +111,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
             or (beside > 1 and programs <= 132 * (beside - 1))
             or (rows == 256 and tokens < 32)
             or (rows == 64 and block_tokens > 128)
+            or (row_tiles_of(blocks) > 1 and (block_tokens > 128 or beside > 1 or not job.rounds))
             or consumers * warps * beside > 24
         ):
             continue
@@ -115,7 +119,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         # for an instruction's part of the result in the registers that threads start with.
         most, of_consumers = registers_of(blocks)
         of_weights = 0 if job.rounds else rows * 96 // (32 * warps)
-        needed = rows * block_tokens // (32 * warps) + of_weights + 36
+        needed = rows // row_tiles_of(blocks) * block_tokens // (32 * warps) + of_weights + 36
         if needed <= of_consumers and block_tokens // 2 + 32 <= most:
             yield blocks
 
@@ -253,7 +257,8 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
                 for job in (job for job in jobs if job.kind == kind and job.tokens == count):
                     row = table[key(job)]
                     kept = row[str(count)]
-                    for blocks in finalists[job][1:]:
+                    further = [blocks._replace(fetched=columns) for blocks in finalists[job][:1] for columns in FETCHED]
+                    for blocks in finalists[job][1:] + further:
                         row[str(count)] = list(blocks)
                         seconds = sum(step.seconds(BATCHES[count]))
                         if seconds < best:

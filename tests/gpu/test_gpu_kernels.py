@@ -17,7 +17,7 @@ from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.hardware import GLUON_TRIED
 from lightllm_backend.kernels.linear.choice import LinearBlocks
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, row_tiles_of
 from lightllm_backend.kernels.quantized.fragments import into_fragments
 from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import (
@@ -258,6 +258,11 @@ def test_products_whose_weights_are_copied_ahead(
         (200, (128, 128, 2, 8, 1, 1, 1)),
         (256, (128, 64, 3, 8, 1, 1, 1, 256)),
         (255, (64, 128, 2, 4, 1, 2, 1, 256)),
+        (33, (128, 128, 3, 4, 1, 1, 1, 128, 256)),
+        (60, (64, 128, 4, 4, 2, 2, 1, 128, 128)),
+        (20, (192, 128, 4, 4, 1, 1, 1, 128, 512)),
+        (128, (192, 128, 3, 4, 1, 3, 1)),
+        (200, (192, 128, 3, 4, 1, 1, 1)),
     ],
 )
 @pytest.mark.parametrize(
@@ -280,6 +285,8 @@ def test_quantised_weights_are_decoded_on_their_way(
     from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 
     cut = PrefetchBlocks(*blocks)
+    if row_tiles_of(cut) > 1 and not is_direct:
+        pytest.skip("three tiles of rows are for fp8 by fp8")
     for is_gated, dtype in ((False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)):
         cut = cut._replace(splits=1 if is_gated else cut.splits)
         features, in_features = 464, 1024

@@ -19,6 +19,7 @@ from lightllm_backend.kernels.quantized.choice import (
     BYTES_OF_PROGRAM,
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
+    MAX_BLOCK_TOKENS,
     PREFETCH_TOKENS,
     SHARED_BYTES,
     PrefetchBlocks,
@@ -55,6 +56,8 @@ def test_stored_blocks_fit_and_divide_their_products():
                 assert int(in_features) % blocks.inner == 0
                 assert (blocks.splits - 1) * -(-steps // blocks.splits) + blocks.consumers <= steps
                 assert blocks.splits == 1 or not gated
+                assert choice.row_tiles_of(blocks) == 1 or (rounds and blocks.tokens <= MAX_BLOCK_TOKENS)
+                assert blocks.fetched % 32 == 0
 
 
 @pytest.mark.parametrize("tokens", PREFETCH_TOKENS)

@@ -38,6 +38,12 @@ class PrefetchBlocks(NamedTuple):
     splits: int  # of the inner dimension
     programs_per_sm: int  # how many programs are to share a multiprocessor
     tokens: int = MAX_BLOCK_TOKENS  # of a program, at most
+    fetched: int = 0  # columns behind those of the stages that are asked for early, too, into the L2 cache
+
+
+def row_tiles_of(blocks: PrefetchBlocks) -> int:
+    """How many tiles of rows a program has, each of a consumer of its own: three, else one."""
+    return 3 if blocks.out % 3 == 0 else 1
 
 
 def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> PrefetchBlocks | None:

@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Products of up to 256 tokens with a weight of 4 or 8 bits for Hopper, in Gluon: linear_prefetch for fewer bytes.
 
-The producer is linear_prefetch's: it copies weights ahead while the previous kernel drains. The consumers read weights
-from shared memory as they lie there, turn them into 16 bits in registers, and hand them to the tensor cores from there.
+The producer is linear_prefetch's: it copies weights ahead while the previous kernel drains, and asks for some more into
+the L2 cache. The consumers read weights from shared memory as they lie there, turn them into 16 bits in registers, and
+hand them to the tensor cores from there.
 For this, the columns of the weight are in the order of fragments.py: then a thread's weights lie side by side, and a
 word becomes pairs of 16 bits by a shift and two or three operations on both of a pair at once.
 
@@ -40,7 +41,13 @@ from lightllm_backend.kernels.linear.linear_prefetch import (
     MULTIPROCESSOR_REGISTERS,
     PRODUCER_REGISTERS,
 )
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, kind_of, most_groups
+from lightllm_backend.kernels.quantized.choice import (
+    MAX_BLOCK_TOKENS,
+    PrefetchBlocks,
+    kind_of,
+    most_groups,
+    row_tiles_of,
+)
 from lightllm_backend.kernels.quantized.fragments import CHUNK
 from lightllm_backend.kernels.quantized.unpacking import unpacking
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
@@ -65,15 +72,20 @@ def _feature_of(index, row, features, is_gated: gl.constexpr):
 
 
 @gluon.jit
-def _copy_weights(weight_tiles, w_shared, full, stage, parts: gl.constexpr, row, step, is_gated: gl.constexpr):
+def _copy_weights(
+    weight_tiles, w_shared, full, stage, parts: gl.constexpr, row_tiles: gl.constexpr, row, step, is_gated: gl.constexpr
+):
     for part in gl.static_range(parts):
-        tile = stage * parts + part
-        if is_gated:  # [features / 8, 2, 8, columns]: see _feature_of
-            column = (step * parts + part) * w_shared.shape[4]
-            copy_tile(weight_tiles, [row // 8, 0, 0, column], full.index(stage), w_shared.index(tile))
-        else:
-            column = (step * parts + part) * w_shared.shape[2]
-            copy_tile(weight_tiles, [row, column], full.index(stage), w_shared.index(tile))
+        for row_tile in gl.static_range(row_tiles):
+            tile = (stage * parts + part) * row_tiles + row_tile
+            if is_gated:  # [features / 8, 2, 8, columns]: see _feature_of
+                column = (step * parts + part) * w_shared.shape[4]
+                eighth = row // 8 + row_tile * w_shared.shape[1]
+                copy_tile(weight_tiles, [eighth, 0, 0, column], full.index(stage), w_shared.index(tile))
+            else:
+                column = (step * parts + part) * w_shared.shape[2]
+                first = row + row_tile * w_shared.shape[1]
+                copy_tile(weight_tiles, [first, column], full.index(stage), w_shared.index(tile))
 
 
 @gluon.jit
@@ -93,9 +105,30 @@ def _copy_x(x_tiles, x_shared, full, stage, parts: gl.constexpr, token, step):
 
 
 @gluon.jit
+def _fetch_into_l2(weight_bytes, row_stride, row, first, end, features, rows: gl.constexpr, is_gated: gl.constexpr):
+    """Asks for the bytes from `first` to `end` of the program's rows, so that copies find them in the L2 cache."""
+    index = gl.arange(0, rows, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    feature, weight_row = _feature_of(index, row, features, is_gated)
+    address = (weight_bytes + weight_row.to(gl.int64) * row_stride + first).to(gl.int64)
+    size = gl.where(feature < features, end - first, 0)
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [address, size],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _produce(
     x_tiles,
     weight_tiles,
+    weight_bytes,
+    row_stride,
+    fetched,
+    features,
     row,
     token,
     place,
@@ -103,6 +136,7 @@ def _produce(
     stages: gl.constexpr,
     parts: gl.constexpr,
     spans: gl.constexpr,
+    row_tiles: gl.constexpr,
     rows: gl.constexpr,
     row_bytes: gl.constexpr,
     is_gated: gl.constexpr,
@@ -110,12 +144,18 @@ def _produce(
 ):
     w_shared, x_shared, full, empty = shared
     x_bytes: gl.constexpr = x_shared.shape[1] * x_shared.shape[2] * x_shared.dtype.primitive_bitwidth // 8
-    bytes_of_stage: gl.constexpr = parts * (rows * row_bytes + spans * x_bytes)
+    bytes_of_stage: gl.constexpr = parts * (row_tiles * rows * row_bytes + spans * x_bytes)
     begin, steps = place
     ahead = gl.minimum(steps, stages)
     for step in range(ahead):
         mbarrier.expect(full.index(step), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, step, parts, row, begin + step, is_gated)
+        _copy_weights(weight_tiles, w_shared, full, step, parts, row_tiles, row, begin + step, is_gated)
+    first = (begin + ahead) * parts * row_bytes
+    end = gl.minimum(first + fetched, (begin + steps) * parts * row_bytes)
+    if fetched > 0:
+        for row_tile in gl.static_range(row_tiles):
+            first_row = row + row_tile * (rows // 2 if is_gated else rows)
+            _fetch_into_l2(weight_bytes, row_stride, first_row, first, end, features, rows, is_gated)
     if is_dependent:  # see dependent_launch
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
@@ -127,7 +167,7 @@ def _produce(
         stage = step % stages
         mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
         mbarrier.expect(full.index(stage), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, stage, parts, row, begin + step, is_gated)
+        _copy_weights(weight_tiles, w_shared, full, stage, parts, row_tiles, row, begin + step, is_gated)
         _copy_x(x_tiles, x_shared, full, stage, parts * spans, token, begin + step)
 
 
@@ -218,6 +258,8 @@ def _multiply_direct(
     consumers: gl.constexpr,
     stages: gl.constexpr,
     parts: gl.constexpr,
+    row_tile: gl.constexpr,
+    row_tiles: gl.constexpr,
     rows: gl.constexpr,
     row_bytes: gl.constexpr,
     layout: gl.constexpr,
@@ -236,9 +278,10 @@ def _multiply_direct(
         stage = step % stages
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
-            tile = stage * parts + part
+            tile = (stage * parts + part) * row_tiles + row_tile
             weights = _tile_of(w_shared, tile, rows, row_bytes)
-            total = hopper.warpgroup_mma(weights, x_shared.index(tile).permute((1, 0)), total, is_async=True)
+            x_tile = x_shared.index(stage * parts + part).permute((1, 0))
+            total = hopper.warpgroup_mma(weights, x_tile, total, is_async=True)
         total = hopper.warpgroup_mma_wait(parts, deps=(total,))
         if step > first:
             synchronize()
@@ -388,6 +431,8 @@ def _consume(
     is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    row_tile: gl.constexpr,
+    row_tiles: gl.constexpr,
     rows: gl.constexpr,
     row_bytes: gl.constexpr,
     words_layout: gl.constexpr,
@@ -395,8 +440,13 @@ def _consume(
     layout: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """The first consumer: it copies scales and zero points, adds the other's sum to its own, and writes the result."""
-    row, features = result[3], result[7]
+    """The first consumer: it copies scales and zero points, adds the other's sum to its own, and writes the result.
+
+    Of three tiles of rows, each has a consumer like this one, which takes all steps.
+    """
+    bias, x_scales, out, row, first_token, split, tokens, features = result
+    row += row_tile * (rows // 2 if is_gated else rows)
+    result = (bias, x_scales, out, row, first_token, split, tokens, features)
     begin, steps = place
     scales, zeros = tables
     s_shared, z_shared, copied = of_groups
@@ -414,7 +464,9 @@ def _consume(
         synchronize()
         mbarrier.arrive(copied, count=1)
     if asm == "":
-        total = _multiply_direct(place, shared, 0, consumers, stages, parts, rows, row_bytes, layout)
+        total = _multiply_direct(
+            place, shared, 0, consumers, stages, parts, row_tile, row_tiles, rows, row_bytes, layout
+        )
     else:
         total = _multiply(
             place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
@@ -427,8 +479,9 @@ def _consume(
         total, result, scales, rows, spans_per_group > 0, asm == "", is_gated, is_gelu, has_bias, layout, num_warps
     )
     # Only now: else the memory of barriers that nothing waits for would be used to rearrange the result.
-    mbarrier.invalidate(copied)
-    mbarrier.invalidate(summed)
+    if row_tile == 0:
+        mbarrier.invalidate(copied)
+        mbarrier.invalidate(summed)
 
 
 @gluon.jit
@@ -455,7 +508,7 @@ def _consume_second(
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
     if asm == "":
-        total = _multiply_direct(place, shared, 1, consumers, stages, parts, rows, row_bytes, layout)
+        total = _multiply_direct(place, shared, 1, consumers, stages, parts, 0, 1, rows, row_bytes, layout)
     else:
         total = _multiply(
             place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
@@ -466,7 +519,7 @@ def _consume_second(
     mbarrier.arrive(summed, count=1)
 
 
-@gluon.jit(do_not_specialize=["tokens", "steps_of_split", "all_steps"])
+@gluon.jit(do_not_specialize=["fetched", "tokens", "steps_of_split", "all_steps"])
 def quantized_prefetch_kernel(
     x_tiles,
     weight_tiles,
@@ -475,6 +528,9 @@ def quantized_prefetch_kernel(
     bias,
     x_scales,
     out,
+    weight_bytes,
+    row_stride,
+    fetched,
     tokens,
     features,
     steps_of_split,
@@ -495,6 +551,7 @@ def quantized_prefetch_kernel(
     max_groups: gl.constexpr,
     block_tokens: gl.constexpr,
     block_out: gl.constexpr,
+    row_tiles: gl.constexpr,
     tile_columns: gl.constexpr,
     parts: gl.constexpr,
     spans: gl.constexpr,
@@ -505,25 +562,29 @@ def quantized_prefetch_kernel(
     producer_registers: gl.constexpr,
 ):
     """Computes a block of features for a block of tokens, over one split of the inner dimension. If gated, half of the
-    block's rows belong to the gate, half to `up`. One or two consumers take the steps in turns."""
+    block's rows belong to the gate, half to `up`. One or two consumers take the steps in turns, or three a third of the
+    rows each, for which tokens are read less often."""
     row_bytes: gl.constexpr = tile_columns // 2 if is_int4 else tile_columns
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-    tiles: gl.constexpr = stages * parts
+    rows: gl.constexpr = block_out // row_tiles
+    tiles: gl.constexpr = stages * parts * row_tiles
     span_columns: gl.constexpr = tile_columns // spans
     tiles_shape: gl.constexpr = [tiles] + weight_tiles.block_shape  # noqa: RUF005 - Triton-lang knows no [tiles, *...]
     w_shared = gl.allocate_shared_memory(weight_tiles.dtype, tiles_shape, weight_tiles.layout)
-    x_shared = gl.allocate_shared_memory(x_tiles.dtype, [tiles * spans, block_tokens, span_columns], x_tiles.layout)
-    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, block_out], rows_layout)
-    z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, block_out], rows_layout)
-    sums_rows: gl.constexpr = block_out if consumers > 1 else 16
+    x_shared = gl.allocate_shared_memory(
+        x_tiles.dtype, [stages * parts * spans, block_tokens, span_columns], x_tiles.layout
+    )
+    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, rows], rows_layout)
+    z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, rows], rows_layout)
+    sums_rows: gl.constexpr = rows if consumers > 1 else 16
     r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, block_tokens], sums_layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     once = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=row_tiles)
     mbarrier.init(once.index(0), count=1)
     mbarrier.init(once.index(1), count=1)
     fence_async_shared()
@@ -538,22 +599,60 @@ def quantized_prefetch_kernel(
     result = (bias, x_scales, out, row, token, split, tokens, features)
     of_groups = (s_shared, z_shared, once.index(0))
     sums = (r_shared, once.index(1))
-    if consumers == 1:
+    if row_tiles > 1:
         gl.warp_specialize(
             [
                 (
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, block_out,
-                        row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
+                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 1, row_tiles,
+                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 2, row_tiles,
+                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x_tiles, weight_tiles, row, token, place, shared, stages, parts, spans, block_out, row_bytes,
-                        is_gated, is_dependent,
+                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
+                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
+                    ),
+                ),
+            ],
+            [consumer_warps, consumer_warps, 1],
+            [consumer_registers, consumer_registers, producer_registers],
+        )  # fmt: skip
+    elif consumers == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
+                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
+                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
                     ),
                 ),
             ],
@@ -567,22 +666,22 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, block_out,
-                        row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
+                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _consume_second,
                     (
                         place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
-                        is_ahead, asm, zero_offset, block_out, row_bytes, words_layout, span_layout, layout,
+                        is_ahead, asm, zero_offset, rows, row_bytes, words_layout, span_layout, layout,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x_tiles, weight_tiles, row, token, place, shared, stages, parts, spans, block_out, row_bytes,
-                        is_gated, is_dependent,
+                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
+                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
                     ),
                 ),
             ],
@@ -638,7 +737,8 @@ def launch_quantized_prefetch(
     tokens, in_features = x.shape
     features = out.shape[-1]
     block_tokens = min(blocks.tokens, max(8, triton.next_power_of_2(tokens)))
-    rows = blocks.out // 2 if is_gated else blocks.out
+    rows = blocks.out // 2 if is_gated else blocks.out  # of the result
+    tile_rows = blocks.out // row_tiles_of(blocks)
     groups = len(weight.scales)
     has_zeros = weight.zeros is not None
     is_direct = x_scales is not None
@@ -651,6 +751,8 @@ def launch_quantized_prefetch(
     assert blocks.stages % blocks.consumers == 0
     # A consumer releases a stage once it has started on its next one.
     assert blocks.stages >= 2 * blocks.consumers
+    # Three consumers start with too few registers for sums of 256 tokens.
+    assert row_tiles_of(blocks) == 1 or (is_direct and blocks.consumers == 1 and block_tokens <= MAX_BLOCK_TOKENS)
     assert blocks.splits == 1 or not is_gated
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
     # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
@@ -680,9 +782,9 @@ def launch_quantized_prefetch(
     columns = steps_of_split * blocks.inner
     max_groups = most_groups(weight, columns) if spans_per_group else 1
     values = weight.values if is_direct else weight.values.view(torch.int8)
-    shape, strides, block = list(values.shape), [values.stride(0), 1], [blocks.out, row_bytes]
+    shape, strides, block = list(values.shape), [values.stride(0), 1], [tile_rows, row_bytes]
     if is_gated:  # see _feature_of
-        shape, block = [features // 8, 2, 8, shape[1]], [blocks.out // 16, 2, 8, row_bytes]
+        shape, block = [features // 8, 2, 8, shape[1]], [tile_rows // 16, 2, 8, row_bytes]
         strides = [8 * strides[0], features * strides[0], *strides]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
@@ -695,6 +797,9 @@ def launch_quantized_prefetch(
         weight.scales if bias is None else bias,
         weight.scales if x_scales is None else x_scales,
         out,
+        values.view(torch.int8),
+        values.stride(0) * values.element_size(),
+        blocks.fetched * row_bytes // tile_columns,
         tokens,
         features,
         steps_of_split,
@@ -707,13 +812,14 @@ def launch_quantized_prefetch(
         is_ahead=is_ahead,
         asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_ahead and is_grouped),
         zero_offset=one if weight.is_int4 else 0.0,
-        words_layout=words_layout(blocks.out, row_bytes, blocks.warps, weight.is_int4),
-        span_layout=words_layout(blocks.out, row_bytes // spans, blocks.warps, weight.is_int4),
+        words_layout=words_layout(tile_rows, row_bytes, blocks.warps, weight.is_int4),
+        span_layout=words_layout(tile_rows, row_bytes // spans, blocks.warps, weight.is_int4),
         layout=layout_of_sums,
         spans_per_group=spans_per_group,
         max_groups=max_groups,
         block_tokens=block_tokens,
         block_out=blocks.out,
+        row_tiles=row_tiles_of(blocks),
         tile_columns=tile_columns,
         parts=blocks.inner // tile_columns,
         spans=spans,
@@ -733,6 +839,6 @@ def registers_of(blocks: PrefetchBlocks) -> tuple[int, int]:
 
     The producer's warp counts as four.
     """
-    warps = blocks.warps * blocks.consumers
+    warps = blocks.warps * blocks.consumers * row_tiles_of(blocks)
     most = min(MAX_REGISTERS, MULTIPROCESSOR_REGISTERS // (32 * (warps + 4) * blocks.programs_per_sm) // 8 * 8)
     return most, min(240, (most * (warps + 4) - 4 * PRODUCER_REGISTERS) // warps // 8 * 8)
