@@ -94,7 +94,8 @@ class Kernels(Protocol):
     def linear_splits(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The product of `linear` as parts [splits, tokens, out_features] that add up to it.
 
-        The parts are float32; a single part, or those of a weight of fp8, may have the dtype of `x`. A norm adds them.
+        The parts are float32; a single part, or those of a quantised weight, may have the dtype of `x`. A norm adds
+        them.
         """
 
     def sum_splits(self, parts: Tensor, out: Tensor) -> Tensor:

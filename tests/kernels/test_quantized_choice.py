@@ -17,6 +17,7 @@ from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
     BYTES_OF_PROGRAM,
+    MAX_16_BIT_PARTS,
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
@@ -116,7 +117,7 @@ def test_products_launch_it(kind, tokens, padded, launched):
     assert blocks == PrefetchBlocks(*stored[padded])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
-    is_wide = blocks.splits > 1 and (kind == "int4" or tokens == 1)
+    is_wide = blocks.splits > 1 and kind == "int4" and tokens > MAX_16_BIT_PARTS
     assert parts.dtype == (torch.float32 if is_wide else torch.bfloat16)
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
@@ -134,7 +135,6 @@ def test_products_take_what_a_norm_has_rounded(launched):
 
 def test_parts_of_16_bits_are_rearranged_in_shared_memory():
     blocks, free = PrefetchBlocks(128, 128, 2, 4, 1, 2, 1), SHARED_BYTES - BYTES_OF_PROGRAM
-    assert not choice.has_16_bit_parts(weight_of("fp8", 4096, 4096), MAX_16_BIT_ROUNDED)
     assert most_stages(blocks, 64, weight_of("int8", 4096, 4096)) == free // (128 * (128 + 2 * 64)) == 7
     assert most_stages(blocks, 64, weight_of("fp8", 4096, 4096)) == (free - 2 * 128 * 64) // (128 * (128 + 2 * 64)) == 6
 
@@ -146,6 +146,14 @@ def test_what_a_norm_should_round():
     assert not choice.takes_rounded(weight, MAX_16_BIT_ROUNDED + 1, torch.float32)
     for other in (None, weight.values, weight_of("int8", 64, 128), replace(weight, in_fragments=False)):
         assert not choice.takes_rounded(other, MAX_16_BIT_ROUNDED + 1, dtype)
+
+
+def test_parts_of_few_tokens_have_16_bits_if_none_overflows():
+    for kind in ("int4", "fp8"):
+        weight = weight_of(kind, 4096, 4096)
+        assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.bfloat16)
+        assert not choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.float16)
+        assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.bfloat16) == (kind == "fp8")
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])

@@ -19,6 +19,14 @@ def test_kernel_matches_the_reference(dtype, shape, device):
         assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
+def test_parts_in_16_bits(device):
+    parts = torch.randn(4, 3, 37, device=device).bfloat16()
+    expected = parts.double().sum(0)
+    for implementation in (launchers, reference):
+        out = implementation.sum_splits(parts, torch.empty_like(expected, dtype=torch.float32))
+        assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
 def test_no_tokens(device):
     out = torch.empty(0, 8, device=device)
     assert launchers.sum_splits(torch.empty(2, 0, 8, device=device), out).shape == (0, 8)

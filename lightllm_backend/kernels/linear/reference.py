@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain PyTorch of the products with weights; kernels/interface.py says what each function computes."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,7 +30,7 @@ def linear_splits(x: Activations, weight: Weight, bias: Tensor | None = None) ->
 
 
 def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
-    return out.copy_(parts.sum(0))
+    return out.copy_(parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)))
 
 
 def gated_linear(
