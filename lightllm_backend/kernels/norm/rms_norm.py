@@ -13,6 +13,8 @@ from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
+FEW_TOKENS = 4
+
 
 @triton.jit
 def rms_normed(value, scale, eps, dim, weight_type: tl.constexpr):
@@ -166,7 +168,8 @@ def launch_rms_norm(
         is_static=input_scale is not None,
         in_fragments=is_read_ahead,
         block=block,
-        num_warps=min(16, max(1, block // 256)),
+        # A row of few has a multiprocessor to itself: 0.4 us less a layer of 7B in fp8.
+        num_warps=min(32, max(1, block // 128)) if tokens <= FEW_TOKENS else min(16, max(1, block // 256)),
         # linear_prefetch would only take the place of what runs: 3.55 instead of 3.50 ms for a step of 7B in 16 bits.
         is_early=is_read_ahead,
         **dependent_launch(x.device),
