@@ -5,7 +5,8 @@
     python -m perf.tune_quantized --kinds int4 --tokens 8,16 llama-7b
     python -m perf.tune_quantized --kinds fp8 --tp 4 llama-7b llama-2-70b
 
-"fp8 by fp8" is fp8 with activations rounded to 8 bits, as they are from some number of tokens on. All blocks that fit
+"fp8 by fp8" is fp8 with activations rounded to 8 bits, as they are from some number of tokens on; "by pairs", with
+activations as pairs of 8-bit numbers, which norms make of few tokens. All blocks that fit
 are compiled, checked and timed in a CUDA graph, each product behind the norm that writes its input, since a part of the
 gain lies between the two. Then whole decode steps decide between the best of each product. The result goes to
 lightllm_backend/kernels/quantized/quantized_prefetch.json, where other products and token counts keep what earlier runs
@@ -32,11 +33,12 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear.choice import product_name, stored_blocks
-from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
+from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm, rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
     MAX_16_BIT_ROUNDED,
     MAX_BLOCK_TOKENS,
+    MAX_PAIRED_TOKENS,
     MOST_BLOCK_TOKENS,
     PrefetchBlocks,
     has_16_bit_parts,
@@ -71,6 +73,23 @@ class Job(NamedTuple):
     def rounds(self) -> bool:
         """Whether activations have 8 bits."""
         return self.kind == "fp8 by fp8"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether they are pairs of 8-bit numbers, which norms make."""
+        return self.kind.endswith(" by pairs")
+
+    @property
+    def count(self) -> int:
+        """How many tokens the blocks are tried with."""
+        return min(self.tokens, MAX_PAIRED_TOKENS) if self.is_paired else self.tokens
+
+    @property
+    def is_made(self) -> bool:
+        """Whether products of so many tokens have such activations."""
+        if self.is_paired:
+            return self.tokens == TOKENS[0] and not self.product.norm_sums_parts
+        return self.tokens > MAX_16_BIT_ROUNDED or not self.rounds
 
 
 def weight_of(kind: str, product: Product) -> QuantizedWeight:
@@ -118,7 +137,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         # Registers for the result, for two spans of weights and the words of a tile, and for the rest. ptxas wants room
         # for an instruction's part of the result in the registers that threads start with.
         most, of_consumers = registers_of(blocks)
-        of_weights = 0 if job.rounds else rows * 96 // (32 * warps)
+        of_weights = 0 if job.rounds or kind == "fp8 by pairs" else rows * 96 // (32 * warps)
         needed = rows // row_tiles_of(blocks) * block_tokens // (32 * warps) + of_weights + 36
         if needed <= of_consumers and block_tokens // 2 + 32 <= most:
             yield blocks
@@ -127,9 +146,9 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
 def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None, weight: QuantizedWeight) -> Tensor:
     product = job.product
     features = product.out_features // (2 if product.is_gated else 1)
-    dtype = DTYPE if blocks.splits == 1 or has_16_bit_parts(weight, job.tokens) else torch.float32
-    out = torch.empty(blocks.splits, job.tokens, features, device=DEVICE, dtype=dtype)
-    launch_quantized_prefetch(x, scales, weight, None, out, blocks, product.is_gated)
+    has_16_bits = blocks.splits == 1 or has_16_bit_parts(weight, job.count)
+    out = torch.empty(blocks.splits, job.count, features, device=DEVICE, dtype=DTYPE if has_16_bits else torch.float32)
+    launch_quantized_prefetch(x, scales, weight, None, out, blocks, product.is_gated, is_paired=job.is_paired)
     if blocks.splits > 1 and not product.norm_sums_parts:
         return launchers.sum_splits(out, torch.empty_like(out[0], dtype=DTYPE)).unsqueeze(0)
     return out
@@ -137,9 +156,9 @@ def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None
 
 def inputs(job: Job, weight: QuantizedWeight, raw: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product's, by the norm before it."""
-    if job.rounds:
-        rounded = rounded_rms_norm(raw, scale, 1e-5, None, None, weight)
-        return rounded.values, rounded.scales
+    if job.rounds or job.is_paired:
+        made = (paired_rms_norm if job.is_paired else rounded_rms_norm)(raw, scale, 1e-5, None, None, weight)
+        return made.values, made.scales
     return launchers.rms_norm(raw, scale, 1e-5), None
 
 
@@ -148,7 +167,7 @@ def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
     cached_weight = lru_cache(1)(weight_of)
     for index, (job, blocks) in enumerate(jobs):
         weight = cached_weight(job.kind, job.product)
-        raw = torch.randn(job.tokens, job.product.in_features, device=DEVICE, dtype=DTYPE)
+        raw = torch.randn(job.count, job.product.in_features, device=DEVICE, dtype=DTYPE)
         try:
             result_of(job, blocks, *inputs(job, weight, raw, torch.ones_like(raw[0])), weight)
             torch.cuda.synchronize()
@@ -183,11 +202,11 @@ def times(job: Job, tried: Sequence[PrefetchBlocks]) -> dict[PrefetchBlocks, flo
     weights = [weight] + [
         weight_of(job.kind, job.product) for _ in range(min(24, math.ceil(measure.ROTATED_BYTES / share)) - 1)
     ]
-    raws = [torch.randn(job.tokens, job.product.in_features, device=DEVICE, dtype=DTYPE) for _ in weights]
+    raws = [torch.randn(job.count, job.product.in_features, device=DEVICE, dtype=DTYPE) for _ in weights]
     scale = torch.ones_like(raws[0][0])
     plain = reference.gated_linear if job.product.is_gated else reference.linear
     x, scales = inputs(job, weight, raws[0], scale)
-    rounded = replace(weight, quantizes_input=scales is not None)
+    rounded = replace(weight, quantizes_input=job.rounds)
     expected = plain(launchers.rms_norm(raws[0], scale, 1e-5).float(), rounded)
     found = {}
     for blocks in tried:
@@ -196,7 +215,7 @@ def times(job: Job, tried: Sequence[PrefetchBlocks]) -> dict[PrefetchBlocks, flo
         except (OutOfResources, PTXASError):
             continue
         error = float((result - expected).norm() / expected.norm())
-        if not error < TOLERANCE[scales is not None]:
+        if not error < TOLERANCE[job.rounds]:
             print(f"WRONG {job}, {blocks}: {error}", flush=True)
             continue
 
@@ -213,7 +232,7 @@ def key(job: Job) -> str:
 
 @click.command(help=str(__doc__).partition("\n")[0])
 @click.argument("models", nargs=-1, type=click.Choice(list(SHAPES)))
-@click.option("--kinds", default="fp8,fp8 by fp8,int4", show_default=True)
+@click.option("--kinds", default="fp8,fp8 by fp8,fp8 by pairs,int4,int4 by pairs", show_default=True)
 @click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help="blocks of tokens")
 @click.option("--compare", is_flag=True, help="also time the steps in 16 bits")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs: tune a rank's products")
@@ -226,7 +245,7 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
     for name in models or ("llama-7b",):
         new = products(SHAPES[name], tp)[:4]  # the head is another option's
         jobs = [Job(kind, product, count) for kind in kinds.split(",") for product in new for count in counts]
-        jobs = [job for job in jobs if job.tokens > MAX_16_BIT_ROUNDED or not job.rounds]
+        jobs = [job for job in jobs if job.is_made]
         pairs = [(job, blocks) for job in jobs for blocks in candidates(job)]
         print(f"{len(pairs)} kernels", flush=True)
         sound = runnable(pairs)

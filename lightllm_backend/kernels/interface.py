@@ -44,7 +44,8 @@ class Kernels(Protocol):
         With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. With `post_weight` [dim] as
         well, of the same dtype as `weight`, what is added is the norm of `x` times it: the norm that some layers have
         behind attention and MLP. The result has the dtype of what is normed. If only the product with `reader` reads
-        it, it may be what quantize_tokens makes of it, RoundedTokens.
+        it, it may be what quantize_tokens makes of it, RoundedTokens, or PairedTokens, which are about as precise as
+        bfloat16.
         """
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -83,7 +84,7 @@ class Kernels(Protocol):
         """
 
     # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits. `x` may also be the
-    # RoundedTokens that a norm or gated_linear made for the weight.
+    # RoundedTokens that a norm or gated_linear made for the weight, or the PairedTokens that a norm made.
 
     def linear(self, x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """`x` [tokens, in_features] times the transposed `weight`, plus `bias` [out_features].

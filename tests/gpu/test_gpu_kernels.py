@@ -17,7 +17,8 @@ from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.hardware import GLUON_TRIED
 from lightllm_backend.kernels.linear.choice import LinearBlocks
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, row_tiles_of
+from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm
+from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, has_16_bit_parts, row_tiles_of
 from lightllm_backend.kernels.quantized.fragments import into_fragments
 from lightllm_backend.runner.prompt_tiling import order_tiles
 from tests.kernels.kernel_harness import (
@@ -312,6 +313,53 @@ def test_quantised_weights_are_decoded_on_their_way(
         if scales is not None and not is_gated:  # what the tensor cores lose while they add up
             exact = reference.scaled_linear(values, scales, weight, bias.float(), torch.float32)
             assert relative_error(results[0].float().sum(0), exact) < 0.004
+
+
+@pytest.mark.skipif(
+    not GLUON_TRIED or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU, and a Triton-lang whose Gluon was tried",
+)
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (1, (64, 128, 4, 4, 1, 1, 2)),
+        (3, (64, 256, 4, 4, 2, 2, 2)),
+        (4, (128, 128, 3, 4, 1, 1, 1)),
+        (2, (64, 256, 3, 4, 1, 2, 2)),
+        (4, (128, 128, 4, 8, 2, 2, 1)),
+    ],
+)
+@pytest.mark.parametrize(("kind", "group_size"), [("int4", 128), ("int4", 64), ("int4", 1024), ("fp8", 1024)])
+def test_pairs_that_a_norm_makes_are_multiplied(
+    kind: str, group_size: int, tokens: int, blocks: tuple[int, ...]
+) -> None:
+    from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
+
+    cut = PrefetchBlocks(*blocks)
+    for is_gated, dtype in ((False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)):
+        cut = cut._replace(splits=1 if is_gated else cut.splits)
+        features, in_features = 464, 1024
+        rows = features * (2 if is_gated else 1)
+        weight = into_fragments(random_weight(kind, rows, in_features, group_size, DEVICE))
+        bias = torch.randn(rows, device=DEVICE).to(dtype)
+        inputs = torch.randn(tokens, in_features, device=DEVICE).to(dtype)
+        inputs[0, 5] = 30.0
+        product = reference.gated_linear if is_gated else reference.linear
+        ones, results = torch.ones(in_features, device=DEVICE, dtype=dtype), []
+        for _ in range(20):
+            pairs = paired_rms_norm(inputs, ones, 1e-5, None, None, weight)
+            shape = (cut.splits, tokens, features)
+            is_16_bit = cut.splits == 1 or has_16_bit_parts(weight, tokens, dtype)
+            out = torch.full(shape, torch.nan, device=DEVICE, dtype=dtype if is_16_bit else torch.float32)
+            launch_quantized_prefetch(pairs.values, pairs.scales, weight, bias, out, cut, is_gated, is_paired=True)
+            results.append(out)
+        assert all(torch.equal(one, results[0]) for one in results)
+        result = results[0].float().sum(0)
+        expected = product(replace(pairs, dtype=torch.float32), weight, bias.float())
+        # Tensor cores lose some of a sum of fp8 while they add it up.
+        assert relative_error(result, expected) < (0.004 if kind == "fp8" else TOLERANCE[dtype])
+        norm = launchers.rms_norm(inputs, ones, 1e-5)
+        assert relative_error(result, product(norm.float(), weight, bias.float())) < TOLERANCE[torch.bfloat16]
 
 
 @DTYPES

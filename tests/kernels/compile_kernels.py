@@ -43,9 +43,14 @@ from lightllm_backend.kernels.linear.choice import (
     ProductKernel,
     stored_blocks,
 )
-from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
+from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm, rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
-from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, has_16_bit_parts
+from lightllm_backend.kernels.quantized.choice import (
+    MAX_PAIRED_TOKENS,
+    PrefetchBlocks,
+    has_16_bit_parts,
+    pair_dtype,
+)
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.pretended_gpu import pretend_gpu
@@ -228,7 +233,7 @@ def launch_stored_quantized(capability: str) -> None:
     for name, by_tokens in stored_blocks(QUANTIZED_BLOCKS).get(capability, {}).items():
         kind, shape = name.removesuffix(", gated").split(", ")
         out_features, in_features = map(int, shape.split(" x "))
-        is_gated, is_int4 = name.endswith("gated"), kind == "int4"
+        is_gated, is_int4 = name.endswith("gated"), kind.startswith("int4")
         group_size = 128 if is_int4 else in_features
         for tokens in (8, 64, 256):
             if by_tokens.get(str(tokens)) is None or (kind, is_gated, tokens) in compiled:
@@ -239,22 +244,30 @@ def launch_stored_quantized(capability: str) -> None:
             scales = torch.empty(in_features // group_size, out_features, dtype=torch.float16 if is_int4 else None)
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])
-            x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
-            if kind == "fp8 by fp8":
+            is_paired = kind.endswith(" by pairs")
+            count = MAX_PAIRED_TOKENS if is_paired else tokens
+            x, x_scales = torch.empty(count, in_features, dtype=torch.bfloat16), None
+            if is_paired:
+                x, x_scales = torch.empty(2 * count, in_features, dtype=pair_dtype(weight)), torch.empty(count)
+            elif kind == "fp8 by fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
-            is_16_bit = blocks.splits == 1 or has_16_bit_parts(weight, tokens)
-            out = torch.empty(blocks.splits, tokens, features, dtype=torch.bfloat16 if is_16_bit else torch.float32)
-            launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu=is_gated and tokens > 8)
+            is_16_bit = blocks.splits == 1 or has_16_bit_parts(weight, count)
+            out = torch.empty(blocks.splits, count, features, dtype=torch.bfloat16 if is_16_bit else torch.float32)
+            is_gelu = is_gated and tokens > 8
+            launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu, is_paired)
 
 
 def launch_rounding() -> None:
-    """A norm and a gate's activation that round what a product of fp8 by fp8 reads."""
+    """A norm and a gate's activation that round what a product of fp8 by fp8 reads, and norms that make pairs."""
     reader = random_weight("fp8", 16, 4096, 4096, torch.device("cpu"))
     reader = dataclasses.replace(reader, quantizes_input=True, in_fragments=True)
     x = torch.empty(65, 4096, dtype=torch.bfloat16)
     rounded_rms_norm(x, x[0], 1e-5, x, None, reader)
     rounded_silu_and_mul(torch.empty(65, 8192, dtype=torch.bfloat16), False, reader)
+    paired_rms_norm(x[:4], x[0], 1e-5, x[:4], None, reader)
+    reader = dataclasses.replace(random_weight("int4", 16, 4096, 128, torch.device("cpu")), in_fragments=True)
+    paired_rms_norm(x[:4], x[0], 1e-5, x[:4], None, reader)
 
 
 def launch_variants(

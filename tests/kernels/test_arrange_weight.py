@@ -8,7 +8,9 @@ import torch
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.quantized import arrange_weight as module
-from lightllm_backend.kernels.quantized.fragments import fragment_columns, into_fragments
+from lightllm_backend.kernels.quantized.fragments import fragment_columns, into_fragments, pair_columns
+from lightllm_backend.kernels.quantized.reference import pair_tokens
+from lightllm_backend.kernels.quantized.rounded_tokens import PAIR_FACTORS
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 from tests.kernels.quantized_weights import exact, random_weight
 
@@ -60,6 +62,39 @@ def test_activations_are_rounded_in_the_same_order(kind, group_size, device):
         product = kernels.scaled_linear(values, scales, arranged, None, torch.float32)
         numbers = values.float()[:, places.argsort()] * scales.repeat_interleave(group_size, 1)
         assert relative_error(product, numbers @ reference.dequantize(arranged, torch.float32).t()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_pairs_are_as_precise_as_bfloat16(kind, device):
+    x = torch.randn(5, 256, device=device).bfloat16()
+    x[0] = 0.0
+    x[1, 3] = 100.0
+    x[2] *= 1e-6
+    arranged = into_fragments(random_weight(kind, 64, 256, 128 if kind == "int4" else 256, device))
+    pairs = pair_tokens(x, arranged)
+    factor = PAIR_FACTORS[pairs.values.dtype]
+    places = (torch.arange(0, 256, 64)[:, None] + pair_columns(kind == "int4")).flatten()
+    numbers = pairs.values.float().view(5, 2, 256)[:, :, places.argsort()]
+    meant = (factor * numbers[:, 0] + numbers[:, 1]) * pairs.scales[:, None]
+    if kind == "fp8":  # nothing is lost, unless it is very small beside the largest
+        large = x.abs() >= x.abs().amax(1, keepdim=True) * 2**-13
+        assert torch.equal(meant[large], x.float()[large])
+    assert bool(((meant - x.float()).abs() <= pairs.scales[:, None] / 2).all())
+    assert int(numbers.abs().max()) <= {"int4": 128, "fp8": 448}[kind]
+    product = reference.linear(pairs, arranged)
+    assert relative_error(product, reference.linear(x.float(), arranged)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("is_int4", [False, True])
+def test_pairs_meet_the_weights_that_tensor_cores_multiply_them_by(is_int4):
+    """A word of int4 becomes the bytes of its even digits and of its odd ones, four columns of int8 each."""
+    columns = pair_columns(is_int4)
+    if is_int4:
+        words = fragment_columns(is_int4=True).view(4, 2, 4, 2)  # threads, words, bytes, low and high digits
+        columns = columns.view(2, 2, 4, 4)  # words, halves, threads, bytes
+        assert torch.equal(columns.permute(2, 0, 3, 1), words)
+    else:
+        assert torch.equal(columns, fragment_columns(is_int4=False))
 
 
 def test_only_weights_that_the_kernel_takes_are_arranged(device, monkeypatch):

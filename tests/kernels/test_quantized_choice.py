@@ -21,13 +21,14 @@ from lightllm_backend.kernels.quantized.choice import (
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
+    MAX_PAIRED_TOKENS,
     PREFETCH_TOKENS,
     SHARED_BYTES,
     PrefetchBlocks,
     blocks_by_rule,
     most_stages,
 )
-from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
+from lightllm_backend.kernels.quantized.rounded_tokens import PairedTokens, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from tests.kernels.quantized_weights import DTYPES
 
@@ -113,7 +114,7 @@ def test_products_launch_it(kind, tokens, padded, launched):
     is_rounded = kind == "fp8" and tokens > MAX_16_BIT_TOKENS
     stored = stored_blocks(BLOCKS)["9.0"][f"{kind}{' by fp8' if is_rounded else ''}, 4096 x 4096"]
     parts = linear_splits(x, weight_of(kind, 4096, 4096))
-    [(values, scales, _, bias, out, blocks, is_gated, _)] = launched
+    [(values, scales, _, bias, out, blocks, is_gated, _, is_paired)] = launched
     assert blocks == PrefetchBlocks(*stored[padded])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
@@ -123,6 +124,7 @@ def test_products_launch_it(kind, tokens, padded, launched):
     assert (scales is not None) == is_rounded
     assert bias is None
     assert not is_gated
+    assert not is_paired
 
 
 def test_products_take_what_a_norm_has_rounded(launched):
@@ -156,12 +158,43 @@ def test_parts_of_few_tokens_have_16_bits_if_none_overflows():
         assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.bfloat16) == (kind == "fp8")
 
 
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_products_take_the_pairs_that_a_norm_has_made(kind, launched):
+    weight, table = weight_of(kind, 12288, 4096), stored_blocks(BLOCKS)["9.0"]
+    x = PairedTokens(torch.empty(6, 4096, dtype=choice.pair_dtype(weight)), torch.empty(3), torch.bfloat16)
+    parts = linear_splits(x, weight)
+    assert parts.shape[1:] == (3, 12288)
+    assert gated_linear(x, weight_of(kind, 22016, 4096)).shape == (3, 11008)
+    for call, name in zip(launched, ("12288 x 4096", "22016 x 4096, gated"), strict=True):
+        assert call[:2] == (x.values, x.scales)
+        assert call[5] == PrefetchBlocks(*table[f"{kind} by pairs, {name}"]["8"])
+        assert call[-1]
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_what_a_norm_should_make_pairs_of(kind, launched):
+    weight, dtype = weight_of(kind, 12288, 4096), torch.bfloat16
+    assert choice.takes_paired(weight, MAX_PAIRED_TOKENS, dtype)
+    assert choice.takes_paired(replace(weight, quantizes_input=not weight.quantizes_input), 1, dtype)
+    assert not choice.takes_paired(weight, MAX_PAIRED_TOKENS + 1, dtype)
+    assert not choice.takes_paired(weight, 0, dtype)
+    assert not choice.takes_paired(weight, 1, torch.float32)
+    assert choice.takes_paired(weight_of(kind, 22016, 4096), 1, dtype)
+    others = [None, weight.values, weight_of("int8", 12288, 4096), weight_of("fp8", 12288, 4096, 128)]
+    others += [weight_of(kind, 12320, 4096)]  # no blocks are stored for it
+    others += [replace(weight, in_fragments=False), replace(weight, zeros=torch.empty(1, 12288, dtype=torch.int8))]
+    others += [replace(weight, order=torch.arange(4096, dtype=torch.int32))]
+    for other in others:
+        assert not choice.takes_paired(other, 1, dtype)
+    assert not launched
+
+
 @pytest.mark.parametrize("is_gelu", [False, True])
 def test_gated_products_launch_it(is_gelu, launched):
     x, weight = torch.empty(3, 4096, dtype=torch.bfloat16), weight_of("int4", 22016, 4096)
     gated = gated_linear(x, weight, is_gelu=is_gelu)
     assert gated.shape == (3, 11008)
-    assert launched[0][-2:] == (True, is_gelu)
+    assert launched[0][-3:] == (True, is_gelu, False)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
-from lightllm_backend.kernels.norm.rms_norm import rounded_rms_norm
+from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm, rounded_rms_norm
+from lightllm_backend.kernels.quantized.reference import pair_tokens
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
 from tests.kernels.quantized_weights import random_weight
 
@@ -104,3 +105,28 @@ def test_rounded_norms_are_those_that_quantize_tokens_rounds(is_static, device):
     assert torch.equal(rounded.scales, scales)
     assert torch.equal(rounded.values.view(torch.int8), values.view(torch.int8))
     assert (rounded.shape, rounded.dtype) == ((5, 128), torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+@pytest.mark.parametrize("dim", [128, 192])
+def test_paired_norms_are_pairs_of_the_norm(kind, dim, device):
+    weight, residual = torch.randn(dim, device=device).bfloat16(), torch.randn(5, dim, device=device).bfloat16()
+    residual[2] = 0.0
+    residual[3, 7] = 200.0
+    reader = replace(random_weight(kind, 16, dim, dim, device), in_fragments=True)
+    parts, added = torch.randn(2, 5, dim, device=device), residual.clone()
+    parts[:, 2] = 0.0
+    paired = paired_rms_norm(parts, weight, 1e-5, residual, None, reader)
+    expected = pair_tokens(launchers.rms_norm(parts, weight, 1e-5, added), reader)
+    assert torch.equal(residual, added)
+    assert torch.equal(paired.scales, expected.scales)
+    assert (paired.shape, paired.dtype, len(paired)) == ((5, dim), torch.bfloat16, 5)
+    got, numbers = (pairs.values.float().view(5, 2, dim) for pairs in (paired, expected))
+    if kind == "fp8" and device.type == "cpu":
+        # The interpreter (3.9) loses the carry of a fraction rounded up to 2, of subnormal numbers (below 2**-6) any.
+        size = numbers.abs()
+        is_sound = (size.frexp().mantissa != 0.5) & ((size >= 2**-6) | (size == 0))
+        compared = is_sound.all(1, keepdim=True).expand(5, 2, dim)
+        assert compared.float().mean() > 0.5
+        got, numbers = got[compared], numbers[compared]
+    assert torch.equal(got, numbers)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from lightllm_backend.kernels.quantized.unpacking import unpacking
+from lightllm_backend.kernels.quantized.unpacking import INT4_INTO_INT8, unpacking
 
 OPERATIONS = {
     "mov.b32": lambda a: a,
@@ -66,6 +66,15 @@ def test_four_bits(dtype, zero, scale):
     for pair, result in enumerate(results):
         expected = nibbles[:, [pair, pair + 4]] - (8 if zero is None else zero)
         assert torch.equal(result.float(), expected.float() * (scale or 1))
+
+
+def test_four_bits_into_eight():
+    """Nibbles 2k and 2k + 1 are the k-th bytes of the two results, 16 times as large."""
+    nibbles = torch.arange(16).repeat(2, 1).flatten().unfold(0, 8, 1)
+    words = sum(nibbles[:, index] << 4 * index for index in range(8))
+    results = run(INT4_INTO_INT8, [words], 2, torch.int16)
+    for odd, result in enumerate(results):
+        assert torch.equal(result.contiguous().view(torch.int8).long(), 16 * (nibbles[:, odd::2] - 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

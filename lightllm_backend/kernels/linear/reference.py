@@ -7,8 +7,8 @@ from torch.nn import functional
 
 from lightllm_backend.kernels.activation.reference import silu_and_mul
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight
-from lightllm_backend.kernels.quantized.reference import quantized_linear, scaled_linear
-from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.reference import paired_linear, quantized_linear, scaled_linear
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, PairedTokens, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
@@ -16,6 +16,9 @@ def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tens
     if isinstance(x, RoundedTokens):
         assert isinstance(weight, QuantizedWeight)
         product = scaled_linear(x.values, x.scales, weight, bias, x.dtype)
+    elif isinstance(x, PairedTokens):
+        assert isinstance(weight, QuantizedWeight)
+        product = paired_linear(x, weight, bias)
     elif isinstance(weight, QuantizedWeight):
         product = quantized_linear(x, weight, bias)
     elif isinstance(weight, GridWeight):

@@ -8,9 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
-from lightllm_backend.kernels.quantized.choice import takes_rounded
-from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
-from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.choice import pair_dtype, takes_paired, takes_rounded
+from lightllm_backend.kernels.quantized.quantize_tokens import paired_row, rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import (
+    PAIR_FACTORS,
+    PAIR_LIMITS,
+    Activations,
+    PairedTokens,
+    RoundedTokens,
+)
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
 FEW_TOKENS = 4
@@ -45,6 +51,8 @@ def rms_norm_kernel(
     has_residual: tl.constexpr,
     has_post_norm: tl.constexpr,
     is_rounded: tl.constexpr,
+    is_paired: tl.constexpr,
+    factor: tl.constexpr,
     is_static: tl.constexpr,
     in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
@@ -75,15 +83,21 @@ def rms_norm_kernel(
         tl.store(residual_row, total, mask=live)
         value = total.to(tl.float32)
     normed = rms_normed(value, scale, eps, dim, weight_type)
-    if is_rounded:
+    if is_paired:
+        normed = normed.to(residual.dtype.element_ty).to(tl.float32)
+        high, low, row_scale = paired_row(normed, limit, factor, min_scale, out.dtype.element_ty, block)
+        tl.store(out_scales + token, row_scale)
+        tl.store(out + 2 * token * out_stride + column, high, mask=live)
+        tl.store(out + (2 * token + 1) * out_stride + column, low, mask=live)
+    elif is_rounded:
         normed = normed.to(residual.dtype.element_ty).to(tl.float32)
         row, row_scale = rounded_row(
             normed, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block
         )
         tl.store(out_scales + token, row_scale)
+        tl.store(out + token * out_stride + column, row, mask=live)
     else:
-        row = normed.to(out.dtype.element_ty)
-    tl.store(out + token * out_stride + column, row, mask=live)
+        tl.store(out + token * out_stride + column, normed.to(out.dtype.element_ty), mask=live)
 
 
 def rms_norm(
@@ -94,6 +108,8 @@ def rms_norm(
     post_weight: Tensor | None = None,
     reader: Weight | None = None,
 ) -> Activations:
+    if takes_paired(reader, x.shape[-2], x.dtype if residual is None else residual.dtype):
+        return paired_rms_norm(x, weight, eps, residual, post_weight, reader)
     if takes_rounded(reader, x.shape[-2], x.dtype if residual is None else residual.dtype):
         return rounded_rms_norm(x, weight, eps, residual, post_weight, reader)
     out = _output(x, residual, None)
@@ -116,6 +132,22 @@ def rounded_rms_norm(
     return RoundedTokens(out, scales, x.dtype if residual is None else residual.dtype)
 
 
+def paired_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    reader: QuantizedWeight,
+) -> PairedTokens:
+    """The norm as pairs of 8-bit numbers, for `reader`."""
+    tokens, dim = x.shape[-2:]
+    out = torch.empty((2 * tokens, dim), dtype=pair_dtype(reader), device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    launch_rms_norm(x, weight, eps, residual, post_weight, out, scales, reader, is_paired=True)
+    return PairedTokens(out, scales, x.dtype if residual is None else residual.dtype)
+
+
 def _output(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(x.shape[-2:], dtype=dtype or (x if residual is None else residual).dtype, device=x.device)
 
@@ -129,6 +161,7 @@ def launch_rms_norm(
     out: Tensor,
     scales: Tensor | None,
     reader: Weight | None,
+    is_paired: bool = False,
 ) -> None:
     """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
@@ -143,7 +176,7 @@ def launch_rms_norm(
         return
     quantized = reader if isinstance(reader, QuantizedWeight) else None
     is_read_ahead = quantized is not None and quantized.in_fragments
-    input_scale = None if quantized is None or scales is None else quantized.input_scale
+    input_scale = None if quantized is None or scales is None or is_paired else quantized.input_scale
     block = triton.next_power_of_2(dim)
     rms_norm_kernel[(tokens,)](
         x,
@@ -159,12 +192,14 @@ def launch_rms_norm(
         tokens,
         dim,
         eps,
-        0.0 if scales is None else LIMITS[out.dtype],
+        0.0 if scales is None else PAIR_LIMITS[out.dtype] if is_paired else LIMITS[out.dtype],
         MIN_INPUT_SCALE,
         parts=parts,
         has_residual=residual is not None,
         has_post_norm=post_weight is not None,
-        is_rounded=scales is not None,
+        is_rounded=scales is not None and not is_paired,
+        is_paired=is_paired,
+        factor=PAIR_FACTORS[out.dtype] if is_paired else 0.0,
         is_static=input_scale is not None,
         in_fragments=is_read_ahead,
         block=block,

@@ -34,6 +34,20 @@ def fragment_columns(is_int4: bool) -> Tensor:
     return 16 * block + 8 * half + 2 * thread + second
 
 
+@lru_cache
+def pair_columns(is_int4: bool) -> Tensor:
+    """The column of a chunk that is at each place of PairedTokens: [64], int64.
+
+    Of each 32 columns of int8, thread t multiplies the columns 4t to 4t + 3 and those 16 further. They meet the even
+    digits of a word of int4, and the odd ones.
+    """
+    if not is_int4:
+        return fragment_columns(is_int4=False)
+    place = torch.arange(CHUNK)  # 32 * word + 16 * half + 4 * thread + byte
+    word, half, thread, byte = place // 32, place // 16 % 2, place // 4 % 4, place % 4
+    return 16 * (2 * word + byte % 2) + 8 * half + 2 * thread + byte // 2
+
+
 def into_fragments(weight: QuantizedWeight) -> QuantizedWeight:
     """Reorder the values, in place, some rows at a time; in_features must be a multiple of 64."""
     columns = fragment_columns(weight.is_int4).to(weight.values.device)

@@ -15,7 +15,7 @@ from lightllm_backend.kernels.quantized.choice import (
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.quantize_tokens import quantize_tokens
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS, quantized_splits
-from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, PairedTokens, RoundedTokens
 from lightllm_backend.kernels.quantized.scaled_linear import scaled_linear
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
@@ -47,6 +47,7 @@ def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None
     if isinstance(x, RoundedTokens):
         multiply = _scaled_by_cublas if _suits_cublas(x, weight) else scaled_linear
         return multiply(x.values, x.scales, weight, bias, x.dtype).unsqueeze(0)
+    assert isinstance(x, Tensor), "pairs are for quantized_prefetch"
     whole = dequantize(weight, x.dtype).t()
     return (torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)).unsqueeze(0)
 
@@ -78,10 +79,10 @@ def _prefetch(
     # Not every Triton-lang has Gluon.
     from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 
-    values, scales = (x.values, x.scales) if isinstance(x, RoundedTokens) else (weight.order_input(x), None)
+    values, scales = (weight.order_input(x), None) if isinstance(x, Tensor) else (x.values, x.scales)
     if scales is None and len(values) > MAX_16_BIT_TOKENS and is_direct(weight):
         values, scales = quantize_tokens(values, weight)
-    launch_quantized_prefetch(values, scales, weight, bias, out, blocks, is_gated, is_gelu)
+    launch_quantized_prefetch(values, scales, weight, bias, out, blocks, is_gated, is_gelu, isinstance(x, PairedTokens))
     return out
 
 

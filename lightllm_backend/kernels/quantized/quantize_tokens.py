@@ -50,6 +50,33 @@ def rounded_row(
 
 
 @triton.jit
+def paired_row(value, limit, factor, min_scale, dtype: tl.constexpr, block: tl.constexpr):
+    """A token's columns, float32 [block], as pairs of 8-bit numbers in the order of PairedTokens, and their scale.
+
+    The scale is a power of two, so that e4m3 loses nothing of bfloat16, as long as it is not 2**14 times smaller than
+    the largest.
+    """
+    least = tl.maximum(tl.max(tl.abs(value), 0) / limit, min_scale).to(tl.uint32, bitcast=True)
+    power = (least + 0x7FFFFF) & 0x7F800000  # the next power of two, as a float32's bits
+    scale = power.to(tl.float32, bitcast=True)
+    value *= (0x7F000000 - power).to(tl.float32, bitcast=True)
+    if dtype == tl.int8:
+        value = (value + 12582912.0) - 12582912.0  # see rounded_row
+        high = tl.floor((value + 128.0) * (1.0 / 256.0))
+        low = value - high * 256.0
+        # As words of int4 hold them: chunk, word, block's low bit, half, thread, second
+        high = tl.reshape(tl.permute(tl.reshape(high, (block // 64, 2, 2, 2, 4, 2)), (0, 1, 3, 4, 5, 2)), (block,))
+        low = tl.reshape(tl.permute(tl.reshape(low, (block // 64, 2, 2, 2, 4, 2)), (0, 1, 3, 4, 5, 2)), (block,))
+        return high.to(dtype), low.to(dtype), scale
+    high = value.to(dtype)
+    low = ((value - high.to(tl.float32)) * factor).to(dtype)
+    # Fragments.py's words: block, half, thread, second
+    high = tl.reshape(tl.permute(tl.reshape(high, (block // 64, 4, 2, 4, 2)), (0, 3, 1, 4, 2)), (block,))
+    low = tl.reshape(tl.permute(tl.reshape(low, (block // 64, 4, 2, 4, 2)), (0, 3, 1, 4, 2)), (block,))
+    return high, low, scale / factor
+
+
+@triton.jit
 def quantize_tokens_kernel(
     x,
     values,

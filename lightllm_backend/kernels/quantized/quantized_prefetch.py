@@ -8,7 +8,9 @@ hand them to the tensor cores from there.
 For this, the columns of the weight are in the order of fragments.py: then a thread's weights lie side by side, and a
 word becomes pairs of 16 bits by a shift and two or three operations on both of a pair at once.
 
-A direct product, of fp8 with activations in fp8, needs none of that (`asm` is empty): the tensor cores read both.
+A direct product, of fp8 with activations in fp8, needs none of that (`asm` is empty): the tensor cores read both. Nor
+does one of int4 with pairs of int8, which meets the weights as int8, three operations on eight of them. Of a pair's two
+columns, the last step makes the token's sum.
 
 Where the tensor cores take longer than the memory, they are never waited for: see `is_ahead`. ptxas waits for each of
 their products all the same if it cannot follow the registers, and only tells in its log; a test reads that.
@@ -49,11 +51,13 @@ from lightllm_backend.kernels.quantized.choice import (
     row_tiles_of,
 )
 from lightllm_backend.kernels.quantized.fragments import CHUNK
-from lightllm_backend.kernels.quantized.unpacking import unpacking
+from lightllm_backend.kernels.quantized.rounded_tokens import PAIR_FACTORS
+from lightllm_backend.kernels.quantized.unpacking import INT4_INTO_INT8, unpacking
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 # See product_layout.
 MAX_MMA_TOKENS = 8
+INTO_INT8 = gl.constexpr(INT4_INTO_INT8)
 
 
 @gluon.jit
@@ -370,6 +374,63 @@ def _multiply(
 
 
 @gluon.jit
+def _signed(words, layout: gl.constexpr):
+    """The words of a tile of int4 [rows, bytes] as int8, 16 times as large, in the order of PairedTokens' columns."""
+    rows: gl.constexpr = words.shape[0]
+    columns: gl.constexpr = words.shape[1] * 2
+    low, high = gl.inline_asm_elementwise(INTO_INT8, "=r,=r,r", [words], (gl.int8, gl.int8), True, 4)
+    # chunk, thread, word, byte, half
+    digits = gl.join(low, high).reshape([rows, columns // 64, 4, 2, 4, 2]).permute((0, 1, 3, 5, 2, 4))
+    return gl.convert_layout(digits.reshape([rows, columns]), gl.DotOperandLayout(0, layout, 4))
+
+
+@gluon.jit
+def _multiply_int8(
+    place,
+    shared,
+    of_groups,
+    first: gl.constexpr,
+    consumers: gl.constexpr,
+    stages: gl.constexpr,
+    parts: gl.constexpr,
+    spans: gl.constexpr,
+    spans_per_group: gl.constexpr,
+    rows: gl.constexpr,
+    row_bytes: gl.constexpr,
+    words_layout: gl.constexpr,
+    span_layout: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """As _multiply, for int4 and pairs of int8: the sums of spans are exact."""
+    begin, steps = place
+    w_shared, x_shared, full, empty = shared
+    s_shared, _, copied = of_groups
+    columns_of_x: gl.constexpr = x_shared.shape[1]
+    total = gl.zeros([rows, columns_of_x], gl.float32, layout)
+    nothing = gl.zeros([rows, columns_of_x], gl.int32, layout)
+    if spans_per_group > 0:
+        mbarrier.wait(copied, 0)
+        first_group = begin * parts * spans // spans_per_group
+    for step in range(first, steps, consumers):
+        stage = step % stages
+        mbarrier.wait(full.index(stage), step // stages & 1)
+        for part in gl.static_range(parts):
+            words = _tile_of(w_shared, stage * parts + part, rows, row_bytes).load(words_layout)
+            for span in gl.static_range(spans):
+                x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
+                weights = _signed(_span_of(words, span, spans, span_layout), layout)
+                sums = mma_v2(weights, x_tile.load(gl.DotOperandLayout(1, layout, 4)), nothing).to(gl.float32)
+                if spans_per_group > 0:
+                    group = (((begin + step) * parts + part) * spans + span) // spans_per_group - first_group
+                    scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
+                    sums *= scale[:, None]
+                total += sums
+        synchronize()
+        mbarrier.arrive(empty.index(stage), count=1)
+    return total
+
+
+@gluon.jit
 def _write_result(
     total,
     result,
@@ -380,6 +441,8 @@ def _write_result(
     is_gated: gl.constexpr,
     is_gelu: gl.constexpr,
     has_bias: gl.constexpr,
+    is_paired: gl.constexpr,
+    pair_factors: gl.constexpr,
     layout: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -387,13 +450,18 @@ def _write_result(
     bias, x_scales, out, row, first_token, split, tokens, features = result
     width: gl.constexpr = rows // 2 if is_gated else rows
     block_tokens: gl.constexpr = total.shape[1]
+    columns_of_token: gl.constexpr = 2 if is_paired else 1
     index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
     feature, weight_row = _feature_of(index, row, features, is_gated)
     if not is_scaled:
         scale = gl.load(scales + weight_row, mask=feature < features, other=0.0).to(gl.float32)
         total *= scale[:, None]
+    if is_paired:  # both of a pair become the token's sum; the second one's is not stored
+        high, low = gl.split(total.reshape([rows, block_tokens // 2, 2]))
+        whole = high * pair_factors[0] + low * pair_factors[1]
+        total = gl.convert_layout(gl.join(whole, whole).reshape([rows, block_tokens]), layout)
     if is_direct:
-        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout))
+        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout)) // columns_of_token
         total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
     if has_bias:
         added = gl.load(bias + weight_row, mask=feature < features, other=0.0)
@@ -406,9 +474,11 @@ def _write_result(
     store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
-    token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    column = gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    token = first_token + column // columns_of_token
     address = out + (split * tokens + token)[None, :] * features + feature[:, None]
-    gl.store(address, total, mask=(token < tokens)[None, :] & (feature < features)[:, None])
+    live = (token < tokens) & (column % columns_of_token == 0)
+    gl.store(address, total, mask=live[None, :] & (feature < features)[:, None])
 
 
 @gluon.jit
@@ -431,6 +501,8 @@ def _consume(
     is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    is_paired: gl.constexpr,
+    pair_factors: gl.constexpr,
     row_tile: gl.constexpr,
     row_tiles: gl.constexpr,
     rows: gl.constexpr,
@@ -463,7 +535,12 @@ def _consume(
         async_copy.wait_group(0)
         synchronize()
         mbarrier.arrive(copied, count=1)
-    if asm == "":
+    if asm == "" and is_int4:
+        total = _multiply_int8(
+            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, rows, row_bytes,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
+    elif asm == "":
         total = _multiply_direct(
             place, shared, 0, consumers, stages, parts, row_tile, row_tiles, rows, row_bytes, layout
         )
@@ -476,8 +553,9 @@ def _consume(
         mbarrier.wait(summed, 0)
         total += r_shared.load(layout)
     _write_result(
-        total, result, scales, rows, spans_per_group > 0, asm == "", is_gated, is_gelu, has_bias, layout, num_warps
-    )
+        total, result, scales, rows, spans_per_group > 0, asm == "", is_gated, is_gelu, has_bias, is_paired,
+        pair_factors, layout, num_warps,
+    )  # fmt: skip
     # Only now: else the memory of barriers that nothing waits for would be used to rearrange the result.
     if row_tile == 0:
         mbarrier.invalidate(copied)
@@ -507,7 +585,12 @@ def _consume_second(
 ):
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
-    if asm == "":
+    if asm == "" and is_int4:
+        total = _multiply_int8(
+            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, rows, row_bytes,
+            words_layout, span_layout, layout,
+        )  # fmt: skip
+    elif asm == "":
         total = _multiply_direct(place, shared, 1, consumers, stages, parts, 0, 1, rows, row_bytes, layout)
     else:
         total = _multiply(
@@ -544,6 +627,8 @@ def quantized_prefetch_kernel(
     is_ahead: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    is_paired: gl.constexpr,
+    pair_factors: gl.constexpr,
     words_layout: gl.constexpr,
     span_layout: gl.constexpr,
     layout: gl.constexpr,
@@ -572,13 +657,12 @@ def quantized_prefetch_kernel(
     span_columns: gl.constexpr = tile_columns // spans
     tiles_shape: gl.constexpr = [tiles] + weight_tiles.block_shape  # noqa: RUF005 - Triton-lang knows no [tiles, *...]
     w_shared = gl.allocate_shared_memory(weight_tiles.dtype, tiles_shape, weight_tiles.layout)
-    x_shared = gl.allocate_shared_memory(
-        x_tiles.dtype, [stages * parts * spans, block_tokens, span_columns], x_tiles.layout
-    )
+    x_rows: gl.constexpr = block_tokens * 2 if is_paired else block_tokens
+    x_shared = gl.allocate_shared_memory(x_tiles.dtype, [stages * parts * spans, x_rows, span_columns], x_tiles.layout)
     s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, rows], rows_layout)
     z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, rows], rows_layout)
     sums_rows: gl.constexpr = rows if consumers > 1 else 16
-    r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, block_tokens], sums_layout)
+    r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, x_rows], sums_layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     once = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -606,24 +690,24 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
-                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
+                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 1, row_tiles,
-                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
+                        pair_factors, 1, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 2, row_tiles,
-                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
+                        pair_factors, 2, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
@@ -644,8 +728,8 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
-                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
+                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
@@ -666,8 +750,8 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, 0, row_tiles,
-                        rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
+                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
                     ),
                 ),
                 (
@@ -710,12 +794,12 @@ def words_layout(rows: int, row_bytes: int, warps: int, is_int4: bool) -> gl.Dis
 
 
 @lru_cache
-def product_layout(block_tokens: int, warps: int, is_direct: bool) -> gl.NVMMADistributedLayout:
+def product_layout(block_tokens: int, warps: int, is_direct: bool, is_int4: bool) -> gl.NVMMADistributedLayout:
     """Which thread holds which sums, and hence the instruction: warpgroup_mma, or Ampere's mma for few tokens.
 
     A warpgroup_mma whose left operand comes from registers takes as long for 8 tokens as for 64 (measured on an H200).
     """
-    if block_tokens <= MAX_MMA_TOKENS and not is_direct:
+    if is_int4 if is_direct else block_tokens <= MAX_MMA_TOKENS:
         return gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_tokens, 32 if is_direct else 16])
 
@@ -729,14 +813,17 @@ def launch_quantized_prefetch(
     blocks: PrefetchBlocks,
     is_gated: bool,
     is_gelu: bool = False,
+    is_paired: bool = False,
 ) -> None:
     """Write the product's parts to `out` [splits, tokens, features], float32 or of the activations' type.
 
     `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
     """
-    tokens, in_features = x.shape
-    features = out.shape[-1]
-    block_tokens = min(blocks.tokens, max(8, triton.next_power_of_2(tokens)))
+    tokens, features, in_features = out.shape[1], out.shape[2], x.shape[1]
+    # A tensor core takes at least 8 columns of activations.
+    columns_of_token = 2 if is_paired else 1
+    block_tokens = min(blocks.tokens, max(8 // columns_of_token, triton.next_power_of_2(tokens)))
+    block_columns = block_tokens * columns_of_token
     rows = blocks.out // 2 if is_gated else blocks.out  # of the result
     tile_rows = blocks.out // row_tiles_of(blocks)
     groups = len(weight.scales)
@@ -757,7 +844,7 @@ def launch_quantized_prefetch(
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
     # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
-    layout_of_sums = product_layout(block_tokens, blocks.warps, is_direct)
+    layout_of_sums = product_layout(block_columns, blocks.warps, is_direct, weight.is_int4)
     is_grouped = groups > 1 or has_zeros
     # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do so for
     # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
@@ -770,6 +857,8 @@ def launch_quantized_prefetch(
         and (weight.is_int4 or not is_grouped)
     )
     span_columns = CHUNK if is_ahead else math.gcd(tile_columns, weight.group_size) if groups > 1 else tile_columns
+    if is_direct:  # 128 bytes of activations
+        span_columns = math.gcd(span_columns, 128)
     spans = tile_columns // span_columns
     row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
     assert blocks.inner % tile_columns == 0
@@ -781,16 +870,17 @@ def launch_quantized_prefetch(
     assert (blocks.splits - 1) * steps_of_split + blocks.consumers <= steps
     columns = steps_of_split * blocks.inner
     max_groups = most_groups(weight, columns) if spans_per_group else 1
-    values = weight.values if is_direct else weight.values.view(torch.int8)
+    values = weight.values if is_direct and not weight.is_int4 else weight.values.view(torch.int8)
     shape, strides, block = list(values.shape), [values.stride(0), 1], [tile_rows, row_bytes]
     if is_gated:  # see _feature_of
         shape, block = [features // 8, 2, 8, shape[1]], [tile_rows // 16, 2, 8, row_bytes]
         strides = [8 * strides[0], features * strides[0], *strides]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
+    unit = 16.0 if weight.is_int4 else 1.0
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
     most, of_consumers = registers_of(blocks)
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
-        tile_descriptor(x, x.shape, (block_tokens, span_columns)),
+        tile_descriptor(x, x.shape, (block_columns, span_columns)),
         TensorDescriptor(values, shape, strides, block, layout),
         weight.scales,
         weight.scales if weight.zeros is None else weight.zeros,
@@ -812,6 +902,9 @@ def launch_quantized_prefetch(
         is_ahead=is_ahead,
         asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_ahead and is_grouped),
         zero_offset=one if weight.is_int4 else 0.0,
+        is_paired=is_paired,
+        # int4 enters the product 16 times as large as it is.
+        pair_factors=(PAIR_FACTORS[x.dtype] / unit, 1.0 / unit) if is_paired else (1.0, 1.0),
         words_layout=words_layout(tile_rows, row_bytes, blocks.warps, weight.is_int4),
         span_layout=words_layout(tile_rows, row_bytes // spans, blocks.warps, weight.is_int4),
         layout=layout_of_sums,

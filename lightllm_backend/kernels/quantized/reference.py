@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightllm_backend.kernels.quantized.fragments import CHUNK, fragment_columns
+from lightllm_backend.kernels.quantized.fragments import CHUNK, fragment_columns, pair_columns
+from lightllm_backend.kernels.quantized.rounded_tokens import PAIR_FACTORS, PAIR_LIMITS, PairedTokens
 from lightllm_backend.kernels.quantized.weight import INT4_ZERO, LIMITS, MIN_INPUT_SCALE, QuantizedWeight, unpack_int4
 
 
@@ -24,9 +25,9 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return (values * _by_column(weight.scales, weight)).to(dtype)
 
 
-def _places(weight: QuantizedWeight) -> Tensor:
-    """The column that is at each place of a weight in fragments."""
-    columns = fragment_columns(weight.is_int4)
+def _places(weight: QuantizedWeight, columns: Tensor | None = None) -> Tensor:
+    """The column that is at each place of a weight in fragments, or of what has other `columns` of each chunk."""
+    columns = fragment_columns(weight.is_int4) if columns is None else columns
     return (torch.arange(0, weight.shape[1], CHUNK)[:, None] + columns).flatten()
 
 
@@ -54,6 +55,32 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
     if weight.in_fragments:
         values = values[:, _places(weight)]
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
+
+
+def pair_tokens(x: Tensor, weight: QuantizedWeight) -> PairedTokens:
+    """Activations [tokens, in_features] as PairedTokens for the weight, which is in fragments."""
+    dtype = torch.int8 if weight.is_int4 else torch.float8_e4m3fn
+    factor, numbers = PAIR_FACTORS[dtype], x.float()
+    least = (numbers.abs().amax(-1) / PAIR_LIMITS[dtype]).clamp_min(MIN_INPUT_SCALE)
+    scales = least.log2().ceil().exp2()
+    numbers = numbers / scales[:, None]
+    if dtype == torch.int8:
+        numbers = numbers.round()
+        first = ((numbers + factor / 2) / factor).floor()
+        second = numbers - factor * first
+    else:
+        first = numbers.to(dtype).float()
+        second, scales = factor * (numbers - first), scales / factor
+    pairs = torch.stack((first, second), 1)[:, :, _places(weight, pair_columns(weight.is_int4))]
+    return PairedTokens(pairs.flatten(0, 1).to(dtype), scales, x.dtype)
+
+
+def paired_linear(x: PairedTokens, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    first, second = x.values.float().view(len(x), 2, -1).unbind(1)
+    whole = (PAIR_FACTORS[x.values.dtype] * first + second) * x.scales[:, None]
+    whole = whole[:, _places(weight, pair_columns(weight.is_int4)).argsort()]
+    product = functional.linear(whole, dequantize(weight, torch.float32))
+    return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
 def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

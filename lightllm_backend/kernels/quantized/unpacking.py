@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX that turns words of 4-bit and 8-bit weights into numbers of 16 bits, two at a time."""
+"""PTX that turns words of 4-bit and 8-bit weights into numbers of 16 bits, two at a time, or of 4 bits into int8."""
 
 from functools import lru_cache
 
@@ -9,6 +9,12 @@ from lightllm_backend.kernels.quantized.weight import INT4_ZERO
 
 # The tables of lop3 for (a & b) | c and (a & b) ^ c.
 _AND_OR, _AND_XOR = "0xEA", "0x6A"
+
+# Turns a word of eight 4-bit numbers, which count from -8, into int8 16 times as large: the even ones, and the odd.
+INT4_INTO_INT8 = (
+    f"{{ .reg .b32 t; shl.b32 t, $2, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, {_AND_XOR}; "
+    f"lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, {_AND_XOR}; }}"
+)
 
 
 @lru_cache
