@@ -130,7 +130,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
             or (beside > 1 and programs <= 132 * (beside - 1))
             or (rows == 256 and tokens < 32)
             or (rows == 64 and block_tokens > 128)
-            or (row_tiles_of(blocks) > 1 and (block_tokens > 128 or beside > 1 or not job.rounds))
+            or (row_tiles_of(blocks) > 1 and (block_tokens > 128 or beside > 1 or not (job.rounds or tokens > 64)))
             or consumers * warps * beside > 24
         ):
             continue

@@ -48,10 +48,19 @@ class Kernels(Protocol):
         bfloat16.
         """
 
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+        reader: Weight | None = None,
+    ) -> Activations:
         """Layer norm of `x` [tokens, dim] with `weight` and `bias` [dim], in the weight's dtype.
 
-        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed.
+        With `residual` [tokens, dim], `x` is added to it in place and the sum is normed. If only the product with
+        `reader` reads the result, it may be what quantize_tokens makes of it, RoundedTokens.
         """
 
     def all_reduce_rms_norm(
@@ -86,10 +95,18 @@ class Kernels(Protocol):
     # Products with a weight [out_features, in_features], a tensor or one of 4 or 8 bits. `x` may also be the
     # RoundedTokens that a norm or gated_linear made for the weight, or the PairedTokens that a norm made.
 
-    def linear(self, x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Activations,
+        weight: Weight,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        is_gelu: bool = False,
+    ) -> Tensor:
         """`x` [tokens, in_features] times the transposed `weight`, plus `bias` [out_features].
 
-        With `out` [tokens, out_features], contiguous, the result is written there.
+        With `out` [tokens, out_features], contiguous, the result is written there. With `is_gelu`, and no `out`, it is
+        gelu_tanh of the product.
         """
 
     def linear_splits(self, x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:

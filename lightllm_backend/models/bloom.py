@@ -35,13 +35,8 @@ class LayerNorm:
         self.weight = place.empty(config.hidden_size)
         self.bias = place.empty(config.hidden_size)
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        reader: Weight | None = None,  # noqa: ARG002 - products round what they read
-    ) -> Tensor:
-        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, reader: Weight | None = None) -> Activations:
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, residual, reader)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return {
@@ -78,7 +73,6 @@ class BloomMLP:
     """down(gelu(up(x))), with the intermediate features split over the ranks."""
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
-        self.kernels = place.kernels
         features = config.intermediate_size
         share = place.share("4 * hidden_size", features)
         part = Part("mlp.dense_h_to_4h", features, share, share * place.parallel.rank)
@@ -90,7 +84,7 @@ class BloomMLP:
         return self.up.weight
 
     def __call__(self, x: Activations) -> Tensor:
-        return self.down(self.kernels.gelu_tanh(self.up(x)))
+        return self.down(self.up.gelu(x))
 
     def weight_map(self) -> dict[str, WeightSlot]:
         return self.up.weight_map() | self.down.weight_map()
@@ -133,7 +127,9 @@ class BloomForCausalLM(Decoder):
         self.head = Head(self.embedding, config.tie_word_embeddings, place)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        return self.embedding_norm(self.embedding(input_ids))
+        normed = self.embedding_norm(self.embedding(input_ids))
+        assert isinstance(normed, Tensor), "a norm without a reader does not round"
+        return normed
 
     def rotations(self, step: StepInput) -> Sequence[Rotation]:
         return [Rotation.none(step.positions)] * len(self.layers)

@@ -104,6 +104,9 @@ class ColumnLinear:
     def __call__(self, x: Activations) -> Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
 
+    def gelu(self, x: Activations) -> Tensor:
+        return self.kernels.linear(x, self.weight, self.bias, is_gelu=True)
+
     def gated(self, x: Activations, is_gelu: bool, reader: Weight) -> Activations:
         """silu(first(x)) * second(x), or gelu(first(x)) * second(x), for two matrices of the same shape.
 

@@ -43,6 +43,7 @@ from lightllm_backend.kernels.linear.choice import (
     ProductKernel,
     stored_blocks,
 )
+from lightllm_backend.kernels.norm.layer_norm import rounded_layer_norm
 from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm, rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
 from lightllm_backend.kernels.quantized.choice import (
@@ -254,16 +255,17 @@ def launch_stored_quantized(capability: str) -> None:
             features = out_features // (2 if is_gated else 1)
             is_16_bit = blocks.splits == 1 or has_16_bit_parts(weight, count)
             out = torch.empty(blocks.splits, count, features, dtype=torch.bfloat16 if is_16_bit else torch.float32)
-            is_gelu = is_gated and tokens > 8
+            is_gelu = tokens > 8 and blocks.splits == 1
             launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu, is_paired)
 
 
 def launch_rounding() -> None:
-    """A norm and a gate's activation that round what a product of fp8 by fp8 reads, and norms that make pairs."""
+    """Norms and a gate's activation that round what a product of fp8 by fp8 reads, and norms that make pairs."""
     reader = random_weight("fp8", 16, 4096, 4096, torch.device("cpu"))
     reader = dataclasses.replace(reader, quantizes_input=True, in_fragments=True)
     x = torch.empty(65, 4096, dtype=torch.bfloat16)
     rounded_rms_norm(x, x[0], 1e-5, x, None, reader)
+    rounded_layer_norm(x, x[0], x[0], 1e-5, x, reader)
     rounded_silu_and_mul(torch.empty(65, 8192, dtype=torch.bfloat16), False, reader)
     paired_rms_norm(x[:4], x[0], 1e-5, x[:4], None, reader)
     reader = dataclasses.replace(random_weight("int4", 16, 4096, 128, torch.device("cpu")), in_fragments=True)

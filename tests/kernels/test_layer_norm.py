@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """layer_norm: the reference against the formula in float64, the kernel against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightllm_backend.kernels import launchers, reference
+from lightllm_backend.kernels.norm.layer_norm import rounded_layer_norm
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
+from tests.kernels.quantized_weights import random_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -91,3 +95,18 @@ def test_parts_are_summed(implementation, with_residual, device):
         < 1e-3
     )
     assert residual is None or relative_error(residual, total) < 1e-3
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_rounded_norms_are_those_that_quantize_tokens_rounds(is_static, device):
+    weight, bias, residual = (torch.randn(shape, device=device).half() for shape in (128, 128, (5, 128)))
+    reader = random_weight("fp8", 16, 128, 128, device)
+    input_scale = torch.full((1,), 0.01, device=device) if is_static else None
+    reader = replace(reader, quantizes_input=True, in_fragments=True, input_scale=input_scale)
+    parts, added = torch.randn(2, 5, 128, device=device), residual.clone()
+    rounded = rounded_layer_norm(parts, weight, bias, 1e-5, residual, reader)
+    values, scales = launchers.quantize_tokens(launchers.layer_norm(parts, weight, bias, 1e-5, added), reader)
+    assert torch.equal(residual, added)
+    assert torch.equal(rounded.scales, scales)
+    assert torch.equal(rounded.values.view(torch.int8), values.view(torch.int8))
+    assert (rounded.shape, rounded.dtype) == ((5, 128), torch.float16)

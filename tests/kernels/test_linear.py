@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.linear import choice
@@ -45,3 +46,12 @@ def test_other_shapes_are_right_too(tokens, shape, with_bias, device):
     buffer = torch.full_like(expected, torch.nan)
     assert relative_error(launchers.linear(x, weight, bias), expected) < TOLERANCE[DTYPE]
     assert relative_error(launchers.linear(x, weight, bias, buffer), expected) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("implementation", [reference, launchers])
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_gelu_of_the_product(implementation, tokens, device):
+    x, weight = torch.randn(tokens, 128, device=device).to(DTYPE), torch.randn(64, 128, device=device).to(DTYPE) / 8
+    bias = torch.randn(64, device=device).to(DTYPE)
+    expected = functional.gelu(functional.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    assert relative_error(implementation.linear(x, weight, bias, is_gelu=True), expected) < TOLERANCE[DTYPE]

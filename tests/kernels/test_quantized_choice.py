@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which products with weights of 4 and 8 bits Hopper's kernel computes, and that what is stored for it fits."""
 
+import importlib
 import math
 import re
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from lightllm_backend.kernels.linear.choice import stored_blocks
 from lightllm_backend.kernels.linear.gated_linear import gated_linear
+from lightllm_backend.kernels.linear.linear import linear
 from lightllm_backend.kernels.linear.linear_splits import linear_splits
 from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
@@ -58,7 +60,7 @@ def test_stored_blocks_fit_and_divide_their_products():
                 assert int(in_features) % blocks.inner == 0
                 assert (blocks.splits - 1) * -(-steps // blocks.splits) + blocks.consumers <= steps
                 assert blocks.splits == 1 or not gated
-                assert choice.row_tiles_of(blocks) == 1 or (rounds and blocks.tokens <= MAX_BLOCK_TOKENS)
+                assert choice.row_tiles_of(blocks) == 1 or (blocks.consumers == 1 and blocks.tokens <= MAX_BLOCK_TOKENS)
                 assert blocks.fetched % 32 == 0
 
 
@@ -195,6 +197,20 @@ def test_gated_products_launch_it(is_gelu, launched):
     gated = gated_linear(x, weight, is_gelu=is_gelu)
     assert gated.shape == (3, 11008)
     assert launched[0][-3:] == (True, is_gelu, False)
+
+
+def test_gelu_is_part_of_a_product_in_one_split(launched, monkeypatch):
+    x, weight = torch.empty(3, 4096, dtype=torch.bfloat16), weight_of("int8", 16384, 4096)
+    assert choice.prefetch_blocks(x, weight, False).splits == 1
+    assert linear(x, weight, is_gelu=True).shape == (3, 16384)
+    assert launched[0][-3:] == (False, True, False)
+    other = weight_of("int8", 4096, 4096)
+    assert choice.prefetch_blocks(x, other, False).splits > 1
+    module = importlib.import_module("lightllm_backend.kernels.linear.linear")
+    monkeypatch.setattr(module, "sum_splits", lambda parts, out: out)
+    monkeypatch.setattr(module, "gelu_tanh", lambda product: ("gelu of", product.shape))
+    assert linear(x, other, is_gelu=True) == ("gelu of", (3, 4096))
+    assert launched[1][-3:] == (False, False, False)
 
 
 @pytest.mark.parametrize(

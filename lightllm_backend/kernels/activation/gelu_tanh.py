@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
+from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 
 _BLOCK = 1024
 
 
 @triton.jit
-def gelu_tanh_kernel(x, out, x_stride, out_stride, features, block: tl.constexpr):
+def gelu_tanh_kernel(x, out, x_stride, out_stride, features, is_dependent: tl.constexpr, block: tl.constexpr):
+    wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     live = column < features
@@ -28,5 +30,14 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if tokens == 0:
         return out
     grid = (tokens, triton.cdiv(features, _BLOCK))
-    gelu_tanh_kernel[grid](x, out, x.stride(0), out.stride(0), features, block=_BLOCK, num_warps=4)
+    gelu_tanh_kernel[grid](
+        x,
+        out,
+        x.stride(0),
+        out.stride(0),
+        features,
+        block=_BLOCK,
+        num_warps=4,
+        **dependent_launch(x.device),
+    )
     return out

@@ -128,9 +128,11 @@ def _product(
     return out
 
 
-def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    if not isinstance(x, Tensor) or not _is_compiled(x, weight):
-        return reference.linear(x, weight, bias, out)
+def linear(
+    x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None, is_gelu: bool = False
+) -> Tensor:
+    if is_gelu or not isinstance(x, Tensor) or not _is_compiled(x, weight):
+        return reference.linear(x, weight, bias, out, is_gelu)
     assert isinstance(weight, GridWeight)
     out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
     return _product(x, weight, bias, out)

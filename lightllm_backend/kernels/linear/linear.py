@@ -4,15 +4,22 @@
 import torch
 from torch import Tensor
 
+from lightllm_backend.kernels.activation.gelu_tanh import gelu_tanh
 from lightllm_backend.kernels.linear.choice import choice_for
 from lightllm_backend.kernels.linear.linear_splits import launch_product
 from lightllm_backend.kernels.linear.sum_splits import sum_splits
-from lightllm_backend.kernels.quantized.product import quantized_parts
+from lightllm_backend.kernels.quantized.product import quantized_gelu, quantized_parts
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
-def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None, is_gelu: bool = False
+) -> Tensor:
+    if is_gelu:
+        assert out is None
+        fused = quantized_gelu(x, weight, bias) if isinstance(weight, QuantizedWeight) else None
+        return gelu_tanh(linear(x, weight, bias)) if fused is None else fused
     tokens, out_features = x.shape[0], weight.shape[0]
     if isinstance(weight, QuantizedWeight):
         parts = quantized_parts(x, weight, bias)

@@ -5,14 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightllm_backend.kernels.activation.reference import silu_and_mul
+from lightllm_backend.kernels.activation.reference import gelu_tanh, silu_and_mul
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight
 from lightllm_backend.kernels.quantized.reference import paired_linear, quantized_linear, scaled_linear
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, PairedTokens, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
 
 
-def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None, is_gelu: bool = False
+) -> Tensor:
     if isinstance(x, RoundedTokens):
         assert isinstance(weight, QuantizedWeight)
         product = scaled_linear(x.values, x.scales, weight, bias, x.dtype)
@@ -25,6 +27,9 @@ def linear(x: Activations, weight: Weight, bias: Tensor | None = None, out: Tens
         product = weight.linear(x, bias)
     else:
         product = functional.linear(x, weight, bias)
+    if is_gelu:
+        assert out is None
+        return gelu_tanh(product)
     return product if out is None else out.copy_(product)
 
 

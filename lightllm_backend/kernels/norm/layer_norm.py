@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.quantized.choice import starts_early, takes_rounded
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -17,17 +21,26 @@ def layer_norm_kernel(
     bias,
     residual,
     out,
+    out_scales,
+    input_scale,
     x_stride,
     residual_stride,
     out_stride,
     tokens,
     dim,
     eps,
+    limit,
+    min_scale,
     parts: tl.constexpr,
     has_residual: tl.constexpr,
+    is_rounded: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
+    is_early: tl.constexpr,
     block: tl.constexpr,
 ):
+    start_next(is_dependent and is_early)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < dim
@@ -48,10 +61,54 @@ def layer_norm_kernel(
         value = total.to(tl.float32)
     centred = tl.where(live, value - tl.sum(value, 0) / dim, 0.0)
     normalized = centred * tl.rsqrt(tl.sum(centred * centred, 0) / dim + eps)
-    tl.store(out + token * out_stride + column, (normalized * scale + shift).to(out.dtype.element_ty), mask=live)
+    normed = normalized * scale + shift
+    if is_rounded:
+        normed = tl.where(live, normed.to(weight.dtype.element_ty).to(tl.float32), 0.0)
+        row, row_scale = rounded_row(
+            normed, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block
+        )
+        tl.store(out_scales + token, row_scale)
+    else:
+        row = normed.to(out.dtype.element_ty)
+    tl.store(out + token * out_stride + column, row, mask=live)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    reader: Weight | None = None,
+) -> Activations:
+    if takes_rounded(reader, x.shape[-2], weight.dtype):
+        return rounded_layer_norm(x, weight, bias, eps, residual, reader)
+    out = torch.empty(x.shape[-2:], dtype=weight.dtype, device=x.device)
+    launch_layer_norm(x, weight, bias, eps, residual, out, None, reader)
+    return out
+
+
+def rounded_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, reader: QuantizedWeight
+) -> RoundedTokens:
+    """quantize_tokens, for `reader`, of the norm. The reader has one group."""
+    out = torch.empty(x.shape[-2:], dtype=reader.values.dtype, device=x.device)
+    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
+    launch_layer_norm(x, weight, bias, eps, residual, out, scales, reader)
+    return RoundedTokens(out, scales, weight.dtype)
+
+
+def launch_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    reader: Weight | None,
+) -> None:
+    """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     assert x.stride(-1) == 1
@@ -60,9 +117,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
     assert bias.is_contiguous()
     added = x if residual is None else residual
     assert added.stride(-1) == 1
-    out = torch.empty((tokens, dim), dtype=weight.dtype, device=x.device)
     if tokens == 0:
-        return out
+        return
+    quantized = reader if isinstance(reader, QuantizedWeight) else None
+    input_scale = None if quantized is None or scales is None else quantized.input_scale
     block = triton.next_power_of_2(dim)
     layer_norm_kernel[(tokens,)](
         x,
@@ -70,16 +128,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
         bias,
         added,
         out,
+        out if scales is None else scales,
+        weight if input_scale is None else input_scale,
         x.stride(-2),
         added.stride(-2),
         out.stride(0),
         tokens,
         dim,
         eps,
+        0.0 if scales is None else LIMITS[out.dtype],
+        MIN_INPUT_SCALE,
         parts=parts,
         has_residual=residual is not None,
+        is_rounded=scales is not None,
+        is_static=input_scale is not None,
+        in_fragments=quantized is not None and quantized.in_fragments,
         block=block,
         num_warps=min(16, max(1, block // 256)),
+        is_early=starts_early(reader),  # see rms_norm
         **dependent_launch(x.device),
     )
-    return out

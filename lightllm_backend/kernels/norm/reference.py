@@ -33,7 +33,14 @@ def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normalized.to(weight.dtype).mul_(weight).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
+) -> Activations:
     x = sum_of_parts(x)
     if residual is not None:
         residual += x

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
-from lightllm_backend.kernels.quantized.choice import pair_dtype, takes_paired, takes_rounded
+from lightllm_backend.kernels.quantized.choice import pair_dtype, starts_early, takes_paired, takes_rounded
 from lightllm_backend.kernels.quantized.quantize_tokens import paired_row, rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import (
     PAIR_FACTORS,
@@ -175,7 +175,6 @@ def launch_rms_norm(
     if tokens == 0:
         return
     quantized = reader if isinstance(reader, QuantizedWeight) else None
-    is_read_ahead = quantized is not None and quantized.in_fragments
     input_scale = None if quantized is None or scales is None or is_paired else quantized.input_scale
     block = triton.next_power_of_2(dim)
     rms_norm_kernel[(tokens,)](
@@ -201,11 +200,11 @@ def launch_rms_norm(
         is_paired=is_paired,
         factor=PAIR_FACTORS[out.dtype] if is_paired else 0.0,
         is_static=input_scale is not None,
-        in_fragments=is_read_ahead,
+        in_fragments=quantized is not None and quantized.in_fragments,
         block=block,
         # A row of few has a multiprocessor to itself: 0.4 us less a layer of 7B in fp8.
         num_warps=min(32, max(1, block // 128)) if tokens <= FEW_TOKENS else min(16, max(1, block // 256)),
         # linear_prefetch would only take the place of what runs: 3.55 instead of 3.50 ms for a step of 7B in 16 bits.
-        is_early=is_read_ahead,
+        is_early=starts_early(reader),
         **dependent_launch(x.device),
     )

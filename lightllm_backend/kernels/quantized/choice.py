@@ -138,6 +138,11 @@ def pair_dtype(weight: QuantizedWeight) -> torch.dtype:
     return torch.int8 if weight.is_int4 else torch.float8_e4m3fn
 
 
+def starts_early(reader: Weight | None) -> bool:
+    """Whether a norm should let the product with `reader` start at once, to copy the weight."""
+    return isinstance(reader, QuantizedWeight) and reader.in_fragments
+
+
 def blocks_by_rule(
     tokens: int, weight: QuantizedWeight, is_gated: bool, multiprocessors: int, rounds: bool = False
 ) -> PrefetchBlocks | None:
@@ -145,18 +150,39 @@ def blocks_by_rule(
 
     They are what quantized_prefetch.json mostly has: for few tokens, small tiles, and several programs on each
     multiprocessor, as long as its registers and shared memory allow it; where the tensor cores take longer than the
-    memory, larger tiles for two groups of warps, which read the tokens half as often.
+    memory, larger tiles for several groups of warps, which read the tokens less often. Over the 60 products that
+    perf/tune_quantized.py timed in full on an H200 they are slower than the best by 1 to 3 % on average, by kind.
     """
     out_features, in_features = weight.shape
     if rounds and tokens > MAX_BLOCK_TOKENS and not is_gated and out_features >= 64 * multiprocessors:
         return None
+    token_tiles = -(-tokens // MAX_BLOCK_TOKENS)
+
+    def rows_in_turn(rows: int) -> int:
+        """How many rows the busiest multiprocessor has if it takes tiles of so many one after the other."""
+        return -(-out_features // rows * token_tiles // multiprocessors) * rows
+
     inner = 128 if in_features % 128 == 0 else CHUNK
-    if rounds or (tokens > MAX_16_BIT_TOKENS and inner > CHUNK and (weight.is_int4 or len(weight.scales) == 1)):
-        rows, warps, consumers, beside = 128, 8, 1, 1
+    rows, warps, consumers, beside = 64, 4, 1, 1
+    if (
+        tokens > MAX_16_BIT_TOKENS
+        and not rounds
+        and (inner == CHUNK or not (weight.is_int4 or len(weight.scales) == 1))
+    ):
+        consumers = 2
+    elif tokens > MAX_16_BIT_TOKENS and not rounds and rows_in_turn(192) <= rows_in_turn(128):
+        rows = 192
+    elif tokens > MAX_16_BIT_TOKENS or rounds:
+        if not rounds or out_features >= MIN_PROGRAM_SHARE * multiprocessors * 128:
+            rows, warps = 128, 8
     else:
-        rows, warps, beside = 64, 4, 2 if tokens <= MAX_16_BIT_TOKENS else 1
-        consumers = 1 if 16 < tokens <= MAX_16_BIT_TOKENS else 2
-    programs, steps, splits = -(-out_features // rows) * -(-tokens // MAX_BLOCK_TOKENS), in_features // inner, 1
+        inner = 256 if weight.is_int4 and in_features % 256 == 0 and not (is_gated and tokens > 32) else inner
+        beside = 3 if is_gated and out_features <= 3 * multiprocessors * rows else 2
+        if is_gated and beside == 2:
+            rows = 128
+        elif not is_gated and not weight.is_int4 and tokens <= 32:
+            consumers = 2
+    programs, steps, splits = -(-out_features // rows) * token_tiles, in_features // inner, 1
     if not is_gated:
         possible = [
             n for n in (1, 2, 4) if n == 1 or (steps >= 2 * n and (n - 1) * -(-steps // n) + consumers <= steps)
@@ -164,8 +190,12 @@ def blocks_by_rule(
         enough = [n for n in possible if programs * n >= MIN_PROGRAM_SHARE * multiprocessors * beside]
         splits = min(enough, default=possible[-1])
     blocks = PrefetchBlocks(rows, inner, 1, warps, consumers, splits, beside)
-    stages = most_stages(blocks, tokens, weight, is_gated, rounds)
-    return blocks._replace(stages=stages) if stages >= 2 * consumers else None
+    for programs_per_sm in range(beside, 0, -1):
+        blocks = blocks._replace(programs_per_sm=programs_per_sm)
+        stages = most_stages(blocks, tokens, weight, is_gated, rounds)
+        if stages >= 2 * consumers:
+            return blocks._replace(stages=stages)
+    return None
 
 
 def most_groups(weight: QuantizedWeight, columns: int) -> int:

@@ -61,6 +61,15 @@ def quantized_gated(x: Activations, weight: QuantizedWeight, bias: Tensor | None
     return _prefetch(x, weight, bias, out, blocks, is_gated=True, is_gelu=is_gelu).squeeze(0)
 
 
+def quantized_gelu(x: Activations, weight: QuantizedWeight, bias: Tensor | None) -> Tensor | None:
+    """gelu_tanh of the product, by quantized_prefetch; None: it does not compute the product as a whole."""
+    blocks = prefetch_blocks(x, weight, is_gated=False)
+    if blocks is None or blocks.splits > 1:
+        return None
+    out = torch.empty((1, x.shape[0], weight.shape[0]), dtype=x.dtype, device=weight.values.device)
+    return _prefetch(x, weight, bias, out, blocks, is_gated=False, is_gelu=True).squeeze(0)
+
+
 def multiplies_8_bits(weight: QuantizedWeight, device: torch.device) -> bool:
     """Whether activations enter the products of many tokens in 8 bits: the checkpoint wants it, and the GPU can."""
     needed = (8, 0) if weight.values.dtype == torch.int8 else (8, 9)

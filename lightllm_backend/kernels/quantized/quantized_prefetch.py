@@ -13,7 +13,8 @@ does one of int4 with pairs of int8, which meets the weights as int8, three oper
 columns, the last step makes the token's sum.
 
 Where the tensor cores take longer than the memory, they are never waited for: see `is_ahead`. ptxas waits for each of
-their products all the same if it cannot follow the registers, and only tells in its log; a test reads that.
+their products all the same if it cannot follow the registers, and only tells in its log; a test reads that. With three
+tiles of rows, the consumers overlap each other instead: one multiplies while another unpacks.
 """
 
 import math
@@ -176,8 +177,8 @@ def _produce(
 
 
 @gluon.jit
-def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.constexpr, num_warps: gl.constexpr):
-    """Starts to copy the scales, or the zero points, of the program's rows, `groups` times."""
+def _copy_groups(of_groups, g_shared, first, groups, row, features, is_gated: gl.constexpr, num_warps: gl.constexpr):
+    """Starts to copy the scales, or the zero points, of a tile's rows, `groups` times, to `first` and behind it."""
     rows: gl.constexpr = g_shared.shape[1]
     per_thread: gl.constexpr = 32 // g_shared.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout([per_thread], [32], [num_warps], [0])
@@ -186,7 +187,7 @@ def _copy_groups(of_groups, g_shared, groups, row, features, is_gated: gl.conste
     of_weight = features * 2 if is_gated else features
     address = of_groups + weight_row
     for group in range(groups):
-        copy_by_threads(g_shared.index(group), address + group * of_weight, mask=feature < features)
+        copy_by_threads(g_shared.index(first + group), address + group * of_weight, mask=feature < features)
 
 
 @gluon.jit
@@ -305,9 +306,12 @@ def _multiply(
     spans: gl.constexpr,
     spans_per_group: gl.constexpr,
     is_ahead: gl.constexpr,
+    is_scaled: gl.constexpr,
     is_int4: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
+    row_tile: gl.constexpr,
+    row_tiles: gl.constexpr,
     rows: gl.constexpr,
     row_bytes: gl.constexpr,
     words_layout: gl.constexpr,
@@ -321,7 +325,6 @@ def _multiply(
     dtype: gl.constexpr = x_shared.dtype
     is_grouped: gl.constexpr = spans_per_group > 0
     has_zeros: gl.constexpr = z_shared.shape[0] > 1
-    is_scaled: gl.constexpr = is_ahead and is_grouped
     block_tokens: gl.constexpr = x_shared.shape[1]
     total = gl.zeros([rows, block_tokens], gl.float32, layout)
     nothing = gl.zeros([rows, block_tokens], gl.float32, layout)
@@ -331,18 +334,20 @@ def _multiply(
     # Spans of a tile that are surely of one group.
     spans_alike: gl.constexpr = spans if spans_per_group % spans == 0 else 1
     if is_grouped:
-        mbarrier.wait(copied, 0)
-        first_group = begin * parts * spans // spans_per_group
+        if row_tiles == 1:
+            mbarrier.wait(copied, 0)
+        first_group = begin * parts * spans // spans_per_group - row_tile * (s_shared.shape[0] // row_tiles)
     # Else ptxas would find a path to the last wait on which something else sets the sums, and wait for each product.
     gl.assume(steps > first)
     for step in range(first, steps, consumers):
         stage = step % stages
         mbarrier.wait(full.index(stage), step // stages & 1)
         for part in gl.static_range(parts):
-            words = _tile_of(w_shared, stage * parts + part, rows, row_bytes).load(words_layout)
+            tile = stage * parts + part
+            words = _tile_of(w_shared, tile * row_tiles + row_tile, rows, row_bytes).load(words_layout)
             for span in gl.static_range(spans):
                 place_of_span = ((begin + step) * parts + part) * spans + span
-                x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
+                x_tile = x_shared.index(tile * spans + span).permute((1, 0))
                 numbers = _span_of(words, span, spans, span_layout)
                 if is_grouped and span % spans_alike == 0:
                     group = place_of_span // spans_per_group - first_group
@@ -360,7 +365,7 @@ def _multiply(
                         # The last step's products have ended.
                         synchronize()
                         mbarrier.arrive(empty.index((step + stages - consumers) % stages), count=1, pred=step > first)
-                elif is_grouped:
+                elif is_grouped and not is_scaled:
                     scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)
                     total += _product(weights, x_tile, nothing, layout) * scale[:, None]
                 else:
@@ -469,6 +474,8 @@ def _write_result(
     if is_gated:
         gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
         total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
+    elif is_gelu:
+        total = activated(total, is_gelu)
     # In float32, the 8 neighbouring rows that threads hold fill a sector of memory: no other layout is needed.
     is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
     store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
@@ -499,6 +506,7 @@ def _consume(
     has_bias: gl.constexpr,
     is_int4: gl.constexpr,
     is_ahead: gl.constexpr,
+    is_scaled: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
     is_paired: gl.constexpr,
@@ -528,13 +536,15 @@ def _consume(
         first_group = begin * parts * spans // spans_per_group
         groups = ((begin + steps) * parts * spans - 1) // spans_per_group + 1 - first_group
         offset = first_group.to(gl.int64) * of_weight
-        _copy_groups(scales + offset, s_shared, groups, row, features, is_gated, num_warps)
+        first_place: gl.constexpr = row_tile * (s_shared.shape[0] // row_tiles)
+        _copy_groups(scales + offset, s_shared, first_place, groups, row, features, is_gated, num_warps)
         if z_shared.shape[0] > 1:
-            _copy_groups(zeros + offset, z_shared, groups, row, features, is_gated, num_warps)
+            _copy_groups(zeros + offset, z_shared, first_place, groups, row, features, is_gated, num_warps)
         async_copy.commit_group()
         async_copy.wait_group(0)
         synchronize()
-        mbarrier.arrive(copied, count=1)
+        if row_tiles == 1:
+            mbarrier.arrive(copied, count=1)
     if asm == "" and is_int4:
         total = _multiply_int8(
             place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, rows, row_bytes,
@@ -546,8 +556,8 @@ def _consume(
         )
     else:
         total = _multiply(
-            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
-            zero_offset, rows, row_bytes, words_layout, span_layout, layout,
+            place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_scaled,
+            is_int4, asm, zero_offset, row_tile, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
         )  # fmt: skip
     if consumers > 1:
         mbarrier.wait(summed, 0)
@@ -575,6 +585,7 @@ def _consume_second(
     spans_per_group: gl.constexpr,
     is_int4: gl.constexpr,
     is_ahead: gl.constexpr,
+    is_scaled: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
     rows: gl.constexpr,
@@ -594,8 +605,8 @@ def _consume_second(
         total = _multiply_direct(place, shared, 1, consumers, stages, parts, 0, 1, rows, row_bytes, layout)
     else:
         total = _multiply(
-            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_int4, asm,
-            zero_offset, rows, row_bytes, words_layout, span_layout, layout,
+            place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_scaled,
+            is_int4, asm, zero_offset, 0, 1, rows, row_bytes, words_layout, span_layout, layout,
         )  # fmt: skip
     r_shared.store(total)
     synchronize()
@@ -625,6 +636,7 @@ def quantized_prefetch_kernel(
     is_gelu: gl.constexpr,
     is_dependent: gl.constexpr,
     is_ahead: gl.constexpr,
+    is_scaled: gl.constexpr,
     asm: gl.constexpr,
     zero_offset: gl.constexpr,
     is_paired: gl.constexpr,
@@ -659,8 +671,9 @@ def quantized_prefetch_kernel(
     w_shared = gl.allocate_shared_memory(weight_tiles.dtype, tiles_shape, weight_tiles.layout)
     x_rows: gl.constexpr = block_tokens * 2 if is_paired else block_tokens
     x_shared = gl.allocate_shared_memory(x_tiles.dtype, [stages * parts * spans, x_rows, span_columns], x_tiles.layout)
-    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [max_groups, rows], rows_layout)
-    z_shared = gl.allocate_shared_memory(gl.int8, [max_groups if has_zeros else 1, rows], rows_layout)
+    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [row_tiles * max_groups, rows], rows_layout)
+    of_zeros: gl.constexpr = row_tiles * max_groups if has_zeros else 1
+    z_shared = gl.allocate_shared_memory(gl.int8, [of_zeros, rows], rows_layout)
     sums_rows: gl.constexpr = rows if consumers > 1 else 16
     r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, x_rows], sums_layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
@@ -690,24 +703,27 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
-                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
+                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
+                        consumer_warps,
                     ),
                 ),
                 (
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
-                        pair_factors, 1, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
+                        is_paired, pair_factors, 1, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
+                        consumer_warps,
                     ),
                 ),
                 (
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
-                        pair_factors, 2, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
+                        is_paired, pair_factors, 2, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
+                        consumer_warps,
                     ),
                 ),
                 (
@@ -728,8 +744,9 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
-                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
+                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
+                        consumer_warps,
                     ),
                 ),
                 (
@@ -750,15 +767,16 @@ def quantized_prefetch_kernel(
                     _consume,
                     (
                         result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, asm, zero_offset, is_paired,
-                        pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout, consumer_warps,
+                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
+                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
+                        consumer_warps,
                     ),
                 ),
                 (
                     _consume_second,
                     (
                         place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
-                        is_ahead, asm, zero_offset, rows, row_bytes, words_layout, span_layout, layout,
+                        is_ahead, is_scaled, asm, zero_offset, rows, row_bytes, words_layout, span_layout, layout,
                     ),
                 ),
                 (
@@ -817,7 +835,8 @@ def launch_quantized_prefetch(
 ) -> None:
     """Write the product's parts to `out` [splits, tokens, features], float32 or of the activations' type.
 
-    `weight` is [features, in_features], if gated [2 * features, in_features], which allows one split only.
+    `weight` is [features, in_features], if gated [2 * features, in_features]. A gated product and GELU, of the gate or
+    of the whole product, allow one split only.
     """
     tokens, features, in_features = out.shape[1], out.shape[2], x.shape[1]
     # A tensor core takes at least 8 columns of activations.
@@ -839,8 +858,8 @@ def launch_quantized_prefetch(
     # A consumer releases a stage once it has started on its next one.
     assert blocks.stages >= 2 * blocks.consumers
     # Three consumers start with too few registers for sums of 256 tokens.
-    assert row_tiles_of(blocks) == 1 or (is_direct and blocks.consumers == 1 and block_tokens <= MAX_BLOCK_TOKENS)
-    assert blocks.splits == 1 or not is_gated
+    assert row_tiles_of(blocks) == 1 or (blocks.consumers == 1 and block_tokens <= MAX_BLOCK_TOKENS)
+    assert blocks.splits == 1 or not (is_gated or is_gelu)
     # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
     # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
     tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
@@ -850,12 +869,14 @@ def launch_quantized_prefetch(
     # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
     # coarse that rounding them to 16 bits does not matter.
     is_ahead = (
-        blocks.programs_per_sm * blocks.consumers == 1
+        blocks.programs_per_sm * blocks.consumers * row_tiles_of(blocks) == 1
         and blocks.inner >= 2 * CHUNK
         and layout_of_sums.version[0] == 3
         and not is_direct
         and (weight.is_int4 or not is_grouped)
     )
+    # Nor have three consumers registers for sums of 128 tokens of each group.
+    is_scaled = is_grouped and (is_ahead or (weight.is_int4 and row_tiles_of(blocks) > 1 and block_tokens > 64))
     span_columns = CHUNK if is_ahead else math.gcd(tile_columns, weight.group_size) if groups > 1 else tile_columns
     if is_direct:  # 128 bytes of activations
         span_columns = math.gcd(span_columns, 128)
@@ -900,7 +921,8 @@ def launch_quantized_prefetch(
         is_gated=is_gated,
         is_gelu=is_gelu,
         is_ahead=is_ahead,
-        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_ahead and is_grouped),
+        is_scaled=is_scaled,
+        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_scaled),
         zero_offset=one if weight.is_int4 else 0.0,
         is_paired=is_paired,
         # int4 enters the product 16 times as large as it is.
