@@ -71,10 +71,12 @@ class Kernels(Protocol):
         residual: Tensor,
         buffers: LamportBuffers,
         post_weight: Tensor | None = None,
-    ) -> Tensor:
+        reader: Weight | None = None,
+    ) -> Activations:
         """rms_norm, with a residual, of the sum of all ranks' `x`; each is rounded to the residual's dtype first.
 
         All ranks of the group must call it with the same shapes, and get the same bits. The message must fit `buffers`.
+        With `reader`, as rms_norm's result.
         """
 
     def all_reduce_embeddings(

@@ -52,7 +52,9 @@ class RMSNorm:
     def __call__(self, x: Tensor, residual: Tensor | None = None, reader: Weight | None = None) -> Activations:
         if residual is not None:
             if buffers := self.parallel.lamport_buffers(*x.shape[-2:]):
-                return self.kernels.all_reduce_rms_norm(x, self.weight, self.eps, residual, buffers, self.post_weight)
+                return self.kernels.all_reduce_rms_norm(
+                    x, self.weight, self.eps, residual, buffers, self.post_weight, reader
+                )
             x = self.parallel.all_reduce(x)
             return self.kernels.rms_norm(x, self.weight, self.eps, residual, self.post_weight, reader)
         return self.kernels.rms_norm(x, self.weight, self.eps, reader=reader)

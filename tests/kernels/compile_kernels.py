@@ -31,6 +31,7 @@ from lightllm_backend.kernels.activation.silu_and_mul import rounded_silu_and_mu
 from lightllm_backend.kernels.attention import prefill_attention_hopper
 from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
+from lightllm_backend.kernels.collective.all_reduce_rms_norm import rounded_all_reduce_rms_norm
 from lightllm_backend.kernels.collective.lamport_buffers import LamportBuffers, bits_type_of
 from lightllm_backend.kernels.linear import choice as linear_choice
 from lightllm_backend.kernels.linear import gated_linear, linear_splits
@@ -260,12 +261,14 @@ def launch_stored_quantized(capability: str) -> None:
 
 
 def launch_rounding() -> None:
-    """Norms and a gate's activation that round what a product of fp8 by fp8 reads, and norms that make pairs."""
+    """Norms and a gate's activation that round what fp8 by fp8 reads, a norm that sums too, and norms that make pairs."""
     reader = random_weight("fp8", 16, 4096, 4096, torch.device("cpu"))
     reader = dataclasses.replace(reader, quantizes_input=True, in_fragments=True)
     x = torch.empty(65, 4096, dtype=torch.bfloat16)
     rounded_rms_norm(x, x[0], 1e-5, x, None, reader)
     rounded_layer_norm(x, x[0], x[0], 1e-5, x, reader)
+    buffers = LamportBuffers.of([torch.empty(2, 2, *x.shape, dtype=torch.int16)] * 2, rank=1)
+    rounded_all_reduce_rms_norm(x, x[0], 1e-5, x, buffers, None, reader)
     rounded_silu_and_mul(torch.empty(65, 8192, dtype=torch.bfloat16), False, reader)
     paired_rms_norm(x[:4], x[0], 1e-5, x[:4], None, reader)
     reader = dataclasses.replace(random_weight("int4", 16, 4096, 128, torch.device("cpu")), in_fragments=True)

@@ -5,6 +5,7 @@ and the other exchanges through Lamport buffers."""
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from lightllm_backend.kernels import launchers, reference
 from lightllm_backend.kernels.collective import lamport_buffers
+from lightllm_backend.kernels.collective.all_reduce_rms_norm import rounded_all_reduce_rms_norm
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers, bits_type_of
 from tests.kernels.kernel_harness import TOLERANCE, relative_error
+from tests.kernels.quantized_weights import random_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -67,6 +70,26 @@ def test_what_others_sent_is_added_in_each_turn(
             assert relative_error(there.view(dtype), sent[rank]) < tolerance
             there.fill_(EMPTY)
             assert is_empty_but_for(buffers[other], other), "nothing else is written"
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_sums_are_rounded_as_quantize_tokens_rounds_them(is_static, device):
+    dim, tokens = 128, 5
+    reader = random_weight("fp8", 16, dim, dim, device)
+    input_scale = torch.full((1,), 0.01, device=device) if is_static else None
+    reader = replace(reader, quantizes_input=True, in_fragments=True, input_scale=input_scale)
+    weight, x, arrived = (torch.randn(shape, device=device).half() for shape in (dim, (tokens, dim), (tokens, dim)))
+
+    def after(implementation, *more):
+        buffers = empty_buffers(2, tokens, dim, torch.float16, device)
+        buffers[0][0, 1] = arrived.view(torch.int16)
+        return implementation(x, weight, EPS, x.clone(), LamportBuffers.of(buffers, 0), None, *more)
+
+    values, scales = launchers.quantize_tokens(after(launchers.all_reduce_rms_norm), reader)
+    rounded = after(rounded_all_reduce_rms_norm, reader)
+    assert torch.equal(rounded.scales, scales)
+    assert torch.equal(rounded.values.view(torch.int8), values.view(torch.int8))
+    assert (rounded.shape, rounded.dtype) == ((tokens, dim), torch.float16)
 
 
 @pytest.mark.parametrize("implementation", [reference, launchers])

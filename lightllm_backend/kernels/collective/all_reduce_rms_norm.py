@@ -18,6 +18,10 @@ from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_
 from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, receive_sum, send, send_to_others
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.norm.rms_norm import rms_normed
+from lightllm_backend.kernels.quantized.choice import takes_rounded
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
+from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -27,6 +31,8 @@ def all_reduce_rms_norm_kernel(
     post_weight,
     residual,
     out,
+    out_scales,
+    input_scale,
     own_buffer,
     buffers,
     turns,
@@ -36,11 +42,16 @@ def all_reduce_rms_norm_kernel(
     dim,
     buffer_rows,
     eps,
+    limit,
+    min_scale,
     rank: tl.constexpr,
     parts: tl.constexpr,
     ranks: tl.constexpr,
     in_two_shots: tl.constexpr,
     has_post_norm: tl.constexpr,
+    is_rounded: tl.constexpr,
+    is_static: tl.constexpr,
+    in_fragments: tl.constexpr,
     empty: tl.constexpr,
     sent_for_empty: tl.constexpr,
     is_dependent: tl.constexpr,
@@ -89,7 +100,15 @@ def all_reduce_rms_norm_kernel(
     tl.store(residual_row, total, mask=live)
     value = total.to(tl.float32)
     normed = rms_normed(value, scale, eps, dim, weight_type)
-    tl.store(out + token * dim + column, normed.to(out.dtype.element_ty), mask=live)
+    if is_rounded:
+        normed = normed.to(row_type).to(tl.float32)
+        row, row_scale = rounded_row(
+            normed, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block
+        )
+        tl.store(out_scales + token, row_scale)
+    else:
+        row = normed.to(out.dtype.element_ty)
+    tl.store(out + token * dim + column, row, mask=live)
 
 
 def all_reduce_rms_norm(
@@ -99,7 +118,43 @@ def all_reduce_rms_norm(
     residual: Tensor,
     buffers: LamportBuffers,
     post_weight: Tensor | None = None,
-) -> Tensor:
+    reader: Weight | None = None,
+) -> Activations:
+    if takes_rounded(reader, x.shape[-2], residual.dtype):
+        return rounded_all_reduce_rms_norm(x, weight, eps, residual, buffers, post_weight, reader)
+    out = torch.empty(x.shape[-2:], dtype=residual.dtype, device=x.device)
+    _launch(x, weight, eps, residual, buffers, post_weight, out, None, reader)
+    return out
+
+
+def rounded_all_reduce_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None,
+    reader: QuantizedWeight,
+) -> RoundedTokens:
+    """quantize_tokens, for `reader`, of the norm. The reader has one group."""
+    out = torch.empty(x.shape[-2:], dtype=reader.values.dtype, device=x.device)
+    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
+    _launch(x, weight, eps, residual, buffers, post_weight, out, scales, reader)
+    return RoundedTokens(out, scales, residual.dtype)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    buffers: LamportBuffers,
+    post_weight: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    reader: Weight | None,
+) -> None:
+    """Write the norm to `out` [tokens, dim], or, with `scales` [tokens], what it is rounded to for `reader`."""
     tokens, dim = x.shape[-2:]
     parts = x.shape[0] if x.dim() == 3 else 1
     own = buffers.by_rank[buffers.rank]
@@ -109,9 +164,10 @@ def all_reduce_rms_norm(
     assert parts == 1 or x.stride(0) == tokens * x.stride(1)
     assert weight.is_contiguous()
     assert post_weight is None or post_weight.is_contiguous()
-    out = torch.empty((tokens, dim), dtype=residual.dtype, device=x.device)
     if tokens == 0:
-        return out
+        return
+    quantized = reader if isinstance(reader, QuantizedWeight) else None
+    input_scale = None if quantized is None or scales is None else quantized.input_scale
     block = triton.next_power_of_2(dim)
     all_reduce_rms_norm_kernel[(tokens,)](
         x,
@@ -119,24 +175,30 @@ def all_reduce_rms_norm(
         weight if post_weight is None else post_weight,
         residual,
         out,
-        own,
-        buffers.addresses,
-        buffers.turns,
-        x.stride(-2),
-        residual.stride(0),
-        tokens,
-        dim,
-        own.shape[2],
-        eps,
+        out if scales is None else scales,
+        weight if input_scale is None else input_scale,
+        own_buffer=own,
+        buffers=buffers.addresses,
+        turns=buffers.turns,
+        x_stride=x.stride(-2),
+        residual_stride=residual.stride(0),
+        tokens=tokens,
+        dim=dim,
+        buffer_rows=own.shape[2],
+        eps=eps,
+        limit=0.0 if scales is None else LIMITS[out.dtype],
+        min_scale=MIN_INPUT_SCALE,
         rank=buffers.rank,
         parts=parts,
         ranks=own.shape[1],
         in_two_shots=buffers.use_two_shots(tokens),
         has_post_norm=post_weight is not None,
+        is_rounded=scales is not None,
+        is_static=input_scale is not None,
+        in_fragments=quantized is not None and quantized.in_fragments,
         empty=EMPTY,
         sent_for_empty=SENT_FOR_EMPTY,
         block=block,
         num_warps=min(16, max(1, block // 256)),
         **dependent_launch(x.device),
     )
-    return out

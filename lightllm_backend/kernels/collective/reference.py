@@ -6,6 +6,8 @@ from torch import Tensor
 
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.norm.reference import rms_normed, sum_of_parts
+from lightllm_backend.kernels.quantized.rounded_tokens import Activations
+from lightllm_backend.kernels.quantized.weight import Weight
 
 
 class _Exchange:
@@ -49,7 +51,8 @@ def all_reduce_rms_norm(
     residual: Tensor,
     buffers: LamportBuffers,
     post_weight: Tensor | None = None,
-) -> Tensor:
+    reader: Weight | None = None,  # noqa: ARG001 - products round what they read
+) -> Activations:
     tokens, rank = x.shape[-2], buffers.rank
     ranks = len(buffers.by_rank)
     exchange = _Exchange(buffers, tokens)
