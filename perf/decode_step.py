@@ -33,7 +33,7 @@ class DecodeStep:
     """Steps of a shape by name and at most `most` sequences, each with CONTEXT tokens anywhere in a pool.
 
     With `tp`, they are the steps of one rank that need not wait for others. With the ranks of `parallel`, each in its
-    own process, they are whole steps, which all ranks must time at once.
+    own process, they are whole steps, which all ranks must time at once. `layers` takes so many of the model's only.
     """
 
     def __init__(
@@ -43,9 +43,11 @@ class DecodeStep:
         weight_dtype: str = "auto",
         tp: int = 1,
         parallel: TensorParallel | None = None,
+        layers: int | None = None,
     ) -> None:
+        shape = SHAPES[name] if layers is None else SHAPES[name] | {"num_hidden_layers": layers}
         with tempfile.TemporaryDirectory() as directory:
-            Path(directory, "config.json").write_text(json.dumps(rank_shape(SHAPES[name], tp)))
+            Path(directory, "config.json").write_text(json.dumps(rank_shape(shape, tp)))
             config = ModelConfig.from_directory(directory)
         self._parallel = parallel or TensorParallel()
         config = config.with_weight_dtype(weight_dtype, "auto", tp=self._parallel.size)
@@ -54,8 +56,8 @@ class DecodeStep:
         )
         dummy_weights(self._model, seed=0)
         slots = most * CONTEXT
-        shape = (config.num_layers, slots, self._model.num_kv_heads, self._model.head_dim)
-        self._layers = [KVLayer(*layer) for layer in KVStorage(*shape, DTYPE, DEVICE).layers]
+        of_storage = (config.num_layers, slots, self._model.num_kv_heads, self._model.head_dim)
+        self._layers = [KVLayer(*layer) for layer in KVStorage(*of_storage, DTYPE, DEVICE).layers]
         for layer in self._layers:
             layer.k.normal_()
             layer.v.normal_()

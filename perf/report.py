@@ -110,6 +110,28 @@ def step_profile(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def rank_step(result: dict[str, Any]) -> list[str]:
+    layers, tp = result["layers"], result["tp"]
+    lines = []
+    for row in result["rows"]:
+        one, ranks = row["one"]["parts"], row["ranks"]["parts"]
+        cells = [
+            [
+                name,
+                *(f"{value:.1f}" for value in (one[name], one[name] / tp, ranks[name], ranks[name] - one[name] / tp)),
+            ]
+            for name in one
+        ]
+        cells.sort(key=lambda cell: -float(cell[-1]))
+        step = [row["one"]["step_ms"], row["one"]["step_ms"] / tp, row["ranks"]["step_ms"]]
+        cells.append(["the step, ms", *(f"{value:.3f}" for value in (*step, step[2] - step[1]))])
+        headings = [f"batch {row['batch']}", "one GPU", f"1/{tp} of it", f"{tp} GPUs", "beyond"]
+        lines += ["", *table(headings, cells)]
+    types = ", ".join([result["dtype"], *([] if result["weight_dtype"] == "auto" else [result["weight_dtype"]])])
+    title = f"Decode steps of {layers} layers of {result['model']}, {types}, µs a layer, of the rest µs a step"
+    return [f"**{title}** ({origin(result)}):", *lines]
+
+
 def power_limit(result: dict[str, Any]) -> list[str]:
     rows = [
         [
@@ -635,7 +657,8 @@ def capacity_validation(result: dict[str, Any]) -> list[str]:
 
 
 SECTIONS = {
-    "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "power_limit": power_limit,
+    "static_inference": static_inference, "serving": serving, "step_profile": step_profile, "rank_step": rank_step,
+    "power_limit": power_limit,
     "kernels": kernels, "all_reduce": all_reduce, "load_time": load_time, "cpu_speed": cpu_speed,
     "cpu_peer": cpu_peer,
     "router_time": router_time, "admission": admission, "window_slots": window_slots, "fairness": fairness,
