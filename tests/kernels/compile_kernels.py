@@ -261,7 +261,7 @@ def launch_stored_quantized(capability: str) -> None:
 
 
 def launch_rounding() -> None:
-    """Norms and a gate's activation that round what fp8 by fp8 reads, a norm that sums too, and norms that make pairs."""
+    """Norms and a gate's activation that round for fp8 by fp8, one that sums over ranks too, and norms of pairs."""
     reader = random_weight("fp8", 16, 4096, 4096, torch.device("cpu"))
     reader = dataclasses.replace(reader, quantizes_input=True, in_fragments=True)
     x = torch.empty(65, 4096, dtype=torch.bfloat16)
