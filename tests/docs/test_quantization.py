@@ -59,16 +59,20 @@ def test_the_search() -> None:
 
 
 def test_the_steps_are_those_that_were_measured() -> None:
-    fp8, int4, peer = (
+    fp8, int8, int4, peer = (
         {row["batch"]: row for row in json.loads((RESULTS / f"{name}_nvidia_h200.json").read_text())["rows"]}
         for name in (
-            "static_inference_llama-7b_weights_fp8", "static_inference_llama-7b_weights_int4", "peer_vllm_llama-7b_fp8",
+            "static_inference_llama-7b_weights_fp8", "static_inference_llama-7b_weights_int8",
+            "static_inference_llama-7b_weights_int4", "peer_vllm_llama-7b_fp8",
         )
     )  # fmt: skip
+
+    def figures(row: dict[str, float]) -> str:
+        return f"{row['step_ms']:.2f} | {row['step_ratio']:.2f} | {row['prefill_tokens_per_second']:,.0f}"
+
     lines = [
-        f"| {batch} | {fp8[batch]['step_ms']:.2f} | {fp8[batch]['step_ratio']:.2f} | {peer[batch]['step_ms']:.2f}"
-        f" | {fp8[batch]['prefill_tokens_per_second']:,.0f} | {int4[batch]['step_ms']:.2f}"
-        f" | {int4[batch]['step_ratio']:.2f} | {int4[batch]['prefill_tokens_per_second']:,.0f} |"
+        f"| {batch} | {figures(fp8[batch])} | {peer[batch]['step_ms']:.2f} | {figures(int8[batch])}"
+        f" | {figures(int4[batch])} |"
         for batch in fp8
     ]
     assert "\n".join(lines) in PAGE
