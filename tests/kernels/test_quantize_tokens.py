@@ -30,7 +30,10 @@ def test_activations_in_8_bits(kind, in_features, group_size, is_static, device)
     inside = x.abs() <= scales[:, columns] * limit
     assert bool(inside.all()) != is_static
     assert bool(((meant - x).abs() <= step + 1e-6)[inside].all())
-    assert bool((meant.abs() <= scales[:, columns] * limit * 1.001).all())
+    least = -128 if kind == "int8" else -limit
+    assert bool((meant <= scales[:, columns] * limit * 1.001).all())
+    assert bool((meant >= scales[:, columns] * least * 1.001).all())
+    assert values.float().min() == least or not is_static
     got_values, got_scales = launchers.quantize_tokens(x, weight)
     torch.testing.assert_close(got_scales, scales, rtol=1e-6, atol=0)
     got, expected = got_values.float(), values.float()

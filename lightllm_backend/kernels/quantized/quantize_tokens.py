@@ -39,7 +39,10 @@ def rounded_row(
     else:
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)
     value = divided(value, scale)
-    value = tl.minimum(tl.maximum(value, -limit), limit)
+    least = -limit
+    if dtype == tl.int8:  # a scale of the checkpoint may be so small that numbers reach -128
+        least -= 1.0
+    value = tl.minimum(tl.maximum(value, least), limit)
     if dtype == tl.int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
         value = (value + 12582912.0) - 12582912.0
     rounded = value.to(dtype)

@@ -51,7 +51,8 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
         padded = functional.pad(x, (0, -in_features % weight.group_size))
         largest = padded.view(tokens, len(weight.scales), weight.group_size).abs().amax(-1)
         scales = (largest / limit).clamp_min(MIN_INPUT_SCALE)
-    values = (x / _expanded(scales, weight)).clamp(-limit, limit)
+    # A scale of the checkpoint may be so small that numbers reach -128.
+    values = (x / _expanded(scales, weight)).clamp(-128 if dtype == torch.int8 else -limit, limit)
     if weight.in_fragments:
         values = values[:, _places(weight)]
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
