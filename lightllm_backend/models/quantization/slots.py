@@ -75,7 +75,13 @@ class QuantizedSlot(WeightSlot):
 
 
 class LargestSlot(QuantizedSlot):
-    """The slot of a number of which fused matrices share the largest."""
+    """The slot of a number above 0 of which fused matrices share the largest."""
+
+    def fill(self, source: Source) -> None:
+        super().fill(source)
+        number = source.read(()).float()
+        if not bool((number > 0).all()):
+            raise ModelError(f"{source.path}: {source.name} is {number.item():g}; a finite number above 0 is needed")
 
     def take(self, values: Tensor) -> None:
         self.target.copy_(torch.maximum(self.target, values))

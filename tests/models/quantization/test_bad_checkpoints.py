@@ -106,6 +106,8 @@ def write(tmp_path):
         (FP8, f"{Q}.weight", lambda value: value.view(torch.int8), "has the dtype int8; float8_e4m3fn is needed"),
         (FP8, f"{Q}.weight_scale", lambda value: torch.ones(64), r"has the shape \[64\]; config.json makes it \[\]"),
         (FP8, f"{Q}.input_scale", lambda value: value * torch.inf, "holds NaN or an infinite number; finite numbers"),
+        (FP8, f"{Q}.input_scale", torch.zeros_like, f"{Q}.input_scale is 0; a finite number above 0 is needed"),
+        (FP8, f"{Q}.input_scale", lambda value: -value, "input_scale is -.*; a finite number above 0 is needed"),
         (FP8, f"{Q}.input_scale", lambda value: None, rf"tensors are missing, 1 in all: {Q}.input_scale"),
     ],
 )
@@ -131,7 +133,7 @@ def test_a_bias_of_zeros_is_that_of_autogptq(write):
         (
             AWQ,
             {"modules_to_not_convert": ["down_proj"]},
-            "down_proj.q.* quantised with GPTQ or AWQ, of which config.json",
+            "down_proj.q.* quantised with GPTQ or AWQ, as which no quantization_config",
         ),
         (GPTQ, {"bits": 8}, r"has the shape \[\d+, \d+\]; config.json makes it \[\d+, \d+\]"),
         (GPTQ, {"sym": False, "checkpoint_format": "gptq_v2", "desc_act": True}, None),  # they say the same
