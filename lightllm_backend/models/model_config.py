@@ -155,7 +155,11 @@ class ModelConfig:
         ]
         if tp not in allowed:
             heads = f"{self.num_heads} attention heads, {self.num_kv_heads} KV heads"
-            groups = " and its weights are quantised in groups" if self.quantization.rules else ""
+            groups = ""
+            if self.quantization.has_order:
+                groups = " and weights quantised with desc_act (actorder), which cannot be split"
+            elif self.quantization.rules:
+                groups = " and quantised weights, whose groups and words must stay whole"
             raise ModelError(
                 f"tp is {tp}; allowed: {', '.join(map(str, allowed))}, since the model has {heads} and an"
                 f" intermediate_size of {self.intermediate_size}{groups}"

@@ -113,11 +113,15 @@ class Quantization:
 
     def splits_into(self, columns: int, ranks: int) -> bool:
         """Whether ranks can split the input features of any layer without cutting a group."""
-        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
         if ranks == 1:
             return True
-        units = [unit for scheme in schemes for unit in scheme.column_units()]
-        return not any(scheme.has_order for scheme in schemes) and all(columns // ranks % unit == 0 for unit in units)
+        units = [unit for rule in self.rules if rule.scheme is not None for unit in rule.scheme.column_units()]
+        return not self.has_order and all(columns // ranks % unit == 0 for unit in units)
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the input features of any layer are in an order of its own."""
+        return any(rule.scheme is not None and rule.scheme.has_order for rule in self.rules)
 
 
 UNQUANTISED = Quantization()

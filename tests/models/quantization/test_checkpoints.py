@@ -209,7 +209,7 @@ def test_ranks_together_compute_the_same_logits(tmp_path, name):
 
 def test_which_tp_works_is_told_before_anything_starts(tmp_path):
     write(tmp_path, CASES["gptq"])
-    with pytest.raises(ModelError, match=r"tp is 2; allowed: 1, since .* weights are quantised in groups"):
+    with pytest.raises(ModelError, match=r"tp is 2; allowed: 1, since .* and quantised weights, whose groups"):
         ModelConfig.from_directory(tmp_path).check_ranks(2)
     ModelConfig.from_directory(tmp_path).check_ranks(1)
 
