@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantised weights cost: the perplexity of a text by the types of the weights and of the head, and by the format
-of a quantised checkpoint.
+"""What quantised weights cost: the perplexity of a text by types of weights and head, and by a checkpoint's format.
 
     python -m perf.perplexity
 
