@@ -38,7 +38,7 @@ GPUS = [
 ]
 OF_HOPPER = {"linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 STORED = {"linear_splits", "gated_linear", "linear_prefetch", "linear_tiles", "quantized_prefetch"}
-STORED |= {"rms_norm", "layer_norm", "rounded_silu_and_mul"}  # which round for a product of fp8
+STORED |= {"rms_norm", "all_reduce_rms_norm", "layer_norm", "rounded_silu_and_mul"}  # which round for a product of fp8
 LEFT_TO_CUBLAS = {"linear_splits", "gated_linear"}  # before Ampere
 OF_8_BIT_ACTIVATIONS = {"quantize_tokens", "scaled_linear"}  # which GPUs before Ampere do not multiply
 
