@@ -92,6 +92,8 @@ def test_products_with_grids(dtype, bits, has_bias, alone, monkeypatch) -> None:
     for tokens in (1, 2, 4, 7):
         x = (torch.randn(tokens, 96) * 3).to(dtype)
         assert relative_error(compiled.linear(x, weight, bias), reference.linear(x, weight, bias)) < TOLERANCE[dtype]
+        activated = compiled.linear(x, weight, bias, is_gelu=True)
+        assert relative_error(activated, reference.linear(x, weight, bias, is_gelu=True)) < TOLERANCE[dtype]
         gated = compiled.gated_linear(x, weight, bias)
         assert relative_error(gated, reference.gated_linear(x, weight, bias)) < TOLERANCE[dtype]
         monkeypatch.setattr(products, "_MANY_PRODUCTS", 0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightllm_backend.kernels import reference
+from lightllm_backend.kernels.activation.reference import gelu_tanh
 from lightllm_backend.kernels.compiled.dot_product import multiply_block
 from lightllm_backend.kernels.compiled.numbers import (
     DTYPES,
@@ -131,11 +132,12 @@ def _product(
 def linear(
     x: Activations, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None, is_gelu: bool = False
 ) -> Tensor:
-    if is_gelu or not isinstance(x, Tensor) or not _is_compiled(x, weight):
+    if not isinstance(x, Tensor) or not _is_compiled(x, weight):
         return reference.linear(x, weight, bias, out, is_gelu)
     assert isinstance(weight, GridWeight)
     out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
-    return _product(x, weight, bias, out)
+    product = _product(x, weight, bias, out)
+    return gelu_tanh(product) if is_gelu else product
 
 
 def linear_splits(x: Activations, weight: Weight, bias: Tensor | None = None) -> Tensor:
