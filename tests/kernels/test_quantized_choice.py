@@ -72,6 +72,7 @@ def test_stored_blocks_fit_and_divide_their_products():
         ("int4", 4096, 14336, 128, False),
         ("int4", 1152, 576, 64, False),
         ("int8", 5120, 5120, None, False),
+        ("int8", 128, 128, None, False),
         ("fp8", 4096, 4096, 128, False),
         ("fp8", 4096, 4096, None, True),
         ("fp8", 1152, 576, None, True),
@@ -158,6 +159,7 @@ def test_parts_of_few_tokens_have_16_bits_if_none_overflows():
         assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.bfloat16)
         assert not choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.float16)
         assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.bfloat16) == (kind == "fp8")
+        assert not choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp8"])

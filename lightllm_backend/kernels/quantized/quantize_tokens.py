@@ -56,7 +56,7 @@ def rounded_row(
 def paired_row(value, limit, factor, min_scale, dtype: tl.constexpr, block: tl.constexpr):
     """A token's columns, float32 [block], as pairs of 8-bit numbers in the order of PairedTokens, and their scale.
 
-    The scale is a power of two, so that e4m3 loses nothing of bfloat16, as long as it is not 2**14 times smaller than
+    The scale is a power of two, so that e4m3 loses nothing of bfloat16, as long as it is not 2**13 times smaller than
     the largest.
     """
     least = tl.maximum(tl.max(tl.abs(value), 0) / limit, min_scale).to(tl.uint32, bitcast=True)
