@@ -17,6 +17,8 @@ KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 MAX_BYTES = 128 * 1024
 MAX_CHOICES = 1024
 MAX_SCHEMA_DEPTH = MAX_JSON_DEPTH - 1  # the object with the kind is one level
+# Keywords of a JSON schema whose keys are names, and no keywords.
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 # What other servers call them: in vLLM's `structured_outputs`, and as the type of TensorRT-LLM's guide.
 _VLLM_KINDS = {"json": "json_schema", "json_object": "json_object", "regex": "regex", "choice": "choice"} | {

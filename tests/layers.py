@@ -30,7 +30,7 @@ ALLOWED = {
     "client_json": (),
     "structured_output": ("client_json",),
     "grammar": (),
-    "grammar.schema_place": (),
+    "grammar.schema_place": ("structured_output",),
     "grammar.matcher": ("request",),
     "grammar.compiler": ("grammar.matcher", "grammar.schema_place", "request", "text.tokenizer"),
     "chart_schema": ("config",),
@@ -515,7 +515,7 @@ ALLOWED = {
     "front.chat.parsers": ("front.chat",),
     "front.chat.reasoning": ("front.chat.deltas",),
     "front.chat.tool_calls": ("front.chat.call_reader", "front.chat.deltas"),
-    "front.chat.tool_choice": ("front.errors",),
+    "front.chat.tool_choice": ("client_json", "front.errors", "structured_output"),
     "front.generation_defaults": ("json_file", "models.errors", "option_table", "options"),
     "front.state": (
         "config",

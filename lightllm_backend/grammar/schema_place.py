@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightllm_backend.structured_output import SCHEMA_MAPS
+
 # Each attempt reads the whole schema. So many for a small one; fewer for a large one, so that all take half a second.
 _MAX_ATTEMPTS = 200
 _MAX_BYTES_READ = 2**20
@@ -53,7 +55,7 @@ def place_of_inexact_integer(schema: Any, place: str = "") -> tuple[str, int] | 
     if isinstance(schema, int) and abs(schema) > MAX_EXACT_INTEGER:
         return place, schema
     items: Any = enumerate(schema) if isinstance(schema, list) else schema.items() if isinstance(schema, dict) else ()
-    is_map = place.rpartition("/")[2] in _MAPS  # of names, which are no keywords
+    is_map = place.rpartition("/")[2] in SCHEMA_MAPS  # of names, which are no keywords
     for key, value in items:
         if (is_map or key not in _WITHOUT_EFFECT) and (
             found := place_of_inexact_integer(value, f"{place}/{_escaped(str(key))}")
@@ -70,7 +72,7 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
         if key in ("enum", "const", "default", "examples", "required"):
             continue
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        if isinstance(value, dict) and key not in _MAPS:
+        if isinstance(value, dict) and key not in SCHEMA_MAPS:
             yield f"/{_escaped(key)}", value
         else:
             yield from ((f"/{_escaped(key)}/{_escaped(str(name))}", child) for name, child in items)
@@ -91,9 +93,6 @@ def _referred(schema: Any, part: Any) -> Iterator[tuple[str, Any]]:
         else:
             return  # there is no such place, or it has another name
     yield reference[1:], found
-
-
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def _moved(schema: Any) -> Any:

@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightllm_backend.front.errors import refusal
+from lightllm_backend.client_json import is_deeper
+from lightllm_backend.front.errors import nested_too_deeply, refusal
+from lightllm_backend.structured_output import MAX_SCHEMA_DEPTH, SCHEMA_MAPS
 
 _PARAMETERS = re.compile(r"/\$defs/parameters(\d+)")  # where `calls_schema` has those of a function
+_MAX_PARAMETERS_DEPTH = MAX_SCHEMA_DEPTH - 2  # `calls_schema` has two levels around them
 # Keywords whose values are data and not schemas, so that "$ref" in them refers to nothing.
 _DATA = ("const", "default", "enum", "examples")
 
@@ -72,6 +75,8 @@ def calls_schema(tools: Sequence[tuple[int, Mapping[str, Any]]], several: bool) 
     calls = []
     for number, tool in tools:
         function = tool["function"]
+        if is_deeper(function.get("parameters"), _MAX_PARAMETERS_DEPTH):
+            raise nested_too_deeply(f"tools.{number}.function.parameters", _MAX_PARAMETERS_DEPTH)
         definitions[f"parameters{number}"] = _moved(
             function.get("parameters") or {"type": "object", "properties": {}}, f"#/$defs/parameters{number}"
         )
@@ -110,10 +115,12 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved = {}
+    moved: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[key] = place + value[1:]
+        elif key in SCHEMA_MAPS and isinstance(value, Mapping):
+            moved[key] = {name: _moved(child, place) for name, child in value.items()}
         else:
             moved[key] = value if key in _DATA else _moved(value, place)
     return moved

@@ -38,6 +38,25 @@ def test_who_may_call() -> None:
     assert read_tool_choice(TOOLS, None).names == {"plant", "now"}
 
 
+def test_a_property_may_have_the_name_of_a_keyword() -> None:
+    number = {"type": "object", "properties": {"default": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}}
+    schema = read_tool_choice([{"function": {"name": "set", "parameters": number}}], "required").schema
+    assert follows(schema, [{"name": "set", "parameters": {"default": 1}}])
+    assert not follows(schema, [{"name": "set", "parameters": {"default": "1"}}])
+
+
+def test_parameters_that_are_nested_too_deeply_are_named() -> None:
+    def tools(levels: int) -> list[dict[str, Any]]:
+        parameters: dict[str, Any] = {}
+        for _ in range(levels - 1):
+            parameters = {"not": parameters}
+        return [TOOLS[1], {"function": {"name": "dig", "parameters": parameters}}]
+
+    assert read_tool_choice(tools(61), "required").schema
+    with pytest.raises(ApiError, match=r"tools.1.function.parameters is nested more than 61 levels deep"):
+        read_tool_choice(tools(62), "required")
+
+
 CALL = {"name": "plant", "parameters": {"root": {"value": 1, "next": {"value": 2}}, "kind": {"$ref": "#"}}}
 
 
