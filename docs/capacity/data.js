@@ -219,45 +219,56 @@ const CAPACITY = [
     "replicas": 1,
     "policy": "both",
     "rate": 14.0,
-    "first_token_p99": 0.05262,
-    "cached_share": 0.4792,
-    "arrivals_per_second": 13.25,
-    "requests_per_second": 13.36,
-    "prompt_tokens_per_second": 9145.0,
+    "first_token_p99": 0.05232,
+    "cached_share": 0.4619,
+    "arrivals_per_second": 13.2,
+    "requests_per_second": 13.33,
+    "prompt_tokens_per_second": 9164.0,
     "output_tokens_per_second": 4098.0
    },
    {
     "replicas": 1,
     "policy": "both",
     "rate": 16.0,
-    "first_token_p99": 0.06074,
-    "cached_share": 0.4437,
-    "arrivals_per_second": 15.33,
-    "requests_per_second": 15.38,
-    "prompt_tokens_per_second": 10530.0,
-    "output_tokens_per_second": 4868.0
+    "first_token_p99": 0.05666,
+    "cached_share": 0.4164,
+    "arrivals_per_second": 15.36,
+    "requests_per_second": 15.35,
+    "prompt_tokens_per_second": 10500.0,
+    "output_tokens_per_second": 4857.0
    },
    {
     "replicas": 1,
     "policy": "both",
     "rate": 18.0,
-    "first_token_p99": 0.09582,
-    "cached_share": 0.343,
-    "arrivals_per_second": 17.87,
-    "requests_per_second": 17.76,
-    "prompt_tokens_per_second": 13040.0,
-    "output_tokens_per_second": 5327.0
+    "first_token_p99": 0.0865,
+    "cached_share": 0.3266,
+    "arrivals_per_second": 17.92,
+    "requests_per_second": 17.9,
+    "prompt_tokens_per_second": 13140.0,
+    "output_tokens_per_second": 5371.0
+   },
+   {
+    "replicas": 1,
+    "policy": "both",
+    "rate": 20.0,
+    "first_token_p99": 0.09111,
+    "cached_share": 0.3058,
+    "arrivals_per_second": 19.04,
+    "requests_per_second": 18.39,
+    "prompt_tokens_per_second": 13240.0,
+    "output_tokens_per_second": 5424.0
    },
    {
     "replicas": 1,
     "policy": "both",
     "rate": 22.0,
     "first_token_p99": null,
-    "cached_share": 0.1335,
-    "arrivals_per_second": 21.52,
-    "requests_per_second": 18.2,
-    "prompt_tokens_per_second": 13210.0,
-    "output_tokens_per_second": 5270.0
+    "cached_share": 0.1417,
+    "arrivals_per_second": 21.78,
+    "requests_per_second": 18.82,
+    "prompt_tokens_per_second": 13670.0,
+    "output_tokens_per_second": 5455.0
    }
   ]
  },

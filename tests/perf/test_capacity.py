@@ -169,6 +169,13 @@ def test_a_million_tokens_costs_what_can_be_counted_by_hand() -> None:
     assert "'2,x'; allowed: whole numbers > 0, separated by commas" in wrong.output
 
 
+def test_the_stored_simulations_are_of_the_stored_steps() -> None:
+    for result in capacity.stored_capacities():
+        steps = capacity.MODELS[result["model"]].steps
+        assert result["most_running"] == steps.most_running
+        assert result["pool_tokens"] == steps.pool_tokens
+
+
 def test_the_page_shows_the_stored_simulations() -> None:
     results = capacity.stored_capacities()
     text = PAGE.read_text(encoding="utf-8")
