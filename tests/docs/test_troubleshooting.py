@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 TRITON_SERVERS = {
     "CudaDriverHelper has not been initialized", "Failed to initialize NVML",
-    "Stub process 'tokenizer_0_0' is not healthy",
+    "Stub process 'tokenizer_0_0' is not healthy", "terminate called after throwing an instance of",
+    "Non-graceful termination detected",
 }  # fmt: skip
 NAMES = {
     "infer", "lightllm", "logging", "trace", "model-repository", "shared-memory", "quantization_config", "<think>",
