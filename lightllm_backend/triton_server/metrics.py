@@ -147,9 +147,14 @@ class Metrics:
                     self._reported[sample] = 0
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread, and drop all metrics, which tells the server, while it still answers.
+
+        One that lives until the interpreter ends crashes this process: its memory shared with the server is gone then.
+        """
         self._closing.set()
         self._flusher.join()
+        self._samples.clear()  # before the families, which must outlive them
+        self._families.clear()
 
     def _flush_for_ever(self) -> None:
         """Flush until the server is gone.

@@ -2,7 +2,9 @@
 """Metrics, with a stand-in for Triton server's interface. Flushes are made by hand."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -205,13 +207,12 @@ def test_an_engine_that_stands_still_is_not_up(backend: FakeBackend, monkeypatch
     monkeypatch.setattr(metrics, "WORKS_SECONDS", 0.0)
     works = [True, False, True]
     engine_metrics = Metrics(backend, with_engine=True, engine_works=lambda: works.pop(0))
-    engine_metrics.close()
-    works[:] = [True, False, True]
     engine_metrics.engine_up(LABELS)
     seen = []
     for _ in range(3):
         engine_metrics._flush()
         seen.append(backend["engine_up"].value)
+    engine_metrics.close()
     assert seen == [1, 0, 1]
 
 
@@ -245,3 +246,26 @@ def test_the_thread_carries_over_by_itself(backend: FakeBackend, monkeypatch: py
     made.close()
     assert backend.requests()["rejected"] == 1
     assert not made._flusher.is_alive()
+
+
+def test_closing_drops_all_metrics_and_then_their_families() -> None:
+    alive: list[str] = []
+    dropped: list[str] = []
+
+    def watch(made: object, kind: str) -> None:
+        alive.append(kind)
+        weakref.finalize(made, dropped.append, kind)
+
+    class Family(FakeFamily):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            watch(self, "family")
+
+        def Metric(self, **options: Any) -> FakeMetric:  # noqa: N802 (the server's name)
+            metric = FakeMetric(**options)
+            watch(metric, "metric")
+            return metric
+
+    Metrics(SimpleNamespace(MetricFamily=Family), with_engine=True).close()
+    assert alive.count("family") == len(METRICS)
+    assert dropped == sorted(alive, reverse=True)
