@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,11 +74,15 @@ class Server:
         return not self._waiter.is_alive()
 
     def stop(self, seconds: float) -> bool:
-        """End the server; return false if it had to be killed after `seconds`."""
+        """End the server; return false if it had to be killed after `seconds`, with all its processes.
+
+        A stub that outlives its server tells so, and may abort if it is ending at that moment.
+        """
         self._process.terminate()
         if self.ended_within(seconds):
             return True
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(self._process.pid, signal.SIGKILL)
         return False
 
     def end(self) -> int:

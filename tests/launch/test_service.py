@@ -26,7 +26,8 @@ from tests.polling import poll
 ROOT = Path(__file__).resolve().parents[2]
 
 # Says that it is ready, has an engine, and answers requests until the file `broken` is there. Its engine computes while
-# the file `busy` is there, and writes down how it is closed. `left` is a process that it leaves behind.
+# the file `busy` is there, and writes down how it is closed. `left` is a process that it leaves behind, which makes the
+# file `orphaned` once the server is gone.
 FAKE_TRITONSERVER = """
 import os, signal, socket, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,7 +73,9 @@ read_end, write_end = os.pipe()
 directory = run_directory_of(os.getpid())
 engine = EngineServer(str(directory / "engine"), info, read_end)
 vitals = Vitals(directory, "worker-0")
-(folder / "left").write_text(str(subprocess.Popen(["sleep", "99"]).pid))
+watch = 'while kill -0 "$0"; do sleep 0.02; done; touch "$1"'
+left = subprocess.Popen(["sh", "-c", watch, str(os.getpid()), folder / "orphaned"], stderr=subprocess.DEVNULL)
+(folder / "left").write_text(str(left.pid))
 pair = socket.socketpair()  # as between Triton server's HTTP threads
 server = ThreadingHTTPServer((options["--http-address"], int(options["--http-port"])), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -289,6 +292,7 @@ def test_a_server_that_has_answered_everything_is_not_waited_for(start: Start, t
     assert "killed" not in command.log()
     assert "exit code" not in command.log()
     assert command.has_left_nothing()
+    assert not (tmp_path / "orphaned").exists()
 
 
 def test_a_second_signal_stops_at_once(start: Start, tmp_path: Path) -> None:
