@@ -77,6 +77,7 @@ watch = 'while kill -0 "$0"; do sleep 0.02; done; touch "$1"'
 left = subprocess.Popen(["sh", "-c", watch, str(os.getpid()), folder / "orphaned"], stderr=subprocess.DEVNULL)
 (folder / "left").write_text(str(left.pid))
 pair = socket.socketpair()  # as between Triton server's HTTP threads
+ThreadingHTTPServer.handle_error = lambda *_: None  # on a busy machine a prober hangs up before its answer
 server = ThreadingHTTPServer((options["--http-address"], int(options["--http-port"])), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:
