@@ -10,6 +10,7 @@ import pytest
 
 from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
+from lightllm_backend.generation.stream import Stream
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.text.tokenizer import Tokenizer
 from tests.generation.stand_ins import SEAL, FakeEngine, FakeObserver
@@ -32,3 +33,9 @@ def streams(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = Streams(engine, FakeObserver(), str(tmp_path / "returns"), SEAL)  # type: ignore[arg-type]
     yield made
     made.close()
+
+
+@pytest.fixture
+def without_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which nobody would acknowledge a probe, so that a chunk that comes later would wait for ever."""
+    monkeypatch.setattr(Stream, "check_client", lambda stream: False)

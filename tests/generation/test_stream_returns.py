@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lightllm_backend.generation import send_queue as send_queue_module
-from lightllm_backend.generation.stream import Stream
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.messages.channel import Channel, ChannelClosed, Message
 from lightllm_backend.messages.return_channel import ReturnChannel
@@ -20,6 +19,7 @@ from tests.generation.stand_ins import SEAL, FakeEngine, introduced, submit
 from tests.polling import poll
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -36,6 +36,7 @@ def test_the_return_channel_gives_credit_and_tells_who_has_gone(
     assert poll(lambda: engine.cancelled == ["u0"])
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_several_detokenizers_give_credit(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     channels = [introduced(streams) for _ in range(3)]
     responder = submit(streams, tokenizer)
@@ -65,6 +66,7 @@ def test_another_detokenizer_may_connect_after_the_first(
     channel.close()
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_a_detokenizer_may_connect_after_one_could_not(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def test_nobody_is_listened_to_without_this_servers_introduction(
     own.close()
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,13 +131,13 @@ def test_after_a_failure_of_the_detokenizer_only_the_end_is_sent(
     assert poll(lambda: streams._streams == {})
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_chunks_that_nobody_acknowledges_hold_others_up_for_a_moment_only(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A detokenizer that stands still has 48 chunks, and the other one could go on."""
     monkeypatch.setattr(send_queue_module, "MAX_IN_FLIGHT", 2)
     monkeypatch.setattr(send_queue_module, "OVERDUE_SECONDS", 0.1)
-    monkeypatch.setattr(Stream, "check_client", lambda stream: False)  # nobody would acknowledge a probe
     stuck = [submit(streams, tokenizer) for _ in range(2)]
     going = submit(streams, tokenizer)
     for number, responder in enumerate([*stuck, going]):

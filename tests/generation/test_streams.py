@@ -14,7 +14,6 @@ import pytest
 from lightllm_backend.generation import stream as stream_module
 from lightllm_backend.generation import streams as streams_module
 from lightllm_backend.generation.send_queue import SendQueue
-from lightllm_backend.generation.stream import Stream
 from lightllm_backend.generation.streams import Streams
 from lightllm_backend.messages.return_messages import ClientGone, Delivered
 from lightllm_backend.request import FinishReason, Request, RequestError, RequestOptions, SamplingParams
@@ -24,6 +23,7 @@ from tests.generation.stand_ins import SEAL, FakeEngine, FakeObserver, FakeRespo
 from tests.polling import poll
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -34,6 +34,7 @@ def test_a_request_goes_to_the_engine_and_its_chunks_come_back(
     assert poll(lambda: streams._streams == {})
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_each_answer_has_its_stream_and_all_are_cancelled_together(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_refused_request_leaves_nothing_behind(streams: Streams, engine: FakeE
     assert streams._streams == {}
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     responder = submit(streams, tokenizer, stop_words=("b",))
     engine.make("u0", tokenizer.encode("abc"))
@@ -106,13 +108,13 @@ def test_a_stop_string_tells_the_engine(streams: Streams, engine: FakeEngine, to
     assert len(responder.sent) == 1
 
 
+@pytest.mark.usefixtures("without_probes")
 def test_a_request_whose_tokens_cannot_be_handled_ends_alone(
     streams: Streams, engine: FakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(stream: TextStream, token_ids: list[int]) -> str:
         raise ValueError("no such token")
 
-    monkeypatch.setattr(Stream, "check_client", lambda stream: False)  # nobody would acknowledge a probe
     other = submit(streams, tokenizer)
     responder = submit(streams, tokenizer, stop_words=("b",))
     monkeypatch.setattr(TextStream, "push", fail)
