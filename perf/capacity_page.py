@@ -18,7 +18,8 @@ import click
 from perf.capacity import SUSTAINED, best, cost, stored_capacities, stored_validation
 from perf.record import RESULTS, ROOT
 from perf.replica_choice import POLICIES
-from perf.report import capacity_cells, capacity_headings, table, validation_table
+from perf.report.markdown import grid
+from perf.report.simulations import capacity_table, validation_table
 
 PAGE = ROOT / "docs" / "capacity.md"
 FOLDER = ROOT / "docs" / "capacity"
@@ -106,7 +107,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """By the name of the place in the page."""
     found = {"validation": [*validation_table(stored_validation()), "", validation_errors()]}
     for result in results:
-        found[f"rates of {result['model']}"] = table(capacity_headings(), map(capacity_cells, result["rows"]))
+        found[f"rates of {result['model']}"] = capacity_table(result["rows"])
     rows = []
     for result in results:
         for row in best(result["rows"], FIRST_TOKEN_SECONDS):
@@ -116,7 +117,7 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
             rows.append([result["model"], str(result["gpus"]), *load, *(f"{one:.2f}" for one in dollars.values())])
     headings = ["model", "GPUs a replica", "replicas", "policy", "requests/s and replica", "first token p99, ms"]
     headings += ["$ for a million output tokens", "of all tokens"]
-    found["cost"] = table(headings, [row for row, before in zip(rows, [None, *rows], strict=False) if row != before])
+    found["cost"] = grid(headings, [row for row, before in zip(rows, [None, *rows], strict=False) if row != before])
     return found
 
 

@@ -28,7 +28,7 @@ from lightllm_backend.config import ENVIRONMENT_PREFIX, EngineConfig
 from perf.cases import Case, SizeList
 from perf.engine_under_test import EngineUnderTest, engine_under_test
 from perf.record import RESULTS, circumstances, gpu_name, write_result
-from perf.report import long_context
+from perf.report.engine import long_context
 from perf.shapes import LENGTHS, SHAPES
 from perf.static_inference import measure
 

@@ -33,7 +33,7 @@ from lightllm_backend.launch.embedded_model import MODEL_NAME, embedded_model_di
 from lightllm_backend.text.tokenizer import Tokenizer
 from perf.engine_under_test import engine_under_test
 from perf.record import RESULTS, circumstances, gpu_name, write_result
-from perf.report import perplexity_table
+from perf.report.engine import perplexity_table
 from tests.models.quantization import checkpoints
 
 TEXT = Path(__file__).with_name("data") / "address_1954.txt"

@@ -28,7 +28,7 @@ from lightllm_backend.runner.compile_ahead import compile_ahead
 from perf.cases import SizeList
 from perf.decode_step import DTYPE, DecodeStep
 from perf.record import RESULTS, circumstances, write_result
-from perf.report import rank_step
+from perf.report.engine import rank_step
 from perf.shapes import SHAPES
 from perf.static_inference import WEIGHT_DTYPES
 from perf.step_profile import Activity, activities_of

@@ -201,7 +201,7 @@ ALLOWED = {
     ),
     "runner.stream_gate": (),
     "runner.mask_buffers": ("runner.stream_gate",),
-    "runner.token_masks": ("request", "runner.mask_buffers", "runner.staging", "runner.stream_gate"),
+    "runner.token_masks": ("request", "runner.mask_buffers", "runner.stream_gate"),
     "runner.step": (
         "kernels",
         "models.causal_lm",
@@ -487,7 +487,6 @@ ALLOWED = {
         "front.lightllm.answers",
         "front.lightllm.parameters",
         "front.state",
-        "option_table",
         "options",
         "request",
         "text.tokenizer_settings",

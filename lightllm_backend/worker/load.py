@@ -78,25 +78,15 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
     device = choose_device(config, rank)
     on_gpu = device.type == "cuda"
     directory = str(config.model_dir or embedded_model_directory())
-    shape = ModelConfig.from_directory(directory)
-    shape.check_ranks(config.tp)
-    shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
     # float32 is what a CPU is asked for where its answers are compared with those of others.
     is_exact = config.dtype == "float32"
-    if not on_gpu and not is_exact:
-        shape = shape.with_grids()
-    for warning in shape.warnings:
-        log.warning(warning)
+    shape = _read_shape(config, directory, has_grids=not on_gpu and not is_exact)
     store = meet(directory, device) if meet else ""
     parallel = TensorParallel.connect(rank, config.tp, device, store, one_host=config.nnodes == 1)
     dtype = choose_dtype(config, shape, device, parallel)
     parallel = parallel.with_symmetric_memory(config.running_max_req_size, shape.hidden_size, dtype, device)
     limits = LengthLimits.of(config, shape.max_sequence_length)
-    eos_ids = shape.eos_ids if config.eos_id is None else config.eos_id
-    if config.eos_id is not None and max(config.eos_id) >= shape.vocab_size:
-        raise ConfigError(
-            f"eos_id is {max(config.eos_id)}; allowed: ids of the model's vocabulary, < {shape.vocab_size}"
-        )
+    eos_ids = _eos_ids(config, shape)
     batch_max_tokens = config.batch_max_tokens or (GPU_BATCH_MAX_TOKENS if on_gpu else CPU_BATCH_MAX_TOKENS)
     kv_dtype = torch.int8 if config.kv_dtype == "int8" else dtype
     chosen_kernels = kernels.select(device, compiled=not is_exact)
@@ -130,32 +120,19 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
         log.warning("%s", warning)
     runner, storage = parts.runner_with(pool_tokens, limits.max_total)
     memory |= {"request tables": runner.table_bytes, "KV pool": storage.num_bytes}
+    started = time.monotonic()
     if on_gpu:
-        started = time.monotonic()
         runner.capture_graphs(buckets)
         warm_up(runner, config.running_max_req_size, limits.max_input, batch_max_tokens)
         log.info("%d CUDA graphs and warm in %.1f s", len(buckets), time.monotonic() - started)
     elif not is_exact:
-        started = time.monotonic()
         compile_on_a_cpu(runner)
         log.info("kernels compiled in %.1f s", time.monotonic() - started)
     log.info("a KV pool of %d tokens; a request has %s", pool_tokens, limits)
     if groups.num_windowed:
         log.info("layers with a window of %d keep no more than it: %s", groups.window, groups)
     log.info("memory: %s", ", ".join(f"{part} {size >> 20} MiB" for part, size in memory.items()))
-    info = EngineInfo(
-        model=os.fsencode(directory).decode(errors="replace"),
-        dtype=_name(dtype),
-        device=device.type,
-        vocab_size=shape.vocab_size,
-        eos_ids=eos_ids,
-        lengths=limits,
-        pool_tokens=pool_tokens,
-        memory=memory,
-        weight_dtype=_weight_dtype(config, shape, dtype),
-        kv_dtype=_name(kv_dtype),
-        tp=config.tp,
-    )
+    info = parts.info(directory, dtype, limits, pool_tokens, memory)
     changing = [rope for rope in set(shape.ropes) if rope.depends_on_length(limits.max_total)]
     prefixes_are_alike = all(rope.rope_type == "longrope" for rope in changing)
     recompute_at = changing[0].original_max_positions if changing and prefixes_are_alike else None
@@ -206,6 +183,45 @@ class _Parts:
         sizes = num_rows, max_length, self.eos_ids, self.shape.vocab_size
         runner = ModelRunner(self.model, storage, self.kernels, *sizes, self.device, self.groups, self.config.tp == 1)
         return runner, storage
+
+    def info(
+        self, directory: str, dtype: torch.dtype, limits: LengthLimits, pool_tokens: int, memory: dict[str, int]
+    ) -> EngineInfo:
+        return EngineInfo(
+            model=os.fsencode(directory).decode(errors="replace"),
+            dtype=_name(dtype),
+            device=self.device.type,
+            vocab_size=self.shape.vocab_size,
+            eos_ids=self.eos_ids,
+            lengths=limits,
+            pool_tokens=pool_tokens,
+            memory=memory,
+            weight_dtype=_weight_dtype(self.config, self.shape, dtype),
+            kv_dtype=_name(self.kv_dtype),
+            tp=self.config.tp,
+        )
+
+
+def _read_shape(config: EngineConfig, directory: str, has_grids: bool) -> ModelConfig:
+    """The model's configuration with the types of weights that the settings ask for; logs its warnings."""
+    shape = ModelConfig.from_directory(directory)
+    shape.check_ranks(config.tp)
+    shape = shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
+    if has_grids:
+        shape = shape.with_grids()
+    for warning in shape.warnings:
+        log.warning(warning)
+    return shape
+
+
+def _eos_ids(config: EngineConfig, shape: ModelConfig) -> tuple[int, ...]:
+    if config.eos_id is None:
+        return shape.eos_ids
+    if max(config.eos_id) >= shape.vocab_size:
+        raise ConfigError(
+            f"eos_id is {max(config.eos_id)}; allowed: ids of the model's vocabulary, < {shape.vocab_size}"
+        )
+    return config.eos_id
 
 
 def _size_pool(parts: _Parts, parallel: TensorParallel, limits: LengthLimits, buckets: list[Bucket]) -> tuple[int, int]:

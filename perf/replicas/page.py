@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from perf.record import RESULTS, ROOT
-from perf.report import chaos_table, throughput_table
+from perf.report.servers import chaos_table, throughput_table
 
 PAGE = ROOT / "docs" / "replicas.md"
 

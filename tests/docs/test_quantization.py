@@ -13,7 +13,7 @@ from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FI
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
 from perf.perplexity import RESULT
 from perf.record import RESULTS
-from perf.report import perplexity_table
+from perf.report.engine import perplexity_table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import tokenizers
 
 from lightllm_backend.launch.embedded_model import embedded_model_directory
-from tests.e2e.server import TritonServer, engine_environment, free_ports, get
+from tests.e2e.server import TritonServer, engine_environment, get
+from tests.free_ports import free_ports
 from tests.polling import poll
 
 START_SECONDS = 120.0

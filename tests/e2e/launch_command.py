@@ -18,7 +18,8 @@ import psutil
 
 from lightllm_backend.environment import STUB
 from lightllm_backend.launch.guard import identity, is_alive
-from tests.e2e.server import REPOSITORY, engine_environment, free_ports
+from tests.e2e.server import REPOSITORY, engine_environment
+from tests.free_ports import free_ports
 from tests.polling import poll
 
 PROGRAM = """

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import psutil
 
 from lightllm_backend.launch.http_sockets import enlarge_message_buffers
 from lightllm_backend.triton_server.executable import command, completion_options
+from tests.free_ports import free_ports
 from tests.polling import poll
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -30,16 +30,6 @@ class ServerEnded(RuntimeError):
     def __init__(self, exit_code: int, log: str) -> None:
         super().__init__(f"tritonserver ended with exit code {exit_code} before it was ready:\n{log}")
         self.exit_code = exit_code
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports: list[int] = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class TritonServer:

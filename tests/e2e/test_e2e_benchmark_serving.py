@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from lightllm_backend.launch.embedded_model import embedded_model_directory
 from perf.benchmark_serving import main
-from perf.report import serving
+from perf.report.serving import serving
 from tests.e2e.server import TritonServer
 from tests.polling import poll
 

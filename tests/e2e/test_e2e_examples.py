@@ -13,7 +13,8 @@ import pytest
 
 import lightllm_client
 from lightllm_client import LightLLMClient
-from tests.e2e.server import TritonServer, free_ports
+from tests.e2e.server import TritonServer
+from tests.free_ports import free_ports
 
 pytestmark = pytest.mark.e2e
 

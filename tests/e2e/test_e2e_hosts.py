@@ -11,7 +11,7 @@ import pytest
 from lightllm_backend.config import EngineConfig
 from lightllm_client import LightLLMClient, Unavailable
 from tests.e2e.launch_command import LaunchCommand
-from tests.e2e.server import free_ports
+from tests.free_ports import free_ports
 from tests.polling import poll
 from tests.worker.process_harness import further_host, kill_all
 

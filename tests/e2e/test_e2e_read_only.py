@@ -17,7 +17,7 @@ import pytest
 from lightllm_backend.triton_server import executable
 from tests.deploy.helm import rendered
 from tests.deploy.test_chart import container, pods
-from tests.e2e.server import free_ports
+from tests.free_ports import free_ports
 from tests.polling import poll
 
 pytestmark = [pytest.mark.e2e, pytest.mark.soak]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightllm_backend.request import SamplingParams
-from tests.e2e.server import free_ports
+from tests.free_ports import free_ports
 from tests.runner.engine_harness import save_random_llama, transformers_greedy
 from tests.worker.process_harness import TIMEOUT, configuration, further_host, kill_all, started
 

@@ -3,26 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
 
+from tests.free_ports import free_ports
 from tests.launch.command_line import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture

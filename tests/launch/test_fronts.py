@@ -15,7 +15,7 @@ import pytest
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch import fronts
 from lightllm_backend.launch.fronts import Fronts, front_environment, listening_socket
-from tests.launch.conftest import free_ports
+from tests.free_ports import free_ports
 from tests.polling import poll
 
 # Answers each connection with its process id, and ends at the end of its standard input.

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from lightllm_backend.launch.guard import identity
+from tests.free_ports import free_ports
 from tests.launch.command_line import options
-from tests.launch.conftest import free_ports
 from tests.polling import poll
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,8 @@ import torch
 from click.testing import CliRunner
 
 from lightllm_backend.parallel import TensorParallel
-from perf import decode_step, power_limit, report
+from perf import decode_step, power_limit
+from perf.report import engine
 from perf.shapes import SHAPES
 from tests.models.thread_parallel import run_ranks
 
@@ -50,6 +51,6 @@ def test_power_is_told_beside_the_limit() -> None:
         "model": "tiny", "context": 9, "machine": {"gpu": "a GPU", "cpu": "a CPU", "cores": 2}, "rows": [row],
         "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2", "triton": "3"},
     }  # fmt: skip
-    lines = report.power_limit(result)
+    lines = engine.power_limit(result)
     assert "limit 700 W" in lines[0]
     assert lines[-1] == "| 8 | 2.00 | 2.50 | 600 | 1,500 | 1.50 |"

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 from lightllm_backend.kernels import launchers
 from perf import kernels as benchmarks
-from perf import report
 from perf.kernels import measure as measuring
 from perf.kernels import pool
 from perf.kernels.measure import Case, Place, benchmark, difference, measure
+from perf.report import engine
 
 command = importlib.import_module("perf.kernels.__main__")
 
@@ -86,7 +86,7 @@ def test_a_row_says_how_near_the_limit_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert row["bytes_per_second"] == pytest.approx(1e12)
     assert row["share"] == pytest.approx(0.5)  # 5 µs for the arithmetic, 2.5 µs for the bytes
     assert row["torch_us"] == {"linear": pytest.approx(10)}
-    lines = report.kernels(result_of([row]))
+    lines = engine.kernels(result_of([row]))
     assert "| linear: small, 2 x 128 x 64 | 10.0 | 1,000 | 400 | 0.50 | linear 10.0 |" in lines
 
 
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = dataclasses.replace(benchmark("gelu_tanh").case(PLACE, 2, 96), tolerance=-1.0)
     row = measure("gelu_tanh", case, LIMITS)
     assert row["is_wrong"]
-    assert "| gelu_tanh: 2 x 96 | wrong |  |  |  |  |" in report.kernels(result_of([row]))
+    assert "| gelu_tanh: 2 x 96 | wrong |  |  |  |  |" in engine.kernels(result_of([row]))
 
 
 def test_the_command_tells_and_stores_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

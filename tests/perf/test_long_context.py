@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from perf import long_context, report
+from perf import long_context
+from perf.report import engine
 
 
 def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,7 @@ def test_it_runs_with_both_lengths_and_is_reported(tmp_path: Path, monkeypatch: 
     assert "long" not in short
     for row in result["rows"]:
         assert [step["batch"] for step in row["steps"]] == [1, 2]
-    lines = report.SECTIONS["long_context"](result)
+    lines = engine.long_context(result)
     assert f"{longest['long']['prefill_seconds']:.2f}" in lines[-2]
     assert lines[-2].startswith("| 16,384 |")
     assert lines[-1].startswith("| 304 |")

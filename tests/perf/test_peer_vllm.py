@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from perf import peer, peer_vllm, report
+from perf import peer, peer_vllm
+from perf.report import engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def test_its_results_stand_beside_ours(vllm: StandIn, tmp_path: Path, monkeypatc
         "versions": {"torch": None, "triton": None},
         "rows": [{"batch": 40, "prompt_tokens": 5120, "output_len": 128, "mixed": False, "step_ms": 4.0}],
     }  # fmt: skip
-    *_, heading, _, row = report.static_inference(ours)
+    *_, heading, _, row = engine.static_inference(ours)
     cells = dict(zip(heading.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert cells["vLLM 0.26.0 awq, ms"] == "10.00"
     assert cells["vLLM 0.26.0 awq, tokens/s"] == "102,400"

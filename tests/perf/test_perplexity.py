@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightllm_backend.text.tokenizer import Tokenizer
 from perf import perplexity
 from perf.model_directory import TOKENIZER
-from perf.report import perplexity_table
+from perf.report.engine import perplexity_table
 from perf.shapes import SHAPES
 
 WINDOW = 48

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from perf import prefix_cache, report
+from perf import prefix_cache
+from perf.report import engine
 
 
 def test_it_runs_with_and_without(tmp_path: Path) -> None:
@@ -18,5 +19,5 @@ def test_it_runs_with_and_without(tmp_path: Path) -> None:
     without, with_cache = result["rows"]
     assert [row["prefix_cache"] for row in result["rows"]] == [False, True]
     assert all(row[name] > 0 for row in (without, with_cache) for name in ("first_ms", "next_ms", "burst_ms"))
-    lines = report.SECTIONS["prefix_cache"](result)
+    lines = engine.prefix_cache(result)
     assert f"{with_cache['next_ms']:.1f}" in lines[-1]

@@ -3,8 +3,8 @@
 
 import pytest
 
-from perf import report
 from perf.rank_step import parts_of
+from perf.report import engine
 from perf.step_profile import Activity
 
 STEP = [  # of two layers; names and the time until the end, after the kernel before
@@ -45,7 +45,7 @@ def test_the_table_tells_what_is_beyond_a_share() -> None:
             "ranks": {"step_ms": 0.75, "parts": {"attention": 6.0, "norms, with their sums": 9.0}},
         }],
     }  # fmt: skip
-    lines = report.rank_step(result)
+    lines = engine.rank_step(result)
     assert lines[2:] == [
         "| batch 32 | one GPU | 1/2 of it | 2 GPUs | beyond |",
         "| --: | --: | --: | --: | --: |",

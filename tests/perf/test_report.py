@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perf.report import INTRODUCTION, PAGE, page, stored_results
+from perf.report.__main__ import INTRODUCTION, PAGE, page, stored_results
 
 PERF = PAGE.parent
 

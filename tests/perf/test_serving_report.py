@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perf.benchmark_serving import result_path
-from perf.report import front_share, server_share, serving, weights_gain
+from perf.report.serving import front_share, server_share, serving, weights_gain
 from perf.serving.plots import write_plots
 
 LATENCY = {"mean": 0.01, "p50": 0.0123, "p90": 0.02, "p99": 0.0456}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from perf.report import soak
+from perf.report.servers import soak
 from perf.soak.__main__ import Sample, growth
 from perf.soak.clients import Ask, http_end
 

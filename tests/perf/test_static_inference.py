@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from perf import peer, report, static_inference
+from perf import peer, static_inference
 from perf.cases import Case
 from perf.engine_under_test import BatchRun
 from perf.model_cost import ModelCost
+from perf.report import engine
 
 
 class EngineOfKnownSpeed:
@@ -110,7 +111,7 @@ def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
     plot = tmp_path / "static_inference_tiny_head_int8_cpu.svg"
     assert ">mixed, 8 + 8 tokens<" in plot.read_text()
     assert plot.stat().st_size < 100_000
-    lines = report.static_inference(result)
+    lines = engine.static_inference(result)
     assert sum(line.startswith("| ") for line in lines) == 2 + 4
     assert "floor" not in lines[2], "there is none on a CPU"
     assert not any("vLLM" in line or "unquantised" in line for line in lines)
@@ -119,7 +120,7 @@ def test_it_runs_on_a_cpu_and_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
     for row, plain in zip(quantised["rows"], result["rows"], strict=True):
         assert row["prefill_ratio"] == row["prefill_tokens_per_second"] / plain["prefill_tokens_per_second"]
         assert row.get("step_ratio", 0.0) == row.get("step_ms", 0.0) / plain.get("step_ms", 1.0)
-    title, _, heading, *_ = report.static_inference(quantised)
+    title, _, heading, *_ = engine.static_inference(quantised)
     assert title.startswith("**tiny, float32, weights int4, head int8, tp 1**")
     assert "| of unquantised tokens/s |" in heading
     assert "| of the unquantised step |" in heading

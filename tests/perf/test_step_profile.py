@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from perf import report, step_profile
+from perf import step_profile
+from perf.report import engine
 from perf.step_profile import Activity, HostTimes, cases_for, summarize
 
 
@@ -52,12 +53,12 @@ def test_it_tells_the_host_s_times_on_a_cpu(options: list[str], tmp_path: Path) 
     assert [row["batch"] for row in result["rows"]] == [2, 3]
     # Chunks of 64 of 150 prompt tokens each.
     assert [row["steps"] for row in result["rows"]] == ([5, 8] if options else [2, 2])
-    assert report.step_profile(result)[-1].endswith(" | – |")
+    assert engine.step_profile(result)[-1].endswith(" | – |")
     for row in result["rows"]:
         assert 0 < row["launch_ms"] < row["wall_ms"] * 2
         assert all(row[f"{name}_ms"] >= 0 for name in HostTimes._fields)
         row.update(summarize([Activity("one_kernel", 0, 7), Activity("another", 9, 10)], 1))
-    lines = report.step_profile(result)
+    lines = engine.step_profile(result)
     assert any("`one_kernel` | 0.007 | 0.007" in line for line in lines)
     assert any(line.startswith("| 3 |") and line.endswith("| 20.0% |") for line in lines)
 

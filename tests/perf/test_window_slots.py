@@ -6,7 +6,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from perf import report, window_slots
+from perf import window_slots
+from perf.report import simulations
 
 
 def test_what_a_sequence_holds_with_and_without_groups(tmp_path: Path) -> None:
@@ -24,5 +25,5 @@ def test_what_a_sequence_holds_with_and_without_groups(tmp_path: Path) -> None:
     assert 0 <= grouped["last_bytes"] - in_slots * 8 * layer_bytes < 6 * 8 * layer_bytes, "rounded to a token"
     # Two decode in 26,278 of 65,536 slots; the prompt of a third would take 48,000 in its step.
     assert (whole["at_once"], grouped["at_once"]) == (1, 2)
-    lines = report.SECTIONS["window_slots"](result)
+    lines = simulations.window_slots(result)
     assert lines[-1].startswith("| Gemma 3 12B | yes | 6 of 8 layers | ")

@@ -4,7 +4,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from lightllm_backend.environment import original_environment
 from lightllm_backend.triton_server import executable as tritonserver
 from lightllm_backend.triton_server.executable import command
+from tests.free_ports import free_ports
 
 START_LIMIT_SECONDS = 60
 
@@ -158,14 +158,6 @@ def test_a_missing_libpython_names_the_package_to_install(
     monkeypatch.setattr(tritonserver, "_library_directories", lambda: iter([tmp_path]))
     with pytest.raises(tritonserver.TritonServerError, match=r"apt-get install libpython3\.\d+$"):
         command([], empty_path)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lightllm_backend.messages.engine_messages import Cancel
 from lightllm_backend.worker import __main__ as worker_command
 from lightllm_backend.worker import host_group, load
 from lightllm_backend.worker.host_group import SHARED_SETTINGS, Card, join, lead, use_interface_of
-from tests.e2e.server import free_ports
+from tests.free_ports import free_ports
 from tests.polling import poll
 from tests.runner.engine_harness import save_random_llama
 

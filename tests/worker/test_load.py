@@ -93,6 +93,11 @@ def test_a_pool_beyond_the_memory_of_a_cpu_is_refused(tmp_path) -> None:
         load_engine(config)
 
 
+def test_an_eos_id_beyond_the_vocabulary_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"eos_id is 1000000; allowed: ids of the model's vocabulary, < \d+$"):
+        load_engine(replace(dummy_model(tmp_path), eos_id=(1, 1000000)))
+
+
 def test_a_dtype_that_does_not_exist_is_refused_on_a_cpu_as_well(tmp_path) -> None:
     with pytest.raises(ModelError, match="torch_dtype is 'bfloat17'; allowed: bfloat16, float16, "):
         load_engine(dummy_model(tmp_path, torch_dtype="bfloat17"))
