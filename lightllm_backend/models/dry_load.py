@@ -32,12 +32,12 @@ from lightllm_backend.parallel import TensorParallel
 FAULT = 2
 
 
-def dry_load(directory: str, tp: int, weight_dtype: str = "auto", head_dtype: str = "auto") -> None:
+def dry_load(directory: str | Path, tp: int, weight_dtype: str = "auto", head_dtype: str = "auto") -> None:
     """Raise the ModelError that a worker with these settings would raise, unless only values of weights tell it."""
     shape = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, head_dtype, tp)
     # All ranks check alike: a tensor's shape is that of the whole model.
-    parallel, device = TensorParallel(0, tp), torch.device("meta")
-    model = model_class(shape.architecture)(shape, reference, parallel, torch.float32, device, max_length=1)
+    parallel, device, max_length = TensorParallel(0, tp), torch.device("meta"), 1
+    model = model_class(shape.architecture)(shape, reference, parallel, torch.float32, device, max_length)
     # Files of torch.save from before torch 1.6 are no archives: reading their headers would read all of them.
     if all(path.suffix == ".safetensors" or is_whole_archive(path) for path in find_weight_files(Path(directory))):
         check_weights(model, directory)
