@@ -87,7 +87,8 @@ class WeightSlot:
         dtypes = self.dtypes
         if source.dtype not in dtypes:
             needed = f"{'one of ' if len(dtypes) > 1 else ''}{', '.join(dtypes)} is needed"
-            if source.dtype not in FLOATS and dtypes is FLOATS:
+            # Scales and biases beside a quantised weight are floats as well.
+            if source.dtype not in FLOATS and dtypes is FLOATS and source.name.endswith(".weight"):
                 needed += ": an unquantised checkpoint, or a config.json that says how this one is quantised"
             raise ModelError(f"{source.path}: {source.name} has the dtype {source.dtype}; {needed}")
         if source.shape not in (self.full_shape, *self.shapes):
