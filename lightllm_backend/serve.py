@@ -37,6 +37,7 @@ from lightllm_backend.command_line import CONTEXT_SETTINGS, USAGE_ERROR, setting
 from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_KEY_VARIABLE, ConfigError, EngineConfig
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.front.generation_defaults import read_generation_defaults
+from lightllm_backend.launch.checkpoint import check_checkpoint
 from lightllm_backend.launch.closed_apis import closing_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.fronts import check_front, front_environment
@@ -46,7 +47,6 @@ from lightllm_backend.launch.service import Service
 from lightllm_backend.launch.trace_options import TraceError, trace_options
 from lightllm_backend.messages.run_directory import RunDirectoryError, check_run_directory
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.find_weights import check_weight_files
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.text.model_tokenizer import load_tokenizer
 from lightllm_backend.text.tokenizer_settings import TokenizerError
@@ -113,8 +113,7 @@ def prepare(
         shape.check_ranks(config.tp)
         shape.with_weight_dtype(config.weight_dtype, config.head_dtype, config.tp)
         load_tokenizer(model_dir, config)
-        if config.load_format != "dummy":
-            check_weight_files(model_dir)
+        check_checkpoint(model_dir, config)
     except PermissionError as error:
         raise ServeError(
             f"model_dir is {model_dir} ({error.filename}: {error.strerror}); allowed: a directory that user"

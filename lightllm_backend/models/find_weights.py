@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the weight files of a model directory, and checks them as far as their headers tell. Imports no torch.
 
-The launch command checks before it starts anything; the worker meets the same faults with the same messages.
+launch/checkpoint.py checks before anything is started; the worker meets the same faults with the same messages.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.finite_weights import FiniteWeights
 from lightllm_backend.models.unsupported import refuse_quantized
 from lightllm_backend.models.weight_files import FLOATS, Source, opened, weight_files
 
@@ -42,7 +43,7 @@ class WeightSlot:
     """The destination of one tensor of a checkpoint.
 
     `target` is a parameter, or this tensor's rows of a fused one. It takes this rank's part of the tensor, which has
-    `full_shape`: along dimension `dim`, from `start` on.
+    `full_shape`, or one of `shapes`, which mean the same: along dimension `dim`, from `start` on.
     """
 
     target: Tensor
@@ -51,6 +52,8 @@ class WeightSlot:
     start: int = 0
     mean: float = 0.0  # of dummy weights
     offset: float = 0.0  # added to the checkpoint's numbers
+    dtypes: Sequence[str] = FLOATS  # that the tensor may have
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     is_optional: ClassVar[bool] = False  # the checkpoint may lack the tensor
 
@@ -74,22 +77,31 @@ class WeightSlot:
         """The memory that the slot fills."""
         return self.target.nbytes
 
-    def check(self, source: Source, dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]] = ()) -> None:
-        """Raise ModelError unless the tensor has one of these dtypes, and the slot's shape or one of `shapes`."""
+    @property
+    def targets(self) -> list[Tensor]:
+        """What the tensor fills."""
+        return [self.target]
+
+    def check(self, source: Source) -> None:
+        """Raise ModelError unless the tensor has a dtype and a shape that the slot takes. Reads none of its values."""
+        dtypes = self.dtypes
         if source.dtype not in dtypes:
             needed = f"{'one of ' if len(dtypes) > 1 else ''}{', '.join(dtypes)} is needed"
-            if source.dtype not in FLOATS and dtypes is FLOATS:
+            # Scales and biases beside a quantised weight are floats as well.
+            if source.dtype not in FLOATS and dtypes is FLOATS and source.name.endswith(".weight"):
                 needed += ": an unquantised checkpoint, or a config.json that says how this one is quantised"
             raise ModelError(f"{source.path}: {source.name} has the dtype {source.dtype}; {needed}")
-        if source.shape not in (self.full_shape, *shapes):
+        if source.shape not in (self.full_shape, *self.shapes):
             raise ModelError(
                 f"{source.path}: {source.name} has the shape {list(source.shape)}; "
                 f"config.json makes it {list(self.full_shape)}"
             )
 
     def fill(self, source: Source) -> None:
-        """Load this rank's part of a checkpoint's tensor. Raises ModelError if the tensor is not what is expected."""
-        self.check(source, FLOATS)
+        """Load this rank's part of a checkpoint's tensor, which `check` has let pass.
+
+        Raises ModelError if its values are not what is expected.
+        """
         self.target.copy_(source.read(self.part()))
         if self.offset != 0:
             self.target.add_(self.offset)
@@ -129,6 +141,14 @@ class JoinedSlot(WeightSlot):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return [target for part in self.parts for target in part.targets]
+
+    def check(self, source: Source) -> None:
+        for part in self.parts:
+            part.check(source)
 
     def fill(self, source: Source) -> None:
         for part in self.parts:
@@ -191,40 +211,56 @@ def load_weights(model: HasWeights, directory: str | Path, progress: bool = True
     folder = Path(directory)
     files = weight_files(folder)
     slots = _slots(model, files)
-    names = _check_names(model, folder, files, slots)
+    names = _check_headers(model, folder, files, slots)
+    finite = FiniteWeights()
     with tqdm(total=len(names), desc="Loading weights", unit="tensor", disable=not progress) as bar:
         for path in files:
             with opened(path) as sources:
                 for source in sources.values():
                     if source.name in names:
-                        slots[names[source.name]].fill(source)
+                        slot = slots[names[source.name]]
+                        slot.fill(source)
+                        finite.note(source, slot.targets)
                         bar.update()
+    finite.check()
     for name in names.values():
         slots[name].finish()
     model.arrange_weights()
 
 
-def _check_names(model: HasWeights, folder: Path, files: list[Path], slots: Mapping[str, WeightSlot]) -> dict[str, str]:
+def check_weights(model: HasWeights, directory: str | Path) -> None:
+    """Raise the ModelError that load_weights would for the names, shapes and dtypes of tensors.
+
+    Reads the files' headers alone, so the model may be on torch's device `meta`, where parameters have no memory.
+    """
+    folder = Path(directory)
+    files = weight_files(folder)
+    _check_headers(model, folder, files, _slots(model, files))
+
+
+def _check_headers(
+    model: HasWeights, folder: Path, files: list[Path], slots: Mapping[str, WeightSlot]
+) -> dict[str, str]:
     """Return the weight map's names of the checkpoint's tensors, by theirs; raise ModelError unless the two match.
 
-    Reads no weights, so that a missing tensor is told before minutes of loading.
+    Reads no weights, so that a fault is told before minutes of loading.
     """
     names: dict[str, str] = {}
-    loaded: dict[str, Path] = {}
+    loaded: dict[str, Source] = {}
     left_over, kv_scales = [], []
     for path in files:
         with opened(path) as sources:
             refuse_quantized(path, _unknown(model, slots, sources))
-            for their_name in sources:
+            for their_name, source in sources.items():
                 name = _name_in(slots, model, their_name)
                 if name in loaded:
                     raise ModelError(
-                        f"{path}: {their_name} is in {loaded[name].name} too; one file must have it, so remove "
+                        f"{path}: {their_name} is in {loaded[name].path.name} too; one file must have it, so remove "
                         "what does not belong to the model"
                     )
                 if name in slots:
                     names[their_name] = name
-                    loaded[name] = path
+                    loaded[name] = source
                 elif their_name.endswith(KV_SCALES):
                     kv_scales.append(their_name)
                 elif not model.ignores(their_name):
@@ -233,6 +269,8 @@ def _check_names(model: HasWeights, folder: Path, files: list[Path], slots: Mapp
     if missing or left_over:
         where = files[0] if len(files) == 1 else folder
         raise ModelError(f"{where}: {_mismatch(missing, left_over)}")
+    for name, source in loaded.items():
+        slots[name].check(source)
     if kv_scales:
         log.warning(
             "%s: %d scales for K and V, like %s, are not used: the KV pool has scales of its own",
@@ -300,9 +338,14 @@ def _slots(model: HasWeights, files: list[Path]) -> dict[str, WeightSlot]:
 
 
 def _are_equal(one: Source, other: Source, slot: WeightSlot) -> bool:
-    """Whether two tensors for one slot are equal in its dtype. Neither is loaded whole."""
+    """Whether two tensors for one slot are equal in its dtype. Neither is loaded whole.
+
+    Where no values are read, tensors of the slot's shape are taken to be equal: then neither is refused in error.
+    """
     if not one.shape == other.shape == slot.full_shape:
         return False
+    if slot.target.is_meta:
+        return True
     rows, columns = slot.full_shape
     step = max(1, _COMPARED // columns)
     parts = ((slice(start, start + step),) for start in range(0, rows, step))

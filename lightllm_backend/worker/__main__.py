@@ -22,6 +22,7 @@ from lightllm_backend import logs
 from lightllm_backend.command_line import CONTEXT_SETTINGS, USAGE_ERROR, setting_options
 from lightllm_backend.config import ENVIRONMENT_PREFIX, ConfigError, EngineConfig
 from lightllm_backend.generation.supervisor import EngineSupervisor
+from lightllm_backend.launch.checkpoint import check_checkpoint
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.messages.run_directory import (
     RunDirectoryError,
@@ -31,7 +32,6 @@ from lightllm_backend.messages.run_directory import (
     run_directory_of,
 )
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.find_weights import check_weight_files
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.triton_server.setup import repository_parameters
 
@@ -49,8 +49,7 @@ def run(model_repository: str, **settings: str | None) -> NoReturn:
         config.check_host(serves=False)
         model_dir = Path(config.model_dir or embedded_model_directory())
         ModelConfig.from_directory(model_dir).check_ranks(config.tp)
-        if config.load_format != "dummy":
-            check_weight_files(model_dir)
+        check_checkpoint(model_dir, config)
         remove_stale_run_directories()
         directory = run_directory_of(os.getpid())
     except (ConfigError, EmbeddedModelError, ModelError, PermissionError, RunDirectoryError) as error:

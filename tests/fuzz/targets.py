@@ -34,7 +34,7 @@ from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.registry import ARCHITECTURES, MODEL_TYPES
 from lightllm_backend.models.rotary import RotaryEmbedding
-from lightllm_backend.models.weight_files import FLOATS, opened, weight_files
+from lightllm_backend.models.weight_files import opened, weight_files
 from lightllm_backend.models.weights import WeightSlot
 from lightllm_backend.option_table import CANONICAL, MAX_INT32, MAX_STOP_WORDS
 from lightllm_backend.options import parse_request
@@ -366,7 +366,7 @@ def check_weights(directory: Path, case: tuple[str | None, bytes]) -> None:
             with opened(path) as sources:
                 for source in sources.values():
                     assert all(isinstance(size, int) and size >= 0 for size in source.shape)
-                    WeightSlot(torch.empty(0), source.shape).check(source, FLOATS)
+                    WeightSlot(torch.empty(0), source.shape).check(source)
     except ModelError as error:
         readable(error)
 

@@ -187,8 +187,28 @@ def test_weights_that_cannot_be_read_are_told_before_anything_starts(
     (model_dir / "model.safetensors").unlink()
     if text is not None:
         (model_dir / name).write_text(text)
-    assert error in error_of(options(settings))
-    serve.prepare({**settings, "load_format": "dummy"}, ENVIRONMENT, repository)
+    assert error in error_of(options({**settings, "load_format": "auto"}))
+    serve.prepare(settings, ENVIRONMENT, repository)
+
+
+def test_weights_that_contradict_config_json_are_told_before_anything_starts(
+    settings: dict[str, str], repository: Path, model_dir: Path
+) -> None:
+    settings["load_format"] = "auto"
+    serve.prepare(settings, ENVIRONMENT, repository)
+    (model_dir / "config.json").write_text(json.dumps(MODEL | {"intermediate_size": 48}))
+    assert error_of(options(settings)) == (
+        f"error: {model_dir / 'model.safetensors'}: model.layers.0.mlp.down_proj.weight has the shape [16, 32]; "
+        "config.json makes it [16, 48]\n"
+    )
+
+
+def test_a_check_of_the_weights_that_fails_by_itself_leaves_it_to_the_workers(
+    settings: dict[str, str], repository: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model_dir / "config.json").write_text(json.dumps(MODEL | {"intermediate_size": 48}))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    serve.prepare({**settings, "load_format": "auto"}, ENVIRONMENT, repository)
 
 
 def test_a_model_that_may_not_be_read_is_told_before_anything_starts(

@@ -200,6 +200,43 @@ def test_a_wrong_shape_is_named(directory, parallel):
         loaded(directory, parallel=parallel)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("number", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_counted(directory, number, dtype):
+    tensors = tensors_of(directory)
+    down, norm = "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"
+    tensors[Q_PROJ][3, 4:6] = number
+    tensors[down][7, 8] = number
+    save_file(tensors, directory / "model.safetensors")
+    name = str(dtype).removeprefix("torch.")
+    for changed, others in ((down, "; so does 1 other tensor"), (norm, "; so do 2 other tensors")):
+        tensors[changed][5] = number
+        save_file(tensors, directory / "model.safetensors")
+        with pytest.raises(ModelError) as caught:
+            loaded(directory, dtype=dtype)
+        assert f"numbers that are NaN or infinite in {name}{others}; finite numbers are needed" in str(caught.value)
+
+
+def test_numbers_beyond_float16_are_refused_in_it_alone(directory):
+    tensors = tensors_of(directory)
+    tensors[Q_PROJ][3, 4] = 65536.0
+    save_file(tensors, directory / "model.safetensors")
+    loaded(directory)
+    with pytest.raises(ModelError) as caught:
+        loaded(directory, dtype=torch.float16)
+    assert str(caught.value) == (
+        f"{directory / 'model.safetensors'}: {Q_PROJ} holds a number that is NaN or infinite in float16; finite "
+        "numbers are needed, of at most 65504: --dtype bfloat16 or float32 has larger ones"
+    )
+
+
+def test_finite_numbers_whose_sum_is_not_are_no_fault(directory):
+    tensors = tensors_of(directory)
+    tensors[Q_PROJ].fill_(65504.0)
+    save_file(tensors, directory / "model.safetensors")
+    check_equal(loaded(directory, dtype=torch.float16), tensors)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 1000, -8])
 def test_torn_safetensors_name_the_file(directory, kept):
     path = directory / "model.safetensors"

@@ -13,7 +13,7 @@ from lightllm_backend.kernels.quantized.weight import INT4_ZERO, LIMITS, pack_in
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.matrix import StoredMatrix
 from lightllm_backend.models.quantization.slots import QuantizedSlot, scales_slot
-from lightllm_backend.models.weight_files import FLOATS, Source
+from lightllm_backend.models.weight_files import Source
 from lightllm_backend.models.weights import WeightSlot
 
 # Numbers that are quantised at once: 16 MiB of float32, and some times that for the search.
@@ -45,7 +45,6 @@ class FloatSlot(QuantizedSlot):
 
     def fill(self, source: Source) -> None:
         assert self.matrix is not None
-        self.check(source, FLOATS)
         weight = self.matrix.weight
         for rows, read in self._chunks():
             part = source.read(read).to(self.target.device).float()

@@ -13,7 +13,7 @@ from lightllm_backend.kernels.quantized.weight import pack_int4, unpack_int4
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.matrix import UNKNOWN_ORDER, StoredMatrix
 from lightllm_backend.models.quantization.scheme import Kind
-from lightllm_backend.models.weight_files import FLOATS, Source
+from lightllm_backend.models.weight_files import Source
 from lightllm_backend.models.weights import WeightSlot
 
 # Standard deviation of dummy weights, as of others.
@@ -30,13 +30,11 @@ def _unchanged(stored: Tensor) -> Tensor:
 class QuantizedSlot(WeightSlot):
     """The slot of a tensor that is converted while it is read.
 
-    `index` is what to read of the tensor; `shapes` are further shapes that it may have.
+    `index` is what to read of the tensor.
     """
 
-    dtypes: Sequence[str] = FLOATS
     index: tuple[slice, ...] = ()
     convert: Callable[[Tensor], Tensor] = _unchanged
-    shapes: tuple[tuple[int, ...], ...] = ()
     stands_for: int = 0  # weights of the model
     dummy: float | None = None  # dummy value; None: random bits
 
@@ -45,7 +43,6 @@ class QuantizedSlot(WeightSlot):
         return self.stands_for
 
     def fill(self, source: Source) -> None:
-        self.check(source, self.dtypes, self.shapes)
         read = source.read(self.index).to(self.target.device)
         values = self.convert(read).to(self.target.dtype)
         if self.target.dtype in (torch.float16, torch.float32) and not bool(torch.isfinite(values).all()):
@@ -105,7 +102,6 @@ class EqualSlot(WeightSlot):
         return 0
 
     def fill(self, source: Source) -> None:
-        self.check(source, self.dtypes)
         if not self.holds(source.read(())):
             raise ModelError(f"{source.path}: {source.name} contradicts config.json; {self.needed}")
 
@@ -117,6 +113,7 @@ class EqualSlot(WeightSlot):
 class OrderSlot(WeightSlot):
     """The slot of g_idx [in_features], the group of each input feature, by which the columns are sorted in the end."""
 
+    dtypes: Sequence[str] = ("int32", "int64")
     matrix: StoredMatrix | None = None
     found: list[Tensor] = field(default_factory=list, compare=False)
 
@@ -126,7 +123,6 @@ class OrderSlot(WeightSlot):
 
     def fill(self, source: Source) -> None:
         assert self.matrix is not None
-        self.check(source, ("int32", "int64"))
         groups = source.read(()).long()
         columns = torch.arange(len(groups))
         order = groups.argsort(stable=True)

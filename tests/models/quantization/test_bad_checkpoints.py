@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightllm_backend.models.dry_load import dry_load
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.parallel import TensorParallel
 from tests.models.quantization import checkpoints
 from tests.models.quantization.checkpoints import write_checkpoint
 from tests.models.step_harness import load_model
@@ -112,9 +114,16 @@ def write(tmp_path):
     ],
 )
 def test_a_broken_tensor_is_named(write, kind, name, change, message):
+    """Before anything starts, unless only its values tell."""
     directory = write(kind, lambda tensors: {name: change(tensors.get(name))})
-    with pytest.raises(ModelError, match=rf"{name}.*{message}|{message}"):
+    with pytest.raises(ModelError, match=rf"{name}.*{message}|{message}") as in_the_worker:
         load_model(directory)
+    if not any(told in message for told in ("has the shape", "has the dtype", "tensors are missing")):
+        dry_load(directory, tp=1)
+        return
+    with pytest.raises(ModelError) as at_launch:
+        dry_load(directory, tp=1)
+    assert str(at_launch.value) == str(in_the_worker.value)
 
 
 def test_a_bias_of_zeros_is_that_of_autogptq(write):
@@ -143,10 +152,31 @@ def test_a_bias_of_zeros_is_that_of_autogptq(write):
 def test_a_configuration_of_other_tensors(write, kind, more, message):
     directory = write(kind, **more)
     if message is None:
+        dry_load(directory, tp=1)
         load_model(directory)
         return
-    with pytest.raises(ModelError, match=message):
-        load_model(directory)
+    for load in (load_model, lambda directory: dry_load(directory, tp=1)):
+        with pytest.raises(ModelError, match=message):
+            load(directory)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("bits", "numbers"), [(0x7F, 1), (0xFF, 3)])
+def test_fp8_weights_that_are_nan_are_counted(write, bits, numbers, tp):
+    """Both of fp8's NaNs. The rest of the bytes are the greatest and least finite numbers."""
+
+    def change(tensors):
+        weight = torch.tensor([0x7E, 0xFE, 0x00, 0x80], dtype=torch.uint8).repeat(64, 16)
+        weight[5, :numbers] = bits
+        return {f"{Q}.weight": weight.view(torch.float8_e4m3fn)}
+
+    directory = write(FP8, change)
+    unlike = "a number that is" if numbers == 1 else "3 numbers that are"
+    expected = rf"model\.safetensors: {Q}\.weight holds {unlike} NaN in float8_e4m3fn; finite numbers are needed$"
+    with pytest.raises(ModelError, match=expected):
+        load_model(directory, parallel=TensorParallel(0, tp))
+    if tp == 2:
+        load_model(directory, parallel=TensorParallel(1, 2))  # holds other rows
 
 
 def test_scales_of_k_and_v_are_said_to_be_ignored(write, caplog):
