@@ -45,13 +45,15 @@ BLOCK = 128
 
 _INT = {4: Kind.INT4, 8: Kind.INT8}
 
-# By ModelOpt's `quant_algo`.
+# By ModelOpt's `quant_algo`; in mixed precision each layer has its own.
+_MIXED = "MIXED_PRECISION"
 _MODELOPT = {
     "FP8": WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=Activations.STATIC),
     "FP8_PER_CHANNEL_PER_TOKEN": WeightScheme(
         Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC
     ),
-    "fp8_pb_wo": WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.BLOCK, BLOCK),
+    # As ModelOpt 0.47 writes it, and as vLLM calls it.
+    **dict.fromkeys(("fp8_pb_wo", "FP8_PB_WO"), WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.BLOCK, BLOCK)),
     "W8A16": WeightScheme(Storage.EIGHT_BIT, Kind.INT8, Granularity.CHANNEL),
 }
 
@@ -171,7 +173,7 @@ def _fbgemm_fp8(fields: ConfigFields) -> list[Rule]:
 
 
 def _modelopt(fields: ConfigFields) -> list[Rule]:
-    if fields.get("quant_algo") == "MIXED_PRECISION":
+    if one_of(fields, "quant_algo", (*_MODELOPT, _MIXED)) == _MIXED:
         layers = fields.child("quantized_layers")
         return [Rule(Match.EXACT, name, _modelopt_scheme(layers.child(name))) for name in layers.values]
     left_out = [*names(fields, "exclude_modules"), *names(fields, "ignore")]

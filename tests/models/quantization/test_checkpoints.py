@@ -80,6 +80,15 @@ def modelopt_blocks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"][:, None, :, None]}
 
 
+def by_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As FineGrainedFP8Config(weight_block_size=None) makes it write them."""
+    return {
+        "weight": tensors["weight"],
+        "weight_scale_inv": tensors["weight_scale"].view(1, 1),
+        "activation_scale": tensors["input_scale"],
+    }
+
+
 LLAMA_LAYERS = [
     f"model.layers.{layer}.{name}_proj"
     for layer in range(3)
@@ -172,6 +181,13 @@ CASES = {
         "llama2_gqa",
         checkpoints.fp8_by_tensor(input_scale),
         {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+        rounded=fp8_static,
+    ),
+    "fp8, static, of transformers": Case(
+        "llama2_gqa",
+        checkpoints.changed(checkpoints.fp8_by_tensor(input_scale), by_transformers),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False,
+         "modules_to_not_convert": None, "modules_to_convert": None, "scale_fmt": "float", "expert_dtype": "fp8"},
         rounded=fp8_static,
     ),
     "modelopt": Case(
