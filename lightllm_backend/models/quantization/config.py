@@ -153,6 +153,8 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
     """AutoFP8's fp8, and that of DeepSeek and Qwen in blocks."""
     fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3"})
     one_of(fields, "fmt", ("e4m3", "float8_e4m3fn"))
+    if fields.has("weight_scale_semantics"):  # GPTQModel's: it divides by what it calls weight_scale_inv
+        raise fields.error("weight_scale_semantics", "null is needed, as weights are multiplied by their scales")
     activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
     chosen = activations[one_of(fields, "activation_scheme", activations)]
     left_out = [HEAD, *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]

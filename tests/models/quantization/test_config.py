@@ -212,6 +212,7 @@ ALL = ", ".join(METHODS)
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed: 'gptq', 'gptq_v2'"),
         (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic.-:\( is {}; '\(' is no regular expression"),
         (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed: \[128, 128\]"),
+        (FP8 | {"weight_scale_semantics": "inverse"}, "weight_scale_semantics is 'inverse'; null is needed"),
         (FP8 | {"activation_scheme": "token"}, "activation_scheme is 'token'; allowed: 'dynamic', 'static'"),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
