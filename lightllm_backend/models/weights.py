@@ -29,6 +29,9 @@ HEAD = "lm_head.weight"
 # Endings of the names of scales for an 8-bit KV pool, which ours, with scales of each token, has no use for.
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
+# What transformers' fp8 calls the scales of a tensor, by its last part, and what other tools call them.
+_USUAL_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
+
 # Tensors that an error names; it only counts the others.
 _NAMED = 10
 
@@ -284,7 +287,10 @@ def _check_headers(
 def _name_in(slots: Mapping[str, object], model: HasWeights, name: str) -> str:
     """The name by which the model knows a checkpoint's tensor, if it does."""
     name = model.rename(name)
-    return name if name in slots else model.prefix + name
+    layer, dot, part = name.rpartition(".")
+    usual = layer + dot + _USUAL_NAMES.get(part, part)
+    found = (known for known in (name, usual, model.prefix + usual) if known in slots)
+    return next(found, model.prefix + name)
 
 
 def _unknown(model: HasWeights, slots: Mapping[str, WeightSlot], names: Iterable[str]) -> list[str]:

@@ -194,7 +194,12 @@ _QUANTIZATIONS = (
     {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq",
      "dynamic": {"-:.*up_proj": {}, "down": {"bits": 8}}, "modules_in_block_to_quantize": [["mlp.up_proj"]]},
     {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": None, "weight_block_size": None},
+    {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32, "sym": True,
+     "data_type": "int", "extra_config": {"lm_head": {"bits": 8}, ".*up_proj": {"bits": 16}, "model.a": {}},
+     "block_name_to_quantize": [["model.layers"]]},
+    {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
     {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm*"]},
+    {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
 )  # fmt: skip
 _GROUP = {"targets": ["Linear", "re:.*up_proj"], "format": None, "output_activations": None}
 _WEIGHTS = {

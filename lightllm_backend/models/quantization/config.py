@@ -2,7 +2,8 @@
 """Reads what a model directory says of its quantisation. Every fault, and every unknown method, is a ModelError.
 
 Standard library only. The keys are those that the tools write: AutoAWQ and llm-awq, AutoGPTQ and GPTQModel, AutoFP8 and
-transformers' fine-grained fp8, NVIDIA's ModelOpt; compressed_tensors_config.py has those of compressed-tensors.
+transformers' fine-grained fp8, Meta's FBGEMM, NVIDIA's ModelOpt; auto_round_config.py and compressed_tensors_config.py
+have those of AutoRound and compressed-tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
+from lightllm_backend.models.quantization.auto_round_config import read_auto_round
 from lightllm_backend.models.quantization.compressed_tensors_config import read_compressed_tensors
-from lightllm_backend.models.quantization.fields import checked_regex, given, group_size, names, one_of
+from lightllm_backend.models.quantization.fields import (
+    HEAD,
+    checked_regex,
+    given,
+    group_size,
+    names,
+    nested_names,
+    one_of,
+)
 from lightllm_backend.models.quantization.scheme import (
     UNQUANTISED,
     Activations,
@@ -28,15 +38,24 @@ from lightllm_backend.models.quantization.scheme import (
     WeightScheme,
 )
 
-# The head's name; most tools never quantise it.
-HEAD = "lm_head"
-
 # Files beside config.json that only a quantised checkpoint has, and the method of one that does not name its own.
 QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 BLOCK = 128
 
 _INT = {4: Kind.INT4, 8: Kind.INT8}
+
+# By ModelOpt's `quant_algo`; in mixed precision each layer has its own.
+_MIXED = "MIXED_PRECISION"
+_MODELOPT = {
+    "FP8": WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=Activations.STATIC),
+    "FP8_PER_CHANNEL_PER_TOKEN": WeightScheme(
+        Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC
+    ),
+    # As ModelOpt 0.47 writes it, and as vLLM calls it.
+    **dict.fromkeys(("fp8_pb_wo", "FP8_PB_WO"), WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.BLOCK, BLOCK)),
+    "W8A16": WeightScheme(Storage.EIGHT_BIT, Kind.INT8, Granularity.CHANNEL),
+}
 
 
 def read_quantization(directory: Path, config: ConfigFields) -> Quantization:
@@ -102,15 +121,8 @@ def _gptq(fields: ConfigFields) -> list[Rule]:
     )
     rules = [] if fields.flag("lm_head") else _unquantised([HEAD])
     rules += _gptq_dynamic(fields, scheme)
-    inside = fields.get("modules_in_block_to_quantize")
-    if not inside:
-        return [*rules, _all(scheme)]
-    if not isinstance(inside, list):
-        raise fields.error("modules_in_block_to_quantize", "a list of layers' names is needed")
-    flat = [name for part in inside for name in (part if isinstance(part, list) else [part])]
-    if not all(isinstance(name, str) for name in flat):
-        raise fields.error("modules_in_block_to_quantize", "a list of layers' names is needed")
-    return [*rules, *(Rule(Match.PARTS, name, scheme) for name in flat)]
+    inside = nested_names(fields, "modules_in_block_to_quantize")
+    return [*rules, *([Rule(Match.PARTS, name, scheme) for name in inside] or [_all(scheme)])]
 
 
 def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
@@ -141,6 +153,8 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
     """AutoFP8's fp8, and that of DeepSeek and Qwen in blocks."""
     fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3"})
     one_of(fields, "fmt", ("e4m3", "float8_e4m3fn"))
+    if fields.has("weight_scale_semantics"):  # GPTQModel's: it divides by what it calls weight_scale_inv
+        raise fields.error("weight_scale_semantics", "null is needed, as weights are multiplied by their scales")
     activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
     chosen = activations[one_of(fields, "activation_scheme", activations)]
     left_out = [HEAD, *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]
@@ -153,19 +167,34 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
     return [*_unquantised(left_out), _all(scheme)]
 
 
+def _fbgemm_fp8(fields: ConfigFields) -> list[Rule]:
+    """Meta's. `activation_scale_ub`, a bound of the scales of activations, is not applied: they span all values."""
+    left_out = [HEAD, *names(fields, "modules_to_not_convert")]
+    scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC)
+    return [*_unquantised(left_out), _all(scheme)]
+
+
 def _modelopt(fields: ConfigFields) -> list[Rule]:
-    one_of(fields, "quant_algo", ("FP8",))
+    if one_of(fields, "quant_algo", (*_MODELOPT, _MIXED)) == _MIXED:
+        layers = fields.child("quantized_layers")
+        return [Rule(Match.EXACT, name, _modelopt_scheme(layers.child(name))) for name in layers.values]
     left_out = [*names(fields, "exclude_modules"), *names(fields, "ignore")]
-    scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=Activations.STATIC)
+    scheme = _modelopt_scheme(fields)
     return [*_unquantised(left_out, Match.WILDCARDS), *_unquantised(left_out), _all(scheme)]
+
+
+def _modelopt_scheme(fields: ConfigFields) -> WeightScheme:
+    return _MODELOPT[one_of(fields, "quant_algo", _MODELOPT)]
 
 
 # By config.json's `quant_method`.
 METHODS: dict[str, Callable[[ConfigFields], list[Rule]]] = {
     "awq": _awq,
     "gptq": _gptq,
+    "auto-round": read_auto_round,
     "compressed-tensors": read_compressed_tensors,
     "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
     "modelopt": _modelopt,
 }
 

@@ -15,8 +15,8 @@ _DTYPES = {Kind.INT8: ("int8",), Kind.FP8: ("float8_e4m3fn",)}
 
 
 def slots(matrix: StoredMatrix) -> dict[str, WeightSlot]:
-    """weight [out, in]; weight_scale: one number, or [out, 1], or [out / 128, in / 128], which tools but
-    compressed-tensors call weight_scale_inv; input_scale: one number."""
+    """weight [out, in]; weight_scale: one number, or [out, 1], or [out / 128, in / 128], which most tools but
+    compressed-tensors call weight_scale_inv, or of ModelOpt [out / 128, 1, in / 128, 1]; input_scale: one number."""
     rows, columns, weight = matrix.rows, matrix.columns, matrix.weight
     found: dict[str, WeightSlot] = {
         f"{matrix.name}.weight": QuantizedSlot(
@@ -41,7 +41,9 @@ def _scales(matrix: StoredMatrix) -> QuantizedSlot:
     if matrix.scheme.granularity is Granularity.CHANNEL:
         return scales_slot(matrix, (rows, 1), lambda scales: scales.view(1, -1)[:, matrix.row_slice], ((rows,),))
 
-    def by_row(blocks: Tensor) -> Tensor:
-        return blocks[:, matrix.groups].repeat_interleave(size, 0)[matrix.row_slice].t()
+    shape = (-(-rows // size), matrix.full_groups)
 
-    return scales_slot(matrix, (-(-rows // size), matrix.full_groups), by_row)
+    def by_row(blocks: Tensor) -> Tensor:
+        return blocks.view(shape)[:, matrix.groups].repeat_interleave(size, 0)[matrix.row_slice].t()
+
+    return scales_slot(matrix, shape, by_row, ((shape[0], 1, shape[1], 1),))

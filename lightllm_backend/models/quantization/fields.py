@@ -10,6 +10,9 @@ from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 
+# The head's name; most tools never quantise it.
+HEAD = "lm_head"
+
 MIN_GROUP_SIZE = 8
 
 
@@ -34,6 +37,17 @@ def names(fields: ConfigFields, key: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise fields.error(key, "a list of layers' names is needed")
     return value
+
+
+def nested_names(fields: ConfigFields, key: str) -> list[str]:
+    """The names in a list of names and of lists of names, which may be absent."""
+    value = fields.get(key)
+    parts = [] if value is None else value
+    if isinstance(parts, list):
+        found = [name for part in parts for name in (part if isinstance(part, list) else [part])]
+        if all(isinstance(name, str) for name in found):
+            return found
+    raise fields.error(key, "a list of layers' names is needed")
 
 
 def group_size(fields: ConfigFields, key: str) -> int:

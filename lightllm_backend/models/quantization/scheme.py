@@ -75,6 +75,7 @@ class Match(Enum):
     ALL = "all"
     EXACT = "exact"
     REGEX = "regex"  # from the name's beginning
+    SEARCH = "search"  # a regular expression, anywhere in the name
     PARTS = "parts"  # the pattern's dotted parts follow each other somewhere in the name
     WILDCARDS = "wildcards"  # * stands for any characters
 
@@ -92,6 +93,8 @@ class Rule:
             return name == self.pattern
         if self.match is Match.REGEX:
             return re.match(self.pattern, name) is not None
+        if self.match is Match.SEARCH:
+            return re.search(self.pattern, name) is not None
         if self.match is Match.PARTS:
             return f".{self.pattern}." in f".{name}."
         if self.match is Match.WILDCARDS:

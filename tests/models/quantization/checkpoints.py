@@ -149,6 +149,21 @@ def gptq(bits: int, group_size: int, symmetric: bool, in_order: bool, version: i
     return store
 
 
+def changed(store: Store, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Store:
+    """The same with tensors that are changed so; they mean what they meant."""
+
+    def stored(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, meant = store(name, weight)
+        return change(tensors), meant
+
+    return stored
+
+
+def without_index(store: Store) -> Store:
+    """GPTQ's tensors as AutoRound writes them, without g_idx."""
+    return changed(store, lambda tensors: {part: value for part, value in tensors.items() if part != "g_idx"})
+
+
 def packed(bits: int, group_size: int, symmetric: bool, in_order: bool = True) -> Store:
     def store(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         groups = group_index(weight.shape[1], group_size, in_order)

@@ -55,6 +55,45 @@ def fp8_static(name: str, x: torch.Tensor) -> torch.Tensor:
     return checkpoints.fp8(x, scale).float() * scale
 
 
+def auto_round(packing: str, **more: Any) -> dict[str, Any]:
+    """As AutoRound 0.16 writes it."""
+    return {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": True,
+            "data_type": "int", "iters": 200, "autoround_version": "0.16.1", **more}  # fmt: skip
+
+
+def auto_round_mixed(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    bits, size = (8, 16) if name == DOWN else (4, 32)
+    stored = checkpoints.gptq(bits, size, symmetric=True, in_order=True, version=1)
+    return checkpoints.without_index(stored)(name, weight)
+
+
+def modelopt_mixed(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Scales by channel have one dimension."""
+    if "mlp" in name:
+        return checkpoints.int8_by_channel(name, weight)
+    tensors, meant = checkpoints.fp8_by_channel(name, weight)
+    return tensors | {"weight_scale": tensors["weight_scale"].flatten()}, meant
+
+
+def modelopt_blocks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With scales of four dimensions."""
+    return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"][:, None, :, None]}
+
+
+def by_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As FineGrainedFP8Config(weight_block_size=None) makes it write them."""
+    return {
+        "weight": tensors["weight"],
+        "weight_scale_inv": tensors["weight_scale"].view(1, 1),
+        "activation_scale": tensors["input_scale"],
+    }
+
+
+LLAMA_LAYERS = [
+    f"model.layers.{layer}.{name}_proj"
+    for layer in range(3)
+    for name in (*(f"self_attn.{letter}" for letter in "qkvo"), *(f"mlp.{name}" for name in ("gate", "up", "down")))
+]
 BY_TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
 CASES = {
     "awq": Case(
@@ -91,6 +130,28 @@ CASES = {
         {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": False, "desc_act": True,
          "checkpoint_format": "gptq_v2"},
     ),
+    "AutoRound of several sorts": Case(
+        "llama2_gqa",
+        auto_round_mixed,
+        auto_round(
+            "auto_round:auto_gptq",
+            extra_config={
+                DOWN: {"bits": 8, "group_size": 16},
+                r".*layers\.2\.self_attn.*": {"bits": 16, "data_type": "float", "group_size": None},
+            },
+        ),
+        {"left_out": [f"model.layers.2.self_attn.{letter}_proj" for letter in "qkvo"]},
+    ),
+    "AutoRound, not symmetric": Case(
+        "bloom_6_heads",
+        checkpoints.without_index(checkpoints.gptq(4, 32, symmetric=False, in_order=True, version=2)),
+        auto_round("auto_round", sym=False, block_name_to_quantize="transformer.h"),
+    ),
+    "AutoRound as AWQ": Case(
+        "llama2_gqa",
+        checkpoints.awq(8),
+        auto_round("auto_round:auto_awq", sym=False, group_size=8, block_name_to_quantize=[["model.layers"]]),
+    ),
     "W4A16": Case(
         "gemma3",
         checkpoints.packed(4, 8, symmetric=False),
@@ -122,12 +183,39 @@ CASES = {
         {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
         rounded=fp8_static,
     ),
+    "fp8, static, of transformers": Case(
+        "llama2_gqa",
+        checkpoints.changed(checkpoints.fp8_by_tensor(input_scale), by_transformers),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False,
+         "modules_to_not_convert": None, "modules_to_convert": None, "scale_fmt": "float", "expert_dtype": "fp8"},
+        rounded=fp8_static,
+    ),
     "modelopt": Case(
         "llama2_gqa",
         checkpoints.fp8_by_tensor(input_scale),
         {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm*"]}},
         {"file": "hf_quant_config.json"},
         rounded=fp8_static,
+    ),
+    "modelopt of several sorts": Case(
+        "llama2_gqa",
+        modelopt_mixed,
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+            name: {"quant_algo": "W8A16" if "mlp" in name else "FP8_PER_CHANNEL_PER_TOKEN"} for name in LLAMA_LAYERS
+        }},
+        rounded=lambda name, x: x if "mlp" in name else checkpoints.fp8_by_token(name, x),
+    ),
+    "modelopt in blocks": Case(
+        "bloom_12_heads",
+        checkpoints.changed(checkpoints.fp8_in_blocks, modelopt_blocks),
+        {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo", "ignore": ["lm_head"]},
+    ),
+    "fbgemm_fp8": Case(
+        "llama2_gqa",
+        checkpoints.fp8_by_channel,
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": [DOWN]},
+        {"left_out": [DOWN]},
+        rounded=lambda name, x: x if name == DOWN else checkpoints.fp8_by_token(name, x),
     ),
     "fp8 in blocks": Case(
         "bloom_12_heads",  # 192 inputs: a block and a half

@@ -96,6 +96,71 @@ def test_the_exceptions_of_gptqmodel(tmp_path):
     )
 
 
+def auto_round(**more):
+    return {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, **more}
+
+
+def test_the_layouts_of_auto_round(tmp_path):
+    """An older name of each, too; the text without one is GPTQ's."""
+    stored = {
+        "auto_round:auto_gptq": Storage.GPTQ, "auto_round:gptq": Storage.GPTQ,
+        "auto_round:auto_awq": Storage.AWQ, "auto_round:awq": Storage.AWQ,
+        "auto_round": Storage.GPTQ_V2, "auto_round:gptqmodel": Storage.GPTQ_V2,
+    }  # fmt: skip
+    for packing, storage in stored.items():
+        scheme = quantization(tmp_path, auto_round(packing_format=packing, sym=False)).scheme(UP)
+        assert (scheme.storage, scheme.kind, scheme.has_zeros, scheme.has_order) == (storage, Kind.INT4, True, False)
+    assert quantization(tmp_path, auto_round()).scheme(UP).storage is Storage.GPTQ
+
+
+def test_the_exceptions_of_auto_round(tmp_path):
+    """Names before regular expressions, which may match anywhere, before blocks."""
+    exceptions = {
+        r"layers\.0\.": {"bits": 8},
+        UP: {"group_size": 64},
+        "lm_head": {"bits": 8, "group_size": -1, "sym": None},
+        r".*down_proj.*": {"bits": 16, "data_type": "float", "act_bits": 16},
+    }
+    found = quantization(tmp_path, auto_round(extra_config=exceptions))
+    assert (found.scheme(UP).kind, found.scheme(UP).group_size) == (Kind.INT4, 64)
+    assert (found.scheme("lm_head").kind, found.scheme("lm_head").group_size) == (Kind.INT8, 0)
+    assert found.scheme(DOWN) is None
+    assert found.scheme("model.layers.0.mlp.gate_proj").kind is Kind.INT8
+    assert quantization(tmp_path, auto_round()).scheme("lm_head") is None
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"block_name_to_quantize": "model.layers.1, model.vision"},
+        {"block_name_to_quantize": ["model.layers.1"]},
+        {"block_name_to_quantize": [["model.layers.1", "model.layers.2"]]},
+        {"to_quant_block_names": "model.layers.1"},
+    ],
+)
+def test_the_blocks_of_auto_round(tmp_path, blocks):
+    """A block's name is whole parts of a layer's: layer 11 is not in block 1."""
+    found = quantization(tmp_path, auto_round(**blocks))
+    assert found.scheme("model.layers.1.mlp.up_proj").kind is Kind.INT4
+    assert found.scheme(DOWN) is found.scheme(UP) is found.scheme("lm_head") is None
+
+
+def test_the_methods_of_modelopt(tmp_path):
+    """In the form of config.json, with what other tools read beside it."""
+    weights = {"dynamic": False, "num_bits": 8, "type": "float"}
+    config = {
+        "quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}, "producer": {"name": "modelopt"},
+    }  # fmt: skip
+    scheme = quantization(tmp_path, config).scheme(UP)
+    assert (scheme.granularity, scheme.activations) == (Granularity.CHANNEL, Activations.DYNAMIC)
+    scheme = quantization(tmp_path, config | {"quant_algo": "FP8_PB_WO"}).scheme(UP)
+    assert (scheme.granularity, scheme.activations) == (Granularity.BLOCK, Activations.AS_THEY_ARE)
+    layers = {UP: {"quant_algo": "W8A16"}}
+    found = quantization(tmp_path, config | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    assert (found.scheme(UP).kind, found.scheme(DOWN), found.scheme("lm_head")) == (Kind.INT8, None, None)
+
+
 def test_the_groups_of_compressed_tensors(tmp_path):
     """Names before regular expressions before classes, whatever the order of the groups; what is ignored, first."""
     found = quantization(
@@ -128,6 +193,7 @@ def test_the_forms_of_a_scheme(tmp_path):
 
 
 AWQ, GPTQ, FP8 = {"quant_method": "awq"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}
+MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 ALL = ", ".join(METHODS)
 
 
@@ -146,8 +212,27 @@ ALL = ", ".join(METHODS)
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed: 'gptq', 'gptq_v2'"),
         (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic.-:\( is {}; '\(' is no regular expression"),
         (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed: \[128, 128\]"),
+        (FP8 | {"weight_scale_semantics": "inverse"}, "weight_scale_semantics is 'inverse'; null is needed"),
         (FP8 | {"activation_scheme": "token"}, "activation_scheme is 'token'; allowed: 'dynamic', 'static'"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo is 'NVFP4'; allowed: 'FP8'"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "quant_algo is 'NVFP4'; allowed: 'FP8', 'FP8_PER_CHANNEL_PER_TOKEN', .*'W8A16', 'MIXED_PRECISION'",
+        ),
+        (
+            MIXED | {"quantized_layers": {UP: {"quant_algo": "W4A16_AWQ"}}},
+            rf"quantized_layers\.{UP}\.quant_algo is 'W4A16_AWQ'; allowed: 'FP8', .* 'W8A16'$",
+        ),
+        (MIXED | {"quantized_layers": [UP]}, "quantized_layers is .*; an object is needed"),
+        (auto_round(bits=3), "bits is 3; allowed: 4, 8, 16, 32"),
+        (auto_round(bits=8, packing_format="auto_round:auto_awq"), "bits is 8; allowed: 4, 16, 32"),
+        (auto_round(packing_format="auto_round:fp8_static"), "packing_format is 'auto_round:fp8_static'; allowed: 'au"),
+        (auto_round(data_type="mx_fp"), "data_type is 'mx_fp'; allowed: 'int'"),
+        (auto_round(act_bits=8), "act_bits is 8; allowed: 16, 32"),
+        (auto_round(extra_config=[UP]), "extra_config is .*; an object is needed"),
+        (auto_round(extra_config={UP: {"bits": 2}}), rf"extra_config\.{UP}\.bits is 2; allowed: 4, 8, 16, 32"),
+        (auto_round(extra_config={"(": {}}), r"extra_config\.\( is {}; '\(' is no regular expression"),
+        (auto_round(block_name_to_quantize=[1]), r"block_name_to_quantize is \[1\]; a list of layers' names"),
+        (auto_round(rotation_config={"block_size": 32}), "rotation_config is .*; null is needed"),
         (compressed(group(INT4), stored="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; allowed: 'pack-"),
         (compressed(), "config_groups is {}; at least one group"),
         (compressed(group({**INT4, "num_bits": 3})), "weights.num_bits is 3; allowed: 4, 8"),
