@@ -38,6 +38,8 @@ def engine_options(body: SamplingFields, max_tokens: int, tenant: str, defaults:
     if body.stream_options is not None and not body.stream:
         given = body.stream_options.model_dump(exclude_unset=True)
         raise refusal("stream_options", given, "null, unless stream is true")
+    if body.best_of not in (None, 1, body.n or 1):
+        raise refusal("best_of", body.best_of, "1, the value of n, or null (n answers are made, and all are returned)")
     # The engine's own default is to take the likeliest token.
     options: dict[str, Any] = {"temperature": 1.0, **defaults, "max_tokens": max_tokens}
     options.pop("do_sample", None)
