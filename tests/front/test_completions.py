@@ -105,6 +105,16 @@ def test_fields_without_effect(call: Caller, client: PretendedClient) -> None:
     assert client.calls == [("Hi", {"temperature": 1.0, "max_tokens": 16})]
 
 
+def test_a_constraint_may_come_by_both_of_its_names(call: Caller, client: PretendedClient) -> None:
+    both = {"prompt": "Hi", "guided_grammar": "start: /a/", "structured_outputs": {"grammar": "start: /a/"}}
+    assert call.post(PATH, both).status_code == 200
+    assert "start: /a/" in client.calls[-1][1]["structured_output"]
+    for other in ({"guided_grammar": "start: /b/"}, {"guided_regex": "a"}, {"allowed_token_ids": [1]}):
+        error = call.refusal(PATH, both | other)
+        assert error["message"].endswith("are given together; allowed: one of them")
+        assert error["param"] == next(iter(other))
+
+
 @pytest.mark.parametrize("best_of", [None, 1, 2])
 def test_best_of_may_be_n(call: Caller, best_of: int | None) -> None:
     answer = call.post(PATH, {"prompt": "Hi", "n": 2, "best_of": best_of}).json()

@@ -107,7 +107,9 @@ def _constraint(body: SamplingFields) -> tuple[str, str] | None:
         value = getattr(body, f"guided_{name}")
         if value is not None:
             found.append((f"guided_{name}", _constraint_text(name, value, f"guided_{name}")))
-    names = [name for name, _ in found] + ["allowed_token_ids"] * (body.allowed_token_ids is not None)
+    # guidance sends the same constraint by vLLM's older name and by its newer one.
+    names = [name for number, (name, text) in enumerate(found) if number == 0 or text != found[0][1]]
+    names += ["allowed_token_ids"] * (body.allowed_token_ids is not None)
     if found and len(names) > 1:
         raise ApiError(400, f"{', '.join(names)} are given together; allowed: one of them", names[1])
     return found[0] if found else None
