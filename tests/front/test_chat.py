@@ -73,6 +73,43 @@ def test_what_the_template_gets(call: Caller, client: PretendedClient) -> None:
     assert continued == "<user>Hi\n<assistant>So"
 
 
+@pytest.mark.parametrize("written", ['{"x": ', "[]", "[" * 100_000, "warm"])
+def test_a_call_that_went_wrong_may_come_back(front: Front, client: PretendedClient, written: str) -> None:
+    template = "{% for c in messages[0].tool_calls %}{{ c.function.arguments }}{% endfor %}"
+    caller = Caller(replace(front, chat_template=ChatTemplate(template, {})))
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": written}}
+    complaint = {"role": "tool", "tool_call_id": "1", "content": "no JSON object"}
+    response = caller.post(PATH, {"messages": [{"role": "assistant", "tool_calls": [call]}, complaint]})
+    assert response.status_code == 200
+    assert client.calls[-1][0] == written
+
+
+@pytest.mark.parametrize("field", ["reasoning_effort", "verbosity"])
+def test_hints_are_variables_of_the_template(client: PretendedClient, front: Front, field: str) -> None:
+    caller = Caller(replace(front, chat_template=ChatTemplate(f"{{{{ {field} }}}}", {})))
+    for given, prompt in ((None, ""), ("low", "low")):
+        assert caller.post(PATH, {**HELLO, field: given}).status_code == 200
+        assert client.calls[-1][0] == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{{ messages[0].role }}", "system"),
+        ("{# for developers #}{{ messages[0].role }}", "system"),
+        ("{% if messages[0].role == 'developer' %}{{ messages[0].role }}{% endif %}", "developer"),
+        ('{% if messages[0]["role"] in ["system", "developer"] %}{{ messages[0].role }}{% endif %}', "developer"),
+    ],
+)
+def test_developer_is_system_to_templates_that_do_not_know_it(
+    client: PretendedClient, front: Front, template: str, role: str
+) -> None:
+    caller = Caller(replace(front, chat_template=ChatTemplate(template, {})))
+    message = {"role": "developer", "content": "Be brief."}
+    assert caller.post(PATH, {"messages": [message, *HELLO["messages"]]}).status_code == 200
+    assert client.calls[-1][0] == role
+
+
 # What templates of models that think, like Qwen3's, do: they drop the thoughts of earlier answers, and leave the model
 # no room for new ones if the request says so.
 THINKS = (
@@ -189,8 +226,6 @@ def test_a_forced_call_constrains_the_answer(thinking: Caller, client: Pretended
     assert thinking.refusal(PATH, {**HELLO, "tools": [TOOL], "tool_choice": named})["param"] == "tools"
 
 
-ARGUMENTS = "messages.tool_calls.function.arguments"
-WRONG_CALL = {"function": {"name": "f", "arguments": "[]"}}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 
 
@@ -207,11 +242,6 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ({"tools": [TOOL, TOOL]}, "tools", "functions with different names"),
         ({"chat_template": "other"}, "chat_template", '"other"; allowed: the name of one of the model\'s: default'),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "allowed: false"),
-        (
-            {"messages": [{"role": "a", "tool_calls": [WRONG_CALL]}]},
-            ARGUMENTS,
-            '"[]"; allowed: the text of a JSON object',
-        ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "variables of the template"),
         ({"functions": []}, "functions", "null (use tools)"),
         ({"max_tokens": 0}, "max_tokens", "a whole number from 1 to 2147483647"),

@@ -97,6 +97,30 @@ def test_fields_are_the_engine_s_options(call: Caller, client: PretendedClient) 
     assert client.calls[-1][1]["logit_bias"] == '{"7": -100.0}'
 
 
+def test_fields_without_effect(call: Caller, client: PretendedClient) -> None:
+    hints = {"service_tier": "auto", "store": True, "prompt_cache_options": {"mode": "explicit"}}
+    options = {"include_usage": True, "include_obfuscation": False}
+    events = call.events(PATH, {"prompt": "Hi", "best_of": 1, **hints, "stream_options": options})
+    assert [choice["text"] for event in events for choice in event["choices"]] == ["Hel", "lo"]
+    assert client.calls == [("Hi", {"temperature": 1.0, "max_tokens": 16})]
+
+
+def test_a_constraint_may_come_by_both_of_its_names(call: Caller, client: PretendedClient) -> None:
+    both = {"prompt": "Hi", "guided_grammar": "start: /a/", "structured_outputs": {"grammar": "start: /a/"}}
+    assert call.post(PATH, both).status_code == 200
+    assert "start: /a/" in client.calls[-1][1]["structured_output"]
+    for other in ({"guided_grammar": "start: /b/"}, {"guided_regex": "a"}, {"allowed_token_ids": [1]}):
+        error = call.refusal(PATH, both | other)
+        assert error["message"].endswith("are given together; allowed: one of them")
+        assert error["param"] == next(iter(other))
+
+
+@pytest.mark.parametrize("best_of", [None, 1, 2])
+def test_best_of_may_be_n(call: Caller, best_of: int | None) -> None:
+    answer = call.post(PATH, {"prompt": "Hi", "n": 2, "best_of": best_of}).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo(call: Caller, client: PretendedClient, stream: bool) -> None:
     call.post(PATH, {"prompt": "Hi", "echo": True})
@@ -195,7 +219,8 @@ def test_the_log_probabilities_of_an_echoed_prompt(
         ("prompt", [-1], PROMPTS),
         ("stop", 7, "a string, or a list of at most 32 strings of at most 1024 bytes"),
         ("suffix", "end", "null (text cannot be inserted)"),
-        ("best_of", 3, "1 or null (n answers are made, and all are returned)"),
+        ("best_of", 3, "1, the value of n, or null (n answers are made, and all are returned)"),
+        ("best_of", "3", "a whole number"),
         ("response_format", {"type": "xml"}, "'text', 'json_object' or 'json_schema'"),
         ("stream_options", {"include_usage": False}, "null, unless stream is true"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -44,6 +45,8 @@ _TAKEN = {
     "chat_template",
     "self",
 }
+
+_DEVELOPER = re.compile(r"""["']developer["']""")  # the role, in a template
 
 
 @router.post("/chat/completions", response_model=None, responses=ERROR_RESPONSES)
@@ -113,11 +116,13 @@ def render(front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str
     variables = dict(body.chat_template_kwargs or {})
     if taken := _TAKEN & variables.keys():
         raise refusal("chat_template_kwargs", sorted(taken)[0], "variables of the template, without the others' names")
-    if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    for name in ("reasoning_effort", "verbosity"):
+        if (value := getattr(body, name)) is not None:
+            variables.setdefault(name, value)
+    knows_developer = _DEVELOPER.search(_template_text(front)) is not None
     try:
         return front.chat_template.render(
-            [_plain(message) for message in body.messages],
+            [_plain(message, knows_developer) for message in body.messages],
             body.add_generation_prompt,
             tools=choice.tools,
             documents=body.documents,
@@ -130,9 +135,15 @@ def render(front: Front, body: ChatCompletionRequest, choice: ToolChoice) -> str
         raise ApiError(400, f"messages cannot become a prompt: {error}; allowed: {allowed}", "messages") from None
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """Return a message as templates know it: its content is text, and the arguments of calls are objects."""
+def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
+    """Return a message as templates know it: its content is text, and the arguments of calls are objects.
+
+    knows_developer: the template mentions that role, which is OpenAI's newer name of system. Other templates would
+    refuse such a message or, like Qwen's, leave it out.
+    """
     plain = message.model_dump(exclude_none=True)
+    if message.role == "developer" and not knows_developer:
+        plain["role"] = "system"
     plain.setdefault("content", "")  # of a message that only calls tools; many templates join it to other text
     if isinstance(message.content, list):
         plain["content"] = "\n".join(part.text or part.refusal or "" for part in message.content)
@@ -142,17 +153,19 @@ def _plain(message: Message) -> dict[str, Any]:
     return plain
 
 
-def _arguments(given: str | dict[str, Any]) -> Any:
-    """Return the arguments of a call, an object or its text, as an object."""
+def _arguments(given: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Return the arguments of a call, an object or its text, as an object.
+
+    A text that is no JSON object stays as it is: agents send back whatever a model has written, with the tool's
+    complaint about it in the next message.
+    """
     if isinstance(given, dict):
         return given
     try:
         arguments = json.loads(given)
     except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise refusal("messages.tool_calls.function.arguments", given, "the text of a JSON object")
-    return arguments
+        return given
+    return arguments if isinstance(arguments, dict) else given
 
 
 def _options(front: Front, body: ChatCompletionRequest, tenant: str, choice: ToolChoice) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def engine_options(body: SamplingFields, max_tokens: int, tenant: str, defaults:
     if body.stream_options is not None and not body.stream:
         given = body.stream_options.model_dump(exclude_unset=True)
         raise refusal("stream_options", given, "null, unless stream is true")
+    if body.best_of not in (None, 1, body.n or 1):
+        raise refusal("best_of", body.best_of, "1, the value of n, or null (n answers are made, and all are returned)")
     # The engine's own default is to take the likeliest token.
     options: dict[str, Any] = {"temperature": 1.0, **defaults, "max_tokens": max_tokens}
     options.pop("do_sample", None)
@@ -105,7 +107,9 @@ def _constraint(body: SamplingFields) -> tuple[str, str] | None:
         value = getattr(body, f"guided_{name}")
         if value is not None:
             found.append((f"guided_{name}", _constraint_text(name, value, f"guided_{name}")))
-    names = [name for name, _ in found] + ["allowed_token_ids"] * (body.allowed_token_ids is not None)
+    # guidance sends the same constraint by vLLM's older name and by its newer one.
+    names = [name for number, (name, text) in enumerate(found) if number == 0 or text != found[0][1]]
+    names += ["allowed_token_ids"] * (body.allowed_token_ids is not None)
     if found and len(names) > 1:
         raise ApiError(400, f"{', '.join(names)} are given together; allowed: one of them", names[1])
     return found[0] if found else None

@@ -119,6 +119,7 @@ class StreamOptions(_Strict):
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
+    include_obfuscation: _WithoutEffect = None  # padding of events, which hides the lengths of tokens
 
 
 class JsonSchema(_Strict):
@@ -157,6 +158,7 @@ class SamplingFields(_Strict):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, Range(1, MAX_COPIES)] = 1
+    best_of: int | None = None
     seed: Annotated[int | None, Range(-(2**63), 2**64 - 1)] = None
     temperature: Annotated[float | None, Range(0, 100)] = None
     top_p: Annotated[float | None, Range(0, 1, exclusive=True)] = None
@@ -187,12 +189,12 @@ class SamplingFields(_Strict):
     service_tier: _WithoutEffect = None
     safety_identifier: _WithoutEffect = None
     prompt_cache_key: _WithoutEffect = None
+    prompt_cache_options: _WithoutEffect = None
     prompt_cache_retention: _WithoutEffect = None
     request_id: _WithoutEffect = None
     spaces_between_special_tokens: _WithoutEffect = None
     guided_decoding_backend: _WithoutEffect = None
 
-    best_of: _only("n answers are made, and all are returned", 1) = None  # type: ignore[valid-type]
     use_beam_search: _only("there is no beam search", False) = None  # type: ignore[valid-type]
     length_penalty: _only("there is no beam search", 1, 1.0) = None  # type: ignore[valid-type]
     bad_words: _only("words cannot be banned") = None  # type: ignore[valid-type]
@@ -317,6 +319,7 @@ class ChatCompletionRequest(SamplingFields):
     ] = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    verbosity: str | None = None
     include_reasoning: bool | None = True
 
     add_generation_prompt: bool | None = None
@@ -328,7 +331,6 @@ class ChatCompletionRequest(SamplingFields):
     echo: _only("it is of /v1/completions", False) = None  # type: ignore[valid-type]
     add_special_tokens: _only("the chat template has them", False) = None  # type: ignore[valid-type]
     modalities: Annotated[list[Literal["text"]] | None, allows("['text']")] = None
-    verbosity: _only("the model decides", "medium") = None  # type: ignore[valid-type]
     audio: _only("there is no sound") = None  # type: ignore[valid-type]
     prediction: _only("there are no predictions") = None  # type: ignore[valid-type]
     functions: _only("use tools") = None  # type: ignore[valid-type]
