@@ -66,11 +66,12 @@ def _may_hold_others(values: Tensor) -> Tensor:
     if values.element_size() > 1:
         return ~torch.isfinite(values.sum())  # a sum of finite numbers is rarely infinite
     # float8_e4m3fn has no infinities, and two NaNs: the greatest byte with a sign, and the greatest without one.
-    chunks = values.flatten().split(_CHUNK) if values.device.type == "cpu" else (values,)
+    chunks = torch.split(values.flatten(), _CHUNK) if values.device.type == "cpu" else (values,)
     found = [(chunk.view(torch.int8).amax() == 0x7F) | (chunk.view(torch.uint8).amax() == 0xFF) for chunk in chunks]
     return torch.stack(found).any()
 
 
 def _count_others(values: Tensor) -> int:
     """How many numbers are not finite. float32 has every number of the narrower dtypes."""
-    return sum(int(torch.count_nonzero(~torch.isfinite(part.float()))) for part in values.split(1024))
+    counts = [torch.count_nonzero(~torch.isfinite(part.float())) for part in torch.split(values, 1024)]
+    return int(torch.stack(counts).sum())
