@@ -104,6 +104,8 @@ def prepare(
         if owner := _OWNED_OPTIONS.get(argument.partition("=")[0]):
             raise ServeError(f"{argument} after --: this is decided by the setting {owner}; give --{owner}")
     check_run_directory()
+    check_ports(config)
+    check_front(config)
     if config.device == "cuda":
         check_gpu()
     python = config.worker_python or sys.executable
@@ -119,8 +121,6 @@ def prepare(
             f"model_dir is {model_dir} ({error.filename}: {error.strerror}); allowed: a directory that user"
             f" {os.geteuid()} may read"
         ) from None
-    check_ports(config)
-    check_front(config)
     if config.openai_port is not None and config.generation_config == "auto":
         read_generation_defaults(model_dir)
     server_arguments = [

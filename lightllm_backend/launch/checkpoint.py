@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import subprocess
 import sys
@@ -27,17 +27,18 @@ def check_checkpoint(directory: Path, config: EngineConfig) -> None:
     if config.load_format == "dummy":
         return
     check_weight_files(directory)
-    # The embedded model is of our own making. The workers' interpreter may have torch where this one lacks it.
-    if config.model_dir is None or importlib.util.find_spec("torch") is None:
+    if config.model_dir is None:  # the embedded model is of our own making
         return
+    python = config.worker_python or sys.executable
     arguments = [str(directory), str(config.tp), config.weight_dtype, config.head_dtype]
-    done = subprocess.run(
-        [sys.executable, "-m", _DRY_LOAD, *arguments],
-        check=False,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        env=package_environment(os.environ),
-    )
-    if done.returncode == _FAULT and done.stdout:
-        raise ModelError(done.stdout.strip())
+    with contextlib.suppress(OSError):
+        done = subprocess.run(
+            [python, "-m", _DRY_LOAD, *arguments],
+            check=False,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=package_environment(os.environ),
+        )
+        if done.returncode == _FAULT and done.stdout:
+            raise ModelError(done.stdout.strip())

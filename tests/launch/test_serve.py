@@ -203,12 +203,12 @@ def test_weights_that_contradict_config_json_are_told_before_anything_starts(
     )
 
 
+@pytest.mark.parametrize("python", ["/bin/false", "/absent"])
 def test_a_check_of_the_weights_that_fails_by_itself_leaves_it_to_the_workers(
-    settings: dict[str, str], repository: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], repository: Path, model_dir: Path, python: str
 ) -> None:
     (model_dir / "config.json").write_text(json.dumps(MODEL | {"intermediate_size": 48}))
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    serve.prepare({**settings, "load_format": "auto"}, ENVIRONMENT, repository)
+    serve.prepare({**settings, "load_format": "auto", "worker_python": python}, ENVIRONMENT, repository)
 
 
 def test_a_model_that_may_not_be_read_is_told_before_anything_starts(
