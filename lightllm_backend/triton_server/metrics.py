@@ -7,6 +7,7 @@ makes one: one thread carries over the collected observations, a few times a sec
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -147,14 +148,15 @@ class Metrics:
                     self._reported[sample] = 0
 
     def close(self) -> None:
-        """Stop the thread, and drop all metrics, which tells the server, while it still answers.
+        """Stop the thread, and let the metrics live as long as the process.
 
-        One that lives until the interpreter ends crashes this process: its memory shared with the server is gone then.
+        Python would destroy them as it ends, when the memory shared with the server is gone, which crashes the process.
+        Destroyed here, they would take the metrics of other processes with the same labels along: the server crashes.
         """
         self._closing.set()
         self._flusher.join()
-        self._samples.clear()  # before the families, which must outlive them
-        self._families.clear()
+        for kept in (self._samples, self._families):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
     def _flush_for_ever(self) -> None:
         """Flush until the server is gone.

@@ -2,9 +2,9 @@
 """Metrics, with a stand-in for Triton server's interface. Flushes are made by hand."""
 
 import itertools
-import weakref
+import subprocess
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -248,24 +248,15 @@ def test_the_thread_carries_over_by_itself(backend: FakeBackend, monkeypatch: py
     assert not made._flusher.is_alive()
 
 
-def test_closing_drops_all_metrics_and_then_their_families() -> None:
-    alive: list[str] = []
-    dropped: list[str] = []
-
-    def watch(made: object, kind: str) -> None:
-        alive.append(kind)
-        weakref.finalize(made, dropped.append, kind)
-
-    class Family(FakeFamily):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            watch(self, "family")
-
-        def Metric(self, **options: Any) -> FakeMetric:  # noqa: N802 (the server's name)
-            metric = FakeMetric(**options)
-            watch(metric, "metric")
-            return metric
-
-    Metrics(SimpleNamespace(MetricFamily=Family), with_engine=True).close()
-    assert alive.count("family") == len(METRICS)
-    assert dropped == sorted(alive, reverse=True)
+def test_metrics_outlive_the_interpreter() -> None:
+    """Python would destroy them as it ends, once no thread uses them."""
+    code = """
+from lightllm_backend.triton_server.metrics import Metrics
+from tests.triton_server.test_metrics import FakeBackend, FakeFamily, FakeMetric
+FakeMetric.__del__ = FakeFamily.__del__ = lambda self: print("destroyed")
+metrics = Metrics(FakeBackend(), with_engine=True)
+"""
+    stops_the_thread = "metrics._closing.set(); metrics._flusher.join()"
+    for end, is_destroyed in (("metrics.close()", False), (stops_the_thread, True)):
+        done = subprocess.run([sys.executable, "-c", code + end], check=True, capture_output=True, text=True)
+        assert ("destroyed" in done.stdout) == is_destroyed
