@@ -58,14 +58,14 @@ ALLOWED = {
     "models.quantization": (),
     "models.quantization.scheme": (),
     "models.quantization.fields": ("models.config_fields",),
-    "models.quantization.compressed_tensors_config": (
-        "models.config_fields",
-        "models.quantization.fields",
-        "models.quantization.scheme",
+    **dict.fromkeys(
+        ("models.quantization.auto_round_config", "models.quantization.compressed_tensors_config"),
+        ("models.config_fields", "models.quantization.fields", "models.quantization.scheme"),
     ),
     "models.quantization.config": (
         "models.config_fields",
         "models.errors",
+        "models.quantization.auto_round_config",
         "models.quantization.compressed_tensors_config",
         "models.quantization.fields",
         "models.quantization.scheme",
