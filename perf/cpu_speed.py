@@ -79,13 +79,26 @@ def measure(
 @click.option("--output_len", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="rounds that count")
 @click.option("--dtype", default="auto", show_default=True, help="auto: what the engine takes for the fastest")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "cpu_speed.json", help="the JSON file")
+@click.option("--weight_dtype", default="auto", show_default=True, help="of the engine; transformers has floats")
+@click.option("--out", type=click.Path(path_type=Path), help="the JSON file")
 def main(
-    model_dir: str | None, batches: str, input_len: int, output_len: int, rounds: int, dtype: str, out: Path
+    model_dir: str | None,
+    batches: str,
+    input_len: int,
+    output_len: int,
+    rounds: int,
+    dtype: str,
+    weight_dtype: str,
+    out: Path | None,
 ) -> None:
     directory = model_dir or str(embedded_model_directory())
     config = EngineConfig(
-        model_dir=directory, device="cpu", dtype=dtype, log_stats_interval=0.0, worker_python=sys.executable
+        model_dir=directory,
+        device="cpu",
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        log_stats_interval=0.0,
+        worker_python=sys.executable,
     )
     with engine_under_test(config) as engine:
         peer = Transformers(directory, engine.info.dtype)
@@ -102,10 +115,12 @@ def main(
         table.add_row(str(row["batch"]), *(f"{figure:.1f}" for figure in figures), f"{row['ratio']:.2f}")
     Console(width=100).print(table)
     result = {
-        "benchmark": "cpu_speed", "model": name, "dtype": engine.info.dtype, "threads": torch.get_num_threads(),
+        "benchmark": "cpu_speed", "model": name, "dtype": engine.info.dtype,
+        "weight_dtype": weight_dtype, "threads": torch.get_num_threads(),
         "input_len": input_len, "output_len": output_len, **circumstances(None), "rows": rows,
     }  # fmt: skip
-    write_result(out, result)
+    types = "" if weight_dtype == "auto" else f"_{weight_dtype}"
+    write_result(out or RESULTS / f"cpu_speed{types}.json", result)
 
 
 if __name__ == "__main__":

@@ -51,26 +51,37 @@ class LinearWeight:
                     f"{place.path}{name} and {parts[0].name} are quantised differently; the same scheme is needed for "
                     "matrices that are multiplied together"
                 )
-        rows = sum(part.rows for part in parts) if rows is None else rows
+        self._rows = sum(part.rows for part in parts) if rows is None else rows
+        self._dtype = place.dtype
         self.value: Weight
         if self._scheme is None:
-            self.value = place.empty(rows, columns.held)
+            self.value = place.empty(self._rows, columns.held)
         else:
-            name = place.path + parts[0].name
-            self.value = empty_weight(self._scheme, name, rows, columns, place.dtype, place.device)
+            self.value = self._empty(place.device)
         self._kernels, self._finds_grids = place.kernels, place.quantization.finds_grids
         place.weights.append(self)
 
+    def _empty(self, device: torch.device) -> QuantizedWeight:
+        assert self._scheme is not None
+        name = self._path + self._parts[0].name
+        return empty_weight(self._scheme, name, self._rows, self._columns, self._dtype, device)
+
     def arrange(self) -> None:
-        """Bring a filled weight into the order that the kernels read best; its slots are of no use from then on."""
+        """Bring a filled weight into the order that the kernels read best; its slots tell but sizes from then on."""
         if isinstance(self.value, QuantizedWeight):
-            self.value = self._kernels.arrange_weight(self.value)
+            grid = self.value.on_grid() if self._finds_grids else None
+            self.value = self._kernels.arrange_weight(self.value) if grid is None else grid
         elif isinstance(self.value, Tensor) and self._finds_grids:
             self.value = with_grid(self.value)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         slots: list[dict[str, WeightSlot]] = []
-        stored = self.value.floats if isinstance(self.value, GridWeight) else self.value
+        stored = self.value
+        if isinstance(stored, GridWeight) and self._scheme is not None:
+            stored = self._empty(torch.device("meta"))
+        elif isinstance(stored, GridWeight):
+            assert stored.floats is not None
+            stored = stored.floats
         first = 0
         for part in self._parts:
             rows = slice(first, first + part.rows)

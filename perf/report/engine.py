@@ -125,7 +125,8 @@ def cpu_speed(result: Result) -> list[str]:
         ("transformers", "{transformers_tokens_per_second:.1f}"),
         ("ratio", "{ratio:.2f}"),
     ]
-    title = f"SmolLM2-135M on a CPU, {result['dtype']}, tokens/s"
+    types = [result["dtype"], *types_of({"LIGHTLLM_WEIGHT_DTYPE": result.get("weight_dtype", "auto")})]
+    title = f"SmolLM2-135M on a CPU, {', '.join(types)}, tokens/s"
     return section(title, origin(result), table(columns, result["rows"]))
 
 

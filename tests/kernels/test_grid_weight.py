@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GridWeight: which weights have a grid, and its product against that of the floats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +11,7 @@ from lightllm_backend.kernels import compiled, reference
 from lightllm_backend.kernels.quantized import grid_weight
 from lightllm_backend.kernels.quantized.grid_weight import GridWeight, with_grid
 from tests.kernels.kernel_harness import relative_error
+from tests.kernels.quantized_weights import exact, random_weight
 
 pytestmark = pytest.mark.skipif(not grid_weight.has_kernel(torch.device("cpu")), reason="this CPU has no kernel")
 
@@ -100,3 +103,45 @@ def test_weights_that_no_grid_expresses_stay_as_they_are(monkeypatch) -> None:
     floats = on_grid(4)
     monkeypatch.setattr(grid_weight, "has_kernel", lambda device: False)
     assert with_grid(floats) is floats
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 160])
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_a_quantised_weight_lies_on_a_grid(kind, with_zeros, group_size, monkeypatch) -> None:
+    monkeypatch.setattr(grid_weight, "_CHUNK", 32 * 160)
+    quantised = random_weight(kind, 96, 160, group_size, torch.device("cpu"), with_zeros)
+    weight = quantised.on_grid()
+    assert isinstance(weight, GridWeight)
+    assert (weight.shape, weight.bits, weight.floats) == (quantised.shape, int(kind[-1]), None)
+    # Scales and zero points times scales are rounded to float16.
+    assert relative_error(weight.dequantized(), exact(quantised)) < 5e-4
+    bias = torch.randn(96)
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, 160).bfloat16()
+        product = compiled.linear(x, weight, bias.bfloat16())
+        assert relative_error(product, x.double() @ exact(quantised).t() + bias) < 1.5e-2
+        assert relative_error(product, reference.linear(x, weight, bias.bfloat16())) < 4e-3
+
+
+def test_a_scale_that_float16_lacks_is_taken_only_beside_larger_ones() -> None:
+    quantised = random_weight("int8", 64, 64, 64, torch.device("cpu"))
+    quantised.scales[0, 5] = 1e-9  # of a feature that is hardly used
+    assert isinstance(quantised.on_grid(), GridWeight)
+    for factor in (-1e-4, 1e9):
+        assert replace(quantised, scales=quantised.scales * factor).on_grid() is None
+
+
+def test_quantised_weights_that_no_grid_expresses(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    order = torch.arange(63, -1, -1, dtype=torch.int32)
+    for odd in (
+        random_weight("fp8", 64, 64, 64, cpu),
+        random_weight("int4", 64, 64, 16, cpu),
+        random_weight("int4", 48, 64, 32, cpu),
+        random_weight("int8", 64, 80, 80, cpu),
+        replace(random_weight("int4", 64, 64, 32, cpu), order=order),
+    ):
+        assert odd.on_grid() is None
+    monkeypatch.setattr(grid_weight, "has_kernel", lambda device: False)
+    assert random_weight("int4", 64, 64, 32, cpu).on_grid() is None

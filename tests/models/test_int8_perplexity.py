@@ -85,3 +85,21 @@ def test_weights_on_their_grids_cost_less_than_a_percent(model):
     quantised = perplexity(on_grids, tokens, torch.bfloat16, [64] * 5)
     assert plain != quantised
     assert abs(quantised / plain - 1) < 0.01
+
+
+@pytest.mark.skipif(not has_kernel(torch.device("cpu")), reason="this CPU has no kernel")
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_quantised_weights_on_grids_cost_less_than_a_percent(weight_dtype):
+    directory = embedded_model_directory()
+    tokens = Tokenizer.load(directory).encode(TEXT)[:257]
+    config = ModelConfig.from_directory(directory).with_weight_dtype(weight_dtype, "auto", 1)
+    exact = model_of(directory, config, None, torch.float32, 512)
+    on_grids = model_of(directory, config.with_grids(), None, torch.float32, 512, kernels.select("cpu", compiled=True))
+    weights = [layer.attention.qkv.weight for layer in on_grids.layers]
+    assert {weight.bits for weight in weights if isinstance(weight, GridWeight)} == {int(weight_dtype[-1])}
+    sizes = [[slot.nbytes for slot in model.weight_map().values()] for model in (exact, on_grids)]
+    assert sizes[0] == sizes[1]
+    plain = perplexity(exact, tokens, torch.float32, [256])
+    quantised = perplexity(on_grids, tokens, torch.float32, [64, 128, 64])
+    assert plain != quantised
+    assert abs(quantised / plain - 1) < 0.01

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GridWeight: a weight of floats that 4 or 8 bits express, multiplied in so many bits where that is quicker on a CPU.
+"""GridWeight: a weight of 4 or 8 bits for a CPU, which multiplies integers with it.
 
-Weights that were dequantised from a GGUF file lie on a grid: in each group of 32 input features they are equally spaced
-numbers. Reading those from memory takes a quarter of the bytes or half, and integers multiply faster than floats.
+Weights of so many bits lie on a grid: in each group of 32 input features they are equally spaced numbers. So do floats
+that were dequantised from a GGUF file. Reading the numbers from memory takes a quarter of the bytes of floats or half,
+and integers multiply faster than floats.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +37,7 @@ _PIECE = 32 << 20
 
 @dataclass(frozen=True)
 class GridWeight:
-    """A weight [out_features, in_features], and the same on its grid: number * scale + least.
+    """A weight [out_features, in_features] on its grid: number * scale + least; with `floats`, the same as such.
 
     `packed` [blocks, groups, bytes] uint8 is what a product reads, in order: for each block of 16 output features and
     group of 32 input features its scales [16] float16, its least weights [16] float16, and its numbers. These are
@@ -43,7 +45,7 @@ class GridWeight:
     first 16 input features in their lower halves and the others in their higher ones.
     """
 
-    floats: Tensor
+    floats: Tensor | None
     packed: Tensor
     bits: int
 
@@ -55,15 +57,16 @@ class GridWeight:
 
     @cached_property
     def shape(self) -> torch.Size:
-        return self.floats.shape
+        blocks, groups, _ = self.packed.shape
+        return torch.Size((blocks * BLOCK, groups * GROUP))
 
     def takes(self, x: Tensor) -> bool:
         """Whether the product with `x` [tokens, in_features] is that of the numbers."""
-        return x.shape[0] <= _FEW_TOKENS or x.dtype == torch.float32
+        return self.floats is None or x.shape[0] <= _FEW_TOKENS or x.dtype == torch.float32
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The plain PyTorch of the product with `x`, whose activations are rounded to 8 bits in groups of 32."""
-        if not self.takes(x):
+        if self.floats is not None and not self.takes(x):
             return functional.linear(x, self.floats, bias)
         groups = x.float().view(len(x), -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -85,20 +88,35 @@ class GridWeight:
 
 def with_grid(floats: Tensor) -> Tensor | GridWeight:
     """The weight [out_features, in_features] with its grid, or alone if it has none or this CPU no kernel for it."""
-    rows, columns = floats.shape
-    if rows % (2 * BLOCK) != 0 or columns % GROUP != 0 or not has_kernel(floats.device):
+    if not can_pack(floats.shape, floats.device):
         return floats
-    for bits in (4, 8):
-        if _packed(floats[:BLOCK], bits) is None:
-            continue
-        packed = _memory.take(rows // BLOCK, columns // GROUP, SCALE_BYTES + GROUP * bits // 8 * BLOCK)
-        step = max(BLOCK, _CHUNK // columns // BLOCK * BLOCK)
-        for first in range(0, rows, step):
-            if (chunk := _packed(floats[first : first + step], bits)) is None:
-                return floats
-            packed[first // BLOCK : (first + step) // BLOCK] = chunk
-        return GridWeight(floats, packed, bits)
-    return floats
+    bits = next((bits for bits in (4, 8) if _on_grid(floats[:BLOCK], bits)), None)
+    if bits is None:
+        return floats
+    grid = make_grid(floats.shape, bits, lambda rows: _on_grid(floats[rows], bits))
+    return floats if grid is None else replace(grid, floats=floats)
+
+
+def can_pack(shape: Sequence[int], device: torch.device) -> bool:
+    """Whether a weight [out_features, in_features] has whole groups, and whole blocks of a gate and of what it
+    multiplies, and this CPU has a kernel."""
+    return shape[0] % (2 * BLOCK) == 0 and shape[1] % GROUP == 0 and has_kernel(device)
+
+
+# For some rows of a weight: their numbers [rows, in_features], and the scales and least weights [rows, groups] float16.
+OnGrid = tuple[Tensor, Tensor, Tensor]
+
+
+def make_grid(shape: Sequence[int], bits: int, rows_on_grid: Callable[[slice], OnGrid | None]) -> GridWeight | None:
+    """Pack a weight [out_features, in_features] of this CPU, some rows at a time; None if any lie on no grid."""
+    rows, columns = shape
+    packed = _memory.take(rows // BLOCK, columns // GROUP, SCALE_BYTES + GROUP * bits // 8 * BLOCK)
+    step = max(BLOCK, _CHUNK // columns // BLOCK * BLOCK)
+    for first in range(0, rows, step):
+        if (on_grid := rows_on_grid(slice(first, first + step))) is None:
+            return None
+        packed[first // BLOCK : (first + step) // BLOCK] = _packed(*on_grid, bits)
+    return GridWeight(None, packed, bits)
 
 
 class _HugePages:
@@ -133,8 +151,8 @@ def has_kernel(device: torch.device) -> bool:
     return {"+avx2", "+f16c", "+fma"}.issubset(features)
 
 
-def _packed(floats: Tensor, bits: int) -> Tensor | None:
-    """These rows as GridWeight packs them, or None if the weights lie on no grid of so many bits.
+def _on_grid(floats: Tensor, bits: int) -> OnGrid | None:
+    """The grid of so many bits on which these rows lie, or None if there is none.
 
     In each group, 4 bits count from the least weight to the greatest, as in GGUF's Q4_1. 8 bits count from -128, of
     which the greatest magnitude is 127, as in Q8_0.
@@ -151,9 +169,14 @@ def _packed(floats: Tensor, bits: int) -> Tensor | None:
     error = torch.addcmul(least.float(), numbers, scales.float()).sub_(groups).abs_()
     if not bool((error <= tolerance * _ROUNDING).all()):  # NaN is on no grid
         return None
-    blocks, count = len(floats) // BLOCK, groups.shape[1]
-    heads = torch.cat((scales, least), -1).view(blocks, BLOCK, count, 2).permute(0, 2, 3, 1).contiguous()
-    values = numbers.to(torch.uint8).view(blocks, BLOCK, count, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+    return numbers.to(torch.uint8).flatten(1), scales.squeeze(-1), least.squeeze(-1)
+
+
+def _packed(numbers: Tensor, scales: Tensor, least: Tensor, bits: int) -> Tensor:
+    """Rows as GridWeight packs them."""
+    count = scales.shape[1]
+    heads = torch.stack((scales, least), -1).view(-1, BLOCK, count, 2).permute(0, 2, 3, 1).contiguous()
+    values = numbers.view(-1, BLOCK, count, GROUP // 4, 4).permute(0, 2, 3, 1, 4)
     if bits == 4:
         values = values[:, :, :4] | values[:, :, 4:] << 4
     return torch.cat((heads.flatten(2).view(torch.uint8), values.flatten(2)), -1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from lightllm_backend.kernels.quantized.grid_weight import GridWeight
+from lightllm_backend.kernels.quantized.grid_weight import GROUP, GridWeight, OnGrid, can_pack, make_grid
 
 # The largest magnitudes of 8-bit numbers; -128 is not used, so that the range is symmetric.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -61,6 +61,31 @@ class QuantizedWeight:
     def order_input(self, x: Tensor) -> Tensor:
         """The input [tokens, in_features] in the order of the weight's columns."""
         return x if self.order is None else x.index_select(1, self.order)
+
+    def on_grid(self) -> GridWeight | None:
+        """The weight for the kernels that are compiled for a CPU, or None if they cannot multiply by it.
+
+        They multiply by scales of float16, and take no columns in an order of their own.
+        """
+        columns = self.shape[1]
+        has_grid = self.order is None and self.values.dtype != torch.float8_e4m3fn
+        has_whole_groups = self.group_size >= columns or self.group_size % GROUP == 0
+        if not has_grid or not has_whole_groups or not can_pack(self.shape, self.values.device):
+            return None
+        exact, scales = self.scales.float(), self.scales.half()
+        # float16's numbers are farther apart than the first below 2**-14, which matters beside such scales alone.
+        if not torch.isclose(scales.float(), exact, 2.0**-10, 2.0**-12 * float(exact.abs().mean())).all():
+            return None
+        groups = torch.arange(0, columns, GROUP) // self.group_size
+        zeros = torch.full_like(scales, INT4_ZERO if self.is_int4 else 0) if self.zeros is None else self.zeros
+        least = -scales.float() * (zeros.float() + (0 if self.is_int4 else 128))
+
+        def rows_on_grid(rows: slice) -> OnGrid:
+            values = self.values[rows]
+            numbers = unpack_int4(values) if self.is_int4 else values.view(torch.uint8) ^ 128  # from -128 on
+            return numbers, scales[groups, rows].t(), least[groups, rows].t().half()
+
+        return make_grid(self.shape, 4 if self.is_int4 else 8, rows_on_grid)
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the weight."""
