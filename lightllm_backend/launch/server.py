@@ -74,16 +74,15 @@ class Server:
         return not self._waiter.is_alive()
 
     def stop(self, seconds: float) -> bool:
-        """End the server; return false if it had to be killed after `seconds`, with all its processes.
+        """End the server and what it leaves; return false if it had to be killed after `seconds`.
 
         A stub that outlives its server tells so, and may abort if it is ending at that moment.
         """
         self._process.terminate()
-        if self.ended_within(seconds):
-            return True
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        has_ended = self.ended_within(seconds)
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of its group
             os.killpg(self._process.pid, signal.SIGKILL)
-        return False
+        return has_ended
 
     def end(self) -> int:
         """Wait until the server is dead and nothing of it is left; return its exit code as a shell reports it."""
