@@ -48,6 +48,26 @@ def test_no_product_changes(kind, group_size, with_zeros, tokens, device):
     assert relative_error(parts, x.double() @ whole.t()) < TOLERANCE[DTYPE]
 
 
+@pytest.mark.parametrize(
+    ("kind", "group_size", "with_zeros"),
+    [("int4", 192, True), ("int4", 448, False), ("int8", 64, True), ("int8", 448, False), ("fp8", 128, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_it_is_written_out_in_order(kind, group_size, with_zeros, dtype, device):
+    """With tiles that end within the matrix, and groups within tiles."""
+    weight = random_weight(kind, 33, 448, group_size, device, with_zeros)
+    expected = exact(weight).float().to(dtype)
+    assert torch.equal(launchers.dequantize(into_fragments(weight), dtype), expected)
+
+
+def test_every_number_of_fp8_is_written_out(device):
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = values[~values.float().isnan()].repeat(64).view(1, -1).to(device)
+    weight = random_weight("fp8", 1, values.shape[1], values.shape[1], device)
+    weight = replace(weight, values=values.clone(), scales=torch.ones_like(weight.scales))
+    assert torch.equal(launchers.dequantize(into_fragments(weight), torch.float32), values.float())
+
+
 @pytest.mark.parametrize(("kind", "group_size"), [("int8", 256), ("fp8", 256), ("fp8", 128)])
 def test_activations_are_rounded_in_the_same_order(kind, group_size, device):
     x = torch.randn(5, 256, device=device).to(DTYPE)
