@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lightllm_backend.kernels.activation.gate import SIGMOID
+
 # A barrier of one partition's warps, renamed in 3.7, a TMA copy, and one by threads, both renamed in 3.9.
 synchronize = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -34,7 +36,7 @@ def activated(gate, is_gelu: gl.constexpr):
     argument = gate
     if is_gelu:
         argument = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-    return gate / (1.0 + gl.exp(-argument))
+    return gate * gl.inline_asm_elementwise(SIGMOID, "=f,f", [argument], dtype=gl.float32, is_pure=True, pack=1)
 
 
 def tile_descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:

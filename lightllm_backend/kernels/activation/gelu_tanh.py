@@ -9,18 +9,29 @@ from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.hardware import has_ptx
 
 _BLOCK = 1024
 
 
 @triton.jit
-def gelu_tanh_kernel(x, out, x_stride, out_stride, features, is_dependent: tl.constexpr, block: tl.constexpr):
+def gelu_tanh_kernel(
+    x,
+    out,
+    x_stride,
+    out_stride,
+    features,
+    is_ptx: tl.constexpr,
+    is_dependent: tl.constexpr,
+    block: tl.constexpr,
+):
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     live = column < features
     value = tl.load(x + token * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + token * out_stride + column, activated(value, True).to(out.dtype.element_ty), mask=live)
+    result = activated(value, True, is_ptx).to(out.dtype.element_ty)
+    tl.store(out + token * out_stride + column, result, mask=live)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -36,6 +47,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
         x.stride(0),
         out.stride(0),
         features,
+        is_ptx=has_ptx(x.device),
         block=_BLOCK,
         num_warps=4,
         **dependent_launch(x.device),

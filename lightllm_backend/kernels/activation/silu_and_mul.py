@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
-from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
+from lightllm_backend.kernels.hardware import has_ptx
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded, token_scale
 from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
 
 _BLOCK = 1024
-# The most features of a token that one program rounds.
-MAX_ROUNDED = 32768
+# The least and the most features of a token that one program rounds.
+MIN_ROUNDED, MAX_ROUNDED = 64, 32768
 
 
 @triton.jit
@@ -26,6 +27,7 @@ def silu_and_mul_kernel(
     out_stride,
     features,
     is_gelu: tl.constexpr,
+    is_ptx: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -36,7 +38,14 @@ def silu_and_mul_kernel(
     address = gate_up + token * gate_up_stride + column
     gate = tl.load(address, mask=live, other=0.0).to(tl.float32)
     up = tl.load(address + features, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + token * out_stride + column, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
+    result = (activated(gate, is_gelu, is_ptx) * up).to(out.dtype.element_ty)
+    tl.store(out + token * out_stride + column, result, mask=live)
+
+
+@triton.jit
+def _activated_part(gate, up, dtype: tl.constexpr, is_gelu: tl.constexpr, is_ptx: tl.constexpr):
+    """What silu_and_mul_kernel writes of numbers of `dtype`, as float32."""
+    return (activated(gate.to(tl.float32), is_gelu, is_ptx) * up.to(tl.float32)).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -50,24 +59,42 @@ def rounded_silu_and_mul_kernel(
     limit,
     min_scale,
     is_gelu: tl.constexpr,
+    is_ptx: tl.constexpr,
     is_static: tl.constexpr,
     in_fragments: tl.constexpr,
     is_dependent: tl.constexpr,
     block: tl.constexpr,
+    rest: tl.constexpr,
 ):
-    """Rounds one token's features."""
+    """Rounds one token's features: those of a block, and of another that has the rest, if there are more."""
     start_next(is_dependent)
     wait_for_previous(is_dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     live = column < features
     address = gate_up + token * gate_up_stride + column
-    gate = tl.load(address, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(address + features, mask=live, other=0.0).to(tl.float32)
-    value = (activated(gate, is_gelu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    row, scale = rounded_row(value, input_scale, limit, min_scale, out.dtype.element_ty, is_static, in_fragments, block)
+    gate = tl.load(address, mask=live, other=0.0)
+    up = tl.load(address + features, mask=live, other=0.0)
+    if rest > 0:
+        rest_column = block + tl.arange(0, rest)
+        rest_live = rest_column < features
+        rest_address = gate_up + token * gate_up_stride + rest_column
+        rest_gate = tl.load(rest_address, mask=rest_live, other=0.0)
+        rest_up = tl.load(rest_address + features, mask=rest_live, other=0.0)
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    value = _activated_part(gate, up, dtype, is_gelu, is_ptx)
+    greatest = tl.max(tl.abs(value), 0)
+    if rest > 0:
+        rest_value = _activated_part(rest_gate, rest_up, dtype, is_gelu, is_ptx)
+        greatest = tl.maximum(greatest, tl.max(tl.abs(rest_value), 0))
+    scale = token_scale(greatest, input_scale, limit, min_scale, is_static)
     tl.store(scales + token, scale)
+    out_type: tl.constexpr = out.dtype.element_ty
+    row = rounded(value, scale, limit, out_type, is_static, in_fragments, block)
     tl.store(out + token * features + column, row, mask=live)
+    if rest > 0:
+        row = rounded(rest_value, scale, limit, out_type, is_static, in_fragments, rest)
+        tl.store(out + token * features + rest_column, row, mask=rest_live)
 
 
 def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
@@ -84,6 +111,7 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
         out.stride(0),
         features,
         is_gelu=is_gelu,
+        is_ptx=has_ptx(out.device),
         block=_BLOCK,
         num_warps=4,
         **dependent_launch(out.device),
@@ -96,7 +124,11 @@ def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, features), dtype=reader.values.dtype, device=gate_up.device)
     scales = torch.empty((tokens, 1), dtype=torch.float32, device=gate_up.device)
-    block = triton.next_power_of_2(features)
+    # Two blocks if these have fewer idle columns than one.
+    block = max(MIN_ROUNDED, triton.next_power_of_2(features + 1) // 2)
+    rest = max(MIN_ROUNDED, triton.next_power_of_2(features - block)) if features > block else 0
+    if rest == block:
+        block, rest = 2 * block, 0
     if tokens > 0:
         rounded_silu_and_mul_kernel[(tokens,)](
             gate_up,
@@ -108,9 +140,11 @@ def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight
             LIMITS[out.dtype],
             MIN_INPUT_SCALE,
             is_gelu=is_gelu,
+            is_ptx=has_ptx(out.device),
             is_static=reader.input_scale is not None,
             in_fragments=reader.in_fragments,
             block=block,
+            rest=rest,
             num_warps=min(16, max(4, block // 1024)),
             **dependent_launch(out.device),
         )

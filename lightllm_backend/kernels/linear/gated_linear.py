@@ -14,6 +14,7 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.activation.silu_and_mul import MAX_ROUNDED, rounded_silu_and_mul, silu_and_mul
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.hardware import has_ptx
 from lightllm_backend.kernels.linear import gated_tiles
 from lightllm_backend.kernels.linear.choice import MAX_UNFUSED_TOKENS, Choice, ProductKernel, choice_for
 from lightllm_backend.kernels.linear.linear import linear
@@ -37,6 +38,7 @@ def gated_linear_kernel(
     x_stride,
     has_bias: tl.constexpr,
     is_gelu: tl.constexpr,
+    is_ptx: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
@@ -60,7 +62,7 @@ def gated_linear_kernel(
         total += tl.load(bias + weight_row).to(tl.float32)[:, None]
     gate, up = tl.split(total.reshape(2, half, block_tokens).permute(1, 2, 0))
     address = out + token[None, :] * features + (block + tl.arange(0, half))[:, None]
-    tl.store(address, (activated(gate, is_gelu) * up).to(out.dtype.element_ty), mask=live)
+    tl.store(address, (activated(gate, is_gelu, is_ptx) * up).to(out.dtype.element_ty), mask=live)
 
 
 def gated_linear(
@@ -127,6 +129,7 @@ def launch_gated(
         x.stride(0),
         has_bias=bias is not None,
         is_gelu=is_gelu,
+        is_ptx=has_ptx(x.device),
         block_tokens=max(16, triton.next_power_of_2(tokens)),
         block_out=blocks.out,
         block_inner=blocks.inner,

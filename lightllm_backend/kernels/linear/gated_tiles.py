@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import TensorDescriptor, multiprocessor_count
+from lightllm_backend.kernels.hardware import TensorDescriptor, has_ptx, multiprocessor_count
 
 # A tile: tokens, features of the result, columns of the weight. Shared memory of Hopper has room for the operands of
 # four steps and one result.
@@ -41,6 +41,7 @@ def gated_tiles_kernel(
     token_tiles,
     feature_tiles,
     is_gelu: tl.constexpr,
+    is_ptx: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_features: tl.constexpr,
@@ -62,7 +63,7 @@ def gated_tiles_kernel(
             weight = weight.reshape(2 * block_features, block_inner)
             total = tl.dot(x_tiles.load([token_tile * block_tokens, step * block_inner]), weight.T, total)
         gate, up = tl.split(total.reshape(block_tokens, 2, block_features).permute(0, 2, 1))
-        result = activated(gate, is_gelu) * up
+        result = activated(gate, is_gelu, is_ptx) * up
         # Compute the place again, so that the loop need not keep it in registers.
         token_tile, feature_tile = _place(done, token_tiles, feature_tiles, group)
         done += tl.num_programs(0)
@@ -85,6 +86,7 @@ def gated_tiles(x: Tensor, weight: Tensor, is_gelu: bool = False) -> Tensor:
         token_tiles,
         feature_tiles,
         is_gelu=is_gelu,
+        is_ptx=has_ptx(x.device),
         block_tokens=_TOKENS,
         block_features=_FEATURES,
         block_inner=_INNER,

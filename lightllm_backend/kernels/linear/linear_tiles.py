@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
-from lightllm_backend.kernels.hardware import TensorDescriptor
+from lightllm_backend.kernels.hardware import TensorDescriptor, has_ptx
 from lightllm_backend.kernels.linear.choice import LinearBlocks
 
 BLOCK_TOKENS = 128
@@ -30,6 +30,7 @@ def linear_tiles_kernel(
     has_bias: tl.constexpr,
     is_gated: tl.constexpr,
     is_gelu: tl.constexpr,
+    is_ptx: tl.constexpr,
     is_dependent: tl.constexpr,
     block_tokens: tl.constexpr,
     block_out: tl.constexpr,
@@ -59,7 +60,7 @@ def linear_tiles_kernel(
         total += tl.where(split == 0, added, 0.0)[None, :]
     if is_gated:
         gate, up = tl.split(total.reshape(block_tokens, 2, half).permute(0, 2, 1))
-        total = activated(gate, is_gelu) * up
+        total = activated(gate, is_gelu, is_ptx) * up
     token += tl.arange(0, block_tokens)
     feature += tl.arange(0, half)
     address = out + (split.to(tl.int64) * tokens + token[:, None]) * features + feature[None, :]
@@ -105,6 +106,7 @@ def launch_tiles(
         has_bias=bias is not None,
         is_gated=is_gated,
         is_gelu=is_gelu,
+        is_ptx=has_ptx(x.device),
         block_tokens=BLOCK_TOKENS,
         block_out=blocks.out,
         block_inner=blocks.inner,

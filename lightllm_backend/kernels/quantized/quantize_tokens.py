@@ -19,7 +19,33 @@ def divided(value, scale):
     """
     inverse = tl.div_rn(1.0, scale)
     quotient = value * inverse
-    return tl.fma(tl.fma(-quotient, scale, value), inverse, quotient)
+    return tl.fma(tl.fma(quotient, -scale, value), inverse, quotient)
+
+
+@triton.jit
+def token_scale(greatest, input_scale, limit, min_scale, is_static: tl.constexpr):
+    """The scale of activations whose magnitudes are at most `greatest`."""
+    if is_static:
+        return tl.load(input_scale)
+    return tl.maximum(tl.div_rn(greatest, limit), min_scale)
+
+
+@triton.jit
+def rounded(
+    value, scale, limit, dtype: tl.constexpr, is_static: tl.constexpr, in_fragments: tl.constexpr, block: tl.constexpr
+):
+    """A token's columns, or a group of them, float32 [block], in 8 bits."""
+    value = divided(value, scale)
+    if is_static:  # else none is beyond the limit by more than rounding makes up for
+        # A scale of the checkpoint may be so small that int8 reaches -128.
+        value = tl.minimum(tl.maximum(value, -limit - (1.0 if dtype == tl.int8 else 0.0)), limit)
+    if dtype == tl.int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
+        value = (value + 12582912.0) - 12582912.0
+    row = value.to(dtype)
+    if in_fragments:  # by the digits of a column, in fragments.py's words: block, half, thread, second
+        digits = tl.reshape(row, (block // 64, 4, 2, 4, 2))
+        row = tl.reshape(tl.permute(digits, (0, 3, 1, 4, 2)), (block,))
+    return row
 
 
 @triton.jit
@@ -34,22 +60,8 @@ def rounded_row(
     block: tl.constexpr,
 ):
     """One group of a token's columns, float32 [block], in 8 bits, and its scale."""
-    if is_static:  # noqa: SIM108 - only one is defined
-        scale = tl.load(input_scale)
-    else:
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), limit), min_scale)
-    value = divided(value, scale)
-    least = -limit
-    if dtype == tl.int8:  # a scale of the checkpoint may be so small that numbers reach -128
-        least -= 1.0
-    value = tl.minimum(tl.maximum(value, least), limit)
-    if dtype == tl.int8:  # near 1.5 * 2**23 a float32 has no fraction bits: this rounds half to even
-        value = (value + 12582912.0) - 12582912.0
-    rounded = value.to(dtype)
-    if in_fragments:  # by the digits of a column, in fragments.py's words: block, half, thread, second
-        digits = tl.reshape(rounded, (block // 64, 4, 2, 4, 2))
-        rounded = tl.reshape(tl.permute(digits, (0, 3, 1, 4, 2)), (block,))
-    return rounded, scale
+    scale = token_scale(tl.max(tl.abs(value), 0), input_scale, limit, min_scale, is_static)
+    return rounded(value, scale, limit, dtype, is_static, in_fragments, block), scale
 
 
 @triton.jit
