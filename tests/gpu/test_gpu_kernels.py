@@ -178,7 +178,7 @@ def test_gated_linear(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
-@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 300])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 290, 700])
 @pytest.mark.parametrize("shape", [(12288, 4096), (4096, 11008), (576, 1536)])
 def test_linear_with_weights_of_4_and_8_bits(
     dtype: torch.dtype, kind: str, tokens: int, shape: tuple[int, int]
@@ -194,6 +194,8 @@ def test_linear_with_weights_of_4_and_8_bits(
         if kind != "int4" and (kind == "fp8" or group_size == shape[1]):
             weight = replace(weight, quantizes_input=True)
             assert relative_error(launchers.linear(x, weight, bias), expected) < 0.05
+        dense = reference.dequantize(weight, dtype)
+        assert torch.equal(launchers.dequantize(into_fragments(weight), dtype), dense)
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import has_ptx
-from lightllm_backend.kernels.quantized.quantize_tokens import rounded, token_scale
+from lightllm_backend.kernels.quantized.quantize_tokens import rounded_part, token_scale
 from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
 
@@ -90,10 +90,10 @@ def rounded_silu_and_mul_kernel(
     scale = token_scale(greatest, input_scale, limit, min_scale, is_static)
     tl.store(scales + token, scale)
     out_type: tl.constexpr = out.dtype.element_ty
-    row = rounded(value, scale, limit, out_type, is_static, in_fragments, block)
+    row = rounded_part(value, scale, limit, out_type, is_static, in_fragments, block)
     tl.store(out + token * features + column, row, mask=live)
     if rest > 0:
-        row = rounded(rest_value, scale, limit, out_type, is_static, in_fragments, rest)
+        row = rounded_part(rest_value, scale, limit, out_type, is_static, in_fragments, rest)
         tl.store(out + token * features + rest_column, row, mask=rest_live)
 
 
@@ -122,8 +122,8 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
 def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight) -> RoundedTokens:
     """quantize_tokens, for `reader`, of silu_and_mul. The reader has one group."""
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, features), dtype=reader.values.dtype, device=gate_up.device)
-    scales = torch.empty((tokens, 1), dtype=torch.float32, device=gate_up.device)
+    rounded = RoundedTokens.empty(tokens, reader, gate_up.dtype)
+    out, scales = rounded.values, rounded.scales
     # Two blocks if these have fewer idle columns than one.
     block = max(MIN_ROUNDED, triton.next_power_of_2(features + 1) // 2)
     rest = max(MIN_ROUNDED, triton.next_power_of_2(features - block)) if features > block else 0
@@ -148,4 +148,4 @@ def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight
             num_warps=min(16, max(4, block // 1024)),
             **dependent_launch(out.device),
         )
-    return RoundedTokens(out, scales, gate_up.dtype)
+    return rounded

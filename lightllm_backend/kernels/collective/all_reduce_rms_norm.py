@@ -137,10 +137,9 @@ def rounded_all_reduce_rms_norm(
     reader: QuantizedWeight,
 ) -> RoundedTokens:
     """quantize_tokens, for `reader`, of the norm. The reader has one group."""
-    out = torch.empty(x.shape[-2:], dtype=reader.values.dtype, device=x.device)
-    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
-    _launch(x, weight, eps, residual, buffers, post_weight, out, scales, reader)
-    return RoundedTokens(out, scales, residual.dtype)
+    rounded = RoundedTokens.empty(x.shape[-2], reader, residual.dtype)
+    _launch(x, weight, eps, residual, buffers, post_weight, rounded.values, rounded.scales, reader)
+    return rounded
 
 
 def _launch(

@@ -92,10 +92,9 @@ def rounded_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, reader: QuantizedWeight
 ) -> RoundedTokens:
     """quantize_tokens, for `reader`, of the norm. The reader has one group."""
-    out = torch.empty(x.shape[-2:], dtype=reader.values.dtype, device=x.device)
-    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
-    launch_layer_norm(x, weight, bias, eps, residual, out, scales, reader)
-    return RoundedTokens(out, scales, weight.dtype)
+    rounded = RoundedTokens.empty(x.shape[-2], reader, weight.dtype)
+    launch_layer_norm(x, weight, bias, eps, residual, rounded.values, rounded.scales, reader)
+    return rounded
 
 
 def launch_layer_norm(

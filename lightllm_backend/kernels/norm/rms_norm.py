@@ -112,7 +112,7 @@ def rms_norm(
         return paired_rms_norm(x, weight, eps, residual, post_weight, reader)
     if takes_rounded(reader, x.shape[-2], x.dtype if residual is None else residual.dtype):
         return rounded_rms_norm(x, weight, eps, residual, post_weight, reader)
-    out = _output(x, residual, None)
+    out = torch.empty(x.shape[-2:], dtype=(x if residual is None else residual).dtype, device=x.device)
     launch_rms_norm(x, weight, eps, residual, post_weight, out, None, reader)
     return out
 
@@ -126,10 +126,9 @@ def rounded_rms_norm(
     reader: QuantizedWeight,
 ) -> RoundedTokens:
     """quantize_tokens, for `reader`, of the norm. The reader has one group."""
-    out = _output(x, residual, reader.values.dtype)
-    scales = torch.empty((len(out), 1), dtype=torch.float32, device=x.device)
-    launch_rms_norm(x, weight, eps, residual, post_weight, out, scales, reader)
-    return RoundedTokens(out, scales, x.dtype if residual is None else residual.dtype)
+    rounded = RoundedTokens.empty(x.shape[-2], reader, x.dtype if residual is None else residual.dtype)
+    launch_rms_norm(x, weight, eps, residual, post_weight, rounded.values, rounded.scales, reader)
+    return rounded
 
 
 def paired_rms_norm(
@@ -146,10 +145,6 @@ def paired_rms_norm(
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     launch_rms_norm(x, weight, eps, residual, post_weight, out, scales, reader, is_paired=True)
     return PairedTokens(out, scales, x.dtype if residual is None else residual.dtype)
-
-
-def _output(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty(x.shape[-2:], dtype=dtype or (x if residual is None else residual).dtype, device=x.device)
 
 
 def launch_rms_norm(

@@ -45,8 +45,9 @@ def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None
         if multiplies_8_bits(weight, x.device):
             x = RoundedTokens(*quantize_tokens(x, weight), x.dtype)
     if isinstance(x, RoundedTokens):
-        multiply = _scaled_by_cublas if _suits_cublas(x, weight) else scaled_linear
-        return multiply(x.values, x.scales, weight, bias, x.dtype).unsqueeze(0)
+        if _suits_cublas(x, weight):
+            return _scaled_by_cublas(x, weight, bias).unsqueeze(0)
+        return scaled_linear(x.values, x.scales, weight, bias, x.dtype).unsqueeze(0)
     assert isinstance(x, Tensor), "pairs are for quantized_prefetch"
     whole = dequantize(weight, x.dtype).t()
     return (torch.mm(x, whole) if bias is None else torch.addmm(bias, x, whole)).unsqueeze(0)
@@ -101,9 +102,10 @@ def _suits_cublas(x: RoundedTokens, weight: QuantizedWeight) -> bool:
     return is_hopper and is_aligned and x.dtype == torch.bfloat16 and is_direct(weight)
 
 
-def _scaled_by_cublas(
-    values: Tensor, scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    whole, by_row = weight.values.t(), weight.scales
+def _scaled_by_cublas(x: RoundedTokens, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    values, scales = x.whole_tiles()
     # Its public name is not in torch 2.6. Fast accumulation loses less than rounding the activations did.
-    return torch._scaled_mm(values, whole, scales, by_row, bias, out_dtype=dtype, use_fast_accum=True)  # noqa: SLF001
+    out = torch._scaled_mm(  # noqa: SLF001
+        values, weight.values.t(), scales, weight.scales, bias, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return out[: len(x)]

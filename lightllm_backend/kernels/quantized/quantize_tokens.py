@@ -2,12 +2,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Rounds activations to 8 bits, with a scale for each token, or for each group of its columns, or for all."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
 
 
@@ -31,7 +31,7 @@ def token_scale(greatest, input_scale, limit, min_scale, is_static: tl.constexpr
 
 
 @triton.jit
-def rounded(
+def rounded_part(
     value, scale, limit, dtype: tl.constexpr, is_static: tl.constexpr, in_fragments: tl.constexpr, block: tl.constexpr
 ):
     """A token's columns, or a group of them, float32 [block], in 8 bits."""
@@ -61,7 +61,7 @@ def rounded_row(
 ):
     """One group of a token's columns, float32 [block], in 8 bits, and its scale."""
     scale = token_scale(tl.max(tl.abs(value), 0), input_scale, limit, min_scale, is_static)
-    return rounded(value, scale, limit, dtype, is_static, in_fragments, block), scale
+    return rounded_part(value, scale, limit, dtype, is_static, in_fragments, block), scale
 
 
 @triton.jit
@@ -125,8 +125,8 @@ def quantize_tokens_kernel(
 def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     tokens, in_features = x.shape
     groups, dtype = len(weight.scales), weight.values.dtype
-    values = torch.empty((tokens, in_features), dtype=dtype, device=x.device)
-    scales = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
+    rounded = RoundedTokens.empty(tokens, weight, x.dtype)
+    values, scales = rounded.values, rounded.scales
     assert x.stride(1) == 1
     block = triton.next_power_of_2(min(weight.group_size, in_features))
     if tokens > 0:
