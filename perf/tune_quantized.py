@@ -41,7 +41,6 @@ from lightllm_backend.kernels.quantized.choice import (
     MAX_PAIRED_TOKENS,
     MOST_BLOCK_TOKENS,
     PrefetchBlocks,
-    has_16_bit_parts,
     most_stages,
     row_tiles_of,
 )
@@ -146,8 +145,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
 def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None, weight: QuantizedWeight) -> Tensor:
     product = job.product
     features = product.out_features // (2 if product.is_gated else 1)
-    has_16_bits = blocks.splits == 1 or has_16_bit_parts(weight, job.count)
-    out = torch.empty(blocks.splits, job.count, features, device=DEVICE, dtype=DTYPE if has_16_bits else torch.float32)
+    out = torch.empty(blocks.splits, job.count, features, device=DEVICE, dtype=DTYPE)
     launch_quantized_prefetch(x, scales, weight, None, out, blocks, product.is_gated, is_paired=job.is_paired)
     if blocks.splits > 1 and not product.norm_sums_parts:
         return launchers.sum_splits(out, torch.empty_like(out[0], dtype=DTYPE)).unsqueeze(0)

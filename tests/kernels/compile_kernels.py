@@ -50,7 +50,6 @@ from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
 from lightllm_backend.kernels.quantized.choice import (
     MAX_PAIRED_TOKENS,
     PrefetchBlocks,
-    has_16_bit_parts,
     pair_dtype,
 )
 from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
@@ -254,8 +253,7 @@ def launch_stored_quantized(capability: str) -> None:
             elif kind == "fp8 by fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
-            is_16_bit = blocks.splits == 1 or has_16_bit_parts(weight, count)
-            out = torch.empty(blocks.splits, count, features, dtype=torch.bfloat16 if is_16_bit else torch.float32)
+            out = torch.empty(blocks.splits, count, features, dtype=torch.bfloat16)
             is_gelu = tokens > 8 and blocks.splits == 1
             launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu, is_paired)
 

@@ -19,7 +19,6 @@ from lightllm_backend.kernels.quantized import choice, product
 from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
     BYTES_OF_PROGRAM,
-    MAX_16_BIT_PARTS,
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
@@ -121,8 +120,7 @@ def test_products_launch_it(kind, tokens, padded, launched):
     assert blocks == PrefetchBlocks(*stored[padded])
     assert out is parts
     assert parts.shape == (blocks.splits, tokens, 4096)
-    is_wide = blocks.splits > 1 and kind == "int4" and tokens > MAX_16_BIT_PARTS
-    assert parts.dtype == (torch.float32 if is_wide else torch.bfloat16)
+    assert parts.dtype == torch.bfloat16
     assert values.dtype == (torch.float8_e4m3fn if is_rounded else torch.bfloat16)
     assert (scales is not None) == is_rounded
     assert bias is None
@@ -140,7 +138,7 @@ def test_products_take_what_a_norm_has_rounded(launched):
 
 def test_parts_of_16_bits_are_rearranged_in_shared_memory():
     blocks, free = PrefetchBlocks(128, 128, 2, 4, 1, 2, 1), SHARED_BYTES - BYTES_OF_PROGRAM
-    assert most_stages(blocks, 64, weight_of("int8", 4096, 4096)) == free // (128 * (128 + 2 * 64)) == 7
+    assert free // (128 * (128 + 2 * 64)) == 7
     assert most_stages(blocks, 64, weight_of("fp8", 4096, 4096)) == (free - 2 * 128 * 64) // (128 * (128 + 2 * 64)) == 6
 
 
@@ -153,13 +151,12 @@ def test_what_a_norm_should_round():
         assert not choice.takes_rounded(other, MAX_16_BIT_ROUNDED + 1, dtype)
 
 
-def test_parts_of_few_tokens_have_16_bits_if_none_overflows():
-    for kind in ("int4", "fp8"):
-        weight = weight_of(kind, 4096, 4096)
-        assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.bfloat16)
-        assert not choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS, torch.float16)
-        assert choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.bfloat16) == (kind == "fp8")
-        assert not choice.has_16_bit_parts(weight, MAX_16_BIT_PARTS + 1, torch.float16)
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(("dtype", "of_parts"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_parts_have_16_bits_if_none_overflows(kind, dtype, of_parts, launched):
+    parts = linear_splits(torch.empty(40, 4096, dtype=dtype), weight_of(kind, 4096, 4096))
+    assert len(parts) > 1
+    assert parts.dtype == of_parts
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp8"])

@@ -25,9 +25,6 @@ MAX_16_BIT_TOKENS = 64
 # columns at no more cost than one. At one token, a step of int4 takes 1.51 instead of 1.57 ms, of fp8 2.07 to 2.10
 # instead of 2.11 (7B, H200); at eight, int4's took 1.89 instead of 1.85.
 MAX_PAIRED_TOKENS = 4
-# Up to so many tokens, parts in bfloat16 stay so: a step of fp8 takes 2.14 instead of 2.16 ms at one token and 2.37
-# instead of 2.42 at eight, of int4 1.587 instead of 1.599 and 1.82 instead of 1.85 (7B, H200).
-MAX_16_BIT_PARTS = 8
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.
@@ -96,14 +93,14 @@ def is_direct(weight: QuantizedWeight) -> bool:
     return kind_of(weight) == "fp8" and weight.quantizes_input and len(weight.scales) == 1 and weight.zeros is None
 
 
-def has_16_bit_parts(weight: QuantizedWeight, tokens: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+def has_16_bit_parts(dtype: torch.dtype) -> bool:
     """Whether a product that is split leaves its parts in 16 bits, which norms read sooner, not in 32.
 
     Rounding the parts loses about as much as rounding the sum, unless they cancel. In float16 a part might overflow
-    where the sum does not, so these stay in float32. In a decode step of 7B in fp8 on an H200, this saves 1.4 % of the
-    time with 128 sequences, 2.5 % with 32 and 4.4 % with 64.
+    where the sum does not, so these stay in float32. In a decode step of 7B on an H200, this saves 1.4 % of the time
+    with 128 sequences in fp8 and 1.7 % in int4, 4.4 and 4.6 % with 64, 2.5 and 1.7 % with 32.
     """
-    return dtype == torch.bfloat16 and (tokens <= MAX_16_BIT_PARTS or kind_of(weight) == "fp8")
+    return dtype == torch.bfloat16
 
 
 def takes_rounded(weight: Weight | None, tokens: int, dtype: torch.dtype) -> TypeGuard[QuantizedWeight]:
@@ -214,8 +211,7 @@ def most_stages(
         row_bytes = weight.scales.element_size() + (weight.zeros is not None)
         of_groups = most_groups(weight, columns) * rows * row_bytes
     # A result in 16 bits is rearranged in shared memory, beside the second consumer's sum.
-    is_32_bit = blocks.splits > 1 and not has_16_bit_parts(weight, tokens)
-    of_sums = 0 if is_32_bit else rows * tokens * (1 if is_gated else 2)
+    of_sums = rows * tokens * (1 if is_gated else 2)
     if blocks.consumers > 1:
         of_sums += 4 * rows * tokens
     free = SHARED_BYTES // blocks.programs_per_sm - BYTES_OF_PROGRAM - of_sums - of_groups

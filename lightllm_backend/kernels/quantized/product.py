@@ -34,7 +34,7 @@ def quantized_parts(x: Activations, weight: QuantizedWeight, bias: Tensor | None
     """
     blocks = prefetch_blocks(x, weight, is_gated=False)
     if blocks is not None:
-        has_16_bits = blocks.splits == 1 or has_16_bit_parts(weight, x.shape[0], x.dtype)
+        has_16_bits = blocks.splits == 1 or has_16_bit_parts(x.dtype)
         dtype = x.dtype if has_16_bits else torch.float32
         out = torch.empty((blocks.splits, x.shape[0], weight.shape[0]), dtype=dtype, device=weight.values.device)
         return _prefetch(x, weight, bias, out, blocks, is_gated=False)
