@@ -38,8 +38,9 @@ from lightllm_backend.kernels.quantized.choice import (
     BLOCKS,
     MAX_16_BIT_ROUNDED,
     MAX_BLOCK_TOKENS,
-    MAX_PAIRED_TOKENS,
     MOST_BLOCK_TOKENS,
+    PAIRED_TOKENS,
+    PREFETCH_TOKENS,
     PrefetchBlocks,
     most_stages,
     row_tiles_of,
@@ -54,8 +55,8 @@ from perf.kernels.quantized import random_weight
 from perf.shapes import SHAPES
 from perf.tune_linear import Product, capability, products, store
 
-TOKENS = (8, 16, 32, 64, 128, 256)
-BATCHES = {8: (1, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,)}
+TOKENS = (4, *PREFETCH_TOKENS)
+BATCHES = {4: (1, 4), 8: (1, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,)}
 # How many blocks of a product the whole step chooses from.
 FINALISTS = 4
 # Columns that the whole step may ask for early, with the best of those.
@@ -79,16 +80,11 @@ class Job(NamedTuple):
         return self.kind.endswith(" by pairs")
 
     @property
-    def count(self) -> int:
-        """How many tokens the blocks are tried with."""
-        return min(self.tokens, MAX_PAIRED_TOKENS) if self.is_paired else self.tokens
-
-    @property
     def is_made(self) -> bool:
         """Whether products of so many tokens have such activations."""
         if self.is_paired:
-            return self.tokens == TOKENS[0] and not self.product.norm_sums_parts
-        return self.tokens > MAX_16_BIT_ROUNDED or not self.rounds
+            return self.tokens in PAIRED_TOKENS[self.kind.partition(" ")[0]] and not self.product.norm_sums_parts
+        return self.tokens in PREFETCH_TOKENS and (self.tokens > MAX_16_BIT_ROUNDED or not self.rounds)
 
 
 def weight_of(kind: str, product: Product) -> QuantizedWeight:
@@ -137,7 +133,8 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
         # for an instruction's part of the result in the registers that threads start with.
         most, of_consumers = registers_of(blocks)
         of_weights = 0 if job.rounds or kind == "fp8 by pairs" else rows * 96 // (32 * warps)
-        needed = rows // row_tiles_of(blocks) * block_tokens // (32 * warps) + of_weights + 36
+        columns = block_tokens * {"int4 by pairs": 4, "fp8 by pairs": 2}.get(kind, 1)  # int4's sums of a group, and all
+        needed = rows // row_tiles_of(blocks) * columns // (32 * warps) + of_weights + 36
         if needed <= of_consumers and block_tokens // 2 + 32 <= most:
             yield blocks
 
@@ -145,7 +142,7 @@ def candidates(job: Job) -> Iterator[PrefetchBlocks]:
 def result_of(job: Job, blocks: PrefetchBlocks, x: Tensor, scales: Tensor | None, weight: QuantizedWeight) -> Tensor:
     product = job.product
     features = product.out_features // (2 if product.is_gated else 1)
-    out = torch.empty(blocks.splits, job.count, features, device=DEVICE, dtype=DTYPE)
+    out = torch.empty(blocks.splits, job.tokens, features, device=DEVICE, dtype=DTYPE)
     launch_quantized_prefetch(x, scales, weight, None, out, blocks, product.is_gated, is_paired=job.is_paired)
     if blocks.splits > 1 and not product.norm_sums_parts:
         return launchers.sum_splits(out, torch.empty_like(out[0], dtype=DTYPE)).unsqueeze(0)
@@ -165,7 +162,7 @@ def try_some(jobs: Sequence[tuple[Job, PrefetchBlocks]]) -> int:
     cached_weight = lru_cache(1)(weight_of)
     for index, (job, blocks) in enumerate(jobs):
         weight = cached_weight(job.kind, job.product)
-        raw = torch.randn(job.count, job.product.in_features, device=DEVICE, dtype=DTYPE)
+        raw = torch.randn(job.tokens, job.product.in_features, device=DEVICE, dtype=DTYPE)
         try:
             result_of(job, blocks, *inputs(job, weight, raw, torch.ones_like(raw[0])), weight)
             torch.cuda.synchronize()
@@ -200,7 +197,7 @@ def times(job: Job, tried: Sequence[PrefetchBlocks]) -> dict[PrefetchBlocks, flo
     weights = [weight] + [
         weight_of(job.kind, job.product) for _ in range(min(24, math.ceil(measure.ROTATED_BYTES / share)) - 1)
     ]
-    raws = [torch.randn(job.count, job.product.in_features, device=DEVICE, dtype=DTYPE) for _ in weights]
+    raws = [torch.randn(job.tokens, job.product.in_features, device=DEVICE, dtype=DTYPE) for _ in weights]
     scale = torch.ones_like(raws[0][0])
     plain = reference.gated_linear if job.product.is_gated else reference.linear
     x, scales = inputs(job, weight, raws[0], scale)
@@ -270,8 +267,11 @@ def main(models: tuple[str, ...], kinds: str, tokens: str, compare: bool, tp: in
         for kind in kinds.split(","):
             step = DecodeStep(name, most, kind.partition(" ")[0], tp)
             for count in counts:
+                of_step = [job for job in jobs if job.kind == kind and job.tokens == count]
+                if not of_step:
+                    continue
                 best = sum(step.seconds(BATCHES[count]))
-                for job in (job for job in jobs if job.kind == kind and job.tokens == count):
+                for job in of_step:
                     row = table[key(job)]
                     kept = row[str(count)]
                     further = [blocks._replace(fetched=columns) for blocks in finalists[job][:1] for columns in FETCHED]

@@ -48,7 +48,6 @@ from lightllm_backend.kernels.norm.layer_norm import rounded_layer_norm
 from lightllm_backend.kernels.norm.rms_norm import paired_rms_norm, rounded_rms_norm
 from lightllm_backend.kernels.quantized.choice import BLOCKS as QUANTIZED_BLOCKS
 from lightllm_backend.kernels.quantized.choice import (
-    MAX_PAIRED_TOKENS,
     PrefetchBlocks,
     pair_dtype,
 )
@@ -236,7 +235,7 @@ def launch_stored_quantized(capability: str) -> None:
         out_features, in_features = map(int, shape.split(" x "))
         is_gated, is_int4 = name.endswith("gated"), kind.startswith("int4")
         group_size = 128 if is_int4 else in_features
-        for tokens in (8, 64, 256):
+        for tokens in (4, 8, 64, 256):
             if by_tokens.get(str(tokens)) is None or (kind, is_gated, tokens) in compiled:
                 continue
             compiled.add((kind, is_gated, tokens))
@@ -246,14 +245,13 @@ def launch_stored_quantized(capability: str) -> None:
             weight = QuantizedWeight(values, scales, group_size, in_fragments=True)
             blocks = PrefetchBlocks(*by_tokens[str(tokens)])
             is_paired = kind.endswith(" by pairs")
-            count = MAX_PAIRED_TOKENS if is_paired else tokens
-            x, x_scales = torch.empty(count, in_features, dtype=torch.bfloat16), None
+            x, x_scales = torch.empty(tokens, in_features, dtype=torch.bfloat16), None
             if is_paired:
-                x, x_scales = torch.empty(2 * count, in_features, dtype=pair_dtype(weight)), torch.empty(count)
+                x, x_scales = torch.empty(2 * tokens, in_features, dtype=pair_dtype(weight)), torch.empty(tokens)
             elif kind == "fp8 by fp8":
                 x, x_scales = x.to(values.dtype), torch.empty(tokens, 1)
             features = out_features // (2 if is_gated else 1)
-            out = torch.empty(blocks.splits, count, features, dtype=torch.bfloat16)
+            out = torch.empty(blocks.splits, tokens, features, dtype=torch.bfloat16)
             is_gelu = tokens > 8 and blocks.splits == 1
             launch_quantized_prefetch(x, x_scales, weight, None, out, blocks, is_gated, is_gelu, is_paired)
 

@@ -22,7 +22,7 @@ from lightllm_backend.kernels.quantized.choice import (
     MAX_16_BIT_ROUNDED,
     MAX_16_BIT_TOKENS,
     MAX_BLOCK_TOKENS,
-    MAX_PAIRED_TOKENS,
+    PAIRED_TOKENS,
     PREFETCH_TOKENS,
     SHARED_BYTES,
     PrefetchBlocks,
@@ -48,7 +48,8 @@ def test_stored_blocks_fit_and_divide_their_products():
     for name, by_tokens in stored_blocks(BLOCKS)["9.0"].items():
         kind, out_features, in_features, gated = re.fullmatch(r"([\w ]+), (\d+) x (\d+)(, gated)?", name).groups()
         weight, rounds = weight_of(kind.partition(" ")[0], int(out_features), int(in_features)), kind == "fp8 by fp8"
-        assert set(map(int, by_tokens)) <= set(PREFETCH_TOKENS)
+        counts = PAIRED_TOKENS[kind.partition(" ")[0]] if kind.endswith(" by pairs") else PREFETCH_TOKENS
+        assert set(map(int, by_tokens)) <= set(counts)
         for tokens, stored in by_tokens.items():
             if stored is not None:
                 blocks = PrefetchBlocks(*stored)
@@ -159,25 +160,29 @@ def test_parts_have_16_bits_if_none_overflows(kind, dtype, of_parts, launched):
     assert parts.dtype == of_parts
 
 
-@pytest.mark.parametrize("kind", ["int4", "fp8"])
-def test_products_take_the_pairs_that_a_norm_has_made(kind, launched):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "padded"), [("int4", 1, "4"), ("int4", 5, "8"), ("int4", 16, "16"), ("fp8", 3, "4")]
+)
+def test_products_take_the_pairs_that_a_norm_has_made(kind, tokens, padded, launched):
     weight, table = weight_of(kind, 12288, 4096), stored_blocks(BLOCKS)["9.0"]
-    x = PairedTokens(torch.empty(6, 4096, dtype=choice.pair_dtype(weight)), torch.empty(3), torch.bfloat16)
+    values = torch.empty(2 * tokens, 4096, dtype=choice.pair_dtype(weight))
+    x = PairedTokens(values, torch.empty(tokens), torch.bfloat16)
     parts = linear_splits(x, weight)
-    assert parts.shape[1:] == (3, 12288)
-    assert gated_linear(x, weight_of(kind, 22016, 4096)).shape == (3, 11008)
+    assert parts.shape[1:] == (tokens, 12288)
+    assert gated_linear(x, weight_of(kind, 22016, 4096)).shape == (tokens, 11008)
     for call, name in zip(launched, ("12288 x 4096", "22016 x 4096, gated"), strict=True):
         assert call[:2] == (x.values, x.scales)
-        assert call[5] == PrefetchBlocks(*table[f"{kind} by pairs, {name}"]["8"])
+        assert call[5] == PrefetchBlocks(*table[f"{kind} by pairs, {name}"][padded])
         assert call[-1]
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp8"])
 def test_what_a_norm_should_make_pairs_of(kind, launched):
     weight, dtype = weight_of(kind, 12288, 4096), torch.bfloat16
-    assert choice.takes_paired(weight, MAX_PAIRED_TOKENS, dtype)
+    most = PAIRED_TOKENS[kind][-1]
+    assert choice.takes_paired(weight, most, dtype)
     assert choice.takes_paired(replace(weight, quantizes_input=not weight.quantizes_input), 1, dtype)
-    assert not choice.takes_paired(weight, MAX_PAIRED_TOKENS + 1, dtype)
+    assert not choice.takes_paired(weight, most + 1, dtype)
     assert not choice.takes_paired(weight, 0, dtype)
     assert not choice.takes_paired(weight, 1, torch.float32)
     assert choice.takes_paired(weight_of(kind, 22016, 4096), 1, dtype)

@@ -21,10 +21,10 @@ MAX_BLOCK_TOKENS, MOST_BLOCK_TOKENS = 128, 256
 # kernel before the product rounds at no cost, and all others.
 MAX_16_BIT_ROUNDED = 8
 MAX_16_BIT_TOKENS = 64
-# Up to so many tokens, norms write pairs of 8-bit numbers where blocks are stored for them: a tensor core takes eight
-# columns at no more cost than one. At one token, a step of int4 takes 1.51 instead of 1.57 ms, of fp8 2.07 to 2.10
-# instead of 2.11 (7B, H200); at eight, int4's took 1.89 instead of 1.85.
-MAX_PAIRED_TOKENS = 4
+# The same of pairs of 8-bit numbers, which norms write of so many tokens where blocks are stored for them, by the
+# weight's kind. At one token, a step of int4 takes 1.51 instead of 1.57 ms, at 8 1.72 instead of 1.81, at 16 1.99
+# instead of 2.04, and at 32 as long; of fp8, at one 2.07 to 2.10 instead of 2.11 (7B, H200).
+PAIRED_TOKENS = {"fp8": (4,), "int4": (4, 8, 16)}
 # Blocks by compute capability, product and token count, null: other kernels are quicker.
 BLOCKS = Path(__file__).with_name("quantized_prefetch.json")  # written by perf/tune_quantized.py
 # Shared memory of a multiprocessor, and what of it the system and the barriers of each program take.
@@ -61,8 +61,11 @@ def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> 
     if tokens > MAX_16_BIT_TOKENS and weight.quantizes_input and not is_direct(weight):
         return None
     rounds = isinstance(x, RoundedTokens) or (tokens > MAX_16_BIT_TOKENS and is_direct(weight))
-    padded = next(count for count in PREFETCH_TOKENS if tokens <= count)
-    kind = f"{kind_of(weight)} by pairs" if isinstance(x, PairedTokens) else kind_of(weight, rounds)
+    is_paired = isinstance(x, PairedTokens)
+    padded = next(
+        count for count in (PAIRED_TOKENS[kind_of(weight)] if is_paired else PREFETCH_TOKENS) if tokens <= count
+    )
+    kind = f"{kind_of(weight)} by pairs" if is_paired else kind_of(weight, rounds)
     row = _stored_row(kind, weight, is_gated)
     if str(padded) in row:
         if (stored := row[str(padded)]) is None:
@@ -117,16 +120,13 @@ def takes_rounded(weight: Weight | None, tokens: int, dtype: torch.dtype) -> Typ
 
 def takes_paired(weight: Weight | None, tokens: int, dtype: torch.dtype) -> TypeGuard[QuantizedWeight]:
     """Whether a norm that writes activations for the product with `weight` alone should make PairedTokens of them."""
-    return (
-        isinstance(weight, QuantizedWeight)
-        and weight.in_fragments
-        and weight.order is None
-        and weight.zeros is None
-        and (weight.is_int4 or (kind_of(weight) == "fp8" and len(weight.scales) == 1))
-        and 0 < tokens <= MAX_PAIRED_TOKENS
-        and dtype.itemsize == 2
-        and any(_stored_row(f"{kind_of(weight)} by pairs", weight, is_gated) for is_gated in (False, True))
-    )
+    if not isinstance(weight, QuantizedWeight) or not weight.in_fragments or dtype.itemsize != 2:
+        return False
+    kind = kind_of(weight)
+    can_be = weight.order is None and weight.zeros is None and (kind == "int4" or len(weight.scales) == 1)
+    padded = next((count for count in PAIRED_TOKENS.get(kind, ()) if 0 < tokens <= count), None)
+    rows = (_stored_row(f"{kind} by pairs", weight, is_gated) for is_gated in (False, True))
+    return can_be and padded is not None and any(str(padded) in row for row in rows)
 
 
 def pair_dtype(weight: QuantizedWeight) -> torch.dtype:

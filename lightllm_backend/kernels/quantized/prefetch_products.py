@@ -258,7 +258,11 @@ def _multiply_int8(
             for span in gl.static_range(spans):
                 x_tile = x_shared.index((stage * parts + part) * spans + span).permute((1, 0))
                 weights = _signed(_span_of(words, span, spans, span_layout), layout)
-                sums = mma_v2(weights, x_tile.load(gl.DotOperandLayout(1, layout, 4)), nothing).to(gl.float32)
+                if layout.version[0] == 2:
+                    products = mma_v2(weights, x_tile.load(gl.DotOperandLayout(1, layout, 4)), nothing)
+                else:
+                    products = hopper.warpgroup_mma(weights, x_tile, nothing, use_acc=False)
+                sums = products.to(gl.float32)
                 if spans_per_group > 0:
                     group = (((begin + step) * parts + part) * spans + span) // spans_per_group - first_group
                     scale = s_shared.index(group).load(gl.SliceLayout(1, layout)).to(gl.float32)

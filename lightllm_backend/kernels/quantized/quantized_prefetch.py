@@ -57,7 +57,7 @@ from lightllm_backend.kernels.quantized.unpacking import unpacking
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
 # See product_layout.
-MAX_MMA_TOKENS = 8
+MAX_MMA_COLUMNS = 8
 
 
 @gluon.jit
@@ -539,14 +539,14 @@ def words_layout(rows: int, row_bytes: int, warps: int, is_int4: bool) -> gl.Dis
 
 
 @lru_cache
-def product_layout(block_tokens: int, warps: int, is_direct: bool, is_int4: bool) -> gl.NVMMADistributedLayout:
+def product_layout(columns: int, warps: int, is_direct: bool, is_int4: bool) -> gl.NVMMADistributedLayout:
     """Which thread holds which sums, and hence the instruction: warpgroup_mma, or Ampere's mma for few tokens.
 
     A warpgroup_mma whose left operand comes from registers takes as long for 8 tokens as for 64 (measured on an H200).
     """
-    if is_int4 if is_direct else block_tokens <= MAX_MMA_TOKENS:
+    if columns <= MAX_MMA_COLUMNS and (is_int4 or not is_direct):
         return gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, block_tokens, 32 if is_direct else 16])
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 32 if is_direct else 16])
 
 
 def launch_quantized_prefetch(
