@@ -62,9 +62,8 @@ def prefetch_blocks(x: Activations, weight: QuantizedWeight, is_gated: bool) -> 
         return None
     rounds = isinstance(x, RoundedTokens) or (tokens > MAX_16_BIT_TOKENS and is_direct(weight))
     is_paired = isinstance(x, PairedTokens)
-    padded = next(
-        count for count in (PAIRED_TOKENS[kind_of(weight)] if is_paired else PREFETCH_TOKENS) if tokens <= count
-    )
+    counts = PAIRED_TOKENS[kind_of(weight)] if is_paired else PREFETCH_TOKENS
+    padded = next(count for count in counts if tokens <= count)
     kind = f"{kind_of(weight)} by pairs" if is_paired else kind_of(weight, rounds)
     row = _stored_row(kind, weight, is_gated)
     if str(padded) in row:
