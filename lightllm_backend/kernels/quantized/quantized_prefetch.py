@@ -51,11 +51,12 @@ from lightllm_backend.kernels.quantized.choice import (
     row_tiles_of,
 )
 from lightllm_backend.kernels.quantized.fragments import CHUNK
-from lightllm_backend.kernels.quantized.prefetch_products import multiply
+from lightllm_backend.kernels.quantized.prefetch_products import Plan, multiply
 from lightllm_backend.kernels.quantized.rounded_tokens import PAIR_FACTORS
 from lightllm_backend.kernels.quantized.unpacking import unpacking
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 
+PRODUCER = gl.constexpr(PRODUCER_REGISTERS)
 # See product_layout.
 MAX_MMA_COLUMNS = 8
 
@@ -76,34 +77,34 @@ def _feature_of(index, row, features, is_gated: gl.constexpr):
 
 
 @gluon.jit
-def _copy_weights(
-    weight_tiles, w_shared, full, stage, parts: gl.constexpr, row_tiles: gl.constexpr, row, step, is_gated: gl.constexpr
-):
+def _copy_weights(weight_tiles, w_shared, full, stage, row, step, plan: gl.constexpr):
+    parts: gl.constexpr = plan.parts
+    row_tiles: gl.constexpr = plan.row_tiles
     for part in gl.static_range(parts):
         for row_tile in gl.static_range(row_tiles):
             tile = (stage * parts + part) * row_tiles + row_tile
-            if is_gated:  # [features / 8, 2, 8, columns]: see _feature_of
-                column = (step * parts + part) * w_shared.shape[4]
+            column = (step * parts + part) * plan.row_bytes
+            if plan.is_gated:  # [features / 8, 2, 8, columns]: see _feature_of
                 eighth = row // 8 + row_tile * w_shared.shape[1]
                 copy_tile(weight_tiles, [eighth, 0, 0, column], full.index(stage), w_shared.index(tile))
             else:
-                column = (step * parts + part) * w_shared.shape[2]
-                first = row + row_tile * w_shared.shape[1]
+                first = row + row_tile * plan.rows
                 copy_tile(weight_tiles, [first, column], full.index(stage), w_shared.index(tile))
 
 
 @gluon.jit
-def _copy_x(x_tiles, x_shared, full, stage, parts: gl.constexpr, token, step):
-    for part in gl.static_range(parts):
-        column = (step * parts + part) * x_shared.shape[2]
-        copy_tile(x_tiles, [token, column], full.index(stage), x_shared.index(stage * parts + part))
+def _copy_x(x_tiles, x_shared, full, stage, token, step, plan: gl.constexpr):
+    tiles: gl.constexpr = plan.parts * plan.spans
+    for tile in gl.static_range(tiles):
+        column = (step * tiles + tile) * plan.span_columns
+        copy_tile(x_tiles, [token, column], full.index(stage), x_shared.index(stage * tiles + tile))
 
 
 @gluon.jit
-def _fetch_into_l2(weight_bytes, row_stride, row, first, end, features, rows: gl.constexpr, is_gated: gl.constexpr):
-    """Asks for the bytes from `first` to `end` of the program's rows, so that copies find them in the L2 cache."""
-    index = gl.arange(0, rows, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    feature, weight_row = _feature_of(index, row, features, is_gated)
+def _fetch_into_l2(weight_bytes, row_stride, row, first, end, features, plan: gl.constexpr):
+    """Asks for the bytes from `first` to `end` of a tile's rows, so that copies find them in the L2 cache."""
+    index = gl.arange(0, plan.rows, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    feature, weight_row = _feature_of(index, row, features, plan.is_gated)
     address = (weight_bytes + weight_row.to(gl.int64) * row_stride + first).to(gl.int64)
     size = gl.where(feature < features, end - first, 0)
     gl.inline_asm_elementwise(
@@ -117,116 +118,90 @@ def _fetch_into_l2(weight_bytes, row_stride, row, first, end, features, rows: gl
 
 
 @gluon.jit
-def _produce(
-    x_tiles,
-    weight_tiles,
-    weight_bytes,
-    row_stride,
-    fetched,
-    features,
-    row,
-    token,
-    place,
-    shared,
-    stages: gl.constexpr,
-    parts: gl.constexpr,
-    spans: gl.constexpr,
-    row_tiles: gl.constexpr,
-    rows: gl.constexpr,
-    row_bytes: gl.constexpr,
-    is_gated: gl.constexpr,
-    is_dependent: gl.constexpr,
-):
+def _produce(source, corner, place, shared, is_dependent: gl.constexpr, plan: gl.constexpr):
+    x_tiles, weight_tiles, weight_bytes, row_stride, fetched = source
+    features, row, token = corner
     w_shared, x_shared, full, empty = shared
-    x_bytes: gl.constexpr = x_shared.shape[1] * x_shared.shape[2] * x_shared.dtype.primitive_bitwidth // 8
-    bytes_of_stage: gl.constexpr = parts * (row_tiles * rows * row_bytes + spans * x_bytes)
+    parts: gl.constexpr = plan.parts
+    row_tiles: gl.constexpr = plan.row_tiles
+    x_bytes: gl.constexpr = plan.columns * plan.span_columns * x_shared.dtype.primitive_bitwidth // 8
+    bytes_of_stage: gl.constexpr = parts * (row_tiles * plan.rows * plan.row_bytes + plan.spans * x_bytes)
     begin, steps = place
-    ahead = gl.minimum(steps, stages)
+    ahead = gl.minimum(steps, plan.stages)
     for step in range(ahead):
         mbarrier.expect(full.index(step), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, step, parts, row_tiles, row, begin + step, is_gated)
-    first = (begin + ahead) * parts * row_bytes
-    end = gl.minimum(first + fetched, (begin + steps) * parts * row_bytes)
+        _copy_weights(weight_tiles, w_shared, full, step, row, begin + step, plan)
+    first = (begin + ahead) * parts * plan.row_bytes
+    end = gl.minimum(first + fetched, (begin + steps) * parts * plan.row_bytes)
     if fetched > 0:
         for row_tile in gl.static_range(row_tiles):
-            first_row = row + row_tile * (rows // 2 if is_gated else rows)
-            _fetch_into_l2(weight_bytes, row_stride, first_row, first, end, features, rows, is_gated)
+            first_row = row + row_tile * (plan.rows // 2 if plan.is_gated else plan.rows)
+            _fetch_into_l2(weight_bytes, row_stride, first_row, first, end, features, plan)
     if is_dependent:  # see dependent_launch
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     for step in range(ahead):
-        _copy_x(x_tiles, x_shared, full, step, parts * spans, token, begin + step)
+        _copy_x(x_tiles, x_shared, full, step, token, begin + step, plan)
     for step in range(ahead, steps):
-        stage = step % stages
-        mbarrier.wait(empty.index(stage), (step // stages & 1) ^ 1)
+        stage = step % plan.stages
+        mbarrier.wait(empty.index(stage), (step // plan.stages & 1) ^ 1)
         mbarrier.expect(full.index(stage), bytes_of_stage)
-        _copy_weights(weight_tiles, w_shared, full, stage, parts, row_tiles, row, begin + step, is_gated)
-        _copy_x(x_tiles, x_shared, full, stage, parts * spans, token, begin + step)
+        _copy_weights(weight_tiles, w_shared, full, stage, row, begin + step, plan)
+        _copy_x(x_tiles, x_shared, full, stage, token, begin + step, plan)
 
 
 @gluon.jit
-def _copy_groups(of_groups, g_shared, first, groups, row, features, is_gated: gl.constexpr, num_warps: gl.constexpr):
+def _copy_groups(of_groups, g_shared, first, groups, row, features, plan: gl.constexpr):
     """Starts to copy the scales, or the zero points, of a tile's rows, `groups` times, to `first` and behind it."""
-    rows: gl.constexpr = g_shared.shape[1]
     per_thread: gl.constexpr = 32 // g_shared.dtype.primitive_bitwidth
-    layout: gl.constexpr = gl.BlockedLayout([per_thread], [32], [num_warps], [0])
-    index = gl.arange(0, rows, layout=layout)
-    feature, weight_row = _feature_of(index, row, features, is_gated)
-    of_weight = features * 2 if is_gated else features
+    warps: gl.constexpr = plan.warps
+    layout: gl.constexpr = gl.BlockedLayout([per_thread], [32], [warps], [0])
+    index = gl.arange(0, plan.rows, layout=layout)
+    feature, weight_row = _feature_of(index, row, features, plan.is_gated)
+    of_weight = features * 2 if plan.is_gated else features
     address = of_groups + weight_row
     for group in range(groups):
         copy_by_threads(g_shared.index(first + group), address + group * of_weight, mask=feature < features)
 
 
 @gluon.jit
-def _write_result(
-    total,
-    result,
-    scales,
-    rows: gl.constexpr,
-    is_scaled: gl.constexpr,
-    is_direct: gl.constexpr,
-    is_gated: gl.constexpr,
-    is_gelu: gl.constexpr,
-    has_bias: gl.constexpr,
-    is_paired: gl.constexpr,
-    pair_factors: gl.constexpr,
-    layout: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Finishes the sums [rows, tokens] of a tile, and stores them."""
+def _write_result(total, result, scales, plan: gl.constexpr):
+    """Finishes the sums [rows, columns of x] of a tile, and stores them."""
     bias, x_scales, out, row, first_token, split, tokens, features = result
-    width: gl.constexpr = rows // 2 if is_gated else rows
-    block_tokens: gl.constexpr = total.shape[1]
-    columns_of_token: gl.constexpr = 2 if is_paired else 1
+    rows: gl.constexpr = plan.rows
+    columns: gl.constexpr = plan.columns
+    layout: gl.constexpr = plan.layout
+    warps: gl.constexpr = plan.warps
+    width: gl.constexpr = rows // 2 if plan.is_gated else rows
+    columns_of_token: gl.constexpr = 2 if plan.is_paired else 1
     index = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
-    feature, weight_row = _feature_of(index, row, features, is_gated)
-    if not is_scaled:
+    feature, weight_row = _feature_of(index, row, features, plan.is_gated)
+    if plan.spans_per_group == 0:
         scale = gl.load(scales + weight_row, mask=feature < features, other=0.0).to(gl.float32)
         total *= scale[:, None]
-    if is_paired:  # both of a pair become the token's sum; the second one's is not stored
-        high, low = gl.split(total.reshape([rows, block_tokens // 2, 2]))
-        whole = high * pair_factors[0] + low * pair_factors[1]
-        total = gl.convert_layout(gl.join(whole, whole).reshape([rows, block_tokens]), layout)
-    if is_direct:
-        token = first_token + gl.arange(0, block_tokens, layout=gl.SliceLayout(0, layout)) // columns_of_token
+    if plan.is_paired:  # both of a pair become the token's sum; the second one's is not stored
+        high, low = gl.split(total.reshape([rows, columns // 2, 2]))
+        whole = high * plan.pair_factors[0] + low * plan.pair_factors[1]
+        total = gl.convert_layout(gl.join(whole, whole).reshape([rows, columns]), layout)
+    if plan.asm == "":
+        token = first_token + gl.arange(0, columns, layout=gl.SliceLayout(0, layout)) // columns_of_token
         total *= gl.load(x_scales + token, mask=token < tokens, other=0.0)[None, :]
-    if has_bias:
+    if plan.has_bias:
         added = gl.load(bias + weight_row, mask=feature < features, other=0.0)
         total += gl.where(split == 0, added.to(gl.float32), 0.0)[:, None]
-    if is_gated:
-        gate, up = gl.split(total.reshape([rows // 16, 2, 8, block_tokens]).permute((0, 2, 3, 1)))
-        total = (activated(gate, is_gelu) * up).reshape([width, block_tokens])
-    elif is_gelu:
-        total = activated(total, is_gelu)
+    if plan.is_gated:
+        gate, up = gl.split(total.reshape([rows // 16, 2, 8, columns]).permute((0, 2, 3, 1)))
+        total = (activated(gate, plan.is_gelu) * up).reshape([width, columns])
+    elif plan.is_gelu:
+        total = activated(total, plan.is_gelu)
     # In float32, the 8 neighbouring rows that threads hold fill a sector of memory: no other layout is needed.
     is_whole: gl.constexpr = out.dtype.element_ty == gl.float32
-    store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, num_warps], [0, 1])
+    store_layout: gl.constexpr = layout if is_whole else gl.BlockedLayout([4, 1], [8, 4], [1, warps], [0, 1])
     total = gl.convert_layout(total.to(out.dtype.element_ty), store_layout)
     feature = row + gl.arange(0, width, layout=gl.SliceLayout(1, store_layout))
-    column = gl.arange(0, block_tokens, layout=gl.SliceLayout(0, store_layout))
+    column = gl.arange(0, columns, layout=gl.SliceLayout(0, store_layout))
     token = first_token + column // columns_of_token
     address = out + (split * tokens + token)[None, :] * features + feature[:, None]
     live = (token < tokens) & (column % columns_of_token == 0)
@@ -234,73 +209,38 @@ def _write_result(
 
 
 @gluon.jit
-def _consume(
-    result,
-    place,
-    shared,
-    of_groups,
-    tables,
-    sums,
-    consumers: gl.constexpr,
-    stages: gl.constexpr,
-    parts: gl.constexpr,
-    spans: gl.constexpr,
-    spans_per_group: gl.constexpr,
-    is_gated: gl.constexpr,
-    is_gelu: gl.constexpr,
-    has_bias: gl.constexpr,
-    is_int4: gl.constexpr,
-    is_ahead: gl.constexpr,
-    is_scaled: gl.constexpr,
-    asm: gl.constexpr,
-    zero_offset: gl.constexpr,
-    is_paired: gl.constexpr,
-    pair_factors: gl.constexpr,
-    row_tile: gl.constexpr,
-    row_tiles: gl.constexpr,
-    rows: gl.constexpr,
-    row_bytes: gl.constexpr,
-    words_layout: gl.constexpr,
-    span_layout: gl.constexpr,
-    layout: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+def _consume(result, place, shared, of_groups, tables, sums, row_tile: gl.constexpr, plan: gl.constexpr):
     """The first consumer: it copies scales and zero points, adds the other's sum to its own, and writes the result.
 
     Of three tiles of rows, each has a consumer like this one, which takes all steps.
     """
     bias, x_scales, out, row, first_token, split, tokens, features = result
-    row += row_tile * (rows // 2 if is_gated else rows)
+    row += row_tile * (plan.rows // 2 if plan.is_gated else plan.rows)
     result = (bias, x_scales, out, row, first_token, split, tokens, features)
     begin, steps = place
     scales, zeros = tables
     s_shared, z_shared, copied = of_groups
     r_shared, summed = sums
-    of_weight = features * 2 if is_gated else features
-    if spans_per_group > 0:
-        first_group = begin * parts * spans // spans_per_group
-        groups = ((begin + steps) * parts * spans - 1) // spans_per_group + 1 - first_group
+    of_weight = features * 2 if plan.is_gated else features
+    if plan.spans_per_group > 0:
+        spans_of_step: gl.constexpr = plan.parts * plan.spans
+        first_group = begin * spans_of_step // plan.spans_per_group
+        groups = ((begin + steps) * spans_of_step - 1) // plan.spans_per_group + 1 - first_group
         offset = first_group.to(gl.int64) * of_weight
-        first_place: gl.constexpr = row_tile * (s_shared.shape[0] // row_tiles)
-        _copy_groups(scales + offset, s_shared, first_place, groups, row, features, is_gated, num_warps)
-        if z_shared.shape[0] > 1:
-            _copy_groups(zeros + offset, z_shared, first_place, groups, row, features, is_gated, num_warps)
+        first_place: gl.constexpr = row_tile * plan.max_groups
+        _copy_groups(scales + offset, s_shared, first_place, groups, row, features, plan)
+        if plan.has_zeros:
+            _copy_groups(zeros + offset, z_shared, first_place, groups, row, features, plan)
         async_copy.commit_group()
         async_copy.wait_group(0)
         synchronize()
-        if row_tiles == 1:
+        if plan.row_tiles == 1:
             mbarrier.arrive(copied, count=1)
-    total = multiply(
-        place, shared, of_groups, 0, consumers, stages, parts, spans, spans_per_group, is_ahead, is_scaled, is_int4,
-        asm, zero_offset, row_tile, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-    )  # fmt: skip
-    if consumers > 1:
+    total = multiply(place, shared, of_groups, 0, row_tile, plan)
+    if plan.consumers > 1:
         mbarrier.wait(summed, 0)
-        total += r_shared.load(layout)
-    _write_result(
-        total, result, scales, rows, spans_per_group > 0, asm == "", is_gated, is_gelu, has_bias, is_paired,
-        pair_factors, layout, num_warps,
-    )  # fmt: skip
+        total += r_shared.load(plan.layout)
+    _write_result(total, result, scales, plan)
     # Only now: else the memory of barriers that nothing waits for would be used to rearrange the result.
     if row_tile == 0:
         mbarrier.invalidate(copied)
@@ -308,33 +248,10 @@ def _consume(
 
 
 @gluon.jit
-def _consume_second(
-    place,
-    shared,
-    of_groups,
-    sums,
-    consumers: gl.constexpr,
-    stages: gl.constexpr,
-    parts: gl.constexpr,
-    spans: gl.constexpr,
-    spans_per_group: gl.constexpr,
-    is_int4: gl.constexpr,
-    is_ahead: gl.constexpr,
-    is_scaled: gl.constexpr,
-    asm: gl.constexpr,
-    zero_offset: gl.constexpr,
-    rows: gl.constexpr,
-    row_bytes: gl.constexpr,
-    words_layout: gl.constexpr,
-    span_layout: gl.constexpr,
-    layout: gl.constexpr,
-):
+def _consume_second(place, shared, of_groups, sums, plan: gl.constexpr):
     """The second consumer, which leaves its sum in shared memory."""
     r_shared, summed = sums
-    total = multiply(
-        place, shared, of_groups, 1, consumers, stages, parts, spans, spans_per_group, is_ahead, is_scaled, is_int4,
-        asm, zero_offset, 0, 1, rows, row_bytes, words_layout, span_layout, layout,
-    )  # fmt: skip
+    total = multiply(place, shared, of_groups, 1, 0, plan)
     r_shared.store(total)
     synchronize()
     mbarrier.arrive(summed, count=1)
@@ -356,53 +273,28 @@ def quantized_prefetch_kernel(
     features,
     steps_of_split,
     all_steps,
-    has_bias: gl.constexpr,
-    has_zeros: gl.constexpr,
-    is_int4: gl.constexpr,
-    is_gated: gl.constexpr,
-    is_gelu: gl.constexpr,
     is_dependent: gl.constexpr,
-    is_ahead: gl.constexpr,
-    is_scaled: gl.constexpr,
-    asm: gl.constexpr,
-    zero_offset: gl.constexpr,
-    is_paired: gl.constexpr,
-    pair_factors: gl.constexpr,
-    words_layout: gl.constexpr,
-    span_layout: gl.constexpr,
-    layout: gl.constexpr,
-    spans_per_group: gl.constexpr,
-    max_groups: gl.constexpr,
-    block_tokens: gl.constexpr,
-    block_out: gl.constexpr,
-    row_tiles: gl.constexpr,
-    tile_columns: gl.constexpr,
-    parts: gl.constexpr,
-    spans: gl.constexpr,
-    stages: gl.constexpr,
-    consumers: gl.constexpr,
-    consumer_warps: gl.constexpr,
-    consumer_registers: gl.constexpr,
-    producer_registers: gl.constexpr,
+    plan: gl.constexpr,
 ):
     """Computes a block of features for a block of tokens, over one split of the inner dimension. If gated, half of the
     block's rows belong to the gate, half to `up`. One or two consumers take the steps in turns, or three a third of the
     rows each, for which tokens are read less often."""
-    row_bytes: gl.constexpr = tile_columns // 2 if is_int4 else tile_columns
+    rows: gl.constexpr = plan.rows
+    row_tiles: gl.constexpr = plan.row_tiles
+    stages: gl.constexpr = plan.stages
+    columns: gl.constexpr = plan.columns
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     sums_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
-    rows: gl.constexpr = block_out // row_tiles
-    tiles: gl.constexpr = stages * parts * row_tiles
-    span_columns: gl.constexpr = tile_columns // spans
+    tiles: gl.constexpr = stages * plan.parts * row_tiles
+    tiles_of_x: gl.constexpr = stages * plan.parts * plan.spans
     tiles_shape: gl.constexpr = [tiles] + weight_tiles.block_shape  # noqa: RUF005 - Triton-lang knows no [tiles, *...]
     w_shared = gl.allocate_shared_memory(weight_tiles.dtype, tiles_shape, weight_tiles.layout)
-    x_rows: gl.constexpr = block_tokens * 2 if is_paired else block_tokens
-    x_shared = gl.allocate_shared_memory(x_tiles.dtype, [stages * parts * spans, x_rows, span_columns], x_tiles.layout)
-    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [row_tiles * max_groups, rows], rows_layout)
-    of_zeros: gl.constexpr = row_tiles * max_groups if has_zeros else 1
+    x_shared = gl.allocate_shared_memory(x_tiles.dtype, [tiles_of_x, columns, plan.span_columns], x_tiles.layout)
+    s_shared = gl.allocate_shared_memory(scales.dtype.element_ty, [row_tiles * plan.max_groups, rows], rows_layout)
+    of_zeros: gl.constexpr = row_tiles * plan.max_groups if plan.has_zeros else 1
     z_shared = gl.allocate_shared_memory(gl.int8, [of_zeros, rows], rows_layout)
-    sums_rows: gl.constexpr = rows if consumers > 1 else 16
-    r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, x_rows], sums_layout)
+    sums_rows: gl.constexpr = rows if plan.consumers > 1 else 16
+    r_shared = gl.allocate_shared_memory(gl.float32, [sums_rows, columns], sums_layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     once = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -414,109 +306,50 @@ def quantized_prefetch_kernel(
     fence_async_shared()
     synchronize()
     # Programs that read the same weights are neighbours.
-    token = gl.program_id(0) * block_tokens
-    row = gl.program_id(1) * (block_out // 2 if is_gated else block_out)
+    token = gl.program_id(0) * plan.tokens
+    row = gl.program_id(1) * (rows * row_tiles // 2 if plan.is_gated else rows * row_tiles)
     split = gl.program_id(2)
     begin = split * steps_of_split
     place = (begin, gl.minimum(steps_of_split, all_steps - begin))
     shared = (w_shared, x_shared, full, empty)
     result = (bias, x_scales, out, row, token, split, tokens, features)
     of_groups = (s_shared, z_shared, once.index(0))
+    tables = (scales, zeros)
     sums = (r_shared, once.index(1))
+    source = (x_tiles, weight_tiles, weight_bytes, row_stride, fetched)
+    corner = (features, row, token)
+    warps: gl.constexpr = plan.warps
+    registers: gl.constexpr = plan.consumer_registers
     if row_tiles > 1:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
-                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-                        consumer_warps,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
-                        is_paired, pair_factors, 1, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-                        consumer_warps,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
-                        is_paired, pair_factors, 2, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-                        consumer_warps,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
-                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
-                    ),
-                ),
+                (_consume, (result, place, shared, of_groups, tables, sums, 0, plan)),
+                (_consume, (result, place, shared, of_groups, tables, sums, 1, plan)),
+                (_consume, (result, place, shared, of_groups, tables, sums, 2, plan)),
+                (_produce, (source, corner, place, shared, is_dependent, plan)),
             ],
-            [consumer_warps, consumer_warps, 1],
-            [consumer_registers, consumer_registers, producer_registers],
-        )  # fmt: skip
-    elif consumers == 1:
+            [warps, warps, 1],
+            [registers, registers, PRODUCER],
+        )
+    elif plan.consumers == 1:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
-                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-                        consumer_warps,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
-                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
-                    ),
-                ),
+                (_consume, (result, place, shared, of_groups, tables, sums, 0, plan)),
+                (_produce, (source, corner, place, shared, is_dependent, plan)),
             ],
             [1],
-            [producer_registers],
-        )  # fmt: skip
+            [PRODUCER],
+        )
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        result, place, shared, of_groups, (scales, zeros), sums, consumers, stages, parts, spans,
-                        spans_per_group, is_gated, is_gelu, has_bias, is_int4, is_ahead, is_scaled, asm, zero_offset,
-                        is_paired, pair_factors, 0, row_tiles, rows, row_bytes, words_layout, span_layout, layout,
-                        consumer_warps,
-                    ),
-                ),
-                (
-                    _consume_second,
-                    (
-                        place, shared, of_groups, sums, consumers, stages, parts, spans, spans_per_group, is_int4,
-                        is_ahead, is_scaled, asm, zero_offset, rows, row_bytes, words_layout, span_layout, layout,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        x_tiles, weight_tiles, weight_bytes, row_stride, fetched, features, row, token, place, shared,
-                        stages, parts, spans, row_tiles, rows, row_bytes, is_gated, is_dependent,
-                    ),
-                ),
+                (_consume, (result, place, shared, of_groups, tables, sums, 0, plan)),
+                (_consume_second, (place, shared, of_groups, sums, plan)),
+                (_produce, (source, corner, place, shared, is_dependent, plan)),
             ],
-            [consumer_warps, 1],
-            [consumer_registers, producer_registers],
-        )  # fmt: skip
+            [warps, 1],
+            [registers, PRODUCER],
+        )
 
 
 @lru_cache
@@ -627,6 +460,37 @@ def launch_quantized_prefetch(
     unit = 16.0 if weight.is_int4 else 1.0
     one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
     most, of_consumers = registers_of(blocks)
+    plan = Plan(
+        is_int4=weight.is_int4,
+        has_zeros=has_zeros,
+        has_bias=bias is not None,
+        is_gated=is_gated,
+        is_gelu=is_gelu,
+        is_paired=is_paired,
+        # int4 enters the product 16 times as large as it is.
+        pair_factors=(PAIR_FACTORS[x.dtype] / unit, 1.0 / unit) if is_paired else (1.0, 1.0),
+        is_ahead=is_ahead,
+        is_scaled=is_scaled,
+        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_scaled),
+        zero_offset=one if weight.is_int4 else 0.0,
+        rows=tile_rows,
+        row_tiles=row_tiles_of(blocks),
+        row_bytes=row_bytes,
+        tokens=block_tokens,
+        columns=block_columns,
+        span_columns=span_columns,
+        parts=blocks.inner // tile_columns,
+        spans=spans,
+        spans_per_group=spans_per_group,
+        max_groups=max_groups,
+        stages=blocks.stages,
+        consumers=blocks.consumers,
+        warps=blocks.warps,
+        consumer_registers=of_consumers,
+        words_layout=words_layout(tile_rows, row_bytes, blocks.warps, weight.is_int4),
+        span_layout=words_layout(tile_rows, row_bytes // spans, blocks.warps, weight.is_int4),
+        layout=layout_of_sums,
+    )
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
         tile_descriptor(x, x.shape, (block_columns, span_columns)),
         TensorDescriptor(values, shape, strides, block, layout),
@@ -642,34 +506,7 @@ def launch_quantized_prefetch(
         features,
         steps_of_split,
         steps,
-        has_bias=bias is not None,
-        has_zeros=has_zeros,
-        is_int4=weight.is_int4,
-        is_gated=is_gated,
-        is_gelu=is_gelu,
-        is_ahead=is_ahead,
-        is_scaled=is_scaled,
-        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_scaled),
-        zero_offset=one if weight.is_int4 else 0.0,
-        is_paired=is_paired,
-        # int4 enters the product 16 times as large as it is.
-        pair_factors=(PAIR_FACTORS[x.dtype] / unit, 1.0 / unit) if is_paired else (1.0, 1.0),
-        words_layout=words_layout(tile_rows, row_bytes, blocks.warps, weight.is_int4),
-        span_layout=words_layout(tile_rows, row_bytes // spans, blocks.warps, weight.is_int4),
-        layout=layout_of_sums,
-        spans_per_group=spans_per_group,
-        max_groups=max_groups,
-        block_tokens=block_tokens,
-        block_out=blocks.out,
-        row_tiles=row_tiles_of(blocks),
-        tile_columns=tile_columns,
-        parts=blocks.inner // tile_columns,
-        spans=spans,
-        stages=blocks.stages,
-        consumers=blocks.consumers,
-        consumer_warps=blocks.warps,
-        consumer_registers=of_consumers,
-        producer_registers=PRODUCER_REGISTERS,
+        plan=plan,
         num_warps=blocks.warps,
         maxnreg=most,
         **dependent_launch(x.device),
