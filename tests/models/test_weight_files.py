@@ -174,6 +174,10 @@ QUANTIZED = {
         "bitsandbytes",
     ),
     "8 bits": ({"weight": torch.int8, "SCB": torch.float32}, "bitsandbytes"),
+    "quanto": (
+        {"weight._data": torch.int8, "weight._scale": torch.half, "input_scale": torch.half},
+        "optimum-quanto",
+    ),
     "packed": ({"weight_packed": torch.int32, "weight_scale": torch.half}, "compressed-tensors"),
     "float8": ({"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}, "scales"),
     "float8 in blocks": ({"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}, "scales"),
