@@ -65,6 +65,7 @@ ALLOWED = {
     "models.quantization.config": (
         "models.config_fields",
         "models.errors",
+        "models.find_weights",
         "models.quantization.auto_round_config",
         "models.quantization.compressed_tensors_config",
         "models.quantization.fields",

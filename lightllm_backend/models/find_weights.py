@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def check_weight_files(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise safetensors_error(path, error) from error
+
+
+def holds_tensor(folder: Path, names: Collection[str]) -> bool:
+    """Whether a .safetensors file of the model has a tensor of one of these names; no for files that cannot be read."""
+    try:
+        for path in find_weight_files(folder):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="np") as file:
+                    if not set(file.keys()).isdisjoint(names):
+                        return True
+    except (ModelError, SafetensorError, OSError):
+        pass  # the check of the weights says what is wrong with them
+    return False
 
 
 def refuse_pointer(path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightllm_backend.kernels import reference
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from lightllm_backend.models.causal_lm import model_class
+from lightllm_backend.models.dry_load import dry_load
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.weights import dummy_weights
@@ -322,6 +323,28 @@ def test_a_quantised_head(tmp_path):
     assert isinstance(load_model(tmp_path).head.weight, QuantizedWeight)
     check_steps(load_model(tmp_path), transformer)
     run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer))
+
+
+@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8"])
+def test_a_head_that_transformers_quantised(tmp_path, name):
+    """It does so if `modules_to_not_convert` is a list that does not name the head."""
+    case = CASES[name]
+    config = case.config | {"modules_to_not_convert": [DOWN]}
+    transformer = write_checkpoint(tmp_path, "llama2_gqa", case.store, config, left_out=[DOWN], with_head=True)
+    dry_load(tmp_path, tp=1)
+    head = load_model(tmp_path).head.weight
+    assert isinstance(head, QuantizedWeight)
+    assert torch.equal(reference.dequantize(head, torch.float32)[:VOCAB], transformer.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8"])
+def test_a_quantised_head_beside_a_list_that_names_it(tmp_path, name):
+    case = CASES[name]
+    config = case.config | {"modules_to_not_convert": ["lm_head"]}
+    write_checkpoint(tmp_path, "llama2_gqa", case.store, config, with_head=True)
+    for load_it in (load_model, lambda directory: dry_load(directory, tp=1)):
+        with pytest.raises(ModelError, match=r"lm_head\.weight_scale\w* belongs to weights quantised with scales"):
+            load_it(tmp_path)
 
 
 def test_the_memory_of_weights_is_that_of_their_tensors(tmp_path):
