@@ -17,6 +17,7 @@ QUANTIZED_TENSORS = {
     "GPTQ or AWQ": ("qweight", "qzeros", "g_idx"),
     "bitsandbytes": ("absmax", "quant_map", "nested_absmax", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB"),
     "compressed-tensors": ("weight_packed",),
+    "torchao": ("_weight_qdata", "_weight_scale", "_weight_zero_point"),
     "optimum-quanto": ("_data", "_scale", "_shift"),
     "scales": ("weight_scale", "weight_scale_inv", "input_scale", "scales"),
 }

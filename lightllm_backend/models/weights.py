@@ -29,8 +29,14 @@ HEAD = "lm_head.weight"
 # Endings of the names of scales for an 8-bit KV pool, which ours, with scales of each token, has no use for.
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
-# What transformers' fp8 calls the scales of a tensor, by its last part, and what other tools call them.
-_USUAL_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
+# What transformers' fp8 and torchao call the parts of a quantised weight, and what other tools call them.
+_USUAL_NAMES = {
+    "weight_scale_inv": "weight_scale",
+    "activation_scale": "input_scale",
+    "_weight_qdata": "weight",
+    "_weight_scale": "weight_scale",
+    "_weight_zero_point": "weight_zero_point",
+}
 
 # Tensors that an error names; it only counts the others.
 _NAMED = 10

@@ -201,6 +201,21 @@ _QUANTIZATIONS = (
     {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm*"]},
     {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
 )  # fmt: skip
+_TORCHAO = {
+    "_type": "Float8DynamicActivationFloat8WeightConfig",
+    "_version": 2,
+    "_data": {"granularity": [{"_type": "PerRow"}, {"_type": "PerRow"}], "weight_dtype": None, "group_size": None},
+}
+_torchao = st.builds(
+    lambda values, config, by_name: (
+        values | {"quant_type": {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": by_name}}}}
+        if by_name
+        else values | {"quant_type": {"default": config}}
+    ),
+    mutated({"quant_method": "torchao", "modules_to_not_convert": None, "include_input_output_embeddings": False}),
+    mutated(_TORCHAO),
+    st.none() | mutated({"_default": _TORCHAO, "re:.*up_proj": None, "lm_head": _TORCHAO}),
+)
 _GROUP = {"targets": ["Linear", "re:.*up_proj"], "format": None, "output_activations": None}
 _WEIGHTS = {
     "num_bits": 8,
@@ -238,7 +253,7 @@ def _configs(draw: st.DrawFn) -> str:
     if draw(st.booleans()):
         values |= {"sliding_window": draw(integers), "use_sliding_window": True, "layer_types": draw(json_values)}
     if draw(st.booleans()):
-        values["quantization_config"] = draw(st.sampled_from(_QUANTIZATIONS).flatmap(mutated) | _compressed)
+        values["quantization_config"] = draw(st.sampled_from(_QUANTIZATIONS).flatmap(mutated) | _compressed | _torchao)
     return draw(json_texts(st.just(values)))
 
 

@@ -178,6 +178,7 @@ QUANTIZED = {
         {"weight._data": torch.int8, "weight._scale": torch.half, "input_scale": torch.half},
         "optimum-quanto",
     ),
+    "torchao": ({"_weight_qdata": torch.float8_e4m3fn, "_weight_scale": torch.float32}, "torchao"),
     "packed": ({"weight_packed": torch.int32, "weight_scale": torch.half}, "compressed-tensors"),
     "float8": ({"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}, "scales"),
     "float8 in blocks": ({"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}, "scales"),

@@ -2,8 +2,8 @@
 """Reads what a model directory says of its quantisation. Every fault, and every unknown method, is a ModelError.
 
 Imports no torch. The keys are those that the tools write: AutoAWQ and llm-awq, AutoGPTQ and GPTQModel, AutoFP8 and
-transformers' fine-grained fp8, Meta's FBGEMM, NVIDIA's ModelOpt; auto_round_config.py and compressed_tensors_config.py
-have those of AutoRound and compressed-tensors.
+transformers' fine-grained fp8, Meta's FBGEMM, NVIDIA's ModelOpt; auto_round_config.py, compressed_tensors_config.py and
+torchao_config.py have those of AutoRound, compressed-tensors and torchao.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.find_weights import holds_tensor
 from lightllm_backend.models.quantization.auto_round_config import read_auto_round
 from lightllm_backend.models.quantization.compressed_tensors_config import read_compressed_tensors
 from lightllm_backend.models.quantization.fields import (
+    BLOCK,
     HEAD,
     checked_regex,
     given,
     group_size,
+    head_left_out,
     names,
     nested_names,
     one_of,
@@ -38,13 +39,10 @@ from lightllm_backend.models.quantization.scheme import (
     Storage,
     WeightScheme,
 )
+from lightllm_backend.models.quantization.torchao_config import read_torchao
 
 # Files beside config.json that only a quantised checkpoint has, and the method of one that does not name its own.
 QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-
-BLOCK = 128
-
-_HEAD_SCALES = (f"{HEAD}.weight_scale", f"{HEAD}.weight_scale_inv")
 
 _INT = {4: Kind.INT4, 8: Kind.INT8}
 
@@ -160,7 +158,7 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
         raise fields.error("weight_scale_semantics", "null is needed, as weights are multiplied by their scales")
     activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
     chosen = activations[one_of(fields, "activation_scheme", activations)]
-    left_out = [*_head_left_out(fields), *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]
+    left_out = [*head_left_out(fields), *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]
     scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=chosen)
     if fields.has("weight_block_size"):
         if fields.get("weight_block_size") != [BLOCK, BLOCK]:
@@ -172,19 +170,9 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
 
 def _fbgemm_fp8(fields: ConfigFields) -> list[Rule]:
     """Meta's. `activation_scale_ub`, a bound of the scales of activations, is not applied: they span all values."""
-    left_out = [*_head_left_out(fields), *names(fields, "modules_to_not_convert")]
+    left_out = [*head_left_out(fields), *names(fields, "modules_to_not_convert")]
     scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC)
     return [*_unquantised(left_out), _all(scheme)]
-
-
-def _head_left_out(fields: ConfigFields) -> list[str]:
-    """The head, unless it is quantised.
-
-    If `modules_to_not_convert` is null, nobody quantises it. If it is a list without the head, transformers does and
-    other tools do not, and only the head's tensors tell who wrote the list.
-    """
-    is_told = fields.has("modules_to_not_convert")
-    return [] if is_told and holds_tensor(fields.path.parent, _HEAD_SCALES) else [HEAD]
 
 
 def _modelopt(fields: ConfigFields) -> list[Rule]:
@@ -209,6 +197,7 @@ METHODS: dict[str, Callable[[ConfigFields], list[Rule]]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "modelopt": _modelopt,
+    "torchao": read_torchao,
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of 8 bits in a tensor of their own shape, with scales beside them: compressed-tensors' int-quantized and
-float-quantized, AutoFP8, ModelOpt, and fp8 in blocks of 128 x 128."""
+float-quantized, AutoFP8, ModelOpt, torchao, and fp8 in blocks of 128 x 128."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightllm_backend.models.quantization.matrix import StoredMatrix
 from lightllm_backend.models.quantization.scheme import Granularity, Kind
-from lightllm_backend.models.quantization.slots import QuantizedSlot, input_scale_slot, scales_slot
+from lightllm_backend.models.quantization.slots import EqualSlot, QuantizedSlot, input_scale_slot, scales_slot
 from lightllm_backend.models.weights import WeightSlot
 
 _DTYPES = {Kind.INT8: ("int8",), Kind.FP8: ("float8_e4m3fn",)}
@@ -16,7 +16,10 @@ _DTYPES = {Kind.INT8: ("int8",), Kind.FP8: ("float8_e4m3fn",)}
 
 def slots(matrix: StoredMatrix) -> dict[str, WeightSlot]:
     """weight [out, in]; weight_scale: one number, or [out, 1], or [out / 128, in / 128], which most tools but
-    compressed-tensors call weight_scale_inv, or of ModelOpt [out / 128, 1, in / 128, 1]; input_scale: one number."""
+    compressed-tensors call weight_scale_inv, or of ModelOpt [out / 128, 1, in / 128, 1]; input_scale: one number.
+
+    torchao has zero points beside int8, which must be zeros.
+    """
     rows, columns, weight = matrix.rows, matrix.columns, matrix.weight
     found: dict[str, WeightSlot] = {
         f"{matrix.name}.weight": QuantizedSlot(
@@ -28,6 +31,15 @@ def slots(matrix: StoredMatrix) -> dict[str, WeightSlot]:
         ),
         f"{matrix.name}.{matrix.scheme.scale_name}": _scales(matrix),
     }
+    if matrix.scheme.kind is Kind.INT8:
+        found[f"{matrix.name}.weight_zero_point"] = EqualSlot(
+            weight.values,
+            (rows.full, 1),
+            dtypes=("int8",),
+            shapes=((1, 1),),
+            holds=lambda zeros: not bool(zeros.any()),
+            needed="zeros are needed",
+        )
     if weight.input_scale is not None:
         found[f"{matrix.name}.input_scale"] = input_scale_slot(matrix)
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that the configurations of several tools have in common. Standard library only."""
+"""Values that the configurations of several tools have in common. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from lightllm_backend.models.config_fields import ConfigFields
+from lightllm_backend.models.find_weights import holds_tensor
 
 # The head's name; most tools never quantise it.
 HEAD = "lm_head"
+_HEAD_SCALES = tuple(f"{HEAD}.{name}" for name in ("weight_scale", "weight_scale_inv", "_weight_scale"))
+
+# Rows and columns of a block of fp8.
+BLOCK = 128
 
 MIN_GROUP_SIZE = 8
 
@@ -65,3 +70,13 @@ def checked_regex(fields: ConfigFields, key: str, pattern: str) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         raise fields.error(key, f"{pattern!r} is no regular expression: {error}") from error
     return pattern
+
+
+def head_left_out(fields: ConfigFields) -> list[str]:
+    """The head, unless it is quantised.
+
+    If `modules_to_not_convert` is null, nobody quantises it. If it is a list without the head, transformers does and
+    other tools do not, and only the head's tensors tell who wrote the list.
+    """
+    is_told = fields.has("modules_to_not_convert")
+    return [] if is_told and holds_tensor(fields.path.parent, _HEAD_SCALES) else [HEAD]

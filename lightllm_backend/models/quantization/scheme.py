@@ -75,6 +75,7 @@ class Match(Enum):
     ALL = "all"
     EXACT = "exact"
     REGEX = "regex"  # from the name's beginning
+    WHOLE_REGEX = "whole regex"  # of the whole name
     SEARCH = "search"  # a regular expression, anywhere in the name
     PARTS = "parts"  # the pattern's dotted parts follow each other somewhere in the name
     WILDCARDS = "wildcards"  # * stands for any characters
@@ -93,6 +94,8 @@ class Rule:
             return name == self.pattern
         if self.match is Match.REGEX:
             return re.match(self.pattern, name) is not None
+        if self.match is Match.WHOLE_REGEX:
+            return re.fullmatch(self.pattern, name) is not None
         if self.match is Match.SEARCH:
             return re.search(self.pattern, name) is not None
         if self.match is Match.PARTS:

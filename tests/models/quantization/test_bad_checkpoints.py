@@ -35,6 +35,14 @@ PACKED = (
 )
 FP8 = (checkpoints.fp8_by_tensor(lambda name: 0.02), {"quant_method": "fp8", "activation_scheme": "static"})
 
+INT8 = (
+    checkpoints.int8_by_channel,
+    {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"group_size": None}}},
+    },
+)
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -104,6 +112,12 @@ def write(tmp_path):
             f"{Q}.weight_packed",
             lambda value: value[:, 1:].clone(),
             r"has the shape \[64, 7\]; config.json makes it",
+        ),
+        (
+            INT8,
+            f"{Q}._weight_zero_point",
+            lambda value: torch.ones(64, 1, dtype=torch.int8),
+            "contradicts config.json; zeros are needed",
         ),
         (FP8, f"{Q}.weight", lambda value: value.view(torch.int8), "has the dtype int8; float8_e4m3fn is needed"),
         (FP8, f"{Q}.weight_scale", lambda value: torch.ones(64), r"has the shape \[64\]; config.json makes it \[\]"),

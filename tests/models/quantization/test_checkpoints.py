@@ -90,6 +90,23 @@ def by_transformers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     }
 
 
+def by_torchao(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    zeros = {"_weight_zero_point": torch.zeros_like(tensors["weight_scale"], dtype=torch.int8)}
+    int8 = tensors["weight"].dtype == torch.int8
+    return {"_weight_qdata": tensors["weight"], "_weight_scale": tensors["weight_scale"], **(zeros if int8 else {})}
+
+
+def torchao(kind: str, *granularity: str, **more: Any) -> dict[str, Any]:
+    """As transformers 5.24 writes it for a configuration of torchao 0.18; two granularities in a list."""
+    objects = [
+        {"_type": name, "_version": 1, "_data": {} if name == "PerTensor" else {"dim": -1}} for name in granularity
+    ]
+    data = {"granularity": objects if len(objects) > 1 else objects[0], "set_inductor_config": True}
+    quant_type = {"default": {"_type": kind, "_version": 2, "_data": data}}
+    return {"quant_method": "torchao", "quant_type": quant_type, "include_input_output_embeddings": False,
+            "modules_to_not_convert": None, "untie_embedding_weights": False, **more}  # fmt: skip
+
+
 LLAMA_LAYERS = [
     f"model.layers.{layer}.{name}_proj"
     for layer in range(3)
@@ -218,6 +235,18 @@ CASES = {
         {"left_out": [DOWN]},
         rounded=lambda name, x: x if name == DOWN else checkpoints.fp8_by_token(name, x),
     ),
+    "torchao, fp8": Case(
+        "bloom_6_heads",
+        checkpoints.changed(checkpoints.fp8_by_channel, by_torchao),
+        torchao("Float8DynamicActivationFloat8WeightConfig", "PerRow", "PerRow"),
+        rounded=checkpoints.fp8_by_token,
+    ),
+    "torchao, int8": Case(
+        "llama2_gqa",
+        checkpoints.changed(checkpoints.int8_by_channel, by_torchao),
+        torchao("Int8WeightOnlyConfig", "PerRow", modules_to_not_convert=["lm_head", DOWN]),
+        {"left_out": [DOWN]},
+    ),
     "fp8 in blocks": Case(
         "bloom_12_heads",  # 192 inputs: a block and a half
         checkpoints.fp8_in_blocks,
@@ -325,7 +354,7 @@ def test_a_quantised_head(tmp_path):
     run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer))
 
 
-@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8"])
+@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8", "torchao, int8"])
 def test_a_head_that_transformers_quantised(tmp_path, name):
     """It does so if `modules_to_not_convert` is a list that does not name the head."""
     case = CASES[name]
@@ -337,13 +366,15 @@ def test_a_head_that_transformers_quantised(tmp_path, name):
     assert torch.equal(reference.dequantize(head, torch.float32)[:VOCAB], transformer.lm_head.weight)
 
 
-@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8"])
+@pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8", "torchao, int8"])
 def test_a_quantised_head_beside_a_list_that_names_it(tmp_path, name):
     case = CASES[name]
     config = case.config | {"modules_to_not_convert": ["lm_head"]}
     write_checkpoint(tmp_path, "llama2_gqa", case.store, config, with_head=True)
     for load_it in (load_model, lambda directory: dry_load(directory, tp=1)):
-        with pytest.raises(ModelError, match=r"lm_head\.weight_scale\w* belongs to weights quantised with scales"):
+        with pytest.raises(
+            ModelError, match=r"lm_head\._?weight_\w+ belongs to weights quantised with (scales|torchao)"
+        ):
             load_it(tmp_path)
 
 

@@ -192,6 +192,63 @@ def test_the_forms_of_a_scheme(tmp_path):
     assert quantization(tmp_path, blocks).scheme(UP).scale_name == "weight_scale_inv"
 
 
+def torchao(kind, granularity=None, version=2, **data):
+    return {"_type": kind, "_version": version, "_data": data | {"granularity": granularity}}
+
+
+def of_torchao(config, **more):
+    return {"quant_method": "torchao", "quant_type": {"default": config}, **more}
+
+
+def per(name, **data):
+    return {"_type": f"Per{name}", "_version": 1, "_data": data}
+
+
+FP8_DYNAMIC, INT8_WEIGHT = "Float8DynamicActivationFloat8WeightConfig", "Int8WeightOnlyConfig"
+
+
+def test_the_granularities_of_torchao(tmp_path):
+    """The second of two is that of the weights. Without one, fp8 with dynamic activations has a scale by tensor."""
+    blocks = [per("Block", block_size=[1, 128]), per("Block", block_size=[128, 128])]
+    for given, granularity, size in (
+        (None, Granularity.TENSOR, 0),
+        (per("Row", dim=-1), Granularity.CHANNEL, 0),
+        ([per("Tensor"), per("Row")], Granularity.CHANNEL, 0),
+        (blocks, Granularity.BLOCK, 128),
+    ):
+        scheme = quantization(tmp_path, of_torchao(torchao(FP8_DYNAMIC, given))).scheme(UP)
+        assert (scheme.kind, scheme.activations) == (Kind.FP8, Activations.DYNAMIC)
+        assert (scheme.granularity, scheme.group_size) == (granularity, size)
+    scheme = quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT))).scheme(UP)
+    assert (scheme.kind, scheme.activations) == (Kind.INT8, Activations.AS_THEY_ARE)
+    assert scheme.granularity is Granularity.CHANNEL
+
+
+@pytest.mark.parametrize("names", ["fqn_to_config", "module_fqn_to_config"])
+def test_the_layers_of_torchao(tmp_path, names):
+    """Names before regular expressions, which match whole names, before the default."""
+    by_name = {
+        "_default": torchao(FP8_DYNAMIC, per("Row")),
+        r"re:model\.layers\.1": None,
+        "re:.*down_proj": None,
+        "model.layers.3.mlp.down_proj.weight": torchao(INT8_WEIGHT),
+    }
+    kind = "FqnToConfig" if names == "fqn_to_config" else "ModuleFqnToConfig"
+    config = {"_type": kind, "_version": 1, "_data": {names: by_name}}
+    found = quantization(tmp_path, of_torchao(config, modules_to_not_convert=["lm_head", "layers.5"]))
+    assert found.scheme("model.layers.3.mlp.down_proj").kind is Kind.INT8
+    assert found.scheme("model.layers.1.mlp.up_proj").kind is Kind.FP8
+    assert found.scheme(DOWN) is found.scheme("lm_head") is found.scheme("model.layers.5.mlp.up_proj") is None
+    del by_name["_default"]
+    assert quantization(tmp_path, of_torchao(config)).scheme(UP) is None
+
+
+def test_torchao_in_pickles(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(ModelError, match=r"quant_method is 'torchao'; \.safetensors files are .* pytorch_model\.bin"):
+        quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT)))
+
+
 AWQ, GPTQ, FP8 = {"quant_method": "awq"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 ALL = ", ".join(METHODS)
@@ -250,6 +307,26 @@ ALL = ", ".join(METHODS)
             compressed(group(INT4), sparsity_config={"format": "sparse-24"}),
             "sparsity_config is .*; a format of 'dense'",
         ),
+        (
+            of_torchao(torchao("Int4WeightOnlyConfig")),
+            "default._type is 'Int4WeightOnlyConfig'; allowed: 'Float8Weight",
+        ),
+        (of_torchao(torchao(INT8_WEIGHT, version=1)), "default._version is 1; allowed: 2"),
+        (of_torchao(torchao(INT8_WEIGHT, group_size=32)), "_data.group_size is 32; null is needed"),
+        (
+            of_torchao(torchao(FP8_DYNAMIC, weight_dtype={"_type": "torch.dtype", "_data": "float8_e5m2"})),
+            "weight_dtype._data is 'float8_e5m2'; allowed: 'float8_e4m3fn'",
+        ),
+        (of_torchao(torchao(FP8_DYNAMIC, per("Group", group_size=32))), "granularity._type is 'PerGroup'; allowed"),
+        (
+            of_torchao(torchao(FP8_DYNAMIC, [per("Row"), per("Block", block_size=[64, 64])])),
+            r"granularity._data is .*; a block_size of \[128, 128\] is needed",
+        ),
+        (
+            of_torchao(torchao(INT8_WEIGHT), include_input_output_embeddings=True),
+            "include_input_output_embeddings is True; false is needed",
+        ),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "quant_type is 'int8.*; an object is needed"),
         (compressed(group(INT4, "re:(")), r"targets is \['re:\('\]; '\(' is no regular expression"),
     ],
 )
