@@ -4,13 +4,17 @@ float-quantized, AutoFP8, ModelOpt, torchao, and fp8 in blocks of 128 x 128."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightllm_backend.models.quantization.matrix import StoredMatrix
 from lightllm_backend.models.quantization.scheme import Granularity, Kind
 from lightllm_backend.models.quantization.slots import EqualSlot, QuantizedSlot, input_scale_slot, scales_slot
+from lightllm_backend.models.weight_files import FLOATS
 from lightllm_backend.models.weights import WeightSlot
 
+# Powers of two (scale_fmt ue8m0) have a dtype of their own, which torch 2.6 lacks.
+_BLOCK_SCALES = (*FLOATS, "float8_e8m0fnu") if hasattr(torch, "float8_e8m0fnu") else FLOATS
 _DTYPES = {Kind.INT8: ("int8",), Kind.FP8: ("float8_e4m3fn",)}
 
 
@@ -56,6 +60,6 @@ def _scales(matrix: StoredMatrix) -> QuantizedSlot:
     shape = (-(-rows // size), matrix.full_groups)
 
     def by_row(blocks: Tensor) -> Tensor:
-        return blocks.view(shape)[:, matrix.groups].repeat_interleave(size, 0)[matrix.row_slice].t()
+        return blocks.float().view(shape)[:, matrix.groups].repeat_interleave(size, 0)[matrix.row_slice].t()
 
-    return scales_slot(matrix, shape, by_row, ((shape[0], 1, shape[1], 1),))
+    return scales_slot(matrix, shape, by_row, ((shape[0], 1, shape[1], 1),), _BLOCK_SCALES)

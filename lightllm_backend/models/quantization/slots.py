@@ -13,7 +13,7 @@ from lightllm_backend.kernels.quantized.weight import pack_int4, unpack_int4
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.quantization.matrix import UNKNOWN_ORDER, StoredMatrix
 from lightllm_backend.models.quantization.scheme import Kind
-from lightllm_backend.models.weight_files import Source
+from lightllm_backend.models.weight_files import FLOATS, Source
 from lightllm_backend.models.weights import WeightSlot
 
 # Standard deviation of dummy weights, as of others.
@@ -156,10 +156,11 @@ def scales_slot(
     full_shape: tuple[int, ...],
     convert: Callable[[Tensor], Tensor],
     shapes: tuple[tuple[int, ...], ...] = (),
+    dtypes: Sequence[str] = FLOATS,
 ) -> QuantizedSlot:
     """The slot of a tensor of scales, which is read whole."""
     dummy = _DUMMY_STD / _VALUES_STD[matrix.scheme.kind]
-    return QuantizedSlot(matrix.weight.scales, full_shape, convert=convert, shapes=shapes, dummy=dummy)
+    return QuantizedSlot(matrix.weight.scales, full_shape, convert=convert, shapes=shapes, dtypes=dtypes, dummy=dummy)
 
 
 def input_scale_slot(matrix: StoredMatrix) -> QuantizedSlot:

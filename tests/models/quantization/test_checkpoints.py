@@ -21,7 +21,7 @@ from lightllm_backend.models.weights import dummy_weights
 from lightllm_backend.parallel import TensorParallel
 from lightllm_backend.request import SamplingParams
 from tests.models.quantization import checkpoints
-from tests.models.quantization.checkpoints import Store, round_inputs, write_checkpoint
+from tests.models.quantization.checkpoints import Store, linear_layers, round_inputs, write_checkpoint
 from tests.models.random_models import VOCAB, random_model
 from tests.models.step_harness import CPU, check_reads_nothing_back, check_steps, load_model
 from tests.models.thread_parallel import run_ranks
@@ -352,6 +352,27 @@ def test_a_quantised_head(tmp_path):
     assert isinstance(load_model(tmp_path).head.weight, QuantizedWeight)
     check_steps(load_model(tmp_path), transformer)
     run_ranks(2, lambda parallel: check_steps(load_model(tmp_path, parallel=parallel), transformer))
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="needs torch 2.7")
+def test_scales_that_are_powers_of_two(tmp_path):
+    """As transformers writes them for scale_fmt ue8m0."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        scales = checkpoints.fp8_in_blocks(name, weight)[0]["weight_scale_inv"].log2().ceil().exp2()
+        by_weight = scales.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+        values = checkpoints.fp8(weight, by_weight)
+        stored = {"weight": values, "weight_scale_inv": scales.to(torch.float8_e8m0fnu)}
+        return stored, values.float() * by_weight
+
+    case = CASES["fp8 in blocks"]
+    transformer = write_checkpoint(tmp_path, case.family, store, case.config | {"scale_fmt": "ue8m0"})
+    dry_load(tmp_path, tp=1)
+    weight = load_model(tmp_path).layers[1].attention.output.weight
+    (expected,) = (
+        layer.weight for name, layer in linear_layers(transformer) if name.endswith("1.self_attention.dense")
+    )
+    assert torch.equal(reference.dequantize(weight, torch.float32), expected)
 
 
 @pytest.mark.parametrize("name", ["fp8 in blocks", "fbgemm_fp8", "torchao, int8"])
