@@ -16,9 +16,9 @@ from lightllm_backend.kernels.quantized.unpacking import INT4_INTO_INT8
 INTO_INT8 = gl.constexpr(INT4_INTO_INT8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What a compiled quantized_prefetch_kernel is made for.
+    """What a compiled quantized_prefetch_kernel is made for. Compared by identity, as each launch looks it up.
 
     A step is one stage of shared memory: `parts` tiles of the weight, one behind the other, for each of the `row_tiles`
     tiles of rows. A tile has `spans` of columns, each within a group of the weight, and meets as many tiles of x.

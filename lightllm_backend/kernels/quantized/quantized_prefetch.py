@@ -18,7 +18,7 @@ tiles of rows, the consumers overlap each other instead: one multiplies while an
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -400,99 +400,41 @@ def launch_quantized_prefetch(
     """
     tokens, features, in_features = out.shape[1], out.shape[2], x.shape[1]
     # A tensor core takes at least 8 columns of activations.
-    columns_of_token = 2 if is_paired else 1
-    block_tokens = min(blocks.tokens, max(8 // columns_of_token, triton.next_power_of_2(tokens)))
-    block_columns = block_tokens * columns_of_token
+    least_tokens = 4 if is_paired else 8
+    block_tokens = min(blocks.tokens, max(least_tokens, triton.next_power_of_2(tokens)))
     rows = blocks.out // 2 if is_gated else blocks.out  # of the result
-    tile_rows = blocks.out // row_tiles_of(blocks)
-    groups = len(weight.scales)
-    has_zeros = weight.zeros is not None
-    is_direct = x_scales is not None
+    steps = in_features // blocks.inner
+    steps_of_split = triton.cdiv(steps, blocks.splits)
     assert weight.in_fragments
     assert out.is_contiguous()
     assert weight.shape == (features * (2 if is_gated else 1), in_features)
     assert in_features % blocks.inner == 0
-    # Each stage is one consumer's. A barrier knows the parity of its phase only: a consumer that had not waited for the
-    # stage's last phase could take the one before it for the next.
-    assert blocks.stages % blocks.consumers == 0
-    # A consumer releases a stage once it has started on its next one.
-    assert blocks.stages >= 2 * blocks.consumers
-    # Three consumers start with too few registers for sums of 256 tokens.
-    assert row_tiles_of(blocks) == 1 or (blocks.consumers == 1 and block_tokens <= MAX_BLOCK_TOKENS)
-    assert blocks.splits == 1 or not (is_gated or is_gelu)
-    # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
-    # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
-    tile_columns = min(blocks.inner, 256 if weight.is_int4 else 128, 2 * weight.group_size)
-    layout_of_sums = product_layout(block_columns, blocks.warps, is_direct, weight.is_int4)
-    is_grouped = groups > 1 or has_zeros
-    # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do so for
-    # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
-    # coarse that rounding them to 16 bits does not matter.
-    is_ahead = (
-        blocks.programs_per_sm * blocks.consumers * row_tiles_of(blocks) == 1
-        and blocks.inner >= 2 * CHUNK
-        and layout_of_sums.version[0] == 3
-        and not is_direct
-        and (weight.is_int4 or not is_grouped)
-    )
-    # Nor have three consumers registers for sums of 128 tokens of each group.
-    is_scaled = is_grouped and (is_ahead or (weight.is_int4 and row_tiles_of(blocks) > 1 and block_tokens > 64))
-    span_columns = CHUNK if is_ahead else math.gcd(tile_columns, weight.group_size) if groups > 1 else tile_columns
-    if is_direct:  # 128 bytes of activations
-        span_columns = math.gcd(span_columns, 128)
-    spans = tile_columns // span_columns
-    row_bytes = tile_columns // 2 if weight.is_int4 else tile_columns
-    assert blocks.inner % tile_columns == 0
-    assert weight.group_size % span_columns == 0
-    spans_per_group = weight.group_size // span_columns if is_grouped else 0
-    steps = in_features // blocks.inner
-    steps_of_split = triton.cdiv(steps, blocks.splits)
     # Each consumer has a step in the last split too.
     assert (blocks.splits - 1) * steps_of_split + blocks.consumers <= steps
-    columns = steps_of_split * blocks.inner
-    max_groups = most_groups(weight, columns) if spans_per_group else 1
-    values = weight.values if is_direct and not weight.is_int4 else weight.values.view(torch.int8)
-    shape, strides, block = list(values.shape), [values.stride(0), 1], [tile_rows, row_bytes]
-    if is_gated:  # see _feature_of
-        shape, block = [features // 8, 2, 8, shape[1]], [tile_rows // 16, 2, 8, row_bytes]
-        strides = [8 * strides[0], features * strides[0], *strides]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
-    unit = 16.0 if weight.is_int4 else 1.0
-    one = 128.0 if x.dtype == torch.bfloat16 else 1024.0
-    most, of_consumers = registers_of(blocks)
-    plan = Plan(
-        is_int4=weight.is_int4,
-        has_zeros=has_zeros,
+    assert blocks.splits == 1 or not (is_gated or is_gelu)
+    plan = plan_of(
+        blocks,
+        block_tokens,
+        kind_of(weight),
+        x.dtype,
+        weight.group_size,
+        most_groups(weight, steps_of_split * blocks.inner) if len(weight.scales) > 1 else 1,
+        has_zeros=weight.zeros is not None,
         has_bias=bias is not None,
+        is_direct=x_scales is not None,
         is_gated=is_gated,
         is_gelu=is_gelu,
         is_paired=is_paired,
-        # int4 enters the product 16 times as large as it is.
-        pair_factors=(PAIR_FACTORS[x.dtype] / unit, 1.0 / unit) if is_paired else (1.0, 1.0),
-        is_ahead=is_ahead,
-        is_scaled=is_scaled,
-        asm="" if is_direct else unpacking(kind_of(weight), x.dtype, has_zeros, is_scaled),
-        zero_offset=one if weight.is_int4 else 0.0,
-        rows=tile_rows,
-        row_tiles=row_tiles_of(blocks),
-        row_bytes=row_bytes,
-        tokens=block_tokens,
-        columns=block_columns,
-        span_columns=span_columns,
-        parts=blocks.inner // tile_columns,
-        spans=spans,
-        spans_per_group=spans_per_group,
-        max_groups=max_groups,
-        stages=blocks.stages,
-        consumers=blocks.consumers,
-        warps=blocks.warps,
-        consumer_registers=of_consumers,
-        words_layout=words_layout(tile_rows, row_bytes, blocks.warps, weight.is_int4),
-        span_layout=words_layout(tile_rows, row_bytes // spans, blocks.warps, weight.is_int4),
-        layout=layout_of_sums,
     )
+    values = weight.values if plan.asm == "" and not plan.is_int4 else weight.values.view(torch.int8)
+    shape, strides, block = list(values.shape), [values.stride(0), 1], [plan.rows, plan.row_bytes]
+    if is_gated:  # see _feature_of
+        shape, block = [features // 8, 2, 8, shape[1]], [plan.rows // 16, 2, 8, plan.row_bytes]
+        strides = [8 * strides[0], features * strides[0], *strides]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
+    most, _ = registers_of(blocks)
     quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
-        tile_descriptor(x, x.shape, (block_columns, span_columns)),
+        tile_descriptor(x, x.shape, (plan.columns, plan.span_columns)),
         TensorDescriptor(values, shape, strides, block, layout),
         weight.scales,
         weight.scales if weight.zeros is None else weight.zeros,
@@ -501,7 +443,7 @@ def launch_quantized_prefetch(
         out,
         values.view(torch.int8),
         values.stride(0) * values.element_size(),
-        blocks.fetched * row_bytes // tile_columns,
+        blocks.fetched // 2 if plan.is_int4 else blocks.fetched,
         tokens,
         features,
         steps_of_split,
@@ -510,6 +452,88 @@ def launch_quantized_prefetch(
         num_warps=blocks.warps,
         maxnreg=most,
         **dependent_launch(x.device),
+    )
+
+
+@cache
+def plan_of(
+    blocks: PrefetchBlocks,
+    tokens: int,
+    kind: str,
+    dtype: torch.dtype,
+    group_size: int,
+    max_groups: int,
+    has_zeros: bool,
+    has_bias: bool,
+    is_direct: bool,
+    is_gated: bool,
+    is_gelu: bool,
+    is_paired: bool,
+) -> Plan:
+    """For weights of this kind and activations of this dtype; `max_groups` is 1 if the weight has one group."""
+    row_tiles, is_int4, is_grouped = row_tiles_of(blocks), kind == "int4", max_groups > 1 or has_zeros
+    rows, columns = blocks.out // row_tiles, tokens * (2 if is_paired else 1)
+    # Each stage is one consumer's. A barrier knows the parity of its phase only: a consumer that had not waited for the
+    # stage's last phase could take the one before it for the next.
+    assert blocks.stages % blocks.consumers == 0
+    # A consumer releases a stage once it has started on its next one.
+    assert blocks.stages >= 2 * blocks.consumers
+    # Three consumers start with too few registers for sums of 256 tokens.
+    assert row_tiles == 1 or (blocks.consumers == 1 and tokens <= MAX_BLOCK_TOKENS)
+    # A stage has several tiles if it holds more than the 128 bytes a row that one copy may have. A tile has two spans
+    # of columns if it holds two groups, or more of 64 if some are unpacked while others are multiplied.
+    tile_columns = min(blocks.inner, 256 if is_int4 else 128, 2 * group_size)
+    layout = product_layout(columns, blocks.warps, is_direct, is_int4)
+    # Weights are unpacked while the tensor cores multiply those before. Several programs of a multiprocessor do so for
+    # each other. Nothing may touch sums meanwhile, so the scales of groups multiply the weights: those of 4 bits are so
+    # coarse that rounding them to 16 bits does not matter.
+    is_ahead = (
+        blocks.programs_per_sm * blocks.consumers * row_tiles == 1
+        and blocks.inner >= 2 * CHUNK
+        and layout.version[0] == 3
+        and not is_direct
+        and (is_int4 or not is_grouped)
+    )
+    # Nor have three consumers registers for sums of 128 tokens of each group.
+    is_scaled = is_grouped and (is_ahead or (is_int4 and row_tiles > 1 and tokens > 64))
+    span_columns = CHUNK if is_ahead else math.gcd(tile_columns, group_size) if max_groups > 1 else tile_columns
+    if is_direct:  # 128 bytes of activations
+        span_columns = math.gcd(span_columns, 128)
+    spans = tile_columns // span_columns
+    row_bytes = tile_columns // 2 if is_int4 else tile_columns
+    assert blocks.inner % tile_columns == 0
+    assert group_size % span_columns == 0
+    unit = 16.0 if is_int4 else 1.0  # int4 enters the product of pairs 16 times as large as it is
+    one = 128.0 if dtype == torch.bfloat16 else 1024.0
+    return Plan(
+        is_int4=is_int4,
+        has_zeros=has_zeros,
+        has_bias=has_bias,
+        is_gated=is_gated,
+        is_gelu=is_gelu,
+        is_paired=is_paired,
+        pair_factors=(PAIR_FACTORS[dtype] / unit, 1.0 / unit) if is_paired else (1.0, 1.0),
+        is_ahead=is_ahead,
+        is_scaled=is_scaled,
+        asm="" if is_direct else unpacking(kind, dtype, has_zeros, is_scaled),
+        zero_offset=one if is_int4 else 0.0,
+        rows=rows,
+        row_tiles=row_tiles,
+        row_bytes=row_bytes,
+        tokens=tokens,
+        columns=columns,
+        span_columns=span_columns,
+        parts=blocks.inner // tile_columns,
+        spans=spans,
+        spans_per_group=group_size // span_columns if is_grouped else 0,
+        max_groups=max_groups,
+        stages=blocks.stages,
+        consumers=blocks.consumers,
+        warps=blocks.warps,
+        consumer_registers=registers_of(blocks)[1],
+        words_layout=words_layout(rows, row_bytes, blocks.warps, is_int4),
+        span_layout=words_layout(rows, row_bytes // spans, blocks.warps, is_int4),
+        layout=layout,
     )
 
 
