@@ -25,6 +25,7 @@ ALLOWED = {
     "logs": (),
     "config": (),
     "environment": (),
+    "end_with_parent": (),
     "file_limit": (),
     "json_file": (),
     "client_json": (),
@@ -92,6 +93,7 @@ ALLOWED = {
     "models.finite_weights": ("models.errors", "models.weight_files"),
     "models.weights": ("models.errors", "models.finite_weights", "models.unsupported", "models.weight_files"),
     "models.dry_load": (
+        "end_with_parent",
         "kernels",
         "models.causal_lm",
         "models.errors",

@@ -39,6 +39,7 @@ def check_checkpoint(directory: Path, config: EngineConfig) -> None:
             encoding="utf-8",
             errors="replace",
             env=package_environment(os.environ),
+            start_new_session=True,  # Ctrl-C reaches this command alone, and the process ends with it
         )
         if done.returncode == _FAULT and done.stdout:
             raise ModelError(done.stdout.strip())

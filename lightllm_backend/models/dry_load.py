@@ -5,15 +5,15 @@
 
 The launch command runs it as a process of its own, since importing torch takes seconds and memory. The model and the
 checks are the worker's; its parameters are on torch's device `meta`, where they have a shape and a dtype alone. A fault
-is one line on standard output, and the exit code FAULT.
+is one line on standard output, and the exit code FAULT. The process ends with the launch command.
 """
 
 from __future__ import annotations
 
-import signal
+from lightllm_backend.end_with_parent import end_with_parent
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+    end_with_parent()  # before torch, whose import takes seconds
 
 import logging
 import sys
