@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server to stop: no traceback of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Signals takes it: no traceback of an import
 
 import contextlib
 import http.client
@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import FrameType
 
 from lightllm_client import LightLLMClient, LightLLMError, Unavailable
 from lightllm_client.chat import ChatTemplate, default_model_dir
@@ -103,35 +104,65 @@ def openai_call() -> str:
     return f"curl 127.0.0.1:9000/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
+def show(server: subprocess.Popen[bytes], ports: list[int]) -> int:
+    """Ask the server once it is ready, and print the calls that do the same; the exit code."""
+    with LightLLMClient(f"127.0.0.1:{ports[1]}", timeout=120, max_retries=0) as client:
+        if not wait_until_ready(server, ports[0], client):
+            return server.wait() or 1
+        prompt = ask(client)
+    print("The same, from a server that `./build.sh serve` runs, with curl:\n")
+    print(f"{curl_call(prompt)}\n")
+    print("in OpenAI's API, of `./build.sh serve --openai_port 9000`:\n")
+    print(f"{openai_call()}\n")
+    print("and in Python, with .venv activated:\n")
+    print(PYTHON_CALL, flush=True)
+    return 0
+
+
+class Signals:
+    """SIGINT and SIGTERM, from construction on: they end the server, and what waits for it ends by that.
+
+    They raise no exception, which could come while a server is being started, or in the midst of gRPC's work.
+    """
+
+    def __init__(self) -> None:
+        self.have_come = False
+        self._server: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def end(self, server: subprocess.Popen[bytes]) -> None:
+        """Name the server that signals end, those that have come before as well."""
+        self._server = server
+        if self.have_come:
+            self._end_server()
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.have_come = True
+        self._end_server()
+
+    def _end_server(self) -> None:
+        if self._server:
+            for number in (signal.SIGTERM, signal.SIGINT):  # the launch command stops at once after a second signal
+                self._server.send_signal(number)
+
+
 def main() -> int:
     """Run the demo; the exit code."""
-    server: subprocess.Popen[bytes] | None = None
+    signals = Signals()
+    ports = free_ports(4)
+    server = start_server(ports)
+    signals.end(server)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt, so that the server is stopped
-        ports = free_ports(4)
-        server = start_server(ports)
-        with LightLLMClient(f"127.0.0.1:{ports[1]}", timeout=120) as client:
-            if not wait_until_ready(server, ports[0], client):
-                return server.wait() or 1
-            prompt = ask(client)
-        print("The same, from a server that `./build.sh serve` runs, with curl:\n")
-        print(f"{curl_call(prompt)}\n")
-        print("in OpenAI's API, of `./build.sh serve --openai_port 9000`:\n")
-        print(f"{openai_call()}\n")
-        print("and in Python, with .venv activated:\n")
-        print(PYTHON_CALL, flush=True)
-        return 0
+        code = show(server, ports)
     except LightLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        code = 1
+        if not signals.have_come:
+            print(f"error: {error}", file=sys.stderr)
     finally:
-        if server:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C reaches the launch command itself
-            server.terminate()
-            server.wait(STOP_SECONDS)
+        server.terminate()
+        server.wait(STOP_SECONDS)
+    return 130 if signals.have_come else code
 
 
 if __name__ == "__main__":
