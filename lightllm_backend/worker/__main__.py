@@ -4,13 +4,17 @@
 It runs this host's ranks of an engine whose server runs on host 0, and takes the same settings as the launch command.
 It waits for host 0, and whenever the engine ends, for whatever reason, it starts its ranks again, which wait for the
 next one. SIGTERM and SIGINT end it. Exit codes: 0 for a signal, 2 for a wrong setting or a broken
-model directory, told in one line.
+model directory, told in one line. A signal that comes before its ranks are started ends it by that signal.
 """
 
 from __future__ import annotations
 
-import os
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are ranks to end: no traceback of an import
+
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path

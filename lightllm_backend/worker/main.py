@@ -10,6 +10,11 @@ environment, the state goes to standard output (see worker_group.py), the log to
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes at once; a worker ends with its parent
+
 import gc
 import logging
 import os
