@@ -188,7 +188,8 @@ class EngineConfig:
     )
     open_apis: tuple[str, ...] | None = _setting(
         None,
-        "administration APIs of Triton server that every client may call (default: none; launch command only)",
+        "administration APIs of Triton server that every client may call; model-repository also lets them load and"
+        " unload models (default: none; launch command only)",
         f"some of {', '.join(ADMINISTRATION_APIS)}, separated by commas",
         lambda v: set(v) <= set(ADMINISTRATION_APIS),
     )

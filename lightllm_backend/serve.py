@@ -38,7 +38,7 @@ from lightllm_backend.config import API_KEY_VARIABLE, ENVIRONMENT_PREFIX, PROBE_
 from lightllm_backend.file_limit import raise_file_limit
 from lightllm_backend.front.generation_defaults import read_generation_defaults
 from lightllm_backend.launch.checkpoint import check_checkpoint
-from lightllm_backend.launch.closed_apis import closing_options
+from lightllm_backend.launch.closed_apis import closing_options, model_control_options
 from lightllm_backend.launch.embedded_model import EmbeddedModelError, embedded_model_directory
 from lightllm_backend.launch.fronts import check_front, front_environment
 from lightllm_backend.launch.gpu import check_gpu
@@ -131,6 +131,7 @@ def prepare(
         f"--metrics-port={config.metrics_port}",
         *tritonserver.completion_options(repository, arguments),
         *closing_options(config.open_apis or ()),
+        *model_control_options(config.open_apis or (), arguments),
         *trace_options(config),
         *([] if verbose else ["--log-info=false", "--log-warning=false"]),
         *arguments,  # the last value of a repeated option wins

@@ -2,13 +2,14 @@
 """Closes the administration APIs of Triton server to its clients. Standard library only.
 
 With shared memory a client has the server map any region of its user, the prompts of others included. With the model
-repository it loads and unloads models. Logging and trace settings name files that the server writes.
+repository it loads and unloads models, also some of its own. Logging and trace settings name files that the server
+writes.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from lightllm_backend.config import ADMINISTRATION_APIS
 
@@ -27,3 +28,14 @@ def closing_options(open_apis: Collection[str]) -> list[str]:
         return []
     restriction = f"{closed}:{_HEADER}={secrets.token_hex(16)}\n{secrets.token_hex(16)}"
     return [f"--http-restricted-api={restriction}", f"--grpc-restricted-protocol={restriction}"]
+
+
+def model_control_options(open_apis: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """Make tritonserver's options without which it refuses to load and unload models, if that API is open.
+
+    With them it starts with no models but those that are named. arguments: the user's own, which may choose otherwise.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "model-repository" not in open_apis or "--model-control-mode" in given:
+        return []
+    return ["--model-control-mode=explicit", *(["--load-model=*"] if "--load-model" not in given else [])]

@@ -118,6 +118,19 @@ def test_administration_apis_are_closed_unless_a_setting_opens_them(settings: di
     assert closed("logging,model-repository,shared-memory,trace") == ["", ""]
 
 
+def test_whose_clients_may_load_models_begins_with_all(settings: dict[str, str], repository: Path) -> None:
+    def chosen(open_apis: str, *arguments: str) -> list[str]:
+        argv = serve.prepare({**settings, "open_apis": open_apis}, ENVIRONMENT, repository, arguments).argv
+        return [one for one in argv if one.startswith(("--model-control-mode", "--load-model")) or one == "lightllm"]
+
+    assert chosen("trace") == []
+    assert chosen("trace,model-repository") == ["--model-control-mode=explicit", "--load-model=*"]
+    only = ["--load-model", "lightllm"]
+    assert chosen("model-repository", *only) == ["--model-control-mode=explicit", *only]
+    poll = "--model-control-mode=poll"
+    assert chosen("model-repository", poll) == [poll]
+
+
 @pytest.mark.parametrize(
     ("host", "address"),
     [("127.0.0.1", "127.0.0.1:1"), ("0.0.0.0", "127.0.0.1:1"), ("::", "[::1]:1"), ("here", "here:1")],
