@@ -26,6 +26,8 @@ PROBED_MODELS = ("lightllm", "lightllm_unary")  # one request to each of them pa
 PROBE_SECONDS = 10.0  # from one check to the next; also the timeout of a probe
 # Failed checks among the last few, not in a row: with one of two detokenizers gone, every other request fails.
 MAX_FAILED_CHECKS, REMEMBERED_CHECKS = 3, 5
+# Triton server's answer for a model that was loaded once and is not now. One whose process is dead stays loaded.
+_UNLOADED = "has no available versions"
 
 
 def why_unready(directory: Path) -> str | None:
@@ -42,7 +44,8 @@ def why_unready(directory: Path) -> str | None:
 class Health:
     """The launch command's watch: finds what the guard cannot see. Each `check` takes up to PROBE_SECONDS.
 
-    A restarting engine has twice the time of the first start before its failed probes count.
+    A restarting engine has twice the time of the first start before its failed probes count. Those of a model that
+    somebody has unloaded do not count.
     """
 
     def __init__(
@@ -69,9 +72,15 @@ class Health:
         with ThreadPoolExecutor(len(PROBED_MODELS)) as pool:
             probes = list(pool.map(self._probe, PROBED_MODELS))
         after = read_vitals(self._directory)
-        is_excused = {_Result.UNAVAILABLE: self._is_restarting()}
-        is_excused[_Result.LATE] = is_excused[_Result.UNAVAILABLE] or _moves(before, after, self._clock())
-        reasons = [probe.reason for probe in probes if not is_excused.get(probe.result, probe.result is _Result.RIGHT)]
+        is_restarting = self._is_restarting(after)
+        is_excused = {
+            _Result.RIGHT: True,
+            _Result.UNLOADED: True,
+            _Result.UNAVAILABLE: is_restarting,
+            _Result.LATE: is_restarting or _moves(before, after, self._clock()),
+            _Result.WRONG: False,
+        }
+        reasons = [probe.reason for probe in probes if not is_excused[probe.result]]
         self._failed.append(bool(reasons))
         if self._failed.count(True) < MAX_FAILED_CHECKS:
             return None
@@ -94,16 +103,20 @@ class Health:
             return _Probe(_Result.RIGHT)
         # The probe's own deadline has passed, or queue_timeout_s; an error that comes at once says something else.
         waited = self._clock() - begun >= PROBE_SECONDS / 2 and "CANCELLED" in answer
-        is_down = "the engine is not up" in answer or "the engine stopped" in answer
-        result = (
-            _Result.UNAVAILABLE if is_down else _Result.LATE if waited or "in the queue" in answer else _Result.WRONG
-        )
+        if _UNLOADED in answer:
+            result = _Result.UNLOADED
+        elif "the engine is not up" in answer or "the engine stopped" in answer:
+            result = _Result.UNAVAILABLE
+        else:
+            result = _Result.LATE if waited or "in the queue" in answer else _Result.WRONG
         return _Probe(result, f"{model} answers with status {status}: {answer}")
 
-    def _is_restarting(self) -> bool:
-        if self._engine.up:
+    def _is_restarting(self, readings: Sequence[Reading]) -> bool:
+        """Whether there is no engine and need not be one yet: it has time, or the model that keeps it is unloaded."""
+        is_unloaded = not any(reading.role == "generation" for reading in readings)  # a dead one leaves its vitals
+        if self._engine.up or is_unloaded:
             self._down_since = None
-            return False
+            return is_unloaded
         self._down_since = self._down_since or self._clock()
         return self._clock() - self._down_since < self._restart_seconds
 
@@ -112,6 +125,7 @@ class _Result(Enum):
     RIGHT = "right"
     LATE = "late"  # no answer within the probe's time, or within queue_timeout_s
     UNAVAILABLE = "unavailable"  # the engine is not up
+    UNLOADED = "unloaded"  # the model, or one that it consists of
     WRONG = "wrong"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch command under a flood of requests: it leaves a busy server alone, and no answer is lost."""
+"""The launch command leaves a server alone that is busy, or whose models were unloaded; and no answer is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lightllm_client import LightLLMClient
+from lightllm_backend.launch.health import http_call
+from lightllm_client import LightLLMClient, LightLLMError, Unavailable
 from tests.e2e.frozen_threads import connection_threads, frozen
 from tests.e2e.launch_command import LaunchCommand, flood
 from tests.e2e.server import executions, read_metrics
@@ -28,7 +29,8 @@ PROBE_SECONDS = 2.5  # within two seconds a busy step may take nothing for want 
 @pytest.fixture(scope="module")
 def command(sleeping_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchCommand]:
     folder = tmp_path_factory.mktemp("command")
-    settings = {"worker_python": sleeping_python, "running_max_req_size": 50, "max_queue_size": 200}
+    limits = {"running_max_req_size": 50, "max_queue_size": 200}
+    settings = {"worker_python": sleeping_python, "open_apis": "model-repository", **limits}
     started = LaunchCommand(folder, PROBE_SECONDS, **settings)
     try:
         yield started.wait_ready()
@@ -76,3 +78,21 @@ def test_no_answer_over_http_is_lost_while_the_threads_that_send_them_stand_stil
             with client.makefile("rb") as answer:
                 assert answer.readline().startswith(b"HTTP/1.1 200")
                 assert b"0\r\n" in iter(answer.readline, b"")
+
+
+@pytest.mark.parametrize("model", ["tokenizer", "generation"])
+def test_a_model_may_be_unloaded_for_as_long_as_one_likes(command: LaunchCommand, model: str) -> None:
+    server = command.find("tritonserver")
+    address = f"127.0.0.1:{command.http_port}"
+    assert http_call(address, "POST", f"/v2/repository/models/{model}/unload", "{}", 60) == (200, "")
+    time.sleep(6 * PROBE_SECONDS)  # so many probes have failed
+    with LightLLMClient(command.grpc_url, timeout=60, max_retries=0) as client:
+        with pytest.raises(LightLLMError, match="has no available versions"):
+            client.generate("The capital of Japan is", max_tokens=1)
+        with pytest.raises(Unavailable, match=f"{model} is not loaded"):
+            client.health()
+        assert http_call(address, "POST", f"/v2/repository/models/{model}/load", "{}", 300) == (200, "")
+        assert client.generate("The capital of Japan is", max_tokens=1).num_output_tokens == 1
+        client.health()
+    assert server.is_running(), command.log()
+    assert "error" not in command.log()

@@ -234,6 +234,32 @@ def test_an_engine_that_starts_again_has_time(
     assert "not up" in str(watch.check())
 
 
+def test_what_was_unloaded_is_not_asked_for(answers: Answers, watch: Health) -> None:
+    answers.status, answers.text = 404, "Request for unknown model: 'lightllm' has no available versions"
+    assert [watch.check() for _ in range(5)] == [None] * 5
+
+
+def test_a_model_that_never_was_there_is_missed(answers: Answers, watch: Health) -> None:
+    answers.status, answers.text = 404, "Request for unknown model: 'lightllm' is not found"
+    assert "is not found" in str([watch.check() for _ in range(3)][2])
+
+
+def test_while_generation_is_unloaded_there_need_not_be_an_engine(
+    answers: Answers, watch: Health, processes: Processes, engine: Any
+) -> None:
+    engine.up = False
+    vitals = processes.directory / f"generation-{os.getpid()}.vitals"
+    vitals.unlink()
+    answers.status, answers.text = 400, "UNAVAILABLE: the engine is not up; try again"
+    assert watch.check() is None
+    answers.skipped += 1000.0
+    assert [watch.check() for _ in range(5)] == [None] * 5
+    processes.publish()
+    assert [watch.check() for _ in range(5)] == [None] * 5, "it has just been loaded"
+    answers.skipped += 600.0  # twice the time of the first start
+    assert [watch.check() is None for _ in range(3)] == [True, True, False]
+
+
 @pytest.mark.parametrize("restarting", [False, True])
 def test_an_error_that_comes_at_once_is_never_excused(
     answers: Answers, watch: Health, processes: Processes, engine: Any, restarting: bool
