@@ -9,11 +9,13 @@ from pathlib import Path
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.kernels.quantized.choice import MAX_16_BIT_ROUNDED, MAX_16_BIT_TOKENS
 from lightllm_backend.kernels.quantized.quantized_splits import MAX_TILE_TOKENS
+from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.quantization.config import METHODS, QUANTIZATION_FILES
 from lightllm_backend.models.quantization.on_the_fly import SHRINKS
 from perf.perplexity import RESULT
 from perf.record import RESULTS
 from perf.report.engine import perplexity_table
+from perf.shapes import SHAPES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 
@@ -56,6 +58,18 @@ def test_where_kernels_change() -> None:
 
 def test_the_search() -> None:
     assert f"among {len(SHRINKS)} ranges" in PAGE
+
+
+def test_the_groups_of_int4_by_ranks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama-7b"]))
+    shape = ModelConfig.from_directory(tmp_path)
+    assert f"LLaMA-7B, whose MLP has {shape.intermediate_size:,} features" in PAGE
+    rows = []
+    for tp in (1, 2, 4, 8):
+        scheme = shape.with_weight_dtype("int4", "auto", tp).quantization.scheme("model.layers.0.mlp.down_proj")
+        assert scheme is not None
+        rows.append(f"| {tp} | {scheme.group_size} |\n")
+    assert "| `tp` | groups |\n| --- | --- |\n" + "".join(rows) in PAGE
 
 
 def test_the_steps_are_those_that_were_measured() -> None:
