@@ -193,14 +193,17 @@ class Guard:
         wait_dead(doomed, KILL_SECONDS)
 
 
-def identity(pid: int) -> str:
-    """The process's pid and start time in the kernel's ticks, which no other process shares; empty if it is dead."""
+def identity(pid: int, is_child: bool = False) -> str:
+    """The process's pid and start time in the kernel's ticks, which no other process shares; empty if it is dead.
+
+    is_child: the caller's, which it has not waited for; so there is an identity even if it is dead.
+    """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     state, started = after_name[0], after_name[19]  # fields 3 and 22 of proc(5)
-    return "" if state in "ZX" else f"{pid}:{started}"
+    return "" if state in "ZX" and not is_child else f"{pid}:{started}"
 
 
 def pid_of(process: str) -> int:
@@ -255,13 +258,18 @@ def _regions(pid: int) -> list[str]:
 
 
 def start_guard(server: str, directory: Path, python: str, launcher: str = "") -> subprocess.Popen[bytes] | None:
-    """Start the guard of a server, and of its launch command if there is one; return None if it has a guard."""
+    """Start the guard of a server, and of its launch command if there is one; return None if it has or needs none.
+
+    Its lock is there before the first guard is. The guard that has cleaned up removes it, and holds it to its own end.
+    """
     try:
-        lock = os.open(guard_lock(directory), os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(guard_lock(directory), os.O_RDWR)
     except FileNotFoundError:
-        return None  # the guard has done its work
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink == 0:  # removed since it was opened
+            return None
         guard = subprocess.Popen(
             [python, "-m", "lightllm_backend.launch.guard", server, str(directory), launcher],
             env=package_environment(os.environ),
@@ -284,6 +292,7 @@ class GuardKeeper:
     def __init__(self, server: str, directory: Path, python: str, launcher: str = "") -> None:
         self._start = partial(start_guard, server, directory, python, launcher)
         self._lock_file = guard_lock(directory)
+        self._has_begun = False
         self._guard: subprocess.Popen[bytes] | None = None
         self._stopped_since: float | None = None
 
@@ -292,6 +301,9 @@ class GuardKeeper:
         if self._guard:
             self._guard.poll()  # or it would be a zombie once it is dead
         with contextlib.suppress(OSError):  # for want of a file descriptor, or of memory: the next call tries again
+            if not self._has_begun:
+                self._lock_file.touch(mode=0o600)
+                self._has_begun = True
             if started := self._start():
                 self._guard = started
             else:

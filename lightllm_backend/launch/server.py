@@ -56,7 +56,8 @@ class Server:
         except RunDirectoryError:
             self._process.kill()
             raise
-        self._keeper = GuardKeeper(identity(self._process.pid), self.directory, sys.executable, launcher)
+        server = identity(self._process.pid, is_child=True)
+        self._keeper = GuardKeeper(server, self.directory, sys.executable, launcher)
         self.keep_guard()
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()

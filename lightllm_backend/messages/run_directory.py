@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import tempfile
@@ -96,11 +97,12 @@ def remove_run_directory(directory: Path) -> None:
     for path in (*directory.glob("*.vitals"), *map(Path, _addresses(directory)), *shared):
         path.unlink(missing_ok=True)
     if not os.environ.get(_OVERRIDE):
-        _remove(directory)
+        with contextlib.suppress(FileNotFoundError):  # another server, which starts, has just removed it
+            _remove(directory)
 
 
 def remove_stale_run_directories() -> None:
-    """Remove the run directories of servers that are gone."""
+    """Remove the run directories of servers that are gone, and have no guard that would."""
     if os.environ.get(_OVERRIDE):
         return
     for directory in _base().iterdir():
@@ -110,8 +112,20 @@ def remove_stale_run_directories() -> None:
                 alive = int(psutil.Process(int(pid)).create_time()) == int(created)
             except psutil.NoSuchProcess:
                 alive = False
-            if not alive:
+            if not alive and not _is_guarded(directory):
                 _remove(directory)
+
+
+def _is_guarded(directory: Path) -> bool:
+    """Whether a guard holds its lock."""
+    try:
+        with guard_lock(directory).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def engine_address(directory: Path) -> str:

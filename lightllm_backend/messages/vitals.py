@@ -119,9 +119,12 @@ class Reading:
 
 
 def read_vitals(directory: Path) -> list[Reading]:
-    """The vitals of all processes that have not left the server at `directory` in order."""
+    """The vitals of all processes that have not left the server at `directory` in order; none once it is removed."""
+    paths: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # glob would raise it too, if the directory is removed meanwhile
+        paths = sorted(path for path in directory.iterdir() if path.suffix == SUFFIX)
     readings = []
-    for path in sorted(directory.glob(f"*{SUFFIX}")):
+    for path in paths:
         role, _, pid = path.name.removesuffix(SUFFIX).rpartition("-")
         with contextlib.suppress(FileNotFoundError, ValueError, struct.error):  # it leaves, or is just being made
             # In this order: a process that leaves removes its file before it ends, so it is never found dead.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import struct
@@ -19,7 +20,7 @@ import pytest
 from lightllm_backend.environment import STUB
 from lightllm_backend.launch import guard as guard_module
 from lightllm_backend.launch.guard import Guard, GuardKeeper, identity, is_alive, start_guard
-from lightllm_backend.messages.run_directory import run_directory_of
+from lightllm_backend.messages.run_directory import guard_lock, run_directory_of
 from lightllm_backend.messages.vitals import process_status, read_vitals
 from tests.polling import poll
 
@@ -101,6 +102,7 @@ def lives(process: subprocess.Popen[bytes]) -> bool:
 
 @pytest.fixture
 def guard_process(family: Family) -> Iterator[subprocess.Popen[bytes]]:
+    guard_lock(family.directory).touch()
     started = start_guard(identity(family.server.pid), family.directory, sys.executable)
     assert started is not None
     yield started
@@ -153,6 +155,35 @@ def test_there_is_one_guard_and_a_killed_one_is_replaced(
     assert second.wait(60) == 0
     assert start_guard(server, family.directory, sys.executable) is None, "it has done its work"
     assert not family.directory.exists()
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "once it is open"])
+def test_none_is_started_after_one_that_has_cleaned_up(
+    family: Family, guard_process: subprocess.Popen[bytes], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is gone, though the directory is there for one moment more; or it was opened in time."""
+    server = identity(family.server.pid)
+    keeper = GuardKeeper(server, family.directory, sys.executable)
+    keeper.keep()
+
+    def clean_up() -> None:
+        family.server.kill()
+        assert guard_process.wait(60) == 0
+
+    if when == "once it is open":
+        flock = fcntl.flock
+
+        def late(*arguments: int) -> None:
+            clean_up()
+            flock(*arguments)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+    else:
+        clean_up()
+        family.directory.mkdir()
+    keeper.keep()
+    assert children(os.getpid(), "launch.guard") == []
+    assert not guard_lock(family.directory).exists()
 
 
 def test_a_stopped_guard_is_replaced_unless_it_goes_on_in_time(

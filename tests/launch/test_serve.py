@@ -21,9 +21,13 @@ from click.testing import CliRunner
 from lightllm_backend import serve
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch import embedded_model
+from lightllm_backend.launch import server as server_module
 from lightllm_backend.launch.gpu import NO_DEVICE
+from lightllm_backend.launch.guard import identity
 from lightllm_backend.launch.server import Launch, Server
+from lightllm_backend.messages.run_directory import run_directory_of
 from tests.launch.command_line import MODEL, options
+from tests.polling import poll
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"LIGHTLLM_TRITONSERVER": "some tritonserver", "PATH": os.environ["PATH"]}
@@ -276,6 +280,23 @@ def test_what_the_server_writes_is_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_server_that_ends_at_once_is_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one that lacks a library, which may be dead before it has a guard."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def late(pid: int) -> Path:
+        assert poll(lambda: not identity(pid))
+        return run_directory_of(pid)
+
+    monkeypatch.setattr(server_module, "run_directory_of", late)
+    server = Server(Launch(EngineConfig(), Path(), ["false"], dict(os.environ)))
+    assert server.end() == 1
+    assert poll(lambda: not server.directory.exists())
+    assert capfd.readouterr().err == ""
+
+
 INTERRUPTED = """
 import runpy, sys, time
 class Slow:
@@ -292,6 +313,7 @@ sys.meta_path.insert(0, Slow())
     ("run", "module"),
     [
         ("runpy.run_module('lightllm_backend.serve', run_name='__main__')", "click"),
+        ("runpy.run_module('lightllm_backend.worker', run_name='__main__')", "click"),
         ("runpy.run_path('examples/demo.py', run_name='__main__')", "lightllm_client"),
     ],
 )

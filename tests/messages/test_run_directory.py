@@ -2,6 +2,7 @@
 """The run directory is private, one for each server, and removed after use."""
 
 import errno
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightllm_backend.messages.run_directory import (
     batches_address,
     check_run_directory,
     engine_address,
+    guard_lock,
     remove_addresses,
     remove_run_directory,
     remove_stale_run_directories,
@@ -71,6 +73,25 @@ def test_it_is_removed_with_all_that_a_server_left(base: Path) -> None:
     Seal.of(directory, Purpose.TOKENS)
     remove_run_directory(directory)
     assert list(base.iterdir()) == []
+
+
+def test_others_may_have_removed_it(base: Path) -> None:
+    directory = run_directory()
+    remove_run_directory(directory)
+    remove_run_directory(directory)
+    assert list(base.iterdir()) == []
+
+
+def test_what_a_dead_server_left_is_its_guard_s_to_remove(base: Path) -> None:
+    run_directory()
+    dead = base / "4999999-12345"
+    dead.mkdir()
+    with guard_lock(dead).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_stale_run_directories()
+        assert guard_lock(dead).exists()
+    remove_stale_run_directories()
+    assert not dead.exists()
 
 
 def test_the_environment_may_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,13 @@ def test_a_file_that_is_just_being_made_is_no_reading(tmp_path: Path) -> None:
     assert read_vitals(tmp_path) == []
 
 
+def test_a_run_directory_that_is_removed_while_it_is_read_has_no_readings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)  # as glob still finds it
+    assert read_vitals(tmp_path / "removed") == []
+
+
 def test_a_process_that_leaves_while_it_is_read_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vitals = Vitals(tmp_path, "step")
 
