@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
@@ -69,7 +70,8 @@ class Guard:
         while is_alive(self._server):
             readings = read_vitals(self._directory)
             reason = self.check(readings)
-            if reason:
+            # Whoever stops a server may kill all of its processes at once, of which it is the largest and dies last.
+            if reason and not is_killed(self._server):
                 self._end_server(reason)
             else:
                 self._wait([reading.pid for reading in readings if reading.alive])
@@ -214,6 +216,17 @@ def pid_of(process: str) -> int:
 def is_alive(process: str) -> bool:
     """Whether the process with this identity is neither dead nor a zombie."""
     return process != "" and identity(pid_of(process)) == process
+
+
+def is_killed(process: str) -> bool:
+    """Whether the process with this identity is dead, or will be once the system has freed what it holds."""
+    try:
+        status = Path(f"/proc/{pid_of(process)}/status").read_text(errors="replace")
+    except OSError:
+        return True
+    pending = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", status, re.MULTILINE)  # a mask of signals; see proc(5)
+    is_pending = pending is not None and int(pending[1], 16) >> (signal.SIGKILL - 1) & 1 == 1
+    return is_pending or not is_alive(process)
 
 
 def wait_dead(processes: Sequence[str], seconds: float) -> bool:

@@ -19,7 +19,7 @@ import pytest
 
 from lightllm_backend.environment import STUB
 from lightllm_backend.launch import guard as guard_module
-from lightllm_backend.launch.guard import Guard, GuardKeeper, identity, is_alive, start_guard
+from lightllm_backend.launch.guard import Guard, GuardKeeper, identity, is_alive, is_killed, start_guard
 from lightllm_backend.messages.run_directory import guard_lock, run_directory_of
 from lightllm_backend.messages.vitals import process_status, read_vitals
 from tests.polling import poll
@@ -251,6 +251,37 @@ def children(pid: int, part: str = "") -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     pids = [int(child) for task in tasks for child in (task / "children").read_text().split()]
     return [child for child in pids if part in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_a_server_that_is_killed_with_its_steps_is_not_ended_for_them(
+    family: Family, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its steps are dead, and it is not yet."""
+    stub = family.stub("detokenizer")
+    family.publish("detokenizer", stub)
+    stub.kill()
+    stub.wait()
+    monkeypatch.setattr(guard_module, "is_killed", lambda process: True)
+    guard = family.guard()
+    monkeypatch.setattr(guard, "_wait", lambda pids: (family.server.kill(), family.server.wait()))
+    guard.run()
+    assert capfd.readouterr().err == ""
+    assert not family.directory.exists()
+
+
+def test_a_killed_process_is_known_before_it_is_dead() -> None:
+    """It takes milliseconds to free the memory."""
+    program = "memory = b'1' * (200 << 20); print(flush=True); input()"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        known = identity(process.pid)
+        assert not is_killed(known)
+        process.kill()
+        assert is_killed(known)
+        process.wait()
+        assert is_killed(known)
 
 
 # Its judgement
