@@ -480,7 +480,7 @@ ALLOWED = {
     "launch.gpu": ("config",),
     "launch.health": ("generation.engine_client", "messages.vitals"),
     "launch.http_sockets": (),
-    "launch.server": ("config", "launch.guard", "messages.run_directory"),
+    "launch.server": ("config", "launch.guard", "messages.run_directory", "messages.vitals"),
     "launch.service": (
         "config",
         "generation.engine_client",

@@ -16,6 +16,7 @@ from pathlib import Path
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.launch.guard import LAUNCHER_VARIABLE, GuardKeeper, identity
 from lightllm_backend.messages.run_directory import RunDirectoryError, guard_lock, run_directory_of
+from lightllm_backend.messages.vitals import forget_dead
 
 # For the guard to kill what a dead server has left, and to remove its files.
 CLEAN_UP_SECONDS = 15.0
@@ -56,6 +57,7 @@ class Server:
         except RunDirectoryError:
             self._process.kill()
             raise
+        forget_dead(self.directory)  # LIGHTLLM_RUN_DIR may name what a killed server has left
         server = identity(self._process.pid, is_child=True)
         self._keeper = GuardKeeper(server, self.directory, sys.executable, launcher)
         self.keep_guard()

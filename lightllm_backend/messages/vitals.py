@@ -47,7 +47,7 @@ class Vitals:
     def __init__(
         self, directory: Path, role: str, patience: float = PATIENCE_SECONDS, count_open: Callable[[], int] = lambda: 0
     ) -> None:
-        _forget_dead(directory, role)
+        forget_dead(directory, role)
         self._path = directory / f"{role}-{os.getpid()}{SUFFIX}"
         with self._path.open("w+b") as file:
             file.write(struct.pack(_FIELDS, time.monotonic(), 0, 0.0, patience, 0, 0))
@@ -151,11 +151,11 @@ def standstills(readings: Sequence[Reading], now: float) -> dict[int, str]:
     return reasons
 
 
-def _forget_dead(directory: Path, role: str) -> None:
-    """Remove the files that dead processes of this role have left."""
+def forget_dead(directory: Path, role: str | None = None) -> None:
+    """Remove the files that dead processes of this role have left; None: of all roles."""
     for reading in read_vitals(directory):
-        if reading.role == role and not reading.alive:
-            (directory / f"{role}-{reading.pid}{SUFFIX}").unlink(missing_ok=True)
+        if role in (None, reading.role) and not reading.alive:
+            (directory / f"{reading.role}-{reading.pid}{SUFFIX}").unlink(missing_ok=True)
 
 
 def process_status(pid: int) -> str | None:

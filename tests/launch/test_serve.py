@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,6 +296,18 @@ def test_a_server_that_ends_at_once_is_cleaned_up(
     server = Server(Launch(EngineConfig(), Path(), ["false"], dict(os.environ)))
     assert server.end() == 1
     assert poll(lambda: not server.directory.exists())
+    assert capfd.readouterr().err == ""
+
+
+def test_a_server_is_not_ended_for_the_dead_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container whose processes were all killed, and whose run directory outlives it."""
+    monkeypatch.setenv("LIGHTLLM_RUN_DIR", str(tmp_path))
+    fields = struct.pack("dqddqq", time.monotonic(), 0, 0.0, 30.0, 0, 0)
+    (tmp_path / "detokenizer-4999999.vitals").write_bytes(fields)
+    server = Server(Launch(EngineConfig(), Path(), ["sleep", "3"], dict(os.environ)))
+    assert server.end() == 0
     assert capfd.readouterr().err == ""
 
 
