@@ -193,6 +193,9 @@ class Service:
             closer.close_engine(reason, drain=True)
             progress.look()
             is_drained = progress.engine_rests
+        if not is_drained and self._signals > 1:  # perhaps nothing runs, and there was no time to find out
+            progress.look()
+            is_drained = progress.engine_rests and progress.num_open == 0
         if not is_drained:
             self._say(f"ending requests before they are complete: {progress.num_open}")
             closer.close_engine(reason)

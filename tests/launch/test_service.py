@@ -307,6 +307,17 @@ def test_a_second_signal_stops_at_once(start: Start, tmp_path: Path) -> None:
     assert command.has_left_nothing()
 
 
+def test_a_second_signal_cuts_nothing_if_nothing_runs(start: Start, tmp_path: Path) -> None:
+    command = start(shutdown_timeout_s=300)
+    assert command.says("curl")
+    command.process.terminate()
+    assert poll((tmp_path / "closed").exists)
+    command.process.send_signal(signal.SIGINT)
+    assert command.process.wait(60) == 0
+    assert "before they are complete" not in command.log()
+    assert command.has_left_nothing()
+
+
 def test_a_server_that_loads_is_stopped(start: Start, tmp_path: Path) -> None:
     """Also one that does not obey."""
     (tmp_path / "loads").touch()
