@@ -75,7 +75,8 @@ class Match(Enum):
     ALL = "all"
     EXACT = "exact"
     REGEX = "regex"  # from the name's beginning
-    WHOLE_REGEX = "whole regex"  # of the whole name
+    WHOLE_REGEX = "whole regex"  # of the whole name, or of its weight's
+    WEIGHT = "weight"  # as transformers 5 compares its weight's name: see applies
     SEARCH = "search"  # a regular expression, anywhere in the name
     PARTS = "parts"  # the pattern's dotted parts follow each other somewhere in the name
     WILDCARDS = "wildcards"  # * stands for any characters
@@ -95,7 +96,10 @@ class Rule:
         if self.match is Match.REGEX:
             return re.match(self.pattern, name) is not None
         if self.match is Match.WHOLE_REGEX:
-            return re.fullmatch(self.pattern, name) is not None
+            return any(re.fullmatch(self.pattern, whole) for whole in (name, f"{name}.weight"))
+        if self.match is Match.WEIGHT:  # its end, or a regular expression from its beginning to a dot or the end
+            weight, boundary = f"{name}.weight", r"(?:(?<=\.)|(?=\.|$))"
+            return weight.endswith(self.pattern) or re.match(f"(?:{self.pattern}){boundary}", weight) is not None
         if self.match is Match.SEARCH:
             return re.search(self.pattern, name) is not None
         if self.match is Match.PARTS:

@@ -42,11 +42,13 @@ def read_torchao(fields: ConfigFields) -> list[Rule]:
     _refuse_pickles(fields)
     if fields.get("include_input_output_embeddings"):
         raise fields.error("include_input_output_embeddings", "false is needed")
-    left_out = [*head_left_out(fields), *names(fields, "modules_to_not_convert")]
+    key = "modules_to_not_convert"
+    left_out = [Rule(Match.WEIGHT, checked_regex(fields, key, name), None) for name in names(fields, key)]
+    left_out += [Rule(Match.EXACT, name, None) for name in head_left_out(fields)]
     config = fields.child("quant_type").child("default")
     kind = one_of(config, "_type", (*_CLASSES, *_BY_NAME))
     rules = _by_name(config.child("_data").child(_BY_NAME[kind])) if kind in _BY_NAME else [_all(_scheme(config))]
-    return [*(Rule(Match.PARTS, name, None) for name in left_out), *rules]
+    return [*left_out, *rules]
 
 
 def _refuse_pickles(fields: ConfigFields) -> None:

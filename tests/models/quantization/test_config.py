@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -235,12 +236,36 @@ def test_the_layers_of_torchao(tmp_path, names):
     }
     kind = "FqnToConfig" if names == "fqn_to_config" else "ModuleFqnToConfig"
     config = {"_type": kind, "_version": 1, "_data": {names: by_name}}
-    found = quantization(tmp_path, of_torchao(config, modules_to_not_convert=["lm_head", "layers.5"]))
+    found = quantization(tmp_path, of_torchao(config, modules_to_not_convert=["lm_head", "model.layers.5"]))
     assert found.scheme("model.layers.3.mlp.down_proj").kind is Kind.INT8
     assert found.scheme("model.layers.1.mlp.up_proj").kind is Kind.FP8
     assert found.scheme(DOWN) is found.scheme("lm_head") is found.scheme("model.layers.5.mlp.up_proj") is None
+    by_name[r"re:.*up_proj\.weight"] = None
+    assert quantization(tmp_path, of_torchao(config)).scheme(UP) is None
+    del by_name[r"re:.*up_proj\.weight"]
     del by_name["_default"]
     assert quantization(tmp_path, of_torchao(config)).scheme(UP) is None
+
+
+@pytest.mark.parametrize(
+    ("left_out", "is_quantised"),
+    [
+        ("model.layers.0.mlp.up_proj", False),
+        ("model.layers.0.mlp", False),
+        (r"model\.layers\.[02]\.mlp", False),
+        (".*up_proj", False),
+        ("up_proj.weight", False),
+        ("up_proj", True),
+        ("layers.0", True),
+        ("model.layers.0.mlp.up", True),
+    ],
+)
+def test_layers_that_torchao_leaves_out(tmp_path, left_out, is_quantised):
+    """As transformers 5.23 compares them with the names of weights."""
+    should_convert_module = importlib.import_module("transformers.quantizers.quantizers_utils").should_convert_module
+    assert should_convert_module(f"{UP}.weight", [left_out]) == is_quantised
+    found = quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT), modules_to_not_convert=[left_out]))
+    assert (found.scheme(UP) is not None) == is_quantised
 
 
 def test_torchao_in_pickles(tmp_path):
