@@ -95,6 +95,6 @@ def refuse_quantized(path: Path, names: Collection[str]) -> None:
     for method, endings in QUANTIZED_TENSORS.items():
         if name := next((name for name in names if name.rpartition(".")[2] in endings), None):
             raise ModelError(
-                f"{path}: {name} belongs to weights quantised with {method}, as which no quantization_config "
-                "describes them; one that does, or an unquantised checkpoint, is needed"
+                f"{path}: {name} belongs to weights quantised with {method}, but no quantization_config describes "
+                "this layer so; one that does, or an unquantised checkpoint, is needed"
             )

@@ -197,7 +197,7 @@ def test_quantised_weights_without_the_key_say_what_they_are(directory, tool, su
     write(path, tensors)
     assert weight_files(directory) == [path]
     with pytest.raises(
-        ModelError, match=rf"{path.name}: .*q_proj.* quantised with {method}, as which no quantization_config"
+        ModelError, match=rf"{path.name}: .*q_proj.* quantised with {method}, but no quantization_config"
     ):
         load_model(directory)
 

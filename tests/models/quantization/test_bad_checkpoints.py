@@ -156,7 +156,7 @@ def test_a_bias_of_zeros_is_that_of_autogptq(write):
         (
             AWQ,
             {"modules_to_not_convert": ["down_proj"]},
-            "down_proj.q.* quantised with GPTQ or AWQ, as which no quantization_config",
+            "down_proj.q.* quantised with GPTQ or AWQ, but no quantization_config",
         ),
         (GPTQ, {"bits": 8}, r"has the shape \[\d+, \d+\]; config.json makes it \[\d+, \d+\]"),
         (GPTQ, {"sym": False, "checkpoint_format": "gptq_v2", "desc_act": True}, None),  # they say the same
