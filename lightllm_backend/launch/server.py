@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from lightllm_backend.messages.vitals import forget_dead
 
 # For the guard to kill what a dead server has left, and to remove its files.
 CLEAN_UP_SECONDS = 15.0
+# What Triton server shares with a stub, from a moment before it starts that.
+_SHARED_MEMORY = re.compile(r"/dev/shm/triton_python_backend_shm_region_\S+$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Server:
         server = identity(self._process.pid, is_child=True)
         self._keeper = GuardKeeper(server, self.directory, sys.executable, launcher)
         self.keep_guard()
+        self._shared_memory: set[str] = set()  # of a server that was killed
         self._waiter = threading.Thread(target=self._process.wait, name="tritonserver", daemon=True)
         self._waiter.start()
 
@@ -81,11 +85,17 @@ class Server:
 
         A stub that outlives its server tells so, and may abort if it is ending at that moment.
         """
-        self._process.terminate()
+        self._note_shared_memory()
+        self._process.terminate()  # which ends it at once, early in its start
         has_ended = self.ended_within(seconds)
+        self._note_shared_memory()
         with contextlib.suppress(ProcessLookupError):  # nothing is left of its group
             os.killpg(self._process.pid, signal.SIGKILL)
         return has_ended
+
+    def _note_shared_memory(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._shared_memory.update(_SHARED_MEMORY.findall(Path(f"/proc/{self.pid}/maps").read_text()))
 
     def end(self) -> int:
         """Wait until the server is dead and nothing of it is left; return its exit code as a shell reports it."""
@@ -94,6 +104,8 @@ class Server:
         while guard_lock(self.directory).exists() and time.monotonic() < end:
             self.keep_guard()
             time.sleep(0.05)
+        for path in self._shared_memory:  # the guard knows that of stubs that it has seen
+            Path(path).unlink(missing_ok=True)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # as a container's first process, this one gets the orphans
                 pass

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # the file `busy` is there, and writes down how it is closed. `left` is a process that it leaves behind, which makes the
 # file `orphaned` once the server is gone.
 FAKE_TRITONSERVER = """
-import os, signal, socket, subprocess, sys, threading, time
+import mmap, os, signal, socket, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from lightllm_backend.messages.engine_messages import CloseEngine, EngineInfo
@@ -52,6 +53,10 @@ if (folder / "crashes").exists():
 signal.signal(signal.SIGTERM, lambda *_: (folder / "stubborn").exists() or os._exit(7))
 if (folder / "loads").exists():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if (folder / "shared").exists():
+        shared = Path((folder / "shared").read_text())
+        shared.write_bytes(bytes(4096))
+        mapped = mmap.mmap(os.open(shared, os.O_RDWR), 4096)
     time.sleep(60)
 
 class Handler(BaseHTTPRequestHandler):
@@ -321,10 +326,14 @@ def test_a_second_signal_cuts_nothing_if_nothing_runs(start: Start, tmp_path: Pa
 def test_a_server_that_loads_is_stopped(start: Start, tmp_path: Path) -> None:
     """Also one that does not obey."""
     (tmp_path / "loads").touch()
+    shared = Path(f"/dev/shm/triton_python_backend_shm_region_{uuid.uuid4()}")
+    (tmp_path / "shared").write_text(str(shared))
     command = start()
-    assert poll((tmp_path / "starts").exists)
+    assert poll(shared.exists)
+    time.sleep(0.2)  # it is mapped
     command.process.terminate()
     assert command.process.wait(60) == 0
+    assert not shared.exists()
     assert "tritonserver was loading and did not end within 0.5 s; it was killed" in command.log()
     assert not identity(command.servers()[0])
 
