@@ -46,7 +46,8 @@ from lightllm_backend.kernels.quantized.choice import (
     row_tiles_of,
 )
 from lightllm_backend.kernels.quantized.fragments import into_fragments
-from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch, registers_of
+from lightllm_backend.kernels.quantized.prefetch_plan import registers_of
+from lightllm_backend.kernels.quantized.quantized_prefetch import launch_quantized_prefetch
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
 from perf.decode_step import DEVICE, DTYPE, DecodeStep
 from perf.kernels import measure

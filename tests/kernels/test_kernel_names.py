@@ -31,7 +31,7 @@ NOT_KERNELS |= {"gate"}
 # A file of compiled/ has several kernels.
 NOT_KERNELS |= {"attention", "dot_product", "numbers", "products", "rows", "threads"}
 NOT_KERNELS |= {"weight", "grid_weight", "fragments", "load_tile", "product"}  # of weights of 4 and 8 bits
-NOT_KERNELS |= {"prefetch_products", "quantized_prefetch", "rounded_tokens", "unpacking"}
+NOT_KERNELS |= {"prefetch_plan", "prefetch_products", "quantized_prefetch", "rounded_tokens", "unpacking"}
 # Launched by linear_splits and gated_linear, gated_tiles by gated_linear alone, and by prefill_attention.
 NOT_KERNELS |= {"linear_tiles", "linear_prefetch", "gated_tiles", "prefill_attention_hopper"}
 

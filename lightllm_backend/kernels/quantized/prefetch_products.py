@@ -2,8 +2,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """What a consumer of quantized_prefetch does with the tiles in shared memory: it unpacks weights and multiplies."""
 
-from dataclasses import dataclass
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -14,44 +12,6 @@ from lightllm_backend.kernels.gluon import synchronize
 from lightllm_backend.kernels.quantized.unpacking import INT4_INTO_INT8
 
 INTO_INT8 = gl.constexpr(INT4_INTO_INT8)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What a compiled quantized_prefetch_kernel is made for. Compared by identity, as each launch looks it up.
-
-    A step is one stage of shared memory: `parts` tiles of the weight, one behind the other, for each of the `row_tiles`
-    tiles of rows. A tile has `spans` of columns, each within a group of the weight, and meets as many tiles of x.
-    """
-
-    is_int4: bool
-    has_zeros: bool
-    has_bias: bool
-    is_gated: bool
-    is_gelu: bool
-    is_paired: bool
-    pair_factors: tuple[float, float]  # of a pair's sums, in the token's
-    is_ahead: bool  # whether weights are unpacked while the tensor cores multiply those before
-    is_scaled: bool  # whether scales multiply the weights, not their sums
-    asm: str  # PTX that unpacks weights, or "": see multiply
-    zero_offset: float  # of numbers of 4 bits as `asm` makes them
-    rows: int  # of a tile
-    row_tiles: int
-    row_bytes: int  # of a row of a tile
-    tokens: int
-    columns: int  # of x's tiles: tokens, or twice as many
-    span_columns: int
-    parts: int
-    spans: int
-    spans_per_group: int  # 0: the weight has one group
-    max_groups: int  # that a program touches
-    stages: int
-    consumers: int  # that take steps in turns
-    warps: int  # of a consumer
-    consumer_registers: int
-    words_layout: gl.DistributedLinearLayout  # of a tile's bytes
-    span_layout: gl.DistributedLinearLayout  # of a span's
-    layout: gl.NVMMADistributedLayout  # of sums
 
 
 @gluon.jit
