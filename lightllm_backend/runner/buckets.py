@@ -10,15 +10,23 @@ import numpy as np
 from lightllm_backend.router.batch import Batch
 from lightllm_backend.runner.step_arrays import Bucket
 
-# bf16 operations per second of a fast GPU, rounded down; perf.hardware_limits measures them.
+# bf16 operations per second of a fast GPU, rounded down, of which it does twice as many in 8 bits; perf.hardware_limits
+# measures them.
 _FLOPS = 600e12
-# The host's time to launch the kernels of a layer one by one: 0.75 to 1.2 ms, measured on hosts of 2026.
-_LAUNCH_SECONDS_PER_LAYER = 1e-3
+# The host's time to launch the kernels of a layer one by one: 0.75 to 1.2 ms alone, 1.4 to 2.0 ms beside a server and
+# its clients, measured on hosts of 2026.
+_LAUNCH_SECONDS_PER_LAYER = 2e-3
 # Limits of `graph_tokens`: each graph takes start-up time, and small models would capture without end.
-_MIN_TOKENS, _MAX_TOKENS = 256, 2048
+_MIN_TOKENS, _MAX_TOKENS = 256, 4096
+# A step with a longer prompt is not replayed: the kernel for whole prompts, whose lengths a graph does not know, is
+# faster, and attention takes enough of the step that launching it is not what the step waits for.
+_LONG_PROMPT = 2048
 
-# Token counts captured with prefills. From 512 on, they are one tile of a matrix product (128 tokens) apart.
-_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MAX_TOKENS + 1, 128))
+# Token counts captured with prefills. From 512 on, they are one tile of a matrix product (128 tokens) apart, and two
+# where that is a small share.
+_TOKENS = (
+    16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, 2048, 128), *range(2048, _MAX_TOKENS + 1, 256)
+)  # fmt: skip
 # Prompts in a captured step. Unused ones are nearly free, so one count is captured, not several.
 _MAX_PREFILLS = 32
 # Decode counts captured with prefills. Attention splits contexts by the count that a graph has room for, so a graph
@@ -37,12 +45,14 @@ def batch_size_buckets(largest: int) -> list[int]:
     return _up_to(largest, sizes)
 
 
-def graph_tokens(num_layers: int, num_weights: int) -> int:
+def graph_tokens(num_layers: int, num_weights: int, in_8_bits: bool = False) -> int:
     """The most tokens for which a step with prefills is captured: a larger step computes longer than it launches.
 
     num_weights: elements of a rank's weights; each costs a multiplication and an addition per token.
+    in_8_bits: activations enter the layers' products in 8 bits.
     """
-    tokens = num_layers * _LAUNCH_SECONDS_PER_LAYER * _FLOPS / (2 * num_weights)
+    flops = _FLOPS * (2 if in_8_bits else 1)
+    tokens = num_layers * _LAUNCH_SECONDS_PER_LAYER * flops / (2 * num_weights)
     return min(max(-(-int(tokens) // 128) * 128, _MIN_TOKENS), _MAX_TOKENS)
 
 
@@ -59,7 +69,8 @@ def step_buckets(num_rows: int, batch_max_tokens: int, max_graph_tokens: int) ->
 class BucketChoice:
     """Finds the smallest bucket that a batch fits: the same one on every rank.
 
-    A batch without prompts takes no bucket with room for prompts, which launches more kernels.
+    A batch without prompts takes no bucket with room for prompts, which launches more kernels. One with a long prompt
+    takes none.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -69,6 +80,8 @@ class BucketChoice:
     def __call__(self, batch: Batch) -> Bucket | None:
         """The bucket, or None if the batch fits none."""
         needed = Bucket.of(batch)
+        if needed.prefills > 0 and batch.lengths[needed.decodes :].max() > _LONG_PROMPT:
+            return None
         fits = (self._sizes >= needed).all(1) & ((self._sizes[:, 2] > 0) == (needed.prefills > 0))
         index = int(fits.argmax())
         return self.buckets[index] if fits[index] else None

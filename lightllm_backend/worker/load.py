@@ -111,7 +111,8 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
     pool_tokens = config.max_total_token_num or CPU_POOL_TOKENS
     if on_gpu:
         num_weights = sum(slot.num_weights for slot in model.weight_map().values())
-        max_graph_tokens = graph_tokens(shape.num_layers, num_weights // config.tp)
+        in_8_bits = shape.quantization.rounds_activations
+        max_graph_tokens = graph_tokens(shape.num_layers, num_weights // config.tp, in_8_bits)
         buckets = step_buckets(config.running_max_req_size, batch_max_tokens, max_graph_tokens)
         peak, pool_tokens = _size_pool(parts, parallel, limits, buckets)
         memory["workspace"] = peak - memory["weights"]

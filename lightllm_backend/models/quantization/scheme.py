@@ -133,5 +133,11 @@ class Quantization:
         """Whether the input features of any layer are in an order of its own."""
         return any(rule.scheme is not None and rule.scheme.has_order for rule in self.rules)
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether any layer wants its input in fewer bits as well."""
+        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
+        return any(scheme.activations is not Activations.AS_THEY_ARE for scheme in schemes)
+
 
 UNQUANTISED = Quantization()
