@@ -6,6 +6,7 @@ Gluon is experimental and renames things between versions; hardware.GLUON_TRIED 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ def activated(gate, is_gelu: gl.constexpr):
 
 def tile_descriptor(x: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor for tiles of `x`, seen as a matrix of `shape` with the row stride of `x`."""
-    element = ELEMENTS[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
-    return TensorDescriptor(x, list(shape), [x.stride(0), 1], list(block), layout)
+    return TensorDescriptor(x, list(shape), [x.stride(0), 1], list(block), shared_layout(tuple(block), x.dtype))
+
+
+@lru_cache
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How TMA lays a block out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), ELEMENTS[dtype])

@@ -16,7 +16,7 @@ from lightllm_backend.kernels.interface import Kernels
 FOLDER = Path(kernels.__file__).parent
 
 # What the kernels share, and the references.
-NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference"}
+NOT_KERNELS = {"__init__", "dependent_launch", "gluon", "hardware", "interface", "launchers", "reference", "sizes"}
 NOT_KERNELS |= {
     "step_memo",
     "head_norm",

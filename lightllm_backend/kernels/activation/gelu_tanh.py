@@ -10,6 +10,7 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import has_ptx
+from lightllm_backend.kernels.sizes import cdiv
 
 _BLOCK = 1024
 
@@ -40,7 +41,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     out = torch.empty((tokens, features), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    grid = (tokens, triton.cdiv(features, _BLOCK))
+    grid = (tokens, cdiv(features, _BLOCK))
     gelu_tanh_kernel[grid](
         x,
         out,

@@ -13,6 +13,7 @@ from lightllm_backend.kernels.hardware import has_ptx
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_part, token_scale
 from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
+from lightllm_backend.kernels.sizes import cdiv, next_power_of_2
 
 _BLOCK = 1024
 # The least and the most features of a token that one program rounds.
@@ -103,7 +104,7 @@ def silu_and_mul(gate_up: Tensor, is_gelu: bool = False) -> Tensor:
     out = torch.empty((tokens, features), dtype=gate_up.dtype, device=gate_up.device)
     if tokens == 0:
         return out
-    grid = (tokens, triton.cdiv(features, _BLOCK))
+    grid = (tokens, cdiv(features, _BLOCK))
     silu_and_mul_kernel[grid](
         gate_up,
         out,
@@ -125,8 +126,8 @@ def rounded_silu_and_mul(gate_up: Tensor, is_gelu: bool, reader: QuantizedWeight
     rounded = RoundedTokens.empty(tokens, reader, gate_up.dtype)
     out, scales = rounded.values, rounded.scales
     # Two blocks if these have fewer idle columns than one.
-    block = max(MIN_ROUNDED, triton.next_power_of_2(features + 1) // 2)
-    rest = max(MIN_ROUNDED, triton.next_power_of_2(features - block)) if features > block else 0
+    block = max(MIN_ROUNDED, next_power_of_2(features + 1) // 2)
+    rest = max(MIN_ROUNDED, next_power_of_2(features - block)) if features > block else 0
     if rest == block:
         block, rest = 2 * block, 0
     if tokens > 0:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 # Softmax is computed in powers of two.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -139,8 +140,8 @@ def merge_splits(
         splits,
         head_dim=head_dim,
         block_tokens=block_tokens,
-        block_splits=min(_MERGED_AT_ONCE, triton.next_power_of_2(splits)),
-        block_dim=triton.next_power_of_2(head_dim),
+        block_splits=min(_MERGED_AT_ONCE, next_power_of_2(splits)),
+        block_dim=next_power_of_2(head_dim),
         num_warps=1,
         **dependent_launch(out.device),
     )

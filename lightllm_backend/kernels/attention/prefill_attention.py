@@ -21,6 +21,7 @@ from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.whole_prompt_tiles import WholePromptTiles
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, compute_capability, has_descriptors
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 try:
     from lightllm_backend.kernels.attention import prefill_attention_hopper as hopper
@@ -283,7 +284,7 @@ def prefill_attention(
         head_dim=head_dim,
         block_queries=blocks.queries,
         block_tokens=blocks.tokens,
-        block_dim=max(16, triton.next_power_of_2(head_dim)),
+        block_dim=max(16, next_power_of_2(head_dim)),
         stages=blocks.num_stages,
         num_warps=blocks.num_warps,
         maxnreg=blocks.max_registers,

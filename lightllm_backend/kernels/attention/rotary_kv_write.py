@@ -15,6 +15,7 @@ from lightllm_backend.kernels.attention.head_norm import HeadNorm
 from lightllm_backend.kernels.attention.kv_scales import MAX_KV_SCALE, MIN_KV_SCALE
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.sizes import cdiv, next_power_of_2
 
 # The elements of a program's tile, which is some heads of one token.
 _TILE = 2048
@@ -281,9 +282,9 @@ def rotary_kv_write(
     assert (scales is not None) == (k_pool.dtype == torch.int8)
     if tokens == 0:
         return
-    block_dim = triton.next_power_of_2(head_dim)
-    block_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_dim))
-    grid = (tokens, triton.cdiv(heads, block_heads) + triton.cdiv(kv_heads, block_heads))
+    block_dim = next_power_of_2(head_dim)
+    block_heads = min(next_power_of_2(heads), max(1, _TILE // block_dim))
+    grid = (tokens, cdiv(heads, block_heads) + cdiv(kv_heads, block_heads))
     rotary_kv_write_kernel[grid](
         q,
         k,
@@ -321,7 +322,7 @@ def rotary_kv_write(
         head_dim=head_dim,
         half=half,
         block_heads=block_heads,
-        block_pairs=triton.next_power_of_2(max(1, half)),
+        block_pairs=next_power_of_2(max(1, half)),
         block_dim=block_dim,
         num_warps=4,
         **dependent_launch(q.device),

@@ -31,6 +31,7 @@ from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.attention.token_attention_int8 import token_attention_int8
 from lightllm_backend.kernels.dependent_launch import can_start_next, dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, multiprocessor_count
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 def choose_decode_blocks(block_dim: int, element_size: int, capability: tuple[int, int], heads: int) -> TokenBlocks:
@@ -251,7 +252,7 @@ def token_attention(
         return out
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    block_dim = max(16, triton.next_power_of_2(head_dim))
+    block_dim = max(16, next_power_of_2(head_dim))
     capability = compute_capability(q.device)
     blocks = choose_decode_blocks(block_dim, q.element_size(), capability, sequences * kv_heads)
     splits = split_count(sequences * kv_heads, longest, multiprocessor_count(q.device), blocks.num_warps)
@@ -301,7 +302,7 @@ def token_attention(
         group=group,
         head_dim=head_dim,
         half=cos.shape[1],
-        block_group=max(MIN_COLUMNS, triton.next_power_of_2(group)),
+        block_group=max(MIN_COLUMNS, next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         stages=blocks.num_stages,

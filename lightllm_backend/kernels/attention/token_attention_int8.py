@@ -29,6 +29,7 @@ from lightllm_backend.kernels.attention.rotary_kv_write import load_norm, quanti
 from lightllm_backend.kernels.attention.step_memo import StepMemo
 from lightllm_backend.kernels.dependent_launch import can_start_next, dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.hardware import MIN_COLUMNS, compute_capability, has_ptx, multiprocessor_count
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -354,7 +355,7 @@ def token_attention_int8(
     pairs, _ = scale_pairs(k_pool, scales)
     group = heads // kv_heads
     longest = min(max_context_length, window) if window else max_context_length
-    block_dim = max(32, triton.next_power_of_2(head_dim))
+    block_dim = max(32, next_power_of_2(head_dim))
     is_half = q.element_size() == 2
     dtype = tl.float16 if is_half else tl.float32
     capability = compute_capability(q.device)
@@ -413,7 +414,7 @@ def token_attention_int8(
         half=cos.shape[1],
         min_scale=MIN_KV_SCALE,
         max_scale=MAX_KV_SCALE,
-        block_group=max(MIN_COLUMNS // 2, triton.next_power_of_2(group)),
+        block_group=max(MIN_COLUMNS // 2, next_power_of_2(group)),
         block_tokens=blocks.tokens,
         block_dim=block_dim,
         stages=blocks.num_stages,

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive, send_to_others
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def all_gather(x: Tensor, buffers: LamportBuffers) -> Tensor:
     out = torch.empty((rows, ranks * columns), dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     all_gather_kernel[(rows * pieces,)](
         x,
         out,

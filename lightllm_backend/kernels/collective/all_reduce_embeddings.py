@@ -14,6 +14,7 @@ from torch import Tensor
 from lightllm_backend.kernels.collective.lamport_buffers import EMPTY, SENT_FOR_EMPTY, LamportBuffers
 from lightllm_backend.kernels.collective.messages import address_of, as_bits, receive_sum, send_to_others
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["first_id", "held"])
@@ -66,7 +67,7 @@ def all_reduce_embeddings(
     out = torch.empty((tokens, dim), dtype=weight.dtype, device=weight.device)
     if tokens == 0:
         return out
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     all_reduce_embeddings_kernel[(tokens,)](
         input_ids,
         weight,

@@ -22,6 +22,7 @@ from lightllm_backend.kernels.quantized.choice import takes_rounded
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -167,7 +168,7 @@ def _launch(
         return
     quantized = reader if isinstance(reader, QuantizedWeight) else None
     input_scale = None if quantized is None or scales is None else quantized.input_scale
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     all_reduce_rms_norm_kernel[(tokens,)](
         x,
         weight,

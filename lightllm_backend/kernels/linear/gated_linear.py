@@ -24,6 +24,7 @@ from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.product import multiplies_8_bits, quantized_gated
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -130,7 +131,7 @@ def launch_gated(
         has_bias=bias is not None,
         is_gelu=is_gelu,
         is_ptx=has_ptx(x.device),
-        block_tokens=max(16, triton.next_power_of_2(tokens)),
+        block_tokens=max(16, next_power_of_2(tokens)),
         block_out=blocks.out,
         block_inner=blocks.inner,
         num_warps=blocks.num_warps,

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, has_ptx, multiprocessor_count
+from lightllm_backend.kernels.sizes import cdiv
 
 # A tile: tokens, features of the result, columns of the weight. Shared memory of Hopper has room for the operands of
 # four steps and one result.
@@ -75,14 +76,14 @@ def gated_tiles(x: Tensor, weight: Tensor, is_gelu: bool = False) -> Tensor:
     features = weight.shape[0] // 2
     assert weight.is_contiguous()
     out = x.new_empty(tokens, features)
-    token_tiles, feature_tiles = triton.cdiv(tokens, _TOKENS), triton.cdiv(features, _FEATURES)
+    token_tiles, feature_tiles = cdiv(tokens, _TOKENS), cdiv(features, _FEATURES)
     gated_tiles_kernel[(min(token_tiles * feature_tiles, multiprocessor_count(x.device)),)](
         TensorDescriptor(x, [tokens, in_features], [x.stride(0), 1], [_TOKENS, _INNER]),
         TensorDescriptor(
             weight, [2, features, in_features], [features * in_features, in_features, 1], [2, _FEATURES, _INNER]
         ),
         TensorDescriptor(out, [tokens, features], [features, 1], [_TOKENS, _FEATURES]),
-        triton.cdiv(in_features, _INNER),
+        cdiv(in_features, _INNER),
         token_tiles,
         feature_tiles,
         is_gelu=is_gelu,

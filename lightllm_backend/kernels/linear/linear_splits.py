@@ -18,6 +18,7 @@ from lightllm_backend.kernels.linear.linear_tiles import launch_tiles
 from lightllm_backend.kernels.quantized.product import quantized_parts
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight, Weight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -103,7 +104,7 @@ def launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
         in_features // blocks.splits,
         x.stride(0),
         has_bias=bias is not None,
-        block_tokens=max(16, triton.next_power_of_2(tokens)),
+        block_tokens=max(16, next_power_of_2(tokens)),
         block_out=blocks.out,
         block_inner=blocks.inner,
         num_warps=blocks.num_warps,

@@ -14,6 +14,7 @@ from lightllm_backend.kernels.activation.gate import activated
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.hardware import TensorDescriptor, has_ptx
 from lightllm_backend.kernels.linear.choice import LinearBlocks
+from lightllm_backend.kernels.sizes import cdiv
 
 BLOCK_TOKENS = 128
 
@@ -88,9 +89,7 @@ def launch_tiles(
     assert out.shape == (blocks.splits, tokens, features)
     assert out.is_contiguous()
     assert blocks.splits == 1 or not is_gated
-    linear_tiles_kernel[
-        (triton.cdiv(tokens, BLOCK_TOKENS), triton.cdiv(matrices * features, blocks.out), blocks.splits)
-    ](
+    linear_tiles_kernel[(cdiv(tokens, BLOCK_TOKENS), cdiv(matrices * features, blocks.out), blocks.splits)](
         TensorDescriptor(x, [tokens, in_features], [x.stride(0), 1], [BLOCK_TOKENS, blocks.inner]),
         TensorDescriptor(
             weight,
@@ -102,7 +101,7 @@ def launch_tiles(
         out,
         tokens,
         features,
-        triton.cdiv(in_features, blocks.inner),
+        cdiv(in_features, blocks.inner),
         has_bias=bias is not None,
         is_gated=is_gated,
         is_gelu=is_gelu,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
+from lightllm_backend.kernels.sizes import cdiv
 
 _BLOCK = 1024
 
@@ -26,7 +27,7 @@ def sum_splits(parts: Tensor, out: Tensor) -> Tensor:
     assert parts.is_contiguous()
     assert out.is_contiguous()
     if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), _BLOCK),)
+        grid = (cdiv(out.numel(), _BLOCK),)
         launch = dependent_launch(out.device)
         sum_splits_kernel[grid](parts, out, out.numel(), splits=parts.shape[0], block=_BLOCK, num_warps=4, **launch)
     return out

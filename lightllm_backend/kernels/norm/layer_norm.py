@@ -12,6 +12,7 @@ from lightllm_backend.kernels.quantized.choice import starts_early, takes_rounde
 from lightllm_backend.kernels.quantized.quantize_tokens import rounded_row
 from lightllm_backend.kernels.quantized.rounded_tokens import Activations, RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -120,7 +121,7 @@ def launch_layer_norm(
         return
     quantized = reader if isinstance(reader, QuantizedWeight) else None
     input_scale = None if quantized is None or scales is None else quantized.input_scale
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     layer_norm_kernel[(tokens,)](
         x,
         weight,

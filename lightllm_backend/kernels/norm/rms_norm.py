@@ -18,6 +18,7 @@ from lightllm_backend.kernels.quantized.rounded_tokens import (
     RoundedTokens,
 )
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight, Weight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 FEW_TOKENS = 4
 
@@ -171,7 +172,7 @@ def launch_rms_norm(
         return
     quantized = reader if isinstance(reader, QuantizedWeight) else None
     input_scale = None if quantized is None or scales is None or is_paired else quantized.input_scale
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     rms_norm_kernel[(tokens,)](
         x,
         weight,

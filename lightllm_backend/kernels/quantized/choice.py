@@ -92,7 +92,7 @@ def kind_of(weight: QuantizedWeight, rounds: bool = False) -> str:
 
 def is_direct(weight: QuantizedWeight) -> bool:
     """Whether tensor cores multiply the weight by activations of 8 bits as they are, with scales applied at the end."""
-    return kind_of(weight) == "fp8" and weight.quantizes_input and len(weight.scales) == 1 and weight.zeros is None
+    return kind_of(weight) == "fp8" and weight.quantizes_input and weight.num_groups == 1 and weight.zeros is None
 
 
 def has_16_bit_parts(dtype: torch.dtype) -> bool:
@@ -122,7 +122,7 @@ def takes_paired(weight: Weight | None, tokens: int, dtype: torch.dtype) -> Type
     if not isinstance(weight, QuantizedWeight) or not weight.in_fragments or dtype.itemsize != 2:
         return False
     kind = kind_of(weight)
-    can_be = weight.order is None and weight.zeros is None and (kind == "int4" or len(weight.scales) == 1)
+    can_be = weight.order is None and weight.zeros is None and (kind == "int4" or weight.num_groups == 1)
     padded = next((count for count in PAIRED_TOKENS.get(kind, ()) if 0 < tokens <= count), None)
     rows = (_stored_row(f"{kind} by pairs", weight, is_gated) for is_gated in (False, True))
     return can_be and padded is not None and any(str(padded) in row for row in rows)
@@ -158,11 +158,7 @@ def blocks_by_rule(
 
     inner = 128 if in_features % 128 == 0 else CHUNK
     rows, warps, consumers, beside = 64, 4, 1, 1
-    if (
-        tokens > MAX_16_BIT_TOKENS
-        and not rounds
-        and (inner == CHUNK or not (weight.is_int4 or len(weight.scales) == 1))
-    ):
+    if tokens > MAX_16_BIT_TOKENS and not rounds and (inner == CHUNK or not (weight.is_int4 or weight.num_groups == 1)):
         consumers = 2
     elif tokens > MAX_16_BIT_TOKENS and not rounds and rows_in_turn(192) <= rows_in_turn(128):
         rows = 192
@@ -205,7 +201,7 @@ def most_stages(
     """How many stages fit, a multiple of the consumers, if as many programs share a multiprocessor as planned."""
     tokens, rows = min(tokens, blocks.tokens), blocks.out
     of_groups = 0
-    if len(weight.scales) > 1:
+    if weight.num_groups > 1:
         columns = -(-weight.shape[1] // blocks.inner // blocks.splits) * blocks.inner
         row_bytes = weight.scales.element_size() + (weight.zeros is not None)
         of_groups = most_groups(weight, columns) * rows * row_bytes

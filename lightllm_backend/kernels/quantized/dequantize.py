@@ -11,6 +11,7 @@ from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for
 from lightllm_backend.kernels.quantized.fragments import CHUNK
 from lightllm_backend.kernels.quantized.load_tile import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import INT4_ZERO, QuantizedWeight
+from lightllm_backend.kernels.sizes import cdiv
 
 _OUT, _INNER = 16, 256
 _CHUNK, _ZERO = tl.constexpr(CHUNK), tl.constexpr(INT4_ZERO)
@@ -126,7 +127,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     kernel = dequantize_kernel
     if flags.pop("in_fragments"):
         kernel, values = dequantize_fragments_kernel, values.view(torch.int32)
-    kernel[(triton.cdiv(out_features, _OUT), triton.cdiv(in_features, _INNER))](
+    kernel[(cdiv(out_features, _OUT), cdiv(in_features, _INNER))](
         values,
         weight.scales,
         zeros,

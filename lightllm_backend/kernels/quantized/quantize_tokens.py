@@ -9,6 +9,7 @@ from torch import Tensor
 from lightllm_backend.kernels.dependent_launch import dependent_launch, start_next, wait_for_previous
 from lightllm_backend.kernels.quantized.rounded_tokens import RoundedTokens
 from lightllm_backend.kernels.quantized.weight import LIMITS, MIN_INPUT_SCALE, QuantizedWeight
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -124,11 +125,11 @@ def quantize_tokens_kernel(
 
 def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     tokens, in_features = x.shape
-    groups, dtype = len(weight.scales), weight.values.dtype
+    groups, dtype = weight.num_groups, weight.values.dtype
     rounded = RoundedTokens.empty(tokens, weight, x.dtype)
     values, scales = rounded.values, rounded.scales
     assert x.stride(1) == 1
-    block = triton.next_power_of_2(min(weight.group_size, in_features))
+    block = next_power_of_2(min(weight.group_size, in_features))
     if tokens > 0:
         quantize_tokens_kernel[(tokens, groups)](
             x,

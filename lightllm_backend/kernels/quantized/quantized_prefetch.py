@@ -18,7 +18,6 @@ tiles of rows, the consumers overlap each other instead: one multiplies while an
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,10 +27,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch
 from lightllm_backend.kernels.gluon import (
-    ELEMENTS,
     activated,
     copy_by_threads,
     copy_tile,
+    shared_layout,
     synchronize,
     tile_descriptor,
 )
@@ -40,6 +39,7 @@ from lightllm_backend.kernels.quantized.choice import PrefetchBlocks, kind_of, m
 from lightllm_backend.kernels.quantized.prefetch_plan import plan_of, registers_of
 from lightllm_backend.kernels.quantized.prefetch_products import multiply
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
+from lightllm_backend.kernels.sizes import cdiv, next_power_of_2
 
 PRODUCER = gl.constexpr(PRODUCER_REGISTERS)
 
@@ -354,10 +354,10 @@ def launch_quantized_prefetch(
     tokens, features, in_features = out.shape[1], out.shape[2], x.shape[1]
     # A tensor core takes at least 8 columns of activations.
     least_tokens = 4 if is_paired else 8
-    block_tokens = min(blocks.tokens, max(least_tokens, triton.next_power_of_2(tokens)))
+    block_tokens = min(blocks.tokens, max(least_tokens, next_power_of_2(tokens)))
     rows = blocks.out // 2 if is_gated else blocks.out  # of the result
     steps = in_features // blocks.inner
-    steps_of_split = triton.cdiv(steps, blocks.splits)
+    steps_of_split = cdiv(steps, blocks.splits)
     assert weight.in_fragments
     assert out.is_contiguous()
     assert weight.shape == (features * (2 if is_gated else 1), in_features)
@@ -371,7 +371,7 @@ def launch_quantized_prefetch(
         kind_of(weight),
         x.dtype,
         weight.group_size,
-        most_groups(weight, steps_of_split * blocks.inner) if len(weight.scales) > 1 else 1,
+        most_groups(weight, steps_of_split * blocks.inner) if weight.num_groups > 1 else 1,
         has_zeros=weight.zeros is not None,
         has_bias=bias is not None,
         is_direct=x_scales is not None,
@@ -384,9 +384,9 @@ def launch_quantized_prefetch(
     if is_gated:  # see _feature_of
         shape, block = [features // 8, 2, 8, shape[1]], [plan.rows // 16, 2, 8, plan.row_bytes]
         strides = [8 * strides[0], features * strides[0], *strides]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[values.dtype])
+    layout = shared_layout(tuple(block), values.dtype)
     most, _ = registers_of(blocks)
-    quantized_prefetch_kernel[(triton.cdiv(tokens, block_tokens), triton.cdiv(features, rows), blocks.splits)](
+    quantized_prefetch_kernel[(cdiv(tokens, block_tokens), cdiv(features, rows), blocks.splits)](
         tile_descriptor(x, x.shape, (plan.columns, plan.span_columns)),
         TensorDescriptor(values, shape, strides, block, layout),
         weight.scales,

@@ -21,6 +21,7 @@ from lightllm_backend.kernels.linear.choice import MIN_PROGRAM_SHARE
 from lightllm_backend.kernels.quantized.dequantize import dequantize
 from lightllm_backend.kernels.quantized.load_tile import FP8_UNIT, load_tile, tile_arguments
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
+from lightllm_backend.kernels.sizes import cdiv, next_power_of_2
 
 # The tokens of a tile; product.py sends products of more to other kernels.
 MAX_TILE_TOKENS = 64
@@ -104,12 +105,12 @@ def choose_blocks(weight: QuantizedWeight, x: Tensor) -> Blocks | None:
     """
     out_features, in_features = weight.shape
     inner = 128
-    while len(weight.scales) > 1 and weight.group_size % inner != 0:
+    while weight.num_groups > 1 and weight.group_size % inner != 0:
         inner //= 2
     if inner < 16 or x.element_size() != 2:
         return None
-    splits, steps = 1, triton.cdiv(in_features, inner)
-    while splits < 8 and triton.cdiv(out_features, 64) * splits < MIN_PROGRAM_SHARE * multiprocessor_count(x.device):
+    splits, steps = 1, cdiv(in_features, inner)
+    while splits < 8 and cdiv(out_features, 64) * splits < MIN_PROGRAM_SHARE * multiprocessor_count(x.device):
         splits *= 2
     return Blocks(64, inner, min(splits, steps))
 
@@ -120,19 +121,19 @@ def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     if blocks is None:
         return functional.linear(x, dequantize(weight, x.dtype), bias).unsqueeze(0)
     tokens, (out_features, in_features) = x.shape[0], weight.shape
-    split_features = triton.cdiv(triton.cdiv(in_features, blocks.inner), blocks.splits) * blocks.inner
-    splits = triton.cdiv(in_features, split_features)
+    split_features = cdiv(cdiv(in_features, blocks.inner), blocks.splits) * blocks.inner
+    splits = cdiv(in_features, split_features)
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, tokens, out_features), dtype=dtype, device=x.device)
     if tokens == 0:
         return out
     values, zeros, flags = tile_arguments(weight)
-    block_tokens = min(MAX_TILE_TOKENS, max(16, triton.next_power_of_2(tokens)))
+    block_tokens = min(MAX_TILE_TOKENS, max(16, next_power_of_2(tokens)))
     assert x.stride(1) == 1
     assert values.is_contiguous()
     assert weight.scales.is_contiguous()
     assert zeros.is_contiguous()
-    quantized_splits_kernel[(triton.cdiv(out_features, blocks.out), splits, triton.cdiv(tokens, block_tokens))](
+    quantized_splits_kernel[(cdiv(out_features, blocks.out), splits, cdiv(tokens, block_tokens))](
         x,
         values,
         weight.scales,
@@ -146,7 +147,7 @@ def quantized_splits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         weight.group_size,
         x.stride(0),
         **flags,
-        is_grouped=len(weight.scales) > 1,
+        is_grouped=weight.num_groups > 1,
         has_bias=bias is not None,
         block_tokens=block_tokens,
         block_out=blocks.out,

@@ -46,10 +46,10 @@ def quantize_tokens(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
     dtype, (tokens, in_features) = weight.values.dtype, x.shape
     limit, x = LIMITS[dtype], x.float()
     if weight.input_scale is not None:
-        scales = weight.input_scale.expand(tokens, len(weight.scales)).contiguous()
+        scales = weight.input_scale.expand(tokens, weight.num_groups).contiguous()
     else:
         padded = functional.pad(x, (0, -in_features % weight.group_size))
-        largest = padded.view(tokens, len(weight.scales), weight.group_size).abs().amax(-1)
+        largest = padded.view(tokens, weight.num_groups, weight.group_size).abs().amax(-1)
         scales = (largest / limit).clamp_min(MIN_INPUT_SCALE)
     # A scale of the checkpoint may be so small that numbers reach -128.
     values = (x / _expanded(scales, weight)).clamp(-128 if dtype == torch.int8 else -limit, limit)

@@ -28,14 +28,14 @@ class RoundedTokens:
         return self.values.shape
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self.values.shape[0]
 
     @classmethod
     def empty(cls, tokens: int, reader: QuantizedWeight, dtype: torch.dtype) -> RoundedTokens:
         """For a kernel to fill, for the product with `reader`. There is memory for whole tiles of tokens."""
         rows, device = -(-tokens // TILE_TOKENS) * TILE_TOKENS, reader.values.device
         values = torch.empty((rows, reader.shape[1]), dtype=reader.values.dtype, device=device)
-        scales = torch.empty((rows, len(reader.scales)), dtype=torch.float32, device=device)
+        scales = torch.empty((rows, reader.num_groups), dtype=torch.float32, device=device)
         return cls(values[:tokens], scales[:tokens], dtype)
 
     def whole_tiles(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class PairedTokens:
         return torch.Size((len(self.scales), self.values.shape[1]))
 
     def __len__(self) -> int:
-        return len(self.scales)
+        return self.scales.shape[0]
 
 
 # By the dtype of pairs, how many times the second number's unit the first one's is: e4m3 has 4 significant bits.

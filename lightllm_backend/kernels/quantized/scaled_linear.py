@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.quantized.weight import QuantizedWeight
+from lightllm_backend.kernels.sizes import cdiv
 
 _TOKENS, _OUT, _INNER = 128, 128, 128
 
@@ -74,14 +75,14 @@ def scaled_linear(
     x: Tensor, x_scales: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     tokens, (out_features, in_features) = x.shape[0], weight.shape
-    groups = len(weight.scales)
+    groups = weight.num_groups
     out = torch.empty((tokens, out_features), dtype=dtype, device=x.device)
     assert groups == 1 or weight.group_size % _INNER == 0
     assert weight.zeros is None
     assert x.dtype == weight.values.dtype
     assert all(tensor.is_contiguous() for tensor in (x, x_scales, weight.values, weight.scales))
     if tokens > 0:
-        scaled_linear_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(out_features, _OUT))](
+        scaled_linear_kernel[(cdiv(tokens, _TOKENS), cdiv(out_features, _OUT))](
             x,
             x_scales,
             weight.values,

@@ -53,6 +53,10 @@ class QuantizedWeight:
         out_features, columns = self.values.shape
         return out_features, columns * (8 if self.is_int4 else 1)
 
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[0]
+
     def rows(self, rows: slice) -> QuantizedWeight:
         """A view of some of the output features."""
         zeros = None if self.zeros is None else self.zeros[:, rows]

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.sizes import next_power_of_2
+
 
 @triton.jit
 def add_logit_bias_kernel(
@@ -45,6 +47,6 @@ def add_logit_bias(logits: Tensor, rows: Tensor, counts: Tensor, token_ids: Tens
         biases,
         logits.stride(0),
         width=width,
-        block=triton.next_power_of_2(width),
+        block=next_power_of_2(width),
         num_warps=4,
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.sampling.count_tokens import count_tokens
 from lightllm_backend.kernels.sampling.reference import IN_PROMPT
+from lightllm_backend.kernels.sizes import cdiv
 
 _BLOCK = 1024
 
@@ -73,7 +74,7 @@ def apply_penalties(
     if sequences == 0:
         return
     count = count_tokens(tokens, rows, prompt_lengths, lengths, vocab_size)
-    grid = (sequences, triton.cdiv(vocab_size, _BLOCK))
+    grid = (sequences, cdiv(vocab_size, _BLOCK))
     apply_penalties_kernel[grid](
         logits,
         count,

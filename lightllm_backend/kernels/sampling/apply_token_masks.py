@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.sizes import cdiv
+
 _BLOCK = 4096
 
 
@@ -33,7 +35,7 @@ def check_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor) -> None:
     sequences, vocab_size = logits.shape
     assert masks.dtype == mask_rows.dtype == torch.int32
     assert masks.is_contiguous()
-    assert masks.shape[1] == triton.cdiv(vocab_size, 32)
+    assert masks.shape[1] == cdiv(vocab_size, 32)
     assert mask_rows.shape == (sequences,)
 
 
@@ -45,7 +47,7 @@ def apply_token_masks(logits: Tensor, masks: Tensor, mask_rows: Tensor, out: Ten
     assert logits.stride(1) == out.stride(1) == 1
     if sequences == 0:
         return
-    grid = (sequences, triton.cdiv(vocab_size, _BLOCK))
+    grid = (sequences, cdiv(vocab_size, _BLOCK))
     apply_token_masks_kernel[grid](
         logits,
         masks,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightllm_backend.kernels.dependent_launch import dependent_launch, wait_for_previous
 from lightllm_backend.kernels.sampling.apply_token_masks import check_masks
+from lightllm_backend.kernels.sizes import next_power_of_2
 
 _BLOCK = 16384
 _MASKED_BLOCK, _TOGETHER = 8192, 4
@@ -87,7 +88,7 @@ def choose_greedily(
     if sequences == 0:
         return tokens
     largest = _BLOCK if masks is None else _MASKED_BLOCK
-    block = max(32, min(largest, triton.next_power_of_2(vocab_size)))
+    block = max(32, min(largest, next_power_of_2(vocab_size)))
     choose_greedily_kernel[(sequences,)](
         logits,
         places,

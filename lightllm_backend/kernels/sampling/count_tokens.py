@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightllm_backend.kernels.sampling.reference import IN_PROMPT
+from lightllm_backend.kernels.sizes import cdiv
 
 _BLOCK = 1024
 
@@ -45,7 +46,7 @@ def count_tokens(tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: 
     count = torch.zeros((sequences, vocab_size), dtype=torch.int32, device=tokens.device)
     if sequences == 0 or longest == 0:
         return count
-    grid = (sequences, triton.cdiv(longest, _BLOCK))
+    grid = (sequences, cdiv(longest, _BLOCK))
     count_tokens_kernel[grid](
         tokens,
         rows,

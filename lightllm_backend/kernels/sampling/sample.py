@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm_backend.kernels.sizes import next_power_of_2
+
 _BLOCK = 8192
 
 
@@ -167,7 +169,7 @@ def sample(
     tokens = torch.empty(sequences, dtype=torch.int32, device=logits.device)
     if sequences == 0:
         return tokens
-    block = min(_BLOCK, triton.next_power_of_2(vocab_size))
+    block = min(_BLOCK, next_power_of_2(vocab_size))
     sample_kernel[(sequences,)](
         logits,
         temperature,
