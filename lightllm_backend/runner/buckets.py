@@ -17,16 +17,13 @@ _FLOPS = 600e12
 # its clients, measured on hosts of 2026.
 _LAUNCH_SECONDS_PER_LAYER = 2e-3
 # Limits of `graph_tokens`: each graph takes start-up time, and small models would capture without end.
-_MIN_TOKENS, _MAX_TOKENS = 256, 4096
+_MIN_TOKENS, _MAX_TOKENS = 256, 3072
 # A step with a longer prompt is not replayed: the kernel for whole prompts, whose lengths a graph does not know, is
 # faster, and attention takes enough of the step that launching it is not what the step waits for.
 _LONG_PROMPT = 2048
 
-# Token counts captured with prefills. From 512 on, they are one tile of a matrix product (128 tokens) apart, and two
-# where that is a small share.
-_TOKENS = (
-    16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, 2048, 128), *range(2048, _MAX_TOKENS + 1, 256)
-)  # fmt: skip
+# Token counts captured with prefills. From 512 on, they are one tile of a matrix product (128 tokens) apart.
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, *range(512, _MAX_TOKENS + 1, 128))
 # Prompts in a captured step. Unused ones are nearly free, so one count is captured, not several.
 _MAX_PREFILLS = 32
 # Decode counts captured with prefills. Attention splits contexts by the count that a graph has room for, so a graph
