@@ -85,6 +85,7 @@ class StepResult:
     seconds: float = 0.0  # on the device
     scores: tuple[Scores, ...] = ()  # of the batch's scored chunks, in order
     top_log_probs: TopLogProbs | None = None
+    launch_seconds: float = 0.0  # of the host, if the device is a GPU
 
 
 @dataclass(frozen=True, eq=False)

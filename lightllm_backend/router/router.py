@@ -102,6 +102,7 @@ class Router:
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._device_seconds_total = 0.0
+        self._launch_seconds_total = 0.0
         self._steps_total = no_steps()
         self._step_tokens_total = no_steps()
         self._prefix_cache_queries_total = 0
@@ -219,6 +220,7 @@ class Router:
         assert step.batch is batch, "batches are applied in the order in which they were made"
         assert len(token_ids) == len(step.rows), "one token for each sequence that samples"
         self._device_seconds_total += result.seconds
+        self._launch_seconds_total += result.launch_seconds
         without = token_ids < 0
         if result.log_probs is not None:  # NaN also if the logits of tokens that a mask rules out are
             without = without | ~np.isfinite(result.log_probs)
@@ -378,6 +380,7 @@ class Router:
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             device_seconds_total=self._device_seconds_total,
+            launch_seconds_total=self._launch_seconds_total,
             steps_total=self._steps_total.copy(),
             step_tokens_total=self._step_tokens_total.copy(),
             prefix_cache_queries_total=self._prefix_cache_queries_total,

@@ -27,6 +27,7 @@ class EngineStats:
     generated_tokens_total: int = 0  # given out in chunks
     preemptions_total: int = 0
     device_seconds_total: float = 0.0
+    launch_seconds_total: float = 0.0  # of the host, for a GPU
     steps_total: Mapping[str, int] = field(default_factory=no_steps)  # planned, by kind
     step_tokens_total: Mapping[str, int] = field(default_factory=no_steps)  # that these compute
     prefix_cache_queries_total: int = 0  # prompt tokens of admitted requests

@@ -69,7 +69,8 @@ class PendingStep:
     def __init__(self, buffer: _ResultBuffer | None, begun: float, masks: NDArray[np.int32] | None = None) -> None:
         self.masks = masks
         self.gate_number = 0  # what opens the gate that the step waits at
-        self._buffer, self._begun, self._seconds = buffer, begun, 0.0
+        self._buffer, self._begun = buffer, begun
+        self._seconds = self._launch_seconds = 0.0
         self._sampled: Sampled | None = None
         self._scores: DeviceScores | None = None
         if buffer is not None:
@@ -81,6 +82,7 @@ class PendingStep:
         if self._buffer is not None:
             sampled = self._buffer.fetch(sampled)
             self._buffer.done.record()
+            self._launch_seconds = time.perf_counter() - self._begun
         else:
             self._seconds = time.perf_counter() - self._begun
         self._sampled = sampled
@@ -104,6 +106,7 @@ class PendingStep:
             self._seconds,
             self._scores.split() if self._scores else (),
             None if top is None else TopLogProbs(top.samples, _pairs(top)),
+            self._launch_seconds,
         )
 
 

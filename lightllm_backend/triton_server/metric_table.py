@@ -64,6 +64,7 @@ METRICS: dict[str, Metric] = {
     "steps_total": Metric("COUNTER", "Steps of the model, by what they compute", {"kind": STEP_KINDS}),
     "step_tokens_total": Metric("COUNTER", "Tokens that steps have computed, by the step's kind", {"kind": STEP_KINDS}),
     "device_seconds_total": Metric("COUNTER", "Seconds that the device has computed"),
+    "launch_seconds_total": Metric("COUNTER", "Seconds that the host has taken to launch steps on a GPU"),
     "preemptions_total": Metric(
         "COUNTER", "Times a running request gave its token slots to older ones (admission past_future)"
     ),
