@@ -57,8 +57,8 @@ ALLOWED = {
     "models.registry": ("models.config_defaults", "models.errors"),
     "models.unsupported": ("models.config_fields", "models.errors"),
     "models.quantization": (),
-    "models.quantization.scheme": (),
-    "models.quantization.fields": ("models.config_fields", "models.find_weights"),
+    "models.quantization.scheme": ("models.errors",),
+    "models.quantization.fields": ("models.config_fields", "models.find_weights", "models.quantization.scheme"),
     **dict.fromkeys(
         (f"models.quantization.{tool}_config" for tool in ("auto_round", "compressed_tensors", "torchao")),
         (

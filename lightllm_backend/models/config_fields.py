@@ -54,9 +54,13 @@ class ConfigFields:
         else:
             default = self.defaults.get(key)
             value = "is missing" if default is None else f"is missing, which makes it {default!r}"
+        return ModelError(f"{self.place(key)} {value}; {needed}")
+
+    def place(self, key: str) -> str:
+        """The path and the key, for errors."""
         # A key of someone else's file may hold what no encoding has.
         name = f"{self.prefix}{key}".encode(errors="backslashreplace").decode()
-        return ModelError(f"{self.path}: {name} {value}; {needed}")
+        return f"{self.path}: {name}"
 
     def knows(self, key: str) -> bool:
         """Whether transformers' class has this key."""
