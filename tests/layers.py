@@ -88,7 +88,7 @@ ALLOWED = {
         "models.rope",
         "models.unsupported",
     ),
-    "models.find_weights": ("json_file", "models.errors", "models.unsupported"),
+    "models.find_weights": ("models.config_fields", "models.errors", "models.unsupported"),
     "models.weight_files": ("models.errors", "models.find_weights"),
     "models.finite_weights": ("models.errors", "models.weight_files"),
     "models.weights": ("models.errors", "models.finite_weights", "models.unsupported", "models.weight_files"),

@@ -77,7 +77,8 @@ def _read(fields: ConfigFields, method: str | None) -> Quantization:
     name = fields.get("quant_method")
     if not isinstance(name, str) or name not in METHODS:
         raise fields.error("quant_method", f"methods that load: {', '.join(METHODS)}")
-    return Quantization(name, tuple(METHODS[name](fields)))
+    rules = tuple(METHODS[name](fields))
+    return Quantization(name, rules, warnings=_warnings(fields) if name == "fbgemm_fp8" else ())
 
 
 _HEAD_LEFT_OUT = Rule(Match.EXACT, HEAD, None)
@@ -152,8 +153,9 @@ def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
 
 def _fp8(fields: ConfigFields) -> list[Rule]:
     """AutoFP8's fp8, and that of DeepSeek and Qwen in blocks."""
-    fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3"})
+    fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "float"})
     one_of(fields, "fmt", ("e4m3", "float8_e4m3fn"))
+    one_of(fields, "scale_fmt", ("float", "float32", "ue8m0"))  # the scales' tensors tell which
     if fields.has("weight_scale_semantics"):  # GPTQModel's: it divides by what it calls weight_scale_inv
         raise fields.error("weight_scale_semantics", "null is needed, as weights are multiplied by their scales")
     activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
@@ -169,9 +171,18 @@ def _fp8(fields: ConfigFields) -> list[Rule]:
 
 
 def _fbgemm_fp8(fields: ConfigFields) -> list[Rule]:
-    """Meta's. `activation_scale_ub`, a bound of the scales of activations, is not applied: they span all values."""
+    """Meta's, which transformers writes too."""
     scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC)
     return [*left_out(fields, "modules_to_not_convert", Match.MODULE), *head_left_out(fields), _all(scheme)]
+
+
+def _warnings(fields: ConfigFields) -> tuple[str, ...]:
+    """FBGEMM clamps activations to `activation_scale_ub`, so that one outlier does not make the others coarse."""
+    key = "activation_scale_ub"
+    if not fields.has(key):
+        return ()
+    bound = fields.positive(key)
+    return (f"{fields.place(key)} is {bound:g}, but activations beyond it are not clamped: a scale spans all of them",)
 
 
 def _modelopt(fields: ConfigFields) -> list[Rule]:

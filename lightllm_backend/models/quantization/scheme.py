@@ -157,11 +157,11 @@ class Quantization:
         return None if rule is None else rule.scheme
 
     def left_out_by(self, name: str) -> str:
-        """The key that leaves the layer of this name unquantised, for errors; empty if none does."""
+        """What leaves the layer of this name unquantised: file, key and pattern, for errors; empty if no key does."""
         rule = self._rule(name)
         if rule is None or rule.scheme is not None or not rule.source:
             return ""
-        return f"{rule.source} " + (f"has {rule.pattern!r}, which leaves it out" if rule.pattern else "leaves it out")
+        return f"{rule.source} leaves out {name}" + (f" by {rule.pattern!r}" if rule.pattern else "")
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.applies(name)), None)

@@ -104,10 +104,20 @@ def _check(fields: ConfigFields, key: str, needed: str) -> None:
 def _granularity(fields: ConfigFields, usual: str) -> Granularity:
     """That of the weights, which is the second if the activations have one too."""
     value = fields.get("granularity")
-    if isinstance(value, list) and value:
-        fields = replace(fields, values={**fields.values, "granularity": value[-1]})
-    granularity = given(fields.child("granularity"), {"_type": usual})
-    found = _GRANULARITIES[one_of(granularity, "_type", _GRANULARITIES)]
-    if found is Granularity.BLOCK and granularity.child("_data").get("block_size") != [BLOCK, BLOCK]:
-        raise granularity.error("_data", f"a block_size of {[BLOCK, BLOCK]} is needed")
+    if not isinstance(value, list):
+        return _one_granularity(given(fields.child("granularity"), {"_type": usual}), [BLOCK, BLOCK])
+    if len(value) != 2 or None in value:
+        raise fields.error("granularity", "an object is needed, or two: the activations' and the weights'")
+    both = ConfigFields(fields.path, dict(zip(("0", "1"), value, strict=True)), f"{fields.prefix}granularity.")
+    _one_granularity(both.child("0"), [1, BLOCK])
+    return _one_granularity(both.child("1"), [BLOCK, BLOCK])
+
+
+def _one_granularity(fields: ConfigFields, block_size: list[int]) -> Granularity:
+    found = _GRANULARITIES[one_of(fields, "_type", _GRANULARITIES)]
+    data = given(fields.child("_data"), {"dim": -1})
+    if found is Granularity.CHANNEL:
+        one_of(data, "dim", (-1,))
+    if found is Granularity.BLOCK and data.get("block_size") != block_size:
+        raise fields.error("_data", f"a block_size of {block_size} is needed")
     return found
