@@ -373,6 +373,7 @@ ALL = ", ".join(METHODS)
         (AWQ | {"group_size": 100}, "group_size is 100; allowed: multiples of 8, and -1"),
         (AWQ | {"zero_point": "yes"}, "zero_point is 'yes'; true or false"),
         (AWQ | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; a list of layers' names"),
+        (AWQ | {"modules_to_not_convert": ["x" * 2000, 1]}, r"modules_to_not_convert is \['x{998}…; a list of layers'"),
         (GPTQ | {"bits": 3}, "bits is 3; allowed: 4, 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed: 'gptq', 'gptq_v2'"),
         (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic.-:\( is {}; '\(' is no regular expression"),
