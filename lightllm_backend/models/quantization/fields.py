@@ -73,7 +73,8 @@ def group_size(fields: ConfigFields, key: str) -> int:
 def checked_regex(fields: ConfigFields, key: str, pattern: str) -> str:
     """The pattern, which must be a regular expression.
 
-    It is one of Python's, whose `re` the tools match with; the package regex, which can stop, reads those alike.
+    The tools match with Python's `re`, so its syntax counts. The package regex, which can stop, compares the names; of
+    what `re` takes, it reads a{e} (which allows an error there) and [[:alpha:]] otherwise.
     """
     try:
         re.compile(pattern)

@@ -104,7 +104,7 @@ class Rule:
     source: str = ""  # the file and the key that say so, for errors; none: the method does
 
     def applies(self, name: str) -> bool:
-        """Whether the layer's name matches. Raises ModelError if the comparison does not end."""
+        """Whether the layer's name matches. Raises ModelError if the comparison takes too long."""
         weight = f"{name}.weight"
         if self.match is Match.EXACT:
             return name == self.pattern
@@ -161,7 +161,8 @@ class Quantization:
         rule = self._rule(name)
         if rule is None or rule.scheme is not None or not rule.source:
             return ""
-        return f"{rule.source} leaves out {name}" + (f" by {rule.pattern!r}" if rule.pattern else "")
+        pattern = "" if rule.match is Match.ALL else f" by {rule.pattern!r}"
+        return f"{rule.source} leaves out {name}{pattern}"
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.applies(name)), None)
