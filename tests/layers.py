@@ -57,8 +57,8 @@ ALLOWED = {
     "models.registry": ("models.config_defaults", "models.errors"),
     "models.unsupported": ("models.config_fields", "models.errors"),
     "models.quantization": (),
-    "models.quantization.scheme": (),
-    "models.quantization.fields": ("models.config_fields", "models.find_weights"),
+    "models.quantization.scheme": ("models.errors",),
+    "models.quantization.fields": ("models.config_fields", "models.find_weights", "models.quantization.scheme"),
     **dict.fromkeys(
         (f"models.quantization.{tool}_config" for tool in ("auto_round", "compressed_tensors", "torchao")),
         (
@@ -88,7 +88,7 @@ ALLOWED = {
         "models.rope",
         "models.unsupported",
     ),
-    "models.find_weights": ("json_file", "models.errors", "models.unsupported"),
+    "models.find_weights": ("models.config_fields", "models.errors", "models.unsupported"),
     "models.weight_files": ("models.errors", "models.find_weights"),
     "models.finite_weights": ("models.errors", "models.weight_files"),
     "models.weights": ("models.errors", "models.finite_weights", "models.unsupported", "models.weight_files"),

@@ -15,6 +15,8 @@ from lightllm_backend.models.errors import ModelError
 _REQUIRED = object()
 # Sizes are 32-bit integers to the kernels.
 MAX_COUNT = 2**31 - 1
+# Characters of a value that an error repeats.
+_MAX_VALUE = 1000
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ class ConfigFields:
     def error(self, key: str, needed: str) -> ModelError:
         """The error for a key's value: path, key, value and what is needed."""
         if key in self.values:
-            value = "is null" if self.values[key] is None else f"is {self.values[key]!r}"
+            text = "null" if self.values[key] is None else repr(self.values[key])
+            value = f"is {text if len(text) <= _MAX_VALUE else text[:_MAX_VALUE] + '…'}"
         else:
             default = self.defaults.get(key)
             value = "is missing" if default is None else f"is missing, which makes it {default!r}"
+        return ModelError(f"{self.place(key)} {value}; {needed}")
+
+    def place(self, key: str) -> str:
+        """The path and the key, for errors."""
         # A key of someone else's file may hold what no encoding has.
         name = f"{self.prefix}{key}".encode(errors="backslashreplace").decode()
-        return ModelError(f"{self.path}: {name} {value}; {needed}")
+        return f"{self.path}: {name}"
 
     def knows(self, key: str) -> bool:
         """Whether transformers' class has this key."""

@@ -142,5 +142,8 @@ class Decoder(ABC):
     def rename(self, name: str) -> str:
         return name
 
+    def left_out_by(self, layer: str) -> str:
+        return self.place.quantization.left_out_by(layer)
+
     def ignores(self, name: str) -> bool:
         return name.endswith(self.old_buffers) or (name == HEAD and self.head.tied)

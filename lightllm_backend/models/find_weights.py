@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lightllm_backend.json_file import read_json_object
+from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.unsupported import adapter_error
 
@@ -35,14 +35,14 @@ _LFS_POINTER = b"version https://git-lfs"
 def find_weight_files(folder: Path) -> list[Path]:
     """The files that hold the model: those with a usual name, else all candidates; .safetensors before .bin."""
     for name in USUAL:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            return _indexed(index)
+        if (folder / name).exists():
+            return [_file(folder / name)]
+        if (index := folder / f"{name}.index.json").exists():
+            return _indexed(_file(index))
     for name in USUAL:
         files = sorted(folder.glob(f"*{Path(name).suffix}"))
         if model_files := [path for path in files if not path.name.startswith(NOT_THE_MODEL)]:
-            return model_files
+            return [_file(path) for path in model_files]
     if any(folder.glob("adapter_model.*")):
         raise adapter_error(folder)
     others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".h5", ".pt", ".pth")]
@@ -106,22 +106,33 @@ def safetensors_error(path: Path, error: Exception) -> ModelError:
     return ModelError(f"{path}: cannot be read: {error}; download it again if it is cut short")
 
 
+def _file(path: Path) -> Path:
+    """The path, unless it is something else than a file: to open a pipe would wait for its writer."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is not a file; a file with weights, or an index of such files, is needed")
+    return path
+
+
 def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted({_plain_name(name) for name in read_json_object(index)["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is not an index of weights: {error!r}; it must map tensors to files") from error
-    if not names:
-        raise ModelError(f"{index}: weight_map is empty; it must map tensors to files")
-    paths = [index.parent / name for name in names]
-    if absent := [path.name for path in paths if not path.is_file()]:
+    fields = ConfigFields.read(index)
+    placed = fields.child("weight_map")
+    if not placed.values:
+        raise fields.error("weight_map", "an object that maps tensors to the files beside it is needed")
+    for tensor, name in placed.values.items():
+        if not _is_plain_name(name):
+            raise placed.error(tensor, "the name of a file beside the index is needed")
+    paths = [index.parent / name for name in sorted(set(placed.values.values()))]
+    if absent := [path.name for path in paths if not path.exists()]:
         raise ModelError(f"{index}: names files that are not there: {', '.join(absent)}; download them")
-    return paths
+    return [_file(path) for path in paths]
 
 
-def _plain_name(name: Any) -> str:
-    """The name of a file beside the index; ValueError for anything else, a path to elsewhere included."""
+def _is_plain_name(name: Any) -> bool:
+    """Whether this is the name of a file beside the index, and no path to elsewhere."""
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
-        raise ValueError(f"{name!r} is not the name of a file beside it")
-    os.fsencode(name)  # for half a surrogate pair, which no name of a file holds: a ValueError, too
-    return name
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair, which no name of a file holds
+        return False
+    return True

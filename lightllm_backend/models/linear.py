@@ -47,9 +47,10 @@ class LinearWeight:
         self._scheme = schemes[parts[0].name]
         for name, scheme in schemes.items():
             if scheme != self._scheme:
+                reason = place.left_out_by(name) or place.left_out_by(parts[0].name)
                 raise ModelError(
-                    f"{place.path}{name} and {parts[0].name} are quantised differently; the same scheme is needed for "
-                    "matrices that are multiplied together"
+                    f"{place.path}{name} and {parts[0].name} are quantised differently{reason and f' ({reason})'}; "
+                    "the same scheme is needed for matrices that are multiplied together"
                 )
         self._rows = sum(part.rows for part in parts) if rows is None else rows
         self._dtype = place.dtype

@@ -108,14 +108,15 @@ class ModelConfig:
         config = config.with_defaults(entry.defaults)
         refuse_other_values(config)
         shape = DIALECTS[entry.dialect](config)
-        shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config))
+        quantization = read_quantization(directory, config)
+        shape["warnings"] = (*shape.get("warnings", ()), *_left_out(config), *quantization.warnings)
         return cls(
             architecture=architecture,
             vocab_size=config.count("vocab_size"),
             torch_dtype=_dtype(config),
             bos_id=next(iter(config.token_ids("bos_token_id")), None),
             eos_ids=_eos_ids(config, directory / "generation_config.json"),
-            quantization=read_quantization(directory, config),
+            quantization=quantization,
             **shape,
         )
 

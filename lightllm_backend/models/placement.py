@@ -46,6 +46,10 @@ class Placement:
         """How the weight of this linear layer is quantised, or None if it is not."""
         return self.quantization.scheme(self.path + name)
 
+    def left_out_by(self, name: str) -> str:
+        """What in the configuration leaves this linear layer unquantised, for errors; empty if no key does."""
+        return self.quantization.left_out_by(self.path + name)
+
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised parameter."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)

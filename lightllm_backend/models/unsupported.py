@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lightllm_backend.models.config_fields import ConfigFields
@@ -90,11 +90,15 @@ def adapter_error(directory: Path) -> ModelError:
     )
 
 
-def refuse_quantized(path: Path, names: Collection[str]) -> None:
-    """Raise ModelError if a tensor of the file has a name that only quantised checkpoints have."""
+def refuse_quantized(path: Path, names: Collection[str], left_out_by: Callable[[str], str]) -> None:
+    """Raise ModelError if a tensor of the file has a name that only quantised checkpoints have.
+
+    `left_out_by` tells what leaves the layer of a tensor unquantised, if anything does.
+    """
     for method, endings in QUANTIZED_TENSORS.items():
         if name := next((name for name in names if name.rpartition(".")[2] in endings), None):
             raise ModelError(
-                f"{path}: {name} belongs to weights quantised with {method}, but no quantization_config describes "
-                "this layer so; one that does, or an unquantised checkpoint, is needed"
+                f"{path}: {name} belongs to weights quantised with {method}, but "
+                f"{left_out_by(name) or 'no quantization_config describes this layer so'}; "
+                "a quantization_config that describes it, or an unquantised checkpoint, is needed"
             )

@@ -211,6 +211,9 @@ class HasWeights(Protocol):
     def rename(self, name: str) -> str:
         """The weight map's name of a tensor that some checkpoints call otherwise, except for the prefix."""
 
+    def left_out_by(self, layer: str) -> str:
+        """What in the configuration leaves this linear layer unquantised, for errors; empty if no key does."""
+
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may contain this tensor although the model does not need it."""
 
@@ -259,7 +262,7 @@ def _check_headers(
     left_over, kv_scales = [], []
     for path in files:
         with opened(path) as sources:
-            refuse_quantized(path, _unknown(model, slots, sources))
+            refuse_quantized(path, _unknown(model, slots, sources), lambda name: _left_out_by(model, name))
             for their_name, source in sources.items():
                 name = _name_in(slots, model, their_name)
                 if name in loaded:
@@ -302,6 +305,13 @@ def _name_in(slots: Mapping[str, object], model: HasWeights, name: str) -> str:
 def _unknown(model: HasWeights, slots: Mapping[str, WeightSlot], names: Iterable[str]) -> list[str]:
     """The names of tensors that have no slot."""
     return [name for name in names if _name_in(slots, model, name) not in slots]
+
+
+def _left_out_by(model: HasWeights, name: str) -> str:
+    """What in the configuration leaves the layer of a checkpoint's tensor unquantised, if any key does."""
+    layer = model.rename(name).rpartition(".")[0]
+    head = HEAD.removesuffix(".weight")
+    return model.left_out_by(layer if layer == head else model.prefix + layer.removeprefix(model.prefix))
 
 
 def _mismatch(missing: list[str], left_over: list[str]) -> str:

@@ -465,7 +465,7 @@ def test_an_impossible_value_is_named(tmp_path, changes, message):
     [
         ("{", "is not valid JSON"),
         ("[" * 99_999, "is nested too deeply"),
-        ("[]", "holds a JSON list; an object"),
+        ("[]", "holds an array; a JSON object"),
         ("\xff", "not valid JSON"),
     ],
     ids=["cut", "nested", "list", "no UTF-8"],

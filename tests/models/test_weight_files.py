@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lightllm_backend.models.dry_load import dry_load
 from lightllm_backend.models.errors import ModelError
-from lightllm_backend.models.find_weights import NOT_THE_MODEL, check_weight_files
+from lightllm_backend.models.find_weights import NOT_THE_MODEL, check_weight_files, holds_tensor
 from lightllm_backend.models.model_config import ModelConfig
 from lightllm_backend.models.unsupported import QUANTIZED_TENSORS
 from lightllm_backend.models.weight_files import weight_files
@@ -242,9 +244,12 @@ INDEX = "model.safetensors.index.json"
 BROKEN = {
     "no weights": ({}, "there are no weights"),
     "other formats": ({"model.gguf": b"GGUF"}, r"there are no weights; .* \(model.gguf is in another format"),
-    "an index that is no JSON": ({INDEX: b"{"}, "index.json: is not an index of weights: .*not valid JSON"),
-    "an index without a map": ({INDEX: b"{}"}, "index.json: is not an index of weights"),
-    "an empty index": ({INDEX: b'{"weight_map": {}}'}, "index.json: weight_map is empty"),
+    "an index that is no JSON": ({INDEX: b"{"}, "index.json: is not valid JSON: "),
+    "an index of files alone": ({INDEX: b'["a"]'}, "index.json: holds an array; a JSON object is needed"),
+    "an index without a map": ({INDEX: b"{}"}, "index.json: weight_map is missing; an object that maps tensors to the"),
+    "an empty index": ({INDEX: b'{"weight_map": {}}'}, "index.json: weight_map is {}; an object that maps tensors to"),
+    "a list of files": ({INDEX: b'{"weight_map": ["a"]}'}, r"index.json: weight_map is \['a'\]; an object is needed"),
+    "no name of a file": ({INDEX: b'{"weight_map": {"a": null}}'}, "index.json: weight_map.a is null; the name of a"),
     "an absent shard": ({INDEX: b'{"weight_map": {"a": "b.bin"}}'}, "names files that are not there: b.bin; download"),
     "an empty file": ({"model.safetensors": b""}, "model.safetensors: cannot be read: .*; download it again"),
     "half a length": ({"model.safetensors": header(9)[:5]}, "model.safetensors: cannot be read: .*; download it again"),
@@ -269,6 +274,36 @@ def test_what_the_launch_command_says_of_broken_files_is_what_the_worker_says(di
     with pytest.raises(ModelError) as in_the_worker:
         load_model(directory)
     assert str(at_launch.value) == str(in_the_worker.value)
+
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.mark.timeout(60)  # to open a pipe waits for its writer
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, SHARD, "pytorch_model.bin", "mine.bin"])
+def test_what_is_not_a_file_is_named(directory, name, make):
+    (directory / "model.safetensors").rename(directory / "kept")
+    if name == SHARD:
+        (directory / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
+    needed = "a JSON object" if name == "config.json" else "weights, or an index of such files,"
+    with pytest.raises(ModelError, match=rf"/{name}: is not a file; a file with {needed}.* is needed"):
+        dry_load(directory, tp=1)
+    if name != "config.json":
+        with pytest.raises(ModelError, match=rf"/{name}: is not a file"):
+            check_weight_files(directory)
+        assert not holds_tensor(directory, ["lm_head.weight_scale"])
+
+
+def test_a_file_behind_links_is_a_file(directory):
+    """As in Hugging Face's cache."""
+    (directory / "blobs").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).rename(directory / "blobs" / name)
+        (directory / name).symlink_to(f"blobs/{name}")
+    dry_load(directory, tp=1)
 
 
 def test_one_broken_shard_of_many_is_named(directory):

@@ -287,7 +287,7 @@ def test_unloadable_directories_say_what_is_wrong(model_dir, tmp_path: Path):
         (directory / "added_tokens.json").write_text(f'{{"<tool>": {number}}}')
         assert "are malformed: ValueError('the id" in error(directory)
     (directory / "added_tokens.json").write_text("[]")
-    assert "added_tokens.json holds a JSON list; an object is needed" in error(directory)
+    assert "added_tokens.json holds an array; a JSON object is needed" in error(directory)
 
 
 @pytest.mark.parametrize("mode", ["auto", "slow"])

@@ -36,12 +36,16 @@ def read_auto_round(fields: ConfigFields) -> list[Rule]:
     for key in exceptions.values:
         scheme = _scheme(given(exceptions.child(key), {**fields.defaults, **fields.values}), storage)
         if _IN_REGEX.isdisjoint(key):
-            named.append(Rule(Match.EXACT, key, scheme))
+            named.append(Rule(Match.EXACT, key, scheme, exceptions.place(key)))
         else:
-            matched.append(Rule(Match.SEARCH, checked_regex(exceptions, key, key), scheme))
+            matched.append(Rule(Match.SEARCH, checked_regex(exceptions, key, key), scheme, exceptions.place(key)))
     scheme = _scheme(fields, storage)
-    blocks = [Rule(Match.REGEX, rf"{re.escape(name)}(\.|$)", scheme) for name in _blocks(fields)]
-    others = blocks or [Rule(Match.EXACT, HEAD, None), Rule(Match.ALL, "", scheme)]
+    key = fields.either("block_name_to_quantize", "to_quant_block_names")
+    if blocks := _blocks(fields, key):
+        others = [Rule(Match.REGEX, rf"{re.escape(name)}(\.|$)", scheme) for name in blocks]
+        others.append(Rule(Match.ALL, "", None, fields.place(key)))
+    else:
+        others = [Rule(Match.EXACT, HEAD, None), Rule(Match.ALL, "", scheme)]
     return [*named, *matched, *others]
 
 
@@ -56,9 +60,8 @@ def _scheme(fields: ConfigFields, storage: Storage) -> WeightScheme | None:
     return WeightScheme(storage, kinds[bits], Granularity.GROUP, size, has_zeros=not fields.flag("sym"))
 
 
-def _blocks(fields: ConfigFields) -> list[str]:
+def _blocks(fields: ConfigFields, key: str) -> list[str]:
     """The beginnings of the names of layers that are quantised; none: all layers but the head are."""
-    key = fields.either("block_name_to_quantize", "to_quant_block_names")
     value = fields.get(key)
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]

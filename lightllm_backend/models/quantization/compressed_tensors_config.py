@@ -30,18 +30,21 @@ def read_compressed_tensors(fields: ConfigFields) -> list[Rule]:
         raise fields.error("sparsity_config", "a format of 'dense' is needed")
     if fields.child("transform_config").get("config_groups"):
         raise fields.error("transform_config", "an empty object is needed")
-    rules = [Rule(*_pattern(fields, "ignore", name), None) for name in names(fields, "ignore")]
+    rules = _rules(fields, "ignore", None)
     groups = fields.child("config_groups")
     if not groups.values:
         raise fields.error("config_groups", "at least one group is needed")
     targets = []
     for key in groups.values:
         group = groups.child(key)
-        scheme = _scheme(group, fields)
-        targets += [Rule(*_pattern(group, "targets", name), scheme) for name in names(group, "targets")]
+        targets += _rules(group, "targets", _scheme(group, fields))
     for match in (Match.EXACT, Match.REGEX, Match.ALL):
         rules += sorted((rule for rule in targets if rule.match is match), key=lambda rule: rule.pattern)
-    return rules
+    return [*rules, Rule(Match.ALL, "", None, fields.place("config_groups"))]
+
+
+def _rules(fields: ConfigFields, key: str, scheme: WeightScheme | None) -> list[Rule]:
+    return [Rule(*_pattern(fields, key, name), scheme, fields.place(key)) for name in names(fields, key)]
 
 
 def _pattern(fields: ConfigFields, key: str, name: str) -> tuple[Match, str]:

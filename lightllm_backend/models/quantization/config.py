@@ -24,7 +24,7 @@ from lightllm_backend.models.quantization.fields import (
     given,
     group_size,
     head_left_out,
-    names,
+    left_out,
     nested_names,
     one_of,
 )
@@ -77,11 +77,11 @@ def _read(fields: ConfigFields, method: str | None) -> Quantization:
     name = fields.get("quant_method")
     if not isinstance(name, str) or name not in METHODS:
         raise fields.error("quant_method", f"methods that load: {', '.join(METHODS)}")
-    return Quantization(name, tuple(METHODS[name](fields)))
+    rules = tuple(METHODS[name](fields))
+    return Quantization(name, rules, warnings=_warnings(fields) if name == "fbgemm_fp8" else ())
 
 
-def _unquantised(patterns: Iterable[str], match: Match = Match.PARTS) -> list[Rule]:
-    return [Rule(match, pattern, None) for pattern in patterns]
+_HEAD_LEFT_OUT = Rule(Match.EXACT, HEAD, None)
 
 
 def _all(scheme: WeightScheme) -> Rule:
@@ -99,7 +99,7 @@ def _awq(fields: ConfigFields) -> list[Rule]:
     scheme = WeightScheme(
         Storage.AWQ, Kind.INT4, Granularity.GROUP, group_size(fields, size), has_zeros=fields.flag("zero_point")
     )
-    return [*_unquantised([HEAD, *names(fields, "modules_to_not_convert")]), _all(scheme)]
+    return [*left_out(fields, "modules_to_not_convert"), _HEAD_LEFT_OUT, _all(scheme)]
 
 
 def _gptq(fields: ConfigFields) -> list[Rule]:
@@ -120,10 +120,11 @@ def _gptq(fields: ConfigFields) -> list[Rule]:
         has_zeros=not fields.flag("sym"),
         has_order=fields.flag("desc_act"),
     )
-    rules = [] if fields.flag("lm_head") else _unquantised([HEAD])
+    rules = [] if fields.flag("lm_head") else [_HEAD_LEFT_OUT]
     rules += _gptq_dynamic(fields, scheme)
-    inside = nested_names(fields, "modules_in_block_to_quantize")
-    return [*rules, *([Rule(Match.PARTS, name, scheme) for name in inside] or [_all(scheme)])]
+    key = "modules_in_block_to_quantize"
+    inside = [Rule(Match.PARTS, name, scheme) for name in nested_names(fields, key)]
+    return [*rules, *inside, Rule(Match.ALL, "", None, fields.place(key)) if inside else _all(scheme)]
 
 
 def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
@@ -135,7 +136,7 @@ def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
         pattern = pattern if separator and sign in "+-" else key
         checked_regex(exceptions, key, pattern)
         if separator and sign == "-":
-            rules.append(Rule(Match.REGEX, pattern, None))
+            rules.append(Rule(Match.REGEX, pattern, None, exceptions.place(key)))
             continue
         own = exceptions.child(key)
         changed: dict[str, Any] = {}
@@ -146,42 +147,52 @@ def _gptq_dynamic(fields: ConfigFields, scheme: WeightScheme) -> list[Rule]:
         for flag, field, meaning in (("sym", "has_zeros", False), ("desc_act", "has_order", True)):
             if own.has(flag):
                 changed[field] = given(own, {flag: None}).flag(flag) == meaning
-        rules.append(Rule(Match.REGEX, pattern, replace(scheme, **changed)))
+        rules.append(Rule(Match.REGEX, pattern, replace(scheme, **changed), exceptions.place(key)))
     return rules
 
 
 def _fp8(fields: ConfigFields) -> list[Rule]:
     """AutoFP8's fp8, and that of DeepSeek and Qwen in blocks."""
-    fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3"})
+    fields = given(fields, {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "float"})
     one_of(fields, "fmt", ("e4m3", "float8_e4m3fn"))
+    one_of(fields, "scale_fmt", ("float", "float32", "ue8m0"))  # the scales' tensors tell which
     if fields.has("weight_scale_semantics"):  # GPTQModel's: it divides by what it calls weight_scale_inv
         raise fields.error("weight_scale_semantics", "null is needed, as weights are multiplied by their scales")
     activations = {"dynamic": Activations.DYNAMIC, "static": Activations.STATIC}
     chosen = activations[one_of(fields, "activation_scheme", activations)]
-    left_out = [*head_left_out(fields), *names(fields, "ignored_layers"), *names(fields, "modules_to_not_convert")]
     scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.TENSOR, activations=chosen)
     if fields.has("weight_block_size"):
         if fields.get("weight_block_size") != [BLOCK, BLOCK]:
             raise fields.error("weight_block_size", f"allowed: [{BLOCK}, {BLOCK}]")
         one_of(fields, "activation_scheme", ("dynamic",))
         scheme = replace(scheme, granularity=Granularity.BLOCK, group_size=BLOCK, scale_name="weight_scale_inv")
-    return [*_unquantised(left_out), _all(scheme)]
+    key = fields.either("modules_to_not_convert", "ignored_layers")
+    return [*left_out(fields, key, Match.MODULE), *head_left_out(fields, key), _all(scheme)]
 
 
 def _fbgemm_fp8(fields: ConfigFields) -> list[Rule]:
-    """Meta's. `activation_scale_ub`, a bound of the scales of activations, is not applied: they span all values."""
-    left_out = [*head_left_out(fields), *names(fields, "modules_to_not_convert")]
+    """Meta's, which transformers writes too."""
     scheme = WeightScheme(Storage.EIGHT_BIT, Kind.FP8, Granularity.CHANNEL, activations=Activations.DYNAMIC)
-    return [*_unquantised(left_out), _all(scheme)]
+    return [*left_out(fields, "modules_to_not_convert", Match.MODULE), *head_left_out(fields), _all(scheme)]
+
+
+def _warnings(fields: ConfigFields) -> tuple[str, ...]:
+    """FBGEMM clamps activations to `activation_scale_ub`, so that one outlier does not make the others coarse."""
+    key = "activation_scale_ub"
+    if not fields.has(key):
+        return ()
+    bound = fields.positive(key)
+    return (f"{fields.place(key)} is {bound:g}, but activations beyond it are not clamped: a scale spans all of them",)
 
 
 def _modelopt(fields: ConfigFields) -> list[Rule]:
     if one_of(fields, "quant_algo", (*_MODELOPT, _MIXED)) == _MIXED:
         layers = fields.child("quantized_layers")
-        return [Rule(Match.EXACT, name, _modelopt_scheme(layers.child(name))) for name in layers.values]
-    left_out = [*names(fields, "exclude_modules"), *names(fields, "ignore")]
+        named = [Rule(Match.EXACT, name, _modelopt_scheme(layers.child(name))) for name in layers.values]
+        return [*named, Rule(Match.ALL, "", None, fields.place("quantized_layers"))]
     scheme = _modelopt_scheme(fields)
-    return [*_unquantised(left_out, Match.WILDCARDS), *_unquantised(left_out), _all(scheme)]
+    lists = [(key, match) for key in ("exclude_modules", "ignore") for match in (Match.WILDCARDS, Match.PARTS)]
+    return [*(rule for key, match in lists for rule in left_out(fields, key, match)), _all(scheme)]
 
 
 def _modelopt_scheme(fields: ConfigFields) -> WeightScheme:
@@ -222,7 +233,7 @@ def on_the_fly(weight_dtype: str, quantization: Quantization, shares: Iterable[i
                 f"{', '.join(map(str, shares))} input features of a rank's layers; allowed: 'auto', 'fp8', 'int8'"
             )
         scheme = replace(scheme, granularity=Granularity.GROUP, group_size=fitting[0])
-    return Quantization(f"weight_dtype {weight_dtype}", (*_unquantised([HEAD]), _all(scheme)))
+    return Quantization(f"weight_dtype {weight_dtype}", (_HEAD_LEFT_OUT, _all(scheme)))
 
 
 def with_head(head_dtype: str, quantization: Quantization) -> Quantization:

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import regex
+
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.find_weights import holds_tensor
+from lightllm_backend.models.quantization.scheme import Match, Rule
 
 # The head's name; most tools never quantise it.
 HEAD = "lm_head"
@@ -19,6 +23,9 @@ _HEAD_SCALES = tuple(f"{HEAD}.{name}" for name in ("weight_scale", "weight_scale
 BLOCK = 128
 
 MIN_GROUP_SIZE = 8
+
+# The repetitions that a regular expression may demand, as a{2} does: the package regex writes each of them out.
+_MAX_REPEATS = 1000
 
 
 def given(fields: ConfigFields, defaults: Mapping[str, Any]) -> ConfigFields:
@@ -64,19 +71,35 @@ def group_size(fields: ConfigFields, key: str) -> int:
 
 
 def checked_regex(fields: ConfigFields, key: str, pattern: str) -> str:
-    """The pattern, which must be a regular expression."""
+    """The pattern, which must be a regular expression.
+
+    The tools match with Python's `re`, so its syntax counts. The package regex, which can stop, compares the names; of
+    what `re` takes, it reads a{e} (which allows an error there) and [[:alpha:]] otherwise.
+    """
     try:
         re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        repeats = math.prod(max(1, int(count)) for count in re.findall(r"\{(\d+)", pattern))
+        if repeats <= _MAX_REPEATS:
+            regex.compile(pattern)
+            return pattern
+    except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
         raise fields.error(key, f"{pattern!r} is no regular expression: {error}") from error
-    return pattern
+    raise fields.error(key, f"{pattern!r} demands {repeats} repetitions; at most {_MAX_REPEATS} are allowed")
 
 
-def head_left_out(fields: ConfigFields) -> list[str]:
-    """The head, unless it is quantised.
+def left_out(fields: ConfigFields, key: str, match: Match = Match.PARTS) -> list[Rule]:
+    """The rules of a list of patterns whose layers are not quantised, which may be absent."""
+    if match in (Match.MODULE, Match.WEIGHT):
+        for pattern in names(fields, key):
+            checked_regex(fields, key, f"(?:{pattern})")
+    return [Rule(match, pattern, None, fields.place(key)) for pattern in names(fields, key)]
 
-    If `modules_to_not_convert` is null, nobody quantises it. If it is a list without the head, transformers does and
-    other tools do not, and only the head's tensors tell who wrote the list.
+
+def head_left_out(fields: ConfigFields, key: str = "modules_to_not_convert") -> list[Rule]:
+    """The rule of the head, unless it is quantised. `key` is the list of layers that are not.
+
+    If that is null, nobody quantises it. If it is a list without the head, transformers does and other tools do not,
+    and only the head's tensors tell who wrote the list.
     """
-    is_told = fields.has("modules_to_not_convert")
-    return [] if is_told and holds_tensor(fields.path.parent, _HEAD_SCALES) else [HEAD]
+    is_quantised = fields.has(key) and holds_tensor(fields.path.parent, _HEAD_SCALES)
+    return [] if is_quantised else [Rule(Match.EXACT, HEAD, None)]

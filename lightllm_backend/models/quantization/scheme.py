@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization: which linear layers of a model have weights of 4 or 8 bits, and the WeightScheme of each.
 
-Standard library only, so that processes without torch can read a model's configuration.
+Imports no torch, so that processes without it can read a model's configuration.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+
+import regex
+
+from lightllm_backend.models.errors import ModelError
+
+# A comparison takes microseconds, unless a regular expression backtracks without end.
+MAX_MATCH_SECONDS = 1.0
+
+# Where transformers 5 lets a pattern end that is compared with a module's name.
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
 class Kind(Enum):
@@ -76,7 +87,8 @@ class Match(Enum):
     EXACT = "exact"
     REGEX = "regex"  # from the name's beginning
     WHOLE_REGEX = "whole regex"  # of the whole name, or of its weight's
-    WEIGHT = "weight"  # as transformers 5 compares its weight's name: see applies
+    MODULE = "module"  # as transformers 5 compares it: its end, or a regular expression from its beginning to a dot
+    WEIGHT = "weight"  # so is its weight's name
     SEARCH = "search"  # a regular expression, anywhere in the name
     PARTS = "parts"  # the pattern's dotted parts follow each other somewhere in the name
     WILDCARDS = "wildcards"  # * stands for any characters
@@ -89,24 +101,45 @@ class Rule:
     match: Match
     pattern: str
     scheme: WeightScheme | None
+    source: str = ""  # the file and the key that say so, for errors; none: the method does
 
     def applies(self, name: str) -> bool:
+        """Whether the layer's name matches. Raises ModelError if the comparison takes too long."""
+        weight = f"{name}.weight"
         if self.match is Match.EXACT:
             return name == self.pattern
-        if self.match is Match.REGEX:
-            return re.match(self.pattern, name) is not None
-        if self.match is Match.WHOLE_REGEX:
-            return any(re.fullmatch(self.pattern, whole) for whole in (name, f"{name}.weight"))
-        if self.match is Match.WEIGHT:  # its end, or a regular expression from its beginning to a dot or the end
-            weight, boundary = f"{name}.weight", r"(?:(?<=\.)|(?=\.|$))"
-            return weight.endswith(self.pattern) or re.match(f"(?:{self.pattern}){boundary}", weight) is not None
-        if self.match is Match.SEARCH:
-            return re.search(self.pattern, name) is not None
         if self.match is Match.PARTS:
             return f".{self.pattern}." in f".{name}."
+        if self.match is Match.REGEX:
+            return self._is_found(self._expression.match, name)
+        if self.match is Match.WHOLE_REGEX:
+            return any(self._is_found(self._expression.fullmatch, whole) for whole in (name, weight))
+        if self.match in (Match.MODULE, Match.WEIGHT):
+            compared = name if self.match is Match.MODULE else weight
+            return compared.endswith(self.pattern) or self._is_found(self._expression.match, compared)
+        if self.match is Match.SEARCH:
+            return self._is_found(self._expression.search, name)
         if self.match is Match.WILDCARDS:
-            return re.fullmatch(re.escape(self.pattern).replace(r"\*", ".*"), name) is not None
+            return self._is_found(self._expression.fullmatch, name)
         return True
+
+    @cached_property
+    def _expression(self) -> regex.Pattern[str]:
+        pattern = self.pattern
+        if self.match in (Match.MODULE, Match.WEIGHT):
+            pattern = f"(?:{pattern}){_BOUNDARY}"
+        elif self.match is Match.WILDCARDS:
+            pattern = re.escape(pattern).replace(r"\*", ".*")
+        return regex.compile(pattern)
+
+    def _is_found(self, compare: Callable[..., object], name: str) -> bool:
+        try:
+            return compare(name, timeout=MAX_MATCH_SECONDS) is not None
+        except TimeoutError as error:
+            raise ModelError(
+                f"{self.source}: {self.pattern!r} takes more than {MAX_MATCH_SECONDS:g} s to compare with {name}; "
+                "a pattern that backtracks less is needed"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -116,10 +149,23 @@ class Quantization:
     method: str = ""  # its name in errors
     rules: tuple[Rule, ...] = ()  # the first that applies to a name counts
     finds_grids: bool = False  # of floats that 4 or 8 bits express: see kernels.quantized.grid_weight
+    warnings: tuple[str, ...] = ()  # for the log when the model starts
 
     def scheme(self, name: str) -> WeightScheme | None:
         """The scheme of the linear layer of this name; None if its weight is not quantised."""
-        return next((rule.scheme for rule in self.rules if rule.applies(name)), None)
+        rule = self._rule(name)
+        return None if rule is None else rule.scheme
+
+    def left_out_by(self, name: str) -> str:
+        """What leaves the layer of this name unquantised: file, key and pattern, for errors; empty if no key does."""
+        rule = self._rule(name)
+        if rule is None or rule.scheme is not None or not rule.source:
+            return ""
+        pattern = "" if rule.match is Match.ALL else f" by {rule.pattern!r}"
+        return f"{rule.source} leaves out {name}{pattern}"
+
+    def _rule(self, name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.applies(name)), None)
 
     def splits_into(self, columns: int, ranks: int) -> bool:
         """Whether ranks can split the input features of any layer without cutting a group."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from lightllm_backend.models.config_fields import ConfigFields
 from lightllm_backend.models.errors import ModelError
 from lightllm_backend.models.find_weights import find_weight_files
-from lightllm_backend.models.quantization.fields import BLOCK, checked_regex, given, head_left_out, names, one_of
+from lightllm_backend.models.quantization.fields import BLOCK, checked_regex, given, head_left_out, left_out, one_of
 from lightllm_backend.models.quantization.scheme import (
     Activations,
     Granularity,
@@ -42,13 +42,10 @@ def read_torchao(fields: ConfigFields) -> list[Rule]:
     _refuse_pickles(fields)
     if fields.get("include_input_output_embeddings"):
         raise fields.error("include_input_output_embeddings", "false is needed")
-    key = "modules_to_not_convert"
-    left_out = [Rule(Match.WEIGHT, checked_regex(fields, key, name), None) for name in names(fields, key)]
-    left_out += [Rule(Match.EXACT, name, None) for name in head_left_out(fields)]
     config = fields.child("quant_type").child("default")
     kind = one_of(config, "_type", (*_CLASSES, *_BY_NAME))
     rules = _by_name(config.child("_data").child(_BY_NAME[kind])) if kind in _BY_NAME else [_all(_scheme(config))]
-    return [*left_out, *rules]
+    return [*left_out(fields, "modules_to_not_convert", Match.WEIGHT), *head_left_out(fields), *rules]
 
 
 def _refuse_pickles(fields: ConfigFields) -> None:
@@ -68,17 +65,17 @@ def _by_name(configs: ConfigFields) -> list[Rule]:
     for key in configs.values:
         scheme = _scheme(configs.child(key)) if configs.has(key) else None
         if key == _DEFAULT:
-            others.append(_all(scheme))
+            others.append(_all(scheme, configs.place(key)))
         elif key.startswith(_REGEX):
             pattern = checked_regex(configs, key, key.removeprefix(_REGEX))
-            matched.append(Rule(Match.WHOLE_REGEX, pattern, scheme))
+            matched.append(Rule(Match.WHOLE_REGEX, pattern, scheme, configs.place(key)))
         else:
-            named.append(Rule(Match.EXACT, key.removesuffix(".weight"), scheme))
-    return [*named, *matched, *others, _all(None)]
+            named.append(Rule(Match.EXACT, key.removesuffix(".weight"), scheme, configs.place(key)))
+    return [*named, *matched, *others, _all(None, configs.place(_DEFAULT))]
 
 
-def _all(scheme: WeightScheme | None) -> Rule:
-    return Rule(Match.ALL, "", scheme)
+def _all(scheme: WeightScheme | None, source: str = "") -> Rule:
+    return Rule(Match.ALL, "", scheme, source)
 
 
 def _scheme(config: ConfigFields) -> WeightScheme:
@@ -107,10 +104,20 @@ def _check(fields: ConfigFields, key: str, needed: str) -> None:
 def _granularity(fields: ConfigFields, usual: str) -> Granularity:
     """That of the weights, which is the second if the activations have one too."""
     value = fields.get("granularity")
-    if isinstance(value, list) and value:
-        fields = replace(fields, values={**fields.values, "granularity": value[-1]})
-    granularity = given(fields.child("granularity"), {"_type": usual})
-    found = _GRANULARITIES[one_of(granularity, "_type", _GRANULARITIES)]
-    if found is Granularity.BLOCK and granularity.child("_data").get("block_size") != [BLOCK, BLOCK]:
-        raise granularity.error("_data", f"a block_size of {[BLOCK, BLOCK]} is needed")
+    if not isinstance(value, list):
+        return _one_granularity(given(fields.child("granularity"), {"_type": usual}), [BLOCK, BLOCK])
+    if len(value) != 2 or None in value:
+        raise fields.error("granularity", "an object is needed, or two: the activations' and the weights'")
+    both = ConfigFields(fields.path, dict(zip(("0", "1"), value, strict=True)), f"{fields.prefix}granularity.")
+    _one_granularity(both.child("0"), [1, BLOCK])
+    return _one_granularity(both.child("1"), [BLOCK, BLOCK])
+
+
+def _one_granularity(fields: ConfigFields, block_size: list[int]) -> Granularity:
+    found = _GRANULARITIES[one_of(fields, "_type", _GRANULARITIES)]
+    data = given(fields.child("_data"), {"dim": -1})
+    if found is Granularity.CHANNEL:
+        one_of(data, "dim", (-1,))
+    if found is Granularity.BLOCK and data.get("block_size") != block_size:
+        raise fields.error("_data", f"a block_size of {block_size} is needed")
     return found

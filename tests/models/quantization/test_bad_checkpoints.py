@@ -33,6 +33,8 @@ PACKED = (
         "ignore": ["lm_head"],
     },
 )
+# All but the down projections.
+PACKED_UP = PACKED[1]["config_groups"]["all"] | {"targets": ["re:.*(q|k|v|o|gate|up)_proj"]}
 FP8 = (checkpoints.fp8_by_tensor(lambda name: 0.02), {"quant_method": "fp8", "activation_scheme": "static"})
 
 INT8 = (
@@ -151,13 +153,32 @@ def test_a_bias_of_zeros_is_that_of_autogptq(write):
         (
             AWQ,
             {"modules_to_not_convert": ["self_attn.k_proj"]},
-            "k_proj and self_attn.q_proj are quantised differently",
+            r"k_proj and self_attn.q_proj are quantised differently \(/.*modules_to_not_convert leaves out .*k_proj by",
         ),
         (
             AWQ,
             {"modules_to_not_convert": ["down_proj"]},
-            "down_proj.q.* quantised with GPTQ or AWQ, but no quantization_config",
+            rf"{DOWN}.q.* GPTQ or AWQ, but /.*/config.json: .*not_convert leaves out {DOWN} by 'down_proj'; a quantiz",
         ),
+        (FP8, {"ignored_layers": ["re:", ".*up_proj"]}, f"ignored_layers leaves out {UP} by '.*up_proj'"),
+        (
+            FP8,
+            {"modules_to_not_convert": [DOWN]},
+            f"config.modules_to_not_convert leaves out {DOWN} by '{DOWN}'; a quan",
+        ),
+        (PACKED, {"ignore": ["re:.*down_proj"]}, f"quantization_config.ignore leaves out {DOWN} by '.*down_proj'; a"),
+        (
+            PACKED,
+            {"config_groups": {"all": PACKED_UP}},
+            f"quantization_config.config_groups leaves out {DOWN}; a quant",
+        ),
+        (GPTQ, {"dynamic": {"-:.*down_proj": {}}}, rf"dynamic.-:.*down_proj leaves out {DOWN} by '.*down_proj'; a"),
+        (
+            GPTQ,
+            {"modules_in_block_to_quantize": ["self_attn"]},
+            f"modules_in_block_to_quantize leaves out {DOWN}; a quan",
+        ),
+        (INT8, {"modules_to_not_convert": ["down_proj.weight"]}, f"leaves out {DOWN} by 'down_proj.weight'; a quan"),
         (GPTQ, {"bits": 8}, r"has the shape \[\d+, \d+\]; config.json makes it \[\d+, \d+\]"),
         (GPTQ, {"sym": False, "checkpoint_format": "gptq_v2", "desc_act": True}, None),  # they say the same
         (AWQ, {"quant_method": "gptq"}, r"has the shape \[56, 8\]; config.json makes it \[7, 64\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 
 import pytest
 
@@ -17,6 +18,8 @@ LLAMA = {"architectures": ["LlamaForCausalLM"]}
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.11.mlp.down_proj"
 INT4 = {"num_bits": 4, "strategy": "group", "group_size": 128}
 INT8 = {"num_bits": 8, "strategy": "channel"}
+UB = "quantization_config.activation_scale_ub"
+AWQ, GPTQ, FP8, FBGEMM = ({"quant_method": name} for name in ("awq", "gptq", "fp8", "fbgemm_fp8"))
 
 
 def quantization(directory, config=None, **files):
@@ -248,24 +251,105 @@ def test_the_layers_of_torchao(tmp_path, names):
 
 
 @pytest.mark.parametrize(
-    ("left_out", "is_quantised"),
+    ("left_out", "of_modules", "of_weights"),
     [
-        ("model.layers.0.mlp.up_proj", False),
-        ("model.layers.0.mlp", False),
-        (r"model\.layers\.[02]\.mlp", False),
-        (".*up_proj", False),
-        ("up_proj.weight", False),
-        ("up_proj", True),
-        ("layers.0", True),
-        ("model.layers.0.mlp.up", True),
+        (UP, False, False),
+        ("model.layers.0.mlp", False, False),
+        (r"model\.layers\.[02]\.mlp", False, False),
+        (".*up_proj", False, False),
+        (".*mlp|.*attn", False, False),
+        ("up_proj", False, True),
+        ("_proj", False, True),
+        ("", False, False),
+        ("up_proj.weight", True, False),
+        ("layers.0", True, True),
+        ("mlp", True, True),
+        ("model.layers.0.mlp.up", True, True),
+        ("model.layers.0.mlp.up_proj.", True, False),
     ],
 )
-def test_layers_that_torchao_leaves_out(tmp_path, left_out, is_quantised):
-    """As transformers 5.23 compares them with the names of weights."""
+def test_layers_that_transformers_leaves_out(tmp_path, left_out, of_modules, of_weights):
+    """transformers 5.23 compares a list with the names of modules, and of torchao's with those of weights."""
     should_convert_module = importlib.import_module("transformers.quantizers.quantizers_utils").should_convert_module
-    assert should_convert_module(f"{UP}.weight", [left_out]) == is_quantised
-    found = quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT), modules_to_not_convert=[left_out]))
-    assert (found.scheme(UP) is not None) == is_quantised
+    assert should_convert_module(UP, [left_out]) == of_modules
+    assert should_convert_module(f"{UP}.weight", [left_out]) == of_weights
+    lists = {"modules_to_not_convert": [left_out]}
+    for config in (FP8 | lists, FP8 | {"ignored_layers": [left_out]}, FBGEMM | lists):
+        assert (quantization(tmp_path, config).scheme(UP) is not None) == of_modules
+    found = quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT), **lists))
+    assert (found.scheme(UP) is not None) == of_weights
+
+
+def test_ignored_layers_are_another_name(tmp_path):
+    """Of fp8's list in transformers, which reads the other one if both are there."""
+    found = quantization(tmp_path, FP8 | {"ignored_layers": [UP], "modules_to_not_convert": [DOWN]})
+    assert found.scheme(UP) is not None
+    assert found.scheme(DOWN) is None
+
+
+# As llm-compressor, GPTQModel, AutoRound and users of torchao write them.
+EXPRESSIONS = [
+    ".*lm_head", ".*mlp.gate$", ".*self_attn.*", r".*\.mlp\.(gate|up)_proj$", r"model[.]layers[.]\d+[.]mlp", r"\.0\.",
+    r".*\.(?:[0-9]|1[0-1])\..*", r"model\.layers\.(?!(?:0|1)\.).*", r".*(?<!gate_)proj", "(?i).*UP_PROJ", "^model$",
+    r"layers\.(?P<layer>\d+)\.", r"(.)\1", r"[^.]+\.layers\b", r"model\.layers\.\d{2,}\..*", r".*\.o_proj|.*up_proj",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_regular_expressions_are_those_of_python(tmp_path, expression):
+    parts = ("mlp.up_proj", "mlp.gate", "self_attn.o_proj")
+    names = [f"model.layers.{number}.{part}" for number in (0, 1, 11) for part in parts]
+    ignore = compressed(group(INT4), ignore=[f"re:{expression}"])
+    by_name = {"_type": "FqnToConfig", "_data": {"fqn_to_config": {f"re:{expression}": torchao(INT8_WEIGHT)}}}
+    for config, compare, chosen in (
+        (ignore, re.match, False),
+        (GPTQ | {"dynamic": {f"-:{expression}": {}}}, re.match, False),
+        (auto_round(extra_config={expression: {"bits": 16}}), re.search, False),
+        (of_torchao(by_name), re.fullmatch, True),
+    ):
+        found = quantization(tmp_path, config)
+        for name in names:
+            assert (found.scheme(name) is not None) == (bool(compare(expression, name)) == chosen), (config, name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (compressed(group(INT4), ignore=["lm_head", "re:.*up"]), r"ignore: '\.\*up'"),
+        (compressed(group(INT4, "re:.*up")), r"config_groups\.group_0\.targets: '\.\*up'"),
+        ({"quant_method": "gptq", "dynamic": {"+:.*up": {}}}, r"dynamic\.\+:\.\*up: '\.\*up'"),
+        (auto_round(extra_config={".*up": {}}), r"extra_config\.\.\*up: '\.\*up'"),
+        ({"quant_method": "fp8", "modules_to_not_convert": [".*up"]}, r"modules_to_not_convert: '\.\*up'"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*up"]}, r"ignore: '\*up'"),
+        (
+            of_torchao({"_type": "FqnToConfig", "_data": {"fqn_to_config": {"re:.*up": None}}}),
+            r"fqn_to_config\.re:\.\*up: '\.\*up'",
+        ),
+    ],
+)
+def test_a_pattern_that_takes_too_long_is_refused(tmp_path, monkeypatch, config, message):
+    """No time at all is less than any comparison takes."""
+    found = quantization(tmp_path, config)
+    found.scheme(UP)
+    monkeypatch.setattr("lightllm_backend.models.quantization.scheme.MAX_MATCH_SECONDS", 0.0)
+    message = rf"/config\.json: quantization_config\.(\S+\.)?{message} takes more than 0 s to compare with {UP}; a pat"
+    with pytest.raises(ModelError, match=message):
+        found.scheme(UP)
+
+
+def test_the_bound_of_fbgemms_scales_is_said_to_be_ignored(tmp_path):
+    """Of its writer's default, too, with which checkpoints are on the Hub."""
+    for more, number in (({"activation_scale_ub": 1200.0}, 1), ({"activation_scale_ub": None}, 0), ({}, 0)):
+        quantization(tmp_path, FBGEMM | more)
+        warnings = [text for text in ModelConfig.from_directory(tmp_path).warnings if "_ub" in text]
+        assert len(warnings) == number
+        assert all(text.startswith(f"{tmp_path}/config.json: {UB} is 1200, but act") for text in warnings)
+
+
+@pytest.mark.parametrize("stored", [None, "float", "float32", "ue8m0"])
+def test_the_formats_of_fp8s_scales(tmp_path, stored):
+    config = FP8 | {"weight_block_size": [128, 128], "scale_fmt": stored}
+    assert quantization(tmp_path, config).scheme(UP).granularity is Granularity.BLOCK
 
 
 def test_torchao_in_pickles(tmp_path):
@@ -274,7 +358,6 @@ def test_torchao_in_pickles(tmp_path):
         quantization(tmp_path, of_torchao(torchao(INT8_WEIGHT)))
 
 
-AWQ, GPTQ, FP8 = {"quant_method": "awq"}, {"quant_method": "gptq"}, {"quant_method": "fp8"}
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
 ALL = ", ".join(METHODS)
 
@@ -290,11 +373,23 @@ ALL = ", ".join(METHODS)
         (AWQ | {"group_size": 100}, "group_size is 100; allowed: multiples of 8, and -1"),
         (AWQ | {"zero_point": "yes"}, "zero_point is 'yes'; true or false"),
         (AWQ | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; a list of layers' names"),
+        (AWQ | {"modules_to_not_convert": ["x" * 2000, 1]}, r"modules_to_not_convert is \['x{998}…; a list of layers'"),
         (GPTQ | {"bits": 3}, "bits is 3; allowed: 4, 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed: 'gptq', 'gptq_v2'"),
         (GPTQ | {"dynamic": {"-:(": {}}}, r"dynamic.-:\( is {}; '\(' is no regular expression"),
         (FP8 | {"weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]; allowed: \[128, 128\]"),
         (FP8 | {"weight_scale_semantics": "inverse"}, "weight_scale_semantics is 'inverse'; null is needed"),
+        (FP8 | {"scale_fmt": "ue4m3"}, "scale_fmt is 'ue4m3'; allowed: 'float', 'float32', 'ue8m0'"),
+        (
+            FP8 | {"modules_to_not_convert": ["(?i)up"]},
+            r"modules_to_not_convert is .*; '\(\?:\(\?i\)up\)' is no regular",
+        ),
+        (FBGEMM | {"activation_scale_ub": "1200"}, "activation_scale_ub is '1200'; a number above 0 is needed"),
+        (
+            GPTQ | {"dynamic": {"-:(a{99}){99}": {}}},
+            r"dynamic\.-:\(a.99.\).99. is {}; '\(a.99.\).99.' demands 9801 repetitions; at most 1000",
+        ),
+        (GPTQ | {"dynamic": {"-:a{" + "9" * 5000 + "}": {}}}, "dynamic.* is no regular expression"),
         (FP8 | {"activation_scheme": "token"}, "activation_scheme is 'token'; allowed: 'dynamic', 'static'"),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -345,8 +440,18 @@ ALL = ", ".join(METHODS)
         (of_torchao(torchao(FP8_DYNAMIC, per("Group", group_size=32))), "granularity._type is 'PerGroup'; allowed"),
         (
             of_torchao(torchao(FP8_DYNAMIC, [per("Row"), per("Block", block_size=[64, 64])])),
-            r"granularity._data is .*; a block_size of \[128, 128\] is needed",
+            r"granularity\.1\._data is .*; a block_size of \[128, 128\] is needed",
         ),
+        (
+            of_torchao(torchao(FP8_DYNAMIC, [per("Block", block_size=[128, 128])] * 2)),
+            r"granularity\.0\._data is .*; a block_size of \[1, 128\] is needed",
+        ),
+        (of_torchao(torchao(FP8_DYNAMIC, per("Row", dim=0))), r"granularity\._data\.dim is 0; allowed: -1"),
+        (of_torchao(torchao(FP8_DYNAMIC, [per("Row", dim=1)] * 2)), r"granularity\.0\._data\.dim is 1; allowed: -1"),
+        (of_torchao(torchao(FP8_DYNAMIC, [per("Row"), {}])), r"granularity\.1\._type is missing; allowed: 'PerRow'"),
+        (of_torchao(torchao(FP8_DYNAMIC, [None])), r"granularity is \[None\]; an object is needed, or two: the"),
+        (of_torchao(torchao(FP8_DYNAMIC, [None, None])), r"granularity is \[None, None\]; an object is needed, or"),
+        (of_torchao(torchao(INT8_WEIGHT, [per("Row")])), r"granularity is \[.*\]; an object is needed, or two: the"),
         (
             of_torchao(torchao(INT8_WEIGHT), include_input_output_embeddings=True),
             "include_input_output_embeddings is True; false is needed",
