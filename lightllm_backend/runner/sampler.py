@@ -172,6 +172,15 @@ class Sampler:
         if len(asking) == 0:
             return Sampled(token_ids, chosen - log_sums)
         count = min(int(self._top_logprobs[rows].max()), original.shape[1])
-        values, ids = original.index_select(0, device_asking).topk(count, -1)
+        values, ids = likeliest(original.index_select(0, device_asking), count)
         top_log_probs = values - log_sums.index_select(0, device_asking).unsqueeze(1)
         return Sampled(token_ids, chosen - log_sums, Top(asking, ids.int(), top_log_probs))
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest logits of each row and their tokens, [a, count]. Equal ones are in the order of tokens, of which
+    choose_greedily takes the first."""
+    values, ids = logits.topk(count, -1)
+    ids, order = ids.sort(-1)
+    values, order = values.gather(-1, order).sort(stable=True, descending=True)
+    return values, ids.gather(-1, order)

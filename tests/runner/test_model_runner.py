@@ -12,6 +12,7 @@ import torch
 from lightllm_backend.config import EngineConfig
 from lightllm_backend.request import TOP_LOG_PROB, FinishReason, SamplingParams
 from lightllm_backend.router.router import Router
+from lightllm_backend.runner.sampler import likeliest
 from lightllm_backend.worker.load import LoadedEngine
 from lightllm_backend.worker.main import build_router
 from tests.router.test_preemption import RecklessAdmission
@@ -107,6 +108,16 @@ def test_the_likeliest_tokens_are_the_models_own(engine, directory) -> None:
         assert pairs["token_id"].tolist() == truth.indices.tolist()
         assert pairs["log_prob"] == pytest.approx(truth.values.numpy(), abs=1e-4)
     assert np.frombuffer(answers[0].top_log_probs, TOP_LOG_PROB)["log_prob"][::3].tolist() == answers[0].log_probs
+
+
+def test_of_equally_likely_tokens_the_chosen_one_comes_first() -> None:
+    logits = torch.full((3, 500), 1.0)
+    logits[1, 400:403], logits[2, 7] = 2.0, 3.0
+    values, ids = likeliest(logits, 3)
+    assert values[:, 0].tolist() == [1.0, 2.0, 3.0]
+    assert ids[1].tolist() == [400, 401, 402]
+    assert (ids.diff() > 0)[:2].all()
+    assert ids[2, 0] == 7
 
 
 def test_a_seeded_request_does_not_depend_on_its_neighbours(engine) -> None:
