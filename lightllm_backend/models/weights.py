@@ -321,6 +321,9 @@ def _mismatch(missing: list[str], left_over: list[str]) -> str:
         if names
     ]
     needed = "the files must belong to the model of config.json"
+    floats = {name.removesuffix(".weight") for name in left_over if name.endswith(".weight")}
+    if layer := next((layer for layer, _, ending in (n.rpartition(".") for n in missing) if layer in floats), ""):
+        needed += f", which says that {layer} is quantised, while they have it in floats"
     if missing == [HEAD]:
         needed += ", which must say tie_word_embeddings: true if the head is that of the embeddings"
     return f"{'; '.join(problems)}; {needed}"

@@ -179,6 +179,7 @@ def test_a_bias_of_zeros_is_that_of_autogptq(write):
             f"modules_in_block_to_quantize leaves out {DOWN}; a quan",
         ),
         (INT8, {"modules_to_not_convert": ["down_proj.weight"]}, f"leaves out {DOWN} by 'down_proj.weight'; a quan"),
+        (GPTQ, {"lm_head": True}, "says that lm_head is quantised, while they have it in floats"),
         (GPTQ, {"bits": 8}, r"has the shape \[\d+, \d+\]; config.json makes it \[\d+, \d+\]"),
         (GPTQ, {"sym": False, "checkpoint_format": "gptq_v2", "desc_act": True}, None),  # they say the same
         (AWQ, {"quant_method": "gptq"}, r"has the shape \[56, 8\]; config.json makes it \[7, 64\]"),
