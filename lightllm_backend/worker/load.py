@@ -99,6 +99,8 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
         dummy_weights(model, seed=0)
     else:
         load_weights(model, directory, progress=rank == 0)
+    if device.type == "cpu" and config.weight_dtype == "fp8":
+        log.warning("on a CPU, fp8 weights are dequantised for each product, which is slow; int8 and int4 are not")
     quantised = f", quantised ({shape.quantization.method})" if shape.quantization.rules else ""
     seconds = time.monotonic() - started
     log.info("weights of %s loaded as %s%s on %s in %.1f s", directory, dtype, quantised, device, seconds)
