@@ -331,7 +331,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "guided_choice": Option(
         structured_output.of_kind("choice"), f"a list of at most {structured_output.MAX_CHOICES} texts",
-        help="As structured_output with choice.",
+        help="As structured_output with choice; for Triton server's generate within sampling_parameters.",
     ),
     "guided_grammar": Option(
         structured_output.of_kind("grammar"), "a grammar, in Lark's or GBNF's notation",
