@@ -28,7 +28,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"{name} is .*; allowed: .*; or set generation_config to none"):
             read_generation_defaults(tmp_path)
     file.write_text("[]")
-    with pytest.raises(ModelError, match="an object is needed"):
+    with pytest.raises(ModelError, match="holds an array; a JSON object is needed"):
         read_generation_defaults(tmp_path)
 
 
