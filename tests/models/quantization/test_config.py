@@ -280,8 +280,8 @@ def test_layers_that_transformers_leaves_out(tmp_path, left_out, of_modules, of_
     assert (found.scheme(UP) is not None) == of_weights
 
 
-def test_ignored_layers_are_another_name(tmp_path):
-    """Of fp8's list in transformers, which reads the other one if both are there."""
+def test_modules_to_not_convert_counts_before_ignored_layers(tmp_path):
+    """Both name fp8's list, and transformers reads the second where the first is null."""
     found = quantization(tmp_path, FP8 | {"ignored_layers": [UP], "modules_to_not_convert": [DOWN]})
     assert found.scheme(UP) is not None
     assert found.scheme(DOWN) is None
@@ -338,7 +338,7 @@ def test_a_pattern_that_takes_too_long_is_refused(tmp_path, monkeypatch, config,
 
 
 def test_the_bound_of_fbgemms_scales_is_said_to_be_ignored(tmp_path):
-    """Of its writer's default, too, with which checkpoints are on the Hub."""
+    """FBGEMM writes 1200 by default, so checkpoints with it must load."""
     for more, number in (({"activation_scale_ub": 1200.0}, 1), ({"activation_scale_ub": None}, 0), ({}, 0)):
         quantization(tmp_path, FBGEMM | more)
         warnings = [text for text in ModelConfig.from_directory(tmp_path).warnings if "_ub" in text]
