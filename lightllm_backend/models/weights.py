@@ -321,8 +321,9 @@ def _mismatch(missing: list[str], left_over: list[str]) -> str:
         if names
     ]
     needed = "the files must belong to the model of config.json"
-    floats = {name.removesuffix(".weight") for name in left_over if name.endswith(".weight")}
-    if layer := next((layer for layer, _, ending in (n.rpartition(".") for n in missing) if layer in floats), ""):
+    quantised = {name.rpartition(".")[0] for name in missing}
+    if name := next((name for name in left_over if name.removesuffix(".weight") in quantised), ""):
+        layer = name.removesuffix(".weight")
         needed += f", which says that {layer} is quantised, while they have it in floats"
     if missing == [HEAD]:
         needed += ", which must say tie_word_embeddings: true if the head is that of the embeddings"
