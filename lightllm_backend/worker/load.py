@@ -95,12 +95,14 @@ def load_engine(config: EngineConfig, rank: int = 0, meet: Meet | None = None) -
     model = model_class(shape.architecture)(shape, chosen_kernels, parallel, dtype, device, limits.max_total)
     if model.exceeds_float16 and dtype == torch.float16:
         log.warning("activations of this model overflow in float16, which fails requests: --dtype bfloat16 or float32")
+    if not on_gpu and shape.quantization.has_fp8:
+        log.warning(
+            "on a CPU, fp8 weights are dequantised for each product, which is slow; with float32, int8 and int4 are too"
+        )
     if config.load_format == "dummy":
         dummy_weights(model, seed=0)
     else:
         load_weights(model, directory, progress=rank == 0)
-    if device.type == "cpu" and config.weight_dtype == "fp8":
-        log.warning("on a CPU, fp8 weights are dequantised for each product, which is slow; int8 and int4 are not")
     quantised = f", quantised ({shape.quantization.method})" if shape.quantization.rules else ""
     seconds = time.monotonic() - started
     log.info("weights of %s loaded as %s%s on %s in %.1f s", directory, dtype, quantised, device, seconds)

@@ -85,6 +85,13 @@ def test_a_model_that_overflows_in_float16_is_warned_of(tmp_path, caplog, model_
     assert ("overflow in float16" in caplog.text) == (exceeds and dtype == "float16")
 
 
+@pytest.mark.parametrize(("weight_dtype", "quantized"), [("fp8", {}), ("auto", {"quant_method": "fp8"}), ("int8", {})])
+def test_fp8_on_a_cpu_is_warned_of(tmp_path, caplog, weight_dtype, quantized) -> None:
+    changes = {"quantization_config": {"activation_scheme": "dynamic", **quantized}} if quantized else {}
+    load_engine(replace(dummy_model(tmp_path, **changes), weight_dtype=weight_dtype))
+    assert ("fp8 weights are dequantised" in caplog.text) == (weight_dtype != "int8")
+
+
 def test_a_pool_beyond_the_memory_of_a_cpu_is_refused(tmp_path) -> None:
     config = replace(dummy_model(tmp_path), max_total_token_num=10**15)
     with pytest.raises(

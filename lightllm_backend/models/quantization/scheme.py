@@ -171,19 +171,27 @@ class Quantization:
         """Whether ranks can split the input features of any layer without cutting a group."""
         if ranks == 1:
             return True
-        units = [unit for rule in self.rules if rule.scheme is not None for unit in rule.scheme.column_units()]
+        units = [unit for scheme in self._schemes for unit in scheme.column_units()]
         return not self.has_order and all(columns // ranks % unit == 0 for unit in units)
 
     @property
     def has_order(self) -> bool:
         """Whether the input features of any layer are in an order of its own."""
-        return any(rule.scheme is not None and rule.scheme.has_order for rule in self.rules)
+        return any(scheme.has_order for scheme in self._schemes)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any layer has weights of fp8."""
+        return any(scheme.kind is Kind.FP8 for scheme in self._schemes)
 
     @property
     def rounds_activations(self) -> bool:
         """Whether any layer wants its input in fewer bits as well."""
-        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
-        return any(scheme.activations is not Activations.AS_THEY_ARE for scheme in schemes)
+        return any(scheme.activations is not Activations.AS_THEY_ARE for scheme in self._schemes)
+
+    @property
+    def _schemes(self) -> list[WeightScheme]:
+        return [rule.scheme for rule in self.rules if rule.scheme is not None]
 
 
 UNQUANTISED = Quantization()
